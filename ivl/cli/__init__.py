@@ -1,0 +1,51 @@
+"""The `ivl` command. Subcommands are imported when they are called, so `ivl --help` imports neither torch nor tyro."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+
+COMMANDS = {
+    "models": ("ivl.cli.models:models", "the fourteen published models with exact parameter counts"),
+    "train": ("ivl.cli.train:train", "train a recipe: ivl train nano-stage2 --optim.lr 2e-5"),
+    "chat": ("ivl.cli.chat:chat", "talk to a model about images and video"),
+    "eval": ("ivl.cli.eval:evaluate", "score a model on a benchmark, with a confidence interval"),
+    "data": ("ivl.cli.data:main", "validate and inspect training data"),
+    "convert": ("ivl.cli.convert:convert", "rewrite a checkpoint in the other dialect"),
+    "compose": ("ivl.cli.convert:compose", "build a model from a ViT, a language model and a projector"),
+    "merge": ("ivl.cli.convert:merge", "merge a LoRA adapter into its model"),
+}
+
+
+def usage() -> str:
+    rows = "\n".join(f"  {name:10}{text}" for name, (_, text) in COMMANDS.items())
+    return f"usage: ivl COMMAND ...\n\nInternVL2.5 in plain PyTorch.\n\n{rows}\n\n`ivl COMMAND --help` tells the rest."
+
+
+def main() -> None:
+    """Entry point of the `ivl` command."""
+    from ivl.errors import InputError
+
+    args = sys.argv[1:]
+    if not args or args[0] in ("-h", "--help"):
+        print(usage())
+        raise SystemExit(0 if args else 2)
+    if args[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("ivl"))
+        return
+    if args[0] not in COMMANDS:
+        near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; commands are {', '.join(COMMANDS)}"
+        print(f"ivl: unknown command {args[0]!r}{hint}", file=sys.stderr)
+        raise SystemExit(2)
+    module, _, function = COMMANDS[args[0]][0].partition(":")
+    try:
+        getattr(importlib.import_module(module), function)(args[1:])
+    except InputError as error:
+        print(f"ivl {args[0]}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -1,0 +1,122 @@
+"""attend(): causal attention over the flat token axis. One contract, a CPU path and a GPU path behind it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from ivl.model.cache import CacheStep
+from ivl.types import Layout
+
+# A group of sequences may be padded by this share of its longest member, or by this many tokens each if that is more.
+MAX_PADDING_SHARE = 4
+MAX_PADDING_TOKENS = 16
+
+
+def attend(
+    q_TNH: torch.Tensor,
+    k_TKH: torch.Tensor,
+    v_TKH: torch.Tensor,
+    layout: Layout,
+    cache: CacheStep | None = None,
+    layer: int = 0,
+) -> torch.Tensor:
+    """Each token sees its own sequence up to itself: what the cache holds and what is new.
+
+    With a cache, the new keys and values are written to it first. Returns out_TNH.
+
+    Raises:
+        ValueError: if the layout says there is past but no cache holds it.
+    """
+    if cache is not None:
+        cache.write(layer, k_TKH, v_TKH)
+    elif any(layout.past_lens):
+        raise ValueError(f"layout has past lengths {layout.past_lens} but no cache was given")
+    if q_TNH.is_cuda and not any(layout.past_lens):
+        return _attend_varlen(q_TNH, k_TKH, v_TKH, layout)
+    if not any(layout.past_lens):
+        return _attend_packed(q_TNH, k_TKH, v_TKH, layout)
+    assert cache is not None
+    out_TNH = torch.empty_like(q_TNH)
+    for seq, (start, new, past) in enumerate(zip(layout.starts, layout.new_lens, layout.past_lens, strict=True)):
+        k, v = cache.read(layer, seq) if past else (k_TKH[start : start + new], v_TKH[start : start + new])
+        out_TNH[start : start + new] = _attend_one(q_TNH[start : start + new], k, v)
+    return out_TNH
+
+
+def _attend_one(q_TNH: torch.Tensor, k_LKH: torch.Tensor, v_LKH: torch.Tensor) -> torch.Tensor:
+    """The last len(q) tokens of one sequence against all of its L tokens."""
+    new, total = len(q_TNH), len(k_LKH)
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_TNH, k_LKH, v_LKH))
+    mask = None
+    if 1 < new < total:
+        mask = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
+    out = sdpa(q, k, v, attn_mask=mask, is_causal=new == total and new > 1, enable_gqa=True)
+    return out.squeeze(0).transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Sequences of like length, attended together. index_SL: their positions on the token axis, padded at the end by
+    repeating the last one: causality keeps real tokens from seeing what comes after them, so no mask is needed.
+    real_SL tells the positions that are not padding; None when there is none."""
+
+    index_SL: torch.Tensor
+    real_SL: torch.Tensor | None
+
+
+@lru_cache(maxsize=64)
+def _groups(layout: Layout, device: torch.device) -> tuple[_Group, ...]:
+    by_length = sorted(range(len(layout.new_lens)), key=lambda s: -layout.new_lens[s])
+    groups: list[list[int]] = []
+    for seq in by_length:
+        longest = layout.new_lens[groups[-1][0]] if groups else 0
+        slack = max(longest // MAX_PADDING_SHARE, MAX_PADDING_TOKENS)
+        if groups and longest - layout.new_lens[seq] <= slack:
+            groups[-1].append(seq)
+        else:
+            groups.append([seq])
+    return tuple(_group([layout.starts[s] for s in g], [layout.new_lens[s] for s in g], device) for g in groups)
+
+
+def _group(starts: list[int], lens: list[int], device: torch.device) -> _Group:
+    lens_S1 = torch.tensor(lens, device=device).unsqueeze(1)
+    column_1L = torch.arange(max(lens), device=device).unsqueeze(0)
+    index_SL = torch.tensor(starts, device=device).unsqueeze(1) + torch.minimum(column_1L, lens_S1 - 1)
+    return _Group(index_SL, None if min(lens) == max(lens) else column_1L < lens_S1)
+
+
+def _attend_packed(q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor, layout: Layout) -> torch.Tensor:
+    lens = layout.new_lens
+    if min(lens) == max(lens):  # already a rectangle: no gathering
+        shape = (len(lens), lens[0])
+        q, k, v = (x.view(*shape, *x.shape[1:]).transpose(1, 2) for x in (q_TNH, k_TKH, v_TKH))
+        return sdpa(q, k, v, is_causal=lens[0] > 1, enable_gqa=True).transpose(1, 2).reshape(q_TNH.shape)
+    out_parts, index_parts = [], []
+    for group in _groups(layout, q_TNH.device):
+        q, k, v = (x[group.index_SL].transpose(1, 2) for x in (q_TNH, k_TKH, v_TKH))
+        out_SLNH = sdpa(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+        if group.real_SL is None:
+            out_parts.append(out_SLNH.flatten(0, 1))
+            index_parts.append(group.index_SL.flatten())
+        else:
+            out_parts.append(out_SLNH[group.real_SL])
+            index_parts.append(group.index_SL[group.real_SL])
+    order_T = torch.cat(index_parts)
+    return torch.empty_like(q_TNH).index_copy(0, order_T, torch.cat(out_parts))
+
+
+def _attend_varlen(q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """GPU: one fused kernel over all sequences, no grouping."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    bounds = torch.tensor((*layout.starts, layout.num_tokens), dtype=torch.int32, device=q_TNH.device)
+    longest = max(layout.new_lens)
+    out = varlen_attn(
+        q_TNH, k_TKH, v_TKH, bounds, bounds, longest, longest, window_size=(-1, 0), enable_gqa=True
+    )
+    assert isinstance(out, torch.Tensor)
+    return out

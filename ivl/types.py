@@ -1,0 +1,222 @@
+"""The nouns of ivl. Every function takes one of these and returns the next.
+
+Training:   Record -> Sample -> Pack -> Batch -> Loss.
+Inference:  messages -> Prompt -> TextDelta.
+
+Shape suffixes, used in every file: T tokens, S sequences, G tiles, R placeholder runs (one per tile shown), P patches,
+U vision tokens per tile, N query heads, K key/value heads, H head size, D width, V vocabulary, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+Role = Literal["system", "user", "assistant"]
+IGNORE = -100
+"""Label of a token that is not trained."""
+
+
+@dataclass(frozen=True)
+class Text:
+    text: str
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """An image by path, by encoded bytes (PNG, JPEG, ...) or as a PIL image. Equal refs in one record share their tiles."""
+
+    source: str | bytes | Image.Image
+    max_tiles: int | None = None
+    """Tile cap of this image; None takes the processor's budget rule."""
+
+
+@dataclass(frozen=True)
+class VideoRef:
+    """A video file, an animated GIF or a folder of frames; clip is (start, end) in seconds."""
+
+    source: str
+    num_frames: int | None = None
+    clip: tuple[float, float] | None = None
+
+
+Part = Text | ImageRef | VideoRef
+
+
+@dataclass(frozen=True)
+class Message:
+    role: Role
+    content: tuple[Part, ...]
+
+    @property
+    def text(self) -> str:
+        return "".join(part.text for part in self.content if isinstance(part, Text))
+
+
+Conversation = tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row of a data set. Usually one conversation; several conversations about the same media share its tiles
+    (many questions of one image; chosen and rejected of a preference pair), yet never see each other."""
+
+    id: str
+    conversations: tuple[Conversation, ...]
+    source: str
+    """Where it came from, as `file:line`; every error about the record starts with it."""
+    dataset: str = ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What must stay in one pack: one or more sequences and the tiles they show.
+
+    tokens_T, labels_T: int64, labels already shifted (labels_T[t] is the token after t, or IGNORE).
+    weights_T: float32 loss weights, 0 where the label is IGNORE.
+    tiles_GSSC: uint8 RGB [num_tiles, size, size, 3]. tile_ids_R: int64, tile shown by each placeholder run.
+    """
+
+    tokens_T: torch.Tensor
+    labels_T: torch.Tensor
+    weights_T: torch.Tensor
+    seq_lens: tuple[int, ...]
+    tiles_GSSC: torch.Tensor
+    tile_ids_R: torch.Tensor
+    id: str = ""
+    source: str = ""
+    dataset: str = ""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens_T)
+
+    @property
+    def num_tiles(self) -> int:
+        return len(self.tiles_GSSC)
+
+
+Pack = tuple[Sample, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where sequences lie on the token axis: sequence s has new_lens[s] tokens there and past_lens[s] in the cache."""
+
+    new_lens: tuple[int, ...]
+    past_lens: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.new_lens) != len(self.past_lens):
+            raise ValueError(f"{len(self.new_lens)} new lengths but {len(self.past_lens)} past lengths")
+        if any(n < 1 for n in self.new_lens) or any(p < 0 for p in self.past_lens):
+            raise ValueError(f"new lengths must be >= 1 and past lengths >= 0, got {self.new_lens} and {self.past_lens}")
+
+    @classmethod
+    def packed(cls, lens: tuple[int, ...]) -> Layout:
+        """Whole sequences one after another, nothing in the cache."""
+        return cls(tuple(lens), (0,) * len(lens))
+
+    @cached_property
+    def num_tokens(self) -> int:
+        return sum(self.new_lens)
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """Index on the token axis of the first new token of each sequence."""
+        starts, at = [], 0
+        for n in self.new_lens:
+            starts.append(at)
+            at += n
+        return tuple(starts)
+
+    @cached_property
+    def total_lens(self) -> tuple[int, ...]:
+        return tuple(n + p for n, p in zip(self.new_lens, self.past_lens, strict=True))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A collated pack. Run r of vision placeholders shows tiles_GSSC[tile_ids_R[r]]."""
+
+    tokens_T: torch.Tensor
+    labels_T: torch.Tensor
+    weights_T: torch.Tensor
+    tiles_GSSC: torch.Tensor
+    tile_ids_R: torch.Tensor
+    layout: Layout
+    ids: tuple[str, ...] = ()
+    """Sample ids in order, for the log and for errors."""
+    sources: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A summed loss and the weight to divide it by. The loop divides once per step, by the global weight."""
+
+    total: torch.Tensor
+    weight: torch.Tensor
+    metrics: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A rendered conversation that ends where the assistant's reply begins."""
+
+    tokens_T: torch.Tensor
+    tiles_GSSC: torch.Tensor
+    tile_ids_R: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How tokens are chosen. The defaults are greedy decoding."""
+
+    max_new_tokens: int = 1024
+    """Upper limit of generated tokens."""
+    temperature: float = 0.0
+    """0 is greedy; above 0 samples."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose probability reaches this, in (0, 1]."""
+    top_k: int = 0
+    """Keep this many most likely tokens; 0 keeps all."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative scores of tokens already seen; 1 is off."""
+    stop: tuple[str, ...] = ()
+    """Generation ends before any of these strings."""
+    seed: int | None = None
+    """Makes sampling repeatable, whatever else is in the batch."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be >= 1, got {self.max_new_tokens}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be >= 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be >= 0, got {self.top_k}")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty must be > 0, got {self.repetition_penalty}")
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """A piece of generated text. The last one of a reply carries finish_reason."""
+
+    text: str
+    token: int | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+class Generator(Protocol):
+    """What evaluation and preference see of any engine, local or remote."""
+
+    def stream(self, prompt: Conversation, params: SamplingParams) -> Iterator[TextDelta]: ...
