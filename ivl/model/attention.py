@@ -115,8 +115,6 @@ def _attend_varlen(q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor
 
     bounds = torch.tensor((*layout.starts, layout.num_tokens), dtype=torch.int32, device=q_TNH.device)
     longest = max(layout.new_lens)
-    out = varlen_attn(
-        q_TNH, k_TKH, v_TKH, bounds, bounds, longest, longest, window_size=(-1, 0), enable_gqa=True
-    )
+    out = varlen_attn(q_TNH, k_TKH, v_TKH, bounds, bounds, longest, longest, window_size=(-1, 0), enable_gqa=True)
     assert isinstance(out, torch.Tensor)
     return out

@@ -56,7 +56,9 @@ class PagedCache:
         """
         needed = [max(0, self.blocks_needed(s, n)) for s, n in zip(sequences, new_lens, strict=True)]
         if sum(needed) > len(self.free):
-            raise CacheFull(f"{sum(needed)} blocks of {self.block_size} tokens needed, {len(self.free)} of {self.num_blocks} free")
+            raise CacheFull(
+                f"{sum(needed)} blocks of {self.block_size} tokens needed, {len(self.free)} of {self.num_blocks} free"
+            )
         for sequence, count in zip(sequences, needed, strict=True):
             sequence.blocks += [self.free.pop() for _ in range(count)]
         layout = Layout(tuple(new_lens), tuple(s.length for s in sequences))

@@ -60,9 +60,7 @@ class DecoderLayer(nn.Module):
         self.gate_up = Linear(config.width, 2 * config.mlp_width, bias=False, parts=gate_up_parts)
         self.down = Linear(config.mlp_width, config.width, bias=False)
 
-    def forward(
-        self, x_TD: torch.Tensor, factors: Rotary, layout: Layout, cache: CacheStep | None, layer: int
-    ) -> torch.Tensor:
+    def forward(self, x_TD: torch.Tensor, factors: Rotary, layout: Layout, cache: CacheStep | None, layer: int) -> torch.Tensor:
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         qkv_TXH = self.qkv(self.norm1(x_TD)).unflatten(-1, (sum(heads), self.head_dim))
         q_TNH, k_TKH, v_TKH = qkv_TXH.split(heads, dim=1)
