@@ -131,6 +131,33 @@ class ModelConfig:
         return (self.vision.grid // 2) ** 2
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters on linear layers (spec 4.3: rank 16, alpha twice the rank, dropout 0.05, all decoder layers)."""
+
+    rank: int = 16
+    alpha: float | None = None
+    """The adapter's output is multiplied by alpha / rank; None is twice the rank."""
+    dropout: float = 0.05
+    """Dropout of the adapter's input while training."""
+    targets: tuple[str, ...] = ("decoder.layers",)
+    """Layers by dotted prefix (`decoder.layers`, `vision.layers.3`, `projector`, `decoder.head`) or glob (`*.q_proj`)."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"LoRA rank must be >= 1, got {self.rank}")
+        if self.alpha is not None and self.alpha <= 0:
+            raise ValueError(f"LoRA alpha must be > 0, got {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"LoRA dropout must be in [0, 1), got {self.dropout}")
+        if not self.targets:
+            raise ValueError("LoRA needs at least one target, such as 'decoder.layers'")
+
+    @property
+    def scale(self) -> float:
+        return 2.0 if self.alpha is None else self.alpha / self.rank
+
+
 INTERNVIT_300M = VisionConfig()
 INTERNVIT_6B = VisionConfig(
     width=3200, num_layers=45, mlp_width=12800, num_heads=25, norm="rms_norm", qkv_bias=False, qk_norm=True
