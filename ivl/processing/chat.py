@@ -1,0 +1,231 @@
+"""The one renderer of conversations: training tokens up to a reply are the inference prompt (spec 2.5 to 2.7).
+
+A turn is encoded by itself (text never merges across a control token). The header of an assistant turn is never merged with
+the reply, so a prompt is a prefix of what was trained, whatever the reply begins with.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ivl.errors import InputError
+from ivl.processing.tokenizer import IMAGE_END, IMAGE_START, PLACEHOLDER, Tokenizer
+from ivl.types import Conversation, ImageRef, Message, Part, Role, Text, VideoRef
+
+INTERNVL2_5_SYSTEM = (
+    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+)
+OLDER_SYSTEM = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """How a turn is written: header(role), newline, text, end, newline_after."""
+
+    system_message: str
+    """Used when the conversation brings no system turn; empty for none."""
+    header: str = "<|im_start|>{role}"
+    """One control token, or one followed by the role."""
+    end: str = "<|im_end|>"
+    newline: str = "\n"
+    """What follows `end`."""
+
+
+_CHATML = Template(system_message="")
+_OLDER = Template(system_message=OLDER_SYSTEM, newline="")
+TEMPLATES = {
+    "internvl2_5": replace(_CHATML, system_message=INTERNVL2_5_SYSTEM),
+    "plain-chatml": _CHATML,
+    "Hermes-2": _OLDER,
+    "internlm2-chat": _OLDER,
+    "phi3-chat": replace(_OLDER, header="<|{role}|>", end="<|end|>"),
+}
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Token ids of one conversation, and for each whether it is trained (part of a reply or the end of one)."""
+
+    ids: list[int]
+    trained: list[bool]
+
+
+def template_of(name: str) -> Template:
+    """One of TEMPLATES.
+
+    Raises:
+        InputError: for an unknown name.
+    """
+    if name not in TEMPLATES:
+        raise InputError(f"unknown template {name!r}; known are {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]
+
+
+def render(
+    conversation: Conversation,
+    num_tiles: Sequence[int],
+    tokenizer: Tokenizer,
+    *,
+    template: str = "internvl2_5",
+    system_message: str | None = None,
+    tokens_per_tile: int = 256,
+    reply: bool = False,
+) -> Rendered:
+    """Token ids and trained mask of a conversation.
+
+    num_tiles has one entry per medium in order: tiles of an image, or frames of a video (one tile each).
+    system_message overrides the template's default ('' for none); a system turn of the conversation overrides both.
+    With reply the ids end where the assistant begins to speak; without it they end with the last turn.
+
+    Raises:
+        InputError: for turns out of order, an empty reply, media outside user turns, or a wrong number of entries in num_tiles.
+    """
+    check(conversation, num_tiles, reply=reply)
+    form = template_of(template)
+    system = form.system_message if system_message is None else system_message
+    turns = [merge_text(message.content) for message in conversation]
+    roles: list[Role] = [message.role for message in conversation]
+    if roles[0] != "system":
+        turns, roles = [(Text(system),), *turns], ["system", *roles]
+    if roles[0] == "system" and turns[0] in ((), (Text(""),)):
+        turns, roles = turns[1:], roles[1:]
+
+    ids = [] if tokenizer.bos is None else [tokenizer.bos]
+    trained = [False] * len(ids)
+    counts = iter(num_tiles)
+    for role, content in zip(roles, turns, strict=True):
+        head, opening = _header(form, role, tokenizer)
+        if role == "assistant":
+            header = [head, *tokenizer.encode(opening)]
+            ids += header
+            said = [
+                *_continue(opening, "".join(part.text for part in content if isinstance(part, Text)), tokenizer),
+                tokenizer.id(form.end),
+            ]
+        else:
+            header, said = (
+                [head, *_body(opening, role, content, counts, tokenizer, tokens_per_tile), tokenizer.id(form.end)],
+                [],
+            )
+            ids += header
+        after = tokenizer.encode(form.newline) if form.newline else []
+        ids += [*said, *after]
+        trained += [False] * len(header) + [True] * len(said) + [False] * len(after)
+    if reply:
+        head, opening = _header(form, "assistant", tokenizer)
+        ids += [head, *tokenizer.encode(opening)]
+        trained += [False] * (len(ids) - len(trained))
+    return Rendered(ids, trained)
+
+
+def _header(form: Template, role: Role, tokenizer: Tokenizer) -> tuple[int, str]:
+    """The control token that opens a turn, and the text between it and the content."""
+    written = form.header.format(role=role)
+    control = written[: written.index(">") + 1]
+    return tokenizer.id(control), written[len(control) :] + "\n"
+
+
+def _continue(opening: str, text: str, tokenizer: Tokenizer) -> list[int]:
+    """Ids of text that stands after opening, none of them shared with it.
+
+    Encoded together where that keeps the opening's ids (SentencePiece would put a space before text encoded alone), and alone
+    where the first letters would merge with the opening (a reply that begins with a newline).
+    """
+    head, both = tokenizer.encode(opening), tokenizer.encode(opening + text)
+    return both[len(head) :] if both[: len(head)] == head else tokenizer.encode(text)
+
+
+def _body(opening: str, role: Role, content: tuple[Part, ...], counts, tokenizer: Tokenizer, tokens_per_tile: int) -> list[int]:
+    """A system or user turn: runs of text encoded whole, media as placeholders between brackets."""
+    ids: list[int] = []
+    run = opening
+
+    def image(tiles: int) -> list[int]:
+        runs = [tokenizer.id(PLACEHOLDER)] * (tokens_per_tile * tiles)
+        return [tokenizer.id(IMAGE_START), *runs, tokenizer.id(IMAGE_END)]
+
+    for part in open_lines(content) if role == "user" else content:
+        if isinstance(part, Text):
+            run += part.text
+        elif isinstance(part, ImageRef):
+            ids += [*tokenizer.encode(run), *image(next(counts))]
+            run = ""
+        else:
+            for frame in range(next(counts)):
+                run += f"{NEWLINE if frame else ''}Frame-{frame + 1}: "
+                ids += [*tokenizer.encode(run), *image(1)]
+                run = ""
+    return ids + tokenizer.encode(run)
+
+
+NEWLINE = "\n"
+
+
+def merge_text(content: tuple[Part, ...]) -> tuple[Part, ...]:
+    """The same content without two neighbouring texts: where a text is cut must not change its tokens."""
+    merged: list[Part] = []
+    for part in content:
+        if isinstance(part, Text) and merged and isinstance(merged[-1], Text):
+            merged[-1] = Text(merged[-1].text + part.text)
+        else:
+            merged.append(part)
+    return tuple(merged)
+
+
+def open_lines(content: tuple[Part, ...]) -> tuple[Part, ...]:
+    """Media given before the text rather than marked in it stand on lines of their own.
+
+    `(image, image, "Compare.")` becomes `<image>`, newline, `<image>`, newline, `Compare.`; content whose text after the
+    leading media begins with white space was marked on purpose and stays as it is.
+    """
+    lead = 0
+    while lead < len(content) and not isinstance(content[lead], Text):
+        lead += 1
+    if lead == 0 or lead == len(content):
+        return content
+    text = content[lead]
+    if not isinstance(text, Text) or not text.text or text.text[0].isspace():
+        return content
+    lines = [part for medium in content[:lead] for part in (medium, Text(NEWLINE))]
+    return merge_text((*lines, *content[lead:]))
+
+
+def user(text: str, *media: ImageRef | VideoRef) -> Message:
+    """A user turn: each `<image>` or `<video>` in the text takes the next medium; without marks the media come first.
+
+    Raises:
+        InputError: if there are marks and their number differs from the number of media.
+    """
+    pieces = re.split("<image>|<video>", text)
+    if len(pieces) == 1:
+        return Message("user", (*media, Text(text)))
+    if len(pieces) - 1 != len(media):
+        raise InputError(f"{len(pieces) - 1} <image> or <video> marks but {len(media)} media in {text[:80]!r}")
+    parts: list[Part] = [Text(pieces[0])]
+    for medium, piece in zip(media, pieces[1:], strict=True):
+        parts += [medium, Text(piece)]
+    return Message("user", tuple(part for part in parts if part != Text("")))
+
+
+def check(conversation: Conversation, num_tiles: Sequence[int], *, reply: bool) -> None:
+    """Raises InputError unless turns alternate (system first, then user), replies say something, and media are users'."""
+    if not conversation or all(message.role == "system" for message in conversation):
+        raise InputError("the conversation has no user turn")
+    expected: Role = "user"
+    for number, message in enumerate(conversation, 1):
+        if message.role == "system" and number == 1:
+            continue
+        if message.role != expected:
+            raise InputError(f"turn {number} is from {message.role}, expected {expected}")
+        if message.role == "assistant" and not message.text.strip():
+            raise InputError(f"turn {number} is an empty reply")
+        expected = "assistant" if message.role == "user" else "user"
+    if reply and conversation[-1].role != "user":
+        raise InputError(f"a prompt must end with a user turn, got {conversation[-1].role}")
+    media = [(m.role, part) for m in conversation for part in m.content if not isinstance(part, Text)]
+    if wrong := [role for role, _ in media if role != "user"]:
+        raise InputError(f"images and videos belong in user turns, found one in a turn of {wrong[0]}")
+    if len(media) != len(num_tiles):
+        raise InputError(f"{len(media)} media but {len(num_tiles)} tile counts")

@@ -1,0 +1,152 @@
+"""An image becomes tiles: pick the grid nearest in shape, resize to fill it, cut, and add the whole as a thumbnail (spec 2.1)."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from ivl.config import TilingConfig
+from ivl.errors import InputError
+from ivl.types import ImageRef
+
+MAX_PIXELS = 178_956_970
+"""Largest image that is decoded, in pixels (512 MiB of RGB); a header announcing more is refused before decoding."""
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
+"""What may be opened; the decoders of other formats are never started."""
+
+
+def load_image(ref: ImageRef, root: str = "", *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The image as RGB, upright.
+
+    A relative path starts at root. EXIF orientation is applied: users ask about the picture as they see it (the reference
+    ignores the tag). Transparency is laid over white; 16-bit grey keeps its top 8 bits; of an animation the first frame is taken.
+
+    Raises:
+        InputError: naming the file, if it is missing, of another format, truncated, or larger than max_pixels.
+    """
+    if isinstance(ref.source, Image.Image):
+        name, image = "the given image", ref.source
+        _check_size(image, name, max_pixels)
+        return _upright_rgb(image, name)
+    if isinstance(ref.source, bytes):
+        name, stream = f"image of {len(ref.source)} bytes", io.BytesIO(ref.source)
+    else:
+        path = Path(root) / ref.source
+        name = str(path)
+        try:
+            stream = path.open("rb")
+        except OSError as error:
+            raise InputError(f"{name}: cannot read the image ({error.strerror})") from error
+    with stream:
+        return _decode(stream, name, max_pixels)
+
+
+def _decode(stream, name: str, max_pixels: int) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked instead
+            image = Image.open(stream, formats=FORMATS)
+        _check_size(image, name, max_pixels)
+        return _upright_rgb(image, name)
+    except InputError:
+        raise
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, MemoryError) as error:
+        raise InputError(f"{name}: not a readable image ({type(error).__name__}: {error})") from error
+
+
+def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
+    if image.width * image.height > max_pixels:
+        raise InputError(f"{name}: {image.width} x {image.height} pixels, the limit is {max_pixels:,}; scale it down")
+
+
+def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
+    return to_rgb(ImageOps.exif_transpose(image))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB."""
+    if image.mode == "RGB":
+        image.load()
+        return image
+    if image.mode.startswith("I") or image.mode == "F":  # 16 or 32 bit grey: PIL's own conversion clips instead of scaling
+        values = np.asarray(image, dtype=np.float64)
+        if image.mode == "F":
+            scale = 255.0 if values.size and values.min() >= 0 and values.max() <= 1 else 1.0
+        else:
+            scale = 1 / 257
+        return Image.fromarray((values * scale).clip(0, 255).round().astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+@lru_cache(maxsize=128)
+def grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
+    """All (columns, rows) with min_tiles <= columns * rows <= max_tiles, smallest area first."""
+    found = [(c, r) for c in range(1, max_tiles + 1) for r in range(1, max_tiles // c + 1) if c * r >= min_tiles]
+    return tuple(sorted(found, key=lambda grid: (grid[0] * grid[1], grid)))
+
+
+def grid_for(width: int, height: int, tiling: TilingConfig, max_tiles: int | None = None) -> tuple[int, int]:
+    """The (columns, rows) whose shape is nearest to width / height.
+
+    Of two grids equally near, the larger wins if the image has more than half of its pixels. Ratios are compared in
+    float64, as the reference does, so that ties are the same ones. max_tiles replaces tiling.max_tiles.
+    """
+    if width < 1 or height < 1:
+        raise InputError(f"an image of {width} x {height} pixels has no content")
+    if not tiling.dynamic:
+        return 1, 1
+    most = tiling.max_tiles if max_tiles is None else max_tiles
+    if most < 1:
+        raise InputError(f"max_tiles must be >= 1, got {most}")
+    ratio, area = width / height, width * height
+    best, best_distance = (1, 1), float("inf")
+    for columns, rows in grids(min(tiling.min_tiles, most), most):
+        distance = abs(ratio - columns / rows)
+        enough = 2 * area > tiling.tile_size**2 * columns * rows
+        if distance < best_distance or (distance == best_distance and enough):
+            best, best_distance = (columns, rows), distance
+    return best
+
+
+def num_tiles(width: int, height: int, tiling: TilingConfig, max_tiles: int | None = None) -> int:
+    """Tiles of an image, its thumbnail included."""
+    columns, rows = grid_for(width, height, tiling, max_tiles)
+    count = columns * rows
+    return count + (tiling.thumbnail and count > 1)
+
+
+def tile_image(image: Image.Image, tiling: TilingConfig, max_tiles: int | None = None) -> torch.Tensor:
+    """uint8 RGB tiles [G, size, size, 3], row by row, the thumbnail last."""
+    size = tiling.tile_size
+    columns, rows = grid_for(image.width, image.height, tiling, max_tiles)
+    whole = _resized(image, columns * size, rows * size)
+    tiles_GSSC = whole.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
+    if tiling.thumbnail and len(tiles_GSSC) > 1:
+        tiles_GSSC = np.concatenate([tiles_GSSC, _resized(image, size, size)[None]])
+    return torch.from_numpy(np.ascontiguousarray(tiles_GSSC))
+
+
+def _resized(image: Image.Image, width: int, height: int) -> np.ndarray:
+    """uint8 [height, width, 3], bicubic; a fresh array."""
+    rgb = image if image.mode == "RGB" else to_rgb(image)
+    return np.array(rgb.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def degrade(tiles_GSSC: torch.Tensor, qualities: list[int]) -> torch.Tensor:
+    """Each tile through JPEG at its quality (training augmentation, spec 2.2)."""
+    out = []
+    for tile_SSC, quality in zip(tiles_GSSC, qualities, strict=True):
+        buffer = io.BytesIO()
+        Image.fromarray(tile_SSC.numpy()).save(buffer, "JPEG", quality=quality)
+        out.append(torch.from_numpy(np.array(Image.open(buffer).convert("RGB"))))
+    return torch.stack(out) if out else tiles_GSSC

@@ -1,0 +1,218 @@
+"""Conversations and their media into what a model takes: a Prompt to answer, a Sample to train on."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ivl.config import ModelConfig, TilingConfig
+from ivl.errors import InputError
+from ivl.processing import chat, image, video
+from ivl.processing.tokenizer import PLACEHOLDER, Tokenizer
+from ivl.types import IGNORE, Conversation, ImageRef, Prompt, Record, Sample, Text, VideoRef
+
+Averaging = Literal["token", "sample", "square"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """How a record becomes a sample."""
+
+    max_tiles: int | None = None
+    """Tile budget of a conversation's images; None takes the model's."""
+    max_tokens: int | None = None
+    """Longest sequence; None is no limit."""
+    overflow: Literal["error", "truncate"] = "error"
+    """What happens to a longer one: refused, or cut after the last whole reply that fits."""
+    averaging: Averaging = "token"
+    """Loss weight of a token in a sequence of n trained tokens: 1, 1/n or 1/sqrt(n) (spec 3.5)."""
+    jpeg: bool = False
+    """Re-encode every tile of an image at a random JPEG quality from 75 to 100; never video frames."""
+    min_frames: int = 8
+    """A video that names no number of frames gets one drawn uniformly from min_frames to max_frames."""
+    max_frames: int = 32
+    frames: video.Mode = "rand"
+    """Which frames: one at random of each interval, its middle, or a fixed rate."""
+    fps: float = 1.0
+    """Frames a second when frames is "fps"."""
+    generator: random.Random | None = None
+    """Source of every random choice; needed for jpeg and for videos with random frames."""
+    root: str = ""
+    """Folder of relative media paths."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_frames <= self.max_frames:
+            raise ValueError(f"need 1 <= min_frames <= max_frames, got {self.min_frames} and {self.max_frames}")
+        if self.jpeg and self.generator is None:
+            raise ValueError("jpeg degradation is random: give a seeded generator")
+
+
+class Processor:
+    """A model's tokenizer, template and tiling."""
+
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer, tiling: TilingConfig | None = None) -> None:
+        """Raises InputError if the tokenizer's placeholder is not the model's."""
+        self.config = config
+        self.tokenizer = tokenizer
+        self.tiling = tiling or config.tiling
+        if (found := tokenizer.id(PLACEHOLDER)) != config.image_token_id:
+            raise InputError(f"the tokenizer's {PLACEHOLDER} has id {found}, the model's is {config.image_token_id}")
+        chat.template_of(config.template)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Processor:
+        """Reads config.json and the tokenizer of a model directory of either dialect."""
+        from ivl.model.checkpoint import load_config
+
+        return cls(load_config(directory), Tokenizer.load(directory))
+
+    def save(self, directory: str | Path) -> None:
+        """Writes the tokenizer and preprocessor files of both dialects; config.json is the checkpoint's."""
+        self.tokenizer.save(directory)
+
+    def prompt(self, conversation: Conversation, *, root: str = "", num_frames: int = 8) -> Prompt:
+        """Tokens up to the assistant's next reply, and the tiles they show.
+
+        num_frames is for videos that do not say; their frames are evenly spaced (spec 2.4).
+
+        Raises:
+            InputError: for unreadable media or turns out of order.
+        """
+        tiles = _Tiles(self, SampleOptions(root=root, min_frames=num_frames, max_frames=num_frames), training=False)
+        rendered = self._render(conversation, tiles, reply=True)
+        return Prompt(torch.tensor(rendered.ids), tiles.stacked(), torch.tensor(tiles.shown, dtype=torch.int64))
+
+    def sample(self, record: Record, *, options: SampleOptions | None = None) -> Sample:
+        """What is trained on: every conversation of the record, its tiles shared between them.
+
+        Raises:
+            InputError: starting with the record's source, for unreadable media, turns out of order, a sequence longer than
+                options.max_tokens, or one without a trained token.
+        """
+        options = options or SampleOptions()
+        try:
+            return self._sample(record, options)
+        except InputError as error:
+            raise InputError(f"{record.source}: {error}") from error
+
+    def _sample(self, record: Record, options: SampleOptions) -> Sample:
+        tiles = _Tiles(self, options, training=True)
+        tokens, labels, weights, lens = [], [], [], []
+        if not record.conversations:
+            raise InputError("the record has no conversation")
+        for conversation in record.conversations:
+            rendered = self._render(conversation, tiles, reply=False, limit=options)
+            n = sum(rendered.trained)
+            if n == 0:
+                raise InputError("no token is trained: the conversation has no reply")
+            weight = {"token": 1.0, "sample": 1 / n, "square": n**-0.5}[options.averaging]
+            trained = [*rendered.trained[1:], False]  # shifted once, here: position t predicts token t + 1
+            following = [*rendered.ids[1:], IGNORE]
+            tokens += rendered.ids
+            labels += [token if on else IGNORE for token, on in zip(following, trained, strict=True)]
+            weights += [weight if on else 0.0 for on in trained]
+            lens.append(len(rendered.ids))
+        return Sample(
+            tokens_T=torch.tensor(tokens),
+            labels_T=torch.tensor(labels),
+            weights_T=torch.tensor(weights, dtype=torch.float32),
+            seq_lens=tuple(lens),
+            tiles_GSSC=tiles.stacked(),
+            tile_ids_R=torch.tensor(tiles.shown, dtype=torch.int64),
+            id=record.id,
+            source=record.source,
+            dataset=record.dataset,
+        )
+
+    def _render(
+        self, conversation: Conversation, tiles: _Tiles, *, reply: bool, limit: SampleOptions | None = None
+    ) -> chat.Rendered:
+        """Renders and registers the tiles shown; with a limit, cuts whole exchanges from the end if that is the policy."""
+        kept = conversation
+        while True:
+            counts = tiles.counts(kept)
+            rendered = chat.render(
+                kept, counts, self.tokenizer, template=self.config.template, system_message=self.config.system_message,
+                tokens_per_tile=self.config.tokens_per_tile, reply=reply,
+            )  # fmt: skip
+            most = limit.max_tokens if limit else None
+            if most is None or len(rendered.ids) <= most:
+                tiles.show(kept)
+                return rendered
+            shorter = _without_last_exchange(kept)
+            if limit is None or limit.overflow == "error" or not shorter:
+                raise InputError(
+                    f"{len(rendered.ids)} tokens, the limit is {most}; shorten it, lower max_tiles or raise the limit"
+                )
+            kept = shorter
+
+
+def _without_last_exchange(conversation: Conversation) -> Conversation:
+    """The conversation up to the reply before its last; empty if there is none."""
+    replies = [n for n, message in enumerate(conversation) if message.role == "assistant"]
+    earlier = [n for n in replies if n < len(conversation) - 1]
+    return conversation[: earlier[-1] + 1] if earlier else ()
+
+
+class _Tiles:
+    """Tiles of one record: equal media are read and cut once, and shown wherever they stand."""
+
+    def __init__(self, processor: Processor, options: SampleOptions, *, training: bool) -> None:
+        self._processor = processor
+        self._options = options
+        self._training = training
+        self._ids: dict[object, range] = {}
+        self._tiles: list[torch.Tensor] = []
+        self._num = 0
+        self.shown: list[int] = []
+        """tile_ids_R so far."""
+
+    def counts(self, conversation: Conversation) -> list[int]:
+        return [len(self._of(ref, budget)) for ref, budget in self._media(conversation)]
+
+    def show(self, conversation: Conversation) -> None:
+        for ref, budget in self._media(conversation):
+            self.shown += self._of(ref, budget)
+
+    def stacked(self) -> torch.Tensor:
+        size = self._processor.tiling.tile_size
+        return torch.cat(self._tiles) if self._tiles else torch.zeros(0, size, size, 3, dtype=torch.uint8)
+
+    def _media(self, conversation: Conversation) -> list[tuple[ImageRef | VideoRef, int]]:
+        """Each medium with its tile budget: n images get max(1, max_tiles // n) each (spec 2.3)."""
+        refs = [part for message in conversation for part in message.content if not isinstance(part, Text)]
+        num_images = sum(isinstance(ref, ImageRef) for ref in refs)
+        most = self._options.max_tiles or self._processor.tiling.max_tiles
+        share = max(1, most // max(1, num_images))
+        return [(ref, (ref.max_tiles or share) if isinstance(ref, ImageRef) else 1) for ref in refs]
+
+    def _of(self, ref: ImageRef | VideoRef, budget: int) -> range:
+        key = (ref if isinstance(ref.source, str | bytes) else id(ref.source), budget)
+        if key not in self._ids:
+            new = self._cut(ref, budget)
+            self._ids[key] = range(self._num, self._num + len(new))
+            self._tiles.append(new)
+            self._num += len(new)
+        return self._ids[key]
+
+    def _cut(self, ref: ImageRef | VideoRef, budget: int) -> torch.Tensor:
+        options, tiling = self._options, self._processor.tiling
+        if isinstance(ref, ImageRef):
+            tiles = image.tile_image(image.load_image(ref, options.root), tiling, budget)
+            if options.jpeg and options.generator:
+                return image.degrade(tiles, [options.generator.randint(75, 100) for _ in tiles])
+            return tiles
+        frames = self._frames(ref)
+        return torch.cat([image.tile_image(frame, tiling, 1) for frame in frames])
+
+    def _frames(self, ref: VideoRef) -> list:
+        o = self._options
+        if not self._training:
+            return video.load_frames(ref, ref.num_frames or o.max_frames, mode="even", root=o.root)
+        wanted = ref.num_frames
+        if wanted is None:
+            wanted = o.generator.randint(o.min_frames, o.max_frames) if o.generator else o.max_frames
+        return video.load_frames(ref, wanted, mode=o.frames, fps=o.fps, generator=o.generator, root=o.root)
