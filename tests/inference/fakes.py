@@ -1,0 +1,58 @@
+"""A processor for the tiny model: one token per character, one image one to three tiles."""
+
+from __future__ import annotations
+
+import torch
+from PIL import Image
+
+from ivl.config import ModelConfig
+from ivl.types import Conversation, ImageRef, Message, Prompt, Text
+
+FIRST_CHARACTER = 32
+IMAGE_TOKEN = 90
+
+
+class FakeTokenizer:
+    def stream(self) -> FakeStream:
+        return FakeStream()
+
+
+class FakeStream:
+    def push(self, token: int) -> str:
+        return chr(FIRST_CHARACTER + token)
+
+    def flush(self) -> str:
+        return ""
+
+
+class FakeProcessor:
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self.tokenizer = FakeTokenizer()
+        self.calls = 0
+
+    def prompt(self, conversation: Conversation) -> Prompt:
+        self.calls += 1
+        tokens, tiles = [1], []
+        for message in conversation:
+            for part in message.content:
+                if isinstance(part, Text):
+                    tokens += [ord(c) - FIRST_CHARACTER for c in part.text]
+                elif isinstance(part, ImageRef) and isinstance(part.source, Image.Image):
+                    size, num_tiles = self.config.tiling.tile_size, part.max_tiles or 1
+                    pixels = torch.tensor(list(part.source.resize((size, size)).tobytes()), dtype=torch.uint8)
+                    tiles += [pixels.view(size, size, 3).roll(n, 0) for n in range(num_tiles)]
+                    tokens += [IMAGE_TOKEN] * (num_tiles * self.config.tokens_per_tile)
+        size = self.config.tiling.tile_size
+        stacked = torch.stack(tiles) if tiles else torch.zeros(0, size, size, 3, dtype=torch.uint8)
+        return Prompt(torch.tensor(tokens), stacked, torch.arange(len(tiles)))
+
+
+def picture(seed: int) -> Image.Image:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (4, 4, 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy()).resize((28, 28), Image.Resampling.NEAREST)
+
+
+def ask(text: str, *images: ImageRef) -> Conversation:
+    return (Message("user", (*images, Text(text))),)
