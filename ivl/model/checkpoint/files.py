@@ -1,0 +1,223 @@
+"""Safetensors shards and JSON files, in and out. Files are untrusted: nothing is unpickled, no name leaves the directory."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ivl.errors import InputError
+from ivl.model.checkpoint.keymaps import IGNORED_SUFFIXES, Entry
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+MAX_JSON_BYTES = 64 << 20
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        InputError: if the file is missing, larger than 64 MB or no JSON object.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise InputError(f"{path}: {path.stat().st_size} bytes of JSON, at most {MAX_JSON_BYTES} are read")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; a model directory has one") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file in one step: readers see the old one or the new one."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+class Weights:
+    """The tensors of a directory: names, shapes and dtypes at once, data mapped from the file when asked for.
+
+    One shard is open at a time, so that reading everything holds at most one shard in memory.
+
+    Args:
+        directory: holds `model.safetensors`, or shards and their index.
+        rename: from the names in the files to the names used here.
+
+    Raises:
+        InputError: if there are no safetensors, a shard is missing, damaged or outside the directory, or the index and the
+            shards disagree.
+    """
+
+    def __init__(self, directory: Path, rename: Callable[[str], str] = str) -> None:
+        self.directory = directory
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self._places: dict[str, tuple[Path, str]] = {}
+        self._open: tuple[Path, Any] | None = None
+        index = directory / INDEX
+        listed = _read_index(index) if index.exists() else None
+        for file_name in [WEIGHTS] if listed is None else sorted(set(listed.values())):
+            self._read_header(directory / file_name, rename)
+        if listed is not None:
+            found = {stored: path.name for path, stored in self._places.values()}
+            wrong = sorted(name for name in listed.keys() | found.keys() if listed.get(name) != found.get(name))
+            if wrong:
+                raise InputError(f"{index}: does not agree with the shards about {listing(wrong)}")
+
+    def _read_header(self, path: Path, rename: Callable[[str], str]) -> None:
+        if not path.is_file():
+            raise InputError(f"{path}: no such weights file{_pickle_hint(self.directory)}")
+        handle = self._handle(path)
+        for stored in handle.keys():  # noqa: SIM118 (a handle is no dict)
+            name = rename(stored)
+            if name in self._places:
+                raise InputError(f"{path}: tensor {stored!r} is there twice, also in {self._places[name][0].name}")
+            header = handle.get_slice(stored)
+            if header.get_dtype() not in DTYPES:
+                raise InputError(f"{path}: tensor {stored!r} is {header.get_dtype()}; expected one of {', '.join(DTYPES)}")
+            self._places[name] = (path, stored)
+            self.shapes[name] = tuple(header.get_shape())
+            self.dtypes[name] = DTYPES[header.get_dtype()]
+
+    def _handle(self, path: Path) -> Any:
+        if self._open is None or self._open[0] != path:
+            self._open = None
+            try:
+                self._open = (path, safe_open(path, framework="pt", device="cpu"))
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"{path}: not a readable safetensors file: {error}; fetch it again") from None
+        return self._open[1]
+
+    def get(self, name: str) -> torch.Tensor:
+        """The tensor, mapped from its file: copy it before the file changes."""
+        path, stored = self._places[name]
+        return self._handle(path).get_tensor(stored)
+
+    def alias(self, name: str, source: str) -> None:
+        """Let a tensor be read under one more name."""
+        for table in (self.shapes, self.dtypes, self._places):
+            table[name] = table[source]  # type: ignore[index]
+
+    @property
+    def main_dtype(self) -> torch.dtype:
+        """The dtype of most elements."""
+        counts = dict.fromkeys(self.dtypes.values(), 0)
+        for name, shape in self.shapes.items():
+            counts[self.dtypes[name]] += math.prod(shape)
+        return max(counts, key=lambda dtype: counts[dtype])
+
+
+def listing(names: Sequence[str], limit: int = 8) -> str:
+    """Names for a message: the first few and how many more."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def check_entries(entries: Sequence[Entry], shapes: Mapping[str, Sequence[int]], weights: Weights) -> None:
+    """Compare what a model needs with what a checkpoint has, before anything is allocated.
+
+    Args:
+        shapes: shape of each of our parameters that the entries name.
+
+    Raises:
+        InputError: listing every kind of disagreement: missing, unexpected and misshapen tensors.
+    """
+    needed = {
+        name: shape for entry in entries for name, shape in zip(entry.theirs, entry.shapes(shapes[entry.ours]), strict=True)
+    }
+    missing = [name for name in needed if name not in weights.shapes]
+    unexpected = [name for name in weights.shapes if name not in needed and not name.endswith(IGNORED_SUFFIXES)]
+    misshapen = [
+        f"{name} {list(weights.shapes[name])} instead of {list(shape)}"
+        for name, shape in needed.items()
+        if name in weights.shapes and weights.shapes[name] != shape
+    ]
+    kinds = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
+    problems = [f"{len(names)} {kind}: {listing(names)}" for kind, names in kinds.items() if names]
+    if problems:
+        raise InputError(f"{weights.directory}: weights do not fit config.json; " + "; ".join(problems))
+
+
+def write_shards(
+    directory: Path,
+    entries: Sequence[Entry],
+    shapes: Mapping[str, Sequence[int]],
+    get: Callable[[Entry], torch.Tensor],
+    *,
+    dtype: torch.dtype,
+    max_shard_bytes: int = 5_000_000_000,
+    progress: Progress | None = None,
+) -> None:
+    """Write entries as `model.safetensors`, or as shards and their index; older weights in the directory are removed.
+
+    Args:
+        get: our parameter for an entry, asked for shard by shard; at most one shard is held.
+        shapes: shape of each of our parameters.
+    """
+    sizes = [math.prod(shapes[entry.ours]) * dtype.itemsize for entry in entries]
+    shards: list[list[Entry]] = [[]]
+    room = max_shard_bytes
+    for entry, size in zip(entries, sizes, strict=True):
+        if size > room and shards[-1]:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(entry)
+        room -= size
+    count = len(shards)
+    file_names = [WEIGHTS] if count == 1 else [f"model-{n + 1:05}-of-{count:05}.safetensors" for n in range(count)]
+    weight_map: dict[str, str] = {}
+    done = 0
+    for file_name, shard in zip(file_names, shards, strict=True):
+        tensors: dict[str, torch.Tensor] = {}
+        for entry in shard:
+            for name, tensor in zip(entry.theirs, entry.split(get(entry)), strict=True):
+                # A copy of its own: parts of a fused weight share storage, which safetensors refuses.
+                tensors[name] = torch.empty(tensor.shape, dtype=dtype).copy_(tensor.detach())
+                weight_map[name] = file_name
+                done += tensors[name].nbytes
+        part = directory / f"{file_name}.part"
+        save_file(tensors, part, metadata={"format": "pt"})
+        part.replace(directory / file_name)
+        del tensors
+        if progress:
+            progress(done, sum(sizes))
+    if count > 1:
+        write_json(directory / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
+    for old in [directory / INDEX, *directory.glob("model*.safetensors")]:
+        if old.name not in file_names and not (old.name == INDEX and count > 1):
+            old.unlink(missing_ok=True)
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name to shard file name; a shard must be a plain file name beside the index."""
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{path}: has no weight_map")
+    for name, file_name in weight_map.items():
+        if not isinstance(file_name, str) or not re.fullmatch(r"[\w][\w.-]*\.safetensors", file_name):
+            raise InputError(f"{path}: shard {file_name!r} of {name!r} is no plain .safetensors file name; refused")
+    return weight_map
+
+
+def _pickle_hint(directory: Path) -> str:
+    pickles = sorted(path.name for path in directory.glob("*") if path.suffix in PICKLES)
+    if not pickles:
+        return "; a model directory has model.safetensors, or shards with an index"
+    return f"; {listing(pickles, 3)} may run code when opened and is never read: convert it to safetensors where you trust it"

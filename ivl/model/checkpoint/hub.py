@@ -1,0 +1,90 @@
+"""A model by name: a directory, a hub id (`org/name`, `org/name@revision`) or a ModelScope id (`modelscope:org/name`)."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from ivl.errors import InputError
+
+ALLOW = ("*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja")
+"""Configuration, weights, tokenizer. Neither code nor pickles are ever fetched."""
+IGNORE = ("*/*",)
+"""Subdirectories: exports for other engines."""
+MODELSCOPE = "modelscope:"
+_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+_TRUE = ("1", "on", "yes", "true")
+
+
+def resolve(name_or_dir: str | Path) -> Path:
+    """The local directory of a model, fetched from a hub if need be.
+
+    Honours HF_ENDPOINT, HF_TOKEN, HF_HUB_CACHE, HF_HOME and HF_HUB_OFFLINE. With IVL_MODELSCOPE=1, plain ids too are taken
+    from ModelScope, which needs `pip install "ivl[modelscope]"`.
+
+    Raises:
+        InputError: saying what to do, if there is no such directory, the id is unknown, private or gated, or the hub is out
+            of reach.
+    """
+    path = Path(name_or_dir).expanduser()
+    if path.is_dir():
+        return path
+    name = str(name_or_dir)
+    modelscope = name.startswith(MODELSCOPE) or _flag("IVL_MODELSCOPE")
+    match = _HUB_ID.fullmatch(name.removeprefix(MODELSCOPE))
+    if match is None or path.exists():
+        raise InputError(f"{name}: neither a model directory nor a hub id such as OpenGVLab/InternVL2_5-1B")
+    fetch = _from_modelscope if modelscope else _from_hub
+    return fetch(match["repo"], match["revision"])
+
+
+def _from_hub(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    offline = _flag("HF_HUB_OFFLINE")
+    try:
+        return Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=list(ALLOW),
+                ignore_patterns=list(IGNORE),
+                cache_dir=os.environ.get("HF_HUB_CACHE"),
+                endpoint=os.environ.get("HF_ENDPOINT"),
+                local_files_only=offline,
+            )
+        )
+    except errors.GatedRepoError:
+        raise InputError(f"{repo}: access is gated; accept its terms on the hub and set HF_TOKEN") from None
+    except errors.RepositoryNotFoundError:
+        raise InputError(
+            f"{repo}: no such directory, and no such model on the hub, or it is private; check the spelling or set HF_TOKEN"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise InputError(f"{repo}: the hub has no revision {revision!r} of it") from None
+    except errors.LocalEntryNotFoundError:
+        why = "and HF_HUB_OFFLINE is set" if offline else "and the hub cannot be reached: check the connection and HF_ENDPOINT"
+        raise InputError(f"{repo}: no such directory, not in the local cache, {why}") from None
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "no"
+        remedy = "set a valid HF_TOKEN" if status in (401, 403) else "try again later"
+        raise InputError(f"{repo}: the hub answered with status {status}; {remedy}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{repo}: cannot be fetched from the hub: {error}") from None
+
+
+def _from_modelscope(repo: str, revision: str | None) -> Path:
+    try:
+        from modelscope import snapshot_download  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise InputError(f'{MODELSCOPE}{repo}: needs the modelscope package; pip install "ivl[modelscope]"') from None
+    try:
+        # It refuses with exceptions of many unrelated kinds, down to plain Exception.
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(ALLOW), ignore_patterns=list(IGNORE)))
+    except Exception as error:
+        raise InputError(f"{MODELSCOPE}{repo}: cannot be fetched: {error}; check the id and the connection") from None
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "").lower() in _TRUE

@@ -1,0 +1,207 @@
+"""Which checkpoint tensors make up each of our parameters, in every dialect (spec 1.5, 1.6).
+
+Our modules fuse query/key/value and gate/up into one matrix (`Linear.parts`); checkpoints store them apart, or, InternLM2,
+interleaved by key/value group. An Entry joins on reading and splits on writing, and one is the inverse of the other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from ivl.model.decoder import Decoder
+from ivl.model.linear import Linear
+from ivl.model.vit import VisionTransformer
+from ivl.model.vlm import VLM
+
+Dialect = Literal["internvl_chat", "transformers"]
+Names = dict[str, tuple[str, ...]]
+
+IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
+"""Stored by some libraries though they follow from the configuration."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One of our parameters and the checkpoint tensors it is made of."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    rows: tuple[int, ...] = ()
+    """Rows of each tensor, when several lie one after another in ours."""
+    groups: tuple[int, int, int] | None = None
+    """InternLM2 wqkv: key/value groups, query heads per group, head size. A group's rows are its queries, key, value."""
+
+    def join(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Checkpoint tensors to our parameter."""
+        if self.groups is not None:
+            num_groups, num_queries, head_dim = self.groups
+            blocks = tensors[0].unflatten(0, (num_groups, num_queries + 2, head_dim))
+            return torch.cat([part.flatten(0, 2) for part in blocks.split((num_queries, 1, 1), dim=1)])
+        return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+
+    def split(self, ours: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Our parameter to checkpoint tensors."""
+        if self.groups is not None:
+            num_groups, num_queries, head_dim = self.groups
+            rows = [num_groups * heads * head_dim for heads in (num_queries, 1, 1)]
+            parts = [part.unflatten(0, (num_groups, -1, head_dim)) for part in ours.split(rows)]
+            return (torch.cat(parts, dim=1).flatten(0, 2),)
+        return ours.split(self.rows) if self.rows else (ours,)
+
+    def shapes(self, ours: Iterable[int]) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the checkpoint tensors, from the shape of our parameter."""
+        shape = tuple(ours)
+        return tuple((rows, *shape[1:]) for rows in self.rows) if self.rows else (shape,)
+
+
+_VISION: dict[Dialect, Names] = {
+    "internvl_chat": {
+        "embeddings.class_token": ("embeddings.class_embedding",),
+        "embeddings.positions": ("embeddings.position_embedding",),
+        "embeddings.patch": ("embeddings.patch_embedding",),
+        "layers": ("encoder.layers",),
+        "attention.qkv": ("attn.qkv",),
+        "attention.q_norm": ("attn.q_norm",),
+        "attention.k_norm": ("attn.k_norm",),
+        "attention.out": ("attn.proj",),
+        "norm1": ("norm1",),
+        "norm2": ("norm2",),
+        "scale1": ("ls1",),
+        "scale2": ("ls2",),
+        "fc1": ("mlp.fc1",),
+        "fc2": ("mlp.fc2",),
+    },
+    "transformers": {
+        "embeddings.class_token": ("embeddings.cls_token",),
+        "embeddings.positions": ("embeddings.position_embeddings",),
+        "embeddings.patch": ("embeddings.patch_embeddings.projection",),
+        "layers": ("encoder.layer",),
+        "attention.qkv": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+        "attention.q_norm": ("attention.q_norm",),
+        "attention.k_norm": ("attention.k_norm",),
+        "attention.out": ("attention.projection_layer",),
+        "norm1": ("layernorm_before",),
+        "norm2": ("layernorm_after",),
+        "scale1": ("lambda_1",),
+        "scale2": ("lambda_2",),
+        "fc1": ("mlp.fc1",),
+        "fc2": ("mlp.fc2",),
+    },
+}
+_PROJECTOR: dict[Dialect, Names] = {
+    "internvl_chat": {"norm": ("0",), "fc1": ("1",), "fc2": ("3",)},
+    "transformers": {"norm": ("layer_norm",), "fc1": ("linear_1",), "fc2": ("linear_2",)},
+}
+_LLAMA: Names = {
+    "embeddings": ("embed_tokens",),
+    "norm": ("norm",),
+    "head": ("lm_head",),
+    "layers": ("layers",),
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "out": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+    "norm1": ("input_layernorm",),
+    "norm2": ("post_attention_layernorm",),
+}
+_INTERNLM2: Names = {
+    "embeddings": ("tok_embeddings",),
+    "norm": ("norm",),
+    "head": ("output",),
+    "layers": ("layers",),
+    "qkv": ("attention.wqkv",),
+    "out": ("attention.wo",),
+    "gate_up": ("feed_forward.w1", "feed_forward.w3"),
+    "down": ("feed_forward.w2",),
+    "norm1": ("attention_norm",),
+    "norm2": ("ffn_norm",),
+}
+
+
+def vision_map(vision: VisionTransformer, dialect: Dialect, prefix: str = "", ours: str = "") -> list[Entry]:
+    """Entries of InternViT; prefix leads the checkpoint's names ('' for a checkpoint of the ViT alone), ours leads our own."""
+    return _entries(vision, _VISION[dialect], prefix, ours)
+
+
+def projector_map(projector: nn.Module, dialect: Dialect, prefix: str = "", ours: str = "") -> list[Entry]:
+    """Entries of the projector."""
+    return _entries(projector, _PROJECTOR[dialect], prefix, ours)
+
+
+def decoder_map(decoder: Decoder, *, internlm2: bool, body: str = "model.", head: str = "", ours: str = "") -> list[Entry]:
+    """Entries of the language model, with InternLM2's names and wqkv or with the names that Qwen2 and LLaMA share.
+
+    body leads the names of embeddings, layers and norm, head that of the output head; the defaults are those of a checkpoint
+    of the language model alone.
+    """
+    config = decoder.config
+    groups = (config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim)
+    entries = _entries(decoder, _INTERNLM2 if internlm2 else _LLAMA, body, ours, groups if internlm2 else None)
+    return [_move(entry, body, head) if entry.ours == f"{ours}head.weight" else entry for entry in entries]
+
+
+def key_map(model: VLM, dialect: Dialect) -> list[Entry]:
+    """Entries of a whole model (on any device, meta included), in the order of its parameters."""
+    internlm2 = model.config.decoder.family == "internlm2"
+    if dialect == "internvl_chat":
+        return [
+            *vision_map(model.vision, dialect, "vision_model.", "vision."),
+            *projector_map(model.projector, dialect, "mlp1.", "projector."),
+            *decoder_map(
+                model.decoder, internlm2=internlm2, body="language_model.model.", head="language_model.", ours="decoder."
+            ),
+        ]
+    return [
+        *vision_map(model.vision, dialect, "model.vision_tower.", "vision."),
+        *projector_map(model.projector, dialect, "model.multi_modal_projector.", "projector."),
+        *decoder_map(model.decoder, internlm2=False, body="model.language_model.", head="", ours="decoder."),
+    ]
+
+
+_OLDER = (
+    ("language_model.lm_head.", "lm_head."),
+    ("language_model.model.", "model.language_model."),
+    ("language_model.", "model.language_model."),
+    ("vision_tower.", "model.vision_tower."),
+    ("multi_modal_projector.", "model.multi_modal_projector."),
+)
+
+
+def current_name(name: str) -> str:
+    """A name of the transformers dialect's older, unprefixed layout in its current one; current names stay."""
+    for old, new in _OLDER:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+def _move(entry: Entry, body: str, head: str) -> Entry:
+    return Entry(entry.ours, tuple(head + name.removeprefix(body) for name in entry.theirs))
+
+
+def _entries(
+    module: nn.Module, names: Names, prefix: str, ours: str, groups: tuple[int, int, int] | None = None
+) -> list[Entry]:
+    """One entry per parameter of the module; a parameter that no name covers is a KeyError, not a silent gap."""
+    entries = []
+    for path, _ in module.named_parameters():
+        match = re.fullmatch(r"layers\.(\d+)\.(.+)", path)
+        lead, stem = (f"{names['layers'][0]}.{match[1]}.", match[2]) if match else ("", path)
+        leaf = ""
+        if stem not in names:
+            stem, _, leaf = stem.rpartition(".")
+            leaf = f".{leaf}"
+        theirs = tuple(f"{prefix}{lead}{name}{leaf}" for name in names[stem])
+        rows: tuple[int, ...] = ()
+        if len(theirs) > 1:
+            owner = module.get_submodule(path.rpartition(".")[0])
+            assert isinstance(owner, Linear)
+            rows = tuple(count for _, count in owner.parts)
+        entries.append(Entry(ours + path, theirs, rows, groups if groups and stem == "qkv" else None))
+    return entries
