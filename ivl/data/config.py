@@ -1,0 +1,72 @@
+"""How training data is read, encoded and packed. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Averaging = Literal["token", "sample", "square"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """A mixture of data sets, and how its rows become packs."""
+
+    mixture: str
+    """A meta JSON naming several data sets (spec 3.1), or one .jsonl or .json file of rows."""
+    root: str | None = None
+    """Folder of relative media paths when `mixture` is a file of rows; None is the file's own folder."""
+    max_tokens: int = 8192
+    """Tokens of a pack."""
+    max_tiles: int = 48
+    """Tiles of a pack."""
+    max_buffer: int = 20
+    """Packs that stay open while a place is sought for the next sample."""
+    max_tiles_per_image: int | None = None
+    """Tile budget of one sample's images; a data set's max_dynamic_patch goes before it, None is the processor's own."""
+    min_frames: int = 8
+    """Fewest frames drawn from a video."""
+    max_frames: int = 32
+    """Most frames drawn from a video."""
+    averaging: Averaging = "square"
+    """Loss weight of a token whose sequence trains x tokens: 1 (token), 1/x (sample) or 1/sqrt(x) (square)."""
+    shuffle: bool = True
+    """False keeps the order of the mixture and its files."""
+    epochs: int | None = None
+    """Passes over the mixture; None never ends."""
+    on_error: Literal["refuse", "skip"] = "refuse"
+    """What a bad row does: stop with its file and line, or be left out and counted in the report."""
+    over_budget: Literal["refuse", "skip"] = "refuse"
+    """The same for a sample larger than a whole pack; on_error=skip covers it too."""
+    max_skip_share: float = 0.2
+    """More bad rows than this share stop the run even where they may be skipped."""
+    num_workers: int = 2
+    """Processes that encode; 0 encodes in the main process. Batches do not depend on it."""
+    prefetch: int = 32
+    """Samples encoded ahead for each worker."""
+    start_method: Literal["fork", "spawn"] | None = None
+    """How workers start; None is fork on Linux and spawn elsewhere."""
+    cache_samples: int = 0
+    """Encoded samples kept in memory, for small sets seen many times. Samples with random parts are never kept."""
+
+    def __post_init__(self) -> None:
+        at_least_one = ("max_tokens", "max_tiles", "max_buffer", "min_frames", "prefetch", "max_tiles_per_image", "epochs")
+        for name in at_least_one:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"data.{name} must be >= 1, got {value}")
+        for name in ("num_workers", "cache_samples"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"data.{name} must be >= 0, got {getattr(self, name)}")
+        if self.max_frames < self.min_frames:
+            raise ValueError(f"data.max_frames {self.max_frames} is below data.min_frames {self.min_frames}")
+        if not 0 <= self.max_skip_share <= 1:
+            raise ValueError(f"data.max_skip_share must be in [0, 1], got {self.max_skip_share}")
+        for name, known in (
+            ("averaging", ("token", "sample", "square")),
+            ("on_error", ("refuse", "skip")),
+            ("over_budget", ("refuse", "skip")),
+            ("start_method", (None, "fork", "spawn")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"data.{name} must be one of {known}, got {getattr(self, name)!r}")

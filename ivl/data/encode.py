@@ -1,0 +1,217 @@
+"""Draws -> samples, here or in worker processes: in order, and the same whatever the number of workers."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ivl.data.config import DataConfig
+from ivl.data.mixture import Draw, Mixture
+from ivl.data.records import DataError, Kind
+from ivl.errors import InputError
+from ivl.processing.image import load_image
+from ivl.processing.processor import Processor, SampleOptions
+from ivl.types import IGNORE, ImageRef, Record, Sample, VideoRef
+
+CHUNK = 8
+"""Samples a worker encodes at a time; spreads the cost of a message between processes."""
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """What came of a bad row."""
+
+    source: str
+    kind: Kind
+    problem: str
+
+    @property
+    def error(self) -> DataError:
+        return DataError(self.source, self.kind, self.problem)
+
+
+Encoded = Sample | Dropped
+
+
+class Encoder:
+    """Turns draws into samples. Whatever is random follows from the seed and the draw, never from the process."""
+
+    def __init__(self, config: DataConfig, mixture: Mixture, processor: Processor) -> None:
+        self.config, self.mixture, self.processor = config, mixture, processor
+
+    def __call__(self, draw: Draw) -> Encoded:
+        try:
+            record = self.mixture.record(draw.dataset, draw.row)
+            sample = self._sample(record, draw)
+            self._check(sample)
+            return sample
+        except DataError as error:
+            return Dropped(error.source, error.kind, error.problem)
+
+    def is_random(self, draw: Draw) -> bool:
+        """Whether the data set degrades its images, so that each draw of a row differs."""
+        return self.mixture.specs[draw.dataset].data_augment
+
+    def _sample(self, record: Record, draw: Draw) -> Sample:
+        config, spec = self.config, self.mixture.specs[draw.dataset]
+        generator = None
+        if spec.data_augment or any(isinstance(ref, VideoRef) for ref in media(record)):
+            generator = random.Random(f"{self.mixture.seed} {draw.epoch} {draw.dataset} {draw.row} {draw.copy}")
+        options = SampleOptions(
+            max_tiles=spec.max_dynamic_patch or config.max_tiles_per_image,
+            averaging=config.averaging,
+            jpeg=spec.data_augment,
+            min_frames=config.min_frames,
+            max_frames=config.max_frames,
+            generator=generator,
+        )
+        try:
+            return self.processor.sample(record, options=options)
+        except InputError as error:
+            problem = str(error).removeprefix(f"{record.source}: ")
+            raise DataError(record.source, media_fault(record) or "bad_row", problem) from error
+        except Exception as error:
+            error.add_note(f"while encoding {record.source}")
+            raise
+
+    def _check(self, sample: Sample) -> None:
+        config = self.config
+        if sample.num_tokens > config.max_tokens or sample.num_tiles > config.max_tiles:
+            raise DataError(
+                sample.source, "too_long",
+                f"{sample.num_tokens} tokens and {sample.num_tiles} tiles, a pack holds {config.max_tokens} and "
+                f"{config.max_tiles}; raise data.max_tokens or data.max_tiles, or lower data.max_tiles_per_image",
+            )  # fmt: skip
+        if not bool((sample.labels_T != IGNORE).any()):
+            raise DataError(sample.source, "nothing_trained", "no token is trained")
+
+
+def media(record: Record) -> list[ImageRef | VideoRef]:
+    """Every medium of a record, once, in order."""
+    parts = (part for conversation in record.conversations for message in conversation for part in message.content)
+    return list(dict.fromkeys(part for part in parts if isinstance(part, ImageRef | VideoRef)))
+
+
+def media_fault(record: Record) -> Kind | None:
+    """Looks again at the media of a record that could not be encoded: is one missing, or not readable?"""
+    refs = media(record)
+    if any(isinstance(ref.source, str) and not Path(ref.source).exists() for ref in refs):
+        return "missing_media"
+    for ref in refs:
+        if isinstance(ref, VideoRef):
+            return "undecodable_media"
+        try:
+            load_image(ref)
+        except InputError:
+            return "undecodable_media"
+    return None
+
+
+@contextlib.contextmanager
+def encoding(encoder: Encoder, *, num_workers: int, prefetch: int, start_method: str | None, cache: Cache):
+    """A function that maps draws to (draw, encoded) in order, reading at most num_workers * prefetch draws ahead."""
+
+    def here(draws: Iterator[Draw]) -> Iterator[tuple[Draw, Encoded]]:
+        for draw in draws:
+            yield draw, cache.get(draw) or cache.put(draw, encoder(draw))
+
+    if num_workers == 0:
+        yield here
+        return
+    start_method = start_method or ("fork" if sys.platform == "linux" else "spawn")
+    pool = ProcessPoolExecutor(
+        num_workers, multiprocessing.get_context(start_method), initializer=_start_worker, initargs=(encoder, os.getpid())
+    )
+
+    def apart(draws: Iterator[Draw]) -> Iterator[tuple[Draw, Encoded]]:
+        pending: deque[tuple[list[Draw], dict[int, Encoded], Future | None]] = deque()
+
+        def submit() -> None:
+            chunk = list(islice(draws, CHUNK))
+            known = {draw.position: hit for draw in chunk if (hit := cache.get(draw))}
+            missing = [draw for draw in chunk if draw.position not in known]
+            if chunk:
+                pending.append((chunk, known, pool.submit(_encode, missing) if missing else None))
+
+        for _ in range(max(1, num_workers * prefetch // CHUNK)):
+            submit()
+        while pending:
+            chunk, known, future = pending.popleft()
+            arrived = iter(future.result()) if future else iter(())
+            submit()
+            for draw in chunk:
+                yield draw, known.get(draw.position) or cache.put(draw, _unpack(next(arrived)))
+
+    try:
+        yield apart
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Cache:
+    """The first `limit` samples that come by; only those that every draw of their row would equal."""
+
+    def __init__(self, limit: int, encoder: Encoder) -> None:
+        self.limit, self._encoder = limit, encoder
+        self._kept: dict[tuple[int, int], Sample] = {}
+
+    def get(self, draw: Draw) -> Sample | None:
+        return self._kept.get((draw.dataset, draw.row)) if self.limit else None
+
+    def put(self, draw: Draw, encoded: Encoded) -> Encoded:
+        if len(self._kept) < self.limit and isinstance(encoded, Sample) and not self._encoder.is_random(draw):
+            self._kept[draw.dataset, draw.row] = encoded
+        return encoded
+
+
+_encoder: Encoder | None = None
+"""Set in worker processes only, when they start."""
+
+
+def _start_worker(encoder: Encoder, parent: int) -> None:
+    global _encoder
+    _encoder = encoder
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+
+
+def _leave_with(parent: int) -> None:
+    """Do not outlive a parent that was killed."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _encode(draws: list[Draw]) -> list[Any]:
+    assert _encoder is not None
+    return [_pack(_encoder(draw)) for draw in draws]
+
+
+def _pack(encoded: Encoded) -> Any:
+    """Arrays travel through the pipe as bytes; tensors would each take a file descriptor."""
+    if isinstance(encoded, Dropped):
+        return encoded
+    values = {name: getattr(encoded, name) for name in encoded.__dataclass_fields__}
+    return {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+
+
+def _unpack(packed: Any) -> Encoded:
+    if isinstance(packed, Dropped):
+        return packed
+    return Sample(**{name: torch.from_numpy(value) if name[-1].isupper() else value for name, value in packed.items()})

@@ -1,0 +1,234 @@
+"""A mixture of data sets: which rows one epoch draws, and in which order (spec 3.1, 9.3)."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ivl.data.records import to_record
+from ivl.data.rows import Rows
+from ivl.errors import InputError
+from ivl.types import Record
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSpec:
+    """One entry of a meta JSON; the field names are the reference's."""
+
+    name: str
+    annotation: str
+    """A .jsonl or .json file of rows."""
+    root: str = ""
+    """Folder that relative media paths start from."""
+    data_augment: bool = False
+    """Degrade images by random JPEG compression."""
+    max_dynamic_patch: int | None = None
+    """Tile budget of a sample's images; None takes the run's."""
+    repeat_time: float = 1.0
+    """Draws per row and epoch, in (0, 4]; a fraction is a seeded random subset, the same in every epoch."""
+    length: int | None = None
+    """For information only."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.annotation, str) or not self.annotation or not isinstance(self.root, str):
+            raise InputError(f"dataset {self.name!r}: annotation and root must be paths")
+        if not isinstance(self.data_augment, bool):
+            raise InputError(f"dataset {self.name!r}: data_augment must be true or false, got {self.data_augment!r}")
+        cap = self.max_dynamic_patch
+        if cap is not None and (not isinstance(cap, int) or isinstance(cap, bool) or cap < 1):
+            raise InputError(f"dataset {self.name!r}: max_dynamic_patch must be an integer >= 1, got {cap!r}")
+        repeat = self.repeat_time
+        if isinstance(repeat, bool) or not isinstance(repeat, int | float) or not 0 < repeat <= 4:
+            raise InputError(f"dataset {self.name!r}: repeat_time must be in (0, 4], got {repeat!r}")
+
+
+def load_mixture(path: str | Path, *, root: str | None = None) -> tuple[DatasetSpec, ...]:
+    """Read a meta JSON, or take one file of rows as a mixture of itself.
+
+    Relative annotation and root paths are taken from the meta file's folder where they exist there, else from the working
+    folder. `root` is for a file of rows only; None is the file's folder.
+
+    Raises:
+        InputError: naming the file, the entry and the key.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; a mixture is a meta JSON or a .jsonl or .json file of rows")
+    meta = None if path.suffix == ".jsonl" else _read_meta(path)
+    if meta is None:
+        return (DatasetSpec(name=path.stem, annotation=str(path), root=str(path.parent) if root is None else root),)
+    if root is not None:
+        raise InputError(f"{path}: is a meta JSON, whose entries have a root each; root {root!r} cannot be given beside it")
+    if not meta:
+        raise InputError(f"{path}: has no data sets")
+    return tuple(_read_spec(path, name, entry) for name, entry in meta.items())
+
+
+def _read_meta(path: Path) -> dict[str, Any] | None:
+    """The object a meta JSON holds; None when the file holds rows."""
+    with path.open("rb") as file:
+        head = file.read(4096).lstrip()
+    if head[:1] == b"[":
+        return None
+    try:
+        meta = json.loads(path.read_bytes())
+    except ValueError as error:
+        if "Extra data" in str(error):
+            return None  # jsonl under another name
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(meta, dict) or "conversations" in meta or "messages" in meta:
+        return None
+    return meta
+
+
+def _read_spec(path: Path, name: str, entry: Any) -> DatasetSpec:
+    if not isinstance(entry, dict):
+        raise InputError(f"{path}: dataset {name!r} must be an object, got {entry!r}")
+    known = [field.name for field in dataclasses.fields(DatasetSpec) if field.name != "name"]
+    for key in entry:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"keys are {', '.join(known)}"
+            raise InputError(f"{path}: dataset {name!r} has an unknown key {key!r}; {hint}")
+    if "annotation" not in entry:
+        raise InputError(f"{path}: dataset {name!r} has no annotation")
+    spec = DatasetSpec(name=name, **entry)
+    return dataclasses.replace(
+        spec, annotation=_resolve(path, spec.annotation), root=_resolve(path, spec.root) if spec.root else str(path.parent)
+    )
+
+
+def _resolve(meta: Path, ref: str) -> str:
+    beside = meta.parent / ref
+    return str(beside if beside.exists() or not Path(ref).exists() else ref)
+
+
+class Draw(NamedTuple):
+    """One row drawn at one position of the endless stream of epochs."""
+
+    position: int
+    epoch: int
+    dataset: int
+    row: int
+    copy: int
+    """How many times the epoch may have drawn the row before; 0 once for every row that is drawn at all."""
+
+
+class Mixture:
+    """Data sets opened for random access, and the order of the stream.
+
+    The stream is one epoch after another; position p is in epoch p // len(self). Its order follows from the seed alone.
+    """
+
+    def __init__(self, specs: tuple[DatasetSpec, ...], *, seed: int, shuffle: bool = True) -> None:
+        self.specs, self.seed, self.shuffle = specs, seed, shuffle
+        self.files = [Rows(spec.annotation) for spec in specs]
+        counts = [_num_draws(len(rows), spec) for rows, spec in zip(self.files, specs, strict=True)]
+        self._ends = np.cumsum(counts)
+        self._subsets = [Permutation(len(rows), seed, 1, index) for index, rows in enumerate(self.files)]
+        self._order: tuple[int, Permutation] | None = None
+
+    def __len__(self) -> int:
+        """Draws of one epoch."""
+        return int(self._ends[-1])
+
+    def num_draws(self, dataset: int) -> int:
+        """Draws of one epoch from one data set."""
+        return int(np.diff(self._ends, prepend=0)[dataset])
+
+    def draws(self, positions: range) -> Iterator[Draw]:
+        """What the stream has at these positions, a block at a time."""
+        block = 512
+        for at in range(0, len(positions), block):
+            yield from self._draw(np.asarray(positions[at : at + block], dtype=np.int64))
+
+    def _draw(self, positions_N: np.ndarray) -> list[Draw]:
+        epoch_N, place_N = np.divmod(positions_N, len(self))
+        if self.shuffle:
+            for epoch in np.unique(epoch_N):
+                here = epoch_N == epoch
+                place_N[here] = self._permutation(int(epoch))(place_N[here])
+        dataset_N = np.searchsorted(self._ends, place_N, side="right")
+        place_N -= np.concatenate([[0], self._ends])[dataset_N]
+        sizes = np.array([len(rows) for rows in self.files])
+        copy_N, row_N = np.divmod(place_N, sizes[dataset_N])
+        # The last, incomplete copy is a random subset, not the first rows of the file.
+        partial_N = copy_N == np.array([int(spec.repeat_time) for spec in self.specs])[dataset_N]
+        for dataset in np.unique(dataset_N[partial_N]):
+            here = partial_N & (dataset_N == dataset)
+            row_N[here] = self._subsets[dataset](row_N[here])
+        columns = (positions_N, epoch_N, dataset_N, row_N, copy_N)
+        return [Draw(*values) for values in zip(*(column.tolist() for column in columns), strict=True)]
+
+    def _permutation(self, epoch: int) -> Permutation:
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, Permutation(len(self), self.seed, 0, epoch)
+        return self._order[1]
+
+    def record(self, dataset: int, row: int) -> Record:
+        """Read one row.
+
+        Raises:
+            DataError: if the row is not what it should be.
+        """
+        spec, rows = self.specs[dataset], self.files[dataset]
+        return to_record(rows[row], source=rows.source(row), root=Path(spec.root), dataset=spec.name)
+
+    def fingerprint(self) -> list[list[Any]]:
+        """What a saved position depends on; a position of one mixture means nothing in another."""
+        return [
+            [spec.name, len(rows), self.num_draws(index)]
+            for index, (spec, rows) in enumerate(zip(self.specs, self.files, strict=True))
+        ]
+
+
+def _num_draws(num_rows: int, spec: DatasetSpec) -> int:
+    count = int(spec.repeat_time) * num_rows + round(spec.repeat_time % 1 * num_rows)
+    if not count:
+        raise InputError(f"dataset {spec.name!r}: repeat_time {spec.repeat_time} of {num_rows} rows leaves none")
+    return count
+
+
+class Permutation:
+    """A seeded permutation of range(size) computed on demand: a Feistel network, walked until it lands inside.
+
+    Source: Black and Rogaway, Ciphers with arbitrary finite domains (cycle walking).
+    """
+
+    ROUNDS = 8
+
+    def __init__(self, size: int, *seed: int) -> None:
+        self.size = size
+        # The network permutes 2^(2 * bits) numbers; at least 256, for a handful of rounds shuffles tiny ranges badly.
+        self._bits = np.uint64(max(4, ((size - 1).bit_length() + 1) // 2))
+        self._mask = np.uint64((1 << int(self._bits)) - 1)
+        self._keys = np.random.SeedSequence(seed).generate_state(self.ROUNDS, np.uint64)
+
+    def __call__(self, index_N: np.ndarray) -> np.ndarray:
+        """int64 [N] -> int64 [N], every value in range(size)."""
+        if self.size == 1:
+            return np.zeros_like(index_N)
+        value_N = self._network(index_N.astype(np.uint64))
+        while (outside := value_N >= self.size).any():
+            value_N[outside] = self._network(value_N[outside])
+        return value_N.astype(np.int64)
+
+    def _network(self, value_N: np.ndarray) -> np.ndarray:
+        left_N, right_N = value_N >> self._bits, value_N & self._mask
+        for key in self._keys:
+            left_N, right_N = right_N, left_N ^ (_mix(right_N ^ key) & self._mask)
+        return (left_N << self._bits) | right_N
+
+
+def _mix(x_N: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64; array arithmetic wraps modulo 2^64."""
+    x_N = (x_N ^ (x_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x_N = (x_N ^ (x_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x_N ^ (x_N >> np.uint64(31))
