@@ -1,0 +1,99 @@
+"""Objectives: a model and a batch to a Loss. A new loss term is one function here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ivl.model.vlm import VLM
+from ivl.train.losses import linear_cross_entropy
+from ivl.types import Batch, Loss
+
+Objective = Callable[[VLM, Batch], Loss]
+
+
+def sft_objective(model: VLM, batch: Batch) -> Loss:
+    """Next-token cross-entropy over trained tokens, weighted by the batch's loss weights.
+
+    metrics: accuracy (trained tokens whose label is the likeliest) and, when the batch spans several data sets,
+    loss/NAME, the plain mean of each.
+
+    Raises:
+        ValueError: if tokens, labels or placeholders do not fit the model, naming the sample.
+    """
+    check_batch(batch, model)
+    hidden_TD = forward_batch(model, batch)
+    at_M = batch.weights_T.nonzero().squeeze(1)
+    weights_M = batch.weights_T[at_M]
+    loss = linear_cross_entropy(hidden_TD[at_M], model.decoder.head.weight, batch.labels_T[at_M], weights_M)
+    metrics = {"accuracy": _sum_and_count(loss.correct_M), **_by_dataset(batch, at_M, loss.ce_M)}
+    return Loss(loss.total, weights_M.sum(), metrics)
+
+
+def forward_batch(model: VLM, batch: Batch) -> torch.Tensor:
+    """Final hidden states [T, D]. Each distinct tile is encoded once, however many placeholder runs show it."""
+    return model(batch.tokens_T, batch.layout, encode_vision(model, batch))
+
+
+def encode_vision(model: VLM, batch: Batch) -> torch.Tensor | None:
+    """Vision tokens [R, U, D] of every placeholder run, without a graph when ViT and projector are frozen."""
+    if not len(batch.tiles_GSSC):
+        return None
+    trains = any(p.requires_grad for part in (model.vision, model.projector) for p in part.parameters())
+    with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+        return model.encode_tiles(batch.tiles_GSSC)[batch.tile_ids_R]
+
+
+def check_batch(batch: Batch, model: VLM) -> None:
+    """Refuse a batch that does not fit the model.
+
+    Raises:
+        ValueError: for ids outside the vocabulary or loss weights that are not finite and >= 0, with the sample's name;
+            for placeholders without a tile, with both counts.
+    """
+    size = model.config.decoder.vocab_size
+    trained_T = batch.weights_T != 0
+    faults = {
+        f"token outside the vocabulary of {size}": (batch.tokens_T < 0) | (batch.tokens_T >= size),
+        f"trained label outside the vocabulary of {size}": trained_T & ((batch.labels_T < 0) | (batch.labels_T >= size)),
+        "loss weight that is negative or not finite": ~(batch.weights_T >= 0) | torch.isinf(batch.weights_T),
+    }
+    for fault, bad_T in faults.items():
+        if bad_T.any():
+            at = int(bad_T.nonzero()[0])
+            token, label, weight = (x[at].item() for x in (batch.tokens_T, batch.labels_T, batch.weights_T))
+            raise ValueError(f"{sample_at(batch, at)}{fault} (token {token}, label {label}, weight {weight:g})")
+    num_marks = int((batch.tokens_T == model.config.image_token_id).sum())
+    num_vision = len(batch.tile_ids_R) * model.config.tokens_per_tile
+    if num_marks != num_vision:
+        raise ValueError(
+            f"{num_marks} image placeholder tokens but {num_vision} vision tokens "
+            f"({len(batch.tile_ids_R)} tiles shown, {model.config.tokens_per_tile} tokens each)"
+        )
+    if len(batch.tile_ids_R) and not 0 <= int(batch.tile_ids_R.min()) <= int(batch.tile_ids_R.max()) < len(batch.tiles_GSSC):
+        raise ValueError(f"a placeholder shows tile {int(batch.tile_ids_R.max())} but there are {len(batch.tiles_GSSC)} tiles")
+
+
+def sample_at(batch: Batch, at: int) -> str:
+    """Name of the sample that holds token `at`, as `ID (file:line): `; empty when the batch does not say."""
+    end = 0
+    for number, length in enumerate(batch.sample_lens):
+        end += length
+        if at < end:
+            return f"{batch.ids[number]} ({batch.sources[number]}): "
+    return ""
+
+
+def _by_dataset(batch: Batch, at_M: torch.Tensor, ce_M: torch.Tensor) -> dict[str, torch.Tensor]:
+    names = sorted(set(batch.datasets))
+    if len(names) < 2 or len(batch.sample_lens) != len(batch.datasets):
+        return {}
+    number_of = {name: number for number, name in enumerate(names)}
+    numbers = torch.tensor([number_of[name] for name in batch.datasets]).repeat_interleave(torch.tensor(batch.sample_lens))
+    numbers_M = numbers.to(ce_M.device)[at_M]
+    return {f"loss/{name}": _sum_and_count(ce_M[numbers_M == number]) for number, name in enumerate(names)}
+
+
+def _sum_and_count(values: torch.Tensor) -> torch.Tensor:
+    return torch.stack([values.sum().float(), torch.tensor(float(len(values)), device=values.device)])

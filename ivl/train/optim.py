@@ -1,0 +1,99 @@
+"""AdamW, Muon and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from ivl.train.config import OptimConfig
+
+
+class Optimizer:
+    """One or two torch optimisers over named parameters: state goes in and out by name, rates follow one schedule."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], config: OptimConfig) -> None:
+        self.parameters = parameters
+        self.config = config
+        matrices = [n for n, p in parameters.items() if config.name == "muon" and is_hidden_matrix(n, p)]
+        others = [n for n in parameters if n not in set(matrices)]
+        self.parts: list[torch.optim.Optimizer] = []
+        if others:
+            groups = self._groups(others, muon=False)
+            self.parts.append(torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True))
+        if matrices:
+            scale = "match_rms_adamw" if config.muon_scale == "adamw" else "original"
+            groups = self._groups(matrices, muon=True)
+            self.parts.append(torch.optim.Muon(groups, momentum=config.muon_momentum, adjust_lr_fn=scale))
+
+    def _groups(self, names: list[str], *, muon: bool) -> list[dict]:
+        """Parameters that share rate and decay; `peak` is the rate that the schedule scales."""
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name in names:
+            own = getattr(self.config, f"lr_{name.split('.')[0]}")
+            peak = own or (self.config.muon_lr if muon else None) or self.config.lr
+            decay = self.config.weight_decay if decays(name, self.parameters[name]) else 0.0
+            groups.setdefault((peak, decay), []).append(self.parameters[name])
+        return [{"params": ps, "lr": peak, "peak": peak, "weight_decay": decay} for (peak, decay), ps in groups.items()]
+
+    def step(self, factor: float) -> None:
+        """Update with every rate at factor times its peak, then drop the gradients."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = group["peak"] * factor
+            part.step()
+            part.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Tensors by `parameter|name`, such as `decoder.head.weight|exp_avg`."""
+        names = {p: name for name, p in self.parameters.items()}
+        return {
+            f"{names[p]}|{key}": value for part in self.parts for p, state in part.state.items() for key, value in state.items()
+        }
+
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        """The inverse of state().
+
+        Raises:
+            ValueError: if the tensors do not belong to exactly these parameters.
+        """
+        states: dict[str, dict[str, torch.Tensor]] = {}
+        for full, value in tensors.items():
+            name, _, key = full.rpartition("|")
+            states.setdefault(name, {})[key] = value
+        if wrong := set(states) ^ set(self.parameters):
+            raise ValueError(f"optimiser state and trainable parameters differ in {len(wrong)} names, first {min(wrong)!r}")
+        names = {p: name for name, p in self.parameters.items()}
+        for part in self.parts:
+            for group in part.param_groups:
+                for p in group["params"]:
+                    # Step counts stay where the optimiser wants them, moments live beside their parameter.
+                    part.state[p] = {k: v.to(p.device) if v.ndim else v.clone() for k, v in states[names[p]].items()}
+
+
+def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Weights of the linear layers of ViT, projector and decoder; not embeddings, head, patch convolution or adapters."""
+    pieces = name.split(".")
+    return parameter.ndim == 2 and pieces[-1] == "weight" and pieces[1] not in ("embeddings", "head")
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Matrices decay; norms, biases, LayerScale, class token and positions do not."""
+    return parameter.ndim >= 2 and not name.endswith((".class_token", ".positions"))
+
+
+def lr_factor(config: OptimConfig, progress: float, num_steps: int | None) -> float:
+    """Share of the peak rate at `progress`, the middle of a step as a share of the schedule, in (0, 1)."""
+    warm = config.warmup_ratio
+    if config.warmup_steps:
+        if num_steps is None:
+            raise ValueError("warmup_steps needs a run of known length; use warmup_ratio when training by epochs")
+        warm = min(config.warmup_steps / num_steps, 1.0)
+    if progress < warm:
+        return progress / warm
+    if config.schedule == "constant" or warm >= 1:
+        return 1.0
+    done = min((progress - warm) / (1 - warm), 1.0)
+    left = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * left
