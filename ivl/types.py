@@ -155,6 +155,8 @@ class Batch:
     """Sample ids in order, for the log and for errors."""
     sources: tuple[str, ...] = ()
     datasets: tuple[str, ...] = ()
+    sample_lens: tuple[int, ...] = ()
+    """Tokens of each sample, in order."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,7 @@ class Loss:
     total: torch.Tensor
     weight: torch.Tensor
     metrics: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Figures to log, each a vector (sum, count); the loop logs their quotient over the whole step."""
 
 
 @dataclass(frozen=True)

@@ -36,4 +36,5 @@ def collate(pack: Pack) -> Batch:
         ids=tuple(sample.id for sample in pack),
         sources=tuple(sample.source for sample in pack),
         datasets=tuple(sample.dataset for sample in pack),
+        sample_lens=tuple(sample.num_tokens for sample in pack),
     )
