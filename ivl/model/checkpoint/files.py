@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +20,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_JSON_BYTES = 64 << 20
+MAX_SHARD_BYTES = 5_000_000_000
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
@@ -49,6 +50,18 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     part = path.with_name(f"{path.name}.part")
     part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     part.replace(path)
+
+
+class Source(Protocol):
+    """Where tensors come from: a directory (Weights) or a GGUF file."""
+
+    @property
+    def directory(self) -> Path: ...
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def get(self, name: str) -> torch.Tensor: ...
 
 
 class Weights:
@@ -130,7 +143,7 @@ def listing(names: Sequence[str], limit: int = 8) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def check_entries(entries: Sequence[Entry], shapes: Mapping[str, Sequence[int]], weights: Weights) -> None:
+def check_entries(entries: Sequence[Entry], shapes: Mapping[str, Sequence[int]], weights: Source) -> None:
     """Compare what a model needs with what a checkpoint has, before anything is allocated.
 
     Args:
@@ -162,7 +175,7 @@ def write_shards(
     get: Callable[[Entry], torch.Tensor],
     *,
     dtype: torch.dtype,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> None:
     """Write entries as `model.safetensors`, or as shards and their index; older weights in the directory are removed.
@@ -170,6 +183,9 @@ def write_shards(
     Args:
         get: our parameter for an entry, asked for shard by shard; at most one shard is held.
         shapes: shape of each of our parameters.
+
+    Raises:
+        InputError: if a file cannot be written (disk full, no permission).
     """
     sizes = [math.prod(shapes[entry.ours]) * dtype.itemsize for entry in entries]
     shards: list[list[Entry]] = [[]]
@@ -193,8 +209,12 @@ def write_shards(
                 weight_map[name] = file_name
                 done += tensors[name].nbytes
         part = directory / f"{file_name}.part"
-        save_file(tensors, part, metadata={"format": "pt"})
-        part.replace(directory / file_name)
+        try:
+            save_file(tensors, part, metadata={"format": "pt"})
+            part.replace(directory / file_name)
+        except (SafetensorError, OSError) as error:
+            part.unlink(missing_ok=True)
+            raise InputError(f"{directory / file_name}: cannot be written: {error}") from error
         del tensors
         if progress:
             progress(done, sum(sizes))

@@ -65,7 +65,7 @@ class Gguf:
             from gguf import GGUFReader
         except ImportError:
             raise InputError(f"{path}: reading GGUF files needs the gguf package: pip install 'ivl[gguf]'") from None
-        self.path = path
+        self.directory = self.path = path
         try:
             self._reader = GGUFReader(path)
         except (OSError, ValueError, IndexError, KeyError) as error:

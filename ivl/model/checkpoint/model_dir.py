@@ -8,8 +8,18 @@ from pathlib import Path
 import torch
 
 from ivl.config import ModelConfig
+from ivl.errors import InputError
 from ivl.model.checkpoint.config_json import dialect_of, generation_json, load_config, tied, to_json
-from ivl.model.checkpoint.files import Progress, Weights, check_entries, write_json, write_shards
+from ivl.model.checkpoint.files import (
+    MAX_SHARD_BYTES,
+    Progress,
+    Source,
+    Weights,
+    check_entries,
+    listing,
+    write_json,
+    write_shards,
+)
 from ivl.model.checkpoint.hub import resolve
 from ivl.model.checkpoint.keymaps import Dialect, Entry, current_name, key_map
 from ivl.model.vlm import VLM
@@ -40,7 +50,7 @@ def save_model(
     *,
     dialect: Dialect = "internvl_chat",
     dtype: torch.dtype | None = None,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> None:
     """Write config.json, generation_config.json and the weights; the tokenizer's files are the processor's matter.
@@ -49,12 +59,15 @@ def save_model(
         dtype: of the written weights; None keeps the model's.
 
     Raises:
-        InputError: if the dialect cannot express the model.
+        InputError: if the dialect cannot express the model, or the model carries LoRA adapters.
     """
     dtype = dtype or model.dtype
     directory = Path(out_dir)
     parameters = dict(model.named_parameters())
     entries = key_map(empty_model(model.config), dialect)
+    extra = sorted(parameters.keys() - {entry.ours for entry in entries})
+    if extra:
+        raise InputError(f"the model has parameters that no checkpoint holds: {listing(extra)}; merge LoRA adapters first")
     config = to_json(model.config, dialect, str(dtype).removeprefix("torch."))
     directory.mkdir(parents=True, exist_ok=True)
     write_shards(
@@ -100,12 +113,12 @@ def untie(entries: Sequence[Entry], weights: Weights, ours: str = "") -> None:
 
 
 @torch.no_grad()
-def fill(parameters: Mapping[str, torch.Tensor], entries: Sequence[Entry], weights: Weights) -> None:
+def fill(parameters: Mapping[str, torch.Tensor], entries: Sequence[Entry], weights: Source) -> None:
     """Copy the weights of every entry into our parameters, converting dtype and device."""
     for entry in entries:
         parameters[entry.ours].copy_(read(entry, weights))
 
 
-def read(entry: Entry, weights: Weights) -> torch.Tensor:
+def read(entry: Entry, weights: Source) -> torch.Tensor:
     """Our parameter for an entry, as stored."""
     return entry.join([weights.get(name) for name in entry.theirs])
