@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ivl.errors import InputError
 
-ALLOW = ("*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja")
+ALLOW = ("*.json", "*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja")
 """Configuration, weights, tokenizer. Neither code nor pickles are ever fetched."""
 IGNORE = ("*/*",)
 """Subdirectories: exports for other engines."""

@@ -1,0 +1,96 @@
+"""`ivl convert`, `ivl compose`, `ivl merge`: model directories from model directories."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from ivl.model.checkpoint.files import Progress
+
+Force = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+
+
+def convert(args: list[str]) -> None:
+    tyro.cli(run_convert, prog="ivl convert", args=args)
+
+
+def run_convert(
+    src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")],
+    dst: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")],
+    *,
+    to: Literal["internvl_chat", "transformers"],
+    dtype: Literal["keep", "bfloat16", "float16", "float32"] = "keep",
+    force: Force = False,
+    weights_only: Force = False,
+    max_shard_gb: float = 5.0,
+) -> None:
+    """Rewrite a model in the other library's dialect, ready to open there.
+
+    Args:
+        src: Model directory or hub id.
+        dst: Directory to write.
+        to: Dialect to write: that of the original repository, or that of transformers.
+        dtype: Type of the written weights.
+        force: Replace dst if it is a model directory.
+        weights_only: Leave out tokenizer and preprocessor files.
+        max_shard_gb: Largest weights file, in GB.
+    """
+    from ivl import convert as operations
+    from ivl.errors import InputError
+
+    if max_shard_gb <= 0:
+        raise InputError(f"--max-shard-gb is {max_shard_gb}, must be above 0")
+    with _progress(f"writing {dst}") as progress:
+        operations.convert(
+            src,
+            dst,
+            to=to,
+            dtype=operations.DTYPES.get(dtype),
+            force=force,
+            weights_only=weights_only,
+            max_shard_bytes=int(max_shard_gb * 1e9),
+            progress=progress,
+        )
+    print(f"{dst}: {to} model written")
+
+
+def merge(args: list[str]) -> None:
+    tyro.cli(run_merge, prog="ivl merge", args=args)
+
+
+def run_merge(
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")],
+    adapter: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTER")],
+    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
+    *,
+    force: Force = False,
+) -> None:
+    """Merge a LoRA adapter into its model.
+
+    Args:
+        model: Model directory or hub id.
+        adapter: Directory of the adapter, as PEFT writes it.
+        out: Directory to write.
+        force: Replace out if it is a model directory.
+    """
+    from ivl import convert as operations
+
+    with _progress(f"writing {out}") as progress:
+        operations.merge(model, adapter, out, force=force, progress=progress)
+    print(f"{out}: merged model written")
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Progress]:
+    """A bar of bytes on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
