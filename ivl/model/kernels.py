@@ -1,0 +1,110 @@
+"""CPU kernels for bfloat16 inference, where torch's own fall behind the memory.
+
+A product of few rows is bound by reading the weight; torch reads it at about half the speed of memory. RMSNorm, SwiGLU
+and rotary positions are chains of passes in torch and one pass here. The kernels are written in LLVM's portable vector
+instructions (see kernel_ir.py), compiled by llvmlite in milliseconds at first use, and run on torch's own OpenMP threads.
+Sums are float32. Whether a tensor qualifies is asked with `usable`; everything else stays with torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+MAX_ROWS = 16
+"""Up to here a product is bound by reading its weight; beyond, torch's matrix products are faster."""
+GRAIN = 32768
+"""Elements of work below which a second thread costs more than it brings."""
+
+_KernelPointer = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+@cache
+def _parallel() -> Callable[[int, int, int, int], None] | None:
+    """GOMP_parallel(function, argument, num_threads, flags) of the OpenMP runtime that torch has loaded, if it has one."""
+    for name in ("libgomp.so.1", "libiomp5.so", "libomp.so"):
+        try:
+            run = ctypes.CDLL(name, mode=os.RTLD_NOLOAD).GOMP_parallel
+        except (AttributeError, OSError):
+            continue
+        run.argtypes, run.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+        return run
+    return None
+
+
+@cache
+def _address(name: str, *shape: int) -> int | None:
+    """Machine address of a kernel specialised to a shape, or None where kernels cannot be built."""
+    if os.environ.get("IVL_KERNELS") == "0" or _parallel() is None:
+        return None
+    try:
+        from ivl.model import kernel_ir
+    except ImportError:  # no llvmlite for this platform
+        return None
+    return kernel_ir.compile_kernel(name, *shape)
+
+
+def usable(x: torch.Tensor) -> bool:
+    """Whether the kernels take this tensor: bfloat16 on a CPU, no gradient wanted, whole vectors of 32."""
+    return (
+        x.dtype is torch.bfloat16
+        and x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and x.shape[-1] % 32 == 0
+        and x.stride(-1) == 1
+        and _address("rms_norm") is not None
+    )
+
+
+def _run(name: str, shape: tuple[int, ...], work: int, *arguments: int) -> None:
+    """Call a kernel with 64-bit arguments. Argument 0 is added: the counter from which threads claim their share."""
+    address = _address(name, *shape)
+    assert address is not None
+    packed = (ctypes.c_int64 * (1 + len(arguments)))(0, *arguments)
+    threads = torch.get_num_threads() if work > GRAIN else 1
+    run = _parallel()
+    if threads > 1 and run is not None:
+        run(address, ctypes.addressof(packed), threads, 0)
+    else:
+        _KernelPointer(address)(ctypes.addressof(packed))
+
+
+def linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
+    """x @ weight^T + bias for at most MAX_ROWS rows. A row's result does not depend on the other rows."""
+    x_TI = x.reshape(-1, x.shape[-1])
+    (rows, width), out = x_TI.shape, len(weight_OI)
+    y_TO = x.new_empty(rows, out)
+    bias = 0 if bias_O is None else bias_O.data_ptr()
+    pointers = (x_TI.data_ptr(), weight_OI.data_ptr(), bias, y_TO.data_ptr())
+    _run("linear", (rows,), out * width, *pointers, width, out, x_TI.stride(0))
+    return y_TO.view(*x.shape[:-1], out)
+
+
+def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; rounded once, at the end."""
+    x_TD = x.reshape(-1, x.shape[-1])
+    y_TD = x.new_empty(x_TD.shape)
+    eps_bits = ctypes.c_int32.from_buffer(ctypes.c_float(eps)).value
+    pointers = (x_TD.data_ptr(), weight_D.data_ptr(), y_TD.data_ptr())
+    _run("rms_norm", (), x.numel(), *pointers, len(x_TD), x.shape[-1], x_TD.stride(0), eps_bits)
+    return y_TD.view(x.shape)
+
+
+def swiglu(gate_up_TM: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up of [gate | up] rows, [T, 2 M] to [T, M]."""
+    rows, width = len(gate_up_TM), gate_up_TM.shape[-1] // 2
+    y_TM = gate_up_TM.new_empty(rows, width)
+    _run("swiglu", (), y_TM.numel(), gate_up_TM.data_ptr(), y_TM.data_ptr(), rows, width, gate_up_TM.stride(0))
+    return y_TM
+
+
+def rotate_(x_TNH: torch.Tensor, cos_TH: torch.Tensor, sin_TH: torch.Tensor) -> torch.Tensor:
+    """Rotary positions applied in place to every head of x_TNH; cos and sin are float32, their halves equal."""
+    tokens, heads, size = x_TNH.shape
+    pointers = (x_TNH.data_ptr(), cos_TH.data_ptr(), sin_TH.data_ptr())
+    _run("rotate", (), x_TNH.numel(), *pointers, tokens, heads, size, x_TNH.stride(0), x_TNH.stride(1))
+    return x_TNH
