@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import types
+import typing
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from ivl.config import LoraConfig, ModelConfig
 from ivl.data.config import DataConfig
+from ivl.errors import InputError
 
 Part = Literal["vision", "projector", "decoder"]
 
@@ -112,9 +117,7 @@ class TrainConfig:
     val_data: DataConfig | None = None
     """Data set of the validation loss."""
     num_steps: int | None = None
-    """Optimiser steps; None trains for num_epochs."""
-    num_epochs: int = 1
-    """Passes over the data when num_steps is not given."""
+    """Optimiser steps; None trains until the data end (data.epochs)."""
     packs_per_step: int = 1
     """Packs in one optimiser step over all ranks; each rank takes an equal share, one after another."""
     precision: Literal["fp32", "bf16", "pure_bf16"] = "bf16"
@@ -140,6 +143,8 @@ class TrainConfig:
     """Write the ids of each step's samples to metrics.jsonl."""
     tensorboard: bool = True
     """Write TensorBoard events when tensorboard is installed."""
+    save_dtype: Literal["float32", "bfloat16"] | None = None
+    """Type of the final model's weights; None keeps that of the parameters."""
 
     def __post_init__(self) -> None:
         if not self.model and self.architecture is None:
@@ -150,8 +155,12 @@ class TrainConfig:
             both = [t for t in self.lora.targets if t.split(".")[0] in self.stage.trainable]
             if both:
                 raise ValueError(f"LoRA targets {both} lie in parts that the stage trains whole; choose one of the two")
+        if self.num_steps is None and self.data.epochs is None:
+            raise ValueError("the run has no end: give num_steps or data.epochs")
+        if self.num_steps is None and (self.optim.warmup_steps or self.optim.schedule_steps):
+            raise ValueError("without num_steps the length is not known in steps: use optim.warmup_ratio, no schedule_steps")
         for name, least in (
-            ("num_steps", 1), ("num_epochs", 1), ("packs_per_step", 1), ("save_every", 0), ("keep_last", 0), ("val_every", 0),
+            ("num_steps", 1), ("packs_per_step", 1), ("save_every", 0), ("keep_last", 0), ("val_every", 0),
             ("val_packs", 0), ("log_every", 1),
         ):  # fmt: skip
             value = getattr(self, name)
@@ -161,3 +170,57 @@ class TrainConfig:
     @property
     def run_dir(self) -> str:
         return self.out_dir or f"runs/{self.name}"
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON values."""
+    return dataclasses.asdict(config)
+
+
+def from_json(kind: type, values: dict[str, Any], where: str = "") -> Any:
+    """The inverse of to_json, checked.
+
+    Raises:
+        InputError: for an unknown key, with the nearest known one, or a value that the configuration refuses.
+    """
+    hints = typing.get_type_hints(kind)
+    known = {f.name for f in dataclasses.fields(kind)}
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise InputError(f"{where}{name}: no such option" + (f"; did you mean {near[0]!r}?" if near else ""))
+    try:
+        return kind(**{name: _typed(hints[name], value, f"{where}{name}.") for name, value in values.items()})
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where.rstrip('.') or kind.__name__}: {error}") from error
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    choices = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    if isinstance(value, list):
+        return tuple(value)
+    if isinstance(value, dict):
+        return from_json(next(c for c in choices if dataclasses.is_dataclass(c)), value, where)  # type: ignore[arg-type]
+    return value
+
+
+FREE_ON_RESUME = frozenset(
+    ("out_dir", "save_every", "keep_last", "val_every", "val_packs", "val_data", "log_every", "log_samples", "tensorboard",
+     "save_dtype", "device", "data.num_workers", "data.prefetch", "data.start_method", "data.cache_samples")
+)  # fmt: skip
+"""Options that a resumed run may change: none of them touches an update."""
+
+
+def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
+    """What a resumed run would do otherwise, as `optim.lr: 4e-05 -> 2e-05`."""
+    before, after = _flat(to_json(old)), _flat(to_json(new))
+    names = [n for n in (before | after) if before.get(n) != after.get(n)]
+    free = [n for n in names if n in FREE_ON_RESUME or n.split(".")[0] in FREE_ON_RESUME]
+    return [f"{n}: {before.get(n)} -> {after.get(n)}" for n in names if n not in free]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat

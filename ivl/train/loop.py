@@ -53,10 +53,6 @@ class BatchList:
     def restore(self, state: dict) -> None:
         self.next = state["next"]
 
-    @property
-    def num_samples(self) -> int | None:
-        return None if self.epochs is None else self.epochs * sum(len(b.ids) for b in self.batches)
-
 
 @dataclass(frozen=True)
 class Evaluator:
@@ -104,6 +100,7 @@ def train(
     out_dir: Path | None = None,
     write_model: Callable[[Path], None] | None = None,
     resume: Path | None = None,
+    num_samples: int | None = None,
 ) -> list[dict]:
     """Train until config.num_steps, or until the data end, and return the metrics of the steps done here.
 
@@ -111,6 +108,7 @@ def train(
     out_dir: metrics.jsonl, TensorBoard events and checkpoints go there; None writes nothing.
     write_model(dir): writes model files into a checkpoint; without it none are saved.
     resume: a complete checkpoint whose weights the model already holds.
+    num_samples: samples that data will give on all ranks; the measure of progress when config.num_steps is None.
 
     Raises:
         InputError: within the step and naming the samples, if a batch has nothing to train, does not fit the model, or
@@ -129,9 +127,8 @@ def train(
         optimizer.restore(tensors)
         counters = Counters(**state["counters"])
         data.restore(position)
-    num_samples = getattr(data, "num_samples", None)
     if config.num_steps is None and num_samples is None:
-        raise InputError("give num_steps, or a data source that knows its number of samples (data.epochs)")
+        raise ValueError("without config.num_steps, num_samples must say how long the data are")
     log = MetricsLog(out_dir / "metrics.jsonl", counters.step) if out_dir and world.is_main else None
     board = Board(out_dir / "tensorboard", counters.step) if out_dir and world.is_main and config.tensorboard else None
     screen = Screen(config.name, config.num_steps, counters.step, every=config.log_every, on=world.is_main)
@@ -187,13 +184,15 @@ def train(
             tokens, samples, tiles, packs = (int(x) for x in total["counts"].tolist())
             world.sum_gradients(parameters.values())
             gradients = [p.grad for p in parameters.values() if p.grad is not None]
-            torch._foreach_div_(gradients, weight)
-            norm = float(nn.utils.get_total_norm(gradients))
+            norm = float(nn.utils.get_total_norm(gradients)) / weight
             if not math.isfinite(norm):
                 bad = [name for name, p in parameters.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
-                raise InputError(f"step {counters.step + 1}: gradient norm is {norm}, first in {bad[:1]}; samples {_short(sums.ids)}")
-            if config.optim.clip and norm > config.optim.clip:
-                torch._foreach_mul_(gradients, config.optim.clip / norm)
+                raise InputError(
+                    f"step {counters.step + 1}: gradient norm is {norm}, first in {bad[:1]}; samples {_short(sums.ids)}"
+                )
+            clip = min(1.0, config.optim.clip / norm) if config.optim.clip and norm else 1.0
+            for gradient in gradients:
+                gradient.mul_(clip / weight)
             if config.num_steps is not None:
                 length = config.optim.schedule_steps or config.num_steps
                 progress, share = (counters.step + 0.5) / length, (counters.step + 1) / config.num_steps

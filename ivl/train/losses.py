@@ -38,7 +38,13 @@ def linear_cross_entropy(
     rows = chunk or max(64, MAX_LOGITS // len(head_VD))
     need = torch.is_grad_enabled()
     total, ce_M, correct_M = _LinearCrossEntropy.apply(
-        hidden_MD, head_VD, labels_M, weights_M.float(), rows, dtype, (need and hidden_MD.requires_grad, need and head_VD.requires_grad)
+        hidden_MD,
+        head_VD,
+        labels_M,
+        weights_M.float(),
+        rows,
+        dtype,
+        (need and hidden_MD.requires_grad, need and head_VD.requires_grad),
     )  # type: ignore[misc]
     return TokenLoss(total, ce_M, correct_M)
 

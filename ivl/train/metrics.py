@@ -71,7 +71,12 @@ class Screen:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-            columns = (TextColumn("[bold]{task.description}"), BarColumn(24), MofNCompleteColumn(), TextColumn("{task.fields[line]}"))
+            columns = (
+                TextColumn("[bold]{task.description}"),
+                BarColumn(24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[line]}"),
+            )
             self.progress = Progress(*columns, console=Console(stderr=True))
             self.progress.start()
             self.task = self.progress.add_task(title, total=num_steps, completed=step, line="")
@@ -84,7 +89,11 @@ class Screen:
         if self.progress is not None:
             self.progress.update(self.task, completed=row["step"], line=line)
         elif row["step"] % self.every == 0 or share >= 1:
-            print(f"{self.title} step {row['step']}{f'/{self.num_steps}' if self.num_steps else ''} {line}", file=sys.stderr, flush=True)
+            print(
+                f"{self.title} step {row['step']}{f'/{self.num_steps}' if self.num_steps else ''} {line}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def say(self, text: str) -> None:
         if self.on:

@@ -47,7 +47,7 @@ class Optimizer:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Tensors by `parameter|name`, such as `decoder.head.weight|exp_avg`."""
-        names = {p: name for name, p in self.parameters.items()}
+        names: dict[torch.Tensor, str] = {p: name for name, p in self.parameters.items()}
         return {
             f"{names[p]}|{key}": value for part in self.parts for p, state in part.state.items() for key, value in state.items()
         }

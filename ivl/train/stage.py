@@ -63,9 +63,7 @@ def check_start(model: VLM) -> None:
         raise InputError(f"{len(bad)} trainable parameters are not finite at the start, first {bad[0]!r}: were they ever set?")
     adapters = lora_parameters(model)
     for part in PARTS:
-        matrices = [
-            p for n, p in trainable(model).items() if n.startswith(f"{part}.") and p.ndim >= 2 and n not in adapters
-        ]
+        matrices = [p for n, p in trainable(model).items() if n.startswith(f"{part}.") and p.ndim >= 2 and n not in adapters]
         if matrices and not any(p.any() for p in matrices):
             raise InputError(f"every trainable matrix of the {part} is zero, so it cannot learn: was the checkpoint complete?")
 

@@ -24,9 +24,10 @@ def tiny_batch(seed: int = 0, *, lens: tuple[int, ...] = (9, 12, 5), tiles: int 
         tokens.append(ids), labels.append(label), weights.append((label != IGNORE).float() * weight)
     pixels = torch.randint(0, 256, (tiles, 28, 28, 3), generator=g, dtype=torch.uint8)
     names = tuple(f"{seed}-{s}" for s in range(len(lens)))
+    datasets = tuple("ab"[s % 2] for s in range(len(lens)))
     return Batch(
         torch.cat(tokens), torch.cat(labels), torch.cat(weights), pixels, torch.arange(tiles), Layout.packed(lens),
-        names, tuple(f"rows.jsonl:{seed * 10 + s}" for s in range(len(lens))), tuple("ab"[s % 2] for s in range(len(lens))), lens,
+        names, tuple(f"rows.jsonl:{seed * 10 + s}" for s in range(len(lens))), datasets, lens,
     )  # fmt: skip
 
 
