@@ -7,7 +7,7 @@ the reply, so a prompt is a prefix of what was trained, whatever the reply begin
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ivl.errors import InputError
@@ -51,6 +51,10 @@ class Rendered:
     ids: list[int]
     trained: list[bool]
 
+    def add(self, ids: Sequence[int], *, trained: bool = False) -> None:
+        self.ids.extend(ids)
+        self.trained.extend([trained] * len(ids))
+
 
 def template_of(name: str) -> Template:
     """One of TEMPLATES.
@@ -85,39 +89,30 @@ def render(
     check(conversation, num_tiles, reply=reply)
     form = template_of(template)
     system = form.system_message if system_message is None else system_message
-    turns = [merge_text(message.content) for message in conversation]
-    roles: list[Role] = [message.role for message in conversation]
-    if roles[0] != "system":
-        turns, roles = [(Text(system),), *turns], ["system", *roles]
-    if roles[0] == "system" and turns[0] in ((), (Text(""),)):
-        turns, roles = turns[1:], roles[1:]
+    turns = list(conversation)
+    if turns[0].role != "system":
+        turns.insert(0, Message("system", (Text(system),)))
+    if not turns[0].text:
+        del turns[0]
 
-    ids = [] if tokenizer.bos is None else [tokenizer.bos]
-    trained = [False] * len(ids)
+    out = Rendered([], [])
     counts = iter(num_tiles)
-    for role, content in zip(roles, turns, strict=True):
-        head, opening = _header(form, role, tokenizer)
-        if role == "assistant":
-            header = [head, *tokenizer.encode(opening)]
-            ids += header
-            said = [
-                *_continue(opening, "".join(part.text for part in content if isinstance(part, Text)), tokenizer),
-                tokenizer.id(form.end),
-            ]
+    out.add([] if tokenizer.bos is None else [tokenizer.bos])
+    for turn in turns:
+        head, opening = _header(form, turn.role, tokenizer)
+        out.add([head])
+        if turn.role == "assistant":
+            out.add(tokenizer.encode(opening))
+            out.add(_continue(opening, turn.text, tokenizer), trained=True)
+            out.add([tokenizer.id(form.end)], trained=True)
         else:
-            header, said = (
-                [head, *_body(opening, role, content, counts, tokenizer, tokens_per_tile), tokenizer.id(form.end)],
-                [],
-            )
-            ids += header
-        after = tokenizer.encode(form.newline) if form.newline else []
-        ids += [*said, *after]
-        trained += [False] * len(header) + [True] * len(said) + [False] * len(after)
+            out.add(_body(opening, turn.content, counts, tokenizer, tokens_per_tile))
+            out.add([tokenizer.id(form.end)])
+        out.add(tokenizer.encode(form.newline))
     if reply:
         head, opening = _header(form, "assistant", tokenizer)
-        ids += [head, *tokenizer.encode(opening)]
-        trained += [False] * (len(ids) - len(trained))
-    return Rendered(ids, trained)
+        out.add([head, *tokenizer.encode(opening)])
+    return out
 
 
 def _header(form: Template, role: Role, tokenizer: Tokenizer) -> tuple[int, str]:
@@ -137,59 +132,46 @@ def _continue(opening: str, text: str, tokenizer: Tokenizer) -> list[int]:
     return both[len(head) :] if both[: len(head)] == head else tokenizer.encode(text)
 
 
-def _body(opening: str, role: Role, content: tuple[Part, ...], counts, tokenizer: Tokenizer, tokens_per_tile: int) -> list[int]:
-    """A system or user turn: runs of text encoded whole, media as placeholders between brackets."""
+def _body(
+    opening: str, content: Sequence[Part], counts: Iterator[int], tokenizer: Tokenizer, tokens_per_tile: int
+) -> list[int]:
+    """A system or user turn: text between two media is encoded whole, media are placeholders between brackets."""
+    start, placeholder, end = (tokenizer.id(token) for token in (IMAGE_START, PLACEHOLDER, IMAGE_END))
     ids: list[int] = []
-    run = opening
+    text = opening
 
-    def image(tiles: int) -> list[int]:
-        runs = [tokenizer.id(PLACEHOLDER)] * (tokens_per_tile * tiles)
-        return [tokenizer.id(IMAGE_START), *runs, tokenizer.id(IMAGE_END)]
+    def show(num_tiles: int) -> None:
+        nonlocal text
+        ids.extend([*tokenizer.encode(text), start, *[placeholder] * (tokens_per_tile * num_tiles), end])
+        text = ""
 
-    for part in open_lines(content) if role == "user" else content:
+    for part in open_lines(content):
         if isinstance(part, Text):
-            run += part.text
+            text += part.text
         elif isinstance(part, ImageRef):
-            ids += [*tokenizer.encode(run), *image(next(counts))]
-            run = ""
-        else:
-            for frame in range(next(counts)):
-                run += f"{NEWLINE if frame else ''}Frame-{frame + 1}: "
-                ids += [*tokenizer.encode(run), *image(1)]
-                run = ""
-    return ids + tokenizer.encode(run)
+            show(next(counts))
+        else:  # the form of supervised training, for inference too; the reference has four forms (spec 2.4)
+            for frame in range(1, next(counts) + 1):
+                text += f"Frame-{frame}: " if frame == 1 else f"\nFrame-{frame}: "
+                show(1)
+    return ids + tokenizer.encode(text)
 
 
-NEWLINE = "\n"
+def _text(content: Sequence[Part]) -> str:
+    return "".join(part.text for part in content if isinstance(part, Text))
 
 
-def merge_text(content: tuple[Part, ...]) -> tuple[Part, ...]:
-    """The same content without two neighbouring texts: where a text is cut must not change its tokens."""
-    merged: list[Part] = []
-    for part in content:
-        if isinstance(part, Text) and merged and isinstance(merged[-1], Text):
-            merged[-1] = Text(merged[-1].text + part.text)
-        else:
-            merged.append(part)
-    return tuple(merged)
-
-
-def open_lines(content: tuple[Part, ...]) -> tuple[Part, ...]:
+def open_lines(content: Sequence[Part]) -> Sequence[Part]:
     """Media given before the text rather than marked in it stand on lines of their own.
 
-    `(image, image, "Compare.")` becomes `<image>`, newline, `<image>`, newline, `Compare.`; content whose text after the
-    leading media begins with white space was marked on purpose and stays as it is.
+    `(image, image, "Compare.")` becomes `<image>`, newline, `<image>`, newline, `Compare.`. Where white space follows the
+    leading media they were marked in the text on purpose, and it stays as it is.
     """
-    lead = 0
-    while lead < len(content) and not isinstance(content[lead], Text):
-        lead += 1
-    if lead == 0 or lead == len(content):
+    lead = next((n for n, part in enumerate(content) if isinstance(part, Text)), len(content))
+    text = _text(content[lead : lead + 1])
+    if not text or text[0].isspace():
         return content
-    text = content[lead]
-    if not isinstance(text, Text) or not text.text or text.text[0].isspace():
-        return content
-    lines = [part for medium in content[:lead] for part in (medium, Text(NEWLINE))]
-    return merge_text((*lines, *content[lead:]))
+    return [part for medium in content[:lead] for part in (medium, Text("\n"))] + list(content[lead:])
 
 
 def user(text: str, *media: ImageRef | VideoRef) -> Message:

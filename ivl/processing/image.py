@@ -1,4 +1,4 @@
-"""An image becomes tiles: pick the grid nearest in shape, resize to fill it, cut, and add the whole as a thumbnail (spec 2.1)."""
+"""An image becomes tiles (spec 2.1): resize to the grid nearest in shape, cut it, and add the whole as a thumbnail."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
 def load_image(ref: ImageRef, root: str = "", *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The image as RGB, upright.
 
-    A relative path starts at root. EXIF orientation is applied: users ask about the picture as they see it (the reference
-    ignores the tag). Transparency is laid over white; 16-bit grey keeps its top 8 bits; of an animation the first frame is taken.
+    A relative path starts at root. Decisions: EXIF orientation is applied, since users ask about the picture as they see it
+    (the reference ignores the tag); transparency is laid over white (the reference shows what lies hidden under it); integer
+    grey is taken as 16 bit and scaled to 8, float grey as 0 to 1 if it stays within, else as 0 to 255; of an animation the
+    first frame counts.
 
     Raises:
         InputError: naming the file, if it is missing, of another format, truncated, or larger than max_pixels.
@@ -74,13 +76,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         image.load()
         return image
-    if image.mode.startswith("I") or image.mode == "F":  # 16 or 32 bit grey: PIL's own conversion clips instead of scaling
+    if image.mode.startswith("I") or image.mode == "F":  # PIL's own conversion clips at 255 instead of scaling
         values = np.asarray(image, dtype=np.float64)
-        if image.mode == "F":
-            scale = 255.0 if values.size and values.min() >= 0 and values.max() <= 1 else 1.0
-        else:
-            scale = 1 / 257
-        return Image.fromarray((values * scale).clip(0, 255).round().astype(np.uint8)).convert("RGB")
+        unit = image.mode == "F" and values.size and values.min() >= 0 and values.max() <= 1
+        scale = 255 if unit else 1 if image.mode == "F" else 1 / 257
+        return Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
+from PIL.Image import Image
 
 from ivl.config import ModelConfig, TilingConfig
 from ivl.errors import InputError
-from ivl.processing import chat, image, video
+from ivl.processing import chat, files, image, video
 from ivl.processing.tokenizer import PLACEHOLDER, Tokenizer
 from ivl.types import IGNORE, Conversation, ImageRef, Prompt, Record, Sample, Text, VideoRef
 
@@ -53,9 +55,20 @@ class SampleOptions:
 class Processor:
     """A model's tokenizer, template and tiling."""
 
-    def __init__(self, config: ModelConfig, tokenizer: Tokenizer, tiling: TilingConfig | None = None) -> None:
-        """Raises InputError if the tokenizer's placeholder is not the model's."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        tiling: TilingConfig | None = None,
+        *,
+        max_pixels: int = image.MAX_PIXELS,
+    ) -> None:
+        """tiling replaces the model's; an image or frame of more than max_pixels is refused before it is decoded.
+
+        Raises InputError if the tokenizer's placeholder is not the model's.
+        """
         self.config = config
+        self.max_pixels = max_pixels
         self.tokenizer = tokenizer
         self.tiling = tiling or config.tiling
         if (found := tokenizer.id(PLACEHOLDER)) != config.image_token_id:
@@ -71,7 +84,7 @@ class Processor:
 
     def save(self, directory: str | Path) -> None:
         """Writes the tokenizer and preprocessor files of both dialects; config.json is the checkpoint's."""
-        self.tokenizer.save(directory)
+        files.write(Path(directory), self.config, self.tokenizer, self.tiling)
 
     def prompt(self, conversation: Conversation, *, root: str = "", num_frames: int = 8) -> Prompt:
         """Tokens up to the assistant's next reply, and the tiles they show.
@@ -83,7 +96,7 @@ class Processor:
         """
         tiles = _Tiles(self, SampleOptions(root=root, min_frames=num_frames, max_frames=num_frames), training=False)
         rendered = self._render(conversation, tiles, reply=True)
-        return Prompt(torch.tensor(rendered.ids), tiles.stacked(), torch.tensor(tiles.shown, dtype=torch.int64))
+        return Prompt(torch.tensor(rendered.ids), *tiles.tensors())
 
     def sample(self, record: Record, *, options: SampleOptions | None = None) -> Sample:
         """What is trained on: every conversation of the record, its tiles shared between them.
@@ -115,13 +128,14 @@ class Processor:
             labels += [token if on else IGNORE for token, on in zip(following, trained, strict=True)]
             weights += [weight if on else 0.0 for on in trained]
             lens.append(len(rendered.ids))
+        tiles_GSSC, tile_ids_R = tiles.tensors()
         return Sample(
             tokens_T=torch.tensor(tokens),
             labels_T=torch.tensor(labels),
             weights_T=torch.tensor(weights, dtype=torch.float32),
             seq_lens=tuple(lens),
-            tiles_GSSC=tiles.stacked(),
-            tile_ids_R=torch.tensor(tiles.shown, dtype=torch.int64),
+            tiles_GSSC=tiles_GSSC,
+            tile_ids_R=tile_ids_R,
             id=record.id,
             source=record.source,
             dataset=record.dataset,
@@ -130,17 +144,23 @@ class Processor:
     def _render(
         self, conversation: Conversation, tiles: _Tiles, *, reply: bool, limit: SampleOptions | None = None
     ) -> chat.Rendered:
-        """Renders and registers the tiles shown; with a limit, cuts whole exchanges from the end if that is the policy."""
+        """Renders and shows the tiles; beyond limit.max_tokens cuts whole exchanges from the end if that is the policy."""
+        groups = tiles.read(conversation)
+        most = limit.max_tokens if limit else None
         kept = conversation
         while True:
-            counts = tiles.counts(kept)
+            shown = groups[: len(_media(kept))]
             rendered = chat.render(
-                kept, counts, self.tokenizer, template=self.config.template, system_message=self.config.system_message,
-                tokens_per_tile=self.config.tokens_per_tile, reply=reply,
-            )  # fmt: skip
-            most = limit.max_tokens if limit else None
+                kept,
+                [len(group.tiles_GSSC) for group in shown],
+                self.tokenizer,
+                template=self.config.template,
+                system_message=self.config.system_message,
+                tokens_per_tile=self.config.tokens_per_tile,
+                reply=reply,
+            )
             if most is None or len(rendered.ids) <= most:
-                tiles.show(kept)
+                tiles.show(shown)
                 return rendered
             shorter = _without_last_exchange(kept)
             if limit is None or limit.overflow == "error" or not shorter:
@@ -157,62 +177,76 @@ def _without_last_exchange(conversation: Conversation) -> Conversation:
     return conversation[: earlier[-1] + 1] if earlier else ()
 
 
+def _media(conversation: Conversation) -> list[ImageRef | VideoRef]:
+    return [part for message in conversation for part in message.content if not isinstance(part, Text)]
+
+
+@dataclass
+class _Group:
+    """The tiles of one medium, and where they begin among the tiles shown."""
+
+    tiles_GSSC: torch.Tensor
+    start: int | None = None
+
+
 class _Tiles:
     """Tiles of one record: equal media are read and cut once, and shown wherever they stand."""
 
     def __init__(self, processor: Processor, options: SampleOptions, *, training: bool) -> None:
-        self._processor = processor
+        self._tiling = processor.tiling
+        self._max_pixels = processor.max_pixels
         self._options = options
         self._training = training
-        self._ids: dict[object, range] = {}
-        self._tiles: list[torch.Tensor] = []
-        self._num = 0
-        self.shown: list[int] = []
-        """tile_ids_R so far."""
+        self._groups: dict[object, _Group] = {}
+        self._num_shown = 0
+        self.tile_ids: list[int] = []
 
-    def counts(self, conversation: Conversation) -> list[int]:
-        return [len(self._of(ref, budget)) for ref, budget in self._media(conversation)]
+    def read(self, conversation: Conversation) -> list[_Group]:
+        """The tiles of each medium; n images get max(1, max_tiles // n) tiles each (spec 2.3), frames one."""
+        media = _media(conversation)
+        num_images = sum(isinstance(ref, ImageRef) for ref in media)
+        share = max(1, (self._options.max_tiles or self._tiling.max_tiles) // max(1, num_images))
+        return [self._of(ref, (ref.max_tiles or share) if isinstance(ref, ImageRef) else 1) for ref in media]
 
-    def show(self, conversation: Conversation) -> None:
-        for ref, budget in self._media(conversation):
-            self.shown += self._of(ref, budget)
+    def show(self, groups: list[_Group]) -> None:
+        """The next placeholder runs show these tiles."""
+        for group in groups:
+            if group.start is None:
+                group.start, self._num_shown = self._num_shown, self._num_shown + len(group.tiles_GSSC)
+            self.tile_ids += range(group.start, group.start + len(group.tiles_GSSC))
 
-    def stacked(self) -> torch.Tensor:
-        size = self._processor.tiling.tile_size
-        return torch.cat(self._tiles) if self._tiles else torch.zeros(0, size, size, 3, dtype=torch.uint8)
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """tiles_GSSC and tile_ids_R."""
+        shown = sorted((group.start, n) for n, group in enumerate(self._groups.values()) if group.start is not None)
+        groups = list(self._groups.values())
+        size = self._tiling.tile_size
+        none = torch.zeros(0, size, size, 3, dtype=torch.uint8)
+        return torch.cat([none, *(groups[n].tiles_GSSC for _, n in shown)]), torch.tensor(self.tile_ids, dtype=torch.int64)
 
-    def _media(self, conversation: Conversation) -> list[tuple[ImageRef | VideoRef, int]]:
-        """Each medium with its tile budget: n images get max(1, max_tiles // n) each (spec 2.3)."""
-        refs = [part for message in conversation for part in message.content if not isinstance(part, Text)]
-        num_images = sum(isinstance(ref, ImageRef) for ref in refs)
-        most = self._options.max_tiles or self._processor.tiling.max_tiles
-        share = max(1, most // max(1, num_images))
-        return [(ref, (ref.max_tiles or share) if isinstance(ref, ImageRef) else 1) for ref in refs]
-
-    def _of(self, ref: ImageRef | VideoRef, budget: int) -> range:
-        key = (ref if isinstance(ref.source, str | bytes) else id(ref.source), budget)
-        if key not in self._ids:
-            new = self._cut(ref, budget)
-            self._ids[key] = range(self._num, self._num + len(new))
-            self._tiles.append(new)
-            self._num += len(new)
-        return self._ids[key]
+    def _of(self, ref: ImageRef | VideoRef, budget: int) -> _Group:
+        if isinstance(ref, VideoRef):
+            key: object = (ref.source, ref.num_frames, ref.clip and tuple(ref.clip))
+        else:
+            key = (ref.source if isinstance(ref.source, str | bytes) else id(ref.source), budget)
+        if key not in self._groups:
+            self._groups[key] = _Group(self._cut(ref, budget))
+        return self._groups[key]
 
     def _cut(self, ref: ImageRef | VideoRef, budget: int) -> torch.Tensor:
-        options, tiling = self._options, self._processor.tiling
-        if isinstance(ref, ImageRef):
-            tiles = image.tile_image(image.load_image(ref, options.root), tiling, budget)
-            if options.jpeg and options.generator:
-                return image.degrade(tiles, [options.generator.randint(75, 100) for _ in tiles])
-            return tiles
-        frames = self._frames(ref)
-        return torch.cat([image.tile_image(frame, tiling, 1) for frame in frames])
+        options = self._options
+        if isinstance(ref, VideoRef):
+            return torch.cat([image.tile_image(frame, self._tiling, 1) for frame in self._frames(ref)])
+        tiles = image.tile_image(image.load_image(ref, options.root, max_pixels=self._max_pixels), self._tiling, budget)
+        if options.jpeg and options.generator:
+            return image.degrade(tiles, [options.generator.randint(75, 100) for _ in tiles])
+        return tiles
 
-    def _frames(self, ref: VideoRef) -> list:
+    def _frames(self, ref: VideoRef) -> list[Image]:
         o = self._options
+        where = {"root": o.root, "max_pixels": self._max_pixels}
         if not self._training:
-            return video.load_frames(ref, ref.num_frames or o.max_frames, mode="even", root=o.root)
-        wanted = ref.num_frames
-        if wanted is None:
-            wanted = o.generator.randint(o.min_frames, o.max_frames) if o.generator else o.max_frames
-        return video.load_frames(ref, wanted, mode=o.frames, fps=o.fps, generator=o.generator, root=o.root)
+            return video.load_frames(ref, ref.num_frames or o.max_frames, mode="even", **where)
+        num_frames = ref.num_frames
+        if num_frames is None:
+            num_frames = o.generator.randint(o.min_frames, o.max_frames) if o.generator else o.max_frames
+        return video.load_frames(ref, num_frames, mode=o.frames, fps=o.fps, generator=o.generator, **where)

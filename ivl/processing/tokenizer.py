@@ -38,6 +38,7 @@ class Tokenizer:
         self.bos = self._find_bos()
         """Id of the token that starts every sequence, None if the model has none (Qwen)."""
         self._bytes: dict[int, bytes] = {}
+        self._style: vocabulary.Style
         self._style, self._strip = vocabulary.decoding_style(backend)
         self._refresh()
 

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import random
-from typing import Literal
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 from PIL import Image
 
-from ivl.types import VideoRef
+from ivl.errors import InputError
+from ivl.processing.image import MAX_PIXELS, load_image, to_rgb
+from ivl.types import ImageRef, VideoRef
 
 Mode = Literal["even", "rand", "middle", "fps"]
+"""even: spread over the whole video (inference). rand, middle: one frame of each of num_frames intervals. fps: a fixed rate."""
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def load_frames(
@@ -20,5 +29,180 @@ def load_frames(
     fps: float = 1.0,
     generator: random.Random | None = None,
     root: str = "",
+    max_pixels: int = MAX_PIXELS,
 ) -> list[Image.Image]:
-    raise NotImplementedError
+    """RGB frames in order: num_frames of them, or for mode "fps" at most as many.
+
+    A folder gives its images sorted by the last number in their names, a GIF its frames, and anything else is decoded with
+    PyAV (the `video` extra). ref.clip keeps the frames shown from its first to its second second. A video that is too
+    short repeats its last frame.
+
+    Raises:
+        InputError: naming the file, if it cannot be read, has no frame inside the clip, or has frames above max_pixels.
+    """
+    path = Path(root) / ref.source
+    if path.is_dir():
+        return _from_folder(path, ref, num_frames, mode, generator, max_pixels)
+    if not path.exists():
+        raise InputError(f"{path}: no such video")
+    read = _from_gif if path.suffix.lower() == ".gif" else _from_file
+    return read(path, ref, num_frames, mode, fps, generator, max_pixels)
+
+
+def frame_indices(
+    total: int, num_frames: int, mode: Mode, *, rate: float = 0.0, fps: float = 1.0, generator: random.Random | None = None
+) -> list[int]:
+    """Which of `total` frames are taken. rate is the video's frames a second, needed for mode "fps"."""
+    if total < 1 or num_frames < 1:
+        raise ValueError(f"need at least one frame, got {num_frames} of {total}")
+    if mode == "even":
+        step = (total - 1) / num_frames
+        return [int(step / 2 + np.round(step * k)) for k in range(num_frames)]
+    if mode == "fps":
+        times = np.arange(0.5 / fps, (total / rate) + 0.5 / fps, 1 / fps)
+        picked = [int(i) for i in np.around(times * rate) if i < total]
+        return picked[:num_frames] or [total // 2]  # shorter than half a gap
+    taken = min(num_frames, total)
+    bounds = np.linspace(0, total, taken + 1).astype(int).tolist()
+    intervals = list(pairwise(bounds))
+    if mode == "middle":
+        picked = [(first + end - 1) // 2 for first, end in intervals]
+    elif generator is None:
+        raise ValueError('mode "rand" needs a generator')
+    elif all(end - first > 1 for first, end in intervals):
+        picked = [generator.randrange(first, end - 1) for first, end in intervals]
+    else:
+        picked = sorted(generator.sample(range(total), taken))
+    return picked + [picked[-1]] * (num_frames - taken)
+
+
+def _from_folder(
+    path: Path, ref: VideoRef, num_frames: int, mode: Mode, generator: random.Random | None, max_pixels: int
+) -> list[Image.Image]:
+    if ref.clip is not None or mode == "fps":
+        raise InputError(f"{path}: a folder of frames has no time axis; a clip or a frame rate needs a video file")
+    files = [file for file in path.iterdir() if file.suffix.lower() in SUFFIXES]
+    if not files:
+        raise InputError(f"{path}: no frames here; expected files ending in {', '.join(SUFFIXES)}")
+    numbered = []
+    for file in files:
+        numbers = re.findall(r"\d+", file.stem)
+        if not numbers:
+            raise InputError(f"{file}: a frame's name must hold its number")
+        numbered.append((int(numbers[-1]), file.name, file))
+    files = [file for *_, file in sorted(numbered)]
+    picked = frame_indices(len(files), num_frames, mode, generator=generator)
+    images = {i: load_image(ImageRef(str(files[i])), max_pixels=max_pixels) for i in sorted(set(picked))}
+    return [images[i] for i in picked]
+
+
+def _from_gif(
+    path: Path, ref: VideoRef, num_frames: int, mode: Mode, fps: float, generator: random.Random | None, max_pixels: int
+) -> list[Image.Image]:
+    try:
+        with Image.open(path, formats=["GIF"]) as gif:
+            _check_size(path, gif.width, gif.height, max_pixels)
+            total = getattr(gif, "n_frames", 1)
+            starts, now = [], 0.0
+            for n in range(total):
+                gif.seek(n)
+                starts.append(now)
+                now += gif.info.get("duration", 100) / 1000
+            kept = _clipped(path, starts, ref.clip)
+            picked = [kept[i] for i in _pick(kept, num_frames, mode, total / now if now else 10.0, fps, generator)]
+            images = {}
+            for n in sorted(set(picked)):
+                gif.seek(n)
+                images[n] = to_rgb(gif.copy())
+            return [images[n] for n in picked]
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _from_file(
+    path: Path, ref: VideoRef, num_frames: int, mode: Mode, fps: float, generator: random.Random | None, max_pixels: int
+) -> list[Image.Image]:
+    try:
+        import av
+        from av.error import FFmpegError
+    except ImportError as error:
+        raise InputError(f"{path}: reading video needs PyAV: pip install 'ivl[video]'") from error
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise InputError(f"{path}: no video stream in this file")
+            stream = container.streams.video[0]
+            _check_size(path, stream.width, stream.height, max_pixels)
+            times, keys = _timestamps(container, stream)
+            if not times:
+                raise InputError(f"{path}: no frames in this file")
+            base = float(stream.time_base or 1)
+            kept = _clipped(path, [(t - times[0]) * base for t in times], ref.clip)
+            rate = float(stream.average_rate or 0) or (len(times) - 1) / max((times[-1] - times[0]) * base, 1e-9) or 1.0
+            picked = [times[kept[i]] for i in _pick(kept, num_frames, mode, rate, fps, generator)]
+            images = _decode(container, stream, sorted(set(picked)), keys)
+            missing = [t for t in picked if t not in images]
+            if missing:
+                raise InputError(f"{path}: the frame at {(missing[0] - times[0]) * base:.3f} s cannot be decoded")
+            return [images[t] for t in picked]
+    except (FFmpegError, OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _timestamps(container: Any, stream: Any) -> tuple[list[int], list[int]]:
+    """Presentation times of all frames and of key frames, in units of the stream, read without decoding where possible."""
+    packets = [packet for packet in container.demux(stream) if packet.size]
+    if packets and all(packet.pts is not None for packet in packets):
+        return sorted({packet.pts for packet in packets}), sorted(p.pts for p in packets if p.is_keyframe)
+    container.seek(0, stream=stream)
+    return sorted({frame.pts for frame in container.decode(stream) if frame.pts is not None}), []
+
+
+def _decode(container: Any, stream: Any, wanted: Sequence[int], keys: Sequence[int]) -> dict[int, Image.Image]:
+    """The frames at the wanted times; jumps to the last key frame before the next one when that saves decoding."""
+    images: dict[int, Image.Image] = {}
+    at: int | None = None
+    frames = None
+    for target in wanted:
+        if target in images:
+            continue
+        start = max((key for key in keys if key <= target), default=None)
+        if frames is None or (start is not None and at is not None and start > at):
+            container.seek(stream.start_time or 0 if start is None else start, stream=stream, backward=True)
+            frames = container.decode(stream)
+        for frame in frames:
+            at = frame.pts
+            if at == target:
+                image = frame.to_image()
+                images[target] = image.rotate(frame.rotation, expand=True) if frame.rotation else image
+            if at is not None and at >= target:
+                break
+    return images
+
+
+def _pick(
+    kept: Sequence[int], num_frames: int, mode: Mode, rate: float, fps: float, generator: random.Random | None
+) -> list[int]:
+    return frame_indices(len(kept), num_frames, mode, rate=rate, fps=fps, generator=generator)
+
+
+def _clipped(path: Path, starts: Sequence[float], clip: tuple[float, float] | None) -> list[int]:
+    """Numbers of the frames that start within the clip, all of them without one."""
+    if clip is None:
+        return list(range(len(starts)))
+    first, last = clip
+    kept = [n for n, start in enumerate(starts) if first <= start <= last]
+    if not kept:
+        raise InputError(f"{path}: no frame between {first} s and {last} s; it lasts {starts[-1]:.3f} s")
+    return kept
+
+
+def _check_size(path: Path, width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise InputError(f"{path}: frames of {width} x {height} pixels, the limit is {max_pixels:,}")
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    if isinstance(error, InputError):
+        return error
+    return InputError(f"{path}: not a readable video ({type(error).__name__}: {error})")

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from ivl.config import SPECIAL_TOKENS
 from ivl.errors import InputError
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -91,8 +92,6 @@ def _append(backend: tokenizers.Tokenizer, added: dict[int, AddedToken], directo
 
 def with_all_special(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     """A copy in which ChatML and InternVL tokens are special whatever the file says, so that no text can spell them."""
-    from ivl.config import SPECIAL_TOKENS
-
     data = json.loads(backend.to_str())
     for token in data["added_tokens"]:
         if token["content"] in (*CONTROL, *SPECIAL_TOKENS):
@@ -185,17 +184,18 @@ def from_sentencepiece(file: Path, added: dict[int, AddedToken]) -> tokenizers.T
     Needs the `sentencepiece` extra.
     """
     try:
-        from sentencepiece import sentencepiece_model_pb2  # pyright: ignore[reportMissingImports]
+        from sentencepiece import sentencepiece_model_pb2
     except ImportError as error:
         raise InputError(f"{file}: reading it needs sentencepiece and protobuf: pip install 'ivl[sentencepiece]'") from error
-    proto = sentencepiece_model_pb2.ModelProto.FromString(file.read_bytes())
-    kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
+    schema: Any = sentencepiece_model_pb2
+    proto = schema.ModelProto.FromString(file.read_bytes())
+    kinds = schema.ModelProto.SentencePiece
     if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
         raise InputError(f"{file}: only SentencePiece models of type BPE are supported")
-    names = {i: token.content for i, token in added.items()}
+    names: dict[int, str] = {i: str(token.content) for i, token in added.items()}
     if not added and len(proto.pieces) == INTERNLM2_PIECES:
         names = INTERNLM2_ADDED
-    vocab = {names.get(i, piece.piece): i for i, piece in enumerate(proto.pieces)}
+    vocab: dict[str, int] = {names.get(i) or str(piece.piece): i for i, piece in enumerate(proto.pieces)}
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == kinds.NORMAL}
     unknown = next(piece.piece for piece in proto.pieces if piece.type == kinds.UNKNOWN)
     backend = tokenizers.Tokenizer(
