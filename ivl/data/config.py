@@ -20,6 +20,8 @@ class DataConfig:
     """Tokens of a pack."""
     max_tiles: int = 48
     """Tiles of a pack."""
+    max_samples: int | None = None
+    """Samples of a pack; None is no limit, 1 turns packing off."""
     max_buffer: int = 20
     """Packs that stay open while a place is sought for the next sample."""
     max_tiles_per_image: int | None = None
@@ -50,7 +52,16 @@ class DataConfig:
     """Encoded samples kept in memory, for small sets seen many times. Samples with random parts are never kept."""
 
     def __post_init__(self) -> None:
-        at_least_one = ("max_tokens", "max_tiles", "max_buffer", "min_frames", "prefetch", "max_tiles_per_image", "epochs")
+        at_least_one = (
+            "max_tokens",
+            "max_tiles",
+            "max_buffer",
+            "min_frames",
+            "prefetch",
+            "max_tiles_per_image",
+            "max_samples",
+            "epochs",
+        )
         for name in at_least_one:
             value = getattr(self, name)
             if value is not None and value < 1:

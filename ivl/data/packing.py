@@ -40,8 +40,8 @@ class Packer(Generic[Item]):
     What it does depends on the order and the sizes of the samples alone, and its whole state is `positions()`.
     """
 
-    def __init__(self, *, max_tokens: int, max_tiles: int, max_buffer: int) -> None:
-        self.max_tokens, self.max_tiles, self.max_buffer = max_tokens, max_tiles, max_buffer
+    def __init__(self, *, max_tokens: int, max_tiles: int, max_buffer: int, max_samples: int | None = None) -> None:
+        self.max_tokens, self.max_tiles, self.max_buffer, self.max_samples = max_tokens, max_tiles, max_buffer, max_samples
         self.buffers: list[Buffer[Item]] = []
 
     def fits(self, item: Item) -> bool:
@@ -90,7 +90,8 @@ class Packer(Generic[Item]):
         return Buffer()
 
     def _fullness(self, buffer: Buffer[Item]) -> float:
-        return max(buffer.num_tokens / self.max_tokens, buffer.num_tiles / self.max_tiles)
+        samples = len(buffer.items) / self.max_samples if self.max_samples else 0.0
+        return max(buffer.num_tokens / self.max_tokens, buffer.num_tiles / self.max_tiles, samples)
 
 
 def _num_tokens(buffer: Buffer) -> int:

@@ -215,8 +215,6 @@ def write_final(model: VLM, processor: Processor, config: TrainConfig, run_dir: 
     if config.lora is not None:
         save_adapter(model, run_dir / "adapter", base=config.model)
         merge_lora(model)
-    import shutil
-
     temp, final = run_dir / ".tmp-model", run_dir / "model"
     shutil.rmtree(temp, ignore_errors=True)
     save_model(model, temp, dtype=getattr(torch, config.save_dtype) if config.save_dtype else None)

@@ -1,0 +1,131 @@
+"""The seven published sizes: stages 1, 1.5 and 2 and both fine-tunings, with the reference's settings (spec 4.1, 4.3).
+
+Each stage starts from the model that the stage before left in runs/; give --model for another. Stage 1 starts from parts:
+`ivl compose --vit VIT --llm LLM runs/SIZE-parts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+from ivl.config import SIZES, LoraConfig, published_config
+from ivl.data.config import DataConfig
+from ivl.train.config import OptimConfig, Stage, TrainConfig
+
+
+@dataclass(frozen=True)
+class _Size:
+    """What differs between sizes. Stage 1 and 1.5 steps are the published tokens over 512 or 1,024 packs of 16,384."""
+
+    weight_decay: float
+    lr: float
+    """Of stage 2 and fine-tuning; stages 1 and 1.5 have one rate for all sizes."""
+    drop_path: float
+    stage1_steps: int
+    stage2_steps: int
+    stage15_steps: int = 4_500
+
+
+_SIZES = {
+    "1B": _Size(0.01, 4e-5, 0.1, 22_800, 22_000),
+    "2B": _Size(0.01, 4e-5, 0.1, 33_000, 22_000),
+    "4B": _Size(0.01, 4e-5, 0.1, 19_600, 11_000),
+    "8B": _Size(0.05, 4e-5, 0.1, 2_600, 5_500),
+    "26B": _Size(0.05, 2e-5, 0.4, 3_700, 5_500, 8_700),
+    "38B": _Size(0.05, 2e-5, 0.4, 12_800, 5_500),
+    "78B": _Size(0.05, 2e-5, 0.4, 9_100, 5_500),
+}
+
+
+def stage1(size: str) -> TrainConfig:
+    """The projector learns while ViT and language model are frozen."""
+    s = _SIZES[size]
+    return TrainConfig(
+        name=f"{size}-stage1",
+        model=f"runs/{size}-parts",
+        architecture=published_config(size),
+        stage=Stage(trainable=("projector",)),
+        # The cosine is shaped for 100,000 steps and stopped long before, so the rate hardly falls.
+        optim=OptimConfig(lr=2e-4, weight_decay=s.weight_decay, warmup_steps=100, schedule_steps=100_000),
+        data=DataConfig(mixture="data/stage1.json", max_tokens=16384, max_tiles=48, averaging="square"),
+        num_steps=s.stage1_steps,
+        packs_per_step=512,
+        precision="bf16",
+        checkpointing=True,
+        shard=size in ("26B", "38B", "78B"),
+        save_every=100,
+        save_dtype="bfloat16",
+    )
+
+
+def stage15(size: str) -> TrainConfig:
+    """ViT and projector learn; published for 8B and 26B, whose ViTs the other sizes start from."""
+    s, base = _SIZES[size], stage1(size)
+    return replace(
+        base,
+        name=f"{size}-stage1.5",
+        model=f"{base.run_dir}/model",
+        stage=Stage(trainable=("vision", "projector"), drop_path=s.drop_path),
+        optim=replace(base.optim, lr=1e-5),
+        num_steps=s.stage15_steps,
+        packs_per_step=1024,
+    )
+
+
+def stage2(size: str) -> TrainConfig:
+    """Everything learns, on the instruction mixture."""
+    s, base = _SIZES[size], stage1(size)
+    return replace(
+        base,
+        name=f"{size}-stage2",
+        model=f"{(stage15(size) if size in ('8B', '26B') else base).run_dir}/model",
+        stage=Stage(trainable=("vision", "projector", "decoder"), drop_path=s.drop_path),
+        optim=OptimConfig(lr=s.lr, weight_decay=s.weight_decay, warmup_ratio=0.03),
+        data=replace(base.data, mixture="data/stage2.json"),
+        num_steps=s.stage2_steps,
+    )
+
+
+def finetune(size: str) -> TrainConfig:
+    """Projector and decoder learn on your own data, one epoch, 128 samples a step, token averaging.
+
+    The reference keeps drop path in the frozen ViT; here a frozen part runs in eval mode, without it.
+    """
+    s, base = _SIZES[size], stage1(size)
+    return replace(
+        base,
+        name=f"{size}-finetune",
+        model=f"OpenGVLab/InternVL2_5-{size}",
+        stage=Stage(trainable=("projector", "decoder")),
+        optim=OptimConfig(lr=s.lr, weight_decay=s.weight_decay, warmup_ratio=0.03),
+        data=DataConfig(
+            mixture="data/finetune.json", max_tokens=8192, max_samples=1, max_tiles_per_image=6, averaging="token", epochs=1
+        ),
+        num_steps=None,
+        packs_per_step=128,
+        save_every=200,
+        keep_last=1,
+    )
+
+
+def lora(size: str) -> TrainConfig:
+    """Rank 16 adapters on the decoder learn on your own data, one epoch, 16 samples a step."""
+    return replace(
+        finetune(size),
+        name=f"{size}-lora",
+        stage=Stage(trainable=()),
+        lora=LoraConfig(rank=16, dropout=0.05),
+        packs_per_step=16,
+    )
+
+
+STAGES: dict[str, Callable[[str], TrainConfig]] = {
+    "stage1": stage1,
+    "stage1.5": stage15,
+    "stage2": stage2,
+    "finetune": finetune,
+    "lora": lora,
+}
+RECIPES = {f"{size}-{stage}": partial(make, size) for size in SIZES for stage, make in STAGES.items()}
