@@ -1,0 +1,195 @@
+"""The Python API. Importing it costs little: torch is loaded by `load`.
+
+import ivl
+model = ivl.load("runs/quickstart/model")
+print(model.chat("What colour is the shape?", "picture.png"))
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ivl.errors import InputError
+from ivl.types import Conversation, ImageRef, Message, Part, SamplingParams, Text, VideoRef
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from ivl.inference.engine import Engine, Reply, Request
+
+    Medium = str | Path | bytes | Image.Image | ImageRef | VideoRef
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ts")
+
+
+def load(
+    name: str | Path,
+    *,
+    dtype: Dtype | torch.dtype = "auto",
+    device: str = "auto",
+    max_tiles: int | None = None,
+    **engine_options: int,
+) -> Model:
+    """A model ready to talk, from a directory or a hub id.
+
+    Args:
+        dtype: "auto" keeps the type the weights are stored in, but on a CPU takes float32 for float16 weights, and for
+            bfloat16 weights where the processor cannot multiply them (no AVX512-BF16, AMX or Arm BF16).
+        device: "auto" is the GPU if there is one.
+        max_tiles: Tiles an image may be cut into; None takes the checkpoint's.
+        engine_options: Arguments of `ivl.inference.engine.Engine`, such as max_cache_tokens.
+
+    Raises:
+        InputError: if the model cannot be found or read.
+    """
+    import torch
+
+    from ivl.inference.engine import Engine
+    from ivl.model.checkpoint import load_model, resolve
+    from ivl.processing.processor import Processor
+
+    directory = resolve(name)
+    processor = Processor.load(directory)
+    if max_tiles is not None:
+        if max_tiles < 1:
+            raise InputError(f"max_tiles must be at least 1, got {max_tiles}")
+        tiling = processor.tiling
+        processor.tiling = replace(tiling, max_tiles=max_tiles, min_tiles=min(tiling.min_tiles, max_tiles))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    model = load_model(directory, dtype=None if wanted == "auto" else wanted, device=device)
+    if wanted == "auto":
+        model = model.to(_usable(model.dtype, device))
+    return Model(Engine(model, processor, **engine_options))
+
+
+def _usable(stored: torch.dtype, device: str) -> torch.dtype:
+    """The stored type, or float32 where computing in it is slow."""
+    import torch
+
+    if not device.startswith("cpu") or stored == torch.float32:
+        return stored
+    able = torch.cpu.get_capabilities()
+    native = any(able.get(flag) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+    return stored if stored == torch.bfloat16 and native else torch.float32
+
+
+class Model:
+    """A loaded model. Keyword options of its methods are those of `SamplingParams`; the default is greedy."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def chat(self, text: str, *media: Medium, **options: Any) -> str:
+        """The reply to one question about any number of images or videos."""
+        return self.start().send(text, *media, **options)
+
+    def stream(self, text: str, *media: Medium, **options: Any) -> Iterator[str]:
+        """The reply piece by piece, as it is generated. Closing the iterator stops the generation."""
+        return self.start().stream(text, *media, **options)
+
+    def generate(
+        self, conversations: Sequence[Conversation], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Reply]:
+        """Replies to many conversations (see `ask`) at once, each what it would be alone."""
+        return self.engine.generate(conversations, params or SamplingParams())
+
+    def start(self, *, system: str | None = None) -> Chat:
+        """A conversation of several turns; system replaces the model's own system message."""
+        return Chat(self.engine, system=system)
+
+
+class Chat:
+    """A conversation that remembers. messages is its history; request the last one, with its timings."""
+
+    def __init__(self, engine: Engine, *, system: str | None = None) -> None:
+        self.engine = engine
+        self.system = system
+        self.messages: Conversation = () if system is None else (Message("system", (Text(system),)),)
+        self.request: Request | None = None
+
+    def send(self, text: str, *media: Medium, **options: Any) -> str:
+        """The whole reply, without white space around it."""
+        return "".join(self.stream(text, *media, **options)).strip()
+
+    def stream(self, text: str, *media: Medium, **options: Any) -> Iterator[str]:
+        """The reply piece by piece. Closed early, what was said so far stays in the history; an empty reply does not,
+        nor its question.
+
+        Raises:
+            InputError: for media that cannot be read, or a conversation longer than the context.
+        """
+        message = user(text, *media)
+        params = SamplingParams(**options)
+        self.request = self.engine.submit((*self.messages, message), params)
+        return self._follow(message, self.request)
+
+    def _follow(self, message: Message, request: Request) -> Iterator[str]:
+        said = ""
+        try:
+            for delta in self.engine.follow(request):
+                said += delta.text
+                if delta.text:
+                    yield delta.text
+        finally:
+            if said.strip():
+                self.messages = (*self.messages, message, Message("assistant", (Text(said.strip()),)))
+
+
+def ask(text: str, *media: Medium, system: str | None = None) -> Conversation:
+    """A conversation of one question, for `Model.generate`."""
+    first = () if system is None else (Message("system", (Text(system),)),)
+    return (*first, user(text, *media))
+
+
+def user(text: str, *media: Medium) -> Message:
+    """A user turn. `<image>` or `<video>` in the text marks the place of the next medium; without marks media come first,
+    each on a line of its own, several images as `Image-1: `, `Image-2: `.
+
+    Raises:
+        InputError: for media that are not there, or marks that do not match them in number.
+    """
+    refs = [medium(m) for m in media]
+    pieces = re.split("<image>|<video>", text)
+    if len(pieces) == 1 and refs:
+        numbered = len(refs) > 1 and all(isinstance(ref, ImageRef) for ref in refs)
+        labels = [f"Image-{n}: " if numbered else "" for n in range(1, len(refs) + 1)]
+        pieces = [labels[0], *(f"\n{label}" for label in labels[1:]), f"\n{text}"]
+    if len(pieces) - 1 != len(refs):
+        raise InputError(f"the text marks {len(pieces) - 1} places for media but {len(refs)} media were given")
+    parts: list[Part] = [Text(pieces[0])]
+    for ref, piece in zip(refs, pieces[1:], strict=True):
+        parts += [ref, Text(piece)]
+    return Message("user", tuple(part for part in parts if part != Text("")))
+
+
+def medium(source: Medium) -> ImageRef | VideoRef:
+    """An image or a video by what it is: folders, video files and animated GIFs are videos, everything else an image.
+
+    Raises:
+        InputError: if there is no such file, or it is not an image by its first bytes.
+    """
+    if isinstance(source, ImageRef | VideoRef):
+        return source
+    if not isinstance(source, str | Path):
+        return ImageRef(source)
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise InputError(f"{source}: no such image or video")
+    if path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES:
+        return VideoRef(str(path))
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            moving = image.format == "GIF" and getattr(image, "n_frames", 1) > 1
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise InputError(f"{source}: not an image that can be read ({error})") from error
+    return VideoRef(str(path)) if moving else ImageRef(str(path))
