@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention as sdpa
+from torch.nn.functional import scaled_dot_product_attention
 
 from ivl.model.cache import CacheStep
 from ivl.types import Layout
@@ -14,6 +14,36 @@ from ivl.types import Layout
 # A group of sequences may be padded by this share of its longest member, or by this many tokens each if that is more.
 MAX_PADDING_SHARE = 4
 MAX_PADDING_TOKENS = 16
+
+# Up to this length, training on a CPU spells attention out: the fused kernel's backward costs about 0.2 ms for every
+# head of every sequence there, however short, which is several times the arithmetic.
+MAX_SPELLED_OUT = 256
+
+
+def sdpa(
+    q_SNLH: torch.Tensor,
+    k_SKLH: torch.Tensor,
+    v_SKLH: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    """Scaled dot-product attention of sequences of one length; key/value heads are shared by groups of query heads."""
+    short = max(q_SNLH.shape[2], k_SKLH.shape[2]) <= MAX_SPELLED_OUT
+    if short and attn_mask is None and torch.is_grad_enabled() and q_SNLH.requires_grad and not q_SNLH.is_cuda:
+        return _spelled_out(q_SNLH, k_SKLH, v_SKLH, is_causal)
+    return scaled_dot_product_attention(q_SNLH, k_SKLH, v_SKLH, attn_mask, is_causal=is_causal, enable_gqa=True)
+
+
+def _spelled_out(q_SNLH: torch.Tensor, k_SKLH: torch.Tensor, v_SKLH: torch.Tensor, is_causal: bool) -> torch.Tensor:
+    num_seqs, num_heads, length, head_dim = q_SNLH.shape
+    num_kv_heads = k_SKLH.shape[1]
+    # The query heads of one key/value head become rows of one product, so keys and values are never repeated.
+    q = (q_SNLH * head_dim**-0.5).reshape(num_seqs, num_kv_heads, -1, head_dim)
+    scores = (q @ k_SKLH.transpose(-1, -2)).float().view(num_seqs, num_heads, length, -1)
+    if is_causal:
+        scores = scores + torch.full((length, length), float("-inf"), device=q.device).triu(1)
+    weights = scores.softmax(-1).to(v_SKLH.dtype).view(num_seqs, num_kv_heads, -1, k_SKLH.shape[2])
+    return (weights @ v_SKLH).view(q_SNLH.shape)
 
 
 def attend(
@@ -54,7 +84,7 @@ def _attend_one(q_TNH: torch.Tensor, k_LKH: torch.Tensor, v_LKH: torch.Tensor) -
     mask = None
     if 1 < new < total:
         mask = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
-    out = sdpa(q, k, v, attn_mask=mask, is_causal=new == total and new > 1, enable_gqa=True)
+    out = sdpa(q, k, v, attn_mask=mask, is_causal=new == total and new > 1)
     return out.squeeze(0).transpose(0, 1)
 
 
@@ -94,11 +124,11 @@ def _attend_packed(q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor
     if min(lens) == max(lens):  # already a rectangle: no gathering
         shape = (len(lens), lens[0])
         q, k, v = (x.view(*shape, *x.shape[1:]).transpose(1, 2) for x in (q_TNH, k_TKH, v_TKH))
-        return sdpa(q, k, v, is_causal=lens[0] > 1, enable_gqa=True).transpose(1, 2).reshape(q_TNH.shape)
+        return sdpa(q, k, v, is_causal=lens[0] > 1).transpose(1, 2).reshape(q_TNH.shape)
     out_parts, index_parts = [], []
     for group in _groups(layout, q_TNH.device):
         q, k, v = (x[group.index_SL].transpose(1, 2) for x in (q_TNH, k_TKH, v_TKH))
-        out_SLNH = sdpa(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+        out_SLNH = sdpa(q, k, v, is_causal=True).transpose(1, 2)
         if group.real_SL is None:
             out_parts.append(out_SLNH.flatten(0, 1))
             index_parts.append(group.index_SL.flatten())

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ivl.config import VisionConfig
+from ivl.model.attention import sdpa
 from ivl.model.linear import Linear
 
 
@@ -61,7 +62,7 @@ class VisionAttention(nn.Module):
         q, k, v = self.qkv(x_GPD).chunk(3, dim=-1)
         q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v))
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.out(sdpa(q, k, v).transpose(1, 2).flatten(2))
 
 
 class VisionLayer(nn.Module):
