@@ -40,6 +40,7 @@ class Tokenizer:
         self._bytes: dict[int, bytes] = {}
         self._style: vocabulary.Style
         self._style, self._strip = vocabulary.decoding_style(backend)
+        vocabulary.set_bos(self.backend, self.bos)
         self._refresh()
 
     def _refresh(self) -> None:

@@ -103,13 +103,13 @@ def _from_gif(
         with Image.open(path, formats=["GIF"]) as gif:
             _check_size(path, gif.width, gif.height, max_pixels)
             total = getattr(gif, "n_frames", 1)
-            starts, now = [], 0.0
+            starts, now = [], 0
             for n in range(total):
                 gif.seek(n)
-                starts.append(now)
-                now += gif.info.get("duration", 100) / 1000
+                starts.append(now / 1000)
+                now += gif.info.get("duration", 100)
             kept = _clipped(path, starts, ref.clip)
-            picked = [kept[i] for i in _pick(kept, num_frames, mode, total / now if now else 10.0, fps, generator)]
+            picked = [kept[i] for i in _pick(kept, num_frames, mode, 1000 * total / now if now else 10.0, fps, generator)]
             images = {}
             for n in sorted(set(picked)):
                 gif.seek(n)
@@ -191,7 +191,7 @@ def _clipped(path: Path, starts: Sequence[float], clip: tuple[float, float] | No
     if clip is None:
         return list(range(len(starts)))
     first, last = clip
-    kept = [n for n, start in enumerate(starts) if first <= start <= last]
+    kept = [n for n, start in enumerate(starts) if first - 1e-6 <= start <= last + 1e-6]
     if not kept:
         raise InputError(f"{path}: no frame between {first} s and {last} s; it lasts {starts[-1]:.3f} s")
     return kept

@@ -91,7 +91,10 @@ def _append(backend: tokenizers.Tokenizer, added: dict[int, AddedToken], directo
 
 
 def with_all_special(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """A copy in which ChatML and InternVL tokens are special whatever the file says, so that no text can spell them."""
+    """The vocabulary with ChatML and InternVL tokens special whatever its file says, so that no text can spell them."""
+    plain = [t.content for t in backend.get_added_tokens_decoder().values() if not t.special]
+    if not {*CONTROL, *SPECIAL_TOKENS}.intersection(plain):
+        return backend
     data = json.loads(backend.to_str())
     for token in data["added_tokens"]:
         if token["content"] in (*CONTROL, *SPECIAL_TOKENS):
@@ -201,12 +204,11 @@ def from_sentencepiece(file: Path, added: dict[int, AddedToken]) -> tokenizers.T
     backend = tokenizers.Tokenizer(
         models.BPE(vocab=vocab, merges=_merges(scores, vocab), unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
-    special = [
-        names.get(i, piece.piece)
-        for i, piece in enumerate(proto.pieces)
-        if i in names or piece.type in (kinds.CONTROL, kinds.USER_DEFINED, kinds.UNKNOWN)
-    ]
-    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    for i, piece in enumerate(proto.pieces):
+        if i in names or piece.type in (kinds.CONTROL, kinds.UNKNOWN):
+            backend.add_special_tokens([AddedToken(names.get(i) or piece.piece, special=True, normalized=False)])
+        elif piece.type == kinds.USER_DEFINED:  # matched in any text, before everything else
+            backend.add_tokens([AddedToken(piece.piece, special=False, normalized=False)])
     _append(backend, {i: token for i, token in added.items() if i >= len(proto.pieces)}, file.parent)
     prefix = proto.normalizer_spec.add_dummy_prefix
     steps: list[normalizers.Normalizer] = []
@@ -219,12 +221,20 @@ def from_sentencepiece(file: Path, added: dict[int, AddedToken]) -> tokenizers.T
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
     undo: list[decoders.Decoder] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*undo, decoders.Strip(" ", 1, 0)] if prefix else undo)
-    bos = next((names.get(i, p.piece) for i, p in enumerate(proto.pieces) if p.piece == "<s>"), None)
-    if bos:
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocab[bos])]
-        )
+    bos = next((i for i, piece in enumerate(proto.pieces) if piece.piece == "<s>"), None)
+    set_bos(backend, bos)
     return backend
+
+
+def set_bos(backend: tokenizers.Tokenizer, bos: int | None) -> None:
+    """Makes libraries that call the post-processor start each text with this token, or with none."""
+    if bos is not None:
+        token = str(backend.id_to_token(bos))
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, bos)]
+        )
+    elif backend.encode("").ids:
+        backend.post_processor = processors.ByteLevel(trim_offsets=False)  # changes no id
 
 
 def _merges(scores: dict[str, float], vocab: dict[str, int]) -> list[tuple[str, str]]:
@@ -275,11 +285,9 @@ def decoding_style(backend: tokenizers.Tokenizer) -> tuple[Style, bool]:
     Raises:
         InputError: for a vocabulary that is neither byte-level nor SentencePiece with byte fallback.
     """
-    decoder = json.loads(backend.to_str())["decoder"] or {}
-    steps = decoder.get("decoders", [decoder])
-    kinds = [step.get("type") for step in steps]
-    if "ByteLevel" in kinds:
+    decode = backend.decoder.decode if backend.decoder else "".join  # asked rather than read: there are many ways to write it
+    if decode(["Ġa"]) == " a":
         return "bytes", False
-    if "ByteFallback" in kinds:
-        return "pieces", "Strip" in kinds or any(step.get("prepend_scheme", "never") != "never" for step in steps)
-    raise InputError(f"unsupported tokenizer: its decoder is {kinds}, neither ByteLevel nor ByteFallback")
+    if decode(["a", "<0x41>"]) == "aA":
+        return "pieces", decode(["▁a"]) == "a"
+    raise InputError(f"unsupported tokenizer: its decoder {backend.decoder} is neither byte-level nor has byte fallback")

@@ -1,0 +1,170 @@
+"""Tiling equals the rule; every kind of image arrives as RGB or is refused by name."""
+
+from __future__ import annotations
+
+import io
+import random
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ivl.config import TilingConfig
+from ivl.errors import InputError
+from ivl.processing.image import degrade, grid_for, grids, load_image, num_tiles, tile_image
+from ivl.types import ImageRef
+
+
+def oracle(width: int, height: int, most: int, size: int = 448) -> tuple[int, int]:
+    """The rule as the spec words it: scan by area, keep the nearest ratio, a tie goes to a larger grid if it is half filled."""
+    candidates = {(i, j) for n in range(1, most + 1) for i in range(1, n + 1) for j in range(1, n + 1) if i * j == n}
+    nearest, gap = (0, 0), 1e9
+    for i, j in sorted(candidates, key=lambda ij: ij[0] * ij[1]):
+        difference = abs(width / height - i / j)
+        if difference < gap:
+            nearest, gap = (i, j), difference
+        elif difference == gap and width * height > 0.5 * size * size * i * j:
+            nearest = (i, j)
+    return nearest
+
+
+def test_grid_equals_brute_force():
+    draw = random.Random(0)
+    tiling = TilingConfig()
+    for n in range(10_000):
+        edge = 6000 if n % 2 else 900  # small ones tie more often
+        width, height, most = draw.randint(1, edge), draw.randint(1, edge), draw.randint(1, 40)
+        if n % 5 == 0:  # exact ratios, where ties happen
+            height = max(1, width * draw.randint(1, 6) // draw.randint(1, 6))
+        assert grid_for(width, height, tiling, most) == oracle(width, height, most), (width, height, most)
+
+
+GOLDEN = [
+    (448, 448, (1, 1), 1, (1, 1), 1), (336, 336, (1, 1), 1, (1, 1), 1), (634, 634, (2, 2), 5, (2, 2), 5),
+    (1000, 1000, (2, 2), 5, (3, 3), 10), (800, 600, (3, 2), 7, (4, 3), 13), (1920, 1080, (2, 1), 3, (4, 2), 9),
+    (1080, 1920, (1, 2), 3, (2, 4), 9), (896, 448, (2, 1), 3, (2, 1), 3), (2000, 1000, (2, 1), 3, (4, 2), 9),
+    (4000, 500, (6, 1), 7, (8, 1), 9), (224, 1344, (1, 6), 7, (1, 6), 7), (633, 633, (1, 1), 1, (1, 1), 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("width", "height", "grid6", "tiles6", "grid12", "tiles12"), GOLDEN)
+def test_golden_table(width, height, grid6, tiles6, grid12, tiles12):
+    tiling = TilingConfig()
+    assert grid_for(width, height, tiling, 6) == grid6 and num_tiles(width, height, tiling, 6) == tiles6
+    assert grid_for(width, height, tiling, 12) == grid12 and num_tiles(width, height, tiling) == tiles12
+
+
+def test_number_of_grids():
+    assert [len(grids(1, most)) for most in (6, 12, 24, 36)] == [14, 35, 84, 140]
+
+
+def test_min_tiles_and_static():
+    assert grid_for(100, 100, TilingConfig(min_tiles=4)) == (2, 2)
+    assert grid_for(4000, 500, TilingConfig(dynamic=False)) == (1, 1)
+    assert grid_for(4000, 500, TilingConfig(min_tiles=4), 1) == (1, 1)  # a budget of one tile is stronger
+    with pytest.raises(InputError, match="0 x 5"):
+        grid_for(0, 5, TilingConfig())
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def test_tiles_are_crops_row_by_row_then_the_thumbnail():
+    image = picture(90, 60)
+    tiles = tile_image(image, TilingConfig(tile_size=28, max_tiles=6))
+    assert tiles.dtype == torch.uint8 and tiles.shape == (7, 28, 28, 3)
+    whole = image.resize((84, 56), Image.Resampling.BICUBIC)
+    boxes = [(x, y, x + 28, y + 28) for y in (0, 28) for x in (0, 28, 56)]
+    for tile, box in zip(tiles, boxes, strict=False):
+        assert np.array_equal(tile.numpy(), np.asarray(whole.crop(box)))
+    assert np.array_equal(tiles[-1].numpy(), np.asarray(image.resize((28, 28), Image.Resampling.BICUBIC)))
+
+
+def test_one_tile_has_no_thumbnail():
+    assert len(tile_image(picture(28, 28), TilingConfig(tile_size=28))) == 1
+    assert len(tile_image(picture(90, 60), TilingConfig(tile_size=28, max_tiles=6, thumbnail=False))) == 6
+
+
+def test_extreme_shapes():
+    for size in ((1, 1), (1, 3000), (3000, 1)):
+        assert tile_image(picture(*size), TilingConfig(tile_size=28)).shape[1:] == (28, 28, 3)
+
+
+def png(image: Image.Image, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def test_modes():
+    grey = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+    expected = np.asarray(grey.convert("RGB"))
+    sixteen = Image.fromarray((np.arange(256, dtype=np.uint16) * 257)[None])
+    for image in (grey, sixteen, sixteen.convert("I"), Image.fromarray(np.linspace(0, 1, 256, dtype=np.float32)[None])):
+        assert np.array_equal(np.asarray(load_image(ImageRef(image))), expected), image.mode
+    assert np.array_equal(np.asarray(load_image(ImageRef(png(sixteen)))), expected)
+    red = Image.new("RGB", (2, 2), "red")
+    for mode in ("P", "CMYK", "RGBA", "YCbCr", "HSV", "RGBX"):
+        assert np.abs(np.asarray(load_image(ImageRef(red.convert(mode)))).astype(int) - np.asarray(red)).max() <= 1, mode
+    assert load_image(ImageRef(Image.new("1", (2, 2), 1))).getpixel((0, 0)) == (255, 255, 255)
+    half = Image.new("RGBA", (1, 1), (255, 0, 0, 128))
+    assert load_image(ImageRef(half)).getpixel((0, 0)) == (255, 127, 127)
+    clear = Image.new("P", (1, 1))
+    clear.info["transparency"] = 0
+    assert load_image(ImageRef(clear)).getpixel((0, 0)) == (255, 255, 255)
+    assert load_image(ImageRef(Image.new("LA", (1, 1), (0, 0)))).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_exif_orientation_is_applied():
+    image = picture(6, 4)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored turned to the left: show it turned to the right
+    upright = load_image(ImageRef(png(image, exif=exif)))
+    assert upright.size == (4, 6)
+    assert np.array_equal(np.asarray(upright), np.rot90(np.asarray(image), -1))
+
+
+def test_bad_files_are_named(tmp_path: Path):
+    whole = png(picture(64, 64))
+    cases = {"cut.png": whole[: len(whole) // 2], "text.jpg": b"not an image", "empty.png": b"", "page.svg": b"<svg/>"}
+    for name, data in cases.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(InputError, match=name):
+            load_image(ImageRef(name), str(tmp_path))
+    with pytest.raises(InputError, match="gone.png"):
+        load_image(ImageRef("gone.png"), str(tmp_path))
+    with pytest.raises(InputError, match="Is a directory"):
+        load_image(ImageRef("."), str(tmp_path))
+    with pytest.raises(InputError, match="image of 3 bytes"):
+        load_image(ImageRef(b"abc"))
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 0xFF
+    with pytest.raises(InputError):
+        load_image(ImageRef(bytes(damaged)))
+
+
+def test_large_images_are_refused_before_decoding():
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    for side in (19_000, 2_000_000_000):
+        header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+        bomb = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+        with pytest.raises(InputError):
+            load_image(ImageRef(bomb))
+    with pytest.raises(InputError, match="20 x 20 pixels, the limit is 399"):
+        load_image(ImageRef(png(picture(20, 20))), max_pixels=399)
+    assert load_image(ImageRef(png(picture(20, 20))), max_pixels=400).size == (20, 20)
+
+
+def test_jpeg_degradation():
+    tiles = tile_image(picture(60, 60), TilingConfig(tile_size=28, max_tiles=4))
+    worse, better = degrade(tiles, [75] * len(tiles)), degrade(tiles, [100] * len(tiles))
+    assert worse.shape == tiles.shape and worse.dtype == torch.uint8
+    error = [(t.int() - tiles.int()).abs().float().mean().item() for t in (worse, better)]
+    assert error[0] > error[1] > 0

@@ -1,0 +1,127 @@
+"""Which frames are taken, and that a real mp4, a GIF and a folder give exactly those."""
+
+from __future__ import annotations
+
+import random
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ivl.errors import InputError
+from ivl.processing.video import frame_indices, load_frames
+from ivl.types import VideoRef
+
+NUM, RATE = 40, 10
+
+
+def shade(n: int) -> int:
+    return 20 + 5 * n
+
+
+def frame(n: int) -> np.ndarray:
+    return np.full((48, 64, 3), shade(n), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory) -> Path:
+    """The same 40 grey frames at 10 a second, frame n of shade 20 + 5n: an mp4, a GIF, a folder."""
+    av = pytest.importorskip("av")
+    root = tmp_path_factory.mktemp("videos")
+    with av.open(str(root / "a.mp4"), "w") as out:
+        stream = out.add_stream("mpeg4", rate=RATE)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.gop_size, stream.max_b_frames = 12, 2
+        stream.time_base = Fraction(1, RATE)
+        stream.bit_rate = 8_000_000
+        for n in range(NUM):
+            picture = av.VideoFrame.from_ndarray(frame(n), format="rgb24")
+            picture.pts = n
+            out.mux(stream.encode(picture))
+        out.mux(stream.encode(None))
+    images = [Image.fromarray(frame(n)) for n in range(NUM)]
+    images[0].save(root / "a.gif", save_all=True, append_images=images[1:], duration=1000 // RATE, loop=0)
+    (root / "folder").mkdir()
+    for n, image in enumerate(images):
+        image.save(root / "folder" / f"clip7_frame{n}.png")  # unpadded: alphabetical order would be wrong
+    return root
+
+
+def seen(images: list[Image.Image]) -> list[int]:
+    """Frame numbers, read off the shades."""
+    return [round((np.asarray(image).mean() - shade(0)) / 5) for image in images]
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.gif", "folder", "folder/"])
+def test_all_sources_give_the_same_frames(videos, name):
+    ref = VideoRef(name)
+    for num_frames in (1, 8, 40, 45):
+        expected = frame_indices(NUM, num_frames, "even")
+        images = load_frames(ref, num_frames, root=str(videos))
+        assert seen(images) == expected and images[0].size == (64, 48) and images[0].mode == "RGB"
+    rand = load_frames(ref, 7, mode="rand", generator=random.Random(3), root=str(videos))
+    assert seen(rand) == frame_indices(NUM, 7, "rand", generator=random.Random(3))
+    assert seen(load_frames(ref, 5, mode="middle", root=str(videos))) == [3, 11, 19, 27, 35]
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.gif"])
+def test_clip_and_rate(videos, name):
+    clip = load_frames(VideoRef(name, clip=(1.0, 2.05)), 11, mode="middle", root=str(videos))
+    assert seen(clip) == list(range(10, 21))
+    assert seen(load_frames(VideoRef(name), 100, mode="fps", fps=2, root=str(videos))) == [2, 8, 12, 18, 22, 28, 32, 38]
+    assert seen(load_frames(VideoRef(name), 3, mode="fps", fps=2, root=str(videos))) == [2, 8, 12]
+    with pytest.raises(InputError, match=r"no frame between 9.0 s and 10.0 s"):
+        load_frames(VideoRef(name, clip=(9.0, 10.0)), 4, root=str(videos))
+
+
+def test_inference_rule():
+    assert frame_indices(100, 8, "even") == [6, 18, 31, 43, 56, 68, 80, 93]
+    for total in (1, 5, 33, 1000):
+        for n in (1, 8, 32):
+            step = (total - 1) / n
+            assert frame_indices(total, n, "even") == [int(step / 2 + np.round(step * k)) for k in range(n)]
+
+
+def test_training_rule():
+    generator = random.Random(0)
+    bounds = [0, 12, 25, 37, 50]
+    for _ in range(200):
+        picked = frame_indices(50, 4, "rand", generator=generator)
+        assert all(low <= i <= high - 2 for i, low, high in zip(picked, bounds[:-1], bounds[1:], strict=True))
+    for _ in range(50):  # an interval of one frame: a sorted random subset
+        picked = frame_indices(9, 6, "rand", generator=generator)
+        assert picked == sorted(set(picked)) and len(picked) == 6 and max(picked) < 9
+    assert frame_indices(3, 5, "rand", generator=generator) == [0, 1, 2, 2, 2]
+    assert frame_indices(3, 5, "middle") == [0, 1, 2, 2, 2]
+    assert frame_indices(50, 4, "middle") == [5, 18, 30, 43]
+    assert frame_indices(50, 8, "rand", generator=random.Random(5)) == frame_indices(50, 8, "rand", generator=random.Random(5))
+    with pytest.raises(ValueError, match="generator"):
+        frame_indices(50, 4, "rand")
+
+
+def test_bad_videos_are_named(videos, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.mp4").write_bytes(b"not a video")
+    (tmp_path / "text.gif").write_bytes(b"not a gif")
+    whole = (videos / "a.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "unnumbered").mkdir()
+    Image.new("RGB", (2, 2)).save(tmp_path / "unnumbered" / "frame.png")
+    for name in ("empty", "text.mp4", "text.gif", "cut.mp4", "gone.mp4", "unnumbered"):
+        with pytest.raises(InputError, match=name):
+            load_frames(VideoRef(name), 4, root=str(tmp_path))
+    with pytest.raises(InputError, match="no time axis"):
+        load_frames(VideoRef("folder", clip=(0, 1)), 4, root=str(videos))
+    for name in ("a.mp4", "a.gif", "folder"):
+        with pytest.raises(InputError, match="limit is 3,071"):
+            load_frames(VideoRef(name), 4, root=str(videos), max_pixels=64 * 48 - 1)
+
+
+def test_without_pyav_the_extra_is_named(videos, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(InputError, match=r"ivl\[video\]"):
+        load_frames(VideoRef("a.mp4"), 4, root=str(videos))
+    assert len(load_frames(VideoRef("a.gif"), 4, root=str(videos))) == 4
