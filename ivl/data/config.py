@@ -53,15 +53,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         at_least_one = (
-            "max_tokens",
-            "max_tiles",
-            "max_buffer",
-            "min_frames",
-            "prefetch",
-            "max_tiles_per_image",
-            "max_samples",
-            "epochs",
-        )
+            "max_tokens", "max_tiles", "max_samples", "max_buffer", "max_tiles_per_image", "min_frames", "prefetch", "epochs",
+        )  # fmt: skip
         for name in at_least_one:
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -16,16 +16,18 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from ivl.data.config import DataConfig
 from ivl.data.mixture import Draw, Mixture
 from ivl.data.records import DataError, Kind
 from ivl.errors import InputError
-from ivl.processing.image import load_image
+from ivl.processing.image import MAX_PIXELS, load_image
 from ivl.processing.processor import Processor, SampleOptions
+from ivl.processing.video import load_frames
 from ivl.types import IGNORE, ImageRef, Record, Sample, VideoRef
 
 CHUNK = 8
@@ -45,7 +47,13 @@ class Dropped:
         return DataError(self.source, self.kind, self.problem)
 
 
-Encoded = Sample | Dropped
+Result = Sample | Dropped
+
+
+class Encoded(NamedTuple):
+    result: Result
+    fixed: bool
+    """Whether every draw of the row gives the same: nothing about it is random."""
 
 
 class Encoder:
@@ -57,21 +65,17 @@ class Encoder:
     def __call__(self, draw: Draw) -> Encoded:
         try:
             record = self.mixture.record(draw.dataset, draw.row)
-            sample = self._sample(record, draw)
+            generator = None
+            if self.mixture.specs[draw.dataset].data_augment or any(isinstance(ref, VideoRef) for ref in media(record)):
+                generator = random.Random(f"{self.mixture.seed} {draw.epoch} {draw.dataset} {draw.row} {draw.copy}")
+            sample = self._sample(record, draw, generator)
             self._check(sample)
-            return sample
+            return Encoded(sample, generator is None)
         except DataError as error:
-            return Dropped(error.source, error.kind, error.problem)
+            return Encoded(Dropped(error.source, error.kind, error.problem), False)
 
-    def is_random(self, draw: Draw) -> bool:
-        """Whether the data set degrades its images, so that each draw of a row differs."""
-        return self.mixture.specs[draw.dataset].data_augment
-
-    def _sample(self, record: Record, draw: Draw) -> Sample:
+    def _sample(self, record: Record, draw: Draw, generator: random.Random | None) -> Sample:
         config, spec = self.config, self.mixture.specs[draw.dataset]
-        generator = None
-        if spec.data_augment or any(isinstance(ref, VideoRef) for ref in media(record)):
-            generator = random.Random(f"{self.mixture.seed} {draw.epoch} {draw.dataset} {draw.row} {draw.copy}")
         options = SampleOptions(
             max_tiles=spec.max_dynamic_patch or config.max_tiles_per_image,
             averaging=config.averaging,
@@ -83,8 +87,8 @@ class Encoder:
         try:
             return self.processor.sample(record, options=options)
         except InputError as error:
-            problem = str(error).removeprefix(f"{record.source}: ")
-            raise DataError(record.source, media_fault(record) or "bad_row", problem) from error
+            check_media(record, max_pixels=self.processor.max_pixels)
+            raise DataError(record.source, "bad_row", str(error).removeprefix(f"{record.source}: ")) from error
         except Exception as error:
             error.add_note(f"while encoding {record.source}")
             raise
@@ -107,26 +111,25 @@ def media(record: Record) -> list[ImageRef | VideoRef]:
     return list(dict.fromkeys(part for part in parts if isinstance(part, ImageRef | VideoRef)))
 
 
-def media_fault(record: Record) -> Kind | None:
-    """Looks again at the media of a record that could not be encoded: is one missing, or not readable?"""
-    refs = media(record)
-    if any(isinstance(ref.source, str) and not Path(ref.source).exists() for ref in refs):
-        return "missing_media"
-    for ref in refs:
-        if isinstance(ref, VideoRef):
-            return "undecodable_media"
+def check_media(record: Record, *, max_pixels: int = MAX_PIXELS) -> None:
+    """Raise the DataError of the first medium that is missing or cannot be decoded, if there is one."""
+    for ref in media(record):
+        if isinstance(ref.source, str) and not Path(ref.source).exists():
+            raise DataError(record.source, "missing_media", f"no such file: {ref.source}")
         try:
-            load_image(ref)
-        except InputError:
-            return "undecodable_media"
-    return None
+            if isinstance(ref, ImageRef):
+                load_image(ref, max_pixels=max_pixels)
+            else:
+                load_frames(ref, 1, max_pixels=max_pixels)
+        except InputError as error:
+            raise DataError(record.source, "undecodable_media", str(error)) from error
 
 
 @contextlib.contextmanager
 def encoding(encoder: Encoder, *, num_workers: int, prefetch: int, start_method: str | None, cache: Cache):
-    """A function that maps draws to (draw, encoded) in order, reading at most num_workers * prefetch draws ahead."""
+    """A function that maps draws to (draw, result) in order, reading at most num_workers * prefetch draws ahead."""
 
-    def here(draws: Iterator[Draw]) -> Iterator[tuple[Draw, Encoded]]:
+    def here(draws: Iterator[Draw]) -> Iterator[tuple[Draw, Result]]:
         for draw in draws:
             yield draw, cache.get(draw) or cache.put(draw, encoder(draw))
 
@@ -138,8 +141,8 @@ def encoding(encoder: Encoder, *, num_workers: int, prefetch: int, start_method:
         num_workers, multiprocessing.get_context(start_method), initializer=_start_worker, initargs=(encoder, os.getpid())
     )
 
-    def apart(draws: Iterator[Draw]) -> Iterator[tuple[Draw, Encoded]]:
-        pending: deque[tuple[list[Draw], dict[int, Encoded], Future | None]] = deque()
+    def apart(draws: Iterator[Draw]) -> Iterator[tuple[Draw, Result]]:
+        pending: deque[tuple[list[Draw], dict[int, Sample], Future | None]] = deque()
 
         def submit() -> None:
             chunk = list(islice(draws, CHUNK))
@@ -164,19 +167,20 @@ def encoding(encoder: Encoder, *, num_workers: int, prefetch: int, start_method:
 
 
 class Cache:
-    """The first `limit` samples that come by; only those that every draw of their row would equal."""
+    """The first `limit` samples that come by and have nothing random about them."""
 
-    def __init__(self, limit: int, encoder: Encoder) -> None:
-        self.limit, self._encoder = limit, encoder
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
         self._kept: dict[tuple[int, int], Sample] = {}
 
     def get(self, draw: Draw) -> Sample | None:
         return self._kept.get((draw.dataset, draw.row)) if self.limit else None
 
-    def put(self, draw: Draw, encoded: Encoded) -> Encoded:
-        if len(self._kept) < self.limit and isinstance(encoded, Sample) and not self._encoder.is_random(draw):
-            self._kept[draw.dataset, draw.row] = encoded
-        return encoded
+    def put(self, draw: Draw, encoded: Encoded) -> Result:
+        result, fixed = encoded
+        if fixed and isinstance(result, Sample) and len(self._kept) < self.limit:
+            self._kept[draw.dataset, draw.row] = result
+        return result
 
 
 _encoder: Encoder | None = None
@@ -187,6 +191,7 @@ def _start_worker(encoder: Encoder, parent: int) -> None:
     global _encoder
     _encoder = encoder
     torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not survive the fork
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
 
@@ -205,13 +210,16 @@ def _encode(draws: list[Draw]) -> list[Any]:
 
 def _pack(encoded: Encoded) -> Any:
     """Arrays travel through the pipe as bytes; tensors would each take a file descriptor."""
-    if isinstance(encoded, Dropped):
+    result, fixed = encoded
+    if isinstance(result, Dropped):
         return encoded
-    values = {name: getattr(encoded, name) for name in encoded.__dataclass_fields__}
-    return {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+    values = vars(result).values()  # in the order of the fields
+    return [value.numpy() if isinstance(value, torch.Tensor) else value for value in values], fixed
 
 
 def _unpack(packed: Any) -> Encoded:
-    if isinstance(packed, Dropped):
-        return packed
-    return Sample(**{name: torch.from_numpy(value) if name[-1].isupper() else value for name, value in packed.items()})
+    result, fixed = packed
+    if isinstance(result, Dropped):
+        return Encoded(result, fixed)
+    values: list[Any] = [torch.from_numpy(value) if isinstance(value, np.ndarray) else value for value in result]
+    return Encoded(Sample(*values), fixed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -12,7 +11,7 @@ import numpy as np
 
 from ivl.data.batch import collate
 from ivl.data.config import DataConfig
-from ivl.data.encode import Cache, Dropped, Encoded, Encoder, encoding
+from ivl.data.encode import Cache, Dropped, Encoder, Result, encoding
 from ivl.data.mixture import Draw, Mixture, load_mixture
 from ivl.data.packing import Buffer, Packer
 from ivl.errors import InputError
@@ -39,6 +38,15 @@ class Report:
     packs: int = 0
     tokens: int = 0
     tiles: int = 0
+
+    def drop(self, bad: Dropped, *, first: bool) -> None:
+        """Count a draw of a bad row; `first` says that no other draw counts this row."""
+        self.dropped += 1
+        if first:
+            self.rows[bad.kind] = self.rows.get(bad.kind, 0) + 1
+            examples = self.examples.setdefault(bad.kind, [])
+            if len(examples) < NUM_EXAMPLES:
+                examples.append(str(bad.error))
 
     def summary(self) -> str:
         """The bad rows in one line for a log; empty if there were none."""
@@ -81,11 +89,16 @@ class Loader:
         self.mixture = Mixture(load_mixture(config.mixture, root=config.root), seed=seed, shuffle=config.shuffle)
         self.report = Report()
         self._encoder = Encoder(config, self.mixture, processor)
-        self._cache = Cache(config.cache_samples, self._encoder)
+        self._cache = Cache(config.cache_samples)
         self._packer: Packer[Sample] = self._new_packer()
         self._next = rank
         """Position in the stream of the first draw not yet taken."""
         self._reopen: list[list[int]] = []
+
+    @property
+    def num_samples(self) -> int | None:
+        """Samples that all ranks draw in all epochs, bad rows included; None if the stream has no end."""
+        return self.config.epochs * len(self.mixture) if self.config.epochs else None
 
     @property
     def epoch(self) -> int:
@@ -101,10 +114,9 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         with self._encoding() as encode:
             self._fill_open_packs(encode)
-            for draw, encoded in encode(self.mixture.draws(self._positions(self._next))):
+            for draw, result in encode(self.mixture.draws(self._positions(self._next))):
                 self._next = draw.position + self.world_size
-                buffer = self._take(draw, encoded)
-                if buffer:
+                if buffer := self._take(draw, result):
                     yield self._release(buffer)
             while buffer := self._packer.flush():
                 yield self._release(buffer)
@@ -146,11 +158,12 @@ class Loader:
         num_draws = len(range(self.rank, len(self.mixture), self.world_size))
         rng = np.random.default_rng([self.mixture.seed, 2])
         chosen = rng.choice(len(self.mixture), min(sample_rows, len(self.mixture)), replace=False)
-        encoded = [self._encoder(next(self.mixture.draws(range(place, place + 1)))) for place in sorted(chosen.tolist())]
-        sizes = [(s.num_tokens, s.num_tiles) for s in encoded if isinstance(s, Sample)]
+        results = [self._encoder(draw).result for draw in self.mixture.draws(sorted(chosen.tolist()))]
+        bad = [result for result in results if isinstance(result, Dropped)]
+        sizes = [(result.num_tokens, result.num_tiles) for result in results if isinstance(result, Sample)]
         if not sizes:
-            raise InputError(f"none of {len(encoded)} sampled rows can be used; the first: {encoded[0].error}")  # type: ignore[union-attr]
-        return _estimate(sizes, len(encoded), num_draws, self._new_packer(), rng)
+            raise InputError(f"none of {len(bad)} sampled rows can be used; the first: {bad[0].error}")
+        return _estimate(sizes, len(results), num_draws, self._new_packer(), rng)
 
     def _positions(self, start: int) -> range:
         epochs = self.config.epochs
@@ -165,39 +178,36 @@ class Loader:
 
     def _fill_open_packs(self, encode) -> None:
         """Encode again what was in open packs when the state was saved."""
-        wanted = list(itertools.chain.from_iterable(self._reopen))
-        draws = itertools.chain.from_iterable(self.mixture.draws(range(at, at + 1)) for at in wanted)
+        wanted = [at for positions in self._reopen for at in positions]
         items = {}
-        for draw, encoded in encode(draws):
-            if isinstance(encoded, Dropped):
-                raise encoded.error  # it was a good row when the state was saved
-            items[draw.position] = encoded
+        for draw, result in encode(self.mixture.draws(wanted)):
+            if isinstance(result, Dropped):
+                raise result.error  # it was a good row when the state was saved
+            items[draw.position] = result
         for positions in self._reopen:
             self._packer.reopen(positions, [items[at] for at in positions])
         self._reopen = []
 
-    def _take(self, draw: Draw, encoded: Encoded) -> Buffer[Sample] | None:
+    def _take(self, draw: Draw, result: Result) -> Buffer[Sample] | None:
         self.report.draws += 1
-        if isinstance(encoded, Sample):
-            return self._packer.add(draw.position, encoded)
-        config, report = self.config, self.report
-        if config.on_error == "refuse" and not (encoded.kind == "too_long" and config.over_budget == "skip"):
-            raise encoded.error
-        report.dropped += 1
-        if draw.epoch == 0 and draw.copy == 0:
-            report.rows[encoded.kind] = report.rows.get(encoded.kind, 0) + 1
-            examples = report.examples.setdefault(encoded.kind, [])
-            if len(examples) < NUM_EXAMPLES:
-                examples.append(str(encoded.error))
-        settled = min(SETTLED, len(range(self.rank, len(self.mixture), self.world_size)) or 1)
-        if report.draws >= settled and (
-            report.dropped > config.max_skip_share * report.draws or report.dropped == report.draws
-        ):
-            raise InputError(
-                f"{report.dropped} of {report.draws} rows are bad, more than data.max_skip_share {config.max_skip_share}; "
-                f"{report.summary()}; the last: {encoded.error}"
-            )
+        if isinstance(result, Sample):
+            return self._packer.add(draw.position, result)
+        if self.config.on_error == "refuse" and not (result.kind == "too_long" and self.config.over_budget == "skip"):
+            raise result.error
+        self.report.drop(result, first=draw.epoch == 0 and draw.copy == 0)
+        self._check_share(result)
         return None
+
+    def _check_share(self, last: Dropped) -> None:
+        """Stop when too many rows are bad; also when all are, or an endless run would look for a good one forever."""
+        draws, dropped, share = self.report.draws, self.report.dropped, self.config.max_skip_share
+        if draws < min(SETTLED, len(range(self.rank, len(self.mixture), self.world_size))):
+            return
+        if dropped > share * draws or dropped == draws:
+            raise InputError(
+                f"{dropped} of {draws} rows are bad and data.max_skip_share is {share}; {self.report.summary()}; "
+                f"the last: {last.error}"
+            )
 
     def _release(self, buffer: Buffer[Sample]) -> Batch:
         self.report.packs += 1
@@ -207,7 +217,7 @@ class Loader:
 
     def _new_packer(self) -> Packer:
         c = self.config
-        return Packer(max_tokens=c.max_tokens, max_tiles=c.max_tiles, max_buffer=c.max_buffer)
+        return Packer(max_tokens=c.max_tokens, max_tiles=c.max_tiles, max_buffer=c.max_buffer, max_samples=c.max_samples)
 
 
 def _copied(value: Any) -> Any:

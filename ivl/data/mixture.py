@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -143,7 +143,7 @@ class Mixture:
         """Draws of one epoch from one data set."""
         return int(np.diff(self._ends, prepend=0)[dataset])
 
-    def draws(self, positions: range) -> Iterator[Draw]:
+    def draws(self, positions: Sequence[int]) -> Iterator[Draw]:
         """What the stream has at these positions, a block at a time."""
         block = 512
         for at in range(0, len(positions), block):

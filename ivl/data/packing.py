@@ -55,9 +55,8 @@ class Packer(Generic[Item]):
             ValueError: if the sample is larger than a whole pack; what to do with it is the caller's policy.
         """
         if not self.fits(item):
-            raise ValueError(
-                f"{item.num_tokens} tokens and {item.num_tiles} tiles exceed {self.max_tokens} and {self.max_tiles}"
-            )
+            size = f"{item.num_tokens} tokens and {item.num_tiles} tiles"
+            raise ValueError(f"a sample of {size} exceeds a pack of {self.max_tokens} and {self.max_tiles}")
         buffer = self._take(item)
         buffer.put(position, item)
         if self._fullness(buffer) >= 1:

@@ -32,6 +32,8 @@ MARK = re.compile("<image>|<video>")
 class DataError(InputError):
     """A bad row. The message starts with `file:line`; `kind` is what the report counts it as."""
 
+    kind: Kind
+
     def __init__(self, source: str, kind: Kind, problem: str) -> None:
         super().__init__(f"{source}: {problem}")
         self.source, self.kind, self.problem = source, kind, problem
@@ -69,15 +71,16 @@ def to_record(text: str | bytes, *, source: str, root: Path, dataset: str = "") 
     )
 
 
-def describe(text: str | bytes) -> str:
-    """The format of a row in a few words, for people."""
+def describe(container: Literal["json", "jsonl"], first_row: bytes) -> str:
+    """The format of a file in a few words, for people. Every row is read by its own keys, whatever the first one has."""
     try:
-        row = json.loads(text)
+        keys = json.loads(first_row)
     except ValueError:
-        return "unreadable first row"
-    if not isinstance(row, dict):
-        return "unknown rows"
-    return "OpenAI messages" if "messages" in row and "conversations" not in row else "conversations (reference, LLaVA)"
+        keys = None
+    keys = keys if isinstance(keys, dict) else {}
+    if "conversations" in keys:
+        return "reference jsonl" if container == "jsonl" else "LLaVA json"
+    return f"OpenAI messages {container}" if "messages" in keys else f"{container} of unknown rows"
 
 
 class _Media:
@@ -122,7 +125,7 @@ class _Media:
 def _conversation(turns: Any, media: _Media, source: str) -> Conversation:
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise DataError(source, "bad_row", f"a conversation must be a list of turns, got {_short(turns)}")
-    roles = [_role(turn, source) for turn in turns]
+    roles: list[Role] = [_role(turn, source) for turn in turns]
     _check_roles(roles, source)
     contents = [turn.get("value", turn.get("content")) for turn in turns]
     whole = _prepend_marks(roles, contents, media, source)

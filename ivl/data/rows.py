@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -26,15 +26,15 @@ class Rows:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
         self._fd: int | None = None
+        self.path = Path(path)
         try:
             with self.path.open("rb") as file:
                 self._stamp = _stamp(file.fileno())
                 first = file.read(4096).lstrip()[:1]
         except OSError as error:
             raise InputError(f"{self.path}: cannot be read ({error.strerror})") from None
-        self.container = "json" if first == b"[" else "jsonl"
+        self.container: Literal["json", "jsonl"] = "json" if first == b"[" else "jsonl"
         self._starts, self._ends, self._lines = (_index_array if first == b"[" else _index_lines)(self.path)
         if not len(self):
             raise InputError(f"{self.path}: has no rows")
@@ -54,9 +54,8 @@ class Rows:
         return {**self.__dict__, "_fd": None}
 
     def __del__(self) -> None:
-        if getattr(self, "_fd", None) is not None:
-            os.close(self._fd)  # type: ignore[arg-type]
-            self._fd = None
+        if self._fd is not None:
+            os.close(self._fd)
 
     def line(self, index: int) -> int:
         return index + 1 if self._lines is None else int(self._lines[index])
@@ -67,7 +66,7 @@ class Rows:
     @property
     def format(self) -> str:
         """What the file was taken for."""
-        return f"{self.container} of {describe(self[0])}"
+        return describe(self.container, self[0])
 
 
 Index = tuple[np.ndarray, np.ndarray, np.ndarray | None]
@@ -102,8 +101,8 @@ def _index_array(path: Path) -> Index:
     while text[at : at + 1] != "]":
         try:
             _, end = decode(text, at)
-        except ValueError as error:
-            raise _broken(path, text, at, f"not valid JSON ({error})") from None
+        except json.JSONDecodeError as error:
+            raise _broken(path, text, error.pos, f"not valid JSON ({error.msg})") from None
         spans.append((at, end))
         at = _skip(text, end)
         if text[at : at + 1] == ",":

@@ -1,0 +1,60 @@
+import json
+
+import pytest
+
+from ivl.cli import data as cli
+from ivl.data.config import DataConfig
+from ivl.data.inspect import Stats, inspect
+from tests.data.test_loader import DIRT, soil
+from tests.data.world import make_file, processor
+
+
+@pytest.fixture(scope="module")
+def dirty(tmp_path_factory):
+    return soil(tmp_path_factory.mktemp("dirty"))[0]
+
+
+def test_validate_prints_every_problem_with_its_line(dirty, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["validate", str(dirty)])
+    lines = capsys.readouterr().out.splitlines()
+    assert exit.value.code == 1
+    assert [line.split(": ")[0] for line in lines[:20]] == [f"{dirty}:{n}" for n in range(8, 401, 20)]
+    assert lines[0].endswith("[undecodable_media]")
+    assert lines[20].startswith("dirty: 400 rows (reference jsonl), 20 bad: 4 broken_json, ") and lines[21] == "20 problems"
+
+
+def test_validate_is_silent_about_good_data(tmp_path, capsys):
+    cli.main(["validate", str(make_file(tmp_path, 5))])
+    assert capsys.readouterr().out == "rows: 5 rows (reference jsonl), no problems\n"
+
+
+def test_a_file_that_cannot_be_opened_does_not_hide_the_next(tmp_path):
+    make_file(tmp_path, 3)
+    meta = tmp_path / "meta.json"
+    meta.write_text(json.dumps({"gone": {"annotation": "gone.jsonl"}, "here": {"annotation": "rows.jsonl"}}))
+    problem, gone, here = inspect(DataConfig(mixture=str(meta)))
+    assert "gone.jsonl: cannot be read" in str(problem)
+    assert isinstance(gone, Stats) and isinstance(here, Stats)
+    assert (gone.bad, here.bad, here.rows) == (1, 0, 3)
+
+
+def test_with_a_processor_tokens_are_counted_and_long_rows_found(tmp_path):
+    path = make_file(tmp_path, 9)
+    *problems, stats = inspect(DataConfig(mixture=str(path), max_tokens=60), processor())
+    assert isinstance(stats, Stats) and stats.kinds == {"too_long": len(problems)} and len(problems) > 0
+    (stats,) = inspect(DataConfig(mixture=str(path)), processor())
+    assert isinstance(stats, Stats) and stats.tokens > 0 and stats.tiles > 0 and stats.conversations > stats.rows
+
+
+def test_same_problems_as_the_loader(dirty):
+    *problems, stats = inspect(DataConfig(mixture=str(dirty)), processor())
+    assert stats.kinds == {kind: 4 for kind in DIRT}
+    assert len(problems) == 20
+
+
+def test_stats_prints_a_table(tmp_path, capsys):
+    cli.main(["stats", str(make_file(tmp_path, 9))])
+    head, row = capsys.readouterr().out.splitlines()
+    assert head.split() == ["dataset", "rows", "bad", "conversations", "images", "videos"]
+    assert row.split()[:3] == ["rows", "9", "0"]

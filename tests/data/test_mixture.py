@@ -1,0 +1,126 @@
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ivl.data.mixture import DatasetSpec, Mixture, Permutation, load_mixture
+from ivl.data.rows import write_jsonl
+from ivl.errors import InputError
+from tests.data.world import turns
+
+
+def rows_file(path, count):
+    return str(write_jsonl(({"id": n, "conversations": turns("q", "a")} for n in range(count)), path))
+
+
+@given(st.integers(1, 700), st.integers(0, 9))
+def test_permutation_is_one(size, seed):
+    values = Permutation(size, seed)(np.arange(size))
+    assert sorted(values.tolist()) == list(range(size))
+
+
+def test_permutation_shuffles_well():
+    size = 1000
+    values = np.stack([Permutation(size, seed)(np.arange(size)) for seed in range(200)])
+    # Each row of the file is as likely to come early as late, and neighbours do not stay together.
+    assert abs(values.mean(axis=0) - size / 2).max() < 5 * size / np.sqrt(12 * 200)
+    assert abs(np.corrcoef(values[:, :-1].ravel(), values[:, 1:].ravel())[0, 1]) < 0.01
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_repeat_time_counts_rows_exactly(tmp_path, shuffle):
+    counts = {"a": (10, 1.0), "b": (20, 0.25), "c": (8, 2.5), "d": (5, 4)}
+    specs = tuple(
+        DatasetSpec(name=name, annotation=rows_file(tmp_path / f"{name}.jsonl", rows), repeat_time=repeat)
+        for name, (rows, repeat) in counts.items()
+    )
+    mixture = Mixture(specs, seed=1, shuffle=shuffle)
+    assert len(mixture) == 10 + 5 + 20 + 20
+    epochs = [list(mixture.draws(range(len(mixture) * e, len(mixture) * (e + 1)))) for e in range(2)]
+    drawn = [Counter((draw.dataset, draw.row) for draw in draws) for draws in epochs]
+    assert drawn[0] == drawn[1]  # the subsets are the same in every epoch
+    assert (epochs[0] != epochs[1]) and ([d[2:] for d in epochs[0]] != [d[2:] for d in epochs[1]]) == shuffle
+    by_set = [sorted(count for (dataset, _), count in drawn[0].items() if dataset == i) for i in range(4)]
+    assert by_set == [[1] * 10, [1] * 5, [2] * 4 + [3] * 4, [4] * 5]
+    subset = {row for (dataset, row) in drawn[0] if dataset == 1}
+    assert subset != set(range(5)), "a random subset, not the first rows"
+    # copy 0 is drawn exactly once for every row that is drawn at all
+    firsts = Counter((draw.dataset, draw.row) for draw in epochs[0] if draw.copy == 0)
+    assert set(firsts) == set(drawn[0]) and set(firsts.values()) == {1}
+
+
+def test_draws_do_not_depend_on_how_they_are_asked_for(tmp_path):
+    mixture = Mixture((DatasetSpec(name="a", annotation=rows_file(tmp_path / "a.jsonl", 30), repeat_time=1.5),), seed=4)
+    whole = list(mixture.draws(range(100)))
+    assert [next(mixture.draws([n])) for n in range(100)] == whole
+    assert list(mixture.draws(range(1, 100, 3))) == whole[1::3]
+
+
+def test_order_follows_the_seed(tmp_path):
+    spec = DatasetSpec(name="a", annotation=rows_file(tmp_path / "a.jsonl", 50))
+    first, again, other = ([d.row for d in Mixture((spec,), seed=seed).draws(range(50))] for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_meta_json(tmp_path):
+    rows_file(tmp_path / "a.jsonl", 3)
+    meta = tmp_path / "meta.json"
+    entry = {
+        "root": "images/",
+        "annotation": "a.jsonl",
+        "data_augment": True,
+        "max_dynamic_patch": 6,
+        "repeat_time": 2,
+        "length": 3,
+    }
+    (tmp_path / "images").mkdir()
+    meta.write_text(json.dumps({"a": entry, "b": {"annotation": str(tmp_path / "a.jsonl")}}))
+    a, b = load_mixture(meta)
+    assert a == DatasetSpec(
+        name="a", root=str(tmp_path / "images"), annotation=str(tmp_path / "a.jsonl"), data_augment=True,
+        max_dynamic_patch=6, repeat_time=2, length=3,
+    )  # fmt: skip
+    assert (b.root, b.repeat_time, b.data_augment) == (str(tmp_path), 1.0, False)
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"annotation": "a.jsonl", "repeat_times": 2}, "unknown key 'repeat_times'; did you mean 'repeat_time'?"),
+        ({"annotation": "a.jsonl", "zzz": 2}, "unknown key 'zzz'; keys are annotation"),
+        ({"root": "x"}, "has no annotation"),
+        ({"annotation": "a.jsonl", "repeat_time": 0}, r"repeat_time must be in \(0, 4\], got 0"),
+        ({"annotation": "a.jsonl", "repeat_time": 4.5}, r"repeat_time must be in \(0, 4\], got 4.5"),
+        ({"annotation": "a.jsonl", "data_augment": "yes"}, "data_augment must be true or false, got 'yes'"),
+        ({"annotation": "a.jsonl", "max_dynamic_patch": 0}, "max_dynamic_patch must be an integer >= 1, got 0"),
+        (["a.jsonl"], "must be an object"),
+    ],
+)
+def test_bad_meta_is_refused(tmp_path, entry, words):
+    rows_file(tmp_path / "a.jsonl", 3)
+    meta = tmp_path / "meta.json"
+    meta.write_text(json.dumps({"a": entry}))
+    with pytest.raises(InputError, match=words):
+        load_mixture(meta)
+
+
+def test_one_file_is_a_mixture_of_itself(tmp_path):
+    path = rows_file(tmp_path / "a.jsonl", 3)
+    array = tmp_path / "b.json"
+    array.write_text("[{}]")
+    renamed = rows_file(tmp_path / "c.json", 3)
+    (spec,) = load_mixture(path)
+    assert (spec.name, spec.annotation, spec.root) == ("a", path, str(tmp_path))
+    assert load_mixture(path, root="/m")[0].root == "/m"
+    assert [load_mixture(p)[0].name for p in (array, renamed)] == ["b", "c"]
+    with pytest.raises(InputError, match="no such file"):
+        load_mixture(tmp_path / "none.json")
+
+
+def test_repeat_time_that_leaves_no_row_is_refused(tmp_path):
+    spec = DatasetSpec(name="a", annotation=rows_file(tmp_path / "a.jsonl", 3), repeat_time=0.1)
+    with pytest.raises(InputError, match="leaves none"):
+        Mixture((spec,), seed=0)

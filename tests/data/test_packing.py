@@ -1,0 +1,118 @@
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ivl.data.batch import collate
+from ivl.data.packing import Packer
+from ivl.types import Sample
+
+
+@dataclass(frozen=True)
+class Item:
+    num_tokens: int
+    num_tiles: int = 0
+
+
+items = st.lists(st.builds(Item, st.integers(1, 40), st.integers(0, 6)), max_size=60)
+
+
+def packer(max_tokens=40, max_tiles=6, max_buffer=3) -> Packer[Item]:
+    return Packer(max_tokens=max_tokens, max_tiles=max_tiles, max_buffer=max_buffer)
+
+
+def pack_all(stream, into):
+    packs = [buffer for position, item in stream if (buffer := into.add(position, item))]
+    while buffer := into.flush():
+        packs.append(buffer)
+    return packs
+
+
+@given(items)
+def test_every_sample_is_in_one_pack_within_the_budgets(stream):
+    packs = pack_all(enumerate(stream), packer())
+    assert sorted(n for pack in packs for n in pack.positions) == list(range(len(stream)))
+    for pack in packs:
+        assert pack.items == [stream[n] for n in pack.positions]
+        assert pack.num_tokens == sum(item.num_tokens for item in pack.items) <= 40
+        assert pack.num_tiles == sum(item.num_tiles for item in pack.items) <= 6
+
+
+@given(items, st.integers(0, 60))
+def test_open_packs_are_the_whole_state(stream, cut):
+    whole = packer()
+    first = [buffer.positions for n, item in enumerate(stream[:cut]) if (buffer := whole.add(n, item))]
+    resumed = packer()
+    for positions in whole.positions():
+        resumed.reopen(positions, [stream[n] for n in positions])
+    assert resumed.positions() == whole.positions()
+    rest = [buffer.positions for buffer in pack_all(list(enumerate(stream))[cut:], resumed)]
+    assert first + rest == [buffer.positions for buffer in pack_all(enumerate(stream), packer())]
+
+
+@given(items)
+def test_no_more_packs_stay_open_than_allowed(stream):
+    keeper = packer(max_buffer=2)
+    for n, item in enumerate(stream):
+        keeper.add(n, item)
+        assert len(keeper.buffers) <= 2
+        assert [b.num_tokens for b in keeper.buffers] == sorted(b.num_tokens for b in keeper.buffers)
+
+
+def test_the_fullest_open_pack_with_room_is_taken():
+    keeper = packer(max_tokens=10, max_tiles=4)
+    for n, (tokens, tiles) in enumerate([(6, 3), (7, 4), (5, 0)]):
+        keeper.add(n, Item(tokens, tiles))
+    # 7 tokens is fullest but has no tile left, so 6 takes it.
+    assert keeper.add(3, Item(2, 1)).positions == [0, 3]
+
+
+def test_a_full_pack_leaves_at_once_and_an_overfull_sample_is_refused():
+    keeper = packer(max_tokens=10)
+    assert keeper.add(0, Item(10)).positions == [0]
+    with pytest.raises(ValueError, match="11 tokens and 2 tiles exceeds a pack of 10 and 6"):
+        keeper.add(1, Item(11, 2))
+
+
+def test_fill_of_short_and_mixed_lengths():
+    rng = np.random.default_rng(0)
+    short = rng.integers(20, 400, size=20_000)
+    mixed = np.where(rng.random(20_000) < 0.9, short, rng.integers(2000, 8192, size=20_000))
+    for lengths in (short, mixed):
+        packs = pack_all(((n, Item(int(x))) for n, x in enumerate(lengths)), packer(8192, 48, 20))
+        assert lengths.sum() / (len(packs) * 8192) > 0.97
+
+
+def sample(seq_lens, tile_ids, num_tiles, start):
+    n = sum(seq_lens)
+    return Sample(
+        tokens_T=torch.arange(start, start + n),
+        labels_T=torch.arange(start, start + n),
+        weights_T=torch.ones(n),
+        seq_lens=seq_lens,
+        tiles_GSSC=torch.full((num_tiles, 2, 2, 3), start, dtype=torch.uint8) if num_tiles else torch.empty(0, 0, 0, 3),
+        tile_ids_R=torch.tensor(tile_ids, dtype=torch.int64),
+        id=f"s{start}",
+        source=f"f:{start}",
+    )
+
+
+def test_collate_lays_sequences_side_by_side_and_moves_tile_ids():
+    batch = collate((sample((3,), [], 0, 0), sample((2, 4), [0, 1, 0, 1], 2, 10), sample((1,), [0], 1, 20)))
+    assert batch.tokens_T.tolist() == [0, 1, 2, 10, 11, 12, 13, 14, 15, 20]
+    assert batch.layout.new_lens == (3, 2, 4, 1) and batch.layout.past_lens == (0, 0, 0, 0)
+    assert batch.tile_ids_R.tolist() == [0, 1, 0, 1, 2]
+    assert batch.tiles_GSSC[:, 0, 0, 0].tolist() == [10, 10, 20] and batch.tiles_GSSC.dtype == torch.uint8
+    assert batch.ids == ("s0", "s10", "s20") and batch.sources == ("f:0", "f:10", "f:20")
+
+
+def test_collate_refuses_what_does_not_add_up():
+    with pytest.raises(ValueError, match="empty pack"):
+        collate(())
+    bad = sample((3,), [], 0, 0)
+    object.__setattr__(bad, "seq_lens", (2,))
+    with pytest.raises(ValueError, match=r"f:0: sequences of \(2,\) tokens but 3"):
+        collate((bad,))
