@@ -55,9 +55,9 @@ def check_batch(batch: Batch, model: VLM) -> None:
     size = model.config.decoder.vocab_size
     trained_T = batch.weights_T != 0
     faults = {
+        "loss weight that is negative or not finite": ~(batch.weights_T >= 0) | torch.isinf(batch.weights_T),
         f"token outside the vocabulary of {size}": (batch.tokens_T < 0) | (batch.tokens_T >= size),
         f"trained label outside the vocabulary of {size}": trained_T & ((batch.labels_T < 0) | (batch.labels_T >= size)),
-        "loss weight that is negative or not finite": ~(batch.weights_T >= 0) | torch.isinf(batch.weights_T),
     }
     for fault, bad_T in faults.items():
         if bad_T.any():

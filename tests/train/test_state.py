@@ -1,0 +1,173 @@
+"""Checkpoints: killed at any moment, a run goes on as if nothing had happened."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ivl.errors import InputError
+from ivl.train import state
+from ivl.train.config import OptimConfig, Stage
+from ivl.train.distributed import World
+from ivl.train.loop import BatchList, train
+from ivl.train.metrics import MetricsLog
+from ivl.train.run import build_model, load_model, save_model
+from ivl.train.stage import apply_stage
+from tests.conftest import tiny_config
+from tests.train.conftest import tiny_batch, tiny_train
+
+STEPS, KILLS = 40, 20
+
+
+def session(run_dir: Path, slow_save: float = 0.0, **changes) -> None:
+    """What a process does from its start: resume if it can, train, write the final weights."""
+    config = tiny_train(
+        model="", architecture=tiny_config(), num_steps=STEPS, packs_per_step=2, save_every=3, keep_last=2, log_samples=True,
+        stage=Stage(trainable=("vision", "projector", "decoder"), drop_path=0.5), log_every=1000,
+        optim=OptimConfig(name="muon", lr=1e-3, warmup_ratio=0.1), **changes,
+    )  # fmt: skip
+    run_dir.mkdir(exist_ok=True)
+    state.clean(run_dir)
+    checkpoint = state.latest_checkpoint(run_dir)
+    model = build_model(config, checkpoint)
+    apply_stage(model, config)
+
+    def write_model(directory: Path) -> None:
+        save_model(model, directory)
+        time.sleep(slow_save)
+
+    batches = BatchList([tiny_batch(i) for i in range(7)])
+    train(model, batches, config, out_dir=run_dir, write_model=write_model, resume=checkpoint)
+    save_model(model, run_dir / "model")
+    (run_dir / "done").touch()
+
+
+def weights_hash(model_dir: Path) -> str:
+    parts = load_model(model_dir).state_dict()
+    return hashlib.sha256(b"".join(n.encode() + p.numpy().tobytes() for n, p in sorted(parts.items()))).hexdigest()
+
+
+def rows(run_dir: Path) -> list[tuple]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [(r["step"], r["loss"], r["grad_norm"], r["lr"], tuple(r["ids"]), r["total_tokens"]) for r in lines]
+
+
+def child(run_dir: Path) -> None:
+    torch.set_num_threads(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    session(run_dir, slow_save=0.01)
+
+
+def test_killed_twenty_times_is_bit_identical(tmp_path):
+    torch.set_num_threads(1)
+    session(tmp_path / "whole")
+    run_dir, draw = tmp_path / "killed", random.Random(0)
+    context = multiprocessing.get_context("fork")
+    kills = inside_save = 0
+    while not (run_dir / "done").exists():
+        process = context.Process(target=child, args=(run_dir,))
+        process.start()
+        if kills < KILLS:
+            # Every third kill waits for a save to be under way; the others come at any moment.
+            if kills % 3 == 0:
+                deadline = time.monotonic() + 20
+                while not list(run_dir.glob(".tmp-*")) and process.is_alive() and time.monotonic() < deadline:
+                    time.sleep(0.0005)
+                time.sleep(draw.uniform(0, 0.02))
+            else:
+                time.sleep(draw.uniform(0.02, 0.4))
+            assert process.pid is not None
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGKILL)
+        process.join(60)
+        if process.exitcode == -signal.SIGKILL:
+            kills += 1
+            inside_save += bool(list(run_dir.glob(".tmp-*")))
+        else:
+            assert process.exitcode == 0
+    print(f"{kills} kills, {inside_save} inside a save")
+    assert kills == KILLS and inside_save > 0
+    assert rows(run_dir) == rows(tmp_path / "whole")
+    assert weights_hash(run_dir / "model") == weights_hash(tmp_path / "whole" / "model")
+
+
+def save(run_dir: Path, step: int, keep_last: int = 0, write_model=lambda d: (d / "weights").write_bytes(b"w" * 100)) -> Path:
+    return state.save_checkpoint(
+        run_dir, step, write_model=write_model, optimizer={"a|b": torch.arange(3.0)}, state={"counters": {}}, data={"at": step},
+        world=World(), keep_last=keep_last,
+    )  # fmt: skip
+
+
+def test_a_failure_at_any_point_of_a_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    """Every file operation of a save fails once in its turn."""
+    real = {"fsync": os.fsync, "rename": Path.rename, "write_text": Path.write_text, "mkdir": Path.mkdir}
+    left, failed = 0, 0
+
+    def faulty(name):
+        def call(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise OSError(28, "No space left on device")
+            return real[name](*args, **kwargs)
+
+        return call
+
+    for fail_at in range(1, 200):
+        run_dir = tmp_path / str(fail_at)
+        run_dir.mkdir()
+        save(run_dir, 1)
+        left = fail_at
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", faulty("fsync"))
+            for name in ("rename", "write_text", "mkdir"):
+                patch.setattr(Path, name, faulty(name))
+            try:
+                save(run_dir, 2, keep_last=1)
+            except OSError:
+                failed += 1
+            else:
+                break
+        newest = state.latest_checkpoint(run_dir)
+        assert newest is not None
+        _, saved, data = state.load_trainer(newest, World())
+        assert saved["step"] == data["at"] in (1, 2)
+    assert failed >= 10
+
+
+def test_incomplete_directories_are_ignored_and_cleaned(tmp_path):
+    for step in (2, 10, 9):
+        save(tmp_path, step)
+    (tmp_path / "checkpoint-10" / "weights").write_bytes(b"short")
+    (tmp_path / "checkpoint-11").mkdir()
+    (tmp_path / ".tmp-checkpoint-12").mkdir()
+    assert state.latest_checkpoint(tmp_path) == tmp_path / "checkpoint-9"
+    assert state.clean(tmp_path) == [".tmp-checkpoint-12", "checkpoint-10", "checkpoint-11"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-9"]
+
+
+def test_keep_last(tmp_path):
+    for step in (1, 2, 10, 11):
+        save(tmp_path, step, keep_last=2)
+    assert [p.name for p in state.checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-11"]
+
+
+def test_another_number_of_ranks_is_refused(tmp_path):
+    with pytest.raises(InputError, match="written by 1 ranks, this run has 2"):
+        state.load_trainer(save(tmp_path, 1), World(0, 2))
+
+
+def test_metrics_log_drops_what_a_resumed_run_writes_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "evaluation": "x"}\n{"step": 3}\n{"ste')
+    log = MetricsLog(path, 2)
+    log.write({"step": 3, "again": True})
+    log.close()
+    assert [json.loads(line).get("again", False) for line in path.read_text().splitlines()] == [False, False, False, True]
