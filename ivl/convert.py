@@ -1,4 +1,4 @@
-"""Operations from model directory to model directory: convert to a dialect, merge a LoRA adapter."""
+"""Rewrite a model directory in the other dialect, whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from pathlib import Path
 import torch
 
 from ivl.errors import InputError
-from ivl.model.checkpoint import load_config, load_model, resolve, save_model
-from ivl.model.checkpoint.config_json import dialect_of, generation_json, to_json
+from ivl.model.checkpoint import load_config, resolve
+from ivl.model.checkpoint.config_json import generation_json, to_json
 from ivl.model.checkpoint.files import MAX_SHARD_BYTES, Progress, write_json, write_shards
 from ivl.model.checkpoint.keymaps import Dialect, key_map
 from ivl.model.checkpoint.model_dir import empty_model, open_weights, read
-from ivl.model.lora import load_adapter, merge_lora
 from ivl.processing.processor import Processor
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -67,24 +66,6 @@ def convert(
         if processor:
             processor.save(out)
         write_json(out / "config.json", config_json)
-
-
-def merge(
-    source: str | Path, adapter: str | Path, target: str | Path, *, force: bool = False, progress: Progress | None = None
-) -> None:
-    """Fold a LoRA adapter into its model and write a model directory in the source's dialect, tokenizer included.
-
-    Raises:
-        InputError: if the adapter does not fit the model, or the target exists.
-    """
-    directory = resolve(source)
-    processor = Processor.load(directory)
-    model = load_model(directory)
-    load_adapter(model, adapter)
-    merge_lora(model)
-    with new_directory(target, force=force) as out:
-        save_model(model, out, dialect=dialect_of(directory), progress=progress)
-        processor.save(out)
 
 
 @contextmanager

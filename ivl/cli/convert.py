@@ -11,7 +11,9 @@ import tyro
 if TYPE_CHECKING:
     from ivl.model.checkpoint.files import Progress
 
-Force = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+Dialect = Literal["internvl_chat", "transformers"]
+Dtype = Literal["keep", "bfloat16", "float16", "float32"]
 
 
 def convert(args: list[str]) -> None:
@@ -22,10 +24,10 @@ def run_convert(
     src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")],
     dst: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")],
     *,
-    to: Literal["internvl_chat", "transformers"],
-    dtype: Literal["keep", "bfloat16", "float16", "float32"] = "keep",
-    force: Force = False,
-    weights_only: Force = False,
+    to: Dialect,
+    dtype: Dtype = "keep",
+    force: Flag = False,
+    weights_only: Flag = False,
     max_shard_gb: float = 5.0,
 ) -> None:
     """Rewrite a model in the other library's dialect, ready to open there.
@@ -39,23 +41,58 @@ def run_convert(
         weights_only: Leave out tokenizer and preprocessor files.
         max_shard_gb: Largest weights file, in GB.
     """
-    from ivl import convert as operations
+    from ivl import convert as operation
     from ivl.errors import InputError
 
     if max_shard_gb <= 0:
         raise InputError(f"--max-shard-gb is {max_shard_gb}, must be above 0")
     with _progress(f"writing {dst}") as progress:
-        operations.convert(
+        operation.convert(
             src,
             dst,
             to=to,
-            dtype=operations.DTYPES.get(dtype),
+            dtype=operation.DTYPES.get(dtype),
             force=force,
             weights_only=weights_only,
             max_shard_bytes=int(max_shard_gb * 1e9),
             progress=progress,
         )
     print(f"{dst}: {to} model written")
+
+
+def compose(args: list[str]) -> None:
+    tyro.cli(run_compose, prog="ivl compose", args=args)
+
+
+def run_compose(
+    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
+    *,
+    vit: str,
+    llm: str,
+    projector: str | None = None,
+    to: Dialect = "internvl_chat",
+    dtype: Dtype = "keep",
+    seed: int = 0,
+    force: Flag = False,
+) -> None:
+    """Build a model from a vision transformer, a language model and a projector.
+
+    Args:
+        out: Directory to write.
+        vit: InternViT or InternVL, directory or hub id.
+        llm: Qwen2.5, InternLM2.5, LLaMA or InternVL, directory or hub id; or a GGUF file.
+        projector: InternVL whose projector is taken; without one, a fresh one is drawn.
+        to: Dialect to write.
+        dtype: Type of the written weights; keep is the narrowest that holds every part unchanged.
+        seed: Of every drawn number.
+        force: Replace out if it is a model directory.
+    """
+    from ivl import compose as operation
+    from ivl.convert import DTYPES, new_directory
+
+    with _progress(f"writing {out}") as progress, new_directory(out, force=force) as part:
+        operation.compose(vit, llm, projector, part, seed=seed, dtype=DTYPES.get(dtype), dialect=to, progress=progress)
+    print(f"{out}: composed model written")
 
 
 def merge(args: list[str]) -> None:
@@ -67,7 +104,7 @@ def run_merge(
     adapter: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTER")],
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
     *,
-    force: Force = False,
+    force: Flag = False,
 ) -> None:
     """Merge a LoRA adapter into its model.
 
@@ -77,10 +114,11 @@ def run_merge(
         out: Directory to write.
         force: Replace out if it is a model directory.
     """
-    from ivl import convert as operations
+    from ivl import compose as operation
+    from ivl.convert import new_directory
 
-    with _progress(f"writing {out}") as progress:
-        operations.merge(model, adapter, out, force=force, progress=progress)
+    with new_directory(out, force=force) as part:
+        operation.merge(model, adapter, part)
     print(f"{out}: merged model written")
 
 
@@ -91,6 +129,7 @@ def _progress(title: str) -> Iterator[Progress]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
