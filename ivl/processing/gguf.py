@@ -8,7 +8,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from ivl.errors import InputError
 from ivl.model.checkpoint.gguf import GgufVocabulary
 from ivl.processing.tokenizer import Tokenizer
-from ivl.processing.vocabulary import QWEN_PATTERN, _merges
+from ivl.processing.vocabulary import QWEN_PATTERN, merges_from_scores
 
 LLAMA3_PATTERN = QWEN_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
@@ -88,7 +88,7 @@ def _sentencepiece(vocabulary: GgufVocabulary, ids: dict[str, int]) -> tokenizer
     scores = {token: score for token, kind, score in rows if kind == NORMAL}
     unknown = None if vocabulary.unknown is None else vocabulary.tokens[vocabulary.unknown]
     backend = tokenizers.Tokenizer(
-        models.BPE(vocab=ids, merges=_merges(scores, ids), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+        models.BPE(vocab=ids, merges=merges_from_scores(scores, ids), unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
     spaces = normalizers.Replace(" ", "▁")
     undo: list[decoders.Decoder] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]

@@ -199,10 +199,10 @@ def from_sentencepiece(file: Path, added: dict[int, AddedToken]) -> tokenizers.T
     if not added and len(proto.pieces) == INTERNLM2_PIECES:
         names = INTERNLM2_ADDED
     vocab: dict[str, int] = {names.get(i) or str(piece.piece): i for i, piece in enumerate(proto.pieces)}
-    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == kinds.NORMAL}
+    scores = {p.piece: p.score for i, p in enumerate(proto.pieces) if p.type == kinds.NORMAL and i not in names}
     unknown = next(piece.piece for piece in proto.pieces if piece.type == kinds.UNKNOWN)
     backend = tokenizers.Tokenizer(
-        models.BPE(vocab=vocab, merges=_merges(scores, vocab), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+        models.BPE(vocab=vocab, merges=merges_from_scores(scores, vocab), unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
     for i, piece in enumerate(proto.pieces):
         if i in names or piece.type in (kinds.CONTROL, kinds.UNKNOWN):
@@ -237,7 +237,7 @@ def set_bos(backend: tokenizers.Tokenizer, bos: int | None) -> None:
         backend.post_processor = processors.ByteLevel(trim_offsets=False)  # changes no id
 
 
-def _merges(scores: dict[str, float], vocab: dict[str, int]) -> list[tuple[str, str]]:
+def merges_from_scores(scores: dict[str, float], vocab: dict[str, int]) -> list[tuple[str, str]]:
     """SentencePiece keeps no merges: any two pieces whose join is a piece may merge, best score first."""
     found = []
     for piece, score in scores.items():
