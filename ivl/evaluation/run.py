@@ -63,8 +63,8 @@ def evaluate(
     examples = list(islice(task.examples(), limit))
     if not examples:
         raise InputError(f"task {task.name} has no examples")
-    about = {"task": task.name, "model": model, "fingerprint": fingerprint, "params": asdict(task.params)}
-    store = Predictions(predictions, json.loads(json.dumps(about)))
+    params = {**asdict(task.params), "stop": list(task.params.stop)}
+    store = Predictions(predictions, {"task": task.name, "model": model, "fingerprint": fingerprint, "params": params})
     wanted = {example.id: example for example in examples}
     if len(wanted) != len(examples):
         raise InputError(f"task {task.name} gives {len(examples)} examples but only {len(wanted)} different ids")
@@ -88,7 +88,7 @@ def evaluate(
         **summary([p.score for p in done.values()]),
         "by_type": {group: summary(scores) for group, scores in sorted(by_type.items())},
         "model": model,
-        "params": about["params"],
+        "params": params,
         "versions": versions(),
     }
 

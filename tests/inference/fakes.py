@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import torch
 from PIL import Image
 
 from ivl.config import ModelConfig
+from ivl.model.checkpoint import save_model
+from ivl.model.vlm import VLM
+from ivl.processing.processor import Processor
+from ivl.processing.tokenizer import train_tokenizer
 from ivl.types import Conversation, ImageRef, Message, Prompt, Text
+from tests.conftest import tiny_config
 
 FIRST_CHARACTER = 32
 IMAGE_TOKEN = 90
@@ -56,3 +64,26 @@ def picture(seed: int) -> Image.Image:
 
 def ask(text: str, *images: ImageRef) -> Conversation:
     return (Message("user", (*images, Text(text))),)
+
+
+def tiny_directory(path: Path) -> Path:
+    """A model directory with a tokenizer of its own: random weights, 28 px tiles, replies of varied text."""
+    tokenizer = train_tokenizer(["what colour is the shape? red green blue yes no circle"] * 3, 300)
+    config = replace(
+        tiny_config(),
+        decoder=replace(tiny_config().decoder, vocab_size=len(tokenizer), max_positions=600),
+        image_token_id=tokenizer.id("<IMG_CONTEXT>"),
+        eos_token_ids=(tokenizer.id("<|im_end|>"),),
+        system_message="",
+    )
+    torch.manual_seed(1)
+    model = VLM(config).eval()
+    model.init_weights()
+    with torch.no_grad():
+        for part in (model.projector, model.decoder):
+            for parameter in part.parameters():
+                if parameter.ndim == 2:
+                    parameter.mul_(8)
+    save_model(model, path)
+    Processor(config, tokenizer).save(path)
+    return path

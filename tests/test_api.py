@@ -1,0 +1,152 @@
+"""The Python API and `ivl chat`, on a tiny model directory."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import ivl
+from ivl.cli.chat import chat as chat_command
+from tests.inference.fakes import picture, tiny_directory
+
+SHORT = {"max_new_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_directory(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def model(directory: Path) -> ivl.Model:
+    return ivl.load(directory)
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    picture(1).save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+def test_import_is_fast_and_without_torch() -> None:
+    code = "import time; t = time.perf_counter(); import ivl, sys; print(time.perf_counter() - t, 'torch' in sys.modules)"
+    seconds, torch_loaded = min(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+        for _ in range(3)
+    )
+    assert float(seconds) < 0.3 and torch_loaded == "False"
+
+
+def test_an_image_may_be_a_path_bytes_or_an_image(model: ivl.Model, image: Path) -> None:
+    encoded = io.BytesIO()
+    picture(1).save(encoded, "PNG")
+    sources = (image, str(image), encoded.getvalue(), picture(1), ivl.ImageRef(str(image)))
+    replies = {model.chat("What is it?", source, **SHORT) for source in sources}
+    assert len(replies) == 1 and replies != {model.chat("What is it?", **SHORT)}
+
+
+def test_stream_and_generate_equal_chat(model: ivl.Model, image: Path) -> None:
+    reply = model.chat("What is it?", image, **SHORT)
+    assert "".join(model.stream("What is it?", image, **SHORT)).strip() == reply
+    replies = model.generate([ivl.ask("What is it?", image), ivl.ask("Why?")], ivl.SamplingParams(**SHORT))
+    assert [r.text.strip() for r in replies] == [reply, model.chat("Why?", **SHORT)]
+
+
+def test_a_conversation_remembers(model: ivl.Model, image: Path) -> None:
+    conversation = model.start(system="Be brief.")
+    first = conversation.send("What is it?", image, **SHORT)
+    second = conversation.send("And now?", **SHORT)
+    assert [m.role for m in conversation.messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert [m.text.strip() for m in conversation.messages] == ["Be brief.", "What is it?", first, "And now?", second]
+    assert second != model.chat("And now?", **SHORT)
+
+
+def test_a_stopped_reply_stays_in_the_history_and_frees_the_engine(model: ivl.Model) -> None:
+    conversation = model.start()
+    stream = conversation.stream("Tell me a story.", max_new_tokens=200)
+    said = next(stream) + next(stream)
+    stream.close()
+    assert conversation.messages[-1].text == said.strip()
+    assert model.engine.unreserved == model.engine.cache.num_blocks and not model.engine.running
+
+
+def test_marks_take_the_media_in_order() -> None:
+    a, b = ivl.ImageRef(b"a"), ivl.ImageRef(b"b")
+    text = ivl.Text
+    assert ivl.ask("Hm?", a)[0].content == (a, text("\nHm?"))
+    assert ivl.ask("Compare.", a, b)[0].content == (text("Image-1: "), a, text("\nImage-2: "), b, text("\nCompare."))
+    assert ivl.ask("Is <image> like <image>?", a, b)[0].content == (text("Is "), a, text(" like "), b, text("?"))
+    assert ivl.ask("What?", ivl.VideoRef("v"))[0].content == (ivl.VideoRef("v"), text("\nWhat?"))
+    with pytest.raises(ivl.InputError, match="marks 2 places for media but 1 media"):
+        ivl.ask("Is <image> like <image>?", a)
+
+
+def test_what_a_path_is(tmp_path: Path, image: Path) -> None:
+    frames = [picture(n) for n in range(3)]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "still.gif")
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "clip.mp4").touch()
+
+    def content(name: str) -> object:
+        return ivl.ask("?", tmp_path / name)[0].content[0]
+
+    assert isinstance(content("moving.gif"), ivl.VideoRef) and isinstance(content("still.gif"), ivl.ImageRef)
+    assert isinstance(content("clip.mp4"), ivl.VideoRef) and isinstance(content("."), ivl.VideoRef)
+    for name, reason in (("text.png", "not an image that can be read"), ("none.png", "no such image or video")):
+        with pytest.raises(ivl.InputError, match=f"{name}: {reason}"):
+            content(name)
+
+
+def test_context_and_tile_limits_are_told(directory: Path, model: ivl.Model) -> None:
+    with pytest.raises(ivl.InputError, match="context is 600 tokens"):
+        model.chat("word " * 600)
+    with pytest.raises(ivl.InputError, match="max_tiles must be at least 1, got 0"):
+        ivl.load(directory, max_tiles=0)
+    wide = picture(2).resize((28 * 4, 28))
+    few, many = (ivl.load(directory, max_tiles=n).engine.submit(ivl.ask("?", wide)).prompt for n in (1, 4))
+    assert (len(few.tiles_GSSC), len(many.tiles_GSSC)) == (1, 5)
+
+
+def test_chat_command_prints_the_reply_and_stats(
+    directory: Path, model: ivl.Model, image: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat_command([str(directory), str(image), "-p", "What is it?", "--max-new-tokens", "12", "--stats"])
+    out, err = capsys.readouterr()
+    assert out.strip() == model.chat("What is it?", image, **SHORT)
+    assert all(word in err for word in ("load", "vision", "prefill", "decode", "tokens/s"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no-model", "no-picture.png", "-p", "?"], "no-picture.png: no such image or video"),
+        (["no-model", "-p", "?", "--top-p", "0"], "top_p must be in"),
+        (["no-model", "-p", ""], "the prompt is empty"),
+        (["./no-model", "-p", "?"], "no-model"),
+    ],
+)
+def test_chat_command_refuses_bad_input(arguments: list[str], message: str) -> None:
+    with pytest.raises(ivl.InputError, match=message):
+        chat_command(arguments)
+
+
+def test_interactive_chat(
+    directory: Path, model: ivl.Model, image: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def typed() -> Callable[[str], str]:
+        lines = iter(["Hello", "/image nowhere.png", f"/image {image}", "What is it?", "/clear", "/what", "", "Hello", "/quit"])
+        return lambda _: next(lines)
+
+    monkeypatch.setattr("builtins.input", typed())
+    chat_command([str(directory), "--max-new-tokens", "12"])
+    out, err = capsys.readouterr()
+    conversation = model.start()
+    hello, what = conversation.send("Hello", **SHORT), conversation.send("What is it?", image, **SHORT)
+    assert [line for line in out.split("\n") if line] == [s for text in (hello, what, hello) for s in text.split("\n") if s]
+    assert "nowhere.png: no such image" in err and "unknown command /what" in err
