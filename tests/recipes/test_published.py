@@ -1,0 +1,75 @@
+"""Every published recipe builds at full size on the meta device and trains exactly what it says."""
+
+import subprocess
+import sys
+
+import pytest
+
+from ivl.config import SIZES
+from ivl.errors import InputError
+from ivl.recipes import find
+from ivl.recipes.published import RECIPES, STAGES
+from ivl.train.plan import make_plan
+
+PARTS = {
+    "stage1": ("projector",),
+    "stage1.5": ("vision", "projector"),
+    "stage2": ("vision", "projector", "decoder"),
+    "finetune": ("projector", "decoder"),
+    "lora": (),
+}
+# Spec 4.1 and 4.3: weight decay, stage 2 and fine-tuning rate, drop path, stage 2 steps.
+TABLE = {
+    "1B": (0.01, 4e-5, 0.1, 22000), "2B": (0.01, 4e-5, 0.1, 22000), "4B": (0.01, 4e-5, 0.1, 11000),
+    "8B": (0.05, 4e-5, 0.1, 5500), "26B": (0.05, 2e-5, 0.4, 5500), "38B": (0.05, 2e-5, 0.4, 5500),
+    "78B": (0.05, 2e-5, 0.4, 5500),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_builds_and_trains_what_it_says(size):
+    for stage in STAGES:
+        plan = make_plan(find(f"{size}-{stage}"))
+        for part, (trained, frozen) in plan.parameters.items():
+            assert bool(trained) == (part in PARTS[stage] or (stage == "lora" and part == "decoder"))
+            assert bool(frozen) == (part not in PARTS[stage])
+        total = sum(t + f for t, f in plan.parameters.values())
+        adapters = plan.parameters["decoder"][0] if stage == "lora" else 0
+        assert total - adapters == sum(t + f for t, f in make_plan(find(f"{size}-stage1")).parameters.values())
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_settings_are_the_published_ones(size):
+    decay, lr, drop_path, steps = TABLE[size]
+    stage1, stage15, stage2, full, lora = (find(f"{size}-{stage}") for stage in STAGES)
+    assert (stage1.optim.lr, stage1.packs_per_step, stage1.stage.drop_path) == (2e-4, 512, 0)
+    assert (stage1.optim.warmup_steps, stage1.optim.schedule_steps) == (100, 100_000)
+    assert (stage15.optim.lr, stage15.packs_per_step, stage15.stage.drop_path) == (1e-5, 1024, drop_path)
+    assert (stage2.optim.lr, stage2.packs_per_step, stage2.stage.drop_path) == (lr, 512, drop_path)
+    assert (stage2.num_steps, stage2.optim.warmup_ratio, stage2.optim.schedule_steps) == (steps, 0.03, None)
+    assert (full.optim.lr, full.packs_per_step, lora.packs_per_step) == (lr, 128, 16)
+    assert lora.lora is not None and (lora.lora.rank, lora.lora.scale, lora.lora.dropout) == (16, 2.0, 0.05)
+    for config in (stage1, stage15, stage2):
+        assert (config.data.max_tokens, config.data.max_tiles, config.data.averaging) == (16384, 48, "square")
+        assert (config.save_every, config.keep_last) == (100, 3)
+    for config in (full, lora):
+        assert (config.data.max_tokens, config.data.max_tiles_per_image, config.data.epochs) == (8192, 6, 1)
+    for config in (stage1, stage15, stage2, full, lora):
+        optim = config.optim
+        assert (optim.name, optim.betas, optim.eps, optim.clip) == ("adamw", (0.9, 0.999), 1e-8, 1.0)
+        assert (optim.weight_decay, optim.schedule, config.precision) == (decay, "cosine", "bf16")
+
+
+def test_stages_follow_each_other():
+    assert find("8B-stage2").model == "runs/8B-stage1.5/model" and find("1B-stage2").model == "runs/1B-stage1/model"
+    assert len(RECIPES) == 35
+
+
+def test_unknown_recipe_names_its_neighbours():
+    with pytest.raises(InputError, match="did you mean 78B-stage1"):
+        find("78B-stage-1")
+
+
+def test_listing_recipes_needs_no_torch():
+    code = "import sys; from ivl.cli.train import train; train([]); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
