@@ -50,11 +50,12 @@ def stats(mixture: Mixture, *, root: str | None = None, model: str | None = None
     table = Table(box=None, header_style="bold")
     columns = ["rows", "bad", "conversations", "images", "videos", *(["tokens", "tiles"] if model else [])]
     table.add_column("dataset")
+    table.add_column("format")
     for column in columns:
         table.add_column(column, justify="right")
     for found in _inspect(mixture, root, model):
         if not isinstance(found, Exception):
-            table.add_row(found.name, *(f"{getattr(found, column):,}" for column in columns))
+            table.add_row(found.name, found.format or "not read", *(f"{getattr(found, column):,}" for column in columns))
     Console().print(table)
 
 

@@ -44,7 +44,7 @@ class DataConfig:
     """More bad rows than this share stop the run even where they may be skipped."""
     num_workers: int = 2
     """Processes that encode; 0 encodes in the main process. Batches do not depend on it."""
-    prefetch: int = 32
+    prefetch: int = 16
     """Samples encoded ahead for each worker."""
     start_method: Literal["fork", "spawn"] | None = None
     """How workers start; None is fork on Linux and spawn elsewhere."""

@@ -130,6 +130,7 @@ class Loader:
             "seed": self.mixture.seed,
             "rank": self.rank,
             "world_size": self.world_size,
+            "budgets": [self.config.max_tokens, self.config.max_tiles, self.config.max_samples],
             "mixture": self.mixture.fingerprint(),
             "report": asdict(self.report),
         }
@@ -143,7 +144,7 @@ class Loader:
             InputError: if the state belongs to something else; the message says what differs.
         """
         mine = self.state()
-        for name in ("seed", "rank", "world_size", "mixture"):
+        for name in ("seed", "rank", "world_size", "budgets", "mixture"):
             if state[name] != mine[name]:
                 raise InputError(f"the saved data position has {name} {state[name]}, this run has {mine[name]}")
         self._next, self._reopen = state["next"], [list(positions) for positions in state["open"]]

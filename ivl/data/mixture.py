@@ -79,6 +79,8 @@ def _read_meta(path: Path) -> dict[str, Any] | None:
         return None
     try:
         meta = json.loads(path.read_bytes())
+    except RecursionError:
+        raise InputError(f"{path}: not valid JSON (nested too deep)") from None
     except ValueError as error:
         if "Extra data" in str(error):
             return None  # jsonl under another name
@@ -181,10 +183,17 @@ class Mixture:
         spec, rows = self.specs[dataset], self.files[dataset]
         return to_record(rows[row], source=rows.source(row), root=Path(spec.root), dataset=spec.name)
 
+    def describe(self) -> list[str]:
+        """A line for each data set, for the log."""
+        return [
+            f"{spec.name}: {len(rows):,} rows of {rows.format}, {self.num_draws(index):,} drawn per epoch"
+            for index, (spec, rows) in enumerate(zip(self.specs, self.files, strict=True))
+        ]
+
     def fingerprint(self) -> list[list[Any]]:
         """What a saved position depends on; a position of one mixture means nothing in another."""
         return [
-            [spec.name, len(rows), self.num_draws(index)]
+            [spec.name, len(rows), rows.num_bytes, self.num_draws(index)]
             for index, (spec, rows) in enumerate(zip(self.specs, self.files, strict=True))
         ]
 

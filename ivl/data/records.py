@@ -42,7 +42,7 @@ class DataError(InputError):
         return DataError, (self.source, self.kind, self.problem)
 
 
-def to_record(text: str | bytes, *, source: str, root: Path, dataset: str = "") -> Record:
+def to_record(text: bytes, *, source: str, root: Path, dataset: str = "") -> Record:
     """Read one row. Relative media paths are taken from `root`.
 
     Raises:
@@ -51,7 +51,8 @@ def to_record(text: str | bytes, *, source: str, root: Path, dataset: str = "") 
     """
     try:
         row = json.loads(text)
-    except ValueError as error:  # also bytes that are not UTF-8
+        _check_surrogates(text, row)
+    except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8
         raise DataError(source, "broken_json", f"not valid JSON ({error})") from None
     if not isinstance(row, dict):
         raise DataError(source, "bad_row", f"expected an object, got {type(row).__name__}")
@@ -64,7 +65,7 @@ def to_record(text: str | bytes, *, source: str, root: Path, dataset: str = "") 
     media = _Media(row, source=source, root=root)
     nested = turns if isinstance(turns[0], list) else [turns]
     return Record(
-        id=str(row.get("id", source)),
+        id=source if row.get("id") is None else str(row["id"]),
         conversations=tuple(_conversation(each, media, source) for each in nested),
         source=source,
         dataset=dataset,
@@ -74,13 +75,19 @@ def to_record(text: str | bytes, *, source: str, root: Path, dataset: str = "") 
 def describe(container: Literal["json", "jsonl"], first_row: bytes) -> str:
     """The format of a file in a few words, for people. Every row is read by its own keys, whatever the first one has."""
     try:
-        keys = json.loads(first_row)
-    except ValueError:
-        keys = None
-    keys = keys if isinstance(keys, dict) else {}
+        row = json.loads(first_row)
+    except (ValueError, RecursionError):
+        row = None
+    keys = row if isinstance(row, dict) else {}
     if "conversations" in keys:
         return "reference jsonl" if container == "jsonl" else "LLaVA json"
     return f"OpenAI messages {container}" if "messages" in keys else f"{container} of unknown rows"
+
+
+def _check_surrogates(text: bytes, row: Any) -> None:
+    """Half of a surrogate pair, written as an escape, is valid JSON but no text; raises UnicodeEncodeError."""
+    if b"\\ud" in text or b"\\uD" in text:
+        json.dumps(row, ensure_ascii=False).encode()
 
 
 class _Media:
@@ -118,6 +125,8 @@ class _Media:
             ref = ref.removeprefix("file://")
         elif "://" in ref:
             raise DataError(self.source, "missing_media", f"remote media are not fetched: {_short(ref)}; download it first")
+        if "\0" in ref:
+            raise DataError(self.source, "missing_media", f"not a path: {_short(ref)}")
         # A trailing slash marks a folder of frames; Path would drop it.
         return str(self.root / ref) + ("/" if ref.endswith("/") else "")
 

@@ -60,6 +60,10 @@ class Rows:
     def line(self, index: int) -> int:
         return index + 1 if self._lines is None else int(self._lines[index])
 
+    @property
+    def num_bytes(self) -> int:
+        return self._stamp[0]
+
     def source(self, index: int) -> str:
         return f"{self.path}:{self.line(index)}"
 
@@ -103,6 +107,8 @@ def _index_array(path: Path) -> Index:
             _, end = decode(text, at)
         except json.JSONDecodeError as error:
             raise _broken(path, text, error.pos, f"not valid JSON ({error.msg})") from None
+        except RecursionError:
+            raise _broken(path, text, at, "nested too deep") from None
         spans.append((at, end))
         at = _skip(text, end)
         if text[at : at + 1] == ",":

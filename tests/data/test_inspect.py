@@ -56,5 +56,5 @@ def test_same_problems_as_the_loader(dirty):
 def test_stats_prints_a_table(tmp_path, capsys):
     cli.main(["stats", str(make_file(tmp_path, 9))])
     head, row = capsys.readouterr().out.splitlines()
-    assert head.split() == ["dataset", "rows", "bad", "conversations", "images", "videos"]
-    assert row.split()[:3] == ["rows", "9", "0"]
+    assert head.split() == ["dataset", "format", "rows", "bad", "conversations", "images", "videos"]
+    assert row.split()[:5] == ["rows", "reference", "jsonl", "9", "0"]

@@ -132,6 +132,7 @@ def test_state_of_something_else_is_refused(meta, tmp_path):
         (loader(meta, seed=4), "seed 3, this run has 4"),
         (loader(meta, rank=1, world_size=2), "rank 0, this run has 1"),
         (loader(make_file(tmp_path, 6)), "mixture"),
+        (loader(meta, max_tokens=400), r"budgets \[300, 30, None\], this run has \[400, 30, None\]"),
     ):
         with pytest.raises(InputError, match=words):
             other.restore(state)

@@ -13,8 +13,8 @@ from tests.data.world import turns
 ROOT = Path("/media")
 
 
-def read(row: dict | bytes | str):
-    return to_record(row if isinstance(row, bytes | str) else json.dumps(row), source="a.jsonl:7", root=ROOT, dataset="d")
+def read(row: dict | bytes):
+    return to_record(row if isinstance(row, bytes) else json.dumps(row).encode(), source="a.jsonl:7", root=ROOT, dataset="d")
 
 
 def test_reference_row_with_two_images():
@@ -88,6 +88,9 @@ def test_openai_messages():
         ({"image": "a", "conversations": turns("<image><image>", "x")}, "placeholder_mismatch", "2 <image> marks but 1 images"),
         ({"image": ["a", "b"], "conversations": turns("q", "x")}, "placeholder_mismatch", "0 <image> marks but 2 images"),
         ({"conversations": turns("<image>", "x")}, "placeholder_mismatch", "1 <image> marks but 0 images"),
+        (b"[" * 100_000, "broken_json", "not valid JSON"),
+        ({"conversations": turns("half \ud800", "a")}, "broken_json", "surrogates not allowed"),
+        ({"image": "a\0b", "conversations": turns("q", "x")}, "missing_media", "not a path"),
         ({"image": "http://x/a.png", "conversations": turns("q", "x")}, "missing_media", "not fetched"),
         ({"image": "data:image/png;base64,###", "conversations": turns("q", "x")}, "undecodable_media", "not base64"),
     ],
@@ -119,7 +122,7 @@ json_values = st.recursive(
 @given(json_values | st.binary(max_size=30))
 def test_any_row_is_a_record_or_a_data_error(value):
     try:
-        record = read(value if isinstance(value, bytes) else json.dumps(value))
+        record = read(value)
     except DataError as error:
         assert str(error).startswith("a.jsonl:7: ")
     else:
