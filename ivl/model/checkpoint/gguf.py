@@ -11,6 +11,7 @@ import torch
 
 from ivl.config import DecoderConfig, Family
 from ivl.errors import InputError
+from ivl.model.checkpoint.gguf_file import GgufFile
 from ivl.model.checkpoint.keymaps import Entry, Names, _entries
 from ivl.model.decoder import Decoder
 
@@ -62,24 +63,29 @@ class Gguf:
 
     def __init__(self, path: Path) -> None:
         try:
-            from gguf import GGUFReader
+            from gguf import GGML_QUANT_SIZES
         except ImportError:
             raise InputError(f"{path}: reading GGUF files needs the gguf package: pip install 'ivl[gguf]'") from None
         self.directory = self.path = path
-        try:
-            self._reader = GGUFReader(path)
-        except (OSError, ValueError, IndexError, KeyError) as error:
-            raise InputError(f"{path}: not a readable GGUF file: {error}") from None
-        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
-        self.architecture = self._field("general.architecture")
+        self._file = GgufFile(path)
+        self.architecture = str(self._file.fields.get("general.architecture"))
         if self.architecture not in _FAMILIES:
             raise InputError(f"{path}: architecture {self.architecture!r}; supported are {', '.join(_FAMILIES)}")
-        self.shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()}
+        self.shapes = {name: tensor.shape for name, tensor in self._file.tensors.items()}
+        self._kinds: dict[str, Any] = {}
+        sizes = {kind.value: (kind, *size) for kind, size in GGML_QUANT_SIZES.items()}
+        for name, tensor in self._file.tensors.items():
+            if tensor.kind not in sizes or not tensor.shape:
+                raise InputError(f"{path}: tensor {name} has shape {tensor.shape} and unknown storage type {tensor.kind}")
+            kind, block_size, block_bytes = sizes[tensor.kind]
+            if tensor.shape[-1] % block_size:
+                raise InputError(f"{path}: tensor {name} of {tensor.shape} is not made of {kind.name} blocks of {block_size}")
+            self._file.slice(name, block_size, block_bytes)
+            self._kinds[name] = kind
         self.config = self._config()
 
     def _field(self, key: str, default: Any = None) -> Any:
-        field = self._reader.get_field(key)
-        return default if field is None else field.contents()
+        return self._file.fields.get(key, default)
 
     def _number(self, key: str, default: float | None = None) -> Any:
         value = self._field(f"{self.architecture}.{key}", default)
@@ -89,7 +95,7 @@ class Gguf:
 
     def _config(self) -> DecoderConfig:
         scaling = self._field(f"{self.architecture}.rope.scaling.type", "none")
-        if scaling != "none" or "rope_freqs.weight" in self._tensors:
+        if scaling != "none" or "rope_freqs.weight" in self.shapes:
             raise InputError(
                 f"{self.path}: rotary scaling {scaling!r} is not supported in GGUF files; use the safetensors model"
             )
@@ -119,20 +125,26 @@ class Gguf:
     @property
     def main_dtype(self) -> torch.dtype:
         """The dtype that holds the matrices exactly: their own, or float32 when they are quantised or differ."""
-        kinds = {t.tensor_type.name for t in self._tensors.values() if len(t.shape) > 1}
+        kinds = {self._kinds[name].name for name, shape in self.shapes.items() if len(shape) > 1}
         return _EXACT.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
 
     def get(self, name: str) -> torch.Tensor:
         """One tensor, float32 when it was quantised. Query and key rows come in our rotary order."""
-        from gguf import dequantize
+        from gguf import GGML_QUANT_SIZES, dequantize
 
-        stored = self._tensors[name]
-        kind = stored.tensor_type.name
-        try:
-            values = dequantize(stored.data, stored.tensor_type).reshape(self.shapes[name])
-        except NotImplementedError:
-            raise InputError(f"{self.path}: tensor {name} is quantised as {kind}, which the gguf package cannot undo") from None
-        tensor = torch.from_numpy(np.array(values)).to(_EXACT.get(kind, torch.float32))
+        kind, shape = self._kinds[name], self.shapes[name]
+        block_size, block_bytes = GGML_QUANT_SIZES[kind]
+        stored = np.frombuffer(self._file.slice(name, block_size, block_bytes), np.uint8)
+        if kind.name in _EXACT:
+            tensor = torch.frombuffer(bytearray(stored), dtype=_EXACT[kind.name]).view(shape)
+        else:
+            blocks = stored.reshape(*shape[:-1], shape[-1] // block_size * block_bytes)
+            try:
+                tensor = torch.from_numpy(dequantize(blocks, kind)).view(shape)
+            except NotImplementedError:
+                raise InputError(
+                    f"{self.path}: tensor {name} is stored as {kind.name}, which the gguf package cannot undo"
+                ) from None
         if self.architecture in _INTERLEAVED_ROTARY and (".attn_q." in name or ".attn_k." in name):
             half = self.config.head_dim // 2
             tensor = tensor.unflatten(0, (-1, half, 2)).transpose(1, 2).flatten(0, 2)
