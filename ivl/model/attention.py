@@ -14,6 +14,8 @@ from ivl.types import Layout
 # A group of sequences may be padded by this share of its longest member, or by this many tokens each if that is more.
 MAX_PADDING_SHARE = 4
 MAX_PADDING_TOKENS = 16
+# Decoding sequences are gathered into one rectangle unless it would be this many times larger than they are.
+MAX_GATHER = 2
 
 # Up to this length, training on a CPU spells attention out: the fused kernel's backward costs about 0.2 ms for every
 # head of every sequence there, however short, which is several times the arithmetic.
@@ -70,6 +72,9 @@ def attend(
     if not any(layout.past_lens):
         return _attend_packed(q_TNH, k_TKH, v_TKH, layout)
     assert cache is not None
+    lens, num_seqs = layout.total_lens, len(layout.total_lens)
+    if layout.num_tokens == num_seqs > 1 and max(lens) * num_seqs <= MAX_GATHER * sum(lens):
+        return _attend_decode(q_TNH, *cache.read_all(layer), cache.mask_SL)
     out_TNH = torch.empty_like(q_TNH)
     for seq, (start, new, past) in enumerate(zip(layout.starts, layout.new_lens, layout.past_lens, strict=True)):
         k, v = cache.read(layer, seq) if past else (k_TKH[start : start + new], v_TKH[start : start + new])
@@ -80,12 +85,23 @@ def attend(
 def _attend_one(q_TNH: torch.Tensor, k_LKH: torch.Tensor, v_LKH: torch.Tensor) -> torch.Tensor:
     """The last len(q) tokens of one sequence against all of its L tokens."""
     new, total = len(q_TNH), len(k_LKH)
+    if new == 1:
+        return _attend_decode(q_TNH, k_LKH.unsqueeze(0), v_LKH.unsqueeze(0), None)
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_TNH, k_LKH, v_LKH))
     mask = None
-    if 1 < new < total:
+    if new < total:
         mask = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
     out = sdpa(q, k, v, attn_mask=mask, is_causal=new == total and new > 1)
     return out.squeeze(0).transpose(0, 1)
+
+
+def _attend_decode(
+    q_SNH: torch.Tensor, k_SLKH: torch.Tensor, v_SLKH: torch.Tensor, mask_SL: torch.Tensor | None
+) -> torch.Tensor:
+    """One query token per sequence. The query heads that share a key head are its rows: keys are read once for all."""
+    q, k, v = q_SNH.unflatten(1, (k_SLKH.shape[2], -1)), k_SLKH.transpose(1, 2), v_SLKH.transpose(1, 2)
+    mask = None if mask_SL is None else mask_SL[:, None, None, :]
+    return sdpa(q, k, v, attn_mask=mask).flatten(1, 2)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -41,8 +42,9 @@ class PagedCache:
         self.block_size = block_size
         self.num_blocks = -(-num_tokens // block_size)
         shape = (config.num_layers, self.num_blocks * block_size, config.num_kv_heads, config.head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        # Zeros, not empty: slots past the end of a sequence are read and masked, and must hold numbers.
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.free = list(range(self.num_blocks - 1, -1, -1))
 
     def blocks_needed(self, sequence: Sequence, num_new: int) -> int:
@@ -64,12 +66,7 @@ class PagedCache:
         layout = Layout(tuple(new_lens), tuple(s.length for s in sequences))
         for sequence, n in zip(sequences, new_lens, strict=True):
             sequence.length += n
-        return CacheStep(self, layout, [self._slots(s) for s in sequences])
-
-    def _slots(self, sequence: Sequence) -> torch.Tensor:
-        starts = torch.tensor(sequence.blocks).unsqueeze(1) * self.block_size
-        slots = (starts + torch.arange(self.block_size)).flatten()[: sequence.length]
-        return slots.to(self.keys.device)
+        return CacheStep(self, layout, [tuple(s.blocks) for s in sequences])
 
     def release(self, sequence: Sequence) -> None:
         self.free += sequence.blocks
@@ -77,19 +74,50 @@ class PagedCache:
 
 
 class CacheStep:
-    """A PagedCache during one forward call: slots_by_seq[s] are the slots of all tokens of sequence s, new ones last."""
+    """A PagedCache during one forward call. Blocks of sequence s, in order, are blocks[s]; its new tokens come last."""
 
-    def __init__(self, store: PagedCache, layout: Layout, slots_by_seq: list[torch.Tensor]) -> None:
+    def __init__(self, store: PagedCache, layout: Layout, blocks: list[tuple[int, ...]]) -> None:
         self.store = store
         self.layout = layout
-        self.slots_by_seq = slots_by_seq
-        self.new_slots_T = torch.cat([slots[past:] for slots, past in zip(slots_by_seq, layout.past_lens, strict=True)])
+        self.blocks = blocks
+        spans = zip(blocks, layout.past_lens, layout.total_lens, strict=True)
+        size = store.block_size
+        slots = [b[at // size] * size + at % size for b, past, total in spans for at in range(past, total)]
+        self.new_slots_T = torch.tensor(slots, device=store.keys.device)
 
     def write(self, layer: int, k_TKH: torch.Tensor, v_TKH: torch.Tensor) -> None:
         self.store.keys[layer].index_copy_(0, self.new_slots_T, k_TKH)
         self.store.values[layer].index_copy_(0, self.new_slots_T, v_TKH)
 
     def read(self, layer: int, seq: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of one sequence, [past + new, K, H] each."""
-        slots = self.slots_by_seq[seq]
-        return self.store.keys[layer].index_select(0, slots), self.store.values[layer].index_select(0, slots)
+        """Keys and values of one sequence, [past + new, K, H] each; views where its blocks lie in a row."""
+        blocks, length = self.blocks[seq], self.layout.total_lens[seq]
+        keys, values = self.store.keys[layer], self.store.values[layer]
+        if blocks == tuple(range(blocks[0], blocks[0] + len(blocks))):
+            start = blocks[0] * self.store.block_size
+            return keys[start : start + length], values[start : start + length]
+        table = torch.tensor(blocks, device=keys.device)
+        return self._gather(keys, table)[:length], self._gather(values, table)[:length]
+
+    def read_all(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of all sequences, [S, L, K, H] each, padded to whole blocks of the longest: see mask_SL."""
+        keys, values = (self._gather(x[layer], self._table) for x in (self.store.keys, self.store.values))
+        return keys.unflatten(0, (len(self.blocks), -1)), values.unflatten(0, (len(self.blocks), -1))
+
+    @cached_property
+    def mask_SL(self) -> torch.Tensor:
+        """Which positions of read_all hold a token."""
+        lens_S1 = torch.tensor(self.layout.total_lens, device=self.store.keys.device).unsqueeze(1)
+        longest = max(map(len, self.blocks)) * self.store.block_size
+        return torch.arange(longest, device=lens_S1.device) < lens_S1
+
+    @cached_property
+    def _table(self) -> torch.Tensor:
+        """Blocks of every sequence, each padded to the longest with its own last block."""
+        longest = max(map(len, self.blocks))
+        padded = [block for blocks in self.blocks for block in blocks + blocks[-1:] * (longest - len(blocks))]
+        return torch.tensor(padded, device=self.store.keys.device)
+
+    def _gather(self, slots_XKH: torch.Tensor, blocks_B: torch.Tensor) -> torch.Tensor:
+        whole_blocks = slots_XKH.unflatten(0, (-1, self.store.block_size))
+        return whole_blocks.index_select(0, blocks_B).flatten(0, 1)

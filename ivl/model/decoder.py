@@ -8,11 +8,14 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ivl.config import DecoderConfig
+from ivl.model import kernels
 from ivl.model.attention import attend
 from ivl.model.cache import CacheStep
-from ivl.model.linear import Linear
+from ivl.model.linear import Linear, RMSNorm, in_chunks
 from ivl.types import Layout
 
+CHUNK_ROWS = 512
+"""Tokens that pass the wide middle of a layer together at inference on a CPU."""
 Rotary = tuple[torch.Tensor, torch.Tensor]
 """cos and sin, [T, 1, H] each."""
 
@@ -23,12 +26,15 @@ def rotary(config: DecoderConfig, layout: Layout, device: torch.device, dtype: t
     With dynamic NTK, a sequence longer than max_positions uses a larger base that depends on its current length.
     """
     half = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
-    angles = []
-    for new, past in zip(layout.new_lens, layout.past_lens, strict=True):
-        base = rotary_base(config, past + new)
-        positions = torch.arange(past, past + new, dtype=torch.float32, device=device)
-        angles.append(torch.outer(positions, 1.0 / base**half))
-    angles_T1H = torch.cat(angles).repeat(1, 2).unsqueeze(1)
+    spans = zip(layout.past_lens, layout.total_lens, strict=True)
+    positions_T = torch.cat([torch.arange(past, total, dtype=torch.float32, device=device) for past, total in spans])
+    bases = [rotary_base(config, total) for total in layout.total_lens]
+    if len(set(bases)) == 1:
+        angles = torch.outer(positions_T, 1.0 / bases[0] ** half)
+    else:
+        inverse_SH = torch.stack([1.0 / base**half for base in bases])
+        angles = positions_T.unsqueeze(1) * inverse_SH.repeat_interleave(torch.tensor(layout.new_lens, device=device), dim=0)
+    angles_T1H = angles.repeat(1, 2).unsqueeze(1)
     return angles_T1H.cos().to(dtype), angles_T1H.sin().to(dtype)
 
 
@@ -41,9 +47,20 @@ def rotary_base(config: DecoderConfig, length: int) -> float:
 
 
 def rotate(x_TNH: torch.Tensor, factors: Rotary) -> torch.Tensor:
-    cos, sin = factors
+    """Queries and keys turned to their positions; by our kernel in place where it applies."""
+    if kernels.usable(x_TNH) and factors[0].dtype is torch.float32 and x_TNH.shape[-1] % 64 == 0:
+        return kernels.rotate_(x_TNH, *factors)
+    cos, sin = (factor.to(x_TNH.dtype) for factor in factors)
     first, second = x_TNH.chunk(2, dim=-1)
     return x_TNH * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def swiglu(gate_up_TM: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, where the rows of gate_up_TM hold gate and up side by side."""
+    if kernels.usable(gate_up_TM) and gate_up_TM.shape[-1] % 64 == 0:
+        return kernels.swiglu(gate_up_TM)
+    gate, up = gate_up_TM.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 class DecoderLayer(nn.Module):
@@ -52,22 +69,24 @@ class DecoderLayer(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         qkv_parts = (("q_proj", q_rows), ("k_proj", kv_rows), ("v_proj", kv_rows))
-        self.norm1 = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.norm1 = RMSNorm(config.width, eps=config.norm_eps)
         self.qkv = Linear(config.width, q_rows + 2 * kv_rows, bias=config.qkv_bias, parts=qkv_parts)
         self.out = Linear(q_rows, config.width, bias=False)
-        self.norm2 = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.norm2 = RMSNorm(config.width, eps=config.norm_eps)
         gate_up_parts = (("gate_proj", config.mlp_width), ("up_proj", config.mlp_width))
         self.gate_up = Linear(config.width, 2 * config.mlp_width, bias=False, parts=gate_up_parts)
         self.down = Linear(config.mlp_width, config.width, bias=False)
 
     def forward(self, x_TD: torch.Tensor, factors: Rotary, layout: Layout, cache: CacheStep | None, layer: int) -> torch.Tensor:
-        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        qkv_TXH = self.qkv(self.norm1(x_TD)).unflatten(-1, (sum(heads), self.head_dim))
-        q_TNH, k_TKH, v_TKH = qkv_TXH.split(heads, dim=1)
-        out_TNH = attend(rotate(q_TNH, factors), rotate(k_TKH, factors), v_TKH, layout, cache, layer)
+        N, K = self.num_heads, self.num_kv_heads
+        qkv_TXH = self.qkv(self.norm1(x_TD)).unflatten(-1, (N + 2 * K, self.head_dim))
+        q_TNH, k_TKH = rotate(qkv_TXH[:, : N + K], factors).split((N, K), dim=1)
+        out_TNH = attend(q_TNH, k_TKH, qkv_TXH[:, N + K :], layout, cache, layer)
         x_TD = x_TD + self.out(out_TNH.flatten(1))
-        gate, up = self.gate_up(self.norm2(x_TD)).chunk(2, dim=-1)
-        return x_TD + self.down(F.silu(gate) * up)
+        return x_TD + in_chunks(self.mlp, self.norm2(x_TD), CHUNK_ROWS)
+
+    def mlp(self, x_TD: torch.Tensor) -> torch.Tensor:
+        return self.down(swiglu(self.gate_up(x_TD)))
 
 
 class Decoder(nn.Module):
@@ -77,9 +96,10 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.checkpointing = False
-        self.embeddings = nn.Embedding(config.vocab_size, config.width)
+        # Left unset, like every weight: drawing it would cost, even on the meta device, 2 s of imports.
+        self.embeddings = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.width), freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.norm = RMSNorm(config.width, eps=config.norm_eps)
         self.head = Linear(config.width, config.vocab_size, bias=False)
 
     def forward(self, x_TD: torch.Tensor, layout: Layout, cache: CacheStep | None = None) -> torch.Tensor:
@@ -90,7 +110,8 @@ class Decoder(nn.Module):
         """
         if layout.num_tokens != len(x_TD):
             raise ValueError(f"layout describes {layout.num_tokens} tokens but {len(x_TD)} were given")
-        factors = rotary(self.config, layout, x_TD.device, x_TD.dtype)
+        dtype = torch.float32 if kernels.usable(x_TD) else x_TD.dtype
+        factors = rotary(self.config, layout, x_TD.device, dtype)
         for number, layer in enumerate(self.layers):
             if self.checkpointing and torch.is_grad_enabled():
                 args = (x_TD, factors, layout, cache, number)

@@ -9,20 +9,26 @@ elements, masked they are the odd ones, both as float32. Elements come in pairs 
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-I16, I32, I64, F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 LANES = 16
 F32S, I32S = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 ROW_BLOCK, COLUMN_BLOCK = 4, 4
 """Weight rows and input rows multiplied together: their sums fill half of the vector registers."""
-PREFETCH_BYTES = 4096
+PREFETCH = 4096
+"""Elements ahead."""
+TILE = 16
+"""Rows of a matrix tile."""
 Value = Any
 Pair = tuple[Value, Value]
 
@@ -59,6 +65,13 @@ class Emitter:
             function = ir.Function(self.module, ir.FunctionType(result, [a.type for a in args]), name)
         return self.b.call(function, args)
 
+    def bytes(self, pointer: Value) -> Value:
+        return self.b.bitcast(pointer, I8.as_pointer())
+
+    def prefetch(self, pointer: Value) -> None:
+        flags = [ir.Constant(I32, value) for value in (0, 3, 1)]  # to read, into every cache, data
+        self.call("llvm.prefetch.p0", ir.VoidType(), self.bytes(pointer), *flags)
+
     # Vectors
     def splat(self, value: Value | float) -> Value:
         if isinstance(value, float):
@@ -89,6 +102,10 @@ class Emitter:
         odd = self.b.and_(self.rounded(value[1]), self.ints(-65536))
         target = self.b.bitcast(self.at(pointer, I16, index), I32S.as_pointer())
         self.b.store(self.b.or_(even, odd), target, align=2)
+
+    def store_one(self, pointer: Value, value: Value) -> None:
+        bits = self.b.lshr(self.rounded(value), ir.Constant(I32, 16))
+        self.b.store(self.b.trunc(bits, I16), pointer)
 
     def rounded(self, x: Value) -> Value:
         """Bits of float32 (a vector or one), rounded to nearest even in the upper half. NaN stays NaN."""
@@ -135,15 +152,17 @@ class Emitter:
         self.b.position_at_end(after)
 
     @contextmanager
-    def claimed(self, count: Value, chunk: int) -> Iterator[Pair]:
-        """Chunks (start, stop) of range(count), each handed to one thread."""
+    def claimed(self, count: Value, grain: int) -> Iterator[Pair]:
+        """About 16 chunks (start, stop) of range(count), each a multiple of grain and handed to one thread."""
+        grains = self.b.add(self.b.udiv(count, self.int(16 * grain)), self.int(1))
+        chunk = self.b.mul(grains, self.int(grain))
         head, body, after = (self.function.append_basic_block() for _ in range(3))
         self.b.branch(head)
         self.b.position_at_end(head)
-        start = self.b.atomic_rmw("add", self.function.args[0], self.int(chunk), "monotonic")
+        start = self.b.atomic_rmw("add", self.function.args[0], chunk, "monotonic")
         self.b.cbranch(self.b.icmp_signed("<", start, count), body, after)
         self.b.position_at_end(body)
-        yield start, self.smaller(self.b.add(start, self.int(chunk)), count)
+        yield start, self.smaller(self.b.add(start, chunk), count)
         self.b.branch(head)
         self.b.position_at_end(after)
 
@@ -161,9 +180,8 @@ def _linear(e: Emitter, num_columns: int) -> None:
     """y[c, r] = sum_i x[c, i] w[r, i] + bias[r] for num_columns input rows c."""
     x, w, y = e.pointer(1), e.pointer(2), e.pointer(4)
     bias_address, width, rows, x_stride = (e.argument(i) for i in (3, 5, 6, 7))
-    row_bytes = e.b.mul(width, e.int(2))
-    ahead = e.smaller(e.b.mul(row_bytes, e.int(ROW_BLOCK)), e.int(PREFETCH_BYTES))
-    with e.claimed(rows, 16 * ROW_BLOCK) as (start, stop), e.loop(start, stop, ROW_BLOCK) as outer:
+    ahead = e.smaller(e.b.mul(width, e.int(ROW_BLOCK)), e.int(PREFETCH))
+    with e.claimed(rows, ROW_BLOCK) as (start, stop), e.loop(start, stop, ROW_BLOCK) as outer:
         # The last block moves back to end with the last row; rows met twice get the same value twice.
         first = e.smaller(outer.index, e.b.sub(rows, e.int(ROW_BLOCK)))
         row_ids = [e.b.add(first, e.int(r)) for r in range(ROW_BLOCK)]
@@ -175,18 +193,63 @@ def _linear(e: Emitter, num_columns: int) -> None:
             with e.loop(e.int(0), width, 2 * LANES, *[e.splat(0.0) for _ in cells]) as inner:
                 if block == 0:
                     for row in w_rows:
-                        target = e.b.gep(e.at(row, I16, inner.index), [ahead], source_etype=ir.IntType(8))
-                        flags = [ir.Constant(I32, value) for value in (0, 3, 1)]  # read, keep in all caches, data
-                        e.call("llvm.prefetch.p0", ir.VoidType(), target, *flags)
+                        e.prefetch(e.at(row, I16, e.b.add(inner.index, ahead)))
                 x_pairs = [e.load(row, inner.index) for row in x_rows]
                 w_pairs = [e.load(row, inner.index) for row in w_rows]
                 sums = [e.fma(w_pairs[r][0], x_pairs[c][0], s) for (r, c), s in zip(cells, inner.values, strict=True)]
                 inner.carry([e.fma(w_pairs[r][1], x_pairs[c][1], s) for (r, c), s in zip(cells, sums, strict=True)])
             biases = [_bias(e, bias_address, row) for row in row_ids]
             for (r, c), s in zip(cells, inner.values, strict=True):
-                bits = e.b.lshr(e.rounded(e.b.fadd(e.total(s), biases[r])), ir.Constant(I32, 16))
                 index = e.b.add(e.b.mul(rows, e.int(block + c)), row_ids[r])
-                e.b.store(e.b.trunc(bits, I16), e.at(y, I16, index))
+                e.store_one(e.at(y, I16, index), e.b.fadd(e.total(s), biases[r]))
+
+
+def _linear_amx(e: Emitter, num_columns: int) -> None:
+    """The same on a processor with matrix tiles (AMX), where even 16 columns cost no more than reading the weight.
+
+    One step multiplies two tiles of 16 weight rows by 32 elements, straight from the weight, with one tile of pairs of
+    inputs, x_pairs[i / 2, column].
+    """
+    x_pairs, w, y = e.pointer(1, I32), e.pointer(2), e.pointer(4)
+    bias_address, width, rows = (e.argument(i) for i in (3, 5, 6))
+    row_bytes, pair_bytes = e.b.mul(width, e.int(2)), e.int(4 * num_columns)
+    *sums_and_weights, inputs = (ir.Constant(I8, tile) for tile in range(5))
+    sums, weights = sums_and_weights[:2], sums_and_weights[2:]
+    configuration = _tile_configuration([4 * num_columns] * 2 + [2 * LANES * 2] * 2 + [4 * num_columns])
+    place = e.b.alloca(configuration.type)
+    e.b.store(configuration, place, align=1)
+    e.call("llvm.x86.ldtilecfg", ir.VoidType(), e.bytes(place))
+    block = 2 * TILE
+    scratch = e.b.alloca(F32, size=block * num_columns)
+    with e.claimed(rows, block) as (start, stop), e.loop(start, stop, block) as outer:
+        first = e.smaller(outer.index, e.b.sub(rows, e.int(block)))
+        w_tiles = [e.at(w, I16, e.b.mul(e.b.add(first, e.int(part)), width)) for part in (0, TILE)]
+        for tile in sums:
+            e.call("llvm.x86.tilezero", ir.VoidType(), tile)
+        with e.loop(e.int(0), width, 2 * LANES) as inner:
+            pairs = e.at(x_pairs, I32, e.b.mul(e.b.lshr(inner.index, e.int(1)), e.int(num_columns)))
+            e.call("llvm.x86.tileloadd64", ir.VoidType(), inputs, e.bytes(pairs), pair_bytes)
+            for target, weight, tile in zip(sums, weights, w_tiles, strict=True):
+                e.call("llvm.x86.tileloadd64", ir.VoidType(), weight, e.bytes(e.at(tile, I16, inner.index)), row_bytes)
+                e.call("llvm.x86.tdpbf16ps", ir.VoidType(), target, weight, inputs)
+        for part, tile in enumerate(sums):
+            corner = e.at(scratch, F32, e.int(part * TILE * num_columns))
+            e.call("llvm.x86.tilestored64", ir.VoidType(), tile, e.bytes(corner), pair_bytes)
+        with e.loop(e.int(0), e.int(block), 1) as row:
+            row_id, source = e.b.add(first, row.index), e.at(scratch, F32, e.b.mul(row.index, e.int(num_columns)))
+            bias = _bias(e, bias_address, row_id)
+            for c in range(num_columns):
+                value = e.b.fadd(e.b.load(e.at(source, F32, e.int(c)), typ=F32), bias)
+                e.store_one(e.at(y, I16, e.b.add(e.b.mul(rows, e.int(c)), row_id)), value)
+    e.call("llvm.x86.tilerelease", ir.VoidType())
+
+
+def _tile_configuration(row_bytes: list[int]) -> Value:
+    """The 64 bytes that describe up to 16 tiles of TILE rows: palette, start row, bytes per row, rows."""
+    widths = row_bytes + [0] * (16 - len(row_bytes))
+    heights = [TILE] * len(row_bytes) + [0] * (16 - len(row_bytes))
+    layout = bytes([1] + [0] * 15) + b"".join(width.to_bytes(2, "little") for width in widths) + bytes(heights)
+    return ir.Constant(ir.ArrayType(I8, len(layout)), bytearray(layout))
 
 
 def _bias(e: Emitter, address: Value, row: Value) -> Value:
@@ -202,7 +265,7 @@ def _rms_norm(e: Emitter) -> None:
     x, weight, y = (e.pointer(i) for i in (1, 2, 3))
     rows, width, stride = (e.argument(i) for i in (4, 5, 6))
     eps = e.b.bitcast(e.b.trunc(e.argument(7), I32), F32)
-    with e.claimed(rows, 16) as (start, stop), e.loop(start, stop, 1) as row:
+    with e.claimed(rows, 1) as (start, stop), e.loop(start, stop, 1) as row:
         x_row, y_row = e.at(x, I16, e.b.mul(row.index, stride)), e.at(y, I16, e.b.mul(row.index, width))
         with e.loop(e.int(0), width, 2 * LANES, e.splat(0.0), e.splat(0.0)) as squares:
             pair = e.load(x_row, squares.index)
@@ -219,7 +282,7 @@ def _rms_norm(e: Emitter) -> None:
 def _swiglu(e: Emitter) -> None:
     x, y = e.pointer(1), e.pointer(2)
     rows, width, stride = (e.argument(i) for i in (3, 4, 5))
-    with e.claimed(rows, 4) as (start, stop), e.loop(start, stop, 1) as row:
+    with e.claimed(rows, 1) as (start, stop), e.loop(start, stop, 1) as row:
         gate_row, y_row = e.at(x, I16, e.b.mul(row.index, stride)), e.at(y, I16, e.b.mul(row.index, width))
         up_row = e.at(gate_row, I16, width)
         with e.loop(e.int(0), width, 2 * LANES) as column:
@@ -234,7 +297,7 @@ def _rotate(e: Emitter) -> None:
     x, cos, sin = e.pointer(1), e.pointer(2, F32), e.pointer(3, F32)
     tokens, heads, size, token_stride, head_stride = (e.argument(i) for i in (4, 5, 6, 7, 8))
     half = e.b.lshr(size, e.int(1))
-    with e.claimed(tokens, 8) as (start, stop), e.loop(start, stop, 1) as token, e.loop(e.int(0), heads, 1) as head:
+    with e.claimed(tokens, 1) as (start, stop), e.loop(start, stop, 1) as token, e.loop(e.int(0), heads, 1) as head:
         row = e.at(x, I16, e.b.add(e.b.mul(token.index, token_stride), e.b.mul(head.index, head_stride)))
         factors = e.b.mul(token.index, size)
         with e.loop(e.int(0), half, 2 * LANES) as column:
@@ -259,9 +322,24 @@ def _deinterleaved(e: Emitter, pointer: Value, index: Value) -> Pair:
     return e.b.shuffle_vector(low, high, evens), e.b.shuffle_vector(low, high, odds)
 
 
-KERNELS: dict[str, Callable[..., None]] = {"linear": _linear, "rms_norm": _rms_norm, "swiglu": _swiglu, "rotate": _rotate}
+KERNELS: dict[str, Callable[..., None]] = {
+    "linear": _linear,
+    "linear_amx": _linear_amx,
+    "rms_norm": _rms_norm,
+    "swiglu": _swiglu,
+    "rotate": _rotate,
+}
 _compiling = threading.Lock()
 _engines: list[llvm.ExecutionEngine] = []  # own the machine code; it lives as long as the process
+
+
+@cache
+def has_amx() -> bool:
+    """Whether this process may use matrix tiles of bfloat16; Linux wants to be asked first."""
+    if sys.platform != "linux" or not llvm.get_host_cpu_features().get("amx-bf16", False):
+        return False
+    request_permission, tile_data = 0x1023, 18
+    return ctypes.CDLL(None).syscall(158, request_permission, tile_data) == 0  # arch_prctl
 
 
 def compile_kernel(name: str, *shape: int) -> int:

@@ -17,6 +17,8 @@ import torch
 
 MAX_ROWS = 16
 """Up to here a product is bound by reading its weight; beyond, torch's matrix products are faster."""
+MIN_OUT = 32
+"""Fewest output features of a linear kernel."""
 GRAIN = 32768
 """Elements of work below which a second thread costs more than it brings."""
 
@@ -48,12 +50,20 @@ def _address(name: str, *shape: int) -> int | None:
     return kernel_ir.compile_kernel(name, *shape)
 
 
-def usable(x: torch.Tensor) -> bool:
-    """Whether the kernels take this tensor: bfloat16 on a CPU, no gradient wanted, whole vectors of 32."""
+@cache
+def _has_amx() -> bool:
+    from ivl.model import kernel_ir
+
+    return kernel_ir.has_amx()
+
+
+def usable(x: torch.Tensor, weight: torch.Tensor | None = None) -> bool:
+    """Whether the kernels take these tensors: bfloat16 on a CPU, no gradient wanted, whole vectors of 32."""
     return (
         x.dtype is torch.bfloat16
-        and x.device.type == "cpu"
+        and x.is_cpu
         and not torch.is_grad_enabled()
+        and (weight is None or (weight.dtype is torch.bfloat16 and weight.is_contiguous()))
         and x.shape[-1] % 32 == 0
         and x.stride(-1) == 1
         and _address("rms_norm") is not None
@@ -79,8 +89,11 @@ def linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None
     (rows, width), out = x_TI.shape, len(weight_OI)
     y_TO = x.new_empty(rows, out)
     bias = 0 if bias_O is None else bias_O.data_ptr()
+    name = "linear"
+    if _has_amx():
+        name, x_TI = "linear_amx", x_TI.contiguous().view(torch.int32).t().contiguous()
     pointers = (x_TI.data_ptr(), weight_OI.data_ptr(), bias, y_TO.data_ptr())
-    _run("linear", (rows,), out * width, *pointers, width, out, x_TI.stride(0))
+    _run(name, (rows,), out * width, *pointers, width, out, x_TI.stride(0))
     return y_TO.view(*x.shape[:-1], out)
 
 

@@ -1,9 +1,14 @@
-"""One linear layer for the whole model, so that kernels are chosen in one place."""
+"""The linear layer and the RMS norm of the whole model, so that kernels are chosen in one place."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
+from torch.nn import functional as F
+
+from ivl.model import kernels
 
 
 class Linear(nn.Linear):
@@ -23,5 +28,31 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         """Weights are left unset: the model's init_weights or a checkpoint fills every one of them."""
 
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return linear(input, self.weight, self.bias)
+
+
+def linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
+    """x @ weight^T + bias: a few rows of bfloat16 at inference on a CPU by our kernel, everything else by torch."""
+    few_rows = x.numel() <= kernels.MAX_ROWS * x.shape[-1]
+    if few_rows and kernels.usable(x, weight_OI) and len(weight_OI) >= kernels.MIN_OUT:
+        return kernels.linear(x, weight_OI, bias_O)
+    return F.linear(x, weight_OI, bias_O)
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight."""
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, self.weight, self.bias)
+        assert self.eps is not None
+        if kernels.usable(x, self.weight):
+            return kernels.rms_norm(x, self.weight, self.eps)
+        return super().forward(x)
+
+
+def in_chunks(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, size: int) -> torch.Tensor:
+    """function(x), at inference on a CPU by chunks of the first dimension: what is wide inside it then stays in the
+    caches and is allocated from memory at hand; fresh pages from the system cost more than the products."""
+    if torch.is_grad_enabled() or not x.is_cpu or len(x) <= size:
+        return function(x)
+    return torch.cat([function(part) for part in x.split(size)])

@@ -9,12 +9,20 @@ from torch.utils.checkpoint import checkpoint
 
 from ivl.config import VisionConfig
 from ivl.model.attention import sdpa
-from ivl.model.linear import Linear
+from ivl.model.linear import Linear, RMSNorm, in_chunks
+
+CHUNK_TILES = 1
+"""Tiles encoded together at inference on a CPU: one has rows enough for fast products."""
 
 
 def make_norm(config: VisionConfig) -> nn.Module:
-    kind = nn.LayerNorm if config.norm == "layer_norm" else nn.RMSNorm
+    kind = nn.LayerNorm if config.norm == "layer_norm" else RMSNorm
     return kind(config.width, eps=config.norm_eps)
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """Exact GELU; overwrites x when no gradient is wanted."""
+    return F.gelu(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
 
 
 class VisionEmbeddings(nn.Module):
@@ -54,8 +62,8 @@ class VisionAttention(nn.Module):
         width = config.width
         parts = (("q_proj", width), ("k_proj", width), ("v_proj", width))
         self.qkv = Linear(width, 3 * width, bias=config.qkv_bias, parts=parts)
-        self.q_norm = nn.RMSNorm(width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.out = Linear(width, width, bias=True)
 
     def forward(self, x_GPD: torch.Tensor) -> torch.Tensor:
@@ -78,8 +86,8 @@ class VisionLayer(nn.Module):
         self.scale2 = nn.Parameter(torch.empty(config.width))
 
     def forward(self, x_GPD: torch.Tensor) -> torch.Tensor:
-        x_GPD = x_GPD + self.drop(self.attention(self.norm1(x_GPD)) * self.scale1)
-        return x_GPD + self.drop(self.fc2(F.gelu(self.fc1(self.norm2(x_GPD)))) * self.scale2)
+        x_GPD = torch.addcmul(x_GPD, self.drop(self.attention(self.norm1(x_GPD))), self.scale1)
+        return torch.addcmul(x_GPD, self.drop(self.fc2(gelu(self.fc1(self.norm2(x_GPD))))), self.scale2)
 
     def drop(self, branch_GPD: torch.Tensor) -> torch.Tensor:
         """Drop path: zero the whole branch of a tile with probability drop_path, rescale the rest."""
@@ -107,8 +115,12 @@ class VisionTransformer(nn.Module):
 
         select_layer counts hidden states from the embedding output (0); negative from the last layer's output (-1).
         """
+        depth = select_layer % (self.config.num_layers + 1)
+        return in_chunks(lambda pixels: self.run(pixels, depth), pixels_GCYX, CHUNK_TILES)
+
+    def run(self, pixels_GCYX: torch.Tensor, depth: int) -> torch.Tensor:
         x_GPD = self.embeddings(pixels_GCYX)
-        for layer in self.layers[: select_layer % (self.config.num_layers + 1)]:
+        for layer in self.layers[:depth]:
             if self.checkpointing and torch.is_grad_enabled():
                 x_GPD = checkpoint(layer, x_GPD, use_reentrant=False)
             else:
