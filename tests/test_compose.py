@@ -122,6 +122,29 @@ def test_a_trained_vit_moves_to_another_language_model(tmp_path: Path, size: str
     torch.testing.assert_close(head[known:], head[:known].mean(0).expand(9, -1))
 
 
+@pytest.mark.parametrize("kind", ["Qwen2", "Llama"])
+def test_a_language_model_written_by_transformers(tmp_path: Path, kind: str) -> None:
+    import transformers
+
+    words = tokenizer(*CHAT)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=len(words) + 5, hidden_size=48, num_hidden_layers=2, intermediate_size=80, num_attention_heads=6,
+        num_key_value_heads=2, rope_theta=5e5, max_position_embeddings=512, tie_word_embeddings=kind == "Qwen2",
+        eos_token_id=words.id("<|im_end|>"), initializer_range=0.3,
+    )  # fmt: skip
+    theirs = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    theirs.save_pretrained(tmp_path / "large")
+    words.save(tmp_path / "large")
+    vlm(tmp_path / "small")
+    compose(tmp_path / "small", tmp_path / "large", None, tmp_path / "out")
+    model = load_model(tmp_path / "out")
+    ids = words.encode("a blue circle of 34")
+    with torch.no_grad():
+        expected = theirs(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(text_logits(model, ids)[:, : len(words)], expected[:, : len(words)], atol=1e-4, rtol=1e-4)
+    assert (model.config.decoder.rope_theta, model.config.decoder.max_positions) == (5e5, 512)
+
+
 def as_llama(directory: Path, model: VLM) -> None:
     """Rewrite an InternLM2 directory with LLaMA's names."""
     from ivl.model.decoder import Decoder
