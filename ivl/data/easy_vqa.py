@@ -6,6 +6,7 @@ was trained on.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -65,3 +66,19 @@ def conversation(row: Row, *, answered: bool, suffix: str = "") -> Conversation:
     if not answered:
         return (question,)
     return question, Message("assistant", (Text(row.answer),))
+
+
+def captions(found: Sequence[Row]) -> dict[str, str]:
+    """What the questions and answers say about each image, such as `blue rectangle`; by image path.
+
+    Only images whose questions give away both colour and shape have a caption. A yes/no question states its words when
+    the answer is yes, or when it is no to a negated question.
+    """
+    said: dict[str, set[str]] = {}
+    for row in found:
+        words = row.question.rstrip("?").split()
+        negated = "not" in words or "no" in words
+        stated = words if row.kind != "yes/no" or (row.answer == "yes") != negated else []
+        said.setdefault(row.image, set()).update({row.answer, *stated} & {*COLOURS, *SHAPES})
+    pairs = {image: (words & {*COLOURS}, words & {*SHAPES}) for image, words in said.items()}
+    return {image: f"{min(c)} {min(s)}" for image, (c, s) in pairs.items() if len(c) == len(s) == 1}

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ivl.errors import InputError
-from ivl.recipes import published
+from ivl.recipes import nano, published
 from ivl.train.config import TrainConfig
 
 Recipe = Callable[[], TrainConfig]
@@ -16,7 +16,7 @@ Recipe = Callable[[], TrainConfig]
 
 def recipes() -> dict[str, Recipe]:
     """Every recipe by name."""
-    return {**published.RECIPES}
+    return {**nano.RECIPES, **published.RECIPES}
 
 
 def find(name: str) -> TrainConfig:

@@ -110,6 +110,11 @@ class TrainConfig:
     tokenizer: str = ""
     """Directory of the tokenizer; empty takes the model's own."""
     stage: Stage
+    objective: Literal["next_token", "caption_words"] = "next_token"
+    """next_token: cross-entropy of the trained tokens. caption_words: each tile alone predicts which words its caption
+    holds, to warm up a ViT from nothing."""
+    flip_tiles: bool = False
+    """Mirror and transpose whole tiles at random; for data whose labels do not depend on direction."""
     lora: LoraConfig | None = None
     """Train low-rank adapters on frozen layers, in addition to the stage's trainable parts."""
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -16,7 +16,7 @@ from ivl.errors import InputError
 from ivl.train.config import TrainConfig
 from ivl.train.distributed import World
 from ivl.train.metrics import Board, MetricsLog, Screen, peak_memory_gb
-from ivl.train.objectives import Objective, sft_objective
+from ivl.train.objectives import Objective, flip_tiles, sft_objective
 from ivl.train.optim import Optimizer, lr_factor
 from ivl.train.stage import set_modes, trainable
 from ivl.train.state import load_trainer, save_checkpoint
@@ -241,6 +241,8 @@ def train(
 
 def _backward(model: nn.Module, batch: Batch, objective: Objective, config: TrainConfig, step: int, sums: Sums) -> None:
     """One micro-batch: add its gradients to the parameters and its figures to the sums."""
+    if config.flip_tiles:
+        batch = flip_tiles(batch)
     with torch.autocast(batch.tokens_T.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         try:
             loss = objective(model, batch)  # type: ignore[arg-type]

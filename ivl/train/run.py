@@ -28,7 +28,7 @@ from ivl.processing.tokenizer import Tokenizer
 from ivl.train.config import TrainConfig, differences, from_json, to_json
 from ivl.train.distributed import World, start_world, stop_world
 from ivl.train.loop import Evaluator, to_device, train
-from ivl.train.objectives import Objective, sft_objective
+from ivl.train.objectives import OBJECTIVES, Objective
 from ivl.train.stage import apply_stage, check_start, trainable
 from ivl.train.state import clean, is_complete, latest_checkpoint
 
@@ -41,7 +41,6 @@ MakeEvaluators = Callable[[Processor], tuple[Evaluator, ...]]
 def run(
     config: TrainConfig,
     *,
-    objective: Objective = sft_objective,
     evaluators: MakeEvaluators | None = None,
     resume: bool = False,
     allow_changed: bool = False,
@@ -60,6 +59,7 @@ def run(
         InputError: for a configuration, model or data that do not fit; if run_dir holds a run and resume is off.
     """
     run_dir = Path(config.run_dir)
+    objective = OBJECTIVES[config.objective]
     world = start_world(config.device)
     try:
         checkpoint = prepare(config, run_dir, world, resume=resume, allow_changed=allow_changed)

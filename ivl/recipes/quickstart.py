@@ -1,0 +1,140 @@
+"""`make quickstart`: easy-vqa from nothing to a model that answers questions about pictures, in minutes on a CPU."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ivl.data import easy_vqa
+from ivl.errors import InputError
+from ivl.recipes import nano
+from ivl.train.config import TrainConfig
+
+CAPTION_PROMPT = "what does the image contain?"
+STAGES = tuple(nano.RECIPES.values())
+
+
+def main() -> None:
+    """Write the data, train the five stages, evaluate on the official test split, write the report page.
+
+    Run again after an interruption, it goes on where it stopped; `--fresh` starts over.
+    """
+    if "--fresh" in sys.argv[1:]:
+        shutil.rmtree(nano.RUN, ignore_errors=True)
+    try:
+        quickstart(Path(nano.RUN))
+    except InputError as error:
+        raise SystemExit(f"quickstart: {error}") from None
+
+
+def quickstart(out: Path) -> dict[str, Any]:
+    from ivl.api import load
+    from ivl.evaluation.run import evaluate, write_report
+    from ivl.evaluation.tasks import find
+    from ivl.recipes.report import write_page
+
+    if not (out / "data" / "done").exists():
+        prepare(out)
+    stages = []
+    for recipe in STAGES:
+        config = recipe()
+        print(f"\n{config.name}: {(recipe.__doc__ or '').split(': ', 1)[-1]}")
+        stages.append(train_stage(config))
+    shutil.rmtree(out / "model", ignore_errors=True)
+    shutil.copytree(Path(STAGES[-1]().run_dir) / "model", out / "model")
+
+    print("\nevaluating on the official test split")
+    predictions = out / "predictions.jsonl"
+    predictions.unlink(missing_ok=True)
+    began = time.monotonic()
+    report = evaluate(find("easy-vqa"), load(out / "model").engine, model=str(out / "model"), predictions=predictions)
+    minutes = sum(stage["seconds"] for stage in stages) / 60
+    result = {
+        "accuracy": report["value"], "ci95": report["ci95"], "n": report["n"], "by_type": report["by_type"],
+        "training_minutes": round(minutes, 2), "evaluation_seconds": round(time.monotonic() - began, 1), "stages": stages,
+        "versions": report["versions"],
+    }  # fmt: skip
+    write_report(out / "report.json", result)
+    page = write_page(out, result)
+    low, high = report["ci95"]
+    print(
+        f"\n{report['value']:.2%} of {report['n']:,} test questions (95% interval {low:.2%} to {high:.2%}), "
+        f"{minutes:.1f} minutes of training\nreport: {page}\n\nTalk to it:\n"
+        f'  .venv/bin/ivl chat {out / "model"} {example_image()} -p "what shape is in the image?"'
+    )
+    return result
+
+
+def prepare(out: Path) -> None:
+    """The tokenizer and the three data files, from the training split alone."""
+    from ivl.processing.tokenizer import train_tokenizer
+
+    rows = easy_vqa.rows("train")
+    captions = easy_vqa.captions(rows)
+    by_image: dict[str, list[easy_vqa.Row]] = {}
+    for row in rows:
+        by_image.setdefault(row.image, []).append(row)
+
+    texts = [text for row in rows for text in (row.question, row.answer, "user", "assistant", "system")]
+    tokenizer = train_tokenizer([*texts, *captions.values(), CAPTION_PROMPT], nano.VOCAB_SIZE)
+    if len(tokenizer) != nano.VOCAB_SIZE:
+        raise InputError(f"the tokenizer has {len(tokenizer)} tokens, the nano recipe needs {nano.VOCAB_SIZE}")
+    tokenizer.save(out / "tokenizer")
+
+    # One row an image: its questions share the picture's encoding, but never see each other's answers.
+    questions = [
+        {"id": Path(image).stem, "image": image, "conversations": [turns(f"<image>\n{r.question}", r.answer) for r in asked]}
+        for image, asked in by_image.items()
+    ]
+    described = [
+        {"id": Path(image).stem, "image": image, "conversations": turns(f"<image>\n{CAPTION_PROMPT}", text)}
+        for image, text in captions.items()
+    ]
+    in_words = [
+        {"id": Path(image).stem, "conversations": [turns(f"{text}\n{r.question}", r.answer) for r in by_image[image]]}
+        for image, text in captions.items()
+    ]
+    data = out / "data"
+    data.mkdir(parents=True, exist_ok=True)
+    for name, lines in (("questions", questions), ("captions", described), ("language", in_words)):
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (data / "done").touch()
+    print(
+        f"{len(rows):,} training questions about {len(by_image):,} images; "
+        f"{len(captions):,} of the images are described by what their questions say"
+    )
+
+
+def turns(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def train_stage(config: TrainConfig) -> dict[str, Any]:
+    """Train one stage, or go on with it, or take it as it is when it is done."""
+    from ivl.train.run import run
+
+    record = Path(config.run_dir) / "stage.json"
+    if record.exists():
+        print(f"already trained: {config.run_dir}")
+        return json.loads(record.read_text())
+    began = time.monotonic()
+    run(config, resume=True)
+    last = json.loads((Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()[-1])
+    stage = {
+        "name": config.name, "seconds": round(time.monotonic() - began, 1), "steps": last["step"],
+        "tokens": last["total_tokens"], "samples": last["total_samples"], "loss": last["loss"], "run_dir": config.run_dir,
+    }  # fmt: skip
+    record.write_text(json.dumps(stage, indent=2))
+    return stage
+
+
+def example_image() -> str:
+    return easy_vqa.rows("test")[0].image
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""The quickstart's parts: captions read off the questions, data files, stages that fit together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("easy_vqa")
+
+from ivl.data import easy_vqa
+from ivl.recipes import nano
+from ivl.recipes.quickstart import prepare
+
+
+def test_captions_agree_with_every_answer() -> None:
+    rows = easy_vqa.rows("train")
+    captions = easy_vqa.captions(rows)
+    assert len(captions) > 3500
+    for row in rows:
+        if row.image in captions and row.kind != "yes/no":
+            assert row.answer in captions[row.image].split()
+
+
+def test_a_negated_question_states_its_words_when_answered_no() -> None:
+    def row(question: str, answer: str) -> easy_vqa.Row:
+        return easy_vqa.Row(id=question, image="i", question=question, answer=answer, kind=easy_vqa.kind(answer))
+
+    rows = [
+        row("is there not a circle?", "no"),
+        row("is no red shape present?", "yes"),
+        row("what color is the circle?", "teal"),
+    ]
+    assert easy_vqa.captions(rows) == {"i": "teal circle"}
+    assert easy_vqa.captions(rows[:2]) == {}
+
+
+def test_every_stage_runs_on_what_the_stage_before_left(tmp_path, monkeypatch) -> None:
+    from ivl.model.checkpoint import load_model
+    from ivl.train.run import run
+
+    monkeypatch.chdir(tmp_path)
+    prepare(tmp_path / nano.RUN)
+    for recipe in nano.RECIPES.values():
+        config = recipe()
+        run(replace(config, data=replace(config.data, max_tokens=1024, max_tiles=2), num_steps=2, tensorboard=False))
+    model = load_model(nano.stage2().run_dir + "/model")
+    assert model.config == nano.architecture()
