@@ -8,7 +8,8 @@ print(model.chat("What colour is the shape?", "picture.png"))
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -91,7 +92,7 @@ class Model:
         """The reply to one question about any number of images or videos."""
         return self.start().send(text, *media, **options)
 
-    def stream(self, text: str, *media: Medium, **options: Any) -> Iterator[str]:
+    def stream(self, text: str, *media: Medium, **options: Any) -> Generator[str, None, None]:
         """The reply piece by piece, as it is generated. Closing the iterator stops the generation."""
         return self.start().stream(text, *media, **options)
 
@@ -119,7 +120,7 @@ class Chat:
         """The whole reply, without white space around it."""
         return "".join(self.stream(text, *media, **options)).strip()
 
-    def stream(self, text: str, *media: Medium, **options: Any) -> Iterator[str]:
+    def stream(self, text: str, *media: Medium, **options: Any) -> Generator[str, None, None]:
         """The reply piece by piece. Closed early, what was said so far stays in the history; an empty reply does not,
         nor its question.
 
@@ -127,17 +128,14 @@ class Chat:
             InputError: for media that cannot be read, or a conversation longer than the context.
         """
         message = user(text, *media)
-        params = SamplingParams(**options)
-        self.request = self.engine.submit((*self.messages, message), params)
-        return self._follow(message, self.request)
-
-    def _follow(self, message: Message, request: Request) -> Iterator[str]:
+        self.request = self.engine.submit((*self.messages, message), SamplingParams(**options))
         said = ""
         try:
-            for delta in self.engine.follow(request):
-                said += delta.text
-                if delta.text:
-                    yield delta.text
+            with closing(self.engine.follow(self.request)) as deltas:
+                for delta in deltas:
+                    said += delta.text
+                    if delta.text:
+                        yield delta.text
         finally:
             if said.strip():
                 self.messages = (*self.messages, message, Message("assistant", (Text(said.strip()),)))

@@ -109,8 +109,8 @@ def test_context_and_tile_limits_are_told(directory: Path, model: ivl.Model) -> 
     with pytest.raises(ivl.InputError, match="max_tiles must be at least 1, got 0"):
         ivl.load(directory, max_tiles=0)
     wide = picture(2).resize((28 * 4, 28))
-    few, many = (ivl.load(directory, max_tiles=n).engine.submit(ivl.ask("?", wide)).prompt for n in (1, 4))
-    assert (len(few.tiles_GSSC), len(many.tiles_GSSC)) == (1, 5)
+    few, many = (ivl.load(directory, max_tiles=n).engine.submit(ivl.ask("?", wide)) for n in (1, 4))
+    assert (few.num_tiles, many.num_tiles) == (1, 5)
 
 
 def test_chat_command_prints_the_reply_and_stats(

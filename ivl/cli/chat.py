@@ -114,10 +114,10 @@ def describe(conversation: Chat) -> str:
     """Times and speeds of the last reply."""
     request = conversation.request
     assert request is not None
-    t, num_prompt, num_new = request.timings(), len(request.prompt.tokens_T), len(request.tokens)
+    t, num_prompt, num_new = request.timings(), request.num_prompt, len(request.tokens)
     speed = f" = {(num_new - 1) / t.decode:,.1f} tokens/s" if num_new > 1 and t.decode > 0 else ""
     return (
-        f"prepare {t.prepare:.2f} s | vision {t.vision:.2f} s ({len(request.prompt.tiles_GSSC)} tiles) | "
+        f"prepare {t.prepare:.2f} s | vision {t.vision:.2f} s ({request.num_tiles} tiles) | "
         f"prefill {t.prefill:.2f} s ({num_prompt} tokens = {num_prompt / t.prefill:,.0f} tokens/s) | "
         f"decode {t.decode:.2f} s ({num_new} tokens{speed})"
     )

@@ -73,7 +73,10 @@ def evaluate(
     todo = iter([example for example in examples if example.id not in done])
     with store:
         while batch := list(islice(todo, batch_size)):
-            texts = answers_of(generator, [example.conversation for example in batch], task.params)
+            try:
+                texts = answers_of(generator, [example.conversation for example in batch], task.params)
+            except InputError as error:
+                raise InputError(f"task {task.name}, examples {batch[0].id} to {batch[-1].id}: {error}") from error
             new = [_prediction(task, example, text) for example, text in zip(batch, texts, strict=True)]
             store.append(new)
             done.update((p.id, p) for p in new)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -75,8 +75,10 @@ class Reply:
 class Request:
     """One reply in the making."""
 
-    prompt: Prompt
-    params: SamplingParams
+    prompt: Prompt | None
+    """Dropped once the model has read it: tiles are large."""
+    num_prompt: int
+    num_tiles: int
     limit: int
     """New tokens at most: what was asked, or what the context has left."""
     blocks: int
@@ -101,8 +103,8 @@ class Request:
             text="".join(delta.text for delta in self.deltas),
             tokens=tuple(self.tokens),
             finish_reason=self.finish_reason,
-            prompt_tokens=len(self.prompt.tokens_T),
-            tiles=len(self.prompt.tiles_GSSC),
+            prompt_tokens=self.num_prompt,
+            tiles=self.num_tiles,
             timings=self.timings(),
         )
 
@@ -176,7 +178,8 @@ class Engine:
         ids = prompt.tokens_T.tolist()
         request = Request(
             prompt=prompt,
-            params=params,
+            num_prompt=num_prompt,
+            num_tiles=num_tiles,
             limit=limit,
             blocks=blocks,
             sampler=Sampler(params, ids, self.model.config.decoder.vocab_size),
@@ -196,12 +199,12 @@ class Engine:
             return
         request.cancelled = True
 
-    def stream(self, prompt: Conversation, params: SamplingParams = GREEDY) -> Iterator[TextDelta]:
+    def stream(self, prompt: Conversation, params: SamplingParams = GREEDY) -> Generator[TextDelta, None, None]:
         """One delta per token, the last with its finish_reason. Closing the iterator cancels the request."""
         request = self.submit(prompt, params)
         yield from self.follow(request)
 
-    def follow(self, request: Request) -> Iterator[TextDelta]:
+    def follow(self, request: Request) -> Generator[TextDelta, None, None]:
         """The deltas of a submitted request as they come; cancels it when closed early."""
         try:
             while request.deltas or request.finish_reason is None:
@@ -220,20 +223,28 @@ class Engine:
         params: one for all, or one per conversation.
         """
         every = [params] * len(conversations) if isinstance(params, SamplingParams) else list(params)
+        if len(every) != len(conversations):
+            raise ValueError(f"{len(conversations)} conversations but {len(every)} sampling parameters")
         todo = deque(zip(conversations, every, strict=True))
         requests: list[Request] = []
         try:
             # Prompts hold tiles, so they are prepared only as the engine can take them.
             while todo or any(request.finish_reason is None for request in requests):
-                ready = sum(len(request.prompt.tokens_T) for request in self.waiting)
+                ready = sum(request.num_prompt for request in self.waiting)
                 while todo and ready < self.max_batch_tokens:
-                    requests.append(self.submit(*todo.popleft()))
-                    ready += len(requests[-1].prompt.tokens_T)
+                    requests.append(self._submit_numbered(len(requests), *todo.popleft()))
+                    ready += requests[-1].num_prompt
                 self.step()
         finally:
             for request in requests:
                 self.cancel(request)
         return [request.reply() for request in requests]
+
+    def _submit_numbered(self, number: int, conversation: Conversation, params: SamplingParams) -> Request:
+        try:
+            return self.submit(conversation, params)
+        except InputError as error:
+            raise InputError(f"conversation {number}: {error}") from error
 
     # One step
 
@@ -262,7 +273,7 @@ class Engine:
         num_running, num_tokens = len(plan), len(plan)
         while self.waiting and len(plan) < self.max_sequences:
             request = self.waiting[0]
-            num_tokens += len(request.prompt.tokens_T)
+            num_tokens += request.num_prompt
             if request.blocks > self.unreserved or (num_tokens > self.max_batch_tokens and len(plan) > num_running):
                 break
             self.waiting.popleft()
@@ -275,11 +286,12 @@ class Engine:
         """One forward call; the next token of each planned request."""
         device, started = self.model.device, time.perf_counter()
         new = plan[num_running:]
-        vision_RUD = self._encode(new)
+        prompts = [request.prompt for request in new if request.prompt is not None]
+        vision_RUD = self._encode(prompts)
         encoded = time.perf_counter()
         last_T = torch.tensor([request.tokens[-1] for request in plan[:num_running]], dtype=torch.long)
-        tokens_T = torch.cat([last_T, *(request.prompt.tokens_T for request in new)])
-        new_lens = (1,) * num_running + tuple(len(request.prompt.tokens_T) for request in new)
+        tokens_T = torch.cat([last_T, *(prompt.tokens_T for prompt in prompts)])
+        new_lens = (1,) * num_running + tuple(request.num_prompt for request in new)
         step = self.cache.step([request.sequence for request in plan], new_lens)
         hidden_TD = self.model(tokens_T.to(device), step.layout, vision_RUD, step)
         if new:
@@ -288,14 +300,14 @@ class Engine:
         logits_SV = self.model.head(hidden_TD)
         logits_SV[:, self.model.config.image_token_id] = -torch.inf  # stands for pixels; there are none to put here
         tokens = choose(logits_SV, [request.sampler for request in plan])
-        if new:
-            for request in new:
-                request.vision, request.prefill = encoded - started, time.perf_counter() - encoded
+        for request in new:
+            request.prompt = None
+            request.vision, request.prefill = encoded - started, time.perf_counter() - encoded
         return tokens
 
-    def _encode(self, requests: list[Request]) -> torch.Tensor | None:
+    def _encode(self, prompts: list[Prompt]) -> torch.Tensor | None:
         """Vision tokens of all placeholder runs of these prompts, in order."""
-        prompts = [request.prompt for request in requests if len(request.prompt.tiles_GSSC)]
+        prompts = [prompt for prompt in prompts if len(prompt.tiles_GSSC)]
         if not prompts:
             return None
         vision_GUD = self.vision.encode(torch.cat([prompt.tiles_GSSC for prompt in prompts]))

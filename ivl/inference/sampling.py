@@ -17,11 +17,7 @@ class Sampler:
     def __init__(self, params: SamplingParams, prompt: list[int], vocab_size: int) -> None:
         self.params = params
         self.greedy = params.temperature == 0 and params.repetition_penalty == 1
-        self.generator = torch.Generator()
-        if params.seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(params.seed)
+        self.generator = generator(params.seed) if params.temperature > 0 else None
         self.seen_V: torch.Tensor | None = None
         if params.repetition_penalty != 1:
             self.seen_V = torch.zeros(vocab_size, dtype=torch.bool)
@@ -45,6 +41,16 @@ class Sampler:
         cumulative = kept.double().cumsum(0)
         at = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True).clamp(max=len(kept) - 1))
         return at if ids is None else int(ids[at])
+
+
+def generator(seed: int | None) -> torch.Generator:
+    """Random numbers of one request; without a seed they differ every time."""
+    numbers = torch.Generator()
+    if seed is None:
+        numbers.seed()
+    else:
+        numbers.manual_seed(seed)
+    return numbers
 
 
 def candidates(logits_V: torch.Tensor, top_k: int, top_p: float) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -102,7 +102,7 @@ def test_killed_runs_go_on(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     code = (
         "import sys; from pathlib import Path; from tests.evaluation.test_run import *; "
-        "evaluate(Sums(), Batching(0.004), model='m', predictions=Path(sys.argv[1]), batch_size=4)"
+        "evaluate(Sums(), Batching(0.004), model='m', predictions=Path(sys.argv[1]), batch_size=6)"
     )
     kills = 0
     rng = random.Random(1)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ivl.errors import InputError
-from ivl.inference.engine import Engine
+from ivl.inference.engine import Engine, Reply
 from ivl.model.vlm import VLM
 from ivl.types import Conversation, ImageRef, SamplingParams
 from tests.conftest import tiny_config
@@ -19,6 +19,10 @@ from tests.inference.fakes import FakeProcessor, ask, picture
 
 @pytest.fixture
 def lively() -> VLM:
+    return lively_model()
+
+
+def lively_model() -> VLM:
     """A tiny model whose replies vary: large weights, and several end tokens so that replies end at different lengths."""
     torch.manual_seed(0)
     model = VLM(replace(tiny_config(), eos_token_ids=(91, 7, 23))).eval()
@@ -55,15 +59,23 @@ MIXED = [
 ]
 
 
+@pytest.fixture(scope="module")
+def alone() -> list[tuple[Conversation, SamplingParams, Reply]]:
+    """120 requests with the reply each gives in an engine of its own."""
+    model = lively_model()
+    params = [MIXED[n % len(MIXED)] for n in range(120)]
+    return [(c, p, engine(model).generate([c], p)[0]) for c, p in zip(requests(120), params, strict=True)]
+
+
 @pytest.mark.parametrize("options", [{}, {"max_batch_tokens": 90, "max_cache_tokens": 640}, {"max_sequences": 5}])
-def test_a_batch_equals_each_alone(lively: VLM, options: dict[str, int]) -> None:
-    conversations = requests(48)
-    params = [MIXED[n % len(MIXED)] for n in range(48)]
-    alone = [engine(lively).generate([c], p)[0] for c, p in zip(conversations, params, strict=True)]
+def test_a_batch_equals_each_alone(
+    lively: VLM, alone: list[tuple[Conversation, SamplingParams, Reply]], options: dict[str, int]
+) -> None:
+    conversations, params, expected = zip(*alone, strict=True)
     together = engine(lively, **options)
     replies = together.generate(conversations, params)
-    assert [(r.text, r.tokens, r.finish_reason) for r in replies] == [(r.text, r.tokens, r.finish_reason) for r in alone]
-    assert len({r.text for r in replies}) > 24 and {r.finish_reason for r in replies} == {"stop", "length"}
+    assert [(r.text, r.tokens, r.finish_reason) for r in replies] == [(r.text, r.tokens, r.finish_reason) for r in expected]
+    assert len({r.text for r in replies}) > 60 and {r.finish_reason for r in replies} == {"stop", "length"}
     assert_idle(together)
 
 
@@ -146,6 +158,10 @@ def test_limits_are_told_with_numbers(lively: VLM) -> None:
         engine(lively, max_context=50).generate([ask("x" * 40, ImageRef(picture(0), 3))])
     with pytest.raises(InputError, match=r"41 prompt tokens and up to 100 new ones need 9 cache blocks of 16 tokens.*are 8"):
         engine(lively, max_cache_tokens=128).generate([ask("x" * 40)], SamplingParams(max_new_tokens=100))
+    with pytest.raises(InputError, match="conversation 2: the prompt has"):
+        engine(lively, max_context=50).generate([ask("a"), ask("b"), ask("x" * 60)])
+    with pytest.raises(ValueError, match="2 conversations but 1 sampling"):
+        engine(lively).generate([ask("a"), ask("b")], [SamplingParams()])
     with pytest.raises(ValueError, match="eval"):
         Engine(lively.train(), FakeProcessor(lively.config))
 
