@@ -1,0 +1,41 @@
+# Everything runs in .venv, which `make install` creates with every extra and the tools of development.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help install quickstart test check bench wheel clean
+
+help:
+	@echo "make quickstart   train a small InternVL2.5 on real data, evaluate it, write a report (minutes)"
+	@echo "make test         lint, types, import layers and all tests"
+	@echo "make bench        speed and memory beside transformers"
+	@echo "make install      set up $(VENV) with everything (the others do it when needed)"
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("ivl needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+quickstart: install
+	$(BIN)/python -m ivl.recipes.quickstart
+
+test: install check
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+bench: install
+	$(BIN)/python -m benchmarks.against_transformers
+
+wheel: install
+	$(BIN)/python -m build --wheel
+
+clean:
+	rm -rf $(VENV) build dist runs .pytest_cache .ruff_cache .hypothesis
