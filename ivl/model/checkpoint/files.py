@@ -210,7 +210,10 @@ def write_shards(
                 done += tensors[name].nbytes
         part = directory / f"{file_name}.part"
         try:
+            part.touch()
+            mode = part.stat().st_mode
             save_file(tensors, part, metadata={"format": "pt"})
+            part.chmod(mode)  # safetensors writes files that only their owner can read
             part.replace(directory / file_name)
         except (SafetensorError, OSError) as error:
             part.unlink(missing_ok=True)

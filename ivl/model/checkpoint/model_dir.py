@@ -116,7 +116,12 @@ def untie(entries: Sequence[Entry], weights: Weights, ours: str = "") -> None:
 def fill(parameters: Mapping[str, torch.Tensor], entries: Sequence[Entry], weights: Source) -> None:
     """Copy the weights of every entry into our parameters, converting dtype and device."""
     for entry in entries:
-        parameters[entry.ours].copy_(read(entry, weights))
+        ours = parameters[entry.ours]
+        if entry.groups is not None:
+            ours.copy_(read(entry, weights))
+            continue
+        for part, name in zip(entry.split(ours), entry.theirs, strict=True):  # views, so this fills ours
+            part.copy_(weights.get(name))
 
 
 def read(entry: Entry, weights: Source) -> torch.Tensor:
