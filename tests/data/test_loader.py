@@ -23,6 +23,7 @@ from ivl.data.records import DataError
 from ivl.data.rows import write_jsonl
 from ivl.errors import InputError
 from ivl.types import Sample
+from tests.data.test_records import json_values
 from tests.data.world import make_file, make_rows, picture, processor, same, turns
 
 NUM_ROWS = 60
@@ -365,3 +366,22 @@ def test_estimate_leaves_the_position_alone(meta, whole):
 def test_config_refuses_with_the_value(field, value):
     with pytest.raises(ValueError, match=rf"data\.{field}.*{value}"):
         dataclasses.replace(DataConfig(mixture="x"), **{field: value})
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    values=st.lists(json_values.map(lambda value: json.dumps(value).encode()), max_size=3),
+    at=st.integers(0, 400),
+    new=st.binary(max_size=3),
+    length=st.integers(0, 3),
+)
+def test_damaged_rows_are_counted_whatever_the_damage(tmp_path, values, at, new, length):
+    good = json.dumps(make_rows(tmp_path, 1)[0]).encode()
+    at = min(at, len(good))
+    damaged = good[:at] + new + good[at + length :]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join([good, damaged, *values]) + b"\n")
+    one = loader(path, on_error="skip", max_skip_share=1.0, epochs=1)
+    trained = sum(len(batch.ids) for batch in one)
+    assert trained + sum(one.report.rows.values()) == one.report.draws == len(one.mixture)
+    assert trained >= 1
