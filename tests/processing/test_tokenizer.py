@@ -145,7 +145,9 @@ def test_ranks(tokenizer, tmp_path):
     (tmp_path / "qwen.tiktoken").write_text("\n".join(lines) + "\n")
     loaded = Tokenizer.load(tmp_path)
     for text in CORPUS:
-        assert [loaded.token_bytes(i) for i in loaded.encode(text)] == [tokenizer.token_bytes(i) for i in tokenizer.encode(text)]
+        assert [loaded.token_bytes(i) for i in loaded.encode(text)] == [
+            tokenizer.token_bytes(i) for i in tokenizer.encode(text)
+        ]
     assert loaded.id("<|im_start|>") == len(lines) + 1 and loaded.bos is None
     (tmp_path / "qwen.tiktoken").write_text("IQ== 0\nIg== x\n")
     with pytest.raises(InputError, match=r"qwen\.tiktoken:2"):
@@ -205,3 +207,20 @@ def test_sentencepiece_renames_reserved_pieces_and_appends(pieces, tmp_path):
 
 
 _TRAINED = train_tokenizer(CORPUS, 400)
+
+
+def test_beginning_of_sequence_and_replies_with_pieces(pieces, tmp_path):
+    """InternLM2.5: `<s>` once, and a reply after its header has no space put before it."""
+    from ivl.processing.chat import render, user
+    from ivl.types import Message, Text
+
+    tokenizer = Tokenizer.load(pieces)
+    tokenizer.add_special(("<|im_start|>", "<|im_end|>", *SPECIAL_TOKENS))
+    asked, answer = user("What is it?"), Message("assistant", (Text("It is"),))
+    prompt = render((asked,), [], tokenizer, reply=True).ids
+    whole = render((asked, answer, asked, answer), [], tokenizer)
+    assert whole.ids[: len(prompt)] == prompt and whole.ids.count(tokenizer.bos) == 1 and whole.ids[0] == tokenizer.bos
+    said = [i for i, on in zip(whole.ids, whole.trained, strict=True) if on]
+    assert said == 2 * [*tokenizer.encode("\nIt is")[-2:], tokenizer.id("<|im_end|>")] or not tokenizer._strip
+    pieces_of = [tokenizer.backend.id_to_token(i) for i in said]
+    assert not pieces_of[0].startswith("▁")

@@ -120,6 +120,21 @@ def test_bad_videos_are_named(videos, tmp_path):
             load_frames(VideoRef(name), 4, root=str(videos), max_pixels=64 * 48 - 1)
 
 
+def test_a_turned_video_is_shown_upright(tmp_path):
+    av = pytest.importorskip("av")
+    image = np.zeros((48, 64, 3), dtype=np.uint8)
+    image[:, :32] = 255  # the left half is white
+    with av.open(str(tmp_path / "turned.mp4"), "w") as out:
+        stream = out.add_stream("mpeg4", rate=RATE)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.set_display_rotation(90)  # players turn it to the left: the white half comes to lie below
+        out.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        out.mux(stream.encode(None))
+    (shown,) = load_frames(VideoRef("turned.mp4"), 1, root=str(tmp_path))
+    assert shown.size == (48, 64)
+    assert np.asarray(shown)[40:].mean() > 200 and np.asarray(shown)[:24].mean() < 50
+
+
 def test_without_pyav_the_extra_is_named(videos, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(InputError, match=r"ivl\[video\]"):

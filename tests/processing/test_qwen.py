@@ -1,0 +1,60 @@
+"""The real Qwen2.5 vocabulary, taken from the ranks inside the `dashscope` package if it is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ivl.config import SPECIAL_TOKENS, published_config
+from ivl.processing.chat import INTERNVL2_5_SYSTEM, user
+from ivl.processing.processor import Processor
+from ivl.processing.tokenizer import Tokenizer
+
+TEXTS = [
+    "Hello world", "  leading and trailing  ", "1234567890 3.14", "don't, WE'LL", "line\r\n\n\tindent",
+    "你好，世界！图片里有什么？", "こんにちは、世界", "안녕하세요", "Привет, мир", "مرحبا بالعالم", "שלום", "สวัสดี", "नमस्ते",
+    "naïve café Ünïcödé", "🦜👩‍👩‍👧🇩🇪", "def f(x):\n    return x ** 2  # ∑∞", "<ref>猫</ref><box>[[1, 2, 3, 4]]</box>",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def qwen() -> Tokenizer:
+    found = importlib.util.find_spec("dashscope")
+    if found is None or found.origin is None:
+        pytest.skip("the real vocabulary needs: pip install --no-deps dashscope")
+    tokenizer = Tokenizer.load(Path(found.origin).parent / "resources")
+    assert len(tokenizer) == 151665 and tokenizer.bos is None
+    assert tokenizer.add_special() == 9
+    return tokenizer
+
+
+def test_ids(qwen):
+    assert len(qwen) == 151674
+    assert [qwen.id(t) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")] == [151643, 151644, 151645]
+    assert [qwen.id(t) for t in SPECIAL_TOKENS] == list(range(151665, 151674))
+    # Published ids of common words, which any error in the merges would change.
+    assert qwen.encode("Hello world") == [9707, 1879]
+    assert qwen.encode("\n") == [198] and qwen.encode("system") == [8948] and qwen.encode("assistant\n") == [77091, 198]
+
+
+def test_round_trips(qwen):
+    for text in TEXTS:
+        ids = qwen.encode(text)
+        assert qwen.decode(ids) == text
+        stream = qwen.stream()
+        pieces = [stream.push(i) for i in ids]
+        assert "".join(pieces) + stream.flush() == text and "\ufffd" not in "".join(pieces)
+
+
+def test_prompt_and_files(qwen, tmp_path):
+    """The released models' first prompt, token by token, before and after a trip through tokenizer.json."""
+    config = published_config("1B")
+    prompt = Processor(config, qwen).prompt((user("Hi"),)).tokens_T.tolist()
+    assert prompt[:3] == [151644, 8948, 198] and prompt[-3:] == [151644, 77091, 198]
+    assert qwen.decode(prompt[3:], skip_special=False).startswith(INTERNVL2_5_SYSTEM + "<|im_end|>\n<|im_start|>user\nHi")
+    Processor(replace(config, template="plain-chatml"), qwen).save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    assert len(again) == 151674 and all(again.encode(text) == qwen.encode(text) for text in TEXTS)
