@@ -42,9 +42,8 @@ class PagedCache:
         self.block_size = block_size
         self.num_blocks = -(-num_tokens // block_size)
         shape = (config.num_layers, self.num_blocks * block_size, config.num_kv_heads, config.head_dim)
-        # Zeros, not empty: slots past the end of a sequence are read and masked, and must hold numbers.
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
         self.free = list(range(self.num_blocks - 1, -1, -1))
 
     def blocks_needed(self, sequence: Sequence, num_new: int) -> int:
@@ -62,11 +61,20 @@ class PagedCache:
                 f"{sum(needed)} blocks of {self.block_size} tokens needed, {len(self.free)} of {self.num_blocks} free"
             )
         for sequence, count in zip(sequences, needed, strict=True):
-            sequence.blocks += [self.free.pop() for _ in range(count)]
+            if count:
+                sequence.blocks += [self.free.pop() for _ in range(count)]
+                self._clear(sequence.blocks[-1])
         layout = Layout(tuple(new_lens), tuple(s.length for s in sequences))
         for sequence, n in zip(sequences, new_lens, strict=True):
             sequence.length += n
         return CacheStep(self, layout, [tuple(s.blocks) for s in sequences])
+
+    def _clear(self, block: int) -> None:
+        """Slots past the end of a sequence are read and masked, so they must hold numbers; all other new blocks are
+        written whole before anything reads them."""
+        slots = slice(block * self.block_size, (block + 1) * self.block_size)
+        self.keys[:, slots] = 0
+        self.values[:, slots] = 0
 
     def release(self, sequence: Sequence) -> None:
         self.free += sequence.blocks

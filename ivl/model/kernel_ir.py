@@ -117,8 +117,8 @@ class Emitter:
         return self.b.select(self.b.fcmp_unordered("uno", x, x), constant(0x7FC00000), up)
 
     def exp(self, x: Value) -> Value:
-        """e^x to about 1e-7: 2^n times a polynomial of the remainder; beyond +-87 it saturates."""
-        x = self.call("llvm.maxnum.v16f32", F32S, self.call("llvm.minnum.v16f32", F32S, x, self.splat(87.0)), self.splat(-87.0))
+        """e^x to about 1e-7: 2^n times a polynomial of the remainder; infinite above 88.4, no smaller than e^-87."""
+        x = self.call("llvm.maxnum.v16f32", F32S, self.call("llvm.minnum.v16f32", F32S, x, self.splat(89.0)), self.splat(-87.0))
         n = self.call("llvm.rint.v16f32", F32S, self.b.fmul(x, self.splat(1.4426950408889634)))
         r = self.fma(n, self.splat(-0.693145751953125), x)
         r = self.fma(n, self.splat(-1.428606765330187e-06), r)
