@@ -12,19 +12,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ivl.config import SPECIAL_TOKENS, DecoderConfig, ModelConfig, TilingConfig, VisionConfig
+from ivl.config import SPECIAL_TOKENS, DecoderConfig, ModelConfig, VisionConfig, published_config
 from ivl.errors import InputError
 from ivl.model.checkpoint import load_config, load_model, resolve, save_model
-from ivl.model.checkpoint.config_json import (
-    Section,
-    decoder_from,
-    dialect_of,
-    family_of,
-    generation_json,
-    tied,
-    to_json,
-    vision_from,
-)
+from ivl.model.checkpoint.config_json import Section, decoder_from, dialect_of, family_of, tied, vision_from
+from ivl.model.checkpoint.config_write import generation_json, to_json
 from ivl.model.checkpoint.files import Progress, Source, Weights, check_entries, read_json, write_json, write_shards
 from ivl.model.checkpoint.gguf import Gguf
 from ivl.model.checkpoint.keymaps import Dialect, Entry, decoder_map, key_map, vision_map
@@ -35,11 +27,13 @@ from ivl.model.projector import Projector
 from ivl.model.vit import VisionTransformer
 from ivl.processing.gguf import tokenizer_from_gguf
 from ivl.processing.processor import Processor
-from ivl.processing.tokenizer import Tokenizer
+from ivl.processing.tokenizer import Tokenizer, token_text
 
 CHATML = ("<|im_start|>", "<|im_end|>")
 NEW_ROW_STD = 0.02
 """Deviation of embedding rows that no checkpoint has (spec 1.3)."""
+_DEFAULTS = published_config("1B")
+"""Tiling, layer, template and pixel shuffle of parts that are no InternVL and say nothing about them."""
 _INTERNVL = ("internvl_chat", "internvl")
 _VISION_ALONE: dict[str, Dialect] = {"intern_vit_6b": "internvl_chat", "internvl_vision": "transformers"}
 
@@ -77,17 +71,21 @@ def compose(
     seeing = _vision_part(resolve(vit))
     speaking = _language_part(llm)
     parts = [seeing, speaking]
-    tokenizer, added = _extended(speaking.tokenizer(), speaking.decoder.vocab_size, llm)
+    tokenizer, added = _extended(speaking.tokenizer, speaking.decoder.vocab_size, llm)
+    sees, speaks = seeing.whole or _DEFAULTS, speaking.whole or _DEFAULTS
+    chat_end = tokenizer.id(CHATML[1])
     config = ModelConfig(
         vision=seeing.vision,
         decoder=replace(speaking.decoder, vocab_size=len(tokenizer)),
-        tiling=seeing.whole.tiling if seeing.whole else TilingConfig(tile_size=seeing.vision.image_size),
+        tiling=replace(sees.tiling, tile_size=seeing.vision.image_size),
         image_token_id=tokenizer.id(SPECIAL_TOKENS[2]),
-        eos_token_ids=tuple(dict.fromkeys((tokenizer.id(CHATML[1]), *speaking.eos_ids))),
+        eos_token_ids=speaking.eos_ids if chat_end in speaking.eos_ids else (chat_end, *speaking.eos_ids),
         pad_token_id=speaking.pad_id,
         bos_token_id=tokenizer.bos,
-        select_layer=seeing.whole.select_layer if seeing.whole else -1,
-        pixel_shuffle=seeing.whole.pixel_shuffle if seeing.whole else "v2",
+        select_layer=sees.select_layer,
+        pixel_shuffle=sees.pixel_shuffle,
+        template=speaks.template,
+        system_message=speaks.system_message,
     )
     tensors = {**seeing.tensors, **_resized(speaking.tensors, config.decoder, added, seed)}
     if projector is None:
@@ -96,10 +94,7 @@ def compose(
         joining = _projector_part(resolve(projector), config)
         parts.append(joining)
         tensors |= joining.tensors
-    target = Path(out)
-    for part in parts:
-        if target.exists() and target.resolve() in (part.place.resolve(), part.place.resolve().parent):
-            raise InputError(f"{target}: is also a source; compose into a new directory")
+    target = _not_a_source(out, *(part.place for part in parts))
     dtype = dtype or _widest([part.dtype for part in parts])
     described = to_json(config, dialect, str(dtype).removeprefix("torch."))
     target.mkdir(parents=True, exist_ok=True)
@@ -125,42 +120,45 @@ def merge(model: str | Path, adapter: str | Path, out: str | Path) -> None:
         InputError: if the model or the adapter is unreadable, or they do not fit each other.
     """
     directory = resolve(model)
-    if Path(out).exists() and Path(out).resolve() in (directory.resolve(), Path(adapter).resolve()):
-        raise InputError(f"{out}: is also a source; merge into a new directory")
+    target = _not_a_source(out, directory, Path(adapter))
     processor = Processor.load(directory)
     merged = load_model(directory)
     load_adapter(merged, adapter)
     merge_lora(merged)
-    save_model(merged, out, dialect=dialect_of(directory))
-    processor.save(out)
+    save_model(merged, target, dialect=dialect_of(directory))
+    processor.save(target)
 
 
-@dataclass(frozen=True)
-class _VisionPart:
+def _not_a_source(out: str | Path, *sources: Path) -> Path:
+    """Weights are mapped from their files while others are written, so no source may be written over."""
+    for source in sources:
+        if Path(out).resolve() == (source.parent if source.is_file() else source).resolve():
+            raise InputError(f"{out}: is also a source; name a new directory")
+    return Path(out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """Something to take tensors from."""
+
     place: Path
+    dtype: torch.dtype
+    tensors: Tensors
+    whole: ModelConfig | None = None
+    """The InternVL model it is a part of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _VisionPart(_Part):
     vision: VisionConfig
-    whole: ModelConfig | None
-    """The InternVL model it is taken from."""
-    dtype: torch.dtype
-    tensors: Tensors
 
 
-@dataclass(frozen=True)
-class _LanguagePart:
-    place: Path
+@dataclass(frozen=True, kw_only=True)
+class _LanguagePart(_Part):
     decoder: DecoderConfig
-    dtype: torch.dtype
-    tensors: Tensors
-    tokenizer: Callable[[], Tokenizer]
+    tokenizer: Tokenizer
     eos_ids: tuple[int, ...]
     pad_id: int | None
-
-
-@dataclass(frozen=True)
-class _ProjectorPart:
-    place: Path
-    dtype: torch.dtype
-    tensors: Tensors
 
 
 def _tensors(entries: Sequence[Entry], weights: Source, ours: str = "") -> Tensors:
@@ -178,19 +176,20 @@ def _top(directory: Path) -> Section:
     return Section(read_json(directory / "config.json"), str(directory / "config.json"))
 
 
-def _whole(directory: Path, ours: str) -> tuple[ModelConfig, torch.dtype, Tensors]:
+def _whole(directory: Path, ours: str) -> tuple[_Part, ModelConfig]:
     """One part of an InternVL directory; the whole directory is checked."""
     config = load_config(directory)
     weights, entries = open_weights(directory, empty_model(config))
-    return config, weights.main_dtype, _tensors(entries, weights, ours)
+    tensors = _tensors(entries, weights, ours)
+    return _Part(place=directory, dtype=weights.main_dtype, tensors=tensors, whole=config), config
 
 
 def _vision_part(directory: Path) -> _VisionPart:
     top = _top(directory)
     kind = top.get("model_type")
     if kind in _INTERNVL:
-        config, dtype, tensors = _whole(directory, "vision.")
-        return _VisionPart(directory, config.vision, config, dtype, tensors)
+        part, config = _whole(directory, "vision.")
+        return _VisionPart(**vars(part), vision=config.vision)
     if kind not in _VISION_ALONE:
         known = ", ".join((*_VISION_ALONE, *_INTERNVL))
         raise InputError(f"{top.place}: model_type is {kind!r}; a ViT comes from one of {known}")
@@ -199,7 +198,7 @@ def _vision_part(directory: Path) -> _VisionPart:
         module = VisionTransformer(config)
     weights = Weights(directory)
     tensors = _checked(module, vision_map(module, _VISION_ALONE[kind], ours="vision."), weights, "vision.")
-    return _VisionPart(directory, config, None, weights.main_dtype, tensors)
+    return _VisionPart(place=directory, dtype=weights.main_dtype, tensors=tensors, vision=config)
 
 
 def _language_part(llm: str | Path) -> _LanguagePart:
@@ -207,10 +206,11 @@ def _language_part(llm: str | Path) -> _LanguagePart:
         return _gguf_part(Path(llm).expanduser())
     directory = resolve(llm)
     top = _top(directory)
+    tokenizer = Tokenizer.load(directory)
     if top.get("model_type") in _INTERNVL:
-        config, dtype, tensors = _whole(directory, "decoder.")
-        load = lambda: Tokenizer.load(directory)  # noqa: E731
-        return _LanguagePart(directory, config.decoder, dtype, tensors, load, config.eos_token_ids, config.pad_token_id)
+        part, whole = _whole(directory, "decoder.")
+        ends = {"eos_ids": whole.eos_token_ids, "pad_id": whole.pad_token_id}
+        return _LanguagePart(**vars(part), **ends, decoder=whole.decoder, tokenizer=tokenizer)
     config = decoder_from(top, family_of(top))
     with torch.device("meta"):
         module = Decoder(config)
@@ -218,10 +218,15 @@ def _language_part(llm: str | Path) -> _LanguagePart:
     entries = decoder_map(module, internlm2=config.family == "internlm2", ours="decoder.")
     if tied(directory):
         untie(entries, weights, "decoder.")
-    tensors = _checked(module, entries, weights, "decoder.")
-    eos_ids = _eos_ids(directory)
-    pad_id = top.get("pad_token_id")
-    return _LanguagePart(directory, config, weights.main_dtype, tensors, lambda: Tokenizer.load(directory), eos_ids, pad_id)
+    return _LanguagePart(
+        place=directory,
+        dtype=weights.main_dtype,
+        tensors=_checked(module, entries, weights, "decoder."),
+        decoder=config,
+        tokenizer=tokenizer,
+        eos_ids=_eos_ids(directory),
+        pad_id=_pad_id(tokenizer),
+    )
 
 
 def _gguf_part(path: Path) -> _LanguagePart:
@@ -231,10 +236,22 @@ def _gguf_part(path: Path) -> _LanguagePart:
     with torch.device("meta"):
         module = Decoder(file.config)
     entries = [replace(entry, ours=f"decoder.{entry.ours}") for entry in file.key_map(module)]
-    tensors = _checked(module, entries, file, "decoder.")
     words = file.vocabulary()
-    eos_ids = () if words.eos is None else (words.eos,)
-    return _LanguagePart(path, file.config, file.main_dtype, tensors, lambda: tokenizer_from_gguf(words), eos_ids, words.pad)
+    tokenizer = tokenizer_from_gguf(words)
+    return _LanguagePart(
+        place=path,
+        dtype=file.main_dtype,
+        tensors=_checked(module, entries, file, "decoder."),
+        decoder=file.config,
+        tokenizer=tokenizer,
+        eos_ids=() if words.eos is None else (words.eos,),
+        pad_id=_pad_id(tokenizer),
+    )
+
+
+def _pad_id(tokenizer: Tokenizer) -> int | None:
+    text = token_text(tokenizer.config.get("pad_token"))
+    return None if text is None else tokenizer.id(text)
 
 
 def _eos_ids(directory: Path) -> tuple[int, ...]:
@@ -251,7 +268,7 @@ def _eos_ids(directory: Path) -> tuple[int, ...]:
     return ()
 
 
-def _projector_part(directory: Path, config: ModelConfig) -> _ProjectorPart:
+def _projector_part(directory: Path, config: ModelConfig) -> _Part:
     """The projector of an InternVL directory, if it joins the two parts.
 
     Raises:
@@ -262,7 +279,7 @@ def _projector_part(directory: Path, config: ModelConfig) -> _ProjectorPart:
         raise InputError(
             f"{directory}: model_type is {kind!r}; a projector comes from an InternVL model ({', '.join(_INTERNVL)})"
         )
-    theirs, dtype, tensors = _whole(directory, "projector.")
+    part, theirs = _whole(directory, "projector.")
     have = (4 * theirs.vision.width, theirs.decoder.width)
     need = (4 * config.vision.width, config.decoder.width)
     if have != need:
@@ -274,7 +291,7 @@ def _projector_part(directory: Path, config: ModelConfig) -> _ProjectorPart:
         raise InputError(
             f"{directory}: its projector reads pixel shuffle {theirs.pixel_shuffle}, the ViT's is {config.pixel_shuffle}"
         )
-    return _ProjectorPart(directory, dtype, tensors)
+    return part
 
 
 def _fresh_projector(config: ModelConfig, seed: int) -> Tensors:

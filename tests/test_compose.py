@@ -44,9 +44,11 @@ def vlm(directory: Path, size: str = "1B", dialect="internvl_chat", seed: int = 
     config = replace(
         config,
         decoder=replace(config.decoder, vocab_size=len(words)),
+        tiling=replace(config.tiling, max_tiles=7),
         image_token_id=words.id("<IMG_CONTEXT>"),
-        eos_token_ids=(words.id("<|im_end|>"),),
+        eos_token_ids=(words.id("<|endoftext|>"), words.id("<|im_end|>")),
         bos_token_id=None,
+        system_message="You see.",
     )
     model = random_model(config, seed)
     save_model(model, directory, dialect=dialect)

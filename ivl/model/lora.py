@@ -65,11 +65,11 @@ class LoraLinear(Linear):
             self.bias.requires_grad_(False)
         self.train(base.training)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = super().forward(x)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        y = super().forward(input)
         if not self.enabled:
             return y
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = F.dropout(input, self.config.dropout, self.training)
         for name, (first, last) in self.spans.items():
             y[..., first:last] += F.linear(F.linear(x, self.lora_A[name]), self.lora_B[name]) * self.config.scale
         return y
