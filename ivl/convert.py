@@ -12,7 +12,7 @@ import torch
 
 from ivl.errors import InputError
 from ivl.model.checkpoint import load_config, resolve
-from ivl.model.checkpoint.config_json import generation_json, to_json
+from ivl.model.checkpoint.config_write import generation_json, to_json
 from ivl.model.checkpoint.files import MAX_SHARD_BYTES, Progress, write_json, write_shards
 from ivl.model.checkpoint.keymaps import Dialect, key_map
 from ivl.model.checkpoint.model_dir import empty_model, open_weights, read

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from ivl.config import SIZES, ModelConfig, TilingConfig, published_config
 from ivl.errors import InputError
 from ivl.model.checkpoint import load_config, load_model, save_model
-from ivl.model.checkpoint.config_json import generation_json, to_json
+from ivl.model.checkpoint.config_write import generation_json, to_json
 from ivl.model.checkpoint.files import Weights, write_json
 from ivl.model.checkpoint.keymaps import Dialect, Entry, key_map
 from ivl.model.checkpoint.model_dir import empty_model

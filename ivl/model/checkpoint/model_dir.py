@@ -9,7 +9,8 @@ import torch
 
 from ivl.config import ModelConfig
 from ivl.errors import InputError
-from ivl.model.checkpoint.config_json import dialect_of, generation_json, load_config, tied, to_json
+from ivl.model.checkpoint.config_json import dialect_of, load_config, tied
+from ivl.model.checkpoint.config_write import generation_json, to_json
 from ivl.model.checkpoint.files import (
     MAX_SHARD_BYTES,
     Progress,
