@@ -47,7 +47,7 @@ def run(
         out: Write the report (task, metric, value, ci95, n, by_type, model, versions) to this JSON file.
         predictions: Where predictions are kept; by default beside --out, or under runs/eval.
         fresh: Forget predictions of an earlier run.
-        batch_size: Questions answered, and saved, at a time.
+        batch_size: Most questions answered, and saved, at a time; fewer while the model is slow.
         max_tiles: Tiles an image may be cut into; by default what the checkpoint says.
         dtype: Type of the weights; auto is the stored one where the processor computes in it well.
         device: cpu, cuda, or auto.

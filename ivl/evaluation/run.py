@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -19,6 +20,8 @@ from ivl.types import Generator
 
 PACKAGES = ("ivl", "torch", "tokenizers", "pillow", "easy-vqa")
 """Versions noted in a report."""
+FIRST_BATCH = 16
+"""Batches grow from here, up to what is answered in a few seconds: a slow model too shows progress and saves often."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +58,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Answer a task's first `limit` examples and return the report.
 
-    predictions: jsonl file, continued if it exists. model and fingerprint say whose predictions they are.
+    predictions: jsonl file, continued if it exists; model and fingerprint say whose predictions they are.
+    batch_size: most examples asked, and saved, at a time.
 
     Raises:
         InputError: if the file holds predictions of something else, or an example cannot be answered.
@@ -71,8 +75,10 @@ def evaluate(
     done = {p.id: _rescored(task, wanted[p.id], p) for p in store.read() if p.id in wanted}
     resumed, total = len(done), sum(p.score for p in done.values())
     todo = iter([example for example in examples if example.id not in done])
+    size = min(FIRST_BATCH, batch_size)
     with store:
-        while batch := list(islice(todo, batch_size)):
+        while batch := list(islice(todo, size)):
+            started = time.monotonic()
             try:
                 texts = answers_of(generator, [example.conversation for example in batch], task.params)
             except InputError as error:
@@ -81,6 +87,11 @@ def evaluate(
             store.append(new)
             done.update((p.id, p) for p in new)
             total += sum(p.score for p in new)
+            seconds = time.monotonic() - started
+            if seconds < 2:
+                size = min(2 * size, batch_size)
+            elif seconds > 20:
+                size = max(1, size // 2)
             on_progress(Progress(done=len(done), total=len(examples), resumed=resumed, value=total / len(done)))
     by_type = defaultdict(list)
     for prediction in done.values():
