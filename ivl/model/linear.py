@@ -31,6 +31,10 @@ class Linear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return linear(input, self.weight, self.bias)
 
+    def matrix(self) -> torch.Tensor:
+        """What forward multiplies by, [out, in]: for losses that run a wide head in chunks."""
+        return self.weight
+
 
 def linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
     """x @ weight^T + bias: a few rows of bfloat16 at inference on a CPU by our kernel, everything else by torch."""

@@ -74,6 +74,15 @@ class LoraLinear(Linear):
             y[..., first:last] += F.linear(F.linear(x, self.lora_A[name]), self.lora_B[name]) * self.config.scale
         return y
 
+    def matrix(self) -> torch.Tensor:
+        """The weight with the adapters added, differentiable; the adapters' dropout does not apply."""
+        if not self.enabled:
+            return self.weight
+        rows = self.weight.clone()
+        for name, (first, last) in self.spans.items():
+            rows[first:last] += self.lora_B[name] @ self.lora_A[name] * self.config.scale
+        return rows
+
     def merged(self) -> Linear:
         """A plain Linear that shares this layer's weight, with the adapters added to it in float32."""
         with torch.no_grad():

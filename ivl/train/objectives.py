@@ -27,7 +27,7 @@ def sft_objective(model: VLM, batch: Batch) -> Loss:
     hidden_TD = forward_batch(model, batch)
     at_M = batch.weights_T.nonzero().squeeze(1)
     weights_M = batch.weights_T[at_M]
-    loss = linear_cross_entropy(hidden_TD[at_M], model.decoder.head.weight, batch.labels_T[at_M], weights_M)
+    loss = linear_cross_entropy(hidden_TD[at_M], model.decoder.head.matrix(), batch.labels_T[at_M], weights_M)
     metrics = {"accuracy": _sum_and_count(loss.correct_M), **_by_dataset(batch, at_M, loss.ce_M)}
     return Loss(loss.total, weights_M.sum(), metrics)
 

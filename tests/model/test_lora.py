@@ -99,6 +99,18 @@ def test_merged_equals_adapted_and_disabled_equals_base(options: dict) -> None:
     torch.testing.assert_close(logits(model), adapted, atol=1e-4, rtol=0)
 
 
+def test_the_matrix_of_an_adapted_head_is_what_it_multiplies_by(tiny: VLM) -> None:
+    """The loss takes the head's matrix, not its forward, and must train the adapters on it."""
+    add_lora(tiny, EVERYWHERE)
+    stir(tiny)
+    head, x_TD = tiny.decoder.head, torch.randn(3, 48)
+    torch.testing.assert_close(x_TD @ head.matrix().T, head(x_TD))
+    head.matrix().square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in head.named_parameters() if "lora" in n)
+    with adapters_disabled(tiny):
+        assert head.matrix() is head.weight
+
+
 @pytest.mark.parametrize("targets", [EVERYWHERE.targets, ("*.q_proj", "vision.layers.1", "projector.fc2")])
 def test_round_trip(tmp_path: Path, targets: tuple[str, ...]) -> None:
     model = build()
