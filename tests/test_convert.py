@@ -12,11 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
+from ivl.cli.convert import compose as compose_command
 from ivl.cli.convert import convert as command
-from ivl.config import SIZES
+from ivl.cli.convert import merge as merge_command
+from ivl.config import SIZES, LoraConfig
 from ivl.convert import convert, new_directory
 from ivl.errors import InputError
 from ivl.model.checkpoint import load_config, load_model, save_model
+from ivl.model.lora import add_lora, lora_parameters, save_adapter
 from ivl.model.vlm import VLM
 from ivl.processing.processor import Processor
 from ivl.processing.tokenizer import train_tokenizer
@@ -162,6 +165,26 @@ def test_a_source_without_tokenizer_is_refused_unless_asked_for(tmp_path: Path) 
         convert(tmp_path / "bare", tmp_path / "out", to="transformers")
     command([str(tmp_path / "bare"), str(tmp_path / "out"), "--to", "transformers", "--weights-only"])
     assert load_config(tmp_path / "out") == load_config(tmp_path / "bare")
+
+
+def test_compose_of_one_models_parts_is_that_model(source: Path, tmp_path: Path) -> None:
+    parts = ["--vit", str(source), "--llm", str(source), "--projector", str(source)]
+    compose_command([*parts, str(tmp_path / "out"), "--to", "transformers"])
+    assert same_weights(load_model(tmp_path / "out"), load_model(source))
+    with pytest.raises(InputError, match=r"exists; .*--force"):
+        compose_command([*parts, str(tmp_path / "out")])
+
+
+def test_merge_writes_what_the_adapted_model_computes(source: Path, tmp_path: Path) -> None:
+    model = load_model(source)
+    add_lora(model, LoraConfig(rank=2))
+    for parameter in lora_parameters(model).values():
+        torch.nn.init.normal_(parameter, std=0.3)
+    save_adapter(model, tmp_path / "adapter")
+    merge_command([str(source), str(tmp_path / "adapter"), str(tmp_path / "out")])
+    adapted = logits(model, Processor.load(source))
+    assert (adapted - logits(load_model(source), Processor.load(source))).abs().max() > 0.1
+    assert (adapted - logits(load_model(tmp_path / "out"), Processor.load(tmp_path / "out"))).abs().max() <= 1e-4
 
 
 def test_the_command_line_reports_bad_input_in_one_line(tmp_path: Path) -> None:
