@@ -20,6 +20,12 @@ Mode = Literal["even", "rand", "middle", "fps"]
 """even: spread over the whole video (inference). rand, middle: one frame of each of num_frames intervals. fps: a fixed rate."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
+OPEN = {
+    "format_whitelist": "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,flv,asf,ogg,gif",
+    "protocol_whitelist": "file",
+}
+"""Containers that hold their own pictures: a playlist named .mp4 must not make FFmpeg open what it lists."""
+
 
 def load_frames(
     ref: VideoRef,
@@ -128,7 +134,7 @@ def _from_file(
     except ImportError as error:
         raise InputError(f"{path}: reading video needs PyAV: pip install 'ivl[video]'") from error
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), options=OPEN) as container:
             if not container.streams.video:
                 raise InputError(f"{path}: no video stream in this file")
             stream = container.streams.video[0]
@@ -136,48 +142,72 @@ def _from_file(
             times, keys = _timestamps(container, stream)
             if not times:
                 raise InputError(f"{path}: no frames in this file")
-            base = float(stream.time_base or 1)
-            kept = _clipped(path, [(t - times[0]) * base for t in times], ref.clip)
-            rate = float(stream.average_rate or 0) or (len(times) - 1) / max((times[-1] - times[0]) * base, 1e-9) or 1.0
-            picked = [times[kept[i]] for i in _pick(kept, num_frames, mode, rate, fps, generator)]
-            images = _decode(container, stream, sorted(set(picked)), keys)
-            missing = [t for t in picked if t not in images]
-            if missing:
-                raise InputError(f"{path}: the frame at {(missing[0] - times[0]) * base:.3f} s cannot be decoded")
-            return [images[t] for t in picked]
+            base, rate = float(stream.time_base or 1), float(stream.average_rate or 0)
+        seconds = [(time - times[0]) * base for time in times]
+        kept = _clipped(path, seconds, ref.clip)
+        rate = rate or len(times) / max(seconds[-1], 1e-9)
+        picked = [kept[i] for i in _pick(kept, num_frames, mode, rate, fps, generator)]
+        images: dict[int, Image.Image] = {}
+        if keys:
+            with av.open(str(path), options=OPEN) as container:
+                images = _decode_by_seeking(container, times, sorted(set(picked)), keys)
+        if any(n not in images for n in picked):  # formats without exact time stamps or exact seeking: AVI, MPEG-TS
+            with av.open(str(path), options=OPEN) as container:
+                images = _decode_by_counting(container, set(picked))
+        if missing := [n for n in picked if n not in images]:
+            raise InputError(f"{path}: the frame at {seconds[missing[0]]:.3f} s cannot be decoded")
+        return [images[n] for n in picked]
     except (FFmpegError, OSError, ValueError) as error:
         raise _unreadable(path, error) from error
 
 
 def _timestamps(container: Any, stream: Any) -> tuple[list[int], list[int]]:
-    """Presentation times of all frames and of key frames, in units of the stream, read without decoding where possible."""
-    packets = [packet for packet in container.demux(stream) if packet.size]
-    if packets and all(packet.pts is not None for packet in packets):
-        return sorted({packet.pts for packet in packets}), sorted(p.pts for p in packets if p.is_keyframe)
-    container.seek(0, stream=stream)
-    return sorted({frame.pts for frame in container.decode(stream) if frame.pts is not None}), []
+    """Times of all frames in the order they are shown, and of key frames, read without decoding, in units of the stream.
+
+    There are no key frames where times to show are not written and decoding times stand in for them.
+    """
+    packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
+    if all(packet.pts is not None for packet in packets):
+        return sorted(packet.pts for packet in packets), sorted(p.pts for p in packets if p.is_keyframe)
+    return sorted(packet.dts or 0 for packet in packets), []
 
 
-def _decode(container: Any, stream: Any, wanted: Sequence[int], keys: Sequence[int]) -> dict[int, Image.Image]:
-    """The frames at the wanted times; jumps to the last key frame before the next one when that saves decoding."""
+def _decode_by_seeking(
+    container: Any, times: Sequence[int], wanted: Sequence[int], keys: Sequence[int]
+) -> dict[int, Image.Image]:
+    """The frames of these numbers; jumps to the last key frame before each where that saves decoding."""
+    stream = container.streams.video[0]
     images: dict[int, Image.Image] = {}
-    at: int | None = None
-    frames = None
-    for target in wanted:
-        if target in images:
-            continue
-        start = max((key for key in keys if key <= target), default=None)
-        if frames is None or (start is not None and at is not None and start > at):
-            container.seek(stream.start_time or 0 if start is None else start, stream=stream, backward=True)
+    frames, at = iter(()), None
+    for n in wanted:
+        target = times[n]
+        start = max((key for key in keys if key <= target), default=keys[0])
+        if at is None or start > at:
+            container.seek(start, stream=stream, backward=True)
             frames = container.decode(stream)
         for frame in frames:
             at = frame.pts
-            if at == target:
-                image = frame.to_image()
-                images[target] = image.rotate(frame.rotation, expand=True) if frame.rotation else image
             if at is not None and at >= target:
+                if at == target:
+                    images[n] = _upright(frame)
                 break
     return images
+
+
+def _decode_by_counting(container: Any, wanted: set[int]) -> dict[int, Image.Image]:
+    images: dict[int, Image.Image] = {}
+    for n, frame in enumerate(container.decode(container.streams.video[0])):
+        if n in wanted:
+            images[n] = _upright(frame)
+        if len(images) == len(wanted):
+            break
+    return images
+
+
+def _upright(frame: Any) -> Image.Image:
+    """As players show it: the container's rotation applied."""
+    image = frame.to_image()
+    return image.rotate(frame.rotation, expand=True) if frame.rotation else image
 
 
 def _pick(

@@ -197,3 +197,20 @@ def test_tokenizer_of_another_model_is_refused(tokenizer):
         Processor(replace(config, image_token_id=5), tokenizer)
     with pytest.raises(InputError, match="unknown template"):
         Processor(replace(config, template="none"), tokenizer)
+
+
+@pytest.mark.parametrize("dialect", ["internvl_chat", "transformers"])
+def test_saved_and_loaded_beside_a_model(tokenizer, images, tmp_path, dialect):
+    from ivl.model.checkpoint import save_model
+    from ivl.model.vlm import VLM
+
+    ours = processor_for(tokenizer, "plain-chatml", max_tiles=6, min_tiles=2)
+    model = VLM(ours.config)
+    model.init_weights()
+    save_model(model, tmp_path, dialect=dialect)
+    ours.save(tmp_path)
+    again = Processor.load(tmp_path)
+    assert again.config == ours.config and again.tiling == ours.tiling
+    conversation = (user("What is <ref>it</ref>?", SQUARE), says("A cat."), user("Sure?", VideoRef("video")))
+    one, two = (p.prompt(conversation, root=str(images)) for p in (ours, again))
+    assert one.tokens_T.equal(two.tokens_T) and one.tiles_GSSC.equal(two.tiles_GSSC) and one.tile_ids_R.equal(two.tile_ids_R)

@@ -28,20 +28,10 @@ def frame(n: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory) -> Path:
-    """The same 40 grey frames at 10 a second, frame n of shade 20 + 5n: an mp4, a GIF, a folder."""
-    av = pytest.importorskip("av")
+    """The same 40 grey frames at 10 a second, frame n of shade 20 + 5n: three video files, a GIF, a folder."""
     root = tmp_path_factory.mktemp("videos")
-    with av.open(str(root / "a.mp4"), "w") as out:
-        stream = out.add_stream("mpeg4", rate=RATE)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        stream.gop_size, stream.max_b_frames = 12, 2
-        stream.time_base = Fraction(1, RATE)
-        stream.bit_rate = 8_000_000
-        for n in range(NUM):
-            picture = av.VideoFrame.from_ndarray(frame(n), format="rgb24")
-            picture.pts = n
-            out.mux(stream.encode(picture))
-        out.mux(stream.encode(None))
+    for name in ("a.mp4", "a.avi", "a.ts"):  # exact time stamps; none; none that seeking finds
+        encode(root / name)
     images = [Image.fromarray(frame(n)) for n in range(NUM)]
     images[0].save(root / "a.gif", save_all=True, append_images=images[1:], duration=1000 // RATE, loop=0)
     (root / "folder").mkdir()
@@ -50,12 +40,26 @@ def videos(tmp_path_factory) -> Path:
     return root
 
 
+def encode(file: Path) -> None:
+    av = pytest.importorskip("av")
+    with av.open(str(file), "w") as out:
+        stream = out.add_stream("mpeg4", rate=RATE)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.gop_size, stream.max_b_frames = 12, 2
+        stream.bit_rate = 8_000_000
+        for n in range(NUM):
+            picture = av.VideoFrame.from_ndarray(frame(n), format="rgb24")
+            picture.pts, picture.time_base = n, Fraction(1, RATE)
+            out.mux(stream.encode(picture))
+        out.mux(stream.encode(None))
+
+
 def seen(images: list[Image.Image]) -> list[int]:
     """Frame numbers, read off the shades."""
     return [round((np.asarray(image).mean() - shade(0)) / 5) for image in images]
 
 
-@pytest.mark.parametrize("name", ["a.mp4", "a.gif", "folder", "folder/"])
+@pytest.mark.parametrize("name", ["a.mp4", "a.avi", "a.ts", "a.gif", "folder", "folder/"])
 def test_all_sources_give_the_same_frames(videos, name):
     ref = VideoRef(name)
     for num_frames in (1, 8, 40, 45):
@@ -67,7 +71,7 @@ def test_all_sources_give_the_same_frames(videos, name):
     assert seen(load_frames(ref, 5, mode="middle", root=str(videos))) == [3, 11, 19, 27, 35]
 
 
-@pytest.mark.parametrize("name", ["a.mp4", "a.gif"])
+@pytest.mark.parametrize("name", ["a.mp4", "a.avi", "a.gif"])
 def test_clip_and_rate(videos, name):
     clip = load_frames(VideoRef(name, clip=(1.0, 2.05)), 11, mode="middle", root=str(videos))
     assert seen(clip) == list(range(10, 21))
@@ -108,9 +112,10 @@ def test_bad_videos_are_named(videos, tmp_path):
     (tmp_path / "text.gif").write_bytes(b"not a gif")
     whole = (videos / "a.mp4").read_bytes()
     (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "playlist.mp4").write_text(f"#EXTM3U\n#EXTINF:4,\n{videos / 'a.ts'}\n#EXT-X-ENDLIST\n")
     (tmp_path / "unnumbered").mkdir()
     Image.new("RGB", (2, 2)).save(tmp_path / "unnumbered" / "frame.png")
-    for name in ("empty", "text.mp4", "text.gif", "cut.mp4", "gone.mp4", "unnumbered"):
+    for name in ("empty", "text.mp4", "text.gif", "cut.mp4", "gone.mp4", "unnumbered", "playlist.mp4"):
         with pytest.raises(InputError, match=name):
             load_frames(VideoRef(name), 4, root=str(tmp_path))
     with pytest.raises(InputError, match="no time axis"):
