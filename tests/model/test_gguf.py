@@ -176,5 +176,5 @@ def test_what_the_decoder_does_not_compute_is_refused(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for damage in (b"", b"GGUF", b"not a model at all, just some text", whole[:300], whole[:-500], whole[: len(whole) // 2]):
         path.write_bytes(damage)
-        with pytest.raises(InputError, match="not a readable GGUF file|fetch it again"):
+        with pytest.raises(InputError, match=r"not a readable GGUF file|fetch it again"):
             Gguf(path)
