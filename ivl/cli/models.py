@@ -35,9 +35,8 @@ def run(*, as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCr
         table.add_column(column, justify="right" if column.endswith("parameters") else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(f"{v:,}" if isinstance(v, int) else v for v in row.values()))
-    console = Console()
-    # A terminal may be narrow, but cut ids and counts would be useless: let lines run over instead.
-    console.print(table, width=max(console.width, 200), crop=False, soft_wrap=True)
+    # A terminal or a pipe may be narrow, but cut ids and counts would be useless: let lines run over instead.
+    Console(width=max(Console().width, 200)).print(table)
 
 
 def count_parameters(size: str) -> dict[str, int]:
