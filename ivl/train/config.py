@@ -160,6 +160,8 @@ class TrainConfig:
             both = [t for t in self.lora.targets if t.split(".")[0] in self.stage.trainable]
             if both:
                 raise ValueError(f"LoRA targets {both} lie in parts that the stage trains whole; choose one of the two")
+        if self.shard and self.optim.name == "muon":
+            raise ValueError("muon needs whole matrices: use adamw, or shard = False")
         if self.num_steps is None and self.data.epochs is None:
             raise ValueError("the run has no end: give num_steps or data.epochs")
         if self.num_steps is None and (self.optim.warmup_steps or self.optim.schedule_steps):

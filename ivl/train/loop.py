@@ -14,7 +14,7 @@ from torch import nn
 
 from ivl.errors import InputError
 from ivl.train.config import TrainConfig
-from ivl.train.distributed import World
+from ivl.train.distributed import World, in_step, is_sharded, whole
 from ivl.train.metrics import Board, MetricsLog, Screen, peak_memory_gb
 from ivl.train.objectives import Objective, flip_tiles, sft_objective
 from ivl.train.optim import Optimizer, lr_factor
@@ -106,7 +106,8 @@ def train(
 
     Gradients of Loss.total add up over micro-batches and ranks and are divided once, by the weight of all of them.
     out_dir: metrics.jsonl, TensorBoard events and checkpoints go there; None writes nothing.
-    write_model(dir): writes model files into a checkpoint; without it none are saved.
+    write_model(dir): writes model files into a checkpoint; without it none are saved. Every rank calls it, for it may
+        have to gather shards; only the first should write.
     resume: a complete checkpoint whose weights the model already holds.
     num_samples: samples that data will give on all ranks; the measure of progress when config.num_steps is None.
 
@@ -133,7 +134,7 @@ def train(
     board = Board(out_dir / "tensorboard", counters.step) if out_dir and world.is_main and config.tensorboard else None
     screen = Screen(config.name, config.num_steps, counters.step, every=config.log_every, on=world.is_main)
     history: list[dict] = []
-    batches = iter(data)
+    batches = in_step(iter(data), world) if is_sharded(model) else iter(data)
     set_modes(model)
     started, seconds_before = time.monotonic(), counters.seconds
     saved_at = counters.step
@@ -163,7 +164,7 @@ def train(
         if log:
             log.sync()
         save_checkpoint(
-            out_dir, counters.step, write_model=write_model, optimizer=optimizer.state(),
+            out_dir, counters.step, write_model=write_model, optimizer=optimizer.state(keep=world.is_main),
             state={"counters": vars(counters)}, data=data.state(), world=world, keep_last=config.keep_last,
         )  # fmt: skip
 
@@ -184,7 +185,7 @@ def train(
             tokens, samples, tiles, packs = (int(x) for x in total["counts"].tolist())
             world.sum_gradients(parameters.values())
             gradients = [p.grad for p in parameters.values() if p.grad is not None]
-            norm = float(nn.utils.get_total_norm(gradients)) / weight
+            norm = float(whole(nn.utils.get_total_norm(gradients))) / weight
             if not math.isfinite(norm):
                 bad = [name for name, p in parameters.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
                 raise InputError(

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from ivl.model.vlm import VLM
+from ivl.train.distributed import is_sharded
 from ivl.train.losses import linear_cross_entropy
 from ivl.types import Batch, Loss
 
@@ -84,7 +85,13 @@ def flip_tiles(batch: Batch) -> Batch:
 
 def forward_batch(model: VLM, batch: Batch) -> torch.Tensor:
     """Final hidden states [T, D]. Each distinct tile is encoded once, however many placeholder runs show it."""
-    return model(batch.tokens_T, batch.layout, encode_vision(model, batch))
+    hidden_TD = model(batch.tokens_T, batch.layout, encode_vision(model, batch))
+    if is_sharded(model) and not len(batch.tiles_GSSC):
+        # Ranks that share shards go through the ViT together, so one without pictures takes a blank tile along.
+        size = model.config.vision.image_size
+        blank = torch.zeros(1, size, size, 3, dtype=torch.uint8, device=batch.tokens_T.device)
+        hidden_TD = hidden_TD + 0 * model.encode_tiles(blank).sum()
+    return hidden_TD
 
 
 def encode_vision(model: VLM, batch: Batch) -> torch.Tensor | None:

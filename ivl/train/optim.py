@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ivl.train.config import OptimConfig
+from ivl.train.distributed import part_of, whole
 
 
 class Optimizer:
@@ -45,12 +46,18 @@ class Optimizer:
             part.step()
             part.zero_grad(set_to_none=True)
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """Tensors by `parameter|name`, such as `decoder.head.weight|exp_avg`."""
+    def state(self, *, keep: bool = True) -> dict[str, torch.Tensor]:
+        """Whole tensors by `parameter|name`, such as `decoder.head.weight|exp_avg`. With shards every rank takes part in
+        the gathering; those that do not keep get an empty dict."""
         names: dict[torch.Tensor, str] = {p: name for name, p in self.parameters.items()}
-        return {
-            f"{names[p]}|{key}": value for part in self.parts for p, state in part.state.items() for key, value in state.items()
-        }
+        tensors = {}
+        for part in self.parts:
+            for p, state in part.state.items():
+                for key, value in state.items():
+                    full = whole(value)
+                    if keep:
+                        tensors[f"{names[p]}|{key}"] = full.cpu()
+        return tensors
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
         """The inverse of state().
@@ -69,7 +76,7 @@ class Optimizer:
             for group in part.param_groups:
                 for p in group["params"]:
                     # Step counts stay where the optimiser wants them, moments live beside their parameter.
-                    part.state[p] = {k: v.to(p.device) if v.ndim else v.clone() for k, v in states[names[p]].items()}
+                    part.state[p] = {k: part_of(v, p) if v.ndim else v.clone() for k, v in states[names[p]].items()}
 
 
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:

@@ -26,7 +26,7 @@ from ivl.model.vlm import VLM
 from ivl.processing.processor import Processor
 from ivl.processing.tokenizer import Tokenizer
 from ivl.train.config import TrainConfig, differences, from_json, to_json
-from ivl.train.distributed import World, start_world, stop_world
+from ivl.train.distributed import World, in_step, is_sharded, shard, start_world, stop_world, whole
 from ivl.train.loop import Evaluator, to_device, train
 from ivl.train.objectives import OBJECTIVES, Objective
 from ivl.train.stage import apply_stage, check_start, trainable
@@ -69,7 +69,10 @@ def run(
         if checkpoint is not None and config.lora is not None:
             restore_trainable(model, checkpoint)
         check_start(model)
-        model.to(world.device)
+        if config.shard and world.size > 1:
+            shard(model, (*model.vision.layers, *model.decoder.layers), world, methods=("encode_tiles",))
+        else:
+            model.to(world.device)
         loader = Loader(config.data, processor, seed=config.seed, rank=world.rank, world_size=world.size)
         record_environment(run_dir, config, loader, world)
         checks = evaluators(processor) if evaluators else ()
@@ -77,13 +80,13 @@ def run(
             checks = (validation(config, config.val_data, processor, objective, world), *checks)
         train(
             model, loader, config, objective=objective, evaluators=checks, world=world, out_dir=run_dir,
-            write_model=lambda directory: write_checkpoint_model(model, processor, config, directory), resume=checkpoint,
+            write_model=lambda directory: write_checkpoint_model(model, processor, config, directory, world),
+            resume=checkpoint,
             num_samples=config.data.epochs * len(loader.mixture) if config.data.epochs else None,
         )  # fmt: skip
         if loader.report.summary():
             print(loader.report.summary(), file=sys.stderr)
-        if world.is_main:
-            write_final(model, processor, config, run_dir)
+        write_final(model, processor, config, run_dir, world)
         world.barrier()
         return run_dir / "model"
     finally:
@@ -174,7 +177,7 @@ def validation(config: TrainConfig, data: DataConfig, processor: Processor, obje
     def loss(model: nn.Module) -> dict[str, float]:
         total = torch.zeros(2, dtype=torch.float64)
         loader = Loader(data, processor, seed=config.seed, rank=world.rank, world_size=world.size)
-        for number, batch in enumerate(loader):
+        for number, batch in enumerate(in_step(iter(loader), world) if is_sharded(model) else loader):
             if config.val_packs and number * world.size >= config.val_packs:
                 break
             with torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
@@ -188,8 +191,31 @@ def validation(config: TrainConfig, data: DataConfig, processor: Processor, obje
     return Evaluator("validation", config.val_every, loss)
 
 
-def write_checkpoint_model(model: VLM, processor: Processor, config: TrainConfig, directory: Path) -> None:
+def gathered(model: VLM, config: TrainConfig, world: World) -> VLM | None:
+    """The whole model on the first rank, None on others; all ranks call this together."""
+    if not is_sharded(model):
+        return model if world.is_main else None
+    full = None
+    if world.is_main:
+        with torch.device("meta"):
+            full = VLM(model.config)
+            apply_stage(full, config)
+        full = full.to(next(model.parameters()).dtype).to_empty(device="cpu")
+    places = dict(full.named_parameters()) if full is not None else {}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            value = whole(parameter)
+            if places:
+                places[name].copy_(value)
+    return full
+
+
+def write_checkpoint_model(model: VLM, processor: Processor, config: TrainConfig, directory: Path, world: World) -> None:
     """What a checkpoint holds besides the trainer's state: a model directory, or with LoRA the adapter alone."""
+    full = gathered(model, config, world)
+    if full is None:
+        return
+    model = full
     if config.lora is None:
         save_model(model, directory)
         processor.save(directory)
@@ -210,8 +236,12 @@ def restore_trainable(model: VLM, checkpoint: Path) -> None:
             parameter.copy_(tensors[name])
 
 
-def write_final(model: VLM, processor: Processor, config: TrainConfig, run_dir: Path) -> None:
+def write_final(model: VLM, processor: Processor, config: TrainConfig, run_dir: Path, world: World) -> None:
     """run_dir/model, written whole or not at all; with LoRA also run_dir/adapter."""
+    full = gathered(model, config, world)
+    if full is None:
+        return
+    model = full
     if config.lora is not None:
         save_adapter(model, run_dir / "adapter", base=config.model)
         merge_lora(model)

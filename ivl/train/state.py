@@ -46,8 +46,8 @@ def save_checkpoint(
         (temp / "trainer").mkdir(parents=True)
     world.barrier()
     _write_json(temp / "trainer" / f"rank-{world.rank}.json", data)
+    write_model(temp)
     if world.is_main:
-        write_model(temp)
         tensors = {name: value.detach().cpu().contiguous() for name, value in optimizer.items()}
         save_file(tensors, temp / "trainer" / "optimizer.safetensors")
         _write_json(temp / "trainer" / "state.json", {"step": step, "world_size": world.size, **state})
