@@ -1,0 +1,138 @@
+"""Speed and memory beside transformers: `python -m benchmarks.against_transformers`, or `make bench`.
+
+Every task runs on both sides in fresh processes that take turns, so that drift of the machine meets both. Ratios are of
+medians: theirs over ours, above 1 is faster here. Peak memory is the most each process ever held resident.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.tasks import DECODE_STEPS, SIZE, Task, tasks
+from ivl.config import published_config
+
+SIDES = ("ours", "theirs")
+
+
+class Worker:
+    """A benchmark process; its standard error is ours."""
+
+    def __init__(self, side: str, task: str, threads: int, decode_steps: int) -> None:
+        command = [sys.executable, "-m", "benchmarks.worker", side, task, str(threads), str(decode_steps)]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TRANSFORMERS_VERBOSITY": "error"}
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+            cwd=Path(__file__).parents[1],
+        )  # fmt: skip
+
+    def answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise RuntimeError(f"benchmark process ended with code {self.process.wait()}: {self.process.args}")
+
+    def run(self) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def measure(task: Task, threads: int, repeats: int, decode_steps: int) -> dict[str, Any]:
+    workers: dict[str, Worker] = {}
+    try:
+        for side in SIDES:  # one after the other: building both at once would need both peaks
+            workers[side] = Worker(side, task.name, threads, decode_steps)
+            workers[side].answer()
+        runs = [{side: workers[side].run() for side in SIDES} for _ in range(repeats)]
+    finally:
+        for worker in workers.values():
+            worker.close()
+    result: dict[str, Any] = {"task": task.name, "target": task.target, "unit": task.unit}
+    for side in SIDES:
+        seconds = [run[side]["seconds"] for run in runs]
+        result[side] = {
+            "seconds": statistics.median(seconds),
+            "rate": task.per_run / statistics.median(seconds),
+            "all_seconds": seconds,
+            "peak_bytes": runs[-1][side]["peak_bytes"],
+        }
+    result["ratio"] = result["theirs"]["seconds"] / result["ours"]["seconds"]
+    return result
+
+
+def measure_limits(threads: int) -> dict[str, float]:
+    worker = Worker("limits", "", threads, 0)
+    try:
+        return worker.answer()
+    finally:
+        worker.close()
+
+
+def share(task: Task, seconds: float, limits: dict[str, float]) -> float:
+    """How much of the run the machine's limit explains."""
+    return max(task.flops / limits["flops"], task.bytes / limits["bytes"]) / seconds
+
+
+def report(results: list[dict[str, Any]], limits: dict[str, float]) -> Table:
+    caption = f"limits in this run: {limits['flops'] / 1e12:.2f} TFLOP/s bfloat16, {limits['bytes'] / 1e9:.1f} GB/s read"
+    table = Table(title=f"InternVL2.5-{SIZE}, random weights, bfloat16", caption=caption)
+    for column in ("task", "ours", "theirs", "unit", "ratio", "target", "ours of limit", "peak GB ours", "theirs"):
+        table.add_column(column, justify="left" if column in ("task", "unit") else "right")
+    for r in results:
+        good, lean = r["ratio"] >= r["target"], r["ours"]["peak_bytes"] <= r["theirs"]["peak_bytes"]
+        peaks = [f"{r[side]['peak_bytes'] / 1e9:.2f}" for side in SIDES]
+        table.add_row(
+            r["task"], f"{r['ours']['rate']:.2f}", f"{r['theirs']['rate']:.2f}", r["unit"],
+            f"[{'green' if good else 'red'}]{r['ratio']:.2f}[/]", f"{r['target']:.1f}", f"{r['share_of_limit']:.0%}",
+            f"[{'green' if lean else 'red'}]{peaks[0]}[/]", peaks[1],
+        )  # fmt: skip
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="3 repeats instead of 9: minutes less, noisier")
+    parser.add_argument("--tasks", nargs="+", metavar="WORD", help="only tasks whose name contains one of these words")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark.json"))
+    args = parser.parse_args()
+    repeats, decode_steps = (3, DECODE_STEPS // 2) if args.quick else (9, DECODE_STEPS)
+    chosen = [t for t in tasks(published_config(SIZE), decode_steps) if any(w in t.name for w in args.tasks or [""])]
+    console, results = Console(width=128), []
+    limits = measure_limits(args.threads)
+    for task in chosen:
+        result = measure(task, args.threads, min(repeats, 5) if task.name == "train" else repeats, decode_steps)
+        results.append(result)
+        console.print(f"{task.name}: {result['ratio']:.2f}x")
+    # The machine may have moved meanwhile: its better moment is the limit.
+    again = measure_limits(args.threads)
+    limits = {name: max(limits[name], again[name]) for name in limits}
+    for task, result in zip(chosen, results, strict=True):
+        result["share_of_limit"] = share(task, result["ours"]["seconds"], limits)
+    console.print(report(results, limits))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    machine = {"processor": platform.processor() or platform.machine(), "threads": args.threads}
+    args.out.write_text(json.dumps({"machine": machine, "limits": limits, "results": results}, indent=2) + "\n")
+    console.print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()
