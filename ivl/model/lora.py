@@ -69,6 +69,8 @@ class LoraLinear(Linear):
         y = super().forward(input)
         if not self.enabled:
             return y
+        if torch.is_grad_enabled() and not y.requires_grad:
+            y = y.clone()  # F.linear may return a view, and gradients cannot be written into a view of a frozen product
         x = F.dropout(input, self.config.dropout, self.training)
         for name, (first, last) in self.spans.items():
             y[..., first:last] += F.linear(F.linear(x, self.lora_A[name]), self.lora_B[name]) * self.config.scale

@@ -111,6 +111,17 @@ def test_the_matrix_of_an_adapted_head_is_what_it_multiplies_by(tiny: VLM) -> No
         assert head.matrix() is head.weight
 
 
+@pytest.mark.parametrize("targets", [("projector",), ("vision.layers",)])
+def test_adapters_learn_above_frozen_layers(targets: tuple[str, ...]) -> None:
+    """Nothing below them carries a gradient."""
+    model = build()
+    model.requires_grad_(False)
+    add_lora(model, LoraConfig(targets=targets))
+    stir(model)
+    model.encode_pixels(pixels()).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in lora_parameters(model).values())
+
+
 @pytest.mark.parametrize("targets", [EVERYWHERE.targets, ("*.q_proj", "vision.layers.1", "projector.fc2")])
 def test_round_trip(tmp_path: Path, targets: tuple[str, ...]) -> None:
     model = build()

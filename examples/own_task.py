@@ -1,0 +1,56 @@
+"""A benchmark of your own: examples, a score, a report with a 95% interval.
+
+    python examples/own_task.py [MODEL]
+
+Without a model a small one of random weights is asked, so expect a score near zero. To have the task in
+`ivl eval --task NAME`, put the class in ivl/evaluation/tasks/ and name it in TASKS there.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from own_model_from_config import build
+from PIL import Image
+
+import ivl
+from ivl.evaluation.run import evaluate, write_report
+from ivl.evaluation.task import Example
+from ivl.scoring import exact_match
+
+RUN = Path("runs/examples/own-task")
+
+
+class Colours:
+    """Name the colour of a plain picture."""
+
+    name = "colours"
+    metric = "exact_match"
+    params = ivl.SamplingParams(max_new_tokens=5)
+
+    def examples(self) -> Iterator[Example]:
+        for colour in ("red", "green", "blue", "yellow"):
+            for size in (64, 200):
+                asked = ivl.ask("what color is the shape?", Image.new("RGB", (size, size), colour))
+                yield Example(id=f"{colour}-{size}", conversation=asked, answers=(colour,), group=f"{size} px")
+
+    def score(self, prediction: str, answers: tuple[str, ...]) -> float:
+        return exact_match(prediction, answers)
+
+
+def main() -> None:
+    model = sys.argv[1] if len(sys.argv) > 1 else str(build(RUN / "model"))
+    predictions = RUN / "predictions.jsonl"
+    predictions.unlink(missing_ok=True)  # kept, it would continue an interrupted run
+    report = evaluate(Colours(), ivl.load(model).engine, model=model, predictions=predictions)
+    write_report(RUN / "report.json", report)
+    low, high = report["ci95"]
+    print(f"{report['task']}: {report['value']:.0%} of {report['n']}, 95% interval {low:.0%} to {high:.0%}")
+    for name, group in report["by_type"].items():
+        print(f"  {name}: {group['value']:.0%}")
+
+
+if __name__ == "__main__":
+    main()
