@@ -69,35 +69,32 @@ class Screen:
         self.progress = None
         if on and sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+            from rich.progress import BarColumn, Progress, TextColumn
+            from rich.table import Column
 
-            columns = (
-                TextColumn("[bold]{task.description}"),
-                BarColumn(24),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[line]}"),
-            )
-            self.progress = Progress(*columns, console=Console(stderr=True))
+            console = Console(stderr=True)
+            figures = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis"))
+            bar = (BarColumn(12),) if console.width > 140 else ()
+            self.progress = Progress(*bar, figures, console=console)
             self.progress.start()
-            self.task = self.progress.add_task(title, total=num_steps, completed=step, line="")
+            self.task = self.progress.add_task(title, total=1.0)
 
     def show(self, row: dict, share: float) -> None:
         """share: how much of the run is done, 0 to 1."""
         if not self.on:
             return
-        line = describe(row, self._left(row["step"], share))
+        step = f"{row['step']}/{self.num_steps}" if self.num_steps else row["step"]
+        line = f"{self.title} step {step} {describe(row, self._left(row['step'], share))}"
         if self.progress is not None:
-            self.progress.update(self.task, completed=row["step"], line=line)
+            self.progress.update(self.task, completed=share, description=line)
         elif row["step"] % self.every == 0 or share >= 1:
-            print(
-                f"{self.title} step {row['step']}{f'/{self.num_steps}' if self.num_steps else ''} {line}",
-                file=sys.stderr,
-                flush=True,
-            )
+            print(line, file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:
         if self.on:
-            print(text, file=sys.stderr, flush=True) if self.progress is None else self.progress.console.print(text)
+            print(text, file=sys.stderr, flush=True) if self.progress is None else self.progress.console.print(
+                text, markup=False, highlight=False
+            )
 
     def _left(self, step: int, share: float) -> float:
         done = step - self.first
@@ -113,13 +110,14 @@ class Screen:
 
 def describe(row: dict, seconds_left: float) -> str:
     """The figures of one step in one line."""
-    parts = [f"loss {row['loss']:.4f}", f"lr {row['lr']:.2e}", f"grad {row['grad_norm']:.2f}"]
+    minutes, seconds = divmod(int(seconds_left), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = [f"loss {row['loss']:.4f}", f"{hours}:{minutes:02}:{seconds:02} left"]
+    parts += [f"lr {row['lr']:.2e}", f"grad {row['grad_norm']:.2f}"]
     parts += [f"{row['tokens_per_second']:,.0f} tok/s", f"{row['samples_per_second']:.1f} samples/s"]
     if "fill" in row:
         parts.append(f"fill {row['fill']:.0%}")
-    minutes, seconds = divmod(int(seconds_left), 60)
-    hours, minutes = divmod(minutes, 60)
-    return "  ".join((*parts, f"{row['memory_gb']:.1f} GB", f"{hours}:{minutes:02}:{seconds:02} left"))
+    return "  ".join((*parts, f"{row['memory_gb']:.1f} GB"))
 
 
 def peak_memory_gb(device: torch.device) -> float:

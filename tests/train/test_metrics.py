@@ -1,0 +1,76 @@
+"""What a person sees, and what TensorBoard gets."""
+
+import io
+import sys
+
+import pytest
+
+from ivl.train.metrics import Board, Screen
+
+ROW = {
+    "step": 10, "loss": 1.2345, "lr": 2e-5, "grad_norm": 0.7, "tokens_per_second": 12345.0, "samples_per_second": 6.7,
+    "fill": 0.98, "memory_gb": 1.5,
+}  # fmt: skip
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_plain_lines_where_there_is_no_terminal(capsys):
+    screen = Screen("run", 40, 0, every=10)
+    for step in range(1, 41):
+        screen.show(ROW | {"step": step}, step / 40)
+    screen.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4
+    wanted = (
+        "run step 10/40",
+        "loss 1.2345",
+        "lr 2.00e-05",
+        "grad 0.70",
+        "12,345 tok/s",
+        "6.7 samples/s",
+        "fill 98%",
+        "1.5 GB",
+        "left",
+    )
+    assert all(figure in lines[0] for figure in wanted)
+
+
+def test_a_live_line_on_a_terminal(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    screen = Screen("run", 40, 0)
+    screen.show(ROW, 0.25)
+    screen.say("validation: loss 1.0")
+    screen.close()
+    shown = terminal.getvalue()
+    assert "loss 1.2345" in shown and "10/40" in shown and "validation: loss 1.0" in shown
+
+
+def test_other_ranks_are_silent(capsys):
+    screen = Screen("run", 40, 0, on=False)
+    screen.show(ROW, 0.25)
+    screen.say("hello")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("resumed_at,share,left", [(0, 0.25, 30), (20, 0.75, 10)])
+def test_time_left_counts_from_where_this_process_began(monkeypatch, resumed_at, share, left):
+    now = iter([0.0, 10.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(now))
+    screen = Screen("run", 40, resumed_at)
+    assert screen._left(int(share * 40), share) == pytest.approx(left)
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    board = Board(tmp_path)
+    board.write({"step": 1, "loss": 2.0, "ids": ["a"]})
+    board.close()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert events.Tags()["scalars"] == ["train/loss"] and events.Scalars("train/loss")[0].value == 2.0
