@@ -157,3 +157,13 @@ def test_command_line_typo_is_refused_with_a_suggestion(capsys):
 def test_command_line_lists_recipes(capsys):
     cli([])
     assert "78B-stage1.5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "precision,save_dtype,stored",
+    [("pure_bf16", None, torch.bfloat16), ("bf16", "bfloat16", torch.bfloat16), ("bf16", None, torch.float32)],
+)
+def test_precisions(config, precision, save_dtype, stored):
+    final = run(dataclasses.replace(config, precision=precision, save_dtype=save_dtype, num_steps=6, save_every=0))
+    losses = [loss for _, loss, _ in steps(config)]
+    assert losses[-1] < losses[0] and load_model(final).dtype == stored
