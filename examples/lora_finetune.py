@@ -51,7 +51,8 @@ def main() -> None:
     merge(base, adapter, RUN / "merged")
     question, picture = "what colour is it?", draw("red", "circle", at=3)
     replies = [ivl.load(model).chat(question, picture, max_new_tokens=8) for model in (trained, RUN / "merged")]
-    print(f"the run's own merged model says {replies[0]!r}, the adapter merged by hand {replies[1]!r}")
+    print(f"the run's model says    {replies[0]!r}")
+    print(f"merged by hand it says  {replies[1]!r}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,57 @@
+"""Every example runs on a CPU, alone, and leaves what it says."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("examples")
+
+
+def run(place: Path, name: str, *arguments: str) -> str:
+    command = [sys.executable, str(EXAMPLES / name), *arguments]
+    done = subprocess.run(command, cwd=place, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_own_model_and_chat(place: Path) -> None:
+    assert "model.safetensors" in run(place, "own_model_from_config.py", "own")
+    lines = run(place, "chat_with_a_picture.py", "own").split("batch:")
+    assert len(lines) == 4 and all("5 tiles" in line for line in lines[1:])
+
+
+def test_own_recipe_learns(place: Path) -> None:
+    """100 steps from nothing: it names colours and shapes of pictures."""
+    out = run(place, "own_training_recipe.py")
+    assert out.splitlines() == ["red circle: red circle", "blue square: blue square", "green circle: green circle"]
+
+
+def test_parts_move(place: Path) -> None:
+    out = run(place, "move_vit_to_another_llm.py")
+    assert "32 of 32 vision tensors moved bit for bit; decoder kept: True" in out
+
+
+def test_lora_learns_and_merges(place: Path) -> None:
+    loss, adapter, ours, merged = run(place, "lora_finetune.py").splitlines()
+    first, last = (float(x) for x in loss.removeprefix("loss ").split(" -> "))
+    assert last < first - 0.5 and "adapter_model.safetensors" in adapter
+    assert ours.partition("says")[2].strip() == merged.partition("says")[2].strip() != ""
+
+
+def test_own_task(place: Path) -> None:
+    assert "95% interval" in run(place, "own_task.py") and (place / "runs/examples/own-task/report.json").exists()
+
+
+def test_all_are_tested() -> None:
+    tested = Path(__file__).read_text()
+    assert all(f'"{path.name}"' in tested for path in EXAMPLES.glob("*.py"))
