@@ -1,0 +1,183 @@
+"""What README.md and docs/ say is true.
+
+Every ```python block runs, in the order of its page and in one namespace, and so does every line of a ```sh block of docs/
+that starts with `ivl`, in a folder that has a small model at runs/quickstart/model, pictures, rows and the examples. A block
+under `<!-- no-run: why -->` does not run; its flags are checked all the same, as are all flags in running text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ivl.cli import COMMANDS, main
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MAX_NOT_RUN = 12
+FENCE = re.compile(r"(?P<mark><!-- no-run[^\n]*-->\n)?```(?P<kind>\w*)\n(?P<body>.*?)```", re.DOTALL)
+IVL = re.compile(r"^(?:torchrun .*? -m |(?:\.venv/bin/)?)(ivl .*)$")
+
+
+@dataclass(frozen=True)
+class Block:
+    kind: str
+    body: str
+    run: bool
+    line: int
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text()
+    return [Block(m["kind"], m["body"], not m["mark"], text[: m.start("body")].count("\n")) for m in FENCE.finditer(text)]
+
+
+def prose(page: Path) -> str:
+    return FENCE.sub("", page.read_text())
+
+
+def commands(block: Block) -> list[list[str]]:
+    """Arguments of each `ivl` line."""
+    lines = block.body.replace("\\\n", " ").splitlines()
+    return [shlex.split(found[1], comments=True)[1:] for line in lines if (found := IVL.match(line.strip()))]
+
+
+def call(arguments: list[str]) -> tuple[str, int]:
+    """What `ivl ARGUMENTS` prints, and its exit code."""
+    out, before = io.StringIO(), sys.argv
+    sys.argv = ["ivl", *arguments]
+    try:
+        with contextlib.redirect_stdout(out):
+            main()
+    except SystemExit as end:
+        return out.getvalue(), int(end.code or 0)
+    finally:
+        sys.argv = before
+    return out.getvalue(), 0
+
+
+@cache
+def flags(command: tuple[str, ...]) -> frozenset[str]:
+    """Every flag a command's --help tells."""
+    text, code = call([*command, "--help"])
+    assert code == 0, f"ivl {' '.join(command)} --help"
+    return frozenset(re.findall(r"(?<![\w-])--?[a-z][\w.-]*", text)) | {"-h", "--help"}
+
+
+def command_of(arguments: list[str]) -> tuple[str, ...]:
+    """The words that choose a help page."""
+    if arguments[0] == "data" and len(arguments) > 1:
+        return tuple(arguments[:2])
+    return ("train", "nano-language") if arguments[0] == "train" else (arguments[0],)
+
+
+def all_flags() -> set[str]:
+    chosen = [("data", "validate"), ("data", "stats"), ("train", "nano-language")]
+    chosen += [(name,) for name in COMMANDS if name not in ("data", "train")]
+    return set().union(*(flags(command) for command in chosen), {"--resume", "--fresh", "--nproc-per-node", "--version"})
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("world")
+    build = runpy.run_path(str(ROOT / "examples/own_model_from_config.py"))["build"]
+    build(place / "runs/quickstart/model")
+    Image.new("RGB", (70, 40), "red").save(place / "picture.png")
+    (place / "frames").mkdir()
+    (place / "data").mkdir()
+    rows = []
+    for n in range(12):
+        picture = Image.new("RGB", (40 + 5 * n, 40), (20 * n, 0, 0))
+        picture.save(place / f"frames/{n}.png")
+        picture.save(place / f"data/{n}.png")
+        talk = [{"from": "human", "value": "<image>\nwhat colour is it?"}, {"from": "gpt", "value": "red"}]
+        rows.append({"id": n, "image": f"{n}.png", "conversations": talk})
+    (place / "data/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copytree(ROOT / "examples", place / "examples", ignore=shutil.ignore_patterns("__pycache__"))
+    return place
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_blocks_run(page: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / "here"
+    shutil.copytree(world, here)
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    names: dict[str, object] = {"__name__": "docs"}
+    for block in blocks(page):
+        if not block.run:
+            continue
+        if block.kind == "python":
+            # As many lines before it as in the page, so that a traceback names the right one.
+            exec(compile("\n" * block.line + block.body, str(page), "exec"), names)
+        elif block.kind == "sh" and page.name != "README.md":
+            for arguments in commands(block):
+                _, code = call(arguments)
+                assert code == 0, f"{page.name}: ivl {shlex.join(arguments)}"
+
+
+def test_few_blocks_do_not_run() -> None:
+    left = [f"{page.name}:{block.line}" for page in PAGES for block in blocks(page) if not block.run]
+    print(f"{len(left)} blocks are not run: {', '.join(left)}")
+    assert len(left) <= MAX_NOT_RUN, left
+
+
+def test_every_command_and_flag_exists() -> None:
+    for page in PAGES:
+        for block in blocks(page):
+            for arguments in commands(block) if block.kind == "sh" else []:
+                assert arguments[0] in COMMANDS or arguments[0].startswith("-"), f"{page.name}: ivl {arguments[0]}"
+                used = {a.partition("=")[0] for a in arguments if re.match(r"--?[a-z]", a)}
+                known = flags(command_of(arguments)) | ({"--resume"} if arguments[0] == "train" else set())
+                assert used <= known, f"{page.name}: ivl {shlex.join(arguments)}: {used - known}"
+        for code in re.findall(r"`([^`\n]+)`", prose(page)):
+            unknown = {flag for flag in re.findall(r"(?<![\w-])--[a-z][\w.-]*", code)} - all_flags()
+            assert not unknown, f"{page.name}: `{code}`"
+            if found := re.match(r"ivl ([a-z]+)", code):
+                assert found[1] in COMMANDS, f"{page.name}: `{code}`"
+
+
+def test_every_command_is_documented() -> None:
+    text = "".join(page.read_text() for page in PAGES if page.name != "README.md")
+    assert [name for name in COMMANDS if f"ivl {name} " not in text and f"ivl {name}`" not in text] == []
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in PAGES:
+        named = re.findall(r"(?:^|`)make ([a-z]+)", page.read_text(), re.MULTILINE)
+        assert set(named) <= targets, page.name
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_resolve() -> None:
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+            if "://" in link:
+                continue
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), f"{page.name}: {link}"
+            assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
+
+
+def test_no_path_of_a_machine() -> None:
+    for page in [*PAGES, *sorted((ROOT / "examples").glob("*.py"))]:
+        found = re.findall(r"(?<![\w./])/(?:work|home|root|tmp|Users|mnt|opt|var|data)/\S*", page.read_text())
+        assert not found, f"{page.name}: {found}"
