@@ -13,7 +13,7 @@ def main(args: list[str]) -> None:
     tyro.extras.subcommand_cli_from_dict({"validate": validate, "stats": stats}, prog="ivl data", args=args)
 
 
-Mixture = Annotated[str, tyro.conf.Positional]
+Mixture = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MIXTURE")]
 
 
 def validate(mixture: Mixture, *, root: str | None = None, model: str | None = None) -> None:
@@ -56,7 +56,7 @@ def stats(mixture: Mixture, *, root: str | None = None, model: str | None = None
     for found in _inspect(mixture, root, model):
         if not isinstance(found, Exception):
             table.add_row(found.name, found.format or "not read", *(f"{getattr(found, column):,}" for column in columns))
-    Console().print(table)
+    Console(width=max(Console().width, 200)).print(table)  # cut names and counts would be useless
 
 
 def _inspect(mixture: str, root: str | None, model: str | None):

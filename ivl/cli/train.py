@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -57,7 +58,9 @@ def train(args: list[str]) -> None:
         return
     from ivl.train.run import run
 
-    print(run(options.config, resume=resume is not None, allow_changed=options.allow_changed))
+    final = run(options.config, resume=resume is not None, allow_changed=options.allow_changed)
+    if os.environ.get("RANK", "0") == "0":  # once, however many processes
+        print(final)
 
 
 def _take_resume(args: list[str]) -> tuple[Path | None, list[str]]:

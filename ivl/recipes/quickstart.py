@@ -122,10 +122,11 @@ def train_stage(config: TrainConfig) -> dict[str, Any]:
         print(f"already trained: {config.run_dir}")
         return json.loads(record.read_text())
     began = time.monotonic()
-    run(config, resume=True)
+    if not (Path(config.run_dir) / "model").exists():
+        run(config, resume=True)
     last = json.loads((Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()[-1])
     stage = {
-        "name": config.name, "seconds": round(time.monotonic() - began, 1), "steps": last["step"],
+        "name": config.name, "seconds": round(max(time.monotonic() - began, last["seconds"]), 1), "steps": last["step"],
         "tokens": last["total_tokens"], "samples": last["total_samples"], "loss": last["loss"], "run_dir": config.run_dir,
     }  # fmt: skip
     record.write_text(json.dumps(stage, indent=2))

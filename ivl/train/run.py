@@ -104,9 +104,15 @@ def prepare(config: TrainConfig, run_dir: Path, world: World, *, resume: bool, a
         clean(run_dir)
     world.barrier()
     checkpoint = latest_checkpoint(run_dir)
-    if not resume and (checkpoint is not None or (run_dir / "model").exists()):
-        what = checkpoint.name if checkpoint else "finished"
-        raise InputError(f"{run_dir} holds a run ({what}): go on with --resume {run_dir}, or choose another --out-dir")
+    finished = (run_dir / "model").exists()
+    if not resume and checkpoint is not None:
+        raise InputError(
+            f"{run_dir} holds a run ({checkpoint.name}): go on with --resume {run_dir}, or choose another --out-dir"
+        )
+    if not resume and finished:
+        raise InputError(f"{run_dir} holds a finished run: choose another --out-dir")
+    if checkpoint is None and finished:
+        raise InputError(f"{run_dir} is finished and kept no checkpoint to go on from; its model is {run_dir / 'model'}")
     if checkpoint is not None and not allow_changed and (changed := differences(load_train_config(run_dir), config)):
         raise InputError(f"{run_dir} was begun with another configuration ({'; '.join(changed)}); --allow-changed goes on")
     world.barrier()

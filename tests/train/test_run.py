@@ -90,6 +90,17 @@ def test_resume_refuses_another_configuration(config):
     run(changed, resume=True, allow_changed=True)
 
 
+def test_a_finished_run_without_checkpoints_is_left_alone(config):
+    config = dataclasses.replace(config, num_steps=2, save_every=0)
+    run(config)
+    before = rows(config)
+    with pytest.raises(InputError, match="holds a finished run: choose another"):
+        run(config)
+    with pytest.raises(InputError, match="is finished and kept no checkpoint"):
+        run(config, resume=True)
+    assert rows(config) == before
+
+
 def test_another_architecture_is_refused(config, tmp_path):
     base = run(dataclasses.replace(config, num_steps=1))
     other = dataclasses.replace(processor().config, decoder=dataclasses.replace(processor().config.decoder, num_layers=5))
