@@ -1,8 +1,10 @@
-"""`ivl models`: nothing is cut, however narrow the terminal."""
+"""`ivl models`: nothing is cut, however narrow the terminal. `ivl ... | head` ends without a traceback."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -25,3 +27,11 @@ def test_the_table_and_the_json_have_every_id_and_count(
     for row in rows:
         line = next(line for line in table.splitlines() if f" {row['name']} " in line)
         assert all((f"{value:,}" if isinstance(value, int) else value) in line for value in row.values())
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    command = [sys.executable, "-m", "ivl", "train", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait() == 1

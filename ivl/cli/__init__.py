@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 
 COMMANDS = {
@@ -44,8 +45,12 @@ def main() -> None:
     module, _, function = COMMANDS[args[0]][0].partition(":")
     try:
         getattr(importlib.import_module(module), function)(args[1:])
+        sys.stdout.flush()
     except InputError as error:
         print(f"ivl {args[0]}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

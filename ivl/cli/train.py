@@ -10,6 +10,7 @@ from typing import Annotated
 
 import tyro
 
+from ivl.errors import InputError
 from ivl.recipes import find, recipes
 from ivl.train.config import TrainConfig
 
@@ -27,6 +28,8 @@ class Options:
     """Print the plan (parameters trained and frozen, steps, memory) and stop."""
     allow_changed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Resume although options differ from those that the run began with."""
+    val_mixture: str | None = None
+    """Data of a validation loss, read and packed like the training data; see val_every and val_packs."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
 
 
@@ -51,14 +54,18 @@ def train(args: list[str]) -> None:
         args=args,
         config=(tyro.conf.AvoidSubcommands,),
     )
+    config = options.config
+    if options.val_mixture is not None:
+        data = dataclasses.replace(config.data, mixture=options.val_mixture, root=None, epochs=1)
+        config = dataclasses.replace(config, val_data=data)
     if options.dry_run:
         from ivl.train.plan import make_plan
 
-        print(make_plan(options.config).describe(options.config))
+        print(make_plan(config).describe(config))
         return
     from ivl.train.run import run
 
-    final = run(options.config, resume=resume is not None, allow_changed=options.allow_changed)
+    final = run(config, resume=resume is not None, allow_changed=options.allow_changed)
     if os.environ.get("RANK", "0") == "0":  # once, however many processes
         print(final)
 
@@ -68,7 +75,9 @@ def _take_resume(args: list[str]) -> tuple[Path | None, list[str]]:
     for at, arg in enumerate(args):
         if arg.startswith("--resume="):
             return Path(arg.removeprefix("--resume=")), args[:at] + args[at + 1 :]
-        if arg == "--resume" and at + 1 < len(args):
+        if arg == "--resume":
+            if at + 1 == len(args):
+                raise InputError("--resume needs the directory of a run, such as --resume runs/NAME")
             return Path(args[at + 1]), args[:at] + args[at + 2 :]
     return None, args
 

@@ -151,12 +151,23 @@ def test_command_line_runs_and_resumes_a_recipe_of_ones_own(config, tmp_path, ca
     [
         (["8b-stage2"], "did you mean 8B-stage2"),
         (["--resume", "nowhere"], "nowhere: not a training run"),
+        (["--resume"], "--resume needs the directory"),
         (["nowhere.py:f"], "no such recipe file"),
     ],
 )
 def test_command_line_mistakes_are_named(args, message):
     with pytest.raises(InputError, match=message):
         cli(args)
+
+
+def test_command_line_adds_a_validation_loss(config, tmp_path, monkeypatch):
+    recipe = tmp_path / "mine.py"
+    recipe.write_text(
+        "import json\nfrom ivl.train.config import TrainConfig, from_json\n"
+        f"def small():\n    return from_json(TrainConfig, json.loads({json.dumps(to_json(config))!r}))\n"
+    )
+    cli([f"{recipe}:small", "--num-steps", "2", "--val-mixture", config.data.mixture, "--val-every", "1"])
+    assert [r["step"] for r in rows(config) if r.get("evaluation") == "validation"] == [1, 2]
 
 
 def test_command_line_typo_is_refused_with_a_suggestion(capsys):
