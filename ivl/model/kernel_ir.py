@@ -1,179 +1,23 @@
-"""The kernels of kernels.py in LLVM's vector instructions, which it lowers to AVX-512, AVX2, NEON or whatever is there.
-
-Every kernel is `void kernel(int64 *arguments)`. Arguments[0] is a counter: threads claim chunks of rows from it until
-none is left, so a thread that is held up by other programs holds nobody up.
-
-bfloat16 is the upper half of a float32. A vector of 32 is read as 16 pairs of 32 bits: shifted left they are the even
-elements, masked they are the odd ones, both as float32. Elements come in pairs everywhere, so the order cancels out.
-"""
+"""The kernels of kernels.py, and how one is compiled."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-LANES = 16
-F32S, I32S = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+from ivl.model.kernel_attention import attention
+from ivl.model.kernel_emitter import F32, F32S, I16, I32, I32S, I64, LANES, TILE, Emitter, Pair, Value
+
 ROW_BLOCK, COLUMN_BLOCK = 4, 4
 """Weight rows and input rows multiplied together: their sums fill half of the vector registers."""
 PREFETCH = 4096
 """Elements ahead."""
-TILE = 16
-"""Rows of a matrix tile."""
-Value = Any
-Pair = tuple[Value, Value]
-
-
-class Emitter:
-    """One kernel under construction. Vectors hold LANES float32."""
-
-    def __init__(self, name: str) -> None:
-        self.module = ir.Module(name)
-        self.module.triple = llvm.get_process_triple()
-        kind = ir.FunctionType(ir.VoidType(), [I64.as_pointer()])
-        self.function = ir.Function(self.module, kind, "kernel")
-        self.b = ir.IRBuilder(self.function.append_basic_block())
-
-    # Scalars
-    def int(self, value: int) -> Value:
-        return ir.Constant(I64, value)
-
-    def argument(self, index: int) -> Value:
-        return self.b.load(self.at(self.function.args[0], I64, self.int(index)))
-
-    def pointer(self, index: int, kind: ir.Type = I16) -> Value:
-        return self.b.inttoptr(self.argument(index), kind.as_pointer())
-
-    def at(self, pointer: Value, kind: ir.Type, index: Value) -> Value:
-        return self.b.gep(pointer, [index], source_etype=kind)
-
-    def smaller(self, a: Value, c: Value) -> Value:
-        return self.b.select(self.b.icmp_signed("<", a, c), a, c)
-
-    def call(self, name: str, result: ir.Type, *args: Value) -> Value:
-        function = self.module.globals.get(name)
-        if function is None:
-            function = ir.Function(self.module, ir.FunctionType(result, [a.type for a in args]), name)
-        return self.b.call(function, args)
-
-    def bytes(self, pointer: Value) -> Value:
-        return self.b.bitcast(pointer, I8.as_pointer())
-
-    def prefetch(self, pointer: Value) -> None:
-        flags = [ir.Constant(I32, value) for value in (0, 3, 1)]  # to read, into every cache, data
-        self.call("llvm.prefetch.p0", ir.VoidType(), self.bytes(pointer), *flags)
-
-    # Vectors
-    def splat(self, value: Value | float) -> Value:
-        if isinstance(value, float):
-            return ir.Constant(F32S, [value] * LANES)
-        single = self.b.insert_element(ir.Constant(F32S, ir.Undefined), value, ir.Constant(I32, 0))
-        return self.b.shuffle_vector(single, ir.Constant(F32S, ir.Undefined), ir.Constant(I32S, [0] * LANES))
-
-    def ints(self, value: int) -> Value:
-        return ir.Constant(I32S, [value] * LANES)
-
-    def fma(self, x: Value, y: Value, z: Value) -> Value:
-        return self.call("llvm.fma.v16f32", F32S, x, y, z)
-
-    def total(self, x: Value) -> Value:
-        function = "llvm.vector.reduce.fadd.v16f32"
-        self.call(function, F32, ir.Constant(F32, -0.0), x)
-        return self.b.call(self.module.globals[function], [ir.Constant(F32, -0.0), x], fastmath=("reassoc",))
-
-    def load(self, pointer: Value, index: Value) -> Pair:
-        """Even and odd elements of 32 bfloat16."""
-        pairs = self.b.load(self.b.bitcast(self.at(pointer, I16, index), I32S.as_pointer()), typ=I32S, align=2)
-        even = self.b.shl(pairs, self.ints(16))
-        odd = self.b.and_(pairs, self.ints(-65536))
-        return self.b.bitcast(even, F32S), self.b.bitcast(odd, F32S)
-
-    def store(self, pointer: Value, index: Value, value: Pair) -> None:
-        even = self.b.lshr(self.rounded(value[0]), self.ints(16))
-        odd = self.b.and_(self.rounded(value[1]), self.ints(-65536))
-        target = self.b.bitcast(self.at(pointer, I16, index), I32S.as_pointer())
-        self.b.store(self.b.or_(even, odd), target, align=2)
-
-    def store_one(self, pointer: Value, value: Value) -> None:
-        bits = self.b.lshr(self.rounded(value), ir.Constant(I32, 16))
-        self.b.store(self.b.trunc(bits, I16), pointer)
-
-    def rounded(self, x: Value) -> Value:
-        """Bits of float32 (a vector or one), rounded to nearest even in the upper half. NaN stays NaN."""
-        kind = I32S if x.type == F32S else I32
-        constant = self.ints if kind is I32S else lambda value: ir.Constant(I32, value)
-        bits = self.b.bitcast(x, kind)
-        tie = self.b.and_(self.b.lshr(bits, constant(16)), constant(1))
-        up = self.b.add(bits, self.b.add(tie, constant(0x7FFF)))
-        return self.b.select(self.b.fcmp_unordered("uno", x, x), constant(0x7FC00000), up)
-
-    def exp(self, x: Value) -> Value:
-        """e^x to about 1e-7: 2^n times a polynomial of the remainder; infinite above 88.4, no smaller than e^-87."""
-        x = self.call("llvm.maxnum.v16f32", F32S, self.call("llvm.minnum.v16f32", F32S, x, self.splat(89.0)), self.splat(-87.0))
-        n = self.call("llvm.rint.v16f32", F32S, self.b.fmul(x, self.splat(1.4426950408889634)))
-        r = self.fma(n, self.splat(-0.693145751953125), x)
-        r = self.fma(n, self.splat(-1.428606765330187e-06), r)
-        y = self.splat(1 / 720)
-        for coefficient in (1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
-            y = self.fma(y, r, self.splat(coefficient))
-        power = self.b.shl(self.b.add(self.b.fptosi(n, I32S), self.ints(127)), self.ints(23))
-        return self.b.fmul(y, self.b.bitcast(power, F32S))
-
-    # Control flow
-    @contextmanager
-    def loop(self, start: Value, stop: Value, step: int, *carried: Value) -> Iterator[Loop]:
-        """for i in range(start, stop, step), at least once; carried values are set anew with Loop.carry."""
-        before = self.b.block
-        body = self.function.append_basic_block()
-        self.b.branch(body)
-        self.b.position_at_end(body)
-        i = self.b.phi(I64)
-        i.add_incoming(start, before)
-        phis = [self.b.phi(value.type) for value in carried]
-        for phi, value in zip(phis, carried, strict=True):
-            phi.add_incoming(value, before)
-        state = Loop(i, phis)
-        yield state
-        following = self.b.add(i, self.int(step))
-        i.add_incoming(following, self.b.block)
-        for phi, value in zip(phis, state.values, strict=True):
-            phi.add_incoming(value, self.b.block)
-        after = self.function.append_basic_block()
-        self.b.cbranch(self.b.icmp_signed("<", following, stop), body, after)
-        self.b.position_at_end(after)
-
-    @contextmanager
-    def claimed(self, count: Value, grain: int) -> Iterator[Pair]:
-        """About 16 chunks (start, stop) of range(count), each a multiple of grain and handed to one thread."""
-        grains = self.b.add(self.b.udiv(count, self.int(16 * grain)), self.int(1))
-        chunk = self.b.mul(grains, self.int(grain))
-        head, body, after = (self.function.append_basic_block() for _ in range(3))
-        self.b.branch(head)
-        self.b.position_at_end(head)
-        start = self.b.atomic_rmw("add", self.function.args[0], chunk, "monotonic")
-        self.b.cbranch(self.b.icmp_signed("<", start, count), body, after)
-        self.b.position_at_end(body)
-        yield start, self.smaller(self.b.add(start, chunk), count)
-        self.b.branch(head)
-        self.b.position_at_end(after)
-
-
-class Loop:
-    def __init__(self, index: Value, values: list[Value]) -> None:
-        self.index = index
-        self.values = values
-
-    def carry(self, values: list[Value]) -> None:
-        self.values = values
 
 
 def _linear(e: Emitter, num_columns: int) -> None:
@@ -213,43 +57,31 @@ def _linear_amx(e: Emitter, num_columns: int) -> None:
     x_pairs, w, y = e.pointer(1, I32), e.pointer(2), e.pointer(4)
     bias_address, width, rows = (e.argument(i) for i in (3, 5, 6))
     row_bytes, pair_bytes = e.b.mul(width, e.int(2)), e.int(4 * num_columns)
-    *sums_and_weights, inputs = (ir.Constant(I8, tile) for tile in range(5))
-    sums, weights = sums_and_weights[:2], sums_and_weights[2:]
-    configuration = _tile_configuration([4 * num_columns] * 2 + [2 * LANES * 2] * 2 + [4 * num_columns])
-    place = e.b.alloca(configuration.type)
-    e.b.store(configuration, place, align=1)
-    e.call("llvm.x86.ldtilecfg", ir.VoidType(), e.bytes(place))
+    sums, weights, inputs = (0, 1), (2, 3), 4
+    e.tiles([4 * num_columns] * 2 + [2 * LANES * 2] * 2 + [4 * num_columns])
     block = 2 * TILE
     scratch = e.b.alloca(F32, size=block * num_columns)
     with e.claimed(rows, block) as (start, stop), e.loop(start, stop, block) as outer:
         first = e.smaller(outer.index, e.b.sub(rows, e.int(block)))
         w_tiles = [e.at(w, I16, e.b.mul(e.b.add(first, e.int(part)), width)) for part in (0, TILE)]
         for tile in sums:
-            e.call("llvm.x86.tilezero", ir.VoidType(), tile)
+            e.tile_zero(tile)
         with e.loop(e.int(0), width, 2 * LANES) as inner:
             pairs = e.at(x_pairs, I32, e.b.mul(e.b.lshr(inner.index, e.int(1)), e.int(num_columns)))
-            e.call("llvm.x86.tileloadd64", ir.VoidType(), inputs, e.bytes(pairs), pair_bytes)
+            e.tile_load(inputs, pairs, pair_bytes)
             for target, weight, tile in zip(sums, weights, w_tiles, strict=True):
-                e.call("llvm.x86.tileloadd64", ir.VoidType(), weight, e.bytes(e.at(tile, I16, inner.index)), row_bytes)
-                e.call("llvm.x86.tdpbf16ps", ir.VoidType(), target, weight, inputs)
+                e.tile_load(weight, e.at(tile, I16, inner.index), row_bytes)
+                e.tile_product(target, weight, inputs)
         for part, tile in enumerate(sums):
             corner = e.at(scratch, F32, e.int(part * TILE * num_columns))
-            e.call("llvm.x86.tilestored64", ir.VoidType(), tile, e.bytes(corner), pair_bytes)
+            e.tile_store(tile, corner, pair_bytes)
         with e.loop(e.int(0), e.int(block), 1) as row:
             row_id, source = e.b.add(first, row.index), e.at(scratch, F32, e.b.mul(row.index, e.int(num_columns)))
             bias = _bias(e, bias_address, row_id)
             for c in range(num_columns):
                 value = e.b.fadd(e.b.load(e.at(source, F32, e.int(c)), typ=F32), bias)
                 e.store_one(e.at(y, I16, e.b.add(e.b.mul(rows, e.int(c)), row_id)), value)
-    e.call("llvm.x86.tilerelease", ir.VoidType())
-
-
-def _tile_configuration(row_bytes: list[int]) -> Value:
-    """The 64 bytes that describe up to 16 tiles of TILE rows: palette, start row, bytes per row, rows."""
-    widths = row_bytes + [0] * (16 - len(row_bytes))
-    heights = [TILE] * len(row_bytes) + [0] * (16 - len(row_bytes))
-    layout = bytes([1] + [0] * 15) + b"".join(width.to_bytes(2, "little") for width in widths) + bytes(heights)
-    return ir.Constant(ir.ArrayType(I8, len(layout)), bytearray(layout))
+    e.tiles_done()
 
 
 def _bias(e: Emitter, address: Value, row: Value) -> Value:
@@ -328,6 +160,7 @@ KERNELS: dict[str, Callable[..., None]] = {
     "rms_norm": _rms_norm,
     "swiglu": _swiglu,
     "rotate": _rotate,
+    "attention": attention,
 }
 _compiling = threading.Lock()
 _engines: list[llvm.ExecutionEngine] = []  # own the machine code; it lives as long as the process

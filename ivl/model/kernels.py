@@ -19,6 +19,8 @@ MAX_ROWS = 16
 """Up to here a product is bound by reading its weight; beyond, torch's matrix products are faster."""
 MIN_OUT = 32
 """Fewest output features of a linear kernel."""
+MIN_QUERIES, MAX_KEYS = 64, 16384
+"""Where the attention kernel pays: fewer queries read keys more than they compute, more keys outgrow the caches."""
 GRAIN = 32768
 """Elements of work below which a second thread costs more than it brings."""
 
@@ -121,3 +123,27 @@ def rotate_(x_TNH: torch.Tensor, cos_TH: torch.Tensor, sin_TH: torch.Tensor) -> 
     pointers = (x_TNH.data_ptr(), cos_TH.data_ptr(), sin_TH.data_ptr())
     _run("rotate", (), x_TNH.numel(), *pointers, tokens, heads, size, x_TNH.stride(0), x_TNH.stride(1))
     return x_TNH
+
+
+def attention_usable(q_TNH: torch.Tensor, num_keys: int) -> bool:
+    """Whether `attention` takes these queries: matrix tiles, heads of 64 or 128, and scores that fit into the caches."""
+    return (
+        q_TNH.shape[0] >= MIN_QUERIES and num_keys <= MAX_KEYS and q_TNH.shape[-1] in (64, 128) and usable(q_TNH) and _has_amx()
+    )
+
+
+def attention(q_TNH: torch.Tensor, k_LKH: torch.Tensor, v_LKH: torch.Tensor, *, causal: bool) -> torch.Tensor:
+    """Attention of one sequence, [T, N, H]; with causal, the T queries are the last of the L tokens."""
+    from ivl.model.kernel_attention import scratch_bytes
+
+    (num_queries, num_heads, size), num_keys = q_TNH.shape, len(k_LKH)
+    out_TNH = q_TNH.new_empty(q_TNH.shape)
+    room = scratch_bytes(num_keys, size)
+    scratch = torch.empty(torch.get_num_threads() * room + 64, dtype=torch.uint8)
+    aligned = -(-scratch.data_ptr() // 64) * 64
+    tensors = (q_TNH, k_LKH, v_LKH, out_TNH)
+    _run(
+        "attention", (size, int(causal)), out_TNH.numel() * num_keys, 0, *(x.data_ptr() for x in tensors), aligned, room,
+        num_queries, num_keys, num_heads, num_heads // k_LKH.shape[1], *(s for x in tensors for s in x.stride()[:2]),
+    )  # fmt: skip
+    return out_TNH

@@ -1,0 +1,185 @@
+"""Attention of many queries on a processor with matrix tiles (AMX). See kernel_emitter.py for the terms.
+
+Sixteen queries at a time see all their keys: scores, then softmax, then values. Scores of sixteen queries fit into the
+second-level cache for any sensible length, so nothing is rescaled on the way. Scores and sums are float32; probabilities
+are rounded to bfloat16 before they meet the values, as in torch's own kernel.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+
+from ivl.model.kernel_emitter import F32, F32S, I8, I16, I32, I32S, LANES, TILE, Emitter, Value
+
+BLOCK = 2 * TILE
+"""Keys that meet as pairs: the first tile's keys in the even halves of 32 bits, the second's in the odd ones."""
+PAIR_TILE = TILE * TILE
+"""32-bit elements of a tile."""
+ROW_GAP = 32
+"""Elements between rows of scores, lest rows of a power of two all meet in the same few lines of the cache."""
+HIDDEN = -3e38
+
+
+def scratch_bytes(num_keys: int, head_size: int) -> int:
+    """What one thread needs: packed keys and values of a head, scores and probabilities of 16 queries, their outcome."""
+    keys = -(-num_keys // BLOCK) * BLOCK
+    return keys * head_size * 4 + (keys + ROW_GAP) * TILE * 6 + TILE * head_size * 4 + 1024
+
+
+def attention(e: Emitter, head_size: int, causal: int) -> None:
+    """out[q, n] = softmax(q . k / sqrt(H)) v for every query head n; with causal, the last query sees the last key."""
+    scratch = e.thread_scratch(1, 6, 7)
+    num_queries, num_keys, num_heads, group = (e.argument(i) for i in (8, 9, 10, 11))
+    queries, keys, values, outs = (e.pointer(i) for i in (2, 3, 4, 5))
+    (q_token, q_head), (k_token, k_head), (v_token, v_head), (out_token, out_head) = (
+        (e.argument(i), e.argument(i + 1)) for i in (12, 14, 16, 18)
+    )
+    all_keys = e.b.and_(e.b.add(num_keys, e.int(BLOCK - 1)), e.int(-BLOCK))
+    half = e.b.mul(all_keys, e.int(2 * head_size))
+    packed_k, packed_v = scratch, e.at(scratch, I8, half)
+    scores = e.at(packed_v, I8, half)
+    row_size = e.b.add(all_keys, e.int(ROW_GAP))
+    probs = e.at(scores, I8, e.b.mul(row_size, e.int(4 * TILE)))
+    outcome = e.at(probs, I8, e.b.mul(row_size, e.int(2 * TILE)))
+    e.tiles([4 * TILE] * 8)
+    with e.claimed(num_heads, 1) as (first, stop), e.loop(first, stop, 1) as head:
+        kv_head = e.b.udiv(head.index, group)
+        _pack_keys(e, e.at(keys, I16, e.b.mul(kv_head, k_head)), k_token, num_keys, packed_k, head_size)
+        _pack_values(e, e.at(values, I16, e.b.mul(kv_head, v_head)), v_token, num_keys, packed_v, head_size)
+        q = e.at(queries, I16, e.b.mul(head.index, q_head))
+        out = e.at(outs, I16, e.b.mul(head.index, out_head))
+        with e.loop(e.int(0), num_queries, TILE) as block:
+            # The last block moves back to end with the last query.
+            start = e.smaller(block.index, e.b.sub(num_queries, e.int(TILE)))
+            seen = e.b.add(e.b.sub(num_keys, num_queries), start) if causal else e.b.sub(num_keys, e.int(1))
+            limit = e.smaller(e.b.add(seen, e.int(TILE)), num_keys)
+            _scores(e, e.at(q, I16, e.b.mul(start, q_token)), q_token, packed_k, scores, limit, row_size, head_size)
+            _hide(e, seen, bool(causal), limit, row_size, scores)
+            sums = e.at(outcome, F32, e.int(TILE * head_size))
+            with e.loop(e.int(0), e.int(TILE), 1) as row:
+                total = _softmax(e, row.index, limit, row_size, scores, probs, head_size)
+                e.b.store(total, e.at(sums, F32, row.index))
+            _weighted_values(e, probs, packed_v, outcome, limit, row_size, head_size)
+            with e.loop(e.int(0), e.int(TILE), 1) as row:
+                scale = e.splat(e.b.fdiv(ir.Constant(F32, 1.0), e.b.load(e.at(sums, F32, row.index), typ=F32)))
+                target = e.at(out, I16, e.b.mul(e.b.add(start, row.index), out_token))
+                for part in range(0, head_size, LANES):
+                    place = e.b.add(e.b.mul(row.index, e.int(head_size)), e.int(part))
+                    bits = e.rounded(e.b.fmul(e.read(F32S, outcome, F32, place), scale))
+                    short = e.b.trunc(e.b.lshr(bits, e.ints(16)), ir.VectorType(I16, LANES))
+                    e.write(short, target, I16, e.int(part))
+    e.tiles_done()
+
+
+def _pack_keys(e: Emitter, keys: Value, stride: Value, num_keys: Value, packed: Value, head_size: int) -> None:
+    """Tiles [key tile, H / 32] of pairs along the head: row i, column j has elements 2 i and 2 i + 1 of key j."""
+    steps = head_size // (2 * LANES)
+    with e.loop(e.int(0), num_keys, BLOCK) as block:
+        for tile in range(2):
+            ids = [e.b.add(block.index, e.int(tile * TILE + row)) for row in range(TILE)]
+            rows = [e.at(keys, I16, e.b.mul(e.smaller(i, e.b.sub(num_keys, e.int(1))), stride)) for i in ids]
+            for step in range(steps):
+                vectors = _transposed(e, [e.read(I32S, row, I16, e.int(2 * LANES * step)) for row in rows])
+                tile_index = e.b.add(e.b.mul(e.b.udiv(block.index, e.int(TILE)), e.int(steps)), e.int(tile * steps + step))
+                target = e.at(packed, I32, e.b.mul(tile_index, e.int(PAIR_TILE)))
+                for i, vector in enumerate(vectors):
+                    e.write(vector, target, I32, e.int(i * TILE))
+
+
+def _transposed(e: Emitter, rows: list[Value]) -> list[Value]:
+    """A 16 x 16 matrix of 32-bit elements, transposed by swapping ever smaller off-diagonal blocks."""
+    rows = list(rows)
+    for size in (8, 4, 2, 1):
+        upper = ir.Constant(I32S, [lane if not lane & size else LANES + lane - size for lane in range(LANES)])
+        lower = ir.Constant(I32S, [lane + size if not lane & size else LANES + lane for lane in range(LANES)])
+        for i in range(LANES):
+            if not i & size:
+                a, b = rows[i], rows[i + size]
+                rows[i], rows[i + size] = e.b.shuffle_vector(a, b, upper), e.b.shuffle_vector(a, b, lower)
+    return rows
+
+
+def _pack_values(e: Emitter, values: Value, stride: Value, num_keys: Value, packed: Value, head_size: int) -> None:
+    """Tiles [key block, H / 16] of pairs of keys: row i has key i in the even halves, key 16 + i in the odd ones."""
+    shorts, last = ir.VectorType(I16, LANES), e.b.sub(num_keys, e.int(1))
+    with e.loop(e.int(0), num_keys, BLOCK) as block, e.loop(e.int(0), e.int(TILE), 1) as row:
+        first = e.b.add(block.index, row.index)
+        ids = (e.smaller(first, last), e.smaller(e.b.add(first, e.int(TILE)), last))
+        even_row, odd_row = (e.at(values, I16, e.b.mul(i, stride)) for i in ids)
+        for part in range(head_size // TILE):
+            even, odd = (e.b.zext(e.read(shorts, r, I16, e.int(part * TILE)), I32S) for r in (even_row, odd_row))
+            place = e.b.add(e.b.mul(block.index, e.int(head_size // 2)), e.b.mul(row.index, e.int(TILE)))
+            pairs = e.b.or_(even, e.b.shl(odd, e.ints(16)))
+            e.write(pairs, packed, I32, e.b.add(place, e.int(part * PAIR_TILE)))
+
+
+def _scores(
+    e: Emitter, q: Value, q_stride: Value, packed_k: Value, scores: Value, limit: Value, row_size: Value, head_size: int
+) -> None:
+    """scores[16, keys] of 16 queries with all keys below limit, in whole blocks."""
+    steps = head_size // (2 * LANES)
+    row_bytes, tile_bytes = e.b.mul(row_size, e.int(4)), e.int(4 * TILE)
+    for step in range(steps):
+        e.tile_load(4 + step, e.at(q, I16, e.int(2 * LANES * step)), e.b.mul(q_stride, e.int(2)))
+    with e.loop(e.int(0), limit, BLOCK) as block:
+        tiles = e.at(packed_k, I32, e.b.mul(block.index, e.int(head_size // 2)))
+        for part in range(2):
+            e.tile_zero(part)
+        for step in range(steps):
+            for part in range(2):
+                e.tile_load(2 + part, e.at(tiles, I32, e.int((part * steps + step) * PAIR_TILE)), tile_bytes)
+                e.tile_product(part, 4 + step, 2 + part)
+        for part in range(2):
+            e.tile_store(part, e.at(scores, F32, e.b.add(block.index, e.int(part * TILE))), row_bytes)
+
+
+def _hide(e: Emitter, seen: Value, causal: bool, limit: Value, row_size: Value, scores: Value) -> None:
+    """Scores of keys that a query does not see become very small. Only the last two blocks have such keys."""
+    lanes = ir.Constant(I32S, list(range(LANES)))
+    start = e.b.and_(seen, e.int(-BLOCK))
+    with e.loop(e.int(0), e.int(TILE), 1) as row, e.loop(start, limit, BLOCK) as block:
+        last = e.int_splat(e.b.trunc(e.b.add(seen, row.index) if causal else seen, I32))
+        for part in range(2):
+            index = e.b.add(block.index, e.int(part * TILE))
+            place = e.b.add(e.b.mul(row.index, row_size), index)
+            visible = e.b.icmp_signed("<=", e.b.add(e.int_splat(e.b.trunc(index, I32)), lanes), last)
+            e.write(e.b.select(visible, e.read(F32S, scores, F32, place), e.splat(HIDDEN)), scores, F32, place)
+
+
+def _softmax(e: Emitter, row: Value, limit: Value, row_size: Value, scores: Value, probs: Value, head_size: int) -> Value:
+    """probs[row] = exp((scores[row] - their maximum) / sqrt(H)). Returns their sum."""
+    offset = e.b.mul(row, row_size)
+
+    def score(block: Value, part: int) -> Value:
+        return e.read(F32S, scores, F32, e.b.add(e.b.add(offset, block), e.int(part * TILE)))
+
+    with e.loop(e.int(0), limit, BLOCK, e.splat(HIDDEN), e.splat(HIDDEN)) as block:
+        pairs = ((score(block.index, part), top) for part, top in enumerate(block.values))
+        tops = [e.b.select(e.b.fcmp_ordered(">", s, top), s, top) for s, top in pairs]
+        block.carry(tops)
+    top = e.greatest(e.b.select(e.b.fcmp_ordered(">", *tops), *tops))
+    scale = head_size**-0.5 * 1.4426950408889634  # powers of two are cheaper than of e
+    minus_top = e.splat(e.b.fmul(top, ir.Constant(F32, -scale)))
+    with e.loop(e.int(0), limit, BLOCK, e.splat(0.0), e.splat(0.0)) as block:
+        even, odd = (e.small_exp2(e.fma(score(block.index, part), e.splat(scale), minus_top)) for part in range(2))
+        block.carry([e.b.fadd(block.values[0], even), e.b.fadd(block.values[1], odd)])
+        e.store_small(probs, e.b.add(offset, block.index), (even, odd))
+    return e.total(e.b.fadd(*block.values))
+
+
+def _weighted_values(
+    e: Emitter, probs: Value, packed_v: Value, outcome: Value, limit: Value, row_size: Value, head_size: int
+) -> None:
+    """outcome[16, H] = probs @ values, four tiles of the head at a time."""
+    row_bytes = e.b.mul(row_size, e.int(2))
+    for quarter in range(0, head_size // TILE, 4):
+        for part in range(4):
+            e.tile_zero(part)
+        with e.loop(e.int(0), limit, BLOCK) as block:
+            e.tile_load(4, e.at(probs, I16, block.index), row_bytes)
+            tiles = e.at(packed_v, I32, e.b.mul(block.index, e.int(head_size // 2)))
+            for part in range(4):
+                e.tile_load(5, e.at(tiles, I32, e.int((quarter + part) * PAIR_TILE)), e.int(4 * TILE))
+                e.tile_product(part, 4, 5)
+        for part in range(4):
+            e.tile_store(part, e.at(outcome, F32, e.int((quarter + part) * TILE)), e.int(4 * head_size))

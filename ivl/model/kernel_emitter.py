@@ -1,0 +1,232 @@
+"""A small assembler of kernels: LLVM's vector instructions, which it lowers to AVX-512, AVX2, NEON or whatever is there.
+
+Every kernel is `void kernel(int64 *arguments)`. Arguments[0] is a counter: threads claim chunks of rows from it until
+none is left, so a thread that is held up by other programs holds nobody up.
+
+bfloat16 is the upper half of a float32. A vector of 32 is read as 16 pairs of 32 bits: shifted left they are the even
+elements, masked they are the odd ones, both as float32. Elements come in pairs everywhere, so the order cancels out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+
+I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+LANES = 16
+TILE = 16
+F32S, I32S = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+Value = Any
+Pair = tuple[Value, Value]
+
+
+class Emitter:
+    """One kernel under construction. Vectors hold LANES float32."""
+
+    def __init__(self, name: str) -> None:
+        self.module = ir.Module(name)
+        self.module.triple = llvm.get_process_triple()
+        kind = ir.FunctionType(ir.VoidType(), [I64.as_pointer()])
+        self.function = ir.Function(self.module, kind, "kernel")
+        self.b = ir.IRBuilder(self.function.append_basic_block())
+
+    # Scalars
+    def int(self, value: int) -> Value:
+        return ir.Constant(I64, value)
+
+    def argument(self, index: int) -> Value:
+        return self.b.load(self.at(self.function.args[0], I64, self.int(index)))
+
+    def pointer(self, index: int, kind: ir.Type = I16) -> Value:
+        return self.b.inttoptr(self.argument(index), kind.as_pointer())
+
+    def thread_scratch(self, counter: int, memory: int, size: int) -> Value:
+        """This thread's part of the scratch memory: numbers are drawn from the counter; arguments by their index."""
+        number = self.b.atomic_rmw("add", self.at(self.function.args[0], I64, self.int(counter)), self.int(1), "monotonic")
+        return self.b.gep(self.pointer(memory, I8), [self.b.mul(number, self.argument(size))], source_etype=I8)
+
+    def at(self, pointer: Value, kind: ir.Type, index: Value) -> Value:
+        """Pointer to element index of what the pointer points at, taken as elements of the given kind."""
+        return self.b.gep(self.b.bitcast(pointer, kind.as_pointer()), [index], source_etype=kind)
+
+    def smaller(self, a: Value, c: Value) -> Value:
+        return self.b.select(self.b.icmp_signed("<", a, c), a, c)
+
+    def call(self, name: str, result: ir.Type, *args: Value) -> Value:
+        function = self.module.globals.get(name)
+        if function is None:
+            function = ir.Function(self.module, ir.FunctionType(result, [a.type for a in args]), name)
+        return self.b.call(function, args)
+
+    def bytes(self, pointer: Value) -> Value:
+        return self.b.bitcast(pointer, I8.as_pointer())
+
+    # Matrix tiles (AMX): up to 8 registers of 16 rows of at most 64 bytes
+    def tiles(self, row_bytes: list[int]) -> None:
+        """Describe the tiles of this thread: palette 1, first row 0, bytes per row, number of rows."""
+        widths = row_bytes + [0] * (16 - len(row_bytes))
+        heights = [TILE] * len(row_bytes) + [0] * (16 - len(row_bytes))
+        layout = bytes([1] + [0] * 15) + b"".join(width.to_bytes(2, "little") for width in widths) + bytes(heights)
+        kind = ir.ArrayType(I8, len(layout))
+        place = self.b.alloca(kind)
+        self.b.store(ir.Constant(kind, bytearray(layout)), place, align=1)
+        self.call("llvm.x86.ldtilecfg", ir.VoidType(), self.bytes(place))
+
+    def tile_zero(self, tile: int) -> None:
+        self.call("llvm.x86.tilezero", ir.VoidType(), ir.Constant(I8, tile))
+
+    def tile_load(self, tile: int, pointer: Value, row_bytes: Value) -> None:
+        self.call("llvm.x86.tileloadd64", ir.VoidType(), ir.Constant(I8, tile), self.bytes(pointer), row_bytes)
+
+    def tile_store(self, tile: int, pointer: Value, row_bytes: Value) -> None:
+        self.call("llvm.x86.tilestored64", ir.VoidType(), ir.Constant(I8, tile), self.bytes(pointer), row_bytes)
+
+    def tile_product(self, total: int, left: int, right: int) -> None:
+        """total += left @ right: rows of 32 bfloat16 times 16 rows of pairs, float32 sums."""
+        self.call("llvm.x86.tdpbf16ps", ir.VoidType(), *(ir.Constant(I8, tile) for tile in (total, left, right)))
+
+    def tiles_done(self) -> None:
+        self.call("llvm.x86.tilerelease", ir.VoidType())
+
+    def prefetch(self, pointer: Value) -> None:
+        flags = [ir.Constant(I32, value) for value in (0, 3, 1)]  # to read, into every cache, data
+        self.call("llvm.prefetch.p0", ir.VoidType(), self.bytes(pointer), *flags)
+
+    # Vectors
+    def splat(self, value: Value | float) -> Value:
+        if isinstance(value, float):
+            return ir.Constant(F32S, [value] * LANES)
+        single = self.b.insert_element(ir.Constant(F32S, ir.Undefined), value, ir.Constant(I32, 0))
+        return self.b.shuffle_vector(single, ir.Constant(F32S, ir.Undefined), ir.Constant(I32S, [0] * LANES))
+
+    def ints(self, value: int) -> Value:
+        return ir.Constant(I32S, [value] * LANES)
+
+    def int_splat(self, value: Value) -> Value:
+        single = self.b.insert_element(ir.Constant(I32S, ir.Undefined), value, ir.Constant(I32, 0))
+        return self.b.shuffle_vector(single, ir.Constant(I32S, ir.Undefined), ir.Constant(I32S, [0] * LANES))
+
+    def fma(self, x: Value, y: Value, z: Value) -> Value:
+        return self.call("llvm.fma.v16f32", F32S, x, y, z)
+
+    def total(self, x: Value) -> Value:
+        function = "llvm.vector.reduce.fadd.v16f32"
+        self.call(function, F32, ir.Constant(F32, -0.0), x)
+        return self.b.call(self.module.globals[function], [ir.Constant(F32, -0.0), x], fastmath=("reassoc",))
+
+    def greatest(self, x: Value) -> Value:
+        return self.call("llvm.vector.reduce.fmax.v16f32", F32, x)
+
+    def read(self, kind: ir.Type, pointer: Value, element: ir.Type, index: Value) -> Value:
+        """A vector of the given kind that starts at pointer[index]; no alignment needed."""
+        return self.b.load(self.b.bitcast(self.at(pointer, element, index), kind.as_pointer()), typ=kind, align=2)
+
+    def write(self, value: Value, pointer: Value, element: ir.Type, index: Value) -> None:
+        self.b.store(value, self.b.bitcast(self.at(pointer, element, index), value.type.as_pointer()), align=2)
+
+    def load(self, pointer: Value, index: Value) -> Pair:
+        """Even and odd elements of 32 bfloat16."""
+        pairs = self.read(I32S, pointer, I16, index)
+        even = self.b.shl(pairs, self.ints(16))
+        odd = self.b.and_(pairs, self.ints(-65536))
+        return self.b.bitcast(even, F32S), self.b.bitcast(odd, F32S)
+
+    def store(self, pointer: Value, index: Value, value: Pair) -> None:
+        even = self.b.lshr(self.rounded(value[0]), self.ints(16))
+        odd = self.b.and_(self.rounded(value[1]), self.ints(-65536))
+        self.write(self.b.or_(even, odd), pointer, I16, index)
+
+    def store_one(self, pointer: Value, value: Value) -> None:
+        bits = self.b.lshr(self.rounded(value), ir.Constant(I32, 16))
+        self.b.store(self.b.trunc(bits, I16), pointer)
+
+    def rounded(self, x: Value) -> Value:
+        """Bits of float32 (a vector or one), rounded to nearest even in the upper half. NaN stays NaN."""
+        kind = I32S if x.type == F32S else I32
+        constant = self.ints if kind is I32S else lambda value: ir.Constant(I32, value)
+        bits = self.b.bitcast(x, kind)
+        tie = self.b.and_(self.b.lshr(bits, constant(16)), constant(1))
+        up = self.b.add(bits, self.b.add(tie, constant(0x7FFF)))
+        return self.b.select(self.b.fcmp_unordered("uno", x, x), constant(0x7FC00000), up)
+
+    def exp(self, x: Value) -> Value:
+        """e^x to about 1e-7: 2^n times a polynomial of the remainder; infinite above 88.4, no smaller than e^-87."""
+        # Comparisons with NaN are false, so NaN goes through.
+        for limit, beyond in ((89.0, ">"), (-87.0, "<")):
+            x = self.b.select(self.b.fcmp_ordered(beyond, x, self.splat(limit)), self.splat(limit), x)
+        n = self.call("llvm.rint.v16f32", F32S, self.b.fmul(x, self.splat(1.4426950408889634)))
+        r = self.fma(n, self.splat(-0.693145751953125), x)
+        r = self.fma(n, self.splat(-1.428606765330187e-06), r)
+        y = self.splat(1 / 720)
+        for coefficient in (1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
+            y = self.fma(y, r, self.splat(coefficient))
+        power = self.b.shl(self.b.add(self.b.fptosi(n, I32S), self.ints(127)), self.ints(23))
+        return self.b.fmul(y, self.b.bitcast(power, F32S))
+
+    def small_exp2(self, x: Value) -> Value:
+        """2^x for x <= 0 to 4e-6, enough for what is rounded to bfloat16; 0 below 2^-126."""
+        # Added to 1.5 * 2^23, a number's integer part lands in the lowest bits.
+        shifted = self.b.fadd(x, self.splat(12582912.0))
+        r = self.b.fsub(x, self.b.fsub(shifted, self.splat(12582912.0)))
+        y = self.splat(0.009618129107628)
+        for coefficient in (0.0555041086648216, 0.2402265069591007, 0.6931471805599453, 1.0):
+            y = self.fma(y, r, self.splat(coefficient))
+        power = self.b.shl(self.b.bitcast(shifted, I32S), self.ints(23))
+        y = self.b.bitcast(self.b.add(self.b.bitcast(y, I32S), power), F32S)
+        return self.b.select(self.b.fcmp_ordered("<", x, self.splat(-126.0)), self.splat(0.0), y)
+
+    def store_small(self, pointer: Value, index: Value, value: Pair) -> None:
+        """store for numbers within [0, 1]: ties are rounded up and nothing overflows."""
+        even, odd = (self.b.add(self.b.bitcast(x, I32S), self.ints(0x8000)) for x in value)
+        self.write(self.b.or_(self.b.lshr(even, self.ints(16)), self.b.and_(odd, self.ints(-65536))), pointer, I16, index)
+
+    # Control flow
+    @contextmanager
+    def loop(self, start: Value, stop: Value, step: int, *carried: Value) -> Iterator[Loop]:
+        """for i in range(start, stop, step), at least once; carried values are set anew with Loop.carry."""
+        before = self.b.block
+        body = self.function.append_basic_block()
+        self.b.branch(body)
+        self.b.position_at_end(body)
+        i = self.b.phi(I64)
+        i.add_incoming(start, before)
+        phis = [self.b.phi(value.type) for value in carried]
+        for phi, value in zip(phis, carried, strict=True):
+            phi.add_incoming(value, before)
+        state = Loop(i, phis)
+        yield state
+        following = self.b.add(i, self.int(step))
+        i.add_incoming(following, self.b.block)
+        for phi, value in zip(phis, state.values, strict=True):
+            phi.add_incoming(value, self.b.block)
+        after = self.function.append_basic_block()
+        self.b.cbranch(self.b.icmp_signed("<", following, stop), body, after)
+        self.b.position_at_end(after)
+
+    @contextmanager
+    def claimed(self, count: Value, grain: int) -> Iterator[Pair]:
+        """About 16 chunks (start, stop) of range(count), each a multiple of grain and handed to one thread."""
+        grains = self.b.add(self.b.udiv(count, self.int(16 * grain)), self.int(1))
+        chunk = self.b.mul(grains, self.int(grain))
+        head, body, after = (self.function.append_basic_block() for _ in range(3))
+        self.b.branch(head)
+        self.b.position_at_end(head)
+        start = self.b.atomic_rmw("add", self.function.args[0], chunk, "monotonic")
+        self.b.cbranch(self.b.icmp_signed("<", start, count), body, after)
+        self.b.position_at_end(body)
+        yield start, self.smaller(self.b.add(start, chunk), count)
+        self.b.branch(head)
+        self.b.position_at_end(after)
+
+
+class Loop:
+    def __init__(self, index: Value, values: list[Value]) -> None:
+        self.index = index
+        self.values = values
+
+    def carry(self, values: list[Value]) -> None:
+        self.values = values
