@@ -1,4 +1,4 @@
-"""attend(): causal attention over the flat token axis. One contract, a CPU path and a GPU path behind it."""
+"""attend(): causal attention over the flat token axis; attend_all(): every patch of a tile sees every other."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from ivl.model import kernels
 from ivl.model.cache import CacheStep
 from ivl.types import Layout
 
@@ -82,9 +83,20 @@ def attend(
     return out_TNH
 
 
+def attend_all(q_GPNH: torch.Tensor, k_GPNH: torch.Tensor, v_GPNH: torch.Tensor) -> torch.Tensor:
+    """Each patch of a tile sees all patches of the tile. Returns out_GPNH."""
+    if kernels.attention_usable(q_GPNH[0], k_GPNH.shape[1]):
+        tiles = zip(q_GPNH, k_GPNH, v_GPNH, strict=True)
+        return torch.stack([kernels.attention(q, k, v, causal=False) for q, k, v in tiles])
+    q, k, v = (x.transpose(1, 2) for x in (q_GPNH, k_GPNH, v_GPNH))
+    return sdpa(q, k, v).transpose(1, 2)
+
+
 def _attend_one(q_TNH: torch.Tensor, k_LKH: torch.Tensor, v_LKH: torch.Tensor) -> torch.Tensor:
     """The last len(q) tokens of one sequence against all of its L tokens."""
     new, total = len(q_TNH), len(k_LKH)
+    if kernels.attention_usable(q_TNH, total):
+        return kernels.attention(q_TNH, k_LKH, v_LKH, causal=True)
     if new == 1:
         return _attend_decode(q_TNH, k_LKH.unsqueeze(0), v_LKH.unsqueeze(0), None)
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_TNH, k_LKH, v_LKH))
@@ -137,6 +149,9 @@ def _group(starts: list[int], lens: list[int], device: torch.device) -> _Group:
 
 def _attend_packed(q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor, layout: Layout) -> torch.Tensor:
     lens = layout.new_lens
+    if all(kernels.attention_usable(q_TNH[:n], n) for n in lens):
+        parts = zip(q_TNH.split(lens), k_TKH.split(lens), v_TKH.split(lens), strict=True)
+        return torch.cat([kernels.attention(q, k, v, causal=True) for q, k, v in parts])
     if min(lens) == max(lens):  # already a rectangle: no gathering
         shape = (len(lens), lens[0])
         q, k, v = (x.view(*shape, *x.shape[1:]).transpose(1, 2) for x in (q_TNH, k_TKH, v_TKH))

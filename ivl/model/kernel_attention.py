@@ -1,8 +1,8 @@
 """Attention of many queries on a processor with matrix tiles (AMX). See kernel_emitter.py for the terms.
 
-Sixteen queries at a time see all their keys: scores, then softmax, then values. Scores of sixteen queries fit into the
-second-level cache for any sensible length, so nothing is rescaled on the way. Scores and sums are float32; probabilities
-are rounded to bfloat16 before they meet the values, as in torch's own kernel.
+32 queries at a time see all their keys: scores, then softmax, then values. Their scores fit into the second-level cache
+for any sensible length, so nothing is rescaled on the way. Scores and sums are float32; probabilities are rounded to
+bfloat16 before they meet the values, as in torch's own kernel.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from ivl.model.kernel_emitter import F32, F32S, I8, I16, I32, I32S, LANES, TILE,
 
 BLOCK = 2 * TILE
 """Keys that meet as pairs: the first tile's keys in the even halves of 32 bits, the second's in the odd ones."""
+QUERIES = 2 * TILE
+"""Queries that share every load of keys and values."""
 PAIR_TILE = TILE * TILE
 """32-bit elements of a tile."""
 ROW_GAP = 32
@@ -21,9 +23,9 @@ HIDDEN = -3e38
 
 
 def scratch_bytes(num_keys: int, head_size: int) -> int:
-    """What one thread needs: packed keys and values of a head, scores and probabilities of 16 queries, their outcome."""
+    """What one thread needs: packed keys and values of a head, scores and probabilities of 32 queries, their outcome."""
     keys = -(-num_keys // BLOCK) * BLOCK
-    return keys * head_size * 4 + (keys + ROW_GAP) * TILE * 6 + TILE * head_size * 4 + 1024
+    return keys * head_size * 4 + (keys + ROW_GAP) * QUERIES * 6 + QUERIES * head_size * 4 + 1024
 
 
 def attention(e: Emitter, head_size: int, causal: int) -> None:
@@ -39,8 +41,8 @@ def attention(e: Emitter, head_size: int, causal: int) -> None:
     packed_k, packed_v = scratch, e.at(scratch, I8, half)
     scores = e.at(packed_v, I8, half)
     row_size = e.b.add(all_keys, e.int(ROW_GAP))
-    probs = e.at(scores, I8, e.b.mul(row_size, e.int(4 * TILE)))
-    outcome = e.at(probs, I8, e.b.mul(row_size, e.int(2 * TILE)))
+    probs = e.at(scores, I8, e.b.mul(row_size, e.int(4 * QUERIES)))
+    outcome = e.at(probs, I8, e.b.mul(row_size, e.int(2 * QUERIES)))
     e.tiles([4 * TILE] * 8)
     with e.claimed(num_heads, 1) as (first, stop), e.loop(first, stop, 1) as head:
         kv_head = e.b.udiv(head.index, group)
@@ -48,19 +50,19 @@ def attention(e: Emitter, head_size: int, causal: int) -> None:
         _pack_values(e, e.at(values, I16, e.b.mul(kv_head, v_head)), v_token, num_keys, packed_v, head_size)
         q = e.at(queries, I16, e.b.mul(head.index, q_head))
         out = e.at(outs, I16, e.b.mul(head.index, out_head))
-        with e.loop(e.int(0), num_queries, TILE) as block:
+        with e.loop(e.int(0), num_queries, QUERIES) as block:
             # The last block moves back to end with the last query.
-            start = e.smaller(block.index, e.b.sub(num_queries, e.int(TILE)))
+            start = e.smaller(block.index, e.b.sub(num_queries, e.int(QUERIES)))
             seen = e.b.add(e.b.sub(num_keys, num_queries), start) if causal else e.b.sub(num_keys, e.int(1))
-            limit = e.smaller(e.b.add(seen, e.int(TILE)), num_keys)
+            limit = e.smaller(e.b.add(seen, e.int(QUERIES)), num_keys)
             _scores(e, e.at(q, I16, e.b.mul(start, q_token)), q_token, packed_k, scores, limit, row_size, head_size)
             _hide(e, seen, bool(causal), limit, row_size, scores)
-            sums = e.at(outcome, F32, e.int(TILE * head_size))
-            with e.loop(e.int(0), e.int(TILE), 1) as row:
+            sums = e.at(outcome, F32, e.int(QUERIES * head_size))
+            with e.loop(e.int(0), e.int(QUERIES), 1) as row:
                 total = _softmax(e, row.index, limit, row_size, scores, probs, head_size)
                 e.b.store(total, e.at(sums, F32, row.index))
             _weighted_values(e, probs, packed_v, outcome, limit, row_size, head_size)
-            with e.loop(e.int(0), e.int(TILE), 1) as row:
+            with e.loop(e.int(0), e.int(QUERIES), 1) as row:
                 scale = e.splat(e.b.fdiv(ir.Constant(F32, 1.0), e.b.load(e.at(sums, F32, row.index), typ=F32)))
                 target = e.at(out, I16, e.b.mul(e.b.add(start, row.index), out_token))
                 for part in range(0, head_size, LANES):
@@ -116,28 +118,30 @@ def _pack_values(e: Emitter, values: Value, stride: Value, num_keys: Value, pack
 def _scores(
     e: Emitter, q: Value, q_stride: Value, packed_k: Value, scores: Value, limit: Value, row_size: Value, head_size: int
 ) -> None:
-    """scores[16, keys] of 16 queries with all keys below limit, in whole blocks."""
+    """scores[32, keys] of 32 queries with all keys below limit, in whole blocks: two tiles by two."""
     steps = head_size // (2 * LANES)
-    row_bytes, tile_bytes = e.b.mul(row_size, e.int(4)), e.int(4 * TILE)
-    for step in range(steps):
-        e.tile_load(4 + step, e.at(q, I16, e.int(2 * LANES * step)), e.b.mul(q_stride, e.int(2)))
+    q_bytes, row_bytes, tile_bytes = e.b.mul(q_stride, e.int(2)), e.b.mul(row_size, e.int(4)), e.int(4 * TILE)
+    q_tiles = [e.at(q, I16, e.b.mul(q_stride, e.int(part * TILE))) for part in range(2)]
     with e.loop(e.int(0), limit, BLOCK) as block:
-        tiles = e.at(packed_k, I32, e.b.mul(block.index, e.int(head_size // 2)))
-        for part in range(2):
-            e.tile_zero(part)
+        k_tiles = e.at(packed_k, I32, e.b.mul(block.index, e.int(head_size // 2)))
+        for tile in range(4):
+            e.tile_zero(tile)
         for step in range(steps):
             for part in range(2):
-                e.tile_load(2 + part, e.at(tiles, I32, e.int((part * steps + step) * PAIR_TILE)), tile_bytes)
-                e.tile_product(part, 4 + step, 2 + part)
-        for part in range(2):
-            e.tile_store(part, e.at(scores, F32, e.b.add(block.index, e.int(part * TILE))), row_bytes)
+                e.tile_load(4 + part, e.at(q_tiles[part], I16, e.int(2 * LANES * step)), q_bytes)
+                e.tile_load(6 + part, e.at(k_tiles, I32, e.int((part * steps + step) * PAIR_TILE)), tile_bytes)
+            for tile in range(4):
+                e.tile_product(tile, 4 + tile // 2, 6 + tile % 2)
+        for tile in range(4):
+            row = e.at(scores, F32, e.b.mul(row_size, e.int(tile // 2 * TILE)))
+            e.tile_store(tile, e.at(row, F32, e.b.add(block.index, e.int(tile % 2 * TILE))), row_bytes)
 
 
 def _hide(e: Emitter, seen: Value, causal: bool, limit: Value, row_size: Value, scores: Value) -> None:
     """Scores of keys that a query does not see become very small. Only the last two blocks have such keys."""
     lanes = ir.Constant(I32S, list(range(LANES)))
     start = e.b.and_(seen, e.int(-BLOCK))
-    with e.loop(e.int(0), e.int(TILE), 1) as row, e.loop(start, limit, BLOCK) as block:
+    with e.loop(e.int(0), e.int(QUERIES), 1) as row, e.loop(start, limit, BLOCK) as block:
         last = e.int_splat(e.b.trunc(e.b.add(seen, row.index) if causal else seen, I32))
         for part in range(2):
             index = e.b.add(block.index, e.int(part * TILE))
@@ -155,9 +159,9 @@ def _softmax(e: Emitter, row: Value, limit: Value, row_size: Value, scores: Valu
 
     with e.loop(e.int(0), limit, BLOCK, e.splat(HIDDEN), e.splat(HIDDEN)) as block:
         pairs = ((score(block.index, part), top) for part, top in enumerate(block.values))
-        tops = [e.b.select(e.b.fcmp_ordered(">", s, top), s, top) for s, top in pairs]
+        tops = [e.larger(s, top) for s, top in pairs]
         block.carry(tops)
-    top = e.greatest(e.b.select(e.b.fcmp_ordered(">", *tops), *tops))
+    top = e.greatest(e.larger(tops[0], tops[1]))
     scale = head_size**-0.5 * 1.4426950408889634  # powers of two are cheaper than of e
     minus_top = e.splat(e.b.fmul(top, ir.Constant(F32, -scale)))
     with e.loop(e.int(0), limit, BLOCK, e.splat(0.0), e.splat(0.0)) as block:
@@ -170,16 +174,19 @@ def _softmax(e: Emitter, row: Value, limit: Value, row_size: Value, scores: Valu
 def _weighted_values(
     e: Emitter, probs: Value, packed_v: Value, outcome: Value, limit: Value, row_size: Value, head_size: int
 ) -> None:
-    """outcome[16, H] = probs @ values, four tiles of the head at a time."""
-    row_bytes = e.b.mul(row_size, e.int(2))
-    for quarter in range(0, head_size // TILE, 4):
-        for part in range(4):
-            e.tile_zero(part)
+    """outcome[32, H] = probs @ values, two tiles by two."""
+    row_bytes, out_bytes = e.b.mul(row_size, e.int(2)), e.int(4 * head_size)
+    p_tiles = [e.at(probs, I16, e.b.mul(row_size, e.int(part * TILE))) for part in range(2)]
+    for pair in range(0, head_size // TILE, 2):
+        for tile in range(4):
+            e.tile_zero(tile)
         with e.loop(e.int(0), limit, BLOCK) as block:
-            e.tile_load(4, e.at(probs, I16, block.index), row_bytes)
-            tiles = e.at(packed_v, I32, e.b.mul(block.index, e.int(head_size // 2)))
-            for part in range(4):
-                e.tile_load(5, e.at(tiles, I32, e.int((quarter + part) * PAIR_TILE)), e.int(4 * TILE))
-                e.tile_product(part, 4, 5)
-        for part in range(4):
-            e.tile_store(part, e.at(outcome, F32, e.int((quarter + part) * TILE)), e.int(4 * head_size))
+            v_tiles = e.at(packed_v, I32, e.b.mul(block.index, e.int(head_size // 2)))
+            for part in range(2):
+                e.tile_load(4 + part, e.at(p_tiles[part], I16, block.index), row_bytes)
+                e.tile_load(6 + part, e.at(v_tiles, I32, e.int((pair + part) * PAIR_TILE)), e.int(4 * TILE))
+            for tile in range(4):
+                e.tile_product(tile, 4 + tile // 2, 6 + tile % 2)
+        for tile in range(4):
+            place = tile // 2 * TILE * head_size + (pair + tile % 2) * TILE
+            e.tile_store(tile, e.at(outcome, F32, e.int(place)), out_bytes)

@@ -118,6 +118,9 @@ class Emitter:
         self.call(function, F32, ir.Constant(F32, -0.0), x)
         return self.b.call(self.module.globals[function], [ir.Constant(F32, -0.0), x], fastmath=("reassoc",))
 
+    def larger(self, x: Value, y: Value) -> Value:
+        return self.b.select(self.b.fcmp_ordered(">", x, y), x, y)
+
     def greatest(self, x: Value) -> Value:
         return self.call("llvm.vector.reduce.fmax.v16f32", F32, x)
 
@@ -168,16 +171,16 @@ class Emitter:
         return self.b.fmul(y, self.b.bitcast(power, F32S))
 
     def small_exp2(self, x: Value) -> Value:
-        """2^x for x <= 0 to 4e-6, enough for what is rounded to bfloat16; 0 below 2^-126."""
+        """2^x for x <= 0 to 1e-4, enough for what is rounded to bfloat16; no smaller than 2^-126. NaN goes through."""
+        x = self.b.select(self.b.fcmp_ordered("<", x, self.splat(-126.0)), self.splat(-126.0), x)
         # Added to 1.5 * 2^23, a number's integer part lands in the lowest bits.
         shifted = self.b.fadd(x, self.splat(12582912.0))
         r = self.b.fsub(x, self.b.fsub(shifted, self.splat(12582912.0)))
-        y = self.splat(0.009618129107628)
-        for coefficient in (0.0555041086648216, 0.2402265069591007, 0.6931471805599453, 1.0):
+        y = self.splat(0.0551716527)
+        for coefficient in (0.2426111209, 0.6932609885, 0.9999280737):
             y = self.fma(y, r, self.splat(coefficient))
         power = self.b.shl(self.b.bitcast(shifted, I32S), self.ints(23))
-        y = self.b.bitcast(self.b.add(self.b.bitcast(y, I32S), power), F32S)
-        return self.b.select(self.b.fcmp_ordered("<", x, self.splat(-126.0)), self.splat(0.0), y)
+        return self.b.bitcast(self.b.add(self.b.bitcast(y, I32S), power), F32S)
 
     def store_small(self, pointer: Value, index: Value, value: Pair) -> None:
         """store for numbers within [0, 1]: ties are rounded up and nothing overflows."""

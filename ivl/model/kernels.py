@@ -136,6 +136,7 @@ def attention(q_TNH: torch.Tensor, k_LKH: torch.Tensor, v_LKH: torch.Tensor, *, 
     """Attention of one sequence, [T, N, H]; with causal, the T queries are the last of the L tokens."""
     from ivl.model.kernel_attention import scratch_bytes
 
+    assert _has_amx()  # asks the system for permission, too
     (num_queries, num_heads, size), num_keys = q_TNH.shape, len(k_LKH)
     out_TNH = q_TNH.new_empty(q_TNH.shape)
     room = scratch_bytes(num_keys, size)

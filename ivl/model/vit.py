@@ -11,6 +11,8 @@ from ivl.config import VisionConfig
 from ivl.model.attention import sdpa
 from ivl.model.linear import Linear, RMSNorm, in_chunks
 
+POSITION_STD = 0.1
+"""The reference draws class token and positions from N(0, 1), which drowns the patches of a ViT that is small or untrained."""
 CHUNK_TILES = 1
 """Tiles encoded together at inference on a CPU: one has rows enough for fast products."""
 
@@ -129,8 +131,8 @@ class VisionTransformer(nn.Module):
 
     def init_weights(self) -> None:
         """Random initialisation for training from nothing."""
-        nn.init.normal_(self.embeddings.class_token)
-        nn.init.normal_(self.embeddings.positions)
+        nn.init.normal_(self.embeddings.class_token, std=POSITION_STD)
+        nn.init.normal_(self.embeddings.positions, std=POSITION_STD)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.trunc_normal_(module.weight, std=0.02)

@@ -80,6 +80,28 @@ def test_rms_norm_swiglu_and_rotation_are_as_accurate_as_torch() -> None:
     assert error(heads[:, :16], exact) <= 1.01 * error(by_torch, exact) and torch.equal(heads[:, 16:], untouched)
 
 
+@pytest.mark.skipif(not kernels._has_amx(), reason="no matrix tiles on this processor")
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    ("new", "total", "heads", "kv_heads", "size"), [(64, 64, 4, 2, 64), (131, 300, 6, 2, 64), (97, 97, 3, 3, 128)]
+)
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_is_as_accurate_as_torch(new: int, total: int, heads: int, kv_heads: int, size: int, causal: bool) -> None:
+    torch.manual_seed(new)
+    qkv = torch.randn(total, heads + 2 * kv_heads, size).to(BF16)
+    q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
+    q = 3 * q[-new:]
+    mask = torch.ones(new, total, dtype=torch.bool).tril(total - new) if causal else None
+
+    def by_torch(dtype: torch.dtype) -> torch.Tensor:
+        q_, k_, v_ = (x.to(dtype).transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q_, k_, v_, attn_mask=mask, enable_gqa=True)
+        return out.squeeze(0).transpose(0, 1)
+
+    exact = by_torch(torch.float64)
+    assert error(kernels.attention(q, k, v, causal=causal), exact) <= 1.05 * error(by_torch(BF16), exact)
+
+
 @torch.inference_mode()
 def test_extreme_values_stay_what_they_are() -> None:
     gate = torch.tensor([-300.0, -88.0, 0.0, 88.0, 300.0, 3e38, -3e38, float("nan")] * 4).to(BF16)
