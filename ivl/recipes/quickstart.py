@@ -14,7 +14,7 @@ from ivl.errors import InputError
 from ivl.recipes import nano
 from ivl.train.config import TrainConfig
 
-CAPTION_PROMPT = "what does the image contain?"
+COLOUR, SHAPE = "what color is the shape?", "what shape is in the image?"
 STAGES = tuple(nano.RECIPES.values())
 
 
@@ -80,7 +80,7 @@ def prepare(out: Path) -> None:
         by_image.setdefault(row.image, []).append(row)
 
     texts = [text for row in rows for text in (row.question, row.answer, "user", "assistant", "system")]
-    tokenizer = train_tokenizer([*texts, *captions.values(), CAPTION_PROMPT], nano.VOCAB_SIZE)
+    tokenizer = train_tokenizer([*texts, *captions.values()], nano.VOCAB_SIZE)
     if len(tokenizer) != nano.VOCAB_SIZE:
         raise InputError(f"the tokenizer has {len(tokenizer)} tokens, the nano recipe needs {nano.VOCAB_SIZE}")
     tokenizer.save(out / "tokenizer")
@@ -91,7 +91,13 @@ def prepare(out: Path) -> None:
         for image, asked in by_image.items()
     ]
     described = [
-        {"id": Path(image).stem, "image": image, "conversations": turns(f"<image>\n{CAPTION_PROMPT}", text)}
+        {
+            "id": Path(image).stem,
+            "image": image,
+            "conversations": [
+                turns(f"<image>\n{question}", word) for question, word in zip((COLOUR, SHAPE), text.split(), strict=True)
+            ],
+        }
         for image, text in captions.items()
     ]
     in_words = [
