@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ivl.config import VisionConfig
-from ivl.model.attention import sdpa
+from ivl.model.attention import attend_all
 from ivl.model.linear import Linear, RMSNorm, in_chunks
 
 POSITION_STD = 0.1
@@ -71,8 +71,8 @@ class VisionAttention(nn.Module):
     def forward(self, x_GPD: torch.Tensor) -> torch.Tensor:
         q, k, v = self.qkv(x_GPD).chunk(3, dim=-1)
         q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v))
-        return self.out(sdpa(q, k, v).transpose(1, 2).flatten(2))
+        heads = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k, v))
+        return self.out(attend_all(*heads).flatten(2))
 
 
 class VisionLayer(nn.Module):
