@@ -14,8 +14,12 @@ from ivl.data.config import DataConfig
 from ivl.train.config import OptimConfig, Stage, TrainConfig
 
 RUN = "runs/quickstart"
-VOCAB_SIZE = 376
-"""Of the tokenizer trained on the questions: bytes, frequent pieces, then control tokens and SPECIAL_TOKENS."""
+VOCAB_SIZE = 382
+"""Of the tokenizer trained on the questions: bytes, pieces up to every whole word, control tokens and SPECIAL_TOKENS. An
+answer must be one token: two words that share a piece blur what the warm-up of the ViT is asked for."""
+
+RANKS = 2
+"""Processes that the quickstart trains in. Every step is RANKS packs, one a rank; one process takes them in turn."""
 
 
 def architecture() -> ModelConfig:
@@ -50,7 +54,8 @@ def language() -> TrainConfig:
         tokenizer=f"{RUN}/tokenizer",
         stage=Stage(trainable=("decoder",)),
         optim=OptimConfig(name="muon", lr=2e-3, warmup_ratio=0.1, min_lr_ratio=0.05),
-        data=_data("language", epochs=1, max_tokens=2048),
+        data=_data("language", epochs=1, max_tokens=1024),
+        packs_per_step=RANKS,
         log_every=20,
     )
 
@@ -65,7 +70,8 @@ def vision() -> TrainConfig:
         objective="caption_words",
         flip_tiles=True,
         optim=OptimConfig(name="muon", lr=2e-3, warmup_ratio=0.05, min_lr_ratio=0.05),
-        data=_data("captions", epochs=12, max_tiles=50),
+        data=_data("captions", epochs=16, max_tiles=25),
+        packs_per_step=RANKS,
         log_every=70,
     )
 
@@ -78,7 +84,9 @@ def stage1() -> TrainConfig:
         model=f"{RUN}/2-vision/model",
         stage=Stage(trainable=("projector",)),
         optim=OptimConfig(name="muon", lr=1e-3, warmup_ratio=0.05, min_lr_ratio=0.05),
-        data=_data("questions", epochs=1, max_tokens=4096),
+        data=_data("questions", max_tokens=2048),
+        num_steps=100,
+        packs_per_step=RANKS,
         log_every=50,
     )
 
@@ -91,6 +99,7 @@ def stage15() -> TrainConfig:
         out_dir=f"{RUN}/4-stage1.5",
         model=f"{RUN}/3-stage1/model",
         stage=Stage(trainable=("vision", "projector")),
+        num_steps=340,
     )
 
 
@@ -102,7 +111,7 @@ def stage2() -> TrainConfig:
         out_dir=f"{RUN}/5-stage2",
         model=f"{RUN}/4-stage1.5/model",
         stage=Stage(trainable=("vision", "projector", "decoder")),
-        data=_data("questions", epochs=4, max_tokens=4096),
+        num_steps=700,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -16,6 +17,7 @@ from ivl.train.config import TrainConfig
 
 COLOUR, SHAPE = "what color is the shape?", "what shape is in the image?"
 STAGES = tuple(nano.RECIPES.values())
+RECORD = "stage.json"
 
 
 def main() -> None:
@@ -36,14 +38,12 @@ def quickstart(out: Path) -> dict[str, Any]:
     from ivl.evaluation.run import evaluate, write_report
     from ivl.evaluation.tasks import find
     from ivl.recipes.report import write_page
+    from ivl.train.distributed import spawn
 
     if not (out / "data" / "done").exists():
         prepare(out)
-    stages = []
-    for recipe in STAGES:
-        config = recipe()
-        print(f"\n{config.name}: {(recipe.__doc__ or '').split(': ', 1)[-1]}")
-        stages.append(train_stage(config))
+    spawn(train_stages, (), nano.RANKS)
+    stages = [json.loads((Path(recipe().run_dir) / RECORD).read_text()) for recipe in STAGES]
     shutil.rmtree(out / "model", ignore_errors=True)
     shutil.copytree(Path(STAGES[-1]().run_dir) / "model", out / "model")
 
@@ -119,24 +119,34 @@ def turns(question: str, answer: str) -> list[dict[str, str]]:
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
-def train_stage(config: TrainConfig) -> dict[str, Any]:
-    """Train one stage, or go on with it, or take it as it is when it is done."""
+def train_stages() -> None:
+    """All stages, in every rank."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    for recipe in STAGES:
+        config = recipe()
+        done = (Path(config.run_dir) / RECORD).exists()
+        if is_main:
+            said = f"already trained, in {config.run_dir}" if done else (recipe.__doc__ or "").split(": ", 1)[-1]
+            print(f"\n{config.name}: {said}", flush=True)
+        if not done:
+            train_stage(config, is_main)
+
+
+def train_stage(config: TrainConfig, is_main: bool) -> None:
+    """Train one stage or go on with it, and leave a record of what it took."""
     from ivl.train.run import run
 
-    record = Path(config.run_dir) / "stage.json"
-    if record.exists():
-        print(f"already trained: {config.run_dir}")
-        return json.loads(record.read_text())
     began = time.monotonic()
     if not (Path(config.run_dir) / "model").exists():
         run(config, resume=True)
+    if not is_main:
+        return
     last = json.loads((Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()[-1])
     stage = {
         "name": config.name, "seconds": round(max(time.monotonic() - began, last["seconds"]), 1), "steps": last["step"],
         "tokens": last["total_tokens"], "samples": last["total_samples"], "loss": last["loss"], "run_dir": config.run_dir,
     }  # fmt: skip
-    record.write_text(json.dumps(stage, indent=2))
-    return stage
+    (Path(config.run_dir) / RECORD).write_text(json.dumps(stage, indent=2))
 
 
 def example_image() -> str:

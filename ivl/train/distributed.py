@@ -6,8 +6,12 @@ been run.
 
 from __future__ import annotations
 
+import multiprocessing as mp
+import multiprocessing.connection
 import os
-from collections.abc import Iterable, Iterator
+import socket
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -159,6 +163,49 @@ def start_world(device: str) -> World:
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", rank=rank, world_size=size)
     return World(rank, size, where)
+
+
+def spawn(function: Callable[..., None], args: tuple, num_ranks: int) -> None:
+    """Call function(*args) in num_ranks processes of this machine, which start_world then makes one run.
+
+    For small models on a CPU: their tensors are too small for threads to share, but ranks share the work without loss.
+    The cores are divided among the ranks.
+
+    Raises:
+        InputError: if a rank failed; what went wrong is on its standard error.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    threads = max(1, len(os.sched_getaffinity(0)) // num_ranks) if hasattr(os, "sched_getaffinity") else 1
+    processes = [
+        mp.get_context("spawn").Process(target=_as_rank, args=(rank, num_ranks, port, threads, function, args))
+        for rank in range(num_ranks)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        # A rank that waits for one that has failed would wait for long: the first failure ends all.
+        while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes):
+            mp.connection.wait([p.sentinel for p in processes if p.is_alive()])
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.terminate()
+            process.join()
+    if failed := [rank for rank, p in enumerate(processes) if p.exitcode]:
+        raise InputError(f"rank {failed[0]} of {num_ranks} failed, see above")
+
+
+def _as_rank(rank: int, num_ranks: int, port: int, threads: int, function: Callable[..., None], args: tuple) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(threads)
+    try:
+        function(*args)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def stop_world(world: World) -> None:
