@@ -54,7 +54,7 @@ def language() -> TrainConfig:
         tokenizer=f"{RUN}/tokenizer",
         stage=Stage(trainable=("decoder",)),
         optim=OptimConfig(name="muon", lr=2e-3, warmup_ratio=0.1, min_lr_ratio=0.05),
-        data=_data("language", epochs=1, max_tokens=1024),
+        data=_data("language", epochs=1, max_tokens=1536),
         packs_per_step=RANKS,
         log_every=20,
     )
@@ -70,7 +70,7 @@ def vision() -> TrainConfig:
         objective="caption_words",
         flip_tiles=True,
         optim=OptimConfig(name="muon", lr=2e-3, warmup_ratio=0.05, min_lr_ratio=0.05),
-        data=_data("captions", epochs=16, max_tiles=25),
+        data=_data("captions", epochs=12, max_tiles=25),
         packs_per_step=RANKS,
         log_every=70,
     )
@@ -84,8 +84,8 @@ def stage1() -> TrainConfig:
         model=f"{RUN}/2-vision/model",
         stage=Stage(trainable=("projector",)),
         optim=OptimConfig(name="muon", lr=1e-3, warmup_ratio=0.05, min_lr_ratio=0.05),
-        data=_data("questions", max_tokens=2048),
-        num_steps=100,
+        data=_data("questions", max_tokens=3072),
+        num_steps=80,
         packs_per_step=RANKS,
         log_every=50,
     )
@@ -99,7 +99,7 @@ def stage15() -> TrainConfig:
         out_dir=f"{RUN}/4-stage1.5",
         model=f"{RUN}/3-stage1/model",
         stage=Stage(trainable=("vision", "projector")),
-        num_steps=340,
+        num_steps=240,
     )
 
 
@@ -111,7 +111,7 @@ def stage2() -> TrainConfig:
         out_dir=f"{RUN}/5-stage2",
         model=f"{RUN}/4-stage1.5/model",
         stage=Stage(trainable=("vision", "projector", "decoder")),
-        num_steps=700,
+        num_steps=360,
     )
 
 

@@ -34,6 +34,8 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    owns_group: bool = False
+    """Whether start_world made the process group, so that stop_world ends it; one made before outlives the run."""
 
     @property
     def is_main(self) -> bool:
@@ -160,9 +162,10 @@ def start_world(device: str) -> World:
     where = torch.device("cuda", local) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(where)
-    if size > 1 and not dist.is_initialized():
+    new_group = size > 1 and not dist.is_initialized()
+    if new_group:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", rank=rank, world_size=size)
-    return World(rank, size, where)
+    return World(rank, size, where, new_group)
 
 
 def spawn(function: Callable[..., None], args: tuple, num_ranks: int) -> None:
@@ -201,13 +204,16 @@ def _as_rank(rank: int, num_ranks: int, port: int, threads: int, function: Calla
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(threads)
+    # One group for all runs of the function: a second one at the same address would meet the first one's leftovers.
+    dist.init_process_group("gloo", rank=rank, world_size=num_ranks)
     try:
         function(*args)
     except InputError as error:
         print(error, file=sys.stderr)
         raise SystemExit(1) from None
+    dist.destroy_process_group()
 
 
 def stop_world(world: World) -> None:
-    if world.size > 1 and dist.is_initialized():
+    if world.owns_group:
         dist.destroy_process_group()

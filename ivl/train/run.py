@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -47,7 +47,7 @@ def run(
 ) -> Path:
     """Train and return the directory of the final model, run_dir/model.
 
-    run_dir also gets train.json (the whole configuration), environment.json, metrics.jsonl, checkpoints and, with LoRA,
+    run_dir also gets train.json (the whole configuration), environment.json, data_report.json, metrics.jsonl, checkpoints and, with LoRA,
     adapter/ in PEFT's format; model/ is then the merged model.
 
     Args:
@@ -84,8 +84,7 @@ def run(
             resume=checkpoint,
             num_samples=config.data.epochs * len(loader.mixture) if config.data.epochs else None,
         )  # fmt: skip
-        if loader.report.summary():
-            print(loader.report.summary(), file=sys.stderr)
+        record_data(run_dir, loader, world)
         write_final(model, processor, config, run_dir, world)
         world.barrier()
         return run_dir / "model"
@@ -274,6 +273,14 @@ def record_environment(run_dir: Path, config: TrainConfig, loader: Loader, world
         "data": loader.mixture.fingerprint(), "command": sys.argv,
     }  # fmt: skip
     _write_json(run_dir / "environment.json", environment)
+
+
+def record_data(run_dir: Path, loader: Loader, world: World) -> None:
+    """data_report.json (one a rank, if there are several): packs, tokens, and every row left out, by kind with examples."""
+    name = "data_report.json" if world.size == 1 else f"data_report-{world.rank}.json"
+    _write_json(run_dir / name, asdict(loader.report))
+    if loader.report.summary():
+        print(f"{loader.report.summary()}; see {run_dir / name}", file=sys.stderr)
 
 
 def run_dir_of(path: str | Path) -> Path:

@@ -65,6 +65,24 @@ def test_run_writes_a_model_that_opens_and_says_what_it_did(config):
         run(config)
 
 
+def test_dirty_rows_are_refused_or_counted_by_kind(config):
+    mixture = Path(config.data.mixture)
+    clean = mixture.read_text().splitlines()
+    gone = {"image": "gone.png", "conversations": [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "a"}]}
+    two = gone | {"conversations": [{"from": "human", "value": "<image><image>"}, {"from": "gpt", "value": "a"}]}
+    silent = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": ""}]}
+    bad = [json.dumps(gone), json.dumps(two), json.dumps(silent), "{not json"]
+    mixture.write_text("\n".join([*clean, *bad]) + "\n")
+    one_pass = dataclasses.replace(config, num_steps=None, save_every=0, data=dataclasses.replace(config.data, epochs=1))
+    with pytest.raises(InputError, match=rf"{mixture}:2[5-8]: "):
+        run(one_pass)
+    run(dataclasses.replace(one_pass, data=dataclasses.replace(one_pass.data, on_error="skip")))
+    report = json.loads(Path(config.run_dir, "data_report.json").read_text())
+    assert report["rows"] == {"missing_media": 1, "placeholder_mismatch": 1, "empty_answer": 1, "broken_json": 1}
+    assert report["draws"] == len(clean) + 4 and sum(r["samples"] for r in rows(config)) == len(clean)
+    assert f"{mixture}:28" in report["examples"]["broken_json"][0]
+
+
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=4, dropout=0.1)])
 def test_resume_is_exact(config, tmp_path, lora):
     if lora is not None:
