@@ -31,6 +31,8 @@ class Worker:
     def __init__(self, side: str, task: str, threads: int, decode_steps: int) -> None:
         command = [sys.executable, "-m", "benchmarks.worker", side, task, str(threads), str(decode_steps)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TRANSFORMERS_VERBOSITY": "error"}
+        # ivl asks torch for huge pages when it is imported first; their side must not get that from our import.
+        environment["THP_MEM_ALLOC_ENABLE"] = "0" if side == "theirs" else "1"
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
             cwd=Path(__file__).parents[1],

@@ -16,7 +16,7 @@ from ivl.model.kernel_emitter import F32, F32S, I16, I32, I32S, I64, LANES, TILE
 
 ROW_BLOCK, COLUMN_BLOCK = 4, 4
 """Weight rows and input rows multiplied together: their sums fill half of the vector registers."""
-PREFETCH = 4096
+PREFETCH = 8192
 """Elements ahead."""
 
 

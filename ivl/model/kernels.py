@@ -86,13 +86,14 @@ def _run(name: str, shape: tuple[int, ...], work: int, *arguments: int) -> None:
 
 
 def linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
-    """x @ weight^T + bias for at most MAX_ROWS rows. A row's result does not depend on the other rows."""
+    """x @ weight^T + bias for at most MAX_ROWS rows. One row goes through vectors, which keep up with the memory better;
+    more go through matrix tiles where there are any, and a row's result does not depend on how many they are."""
     x_TI = x.reshape(-1, x.shape[-1])
     (rows, width), out = x_TI.shape, len(weight_OI)
     y_TO = x.new_empty(rows, out)
     bias = 0 if bias_O is None else bias_O.data_ptr()
     name = "linear"
-    if _has_amx():
+    if rows > 1 and _has_amx():
         name, x_TI = "linear_amx", x_TI.contiguous().view(torch.int32).t().contiguous()
     pointers = (x_TI.data_ptr(), weight_OI.data_ptr(), bias, y_TO.data_ptr())
     _run(name, (rows,), out * width, *pointers, width, out, x_TI.stride(0))

@@ -11,6 +11,8 @@ import torch
 
 MAX_LOGITS = 2**26
 """Elements of one chunk of float32 logits (256 MB)."""
+WORDS = 8192
+"""Rows of the head whose gradient is added up at a time."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if hidden_grad_MD is not None:
                     hidden_grad_MD[span] = (grad @ head).to(hidden_MD.dtype)
                 if head_grad_VD is not None:
-                    if dtype == torch.float32:
-                        head_grad_VD.addmm_(grad.T, hidden)
-                    else:
-                        head_grad_VD += grad.T @ hidden
+                    for words in range(0, len(head_VD), WORDS):  # a block's product is added while it is in the caches
+                        head_grad_VD[words : words + WORDS] += grad[:, words : words + WORDS].T @ hidden
         ctx.save_for_backward(hidden_grad_MD, head_grad_VD)
         ctx.head_dtype = head_VD.dtype
         ctx.mark_non_differentiable(ce_M, correct_M)

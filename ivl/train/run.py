@@ -28,6 +28,7 @@ from ivl.processing.tokenizer import Tokenizer
 from ivl.train.config import TrainConfig, differences, from_json, to_json
 from ivl.train.distributed import World, in_step, is_sharded, shard, start_world, stop_world, whole
 from ivl.train.loop import Evaluator, to_device, train
+from ivl.train.memory import keep_freed_memory
 from ivl.train.objectives import OBJECTIVES, Objective
 from ivl.train.stage import apply_stage, check_start, trainable
 from ivl.train.state import clean, is_complete, latest_checkpoint
@@ -47,8 +48,8 @@ def run(
 ) -> Path:
     """Train and return the directory of the final model, run_dir/model.
 
-    run_dir also gets train.json (the whole configuration), environment.json, data_report.json, metrics.jsonl, checkpoints and, with LoRA,
-    adapter/ in PEFT's format; model/ is then the merged model.
+    run_dir also gets train.json (the whole configuration), environment.json, data_report.json, metrics.jsonl, checkpoints
+    and, with LoRA, adapter/ in PEFT's format; model/ is then the merged model.
 
     Args:
         evaluators: given the processor, small evaluations to run during training.
@@ -60,6 +61,7 @@ def run(
     """
     run_dir = Path(config.run_dir)
     objective = OBJECTIVES[config.objective]
+    keep_freed_memory()
     world = start_world(config.device)
     try:
         checkpoint = prepare(config, run_dir, world, resume=resume, allow_changed=allow_changed)
