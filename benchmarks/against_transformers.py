@@ -57,16 +57,40 @@ class Worker:
         self.process.wait()
 
 
-def measure(task: Task, threads: int, repeats: int, decode_steps: int) -> dict[str, Any]:
+Runs = list[dict[str, dict[str, Any]]]
+
+
+def together(task: Task, threads: int, repeats: int, decode_steps: int) -> Runs:
+    """Both sides stay loaded and run by turns."""
     workers: dict[str, Worker] = {}
     try:
         for side in SIDES:  # one after the other: building both at once would need both peaks
             workers[side] = Worker(side, task.name, threads, decode_steps)
             workers[side].answer()
-        runs = [{side: workers[side].run() for side in SIDES} for _ in range(repeats)]
+        return [{side: workers[side].run() for side in SIDES} for _ in range(repeats)]
     finally:
         for worker in workers.values():
             worker.close()
+
+
+def in_turns(task: Task, threads: int, repeats: int, decode_steps: int, runs_each: int = 3) -> Runs:
+    """One side is loaded at a time, for three runs: for tasks whose memory would not hold both."""
+    runs: Runs = []
+    for _ in range(-(-repeats // runs_each)):
+        turn: dict[str, list[dict[str, Any]]] = {}
+        for side in SIDES:
+            worker = Worker(side, task.name, threads, decode_steps)
+            try:
+                worker.answer()
+                turn[side] = [worker.run() for _ in range(runs_each)]
+            finally:
+                worker.close()
+        runs += [{side: turn[side][i] for side in SIDES} for i in range(runs_each)]
+    return runs
+
+
+def measure(task: Task, threads: int, repeats: int, decode_steps: int) -> dict[str, Any]:
+    runs = (in_turns if task.alone else together)(task, threads, repeats, decode_steps)
     result: dict[str, Any] = {"task": task.name, "target": task.target, "unit": task.unit}
     for side in SIDES:
         seconds = [run[side]["seconds"] for run in runs]
