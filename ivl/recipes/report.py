@@ -60,8 +60,9 @@ def curves(stages: list[dict[str, Any]]) -> str:
         right = axis.twinx()
         right.plot(steps, [row["accuracy"] for row in rows], color="#2ca02c", linewidth=0.8)
         right.set_ylim(0, 1.02)
+        if stage is stages[-1]:
+            right.set_ylabel("token accuracy (green)")
     axes[0][0].set_ylabel("training loss (blue)")
-    right.set_ylabel("token accuracy (green)")
     return _png(figure)
 
 

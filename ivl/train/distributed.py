@@ -7,12 +7,12 @@ been run.
 from __future__ import annotations
 
 import multiprocessing as mp
-import multiprocessing.connection
 import os
 import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
 import torch
@@ -190,7 +190,7 @@ def spawn(function: Callable[..., None], args: tuple, num_ranks: int) -> None:
     try:
         # A rank that waits for one that has failed would wait for long: the first failure ends all.
         while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes):
-            mp.connection.wait([p.sentinel for p in processes if p.is_alive()])
+            wait([p.sentinel for p in processes if p.is_alive()])
     finally:
         for process in processes:
             if process.is_alive():
