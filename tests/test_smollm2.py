@@ -105,7 +105,11 @@ def test_composing_leaves_text_and_vit_unchanged(composed, alone: tuple[Decoder,
     assert [processor.tokenizer.id(token) for token in SPECIAL_TOKENS] == list(range(49152, 49161))
     assert model.config.eos_token_ids == (2,)  # <|im_end|>
     ids = words.encode(PROMPT)
-    assert torch.equal(logits(model.decoder, ids)[:, :49152], logits(decoder, ids))
+    old, new = decoder.state_dict(), model.decoder.state_dict()
+    assert old.keys() == new.keys()
+    # Weights are the same bits; sums of a wider product may round otherwise.
+    assert all(torch.equal(new[name][: len(tensor)], tensor) for name, tensor in old.items())
+    assert (logits(model.decoder, ids)[:, :49152] - logits(decoder, ids)).abs().max() <= 1e-4
     assert all(torch.equal(a, b) for a, b in zip(model.vision.parameters(), small.vision.parameters(), strict=True))
 
 

@@ -50,13 +50,14 @@ def stage_table(stages: list[dict[str, Any]]) -> str:
 
 def curves(stages: list[dict[str, Any]]) -> str:
     plt = _pyplot()
-    figure, axes = plt.subplots(1, len(stages), figsize=(3 * len(stages), 2.8), squeeze=False)
+    figure, axes = plt.subplots(1, len(stages), figsize=(3.2 * len(stages), 2.8), squeeze=False, layout="constrained")
     for axis, stage in zip(axes[0], stages, strict=True):
         lines = (Path(stage["run_dir"]) / "metrics.jsonl").read_text().splitlines()
         rows = [row for row in map(json.loads, lines) if "evaluation" not in row]
         steps = [row["step"] for row in rows]
         axis.plot(steps, [max(row["loss"], 1e-5) for row in rows], color="#1f77b4", linewidth=0.8)
         axis.set(title=stage["name"], xlabel="step", yscale="log")
+        axis.tick_params(axis="y", which="minor", labelleft=False)
         right = axis.twinx()
         right.plot(steps, [row["accuracy"] for row in rows], color="#2ca02c", linewidth=0.8)
         right.set_ylim(0, 1.02)

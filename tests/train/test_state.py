@@ -68,34 +68,52 @@ def child(run_dir: Path) -> None:
 def test_killed_twenty_times_is_bit_identical(tmp_path):
     torch.set_num_threads(1)
     session(tmp_path / "whole")
-    run_dir, draw = tmp_path / "killed", random.Random(0)
-    context = multiprocessing.get_context("fork")
-    kills = inside_save = 0
-    while not (run_dir / "done").exists():
-        process = context.Process(target=child, args=(run_dir,))
-        process.start()
-        if kills < KILLS:
-            # Every third kill waits for a save to be under way; the others come at any moment.
-            if kills % 3 == 0:
-                deadline = time.monotonic() + 20
-                while not list(run_dir.glob(".tmp-*")) and process.is_alive() and time.monotonic() < deadline:
-                    time.sleep(0.0005)
-                time.sleep(draw.uniform(0, 0.02))
-            else:
-                time.sleep(draw.uniform(0.02, 0.4))
-            assert process.pid is not None
-            if process.is_alive():
-                os.kill(process.pid, signal.SIGKILL)
-        process.join(60)
-        if process.exitcode == -signal.SIGKILL:
-            kills += 1
-            inside_save += bool(list(run_dir.glob(".tmp-*")))
-        else:
-            assert process.exitcode == 0
-    print(f"{kills} kills, {inside_save} inside a save")
+    draw, runs, kills, inside_save = random.Random(0), [], 0, 0
+    while kills < KILLS:  # a fast machine ends a run before it could be killed that often
+        run_dir = tmp_path / f"killed{len(runs)}"
+        runs.append(run_dir)
+        while not (run_dir / "done").exists():
+            killed = start_and_kill(run_dir, draw, wait_for_save=kills % 3 == 0) if kills < KILLS else start(run_dir)
+            kills += killed
+            inside_save += killed and bool(list(run_dir.glob(".tmp-*")))
+    print(f"{kills} kills in {len(runs)} runs, {inside_save} inside a save")
     assert kills == KILLS and inside_save > 0
-    assert rows(run_dir) == rows(tmp_path / "whole")
-    assert weights_hash(run_dir / "model") == weights_hash(tmp_path / "whole" / "model")
+    for run_dir in runs:
+        assert rows(run_dir) == rows(tmp_path / "whole")
+        assert weights_hash(run_dir / "model") == weights_hash(tmp_path / "whole" / "model")
+
+
+def start(run_dir: Path) -> bool:
+    """Train to the end; whether the process was killed."""
+    return _ended_by_kill(_started(run_dir))
+
+
+def start_and_kill(run_dir: Path, draw: random.Random, *, wait_for_save: bool) -> bool:
+    """Train and kill -9 at a random moment, or in a save; whether the process was still there to be killed."""
+    process = _started(run_dir)
+    if wait_for_save:
+        deadline = time.monotonic() + 20
+        while not list(run_dir.glob(".tmp-*")) and process.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.0005)
+        time.sleep(draw.uniform(0, 0.02))
+    else:
+        time.sleep(draw.uniform(0.02, 0.4))
+    assert process.pid is not None
+    if process.is_alive():
+        os.kill(process.pid, signal.SIGKILL)
+    return _ended_by_kill(process)
+
+
+def _started(run_dir: Path) -> multiprocessing.context.ForkProcess:
+    process = multiprocessing.get_context("fork").Process(target=child, args=(run_dir,))
+    process.start()
+    return process
+
+
+def _ended_by_kill(process: multiprocessing.context.ForkProcess) -> bool:
+    process.join(60)
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode == -signal.SIGKILL
 
 
 def save(run_dir: Path, step: int, keep_last: int = 0, write_model=lambda d: (d / "weights").write_bytes(b"w" * 100)) -> Path:
