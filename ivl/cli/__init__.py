@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import os
@@ -30,7 +31,8 @@ def main() -> None:
 
     args = sys.argv[1:]
     if not args or args[0] in ("-h", "--help"):
-        print(usage())
+        with contextlib.suppress(BrokenPipeError):  # the reader, such as head, has seen enough
+            print(usage(), flush=True)
         raise SystemExit(0 if args else 2)
     if args[0] == "--version":
         from importlib.metadata import version
