@@ -79,11 +79,16 @@ def tiny_directory(path: Path) -> Path:
     torch.manual_seed(1)
     model = VLM(config).eval()
     model.init_weights()
+    enliven(model)
+    save_model(model, path)
+    Processor(config, tokenizer).save(path)
+    return path
+
+
+def enliven(model: VLM) -> None:
+    """Larger weights, so that replies of a random model vary with what it is asked."""
     with torch.no_grad():
         for part in (model.projector, model.decoder):
             for parameter in part.parameters():
                 if parameter.ndim == 2:
                     parameter.mul_(8)
-    save_model(model, path)
-    Processor(config, tokenizer).save(path)
-    return path

@@ -14,7 +14,7 @@ from ivl.inference.engine import Engine, Reply
 from ivl.model.vlm import VLM
 from ivl.types import Conversation, ImageRef, SamplingParams
 from tests.conftest import tiny_config
-from tests.inference.fakes import FakeProcessor, ask, picture
+from tests.inference.fakes import FakeProcessor, ask, enliven, picture
 
 
 @pytest.fixture
@@ -27,11 +27,7 @@ def lively_model() -> VLM:
     torch.manual_seed(0)
     model = VLM(replace(tiny_config(), eos_token_ids=(91, 7, 23))).eval()
     model.init_weights()
-    with torch.no_grad():
-        for part in (model.projector, model.decoder):
-            for parameter in part.parameters():
-                if parameter.ndim == 2:
-                    parameter.mul_(8)
+    enliven(model)
     return model
 
 

@@ -12,7 +12,7 @@ import torch
 from ivl.config import DecoderConfig, Family
 from ivl.errors import InputError
 from ivl.model.checkpoint.gguf_file import GgufFile
-from ivl.model.checkpoint.keymaps import Entry, Names, _entries
+from ivl.model.checkpoint.keymaps import Entry, Names, build_entries
 from ivl.model.decoder import Decoder
 
 _FAMILIES: dict[str, Family] = {"llama": "llama", "qwen2": "qwen2", "internlm2": "internlm2"}
@@ -153,7 +153,7 @@ class Gguf:
     def key_map(self, decoder: Decoder) -> list[Entry]:
         """Entries of the decoder; without an output matrix the head is the embedding matrix (tied models)."""
         names = _NAMES if "output.weight" in self.shapes else {**_NAMES, "head": _NAMES["embeddings"]}
-        return _entries(decoder, names, "", "")
+        return build_entries(decoder, names, "", "")
 
     def vocabulary(self) -> GgufVocabulary:
         """The tokenizer's parts.

@@ -126,12 +126,12 @@ _INTERNLM2: Names = {
 
 def vision_map(vision: VisionTransformer, dialect: Dialect, prefix: str = "", ours: str = "") -> list[Entry]:
     """Entries of InternViT; prefix leads the checkpoint's names ('' for a checkpoint of the ViT alone), ours leads our own."""
-    return _entries(vision, _VISION[dialect], prefix, ours)
+    return build_entries(vision, _VISION[dialect], prefix, ours)
 
 
 def projector_map(projector: nn.Module, dialect: Dialect, prefix: str = "", ours: str = "") -> list[Entry]:
     """Entries of the projector."""
-    return _entries(projector, _PROJECTOR[dialect], prefix, ours)
+    return build_entries(projector, _PROJECTOR[dialect], prefix, ours)
 
 
 def decoder_map(decoder: Decoder, *, internlm2: bool, body: str = "model.", head: str = "", ours: str = "") -> list[Entry]:
@@ -142,7 +142,7 @@ def decoder_map(decoder: Decoder, *, internlm2: bool, body: str = "model.", head
     """
     config = decoder.config
     groups = (config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim)
-    entries = _entries(decoder, _INTERNLM2 if internlm2 else _LLAMA, body, ours, groups if internlm2 else None)
+    entries = build_entries(decoder, _INTERNLM2 if internlm2 else _LLAMA, body, ours, groups if internlm2 else None)
     return [_move(entry, body, head) if entry.ours == f"{ours}head.weight" else entry for entry in entries]
 
 
@@ -185,7 +185,7 @@ def _move(entry: Entry, body: str, head: str) -> Entry:
     return Entry(entry.ours, tuple(head + name.removeprefix(body) for name in entry.theirs))
 
 
-def _entries(
+def build_entries(
     module: nn.Module, names: Names, prefix: str, ours: str, groups: tuple[int, int, int] | None = None
 ) -> list[Entry]:
     """One entry per parameter of the module; a parameter that no name covers is a KeyError, not a silent gap."""
