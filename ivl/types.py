@@ -9,10 +9,9 @@ U vision tokens per tile, N query heads, K key/value heads, H head size, D width
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -217,9 +216,3 @@ class TextDelta:
     text: str
     token: int | None = None
     finish_reason: Literal["stop", "length"] | None = None
-
-
-class Generator(Protocol):
-    """What evaluation and preference see of any engine, local or remote."""
-
-    def stream(self, prompt: Conversation, params: SamplingParams) -> Iterator[TextDelta]: ...

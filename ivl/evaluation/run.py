@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ivl.errors import InputError
-from ivl.evaluation.task import Example, Task, answers_of
+from ivl.evaluation.task import Example, Task
+from ivl.generators import Generator, answers_of
 from ivl.scoring import wilson
-from ivl.types import Generator
 
 PACKAGES = ("ivl", "torch", "tokenizers", "pillow", "easy-vqa")
 """Versions noted in a report."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
-from ivl.types import Conversation, Generator, SamplingParams
+from ivl.types import Conversation, SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,22 +29,3 @@ class Task(Protocol):
     def score(self, prediction: str, answers: tuple[str, ...]) -> float:
         """From 0 to 1; the metric is the mean over examples."""
         ...
-
-
-class HasText(Protocol):
-    @property
-    def text(self) -> str: ...
-
-
-@runtime_checkable
-class BatchGenerator(Protocol):
-    """A Generator that answers many conversations at once, faster than one after another."""
-
-    def generate(self, conversations: Sequence[Conversation], params: SamplingParams) -> Sequence[HasText]: ...
-
-
-def answers_of(generator: Generator, conversations: Sequence[Conversation], params: SamplingParams) -> list[str]:
-    """The reply to each conversation, in batches if the generator can."""
-    if isinstance(generator, BatchGenerator):
-        return [reply.text for reply in generator.generate(conversations, params)]
-    return ["".join(delta.text for delta in generator.stream(c, params)) for c in conversations]
