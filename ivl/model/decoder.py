@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ivl.config import DecoderConfig
 from ivl.model import kernels
 from ivl.model.attention import attend
 from ivl.model.cache import CacheStep
-from ivl.model.linear import Linear, RMSNorm, in_chunks
+from ivl.model.linear import Linear, RMSNorm, in_chunks, product, swiglu
 from ivl.types import Layout
 
 CHUNK_ROWS = 512
@@ -55,12 +54,14 @@ def rotate(x_TNH: torch.Tensor, factors: Rotary) -> torch.Tensor:
     return x_TNH * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-def swiglu(gate_up_TM: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up, where the rows of gate_up_TM hold gate and up side by side."""
-    if kernels.usable(gate_up_TM) and gate_up_TM.shape[-1] % 64 == 0:
-        return kernels.swiglu(gate_up_TM)
-    gate, up = gate_up_TM.chunk(2, dim=-1)
-    return F.silu(gate) * up
+def decodes_at_once(qkv_TXH: torch.Tensor, layout: Layout, factors: Rotary, num_heads: int, num_kv_heads: int) -> bool:
+    """Whether every sequence has one new token and one kernel turns, stores and attends."""
+    return (
+        layout.num_tokens == len(layout.new_lens)
+        and factors[0].dtype is torch.float32
+        and kernels.usable(qkv_TXH)
+        and kernels.decode_attention_usable(qkv_TXH.shape[-1], num_heads, num_kv_heads)
+    )
 
 
 class DecoderLayer(nn.Module):
@@ -79,14 +80,17 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x_TD: torch.Tensor, factors: Rotary, layout: Layout, cache: CacheStep | None, layer: int) -> torch.Tensor:
         N, K = self.num_heads, self.num_kv_heads
-        qkv_TXH = self.qkv(self.norm1(x_TD)).unflatten(-1, (N + 2 * K, self.head_dim))
-        q_TNH, k_TKH = rotate(qkv_TXH[:, : N + K], factors).split((N, K), dim=1)
-        out_TNH = attend(q_TNH, k_TKH, qkv_TXH[:, N + K :], layout, cache, layer)
-        x_TD = x_TD + self.out(out_TNH.flatten(1))
-        return x_TD + in_chunks(self.mlp, self.norm2(x_TD), CHUNK_ROWS)
+        qkv_TXH = product(self.qkv, x_TD, before=self.norm1).unflatten(-1, (N + 2 * K, self.head_dim))
+        if cache is not None and decodes_at_once(qkv_TXH, layout, factors, N, K):
+            out_TNH = cache.decode(layer, qkv_TXH, *factors)
+        else:
+            q_TNH, k_TKH = rotate(qkv_TXH[:, : N + K], factors).split((N, K), dim=1)
+            out_TNH = attend(q_TNH, k_TKH, qkv_TXH[:, N + K :], layout, cache, layer)
+        x_TD = product(self.out, out_TNH.flatten(1), plus=x_TD)
+        return in_chunks(self.mlp, x_TD, CHUNK_ROWS)
 
     def mlp(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return self.down(swiglu(self.gate_up(x_TD)))
+        return product(self.down, product(self.gate_up, x_TD, before=self.norm2), before=swiglu, plus=x_TD)
 
 
 class Decoder(nn.Module):

@@ -147,6 +147,16 @@ class Emitter:
         bits = self.b.lshr(self.rounded(value), ir.Constant(I32, 16))
         self.b.store(self.b.trunc(bits, I16), pointer)
 
+    def load_one(self, pointer: Value) -> Value:
+        """One bfloat16 as float32."""
+        return self.b.bitcast(self.b.shl(self.b.zext(self.b.load(pointer, typ=I16), I32), ir.Constant(I32, 16)), F32)
+
+    def deinterleaved(self, pointer: Value, index: Value) -> Pair:
+        """Even and odd elements of 32 float32."""
+        low, high = (self.read(F32S, pointer, F32, self.b.add(index, self.int(part))) for part in (0, LANES))
+        evens, odds = (ir.Constant(I32S, list(range(part, 2 * LANES, 2))) for part in (0, 1))
+        return self.b.shuffle_vector(low, high, evens), self.b.shuffle_vector(low, high, odds)
+
     def rounded(self, x: Value) -> Value:
         """Bits of float32 (a vector or one), rounded to nearest even in the upper half. NaN stays NaN."""
         kind = I32S if x.type == F32S else I32

@@ -12,7 +12,8 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 
 from ivl.model.kernel_attention import attention
-from ivl.model.kernel_emitter import F32, F32S, I16, I32, I32S, I64, LANES, TILE, Emitter, Pair, Value
+from ivl.model.kernel_decode import decode_attention
+from ivl.model.kernel_emitter import F32, I16, I32, I64, LANES, TILE, Emitter, Value
 
 ROW_BLOCK, COLUMN_BLOCK = 4, 4
 """Weight rows and input rows multiplied together: their sums fill half of the vector registers."""
@@ -20,10 +21,21 @@ PREFETCH = 8192
 """Elements ahead."""
 
 
-def _linear(e: Emitter, num_columns: int) -> None:
-    """y[c, r] = sum_i x[c, i] w[r, i] + bias[r] for num_columns input rows c."""
+def _linear(e: Emitter, num_columns: int, before: str = "", plus: bool = False) -> None:
+    """y[c, r] = sum_i x[c, i] w[r, i] + bias[r] for num_columns input rows c.
+
+    A single input row may be normalised or gated `before`, by every thread for itself, and something added to the outcome.
+    """
     x, w, y = e.pointer(1), e.pointer(2), e.pointer(4)
     bias_address, width, rows, x_stride = (e.argument(i) for i in (3, 5, 6, 7))
+    if before:
+        prepared = e.b.alloca(I16, size=width)
+        if before == "norm":
+            _norm_row(e, x, e.pointer(8), prepared, width, e.argument(9))
+        else:
+            _swiglu_row(e, x, prepared, width)
+        x = prepared
+    added = e.pointer(10) if plus else None
     ahead = e.smaller(e.b.mul(width, e.int(ROW_BLOCK)), e.int(PREFETCH))
     with e.claimed(rows, ROW_BLOCK) as (start, stop), e.loop(start, stop, ROW_BLOCK) as outer:
         # The last block moves back to end with the last row; rows met twice get the same value twice.
@@ -45,7 +57,10 @@ def _linear(e: Emitter, num_columns: int) -> None:
             biases = [_bias(e, bias_address, row) for row in row_ids]
             for (r, c), s in zip(cells, inner.values, strict=True):
                 index = e.b.add(e.b.mul(rows, e.int(block + c)), row_ids[r])
-                e.store_one(e.at(y, I16, index), e.b.fadd(e.total(s), biases[r]))
+                total = e.b.fadd(e.total(s), biases[r])
+                if added is not None:
+                    total = e.b.fadd(total, e.load_one(e.at(added, I16, row_ids[r])))
+                e.store_one(e.at(y, I16, index), total)
 
 
 def _linear_amx(e: Emitter, num_columns: int) -> None:
@@ -88,27 +103,29 @@ def _bias(e: Emitter, address: Value, row: Value) -> Value:
     """bias[row] as float32, or 0 where there is no bias."""
     given = e.b.icmp_signed("!=", address, e.int(0))
     source = e.b.select(given, e.b.add(address, e.b.mul(row, e.int(2))), e.b.ptrtoint(e.function.args[0], I64))
-    half = e.b.load(e.b.inttoptr(source, I16.as_pointer()), typ=I16)
-    bits = e.b.shl(e.b.zext(half, I32), ir.Constant(I32, 16))
-    return e.b.select(given, e.b.bitcast(bits, F32), ir.Constant(F32, 0.0))
+    return e.b.select(given, e.load_one(e.b.inttoptr(source, I16.as_pointer())), ir.Constant(F32, 0.0))
 
 
 def _rms_norm(e: Emitter) -> None:
     x, weight, y = (e.pointer(i) for i in (1, 2, 3))
     rows, width, stride = (e.argument(i) for i in (4, 5, 6))
-    eps = e.b.bitcast(e.b.trunc(e.argument(7), I32), F32)
     with e.claimed(rows, 1) as (start, stop), e.loop(start, stop, 1) as row:
         x_row, y_row = e.at(x, I16, e.b.mul(row.index, stride)), e.at(y, I16, e.b.mul(row.index, width))
-        with e.loop(e.int(0), width, 2 * LANES, e.splat(0.0), e.splat(0.0)) as squares:
-            pair = e.load(x_row, squares.index)
-            squares.carry([e.fma(p, p, s) for p, s in zip(pair, squares.values, strict=True)])
-        mean = e.b.fdiv(e.total(e.b.fadd(*squares.values)), e.b.sitofp(width, F32))
-        root = e.call("llvm.sqrt.f32", F32, e.b.fadd(mean, eps))
-        scale = e.splat(e.b.fdiv(ir.Constant(F32, 1.0), root))
-        with e.loop(e.int(0), width, 2 * LANES) as column:
-            pair, weights = e.load(x_row, column.index), e.load(weight, column.index)
-            even, odd = (e.b.fmul(e.b.fmul(p, scale), w) for p, w in zip(pair, weights, strict=True))
-            e.store(y_row, column.index, (even, odd))
+        _norm_row(e, x_row, weight, y_row, width, e.argument(7))
+
+
+def _norm_row(e: Emitter, x_row: Value, weight: Value, y_row: Value, width: Value, eps_bits: Value) -> None:
+    eps = e.b.bitcast(e.b.trunc(eps_bits, I32), F32)
+    with e.loop(e.int(0), width, 2 * LANES, e.splat(0.0), e.splat(0.0)) as squares:
+        pair = e.load(x_row, squares.index)
+        squares.carry([e.fma(p, p, s) for p, s in zip(pair, squares.values, strict=True)])
+    mean = e.b.fdiv(e.total(e.b.fadd(*squares.values)), e.b.sitofp(width, F32))
+    root = e.call("llvm.sqrt.f32", F32, e.b.fadd(mean, eps))
+    scale = e.splat(e.b.fdiv(ir.Constant(F32, 1.0), root))
+    with e.loop(e.int(0), width, 2 * LANES) as column:
+        pair, weights = e.load(x_row, column.index), e.load(weight, column.index)
+        even, odd = (e.b.fmul(e.b.fmul(p, scale), w) for p, w in zip(pair, weights, strict=True))
+        e.store(y_row, column.index, (even, odd))
 
 
 def _swiglu(e: Emitter) -> None:
@@ -116,13 +133,17 @@ def _swiglu(e: Emitter) -> None:
     rows, width, stride = (e.argument(i) for i in (3, 4, 5))
     with e.claimed(rows, 1) as (start, stop), e.loop(start, stop, 1) as row:
         gate_row, y_row = e.at(x, I16, e.b.mul(row.index, stride)), e.at(y, I16, e.b.mul(row.index, width))
-        up_row = e.at(gate_row, I16, width)
-        with e.loop(e.int(0), width, 2 * LANES) as column:
-            gates, ups = e.load(gate_row, column.index), e.load(up_row, column.index)
-            even, odd = (
-                e.b.fdiv(e.b.fmul(g, u), e.b.fadd(e.splat(1.0), e.exp(e.b.fneg(g)))) for g, u in zip(gates, ups, strict=True)
-            )
-            e.store(y_row, column.index, (even, odd))
+        _swiglu_row(e, gate_row, y_row, width)
+
+
+def _swiglu_row(e: Emitter, gate_row: Value, y_row: Value, width: Value) -> None:
+    up_row = e.at(gate_row, I16, width)
+    with e.loop(e.int(0), width, 2 * LANES) as column:
+        gates, ups = e.load(gate_row, column.index), e.load(up_row, column.index)
+        even, odd = (
+            e.b.fdiv(e.b.fmul(g, u), e.b.fadd(e.splat(1.0), e.exp(e.b.fneg(g)))) for g, u in zip(gates, ups, strict=True)
+        )
+        e.store(y_row, column.index, (even, odd))
 
 
 def _rotate(e: Emitter) -> None:
@@ -136,22 +157,12 @@ def _rotate(e: Emitter) -> None:
             other = e.b.add(column.index, half)
             firsts, seconds = e.load(row, column.index), e.load(row, other)
             place = e.b.add(factors, column.index)
-            coss, sins = _deinterleaved(e, cos, place), _deinterleaved(e, sin, place)
+            coss, sins = e.deinterleaved(cos, place), e.deinterleaved(sin, place)
             turned = []
             for first, second, c, s in zip(firsts, seconds, coss, sins, strict=True):
                 turned.append((e.fma(first, c, e.b.fneg(e.b.fmul(second, s))), e.fma(second, c, e.b.fmul(first, s))))
             e.store(row, column.index, (turned[0][0], turned[1][0]))
             e.store(row, other, (turned[0][1], turned[1][1]))
-
-
-def _deinterleaved(e: Emitter, pointer: Value, index: Value) -> Pair:
-    """Even and odd elements of 32 float32."""
-    low, high = (
-        e.b.load(e.b.bitcast(e.at(pointer, F32, e.b.add(index, e.int(part))), F32S.as_pointer()), typ=F32S, align=4)
-        for part in (0, LANES)
-    )
-    evens, odds = (ir.Constant(I32S, list(range(part, 2 * LANES, 2))) for part in (0, 1))
-    return e.b.shuffle_vector(low, high, evens), e.b.shuffle_vector(low, high, odds)
 
 
 KERNELS: dict[str, Callable[..., None]] = {
@@ -161,6 +172,7 @@ KERNELS: dict[str, Callable[..., None]] = {
     "swiglu": _swiglu,
     "rotate": _rotate,
     "attention": attention,
+    "decode_attention": decode_attention,
 }
 _compiling = threading.Lock()
 _engines: list[llvm.ExecutionEngine] = []  # own the machine code; it lives as long as the process
@@ -175,7 +187,7 @@ def has_amx() -> bool:
     return ctypes.CDLL(None).syscall(158, request_permission, tile_data) == 0  # arch_prctl
 
 
-def compile_kernel(name: str, *shape: int) -> int:
+def compile_kernel(name: str, *shape: int | str) -> int:
     """Machine address of the named kernel, specialised to the given shape."""
     with _compiling:
         llvm.initialize_native_target()

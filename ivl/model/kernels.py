@@ -21,6 +21,8 @@ MIN_OUT = 32
 """Fewest output features of a linear kernel."""
 MIN_QUERIES, MAX_KEYS = 64, 16384
 """Where the attention kernel pays: fewer queries read keys more than they compute, more keys outgrow the caches."""
+MAX_GROUP = 16
+"""Query heads of one key head that the decoding kernel is unrolled for."""
 GRAIN = 32768
 """Elements of work below which a second thread costs more than it brings."""
 
@@ -41,7 +43,7 @@ def _parallel() -> Callable[[int, int, int, int], None] | None:
 
 
 @cache
-def _address(name: str, *shape: int) -> int | None:
+def _address(name: str, *shape: int | str) -> int | None:
     """Machine address of a kernel specialised to a shape, or None where kernels cannot be built."""
     if os.environ.get("IVL_KERNELS") == "0" or _parallel() is None:
         return None
@@ -72,7 +74,7 @@ def usable(x: torch.Tensor, weight: torch.Tensor | None = None) -> bool:
     )
 
 
-def _run(name: str, shape: tuple[int, ...], work: int, *arguments: int) -> None:
+def _run(name: str, shape: tuple[int | str, ...], work: int, *arguments: int) -> None:
     """Call a kernel with 64-bit arguments. Argument 0 is added: the counter from which threads claim their share."""
     address = _address(name, *shape)
     assert address is not None
@@ -85,28 +87,48 @@ def _run(name: str, shape: tuple[int, ...], work: int, *arguments: int) -> None:
         _KernelPointer(address)(ctypes.addressof(packed))
 
 
-def linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
+def linear(
+    x: torch.Tensor,
+    weight_OI: torch.Tensor,
+    bias_O: torch.Tensor | None,
+    *,
+    norm: tuple[torch.Tensor, float] | None = None,
+    gated: bool = False,
+    plus: torch.Tensor | None = None,
+) -> torch.Tensor:
     """x @ weight^T + bias for at most MAX_ROWS rows. One row goes through vectors, which keep up with the memory better;
-    more go through matrix tiles where there are any, and a row's result does not depend on how many they are."""
+    more go through matrix tiles where there are any, and a row's result does not depend on how many they are.
+
+    A single row may pass an RMS norm (weight, eps) or a SwiGLU gate before, and have `plus` added after, at no cost.
+    """
     x_TI = x.reshape(-1, x.shape[-1])
-    (rows, width), out = x_TI.shape, len(weight_OI)
+    rows, (out, width) = len(x_TI), weight_OI.shape
     y_TO = x.new_empty(rows, out)
     bias = 0 if bias_O is None else bias_O.data_ptr()
-    name = "linear"
+    name, shape = "linear", (rows,)
     if rows > 1 and _has_amx():
         name, x_TI = "linear_amx", x_TI.contiguous().view(torch.int32).t().contiguous()
+    elif norm is not None or gated or plus is not None:
+        shape = (rows, "norm" if norm is not None else "gate" if gated else "", plus is not None)
+    norm_pointer, eps = (0, 0) if norm is None else (norm[0].data_ptr(), _bits(norm[1]))
+    extra = (norm_pointer, eps, 0 if plus is None else plus.data_ptr())
     pointers = (x_TI.data_ptr(), weight_OI.data_ptr(), bias, y_TO.data_ptr())
-    _run(name, (rows,), out * width, *pointers, width, out, x_TI.stride(0))
+    _run(name, shape, out * width, *pointers, width, out, x_TI.stride(0), *extra)
     return y_TO.view(*x.shape[:-1], out)
+
+
+@cache
+def _bits(number: float) -> int:
+    """The bits of a float32."""
+    return ctypes.c_int32.from_buffer(ctypes.c_float(number)).value
 
 
 def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension; rounded once, at the end."""
     x_TD = x.reshape(-1, x.shape[-1])
     y_TD = x.new_empty(x_TD.shape)
-    eps_bits = ctypes.c_int32.from_buffer(ctypes.c_float(eps)).value
     pointers = (x_TD.data_ptr(), weight_D.data_ptr(), y_TD.data_ptr())
-    _run("rms_norm", (), x.numel(), *pointers, len(x_TD), x.shape[-1], x_TD.stride(0), eps_bits)
+    _run("rms_norm", (), x.numel(), *pointers, len(x_TD), x.shape[-1], x_TD.stride(0), _bits(eps))
     return y_TD.view(x.shape)
 
 
@@ -149,3 +171,37 @@ def attention(q_TNH: torch.Tensor, k_LKH: torch.Tensor, v_LKH: torch.Tensor, *, 
         num_queries, num_keys, num_heads, num_heads // k_LKH.shape[1], *(s for x in tensors for s in x.stride()[:2]),
     )  # fmt: skip
     return out_TNH
+
+
+def decode_attention_usable(head_size: int, num_heads: int, num_kv_heads: int) -> bool:
+    return head_size % 64 == 0 and num_heads // num_kv_heads <= MAX_GROUP
+
+
+def decode_attention(
+    qkv_SXH: torch.Tensor,
+    cos_S1H: torch.Tensor,
+    sin_S1H: torch.Tensor,
+    keys_LKH: torch.Tensor,
+    values_LKH: torch.Tensor,
+    table_SB: torch.Tensor,
+    past_S: torch.Tensor,
+    block_size: int,
+    longest: int,
+) -> torch.Tensor:
+    """One new token per sequence: queries and keys are turned to their positions, keys and values written to the paged
+    cache, and attention taken over all of it. Positions count up to `longest`. Returns out_SNH."""
+    from ivl.model.kernel_decode import scratch_bytes
+
+    num_seqs, num_all, size = qkv_SXH.shape
+    num_kv_heads = keys_LKH.shape[1]
+    num_heads = num_all - 2 * num_kv_heads
+    group = num_heads // num_kv_heads
+    out_SNH = qkv_SXH.new_empty(num_seqs, num_heads, size)
+    room = scratch_bytes(group, size, longest)
+    scratch = torch.empty(torch.get_num_threads() * room, dtype=torch.uint8)
+    tensors = (qkv_SXH, cos_S1H, sin_S1H, keys_LKH, values_LKH, out_SNH, table_SB, past_S)
+    _run(
+        "decode_attention", (size, group, block_size), num_seqs * num_all * longest * size, 0, scratch.data_ptr(), room,
+        *(x.data_ptr() for x in tensors), num_seqs, num_kv_heads, qkv_SXH.stride(0), table_SB.stride(0),
+    )  # fmt: skip
+    return out_SNH

@@ -54,6 +54,31 @@ class RMSNorm(nn.RMSNorm):
         return super().forward(x)
 
 
+def swiglu(gate_up_TM: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, where the rows of gate_up_TM hold gate and up side by side."""
+    if kernels.usable(gate_up_TM) and gate_up_TM.shape[-1] % 64 == 0:
+        return kernels.swiglu(gate_up_TM)
+    gate, up = gate_up_TM.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def product(
+    layer: nn.Module,
+    x_TI: torch.Tensor,
+    *,
+    before: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    plus: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """layer(before(x)) + plus, where `before` is an RMSNorm or swiglu. A single token of bfloat16 at inference on a CPU is
+    one kernel: what is done around the product would cost more in calls than in work."""
+    if len(x_TI) == 1 and type(layer) is Linear and kernels.usable(x_TI, layer.weight) and layer.in_features % 32 == 0:
+        norm = (before.weight, before.eps) if isinstance(before, RMSNorm) and before.eps is not None else None
+        if (norm or before in (None, swiglu)) and layer.out_features >= kernels.MIN_OUT:
+            return kernels.linear(x_TI, layer.weight, layer.bias, norm=norm, gated=before is swiglu, plus=plus)
+    y_TO = layer(x_TI if before is None else before(x_TI))
+    return y_TO if plus is None else plus + y_TO
+
+
 def in_chunks(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, size: int) -> torch.Tensor:
     """function(x), at inference on a CPU by chunks of the first dimension: what is wide inside it then stays in the
     caches and is allocated from memory at hand; fresh pages from the system cost more than the products."""

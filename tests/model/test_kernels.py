@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from ivl.model import kernels
 from ivl.model.cache import PagedCache, Sequence
-from ivl.model.decoder import rotate, swiglu
-from ivl.model.linear import Linear, RMSNorm
+from ivl.model.decoder import rotary, rotate
+from ivl.model.linear import Linear, RMSNorm, product, swiglu
 from ivl.model.vlm import VLM
 from tests.conftest import tiny_config
 
@@ -103,6 +105,51 @@ def test_attention_is_as_accurate_as_torch(new: int, total: int, heads: int, kv_
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize(("size", "heads", "kv_heads"), [(64, 14, 2), (64, 4, 4), (128, 16, 8), (128, 10, 1)])
+def test_decoding_writes_the_cache_and_attends_to_it(size: int, heads: int, kv_heads: int) -> None:
+    torch.manual_seed(size)
+    config = replace(tiny_config().decoder, num_heads=heads, num_kv_heads=kv_heads, head_dim=size)
+    lens = (20, 3, 70, 1, 16)
+    cache = PagedCache(config, num_tokens=1024, block_size=16, dtype=BF16)
+    sequences = [Sequence() for _ in lens]
+    cache.step(sequences, lens)
+    step = cache.step(sequences, (1,) * len(lens))
+    cache.keys.normal_(std=2)
+    cache.values.normal_()
+    qkv = torch.randn(len(lens), heads + 2 * kv_heads, size).to(BF16)
+    factors = rotary(config, step.layout, torch.device("cpu"), torch.float32)
+    out = step.decode(1, qkv.clone(), *factors)
+    keys, values = cache.keys.clone(), cache.values.clone()
+    q, k = rotate(qkv.clone()[:, : heads + kv_heads], factors).split((heads, kv_heads), dim=1)
+    step.write(1, k, qkv[:, heads + kv_heads :])
+    assert torch.equal(cache.keys, keys) and torch.equal(cache.values, values)
+    precise = rotate(qkv.double()[:, :heads], tuple(factor.double() for factor in factors))
+    for seq in range(len(lens)):
+
+        def by_torch(q: torch.Tensor, seq: int = seq) -> torch.Tensor:
+            k, v = (x.to(q.dtype).transpose(0, 1).unsqueeze(0) for x in step.read(1, seq))
+            return F.scaled_dot_product_attention(q[seq, :, None].unsqueeze(0), k, v, enable_gqa=True)[0, :, 0]
+
+        exact = by_torch(precise)
+        assert error(out[seq], exact) <= 1.05 * error(by_torch(q), exact)
+
+
+@torch.inference_mode()
+def test_what_goes_round_a_product_may_go_into_it() -> None:
+    torch.manual_seed(0)
+    norm, up, down = RMSNorm(64, eps=1e-6).to(BF16), Linear(64, 192, bias=True).to(BF16), Linear(96, 64, bias=False).to(BF16)
+    for tensor in (norm.weight, up.weight, up.bias, down.weight):
+        tensor.normal_()
+    x = torch.randn(1, 64).to(BF16)
+    fused = product(down, product(up, x, before=norm), before=swiglu, plus=x)
+    pieces = x + down(swiglu(up(norm(x))))
+    x_, up_ = x.double(), up.weight.double()
+    gate_up = F.linear(F.rms_norm(x_, (64,), norm.weight.double(), 1e-6), up_, up.bias.double())
+    exact = x_ + F.linear(F.silu(gate_up[:, :96]) * gate_up[:, 96:], down.weight.double())
+    assert error(fused, exact) <= 1.2 * error(pieces, exact)
+
+
+@torch.inference_mode()
 def test_extreme_values_stay_what_they_are() -> None:
     gate = torch.tensor([-300.0, -88.0, 0.0, 88.0, 300.0, 3e38, -3e38, float("nan")] * 4).to(BF16)
     gate_up = torch.cat([gate, torch.ones_like(gate)]).unsqueeze(0)
@@ -134,8 +181,6 @@ def test_gradients_are_those_of_the_formulas() -> None:
 
 @torch.inference_mode()
 def test_a_bfloat16_model_prefills_and_decodes_as_in_one_pass() -> None:
-    from dataclasses import replace
-
     config = tiny_config()
     decoder = replace(config.decoder, width=64, mlp_width=96, num_heads=4, num_kv_heads=2, head_dim=64)
     torch.manual_seed(0)
