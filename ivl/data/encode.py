@@ -189,6 +189,11 @@ _encoder: Encoder | None = None
 def _start_worker(encoder: Encoder, parent: int) -> None:
     global _encoder
     _encoder = encoder
+    settle(parent)
+
+
+def settle(parent: int) -> None:
+    """Make a worker process quiet: one thread, deaf to Ctrl-C, gone when its parent is."""
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not survive the fork
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
