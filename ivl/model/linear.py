@@ -38,9 +38,12 @@ class Linear(nn.Linear):
 
 def linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
     """x @ weight^T + bias: a few rows of bfloat16 at inference on a CPU by our kernel, everything else by torch."""
-    few_rows = x.numel() <= kernels.MAX_ROWS * x.shape[-1]
-    if few_rows and kernels.usable(x, weight_OI) and len(weight_OI) >= kernels.MIN_OUT:
-        return kernels.linear(x, weight_OI, bias_O)
+    if kernels.usable(x, weight_OI):
+        if x.numel() <= kernels.MAX_ROWS * x.shape[-1] and len(weight_OI) >= kernels.MIN_OUT:
+            return kernels.linear(x, weight_OI, bias_O)
+        if bias_O is not None and torch.backends.mkldnn.is_available():
+            # F.linear writes the bias over the whole outcome first; this adds it within the product.
+            return torch.ops.mkldnn._linear_pointwise(x, weight_OI, bias_O, "none", [], "")
     return F.linear(x, weight_OI, bias_O)
 
 

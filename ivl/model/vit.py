@@ -9,12 +9,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ivl.config import VisionConfig
 from ivl.model.attention import attend_all
-from ivl.model.linear import Linear, RMSNorm, in_chunks
+from ivl.model.linear import Linear, RMSNorm
 
 POSITION_STD = 0.1
 """The reference draws class token and positions from N(0, 1), which drowns the patches of a ViT that is small or untrained."""
-CHUNK_TILES = 1
-"""Tiles encoded together at inference on a CPU: one has rows enough for fast products."""
 
 
 def make_norm(config: VisionConfig) -> nn.Module:
@@ -118,9 +116,6 @@ class VisionTransformer(nn.Module):
         select_layer counts hidden states from the embedding output (0); negative from the last layer's output (-1).
         """
         depth = select_layer % (self.config.num_layers + 1)
-        return in_chunks(lambda pixels: self.run(pixels, depth), pixels_GCYX, CHUNK_TILES)
-
-    def run(self, pixels_GCYX: torch.Tensor, depth: int) -> torch.Tensor:
         x_GPD = self.embeddings(pixels_GCYX)
         for layer in self.layers[:depth]:
             if self.checkpointing and torch.is_grad_enabled():
