@@ -81,7 +81,8 @@ def render(
 
     num_tiles has one entry per medium in order: tiles of an image, or frames of a video (one tile each).
     system_message overrides the template's default ('' for none); a system turn of the conversation overrides both.
-    With reply the ids end where the assistant begins to speak; without it they end with the last turn.
+    With reply the ids end where the assistant begins to speak, or goes on where the last turn is its own, unfinished one;
+    without it they end with the last turn.
 
     Raises:
         InputError: for turns out of order, an empty reply, media outside user turns, or a wrong number of entries in num_tiles.
@@ -104,6 +105,8 @@ def render(
         if turn.role == "assistant":
             out.add(tokenizer.encode(opening))
             out.add(_continue(opening, turn.text, tokenizer), trained=True)
+            if reply and turn is turns[-1]:
+                return out
             out.add([tokenizer.id(form.end)], trained=True)
         else:
             out.add(_body(opening, turn.content, counts, tokenizer, tokens_per_tile))
@@ -204,8 +207,6 @@ def check(conversation: Conversation, num_tiles: Sequence[int], *, reply: bool) 
         if message.role == "assistant" and not message.text.strip():
             raise InputError(f"turn {number} is an empty reply")
         expected = "assistant" if message.role == "user" else "user"
-    if reply and conversation[-1].role != "user":
-        raise InputError(f"a prompt must end with a user turn, got {conversation[-1].role}")
     media = [(m.role, part) for m in conversation for part in m.content if not isinstance(part, Text)]
     if wrong := [role for role, _ in media if role != "user"]:
         raise InputError(f"images and videos belong in user turns, found one in a turn of {wrong[0]}")

@@ -87,7 +87,7 @@ class Processor:
         files.write(Path(directory), self.config, self.tokenizer, self.tiling)
 
     def prompt(self, conversation: Conversation, *, root: str = "", num_frames: int = 8) -> Prompt:
-        """Tokens up to the assistant's next reply, and the tiles they show.
+        """Tokens up to the assistant's next reply, and the tiles they show. A last turn of the assistant is to be continued.
 
         num_frames is for videos that do not say; their frames are evenly spaced (spec 2.4).
 

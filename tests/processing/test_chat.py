@@ -164,6 +164,11 @@ def test_wrong_conversations(conversation, tiles, problem):
         render(conversation, tiles, TOKENIZER)
 
 
-def test_a_prompt_ends_with_a_question():
-    with pytest.raises(InputError, match="must end with a user turn"):
-        render((user("Q"), says("A")), [], TOKENIZER, reply=True)
+def test_an_unfinished_reply_is_continued():
+    question, reply = user("How many?"), "one two three four"
+    whole = render((question, says(reply)), [], TOKENIZER).ids
+    for words in range(1, 5):
+        begun = " ".join(reply.split()[:words])
+        prompt = render((question, says(begun)), [], TOKENIZER, reply=True).ids
+        assert written((question, says(begun)), reply=True).endswith(f"assistant\n{begun}")
+        assert words < 4 or whole[: len(prompt)] == prompt
