@@ -13,9 +13,11 @@ class DataConfig:
     """A mixture of data sets, and how its rows become packs."""
 
     mixture: str
-    """A meta JSON naming several data sets (spec 3.1), or one .jsonl or .json file of rows."""
+    """A meta JSON naming several data sets (spec 3.1), or one file or folder of rows."""
     root: str | None = None
     """Folder of relative media paths when `mixture` is a file of rows; None is the file's own folder."""
+    format: str | None = None
+    """How the rows are read when `mixture` is a file of rows, such as parquet or sharegpt; None looks."""
     max_tokens: int = 8192
     """Tokens of a pack."""
     max_tiles: int = 48

@@ -86,7 +86,8 @@ class Loader:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not one of {world_size}")
         self.config, self.rank, self.world_size = config, rank, world_size
-        self.mixture = Mixture(load_mixture(config.mixture, root=config.root), seed=seed, shuffle=config.shuffle)
+        specs = load_mixture(config.mixture, root=config.root, format=config.format)
+        self.mixture = Mixture(specs, seed=seed, shuffle=config.shuffle)
         self.report = Report()
         self._encoder = Encoder(config, self.mixture, processor)
         self._cache = Cache(config.cache_samples)

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ivl.data.records import to_record
-from ivl.data.rows import Rows
+from ivl.data.rows import FORMATS, container_of, open_rows
 from ivl.errors import InputError
 from ivl.types import Record
 
@@ -24,7 +23,7 @@ class DatasetSpec:
 
     name: str
     annotation: str
-    """A .jsonl or .json file of rows."""
+    """A file or folder of rows: jsonl, JSON, parquet, arrow or tar."""
     root: str = ""
     """Folder that relative media paths start from."""
     data_augment: bool = False
@@ -35,6 +34,8 @@ class DatasetSpec:
     """Draws per row and epoch, in (0, 4]; a fraction is a seeded random subset, the same in every epoch."""
     length: int | None = None
     """For information only."""
+    format: str | None = None
+    """How the rows are read, one of ivl.data.rows.FORMATS; None looks."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.annotation, str) or not self.annotation or not isinstance(self.root, str):
@@ -47,23 +48,27 @@ class DatasetSpec:
         repeat = self.repeat_time
         if isinstance(repeat, bool) or not isinstance(repeat, int | float) or not 0 < repeat <= 4:
             raise InputError(f"dataset {self.name!r}: repeat_time must be in (0, 4], got {repeat!r}")
+        if self.format is not None and self.format not in FORMATS:
+            raise InputError(f"dataset {self.name!r}: format must be one of {', '.join(FORMATS)}, got {self.format!r}")
 
 
-def load_mixture(path: str | Path, *, root: str | None = None) -> tuple[DatasetSpec, ...]:
-    """Read a meta JSON, or take one file of rows as a mixture of itself.
+def load_mixture(path: str | Path, *, root: str | None = None, format: str | None = None) -> tuple[DatasetSpec, ...]:
+    """Read a meta JSON, or take one file or folder of rows as a mixture of itself.
 
     Relative annotation and root paths are taken from the meta file's folder where they exist there, else from the working
-    folder. `root` is for a file of rows only; None is the file's folder.
+    folder. `root` and `format` are for rows only; None is the file's folder, and to look.
 
     Raises:
         InputError: naming the file, the entry and the key.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; a mixture is a meta JSON or a .jsonl or .json file of rows")
-    meta = None if path.suffix == ".jsonl" else _read_meta(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file; a mixture is a meta JSON or a file or folder of rows")
+    rows = format is not None or path.is_dir() or path.suffix == ".jsonl" or container_of(path) not in ("json", "jsonl")
+    meta = None if rows else _read_meta(path)
     if meta is None:
-        return (DatasetSpec(name=path.stem, annotation=str(path), root=str(path.parent) if root is None else root),)
+        folder = str(path if path.is_dir() else path.parent)
+        return (DatasetSpec(name=path.stem, annotation=str(path), root=folder if root is None else root, format=format),)
     if root is not None:
         raise InputError(f"{path}: is a meta JSON, whose entries have a root each; root {root!r} cannot be given beside it")
     if not meta:
@@ -85,7 +90,7 @@ def _read_meta(path: Path) -> dict[str, Any] | None:
         if "Extra data" in str(error):
             return None  # jsonl under another name
         raise InputError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(meta, dict) or "conversations" in meta or "messages" in meta:
+    if not isinstance(meta, dict) or any(key in meta for key in ("conversations", "messages", "texts")):
         return None
     return meta
 
@@ -131,7 +136,7 @@ class Mixture:
 
     def __init__(self, specs: tuple[DatasetSpec, ...], *, seed: int, shuffle: bool = True) -> None:
         self.specs, self.seed, self.shuffle = specs, seed, shuffle
-        self.files = [Rows(spec.annotation) for spec in specs]
+        self.files = [open_rows(spec.annotation, format=spec.format) for spec in specs]
         counts = [_num_draws(len(rows), spec) for rows, spec in zip(self.files, specs, strict=True)]
         self._ends = np.cumsum(counts)
         self._subsets = [Permutation(len(rows), seed, 1, index) for index, rows in enumerate(self.files)]
@@ -181,7 +186,7 @@ class Mixture:
             DataError: if the row is not what it should be.
         """
         spec, rows = self.specs[dataset], self.files[dataset]
-        return to_record(rows[row], source=rows.source(row), root=Path(spec.root), dataset=spec.name)
+        return rows.record(row, root=Path(spec.root), dataset=spec.name)
 
     def describe(self) -> list[str]:
         """A line for each data set, for the log."""

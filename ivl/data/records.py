@@ -1,53 +1,50 @@
-"""One row of a file -> Record: reference jsonl, LLaVA json, OpenAI messages (spec 3.2). No media is opened here.
+"""One row of a file <-> Record (spec 3.2). No media is opened here.
 
-A row may hold several conversations about the same media, as a list of lists (our extension): they become one Record,
-share tiles and never see each other.
+A row is read by its own keys: turns are under `conversations` (reference, LLaVA, ShareGPT), `messages` (OpenAI, ms-swift,
+LLaMA-Factory) or `texts` (FineVision). A row may hold several conversations about the same media, as a list of lists (our
+extension): they become one Record, share tiles and never see each other.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
-import re
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-from ivl.errors import InputError
-from ivl.types import Conversation, ImageRef, Message, Part, Record, Role, Text, VideoRef
+from ivl.data.layouts import from_record
+from ivl.data.media import RowMedia, Slot
+from ivl.data.problems import DataError, Kind, short
+from ivl.types import Conversation, Message, Part, Record, Role, Text
 
-Kind = Literal[
-    "broken_json", "bad_row", "bad_roles", "empty_answer", "placeholder_mismatch",
-    "missing_media", "undecodable_media", "too_long", "nothing_trained",
-]  # fmt: skip
-"""What can be wrong with a row; the report counts by these."""
+__all__ = ["DataError", "Kind", "Layout", "describe", "from_record", "parse_row", "to_record"]
 
+Layout = Literal["reference", "openai", "sharegpt", "swift", "finevision"]
+"""How a row says its turns and media."""
+
+KEYS: dict[Layout | None, tuple[str, ...]] = {
+    None: ("conversations", "messages", "texts"),
+    "reference": ("conversations",),
+    "openai": ("messages",),
+    "sharegpt": ("conversations", "messages"),
+    "swift": ("messages",),
+    "finevision": ("texts",),
+}
+"""Where the turns of a layout are."""
 ROLES: dict[str, Role] = {
     "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
 }  # fmt: skip
-MARK = re.compile("<image>|<video>")
+REFUSED = {
+    "audio": "audio is not supported", "audios": "audio is not supported", "tools": "tool calls are not supported",
+    "objects": "boxes are not put into the text; write <ref>name</ref><box>[[x1, y1, x2, y2]]</box> there, 0 to 1000",
+}  # fmt: skip
+"""Keys whose content a Record cannot hold; empty ones are fine."""
 
 
-class DataError(InputError):
-    """A bad row. The message starts with `file:line`; `kind` is what the report counts it as."""
-
-    kind: Kind
-
-    def __init__(self, source: str, kind: Kind, problem: str) -> None:
-        super().__init__(f"{source}: {problem}")
-        self.source, self.kind, self.problem = source, kind, problem
-
-    def __reduce__(self) -> tuple[type[DataError], tuple[str, Kind, str]]:
-        return DataError, (self.source, self.kind, self.problem)
-
-
-def to_record(text: bytes, *, source: str, root: Path, dataset: str = "") -> Record:
-    """Read one row. Relative media paths are taken from `root`.
+def parse_row(text: bytes, *, source: str) -> dict[str, Any]:
+    """The JSON object of one row.
 
     Raises:
-        DataError: naming `source` (a `file:line`), for broken JSON, wrong roles, empty answers, or marks and media that do
-            not agree in number.
+        DataError: naming `source`, if it is not valid JSON, not text or no object.
     """
     try:
         row = json.loads(text)
@@ -56,32 +53,152 @@ def to_record(text: bytes, *, source: str, root: Path, dataset: str = "") -> Rec
         raise DataError(source, "broken_json", f"not valid JSON ({error})") from None
     if not isinstance(row, dict):
         raise DataError(source, "bad_row", f"expected an object, got {type(row).__name__}")
-    key = next((key for key in ("conversations", "messages") if key in row), None)
-    if key is None:
-        raise DataError(source, "bad_row", f"neither `conversations` nor `messages` among the keys {sorted(row)}")
-    turns = row[key]
-    if not isinstance(turns, list) or not turns:
-        raise DataError(source, "bad_row", f"`{key}` must be a list of turns, got {_short(turns)}")
-    media = _Media(row, source=source, root=root)
-    nested = turns if isinstance(turns[0], list) else [turns]
+    return row
+
+
+def to_record(
+    row: bytes | dict[str, Any], *, source: str, root: Path, dataset: str = "", layout: Layout | None = None
+) -> Record:
+    """Read one row. Relative media paths are taken from `root`; `layout` forces how the row is read.
+
+    Raises:
+        DataError: naming `source` (a `file:line`), for broken JSON, wrong roles, empty answers, or marks and media that do
+            not agree in number.
+    """
+    if isinstance(row, bytes):
+        row = parse_row(row, source=source)
+    try:
+        return _record(row, source, root, dataset, layout)
+    except RecursionError:
+        raise DataError(source, "bad_row", "nested too deep") from None
+
+
+def _record(row: dict[str, Any], source: str, root: Path, dataset: str, layout: Layout | None) -> Record:
+    for key, why in REFUSED.items():
+        if not _empty(row.get(key)):
+            raise DataError(source, "bad_row", f"`{key}`: {why}")
+    key, nested = _turns(row, layout, source)
+    media = RowMedia(row, source=source, root=root)
+    system = row.get("system")
+    if system is not None and not isinstance(system, str):
+        raise DataError(source, "bad_row", f"`system` must be a string, got {short(system)}")
     return Record(
-        id=source if row.get("id") is None else str(row["id"]),
-        conversations=tuple(_conversation(each, media, source) for each in nested),
+        id=_id(row.get("id"), source),
+        conversations=tuple(_conversation(turns, media, source, system or "", key == "texts") for turns in nested),
         source=source,
         dataset=dataset,
     )
 
 
-def describe(container: Literal["json", "jsonl"], first_row: bytes) -> str:
+def describe(container: str, first_row: bytes | dict[str, Any], layout: Layout | None = None) -> str:
     """The format of a file in a few words, for people. Every row is read by its own keys, whatever the first one has."""
     try:
-        row = json.loads(first_row)
-    except (ValueError, RecursionError):
-        row = None
-    keys = row if isinstance(row, dict) else {}
-    if "conversations" in keys:
-        return "reference jsonl" if container == "jsonl" else "LLaVA json"
-    return f"OpenAI messages {container}" if "messages" in keys else f"{container} of unknown rows"
+        row = parse_row(first_row, source="") if isinstance(first_row, bytes) else first_row
+    except DataError:
+        row = {}
+    listed = any(row.get(key) is not None for key in ("images", "videos", "system"))
+    if layout is not None:
+        words = {"openai": "OpenAI messages", "sharegpt": "ShareGPT", "swift": "ms-swift", "finevision": "FineVision"}
+        return f"{words.get(layout, layout)} {container}, as told"
+    if row.get("conversations") is not None:
+        name = "ShareGPT" if listed else "reference" if container == "jsonl" else "LLaVA"
+        return f"{name} {container}"
+    if row.get("messages") is not None:
+        return f"{'ShareGPT' if listed else 'OpenAI messages'} {container}"
+    return f"FineVision {container}" if row.get("texts") is not None else f"{container} of unknown rows"
+
+
+def _turns(row: dict[str, Any], layout: Layout | None, source: str) -> tuple[str, list[Any]]:
+    """The key that holds the turns, and a list of conversations."""
+    keys = [key for key in KEYS[layout] if row.get(key) is not None]
+    if not keys:
+        wanted = " or ".join(f"`{key}`" for key in KEYS[layout])
+        raise DataError(source, "bad_row", f"no {wanted} among the keys {short(sorted(row), 200)}")
+    if len(keys) > 1 and layout is None:
+        raise DataError(
+            source, "bad_row", f"both {' and '.join(f'`{key}`' for key in keys)}; name the format to say which counts"
+        )
+    turns = row[keys[0]]
+    if isinstance(turns, dict):  # a list of structs that was stored as a struct of lists
+        turns = _transposed(turns)
+    if not isinstance(turns, list) or not turns:
+        raise DataError(source, "bad_row", f"`{keys[0]}` must be a list of turns, got {short(turns)}")
+    return keys[0], turns if isinstance(turns[0], list) else [turns]
+
+
+def _transposed(columns: dict[str, Any]) -> Any:
+    lists = list(columns.values())
+    if not lists or not all(isinstance(each, list) and len(each) == len(lists[0]) for each in lists):
+        return columns
+    return [dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True)]
+
+
+def _id(value: Any, source: str) -> str:
+    if value is None:
+        return source
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise DataError(source, "bad_row", f"`id` must be a string or a number, got {short(value)}")
+    return str(value)
+
+
+def _conversation(turns: Any, media: RowMedia, source: str, system: str, pairs: bool) -> Conversation:
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise DataError(source, "bad_row", f"a conversation must be a list of turns, got {short(turns)}")
+    if pairs:
+        turns = [_half(turn, role, source) for turn in turns for role in ("user", "assistant")]
+    roles: list[Role] = [_role(turn, source) for turn in turns]
+    contents = [_content(turn, source) for turn in turns]
+    if system:
+        roles, contents = ["system", *roles], [system, *contents]
+    _check_roles(roles, source)
+    items = [media.items(content, role) for role, content in zip(roles, contents, strict=True)]
+    for role, each in zip(roles, items, strict=True):
+        if role != "user" and any(not isinstance(item, Text) for item in each):
+            raise DataError(source, "placeholder_mismatch", f"media in a turn of role {role!r}; only the user shows media")
+    _show_first(items[roles.index("user")], items, media, several=pairs)
+    messages = tuple(Message(role, parts) for role, parts in zip(roles, media.fill(items), strict=True))
+    for number, message in enumerate(messages):
+        if message.role == "assistant" and not message.text.strip():
+            raise DataError(source, "empty_answer", f"answer {number} is empty")
+    return messages
+
+
+def _show_first(first: list[Part | Slot], items: list[list[Part | Slot]], media: RowMedia, *, several: bool) -> None:
+    """A lone image or video without a mark stands before the first question; in FineVision's pairs, any number does."""
+    lead: list[Part | Slot] = []
+    for kind, refs in (("image", media.images), ("video", media.videos)):
+        marked = any(isinstance(item, Slot) and item.kind == kind for each in items for item in each)
+        if not marked and (len(refs) == 1 or several):
+            lead += [item for _ in refs for item in (Slot(kind), Text("\n"))]
+    first[:0] = lead
+
+
+def _half(pair: dict[str, Any], role: Role, source: str) -> dict[str, Any]:
+    if role not in pair:
+        raise DataError(source, "bad_row", f"a pair of `texts` must have user and assistant, got {short(pair)}")
+    return {"role": role, "content": pair[role]}
+
+
+def _role(turn: dict[str, Any], source: str) -> Role:
+    name = turn.get("from", turn.get("role"))
+    if not isinstance(name, str) or name not in ROLES:
+        raise DataError(source, "bad_roles", f"unknown role {short(name)}; roles are {', '.join(ROLES)}")
+    return ROLES[name]
+
+
+def _content(turn: dict[str, Any], source: str) -> Any:
+    for key in ("loss", "weight"):
+        if turn.get(key) not in (None, True, 1):
+            raise DataError(source, "bad_row", f"a turn has {key} {short(turn[key])}; every answer of a row is trained alike")
+    return turn.get("value", turn.get("content"))
+
+
+def _check_roles(roles: list[Role], source: str) -> None:
+    """At most one system turn, first; then user and assistant in turn, the assistant last."""
+    spoken = roles[1:] if roles[:1] == ["system"] else roles
+    if not spoken or len(spoken) % 2 or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(spoken)):
+        said = ", ".join(roles[:8]) + (", ..." if len(roles) > 8 else "") if roles else "none"
+        raise DataError(source, "bad_roles", f"roles must alternate from user to assistant, got {said}")
 
 
 def _check_surrogates(text: bytes, row: Any) -> None:
@@ -90,140 +207,6 @@ def _check_surrogates(text: bytes, row: Any) -> None:
         json.dumps(row, ensure_ascii=False).encode()
 
 
-class _Media:
-    """The images and videos that the marks of a row stand for."""
-
-    def __init__(self, row: dict[str, Any], *, source: str, root: Path) -> None:
-        self.source, self.root = source, root
-        self.images = [self.image(ref) for ref in self._refs(row, "image", "images")]
-        clip = row.get("clip")
-        if clip is not None and not (isinstance(clip, list) and len(clip) == 2 and all(_is_number(x) for x in clip)):
-            raise DataError(source, "bad_row", f"`clip` must be [start, end] in seconds, got {_short(clip)}")
-        span = (float(clip[0]), float(clip[1])) if clip else None
-        self.videos = [VideoRef(self.path(ref), clip=span) for ref in self._refs(row, "video", "videos")]
-
-    def _refs(self, row: dict[str, Any], *keys: str) -> list[str]:
-        value = next((row[key] for key in keys if row.get(key) is not None), [])
-        refs = [value] if isinstance(value, str) else value
-        if not isinstance(refs, list) or not all(isinstance(ref, str) and ref for ref in refs):
-            raise DataError(self.source, "bad_row", f"`{keys[0]}` must be a path or a list of paths, got {_short(value)}")
-        return refs
-
-    def image(self, url: str) -> ImageRef:
-        if url.startswith("data:"):
-            head, comma, body = url.partition(",")
-            if not comma or not head.endswith(";base64"):
-                raise DataError(self.source, "undecodable_media", f"not a base64 data URL: {_short(url)}")
-            try:
-                return ImageRef(base64.b64decode(body, validate=True))
-            except binascii.Error as error:
-                raise DataError(self.source, "undecodable_media", f"image data URL is not base64 ({error})") from None
-        return ImageRef(self.path(url))
-
-    def path(self, ref: str) -> str:
-        if ref.startswith("file://"):
-            ref = ref.removeprefix("file://")
-        elif "://" in ref:
-            raise DataError(self.source, "missing_media", f"remote media are not fetched: {_short(ref)}; download it first")
-        if "\0" in ref:
-            raise DataError(self.source, "missing_media", f"not a path: {_short(ref)}")
-        # A trailing slash marks a folder of frames; Path would drop it.
-        return str(self.root / ref) + ("/" if ref.endswith("/") else "")
-
-
-def _conversation(turns: Any, media: _Media, source: str) -> Conversation:
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise DataError(source, "bad_row", f"a conversation must be a list of turns, got {_short(turns)}")
-    roles: list[Role] = [_role(turn, source) for turn in turns]
-    _check_roles(roles, source)
-    contents = [turn.get("value", turn.get("content")) for turn in turns]
-    whole = _prepend_marks(roles, contents, media, source)
-    images, videos = iter(media.images), iter(media.videos)
-    messages = []
-    for role, content in zip(roles, whole, strict=True):
-        if isinstance(content, list):
-            parts = tuple(_part(part, media, source) for part in content)
-        elif role == "user":
-            parts = tuple(_split(content, images, videos))
-        else:
-            parts = (Text(content),)
-        message = Message(role, parts)
-        if role == "assistant" and not message.text.strip():
-            raise DataError(source, "empty_answer", f"answer {len(messages)} is empty")
-        if role != "user" and any(not isinstance(part, Text) for part in parts):
-            raise DataError(source, "placeholder_mismatch", f"media in a turn of role {role!r}; only the user shows media")
-        messages.append(message)
-    return tuple(messages)
-
-
-def _role(turn: dict[str, Any], source: str) -> Role:
-    name = turn.get("from", turn.get("role"))
-    if not isinstance(name, str) or name not in ROLES:
-        raise DataError(source, "bad_roles", f"unknown role {_short(name)}; roles are {', '.join(ROLES)}")
-    return ROLES[name]
-
-
-def _check_roles(roles: list[Role], source: str) -> None:
-    """At most one system turn, first; then user and assistant in turn, the assistant last."""
-    spoken = roles[1:] if roles[:1] == ["system"] else roles
-    if not spoken or len(spoken) % 2 or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(spoken)):
-        raise DataError(source, "bad_roles", f"roles must alternate from user to assistant, got {', '.join(roles) or 'none'}")
-
-
-def _prepend_marks(roles: list[Role], contents: list[Any], media: _Media, source: str) -> list[Any]:
-    """Count the marks against the media; a lone image or video without a mark stands before the first question."""
-    for content in contents:
-        if not isinstance(content, str | list):
-            raise DataError(source, "bad_row", f"a turn's text must be a string, got {_short(content)}")
-    contents = list(contents)
-    # Reversed, so that when both lack a mark the image comes first.
-    for mark, refs in (("<video>", media.videos), ("<image>", media.images)):
-        in_user = [
-            content for role, content in zip(roles, contents, strict=True) if role == "user" and isinstance(content, str)
-        ]
-        num_marks = sum(content.count(mark) for content in in_user)
-        if num_marks == 0 and len(refs) == 1:
-            first = roles.index("user")
-            if isinstance(contents[first], str):
-                contents[first] = f"{mark}\n{contents[first]}"
-                num_marks = 1
-        if num_marks != len(refs):
-            raise DataError(source, "placeholder_mismatch", f"{num_marks} {mark} marks but {len(refs)} {mark[1:-1]}s")
-    return contents
-
-
-def _split(text: str, images: Iterable[ImageRef], videos: Iterable[VideoRef]) -> list[Part]:
-    """Text with marks -> text and media, in order. The number of marks was checked before."""
-    parts: list[Part] = []
-    at = 0
-    images, videos = iter(images), iter(videos)
-    for match in MARK.finditer(text):
-        if match.start() > at:
-            parts.append(Text(text[at : match.start()]))
-        parts.append(next(images) if match.group() == "<image>" else next(videos))
-        at = match.end()
-    if at < len(text):
-        parts.append(Text(text[at:]))
-    return parts
-
-
-def _part(part: Any, media: _Media, source: str) -> Part:
-    """One entry of an OpenAI content list."""
-    kind = part.get("type") if isinstance(part, dict) else None
-    value = cast(dict, part).get(kind) if kind else None
-    if isinstance(value, dict):
-        value = value.get("url")
-    if kind not in ("text", "image_url", "image", "video_url", "video") or not isinstance(value, str):
-        raise DataError(source, "bad_row", f"a content part must be text, image_url or video_url, got {_short(part)}")
-    if kind == "text":
-        return Text(value)
-    return media.image(value) if kind.startswith("image") else VideoRef(media.path(value))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _short(value: Any, limit: int = 80) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[:limit]}..."
+def _empty(value: Any) -> bool:
+    """Whether nothing is said: columns of a table hold null, "" and {"ref": [], "bbox": []} where a row has none."""
+    return value in (None, "", [], {}) or (isinstance(value, dict) and all(_empty(each) for each in value.values()))

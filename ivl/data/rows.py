@@ -1,140 +1,126 @@
-"""Random access to the rows of a .jsonl or .json file through their byte offsets, so that memory stays flat."""
+"""Random access to the rows of a data set, whatever file or folder holds them.
+
+The container is found by what the file holds; rows are then read by their own keys (see ivl.data.records), so that one file
+may mix them. Both can be forced by naming a format.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, cast, get_args
 
-import numpy as np
-
-from ivl.data.records import DataError, describe
+from ivl.data.formats.base import Rows, Shards
+from ivl.data.formats.text import TextRows
+from ivl.data.records import Layout
 from ivl.errors import InputError
 
-CHUNK = 1 << 24
+CONTAINERS = ("jsonl", "json", "parquet", "arrow", "webdataset")
+FORMATS = (*CONTAINERS, *get_args(Layout))
+"""What `open_rows` may be told: how the file is built, or what its rows must be."""
+
+SUFFIXES = {".jsonl": "jsonl", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
+BOM = b"\xef\xbb\xbf"
 
 
-class Rows:
-    """The rows of one file: `rows[i]` is the bytes of one JSON object, `rows.line(i)` its line, counted from 1.
+def open_rows(path: str | Path, *, format: str | None = None) -> Rows:
+    """Open a file or a folder of rows: jsonl, JSON array, parquet, a saved HF data set, webdataset tar.
 
-    Opening reads the file once. Later reads are positional, so that forked workers may share the file.
+    Args:
+        format: one of FORMATS. A container (`parquet`) is how the file is built; a layout (`sharegpt`) is what every row must
+            be, and decides where a row could be read in two ways. None looks.
 
     Raises:
-        InputError: if the file is missing or empty; when a row is read and the file has changed since it was opened.
+        InputError: if the file is missing, empty, damaged or of no known kind.
     """
-
-    def __init__(self, path: str | Path) -> None:
-        self._fd: int | None = None
-        self.path = Path(path)
-        try:
-            with self.path.open("rb") as file:
-                self._stamp = _stamp(file.fileno())
-                first = file.read(4096).lstrip()[:1]
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be read ({error.strerror})") from None
-        self.container: Literal["json", "jsonl"] = "json" if first == b"[" else "jsonl"
-        self._starts, self._ends, self._lines = (_index_array if first == b"[" else _index_lines)(self.path)
-        if not len(self):
-            raise InputError(f"{self.path}: has no rows")
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def __getitem__(self, index: int) -> bytes:
-        if self._fd is None:
-            self._fd = os.open(self.path, os.O_RDONLY)
-        if _stamp(self._fd) != self._stamp:
-            raise InputError(f"{self.path}: changed while in use; start again with the new file")
-        start = int(self._starts[index])
-        return os.pread(self._fd, int(self._ends[index]) - start, start)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_fd": None}
-
-    def __del__(self) -> None:
-        if self._fd is not None:
-            os.close(self._fd)
-
-    def line(self, index: int) -> int:
-        return index + 1 if self._lines is None else int(self._lines[index])
-
-    @property
-    def num_bytes(self) -> int:
-        return self._stamp[0]
-
-    def source(self, index: int) -> str:
-        return f"{self.path}:{self.line(index)}"
-
-    @property
-    def format(self) -> str:
-        """What the file was taken for."""
-        return describe(self.container, self[0])
+    path = Path(path)
+    if format is not None and format not in FORMATS:
+        raise InputError(f"{path}: format must be one of {', '.join(FORMATS)}, got {format!r}")
+    rows = _open(path, format if format in CONTAINERS else container_of(path))
+    if format in get_args(Layout):
+        rows.layout = cast(Layout, format)
+    return rows
 
 
-Index = tuple[np.ndarray, np.ndarray, np.ndarray | None]
+def container_of(path: str | Path) -> str:
+    """How a file or folder is built, one of CONTAINERS, by what it holds.
 
-
-def _index_lines(path: Path) -> Index:
-    """Start and end of every line that is not blank, int64 [num_rows]; line numbers only where some lines are blank."""
-    breaks = [np.array([-1])]
-    at = 0
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            breaks.append(np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == ord("\n")) + at)
-            at += len(chunk)
-    marks = np.concatenate([*breaks, [at]]).astype(np.int64)
-    starts, ends = marks[:-1] + 1, marks[1:]
-    # Blank is "" or a lone carriage return; a row of JSON has at least two bytes.
-    full = ends - starts > 1
-    if full.all() or (full[:-1].all() and not full[-1]):
-        return starts[full], ends[full], None
-    return starts[full], ends[full], np.flatnonzero(full) + 1
-
-
-def _index_array(path: Path) -> Index:
-    """Start, end and line of every element of a JSON array.
-
-    Latin-1 makes one character of each byte, and leaves quotes and brackets of UTF-8 text where they are.
+    Raises:
+        InputError: if it cannot be read, is compressed as a whole, or is a folder of no or several kinds of rows.
     """
-    text = path.read_bytes().decode("latin-1")
-    decode = json.JSONDecoder().raw_decode
-    spans: list[tuple[int, int]] = []
-    at = _skip(text, text.index("[") + 1)
-    while text[at : at + 1] != "]":
-        try:
-            _, end = decode(text, at)
-        except json.JSONDecodeError as error:
-            raise _broken(path, text, error.pos, f"not valid JSON ({error.msg})") from None
-        except RecursionError:
-            raise _broken(path, text, at, "nested too deep") from None
-        spans.append((at, end))
-        at = _skip(text, end)
-        if text[at : at + 1] == ",":
-            at = _skip(text, at + 1)
-        elif text[at : at + 1] != "]":
-            raise _broken(path, text, at, "expected a comma or the end of the array")
-    if not spans:
-        raise InputError(f"{path}: has no rows")
-    starts, ends = np.array(spans, dtype=np.int64).T.copy()
-    breaks = np.flatnonzero(np.frombuffer(text.encode("latin-1"), dtype=np.uint8) == ord("\n"))
-    return starts, ends, np.searchsorted(breaks, starts) + 1
+    path = Path(path)
+    if path.is_dir():
+        return _container_of_folder(path)
+    try:
+        with path.open("rb") as file:
+            head = file.read(4096)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from None
+    if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
+        raise InputError(f"{path}: is compressed, which leaves no random access to its rows; unpack it first")
+    if head.startswith(b"PAR1") or path.suffix == ".parquet":
+        return "parquet"
+    if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")) or path.suffix == ".arrow":
+        return "arrow"
+    if head[257:262] == b"ustar" or path.suffix == ".tar":
+        return "webdataset"
+    return "json" if head.removeprefix(BOM).lstrip()[:1] == b"[" else "jsonl"
 
 
-def _broken(path: Path, text: str, at: int, problem: str) -> DataError:
-    return DataError(f"{path}:{text.count(chr(10), 0, at) + 1}", "broken_json", problem)
+def _container_of_folder(folder: Path) -> str:
+    if (folder / "dataset_dict.json").is_file():
+        splits = sorted(each.name for each in folder.iterdir() if each.is_dir())
+        raise InputError(f"{folder}: holds the splits {', '.join(splits)}; name one of these folders")
+    if (folder / "state.json").is_file():
+        return "arrow"
+    kinds = sorted({SUFFIXES[path.suffix] for path in _files(folder)} - {"json"})
+    if len(kinds) != 1:
+        raise InputError(
+            f"{folder}: has files of {' and '.join(kinds) or 'no known kind of'} rows; name a file or folder of one"
+        )
+    return kinds[0]
 
 
-def _skip(text: str, at: int) -> int:
-    while text[at : at + 1] in (" ", "\t", "\r", "\n"):
-        at += 1
-    return at
+def _open(path: Path, container: str) -> Rows:
+    if not path.is_dir():
+        return _open_file(path, container)
+    if container == "arrow" and (path / "state.json").is_file():
+        from ivl.data.formats.table import saved_files
+
+        files = saved_files(path)
+    else:
+        files = [file for file in _files(path) if SUFFIXES[file.suffix] == container]
+    shards = [_open_file(file, container) for file in files]
+    if not shards:
+        raise InputError(f"{path}: has no file of {container} rows")
+    return shards[0] if len(shards) == 1 else Shards(shards)
 
 
-def _stamp(fd: int) -> tuple[int, int]:
-    stat = os.fstat(fd)
-    return stat.st_size, stat.st_mtime_ns
+def _files(folder: Path) -> list[Path]:
+    """Files that may hold rows, at any depth, in order of their names; hidden ones are left alone."""
+    found = (path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+
+
+def _open_file(path: Path, container: str) -> Rows:
+    match container:
+        case "parquet":
+            from ivl.data.formats.table import ParquetRows
+
+            return ParquetRows(path)
+        case "arrow":
+            from ivl.data.formats.table import ArrowRows
+
+            return ArrowRows(path)
+        case "webdataset":
+            from ivl.data.formats.tar import TarRows
+
+            return TarRows(path)
+        case "json":
+            return TextRows(path, "json")
+        case _:
+            return TextRows(path, "jsonl")
 
 
 def write_jsonl(rows: Iterable[dict[str, Any]], path: str | Path) -> Path:

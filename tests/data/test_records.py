@@ -76,7 +76,7 @@ def test_openai_messages():
         (b'{"id": 1, "conv', "broken_json", "not valid JSON"),
         (b"\xff\xfe", "broken_json", "not valid JSON"),
         (b"[1]", "bad_row", "expected an object, got list"),
-        ({"text": "x"}, "bad_row", "neither `conversations` nor `messages`"),
+        ({"text": "x"}, "bad_row", "no `conversations` or `messages`"),
         ({"conversations": []}, "bad_row", "must be a list of turns"),
         ({"image": 3, "conversations": turns("q", "a")}, "bad_row", "`image` must be a path"),
         ({"video": "v", "clip": [1], "conversations": turns("q", "a")}, "bad_row", "`clip` must be"),
