@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
 
+from ivl.errors import InputError
 from ivl.types import Conversation, SamplingParams, TextDelta
+
+FinishReason = Literal["stop", "length"]
 
 
 class Generator(Protocol):
     def stream(self, prompt: Conversation, params: SamplingParams) -> Iterator[TextDelta]: ...
 
 
-class HasText(Protocol):
+class Answer(Protocol):
     @property
     def text(self) -> str: ...
+    @property
+    def finish_reason(self) -> FinishReason: ...
 
 
 @runtime_checkable
@@ -23,14 +29,36 @@ class BatchGenerator(Protocol):
 
     def generate(
         self, conversations: Sequence[Conversation], params: SamplingParams | Sequence[SamplingParams]
-    ) -> Sequence[HasText]: ...
+    ) -> Sequence[Answer]: ...
+
+
+@dataclass(frozen=True)
+class _Joined:
+    text: str
+    finish_reason: FinishReason
+
+
+def replies_of(
+    generator: Generator, conversations: Sequence[Conversation], params: SamplingParams | Sequence[SamplingParams]
+) -> Sequence[Answer]:
+    """The reply to each conversation, in order; at once if the generator can. params: one for all, or one per conversation."""
+    if isinstance(generator, BatchGenerator):
+        return generator.generate(conversations, params)
+    each = [params] * len(conversations) if isinstance(params, SamplingParams) else params
+    return [_joined(generator.stream(c, p)) for c, p in zip(conversations, each, strict=True)]
 
 
 def answers_of(
     generator: Generator, conversations: Sequence[Conversation], params: SamplingParams | Sequence[SamplingParams]
 ) -> list[str]:
-    """The reply to each conversation, in order; at once if the generator can. params: one for all, or one per conversation."""
-    if isinstance(generator, BatchGenerator):
-        return [reply.text for reply in generator.generate(conversations, params)]
-    each = [params] * len(conversations) if isinstance(params, SamplingParams) else params
-    return ["".join(d.text for d in generator.stream(c, p)) for c, p in zip(conversations, each, strict=True)]
+    """The texts of replies_of."""
+    return [reply.text for reply in replies_of(generator, conversations, params)]
+
+
+def _joined(deltas: Iterator[TextDelta]) -> _Joined:
+    texts: list[str] = []
+    reason: FinishReason = "stop"
+    for delta in deltas:
+        texts.append(delta.text)
+        reason = delta.finish_reason or reason
+    return _Joined("".join(texts), reason)
