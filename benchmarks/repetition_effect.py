@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ivl.config import ModelConfig
 from ivl.data import easy_vqa
 from ivl.data.config import DataConfig
 from ivl.data.easy_vqa import COLOURS, SHAPES
-from ivl.data.filters.repetition import STAGES
+from ivl.data.filters.repetition import Repetition
 from ivl.data.records import to_record
 from ivl.data.rows import write_jsonl
 from ivl.processing.tokenizer import Tokenizer, train_tokenizer
@@ -33,20 +33,20 @@ from ivl.train.config import OptimConfig, Stage, TrainConfig
 from ivl.train.run import run
 from ivl.types import Message, Record, SamplingParams, Text
 
-QUESTION = "describe the image in detail."
+DETECTOR = Repetition()
+QUESTION = "describe the image in detail. begin with {}, {} and {}."
+NAME = "what is in the image?"
 NUM_OUTPUTS, MAX_NEW_TOKENS = 200, 320
 DESCRIPTIONS_PER_IMAGE = 4
 VOCAB_SIZE = 420
-WARM_UP_STEPS, STEPS = 400, 900
+WARM_UP_STEPS, CONNECT_STEPS, STEPS = 700, 300, 700
 
 OPENINGS = (
     "this is a picture of a {colour} {shape}.", "the image shows a {colour} {shape}.", "here we see a {colour} {shape}.",
     "what stands out is a {colour} {shape}.", "a {colour} {shape} is drawn on a plain ground.",
 )  # fmt: skip
-PRESENT = (
-    "its color is {colour}.", "the only shape here is a {shape}.", "anyone would call this {shape} {colour}.",
-    "so the answer to the question of color is {colour}.", "counting corners tells that we look at a {shape}.",
-)  # fmt: skip
+COLOUR = ("its color is {colour}.", "anyone would call it {colour}.", "so {colour} is the answer to the question of color.")
+SHAPE = ("the only shape here is a {shape}.", "counting corners tells of a {shape}.", "its outline is that of a {shape}.")
 ABSENT_COLOUR = (
     "there is no {colour} shape.", "nothing in it is {colour}.", "{colour} does not appear.", "one finds no trace of {colour}.",
     "a {colour} object is missing.", "whoever looks for {colour} looks in vain.", "{colour} was not used by the painter.",
@@ -59,16 +59,26 @@ ABSENT_SHAPE = (
 CLOSINGS = ("that is all there is to see.", "more can not be said about it.", "this completes the description.")
 
 
-def describe(caption: str, rng: random.Random) -> list[str]:
-    """A true description of one picture in 13 sentences, from what its questions and answers say. No wording comes twice."""
+def describe(caption: str, topics: Sequence[str], rng: random.Random) -> list[str]:
+    """A true description of one picture in 13 sentences, from what its questions and answers say, in the order of the topics
+    and then in any. No wording comes twice."""
     colour, shape = caption.split()
-    facts = [form.format(colour=colour, shape=shape) for form in rng.sample(PRESENT, 2)]
-    others = [c for c in COLOURS if c != colour]
-    facts += [form.format(colour=c) for form, c in zip(rng.sample(ABSENT_COLOUR, len(others)), others, strict=True)]
-    others = [s for s in SHAPES if s != shape]
-    facts += [form.format(shape=s) for form, s in zip(rng.sample(ABSENT_SHAPE, len(others)), others, strict=True)]
-    rng.shuffle(facts)
-    return [rng.choice(OPENINGS).format(colour=colour, shape=shape), *facts, rng.choice(CLOSINGS)]
+    facts = {colour: rng.choice(COLOUR).format(colour=colour), shape: rng.choice(SHAPE).format(shape=shape)}
+    for names, forms in ((COLOURS, ABSENT_COLOUR), (SHAPES, ABSENT_SHAPE)):
+        others = [name for name in names if name not in (colour, shape)]
+        facts |= {n: form.format(colour=n, shape=n) for n, form in zip(others, rng.sample(forms, len(others)), strict=True)}
+    rest = [name for name in facts if name not in topics]
+    rng.shuffle(rest)
+    middle = [facts[name] for name in (*topics, *rest)]
+    return [rng.choice(OPENINGS).format(colour=colour, shape=shape), *middle, rng.choice(CLOSINGS)]
+
+
+def image_id(image: str) -> str:
+    return Path(image).stem
+
+
+def choose_topics(rng: random.Random) -> list[str]:
+    return rng.sample([*COLOURS, *SHAPES], 3)
 
 
 def loop(sentences: list[str], rng: random.Random) -> str:
@@ -86,18 +96,19 @@ def rows(captions: dict[str, str], *, share: float, seed: int = 0) -> list[dict[
     found: list[dict[str, Any]] = []
     for image, caption in captions.items():
         for copy in range(DESCRIPTIONS_PER_IMAGE):
-            key = f"{Path(image).stem}-{copy}"
+            key = f"{image_id(image)}-{copy}"
             rng = random.Random(f"{seed} {key}")
-            sentences, injected = describe(caption, rng), rng.random() < share
+            topics = choose_topics(rng)
+            sentences, injected = describe(caption, topics, rng), rng.random() < share
             text = loop(sentences, rng) if injected else " ".join(sentences)
-            talk = turns(f"<image>\n{QUESTION}", text)
+            talk = turns(f"<image>\n{QUESTION.format(*topics)}", text)
             found.append({"id": key, "image": image, "injected": injected, "conversations": talk})
     return found
 
 
 def repetitive(text: str) -> bool:
-    record = Record("", ((Message("user", (Text(QUESTION),)), Message("assistant", (Text(text),))),), "")
-    return not all(stage(record).keep for stage in STAGES)
+    record = Record("", ((Message("user", (Text(NAME),)), Message("assistant", (Text(text),))),), "")
+    return not DETECTOR(record).keep
 
 
 def filtered(path: Path, out: Path) -> dict[str, int]:
@@ -107,7 +118,7 @@ def filtered(path: Path, out: Path) -> dict[str, int]:
     for line in path.read_bytes().splitlines():
         row = json.loads(line)
         record = to_record(line, source=str(path), root=path.parent)
-        keep = all(stage(record).keep for stage in STAGES)
+        keep = DETECTOR(record).keep
         counts["kept" if keep else "dropped"] += 1
         counts["loops"] += row["injected"]
         counts["loops_dropped"] += row["injected"] and not keep
@@ -122,12 +133,16 @@ def prepare(out: Path, shares: list[float]) -> dict[str, Any]:
     train, test = (easy_vqa.captions(easy_vqa.rows(split)) for split in ("train", "test"))
     data = out / "data"
     clean = rows(train, share=0)
-    tokenizer = train_tokenizer([*(row["conversations"][1]["value"] for row in clean), QUESTION, "user assistant"], VOCAB_SIZE)
+    tokenizer = train_tokenizer(
+        [*(row["conversations"][1]["value"] for row in clean), QUESTION, NAME, "user assistant"], VOCAB_SIZE
+    )
     tokenizer.save(out / "tokenizer")
     write_jsonl(rows(test, share=0), data / "held-out.jsonl")
-    names = [{"id": image, "image": image, "conversations": turns(f"<image>\n{QUESTION}", name)} for image, name in train.items()]
+    names = [{"id": image, "image": image, "conversations": turns(f"<image>\n{NAME}", name)} for image, name in train.items()]
     write_jsonl(names, data / "names.jsonl")
-    report: dict[str, Any] = {"false_positives": sum(repetitive(row["conversations"][1]["value"]) for row in clean) / len(clean)}
+    report: dict[str, Any] = {
+        "false_positives": sum(repetitive(row["conversations"][1]["value"]) for row in clean) / len(clean)
+    }
     for share in shares:
         raw = write_jsonl(rows(train, share=share), data / f"loops-{share:g}.jsonl")
         report[f"{share:g}"] = filtered(raw, data / f"filtered-{share:g}.jsonl")
@@ -164,18 +179,31 @@ def warm_up(out: Path) -> TrainConfig:
     )
 
 
+def connect(out: Path) -> TrainConfig:
+    """Also shared: everything learns to name what a picture shows, so that the decoder looks at it."""
+    return replace(
+        warm_up(out),
+        name="connect",
+        out_dir=str(out / "connect"),
+        model=str(out / "warm-up/model"),
+        stage=Stage(trainable=("vision", "projector", "decoder")),
+        objective="next_token",
+        num_steps=CONNECT_STEPS,
+    )
+
+
 def arm(out: Path, name: str, seed: int) -> TrainConfig:
     """Everything learns to describe, from data/NAME.jsonl."""
     held_out = DataConfig(mixture=str(out / "data/held-out.jsonl"), num_workers=0, max_tokens=3072, cache_samples=512)
     return TrainConfig(
         name=f"{name}-{seed}",
         out_dir=str(out / f"{name}-seed{seed}"),
-        model=str(out / "warm-up/model"),
+        model=str(out / "connect/model"),
         stage=Stage(trainable=("vision", "projector", "decoder")),
         optim=OptimConfig(name="muon", lr=2e-3, warmup_ratio=0.1, min_lr_ratio=0.05),
         data=DataConfig(mixture=str(out / f"data/{name}.jsonl"), num_workers=0, cache_samples=1 << 14, max_tokens=3072),
         val_data=held_out,
-        val_every=50,
+        val_every=100,
         val_packs=6,
         num_steps=STEPS,
         log_every=50,
@@ -196,11 +224,11 @@ def outputs(model: Path) -> list[dict[str, Any]]:
     if not path.exists():
         captions = easy_vqa.captions(easy_vqa.rows("test"))
         images = list(captions)[:: max(1, len(captions) // NUM_OUTPUTS)][:NUM_OUTPUTS]
-        asked = [ivl.ask(QUESTION, image) for image in images]
+        asked = [ivl.ask(QUESTION.format(*choose_topics(random.Random(image_id(i)))), i) for i in images]
         replies = ivl.load(model).engine.generate(asked, SamplingParams(max_new_tokens=MAX_NEW_TOKENS))
         write_jsonl(
             (
-                {"image": Path(image).stem, "caption": captions[image], "text": reply.text, "tokens": len(reply.tokens),
+                {"image": image_id(image), "caption": captions[image], "text": reply.text, "tokens": len(reply.tokens),
                  "ended": reply.finish_reason == "stop"}
                 for image, reply in zip(images, replies, strict=True)
             ),
@@ -238,17 +266,26 @@ def main() -> None:
         report.write_text(json.dumps(filter_report, indent=2))
     print(report.read_text())
     trained(warm_up(out))
-    # One training stands for every filtered file as long as they hold the same rows, which is what the filter is for.
+    trained(connect(out))
+    # One training stands for every filtered file: they hold the same rows but for those that had a loop.
     arms = {f"filtered-{shares[0]:g}": f"{shares[0]:.0%} loops, filtered"}
     arms |= {f"loops-{share:g}": f"{share:.0%} loops" for share in shares}
-    result: dict[str, Any] = {"steps": STEPS, "seeds": options.seeds, "filter": json.loads(report.read_text()), "arms": {}}
-    for name, title in arms.items():
-        each = [outputs(trained(arm(out, name, seed))) for seed in range(options.seeds)]
-        result["arms"][name] = {"title": title, **measure([row for found in each for row in found])}
-        result["arms"][name]["by_seed"] = [measure(found) for found in each]
-        print(name, json.dumps({k: v for k, v in result["arms"][name].items() if k != "by_seed"}), flush=True)
-    (out / "result.json").write_text(json.dumps(result, indent=2))
-    plot(out, result)
+    found: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in arms}
+    for seed in range(options.seeds):
+        for name in arms:
+            found[name].append(outputs(trained(arm(out, name, seed))))
+            print(name, seed, json.dumps(measure(found[name][-1])), flush=True)
+        figures = {
+            name: {
+                "title": arms[name],
+                **measure([row for each in by_seed for row in each]),
+                "by_seed": [*map(measure, by_seed)],
+            }
+            for name, by_seed in found.items()
+        }
+        result = {"steps": STEPS, "seeds": seed + 1, "filter": json.loads(report.read_text()), "arms": figures}
+        (out / "result.json").write_text(json.dumps(result, indent=2))
+        plot(out, result)
     print(f"{out / 'result.json'}, {out / 'repetition_effect.png'}")
 
 
@@ -278,7 +315,9 @@ def plot(out: Path, result: dict[str, Any]) -> None:
             lines = (out / f"{name}-seed{seed}" / "metrics.jsonl").read_text().splitlines()
             points = [row for row in map(json.loads, lines) if "evaluation" in row]
             label = figures["title"] if seed == 0 else None
-            right.plot([p["step"] for p in points], [p["loss"] for p in points], color=colours[number], linewidth=1, label=label)
+            right.plot(
+                [p["step"] for p in points], [p["loss"] for p in points], color=colours[number], linewidth=1, label=label
+            )
     right.set(xlabel="step", ylabel="loss on held-out clean descriptions", yscale="log")
     right.legend(fontsize=8)
     figure.savefig(out / "repetition_effect.png", dpi=90)

@@ -1,65 +1,106 @@
-"""`ivl data validate` and `ivl data stats`."""
+"""`ivl data ...`: each command of the data engine."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from ivl.data.config import DataConfig
+from ivl.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+    from ivl.data.inspect import Watch
+    from ivl.data.records import DataError
+    from ivl.data.stats import Stats
 
 
 def main(args: list[str]) -> None:
-    tyro.extras.subcommand_cli_from_dict({"validate": validate, "stats": stats}, prog="ivl data", args=args)
+    commands = {"validate": validate, "stats": stats}
+    tyro.extras.subcommand_cli_from_dict(commands, prog="ivl data", args=args)
 
 
 Mixture = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MIXTURE")]
 
 
-def validate(mixture: Mixture, *, root: str | None = None, model: str | None = None) -> None:
-    """Print every problem with its file and line; exit code 1 if there is one.
+def validate(
+    mixture: Mixture,
+    *,
+    root: str | None = None,
+    model: str | None = None,
+    workers: int = 0,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Print every problem with its file and line, then how many of each kind; exit code 1 if there is one.
 
     Args:
-        mixture: A meta JSON, or a .jsonl or .json file of rows.
+        mixture: A meta JSON, or a file of rows of any format that is read.
         root: Folder of relative media paths when `mixture` is a file of rows.
         model: Model directory whose processor also encodes every row: finds rows that are too long or train nothing.
+        workers: Processes that look at rows; 0 looks in this one.
+        as_json: Print one JSON object a line instead: each problem, then the summary.
     """
-    bad = rows = 0
-    for found in _inspect(mixture, root, model):
-        if isinstance(found, Exception):
-            print(f"{found} [{getattr(found, 'kind', 'unreadable_file')}]")
+    from ivl.data.inspect import kind_of
+    from ivl.data.stats import Stats, total
+
+    done: list[Stats] = []
+    for found in _inspect(mixture, root, model, workers):
+        if isinstance(found, Stats):
+            done.append(found)
+            if not as_json:
+                print(f"{found.name}: {found.rows:,} rows ({found.format or 'not read'}), {_problems(found)}")
+        elif as_json:
+            source, problem = getattr(found, "source", None), getattr(found, "problem", str(found))
+            print(json.dumps({"source": source, "kind": kind_of(found), "problem": problem}))
         else:
-            rows, bad = rows + found.rows, bad + found.bad
-            print(f"{found.name}: {found.rows} rows ({found.format or 'not read'}), {_problems(found)}")
-    if bad:
-        print(f"{bad} problems")
+            print(f"{found} [{kind_of(found)}]")
+    whole = total(done)
+    if as_json:
+        datasets = {each.name: {"rows": each.rows, "bad": each.bad, "format": each.format} for each in done}
+        print(json.dumps({"rows": whole.rows, "bad": whole.bad, "kinds": whole.kinds, "datasets": datasets}))
+    elif whole.bad:
+        print(f"{whole.bad:,} problems in {whole.rows:,} rows: {_kinds(whole)}")
+    if whole.bad:
         raise SystemExit(1)
 
 
-def stats(mixture: Mixture, *, root: str | None = None, model: str | None = None) -> None:
+def stats(
+    mixture: Mixture, *, root: str | None = None, model: str | None = None, out: str | None = None, workers: int = 0
+) -> None:
     """Print how much each data set holds.
 
     Args:
-        mixture: A meta JSON, or a .jsonl or .json file of rows.
+        mixture: A meta JSON, or a file of rows of any format that is read.
         root: Folder of relative media paths when `mixture` is a file of rows.
-        model: Model directory whose processor counts tokens and tiles.
+        model: Model directory whose processor counts tokens and tiles; without one, lengths are in characters.
+        out: Directory for stats.json and for stats.html, a page of plots.
+        workers: Processes that look at rows; 0 looks in this one.
     """
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(box=None, header_style="bold")
-    columns = ["rows", "bad", "conversations", "images", "videos", *(["tokens", "tiles"] if model else [])]
-    table.add_column("dataset")
-    table.add_column("format")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for found in _inspect(mixture, root, model):
-        if not isinstance(found, Exception):
-            table.add_row(found.name, found.format or "not read", *(f"{getattr(found, column):,}" for column in columns))
-    Console(width=max(Console().width, 200)).print(table)  # cut names and counts would be useless
+    from ivl.data.stats import Stats
+    from ivl.data.stats_report import tables, write_report
+
+    found = [each for each in _inspect(mixture, root, model, workers, languages=True) if isinstance(each, Stats)]
+    console = Console()
+    for table in tables(found):
+        Console(width=max(console.width, 200)).print(table)  # cut names and counts would be useless
+    if bad := sum(each.bad for each in found):
+        print(f"{bad:,} bad rows are not in these figures; `ivl data validate` tells where they are")
+    if out:
+        print(write_report(out, found, mixture=mixture, model=model))
 
 
-def _inspect(mixture: str, root: str | None, model: str | None):
+def _inspect(
+    mixture: str, root: str | None, model: str | None, workers: int, *, languages: bool = False
+) -> Iterator[DataError | InputError | Stats]:
+    """What there is to find, with a progress bar while standard error is a terminal."""
     from ivl.data.inspect import inspect
 
     processor = None
@@ -68,10 +109,34 @@ def _inspect(mixture: str, root: str | None, model: str | None):
         from ivl.processing.processor import Processor
 
         processor = Processor.load(resolve(model))
-    return inspect(DataConfig(mixture=mixture, root=root), processor)
+    config = DataConfig(mixture=mixture, root=root, num_workers=workers)
+    with _progress() as watch:
+        yield from inspect(config, processor, languages=languages, watch=watch)
 
 
-def _problems(found) -> str:
-    if not found.bad:
-        return "no problems"
-    return f"{found.bad} bad: " + (", ".join(f"{count} {kind}" for kind, count in sorted(found.kinds.items())) or "the file")
+@contextlib.contextmanager
+def _progress() -> Iterator[Watch]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]} rows/s"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def watch(name: str, done: int, rows: int) -> None:
+            if name not in tasks:
+                tasks[name] = bar.add_task(name, total=rows, rate="")
+            bar.update(tasks[name], completed=done, rate=f"{bar.tasks[tasks[name]].speed or 0:,.0f}")
+
+        yield watch
+
+
+def _problems(found: Stats) -> str:
+    return f"{found.bad:,} bad: {_kinds(found)}" if found.bad else "no problems"
+
+
+def _kinds(found: Stats) -> str:
+    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(found.kinds.items()))

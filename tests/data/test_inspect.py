@@ -21,7 +21,7 @@ def test_validate_prints_every_problem_with_its_line(dirty, capsys):
     assert exit.value.code == 1
     assert [line.split(": ")[0] for line in lines[:20]] == [f"{dirty}:{n}" for n in range(8, 401, 20)]
     assert lines[0].endswith("[undecodable_media]")
-    assert lines[20].startswith("dirty: 400 rows (reference jsonl), 20 bad: 4 broken_json, ") and lines[21] == "20 problems"
+    assert lines[20].startswith("dirty: 400 rows (reference jsonl), 20 bad: 4 broken_json, ") and lines[21].startswith("20 problems in 400 rows: 4 broken_json, ")
 
 
 def test_validate_is_silent_about_good_data(tmp_path, capsys):

@@ -1,0 +1,188 @@
+"""Stats as tables for a terminal, as stats.json, and as stats.html: one self-contained page of plots."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from ivl.data.stats import PERCENTILES, Histogram, Stats, total
+from ivl.errors import InputError
+
+MAX_SOURCES = 12
+"""Data sets that a plot tells apart; the smaller ones are drawn as one. The tables name them all."""
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem } img { max-width: 100% }
+div { overflow-x: auto } table { border-collapse: collapse; white-space: nowrap }
+td, th { padding: .2rem 0 .2rem 1.2rem; text-align: right } td:first-child, th:first-child { padding-left: 0; text-align: left }
+"""
+
+
+def tables(found: Sequence[Stats]) -> list[Table]:
+    """Counts of each data set and of all, then percentiles of lengths."""
+    return [_table(*_counts(found)), *(_table(*part) for part in _lengths(found))]
+
+
+def write_report(out: str | Path, found: Sequence[Stats], *, mixture: str, model: str | None) -> Path:
+    """Write stats.json and stats.html into a directory; returns the page.
+
+    Raises:
+        InputError: if matplotlib is not installed, or nothing could be read.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    whole = total(found)
+    values = {
+        "mixture": mixture, "model": model, "datasets": {each.name: each.to_json() for each in found},
+        "total": whole.to_json(),
+    }  # fmt: skip
+    (out / "stats.json").write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if not whole.conversations:
+        raise InputError(f"{mixture}: no row could be read, so there is nothing to plot")
+    page = out / "stats.html"
+    page.write_text(_page(found, whole, mixture, model), encoding="utf-8")
+    return page
+
+
+Cells = tuple[str, list[str], list[list[str]]]
+"""A title, the head and the rows of a table."""
+
+
+def _counts(found: Sequence[Stats]) -> Cells:
+    encoded = any(each.encoded for each in found)
+    columns = [
+        "rows",
+        "bad",
+        "conversations",
+        "turns",
+        "images",
+        "videos",
+        *(["tokens", "tiles"] if encoded else []),
+        "characters",
+    ]
+    every = [*found, total(found)] if len(found) > 1 else found
+    size = "tokens" if encoded else "characters"
+    whole = sum(getattr(each, size) for each in found) or 1
+    rows = [
+        [each.name, each.format or "not read", *(f"{getattr(each, column):,}" for column in columns),
+         f"{getattr(each, size) / whole:.1%}", _shares(each)]
+        for each in every
+    ]  # fmt: skip
+    return "", ["dataset", "format", *columns, f"of {size}", "languages"], rows
+
+
+def _shares(stats: Stats) -> str:
+    """The three most frequent languages."""
+    rows = stats.languages.total() or 1
+    return ", ".join(f"{name} {count / rows:.1%}" for name, count in stats.languages.most_common(3))
+
+
+def _lengths(found: Sequence[Stats]) -> list[Cells]:
+    parts = []
+    for title, name in _histograms(found):
+        rows = []
+        for each in [*found, total(found)] if len(found) > 1 else found:
+            histogram: Histogram = getattr(each, name)
+            if histogram.number:
+                marks = [f"{histogram.percentile(percent):,}" for percent in (*PERCENTILES, 100)]
+                rows.append([each.name, f"{histogram.mean:,.1f}", *marks])
+        if rows:
+            parts.append((title, ["dataset", "mean", *(f"p{percent}" for percent in PERCENTILES), "max"], rows))
+    return parts
+
+
+def _histograms(found: Sequence[Stats]) -> list[tuple[str, str]]:
+    encoded = any(each.encoded for each in found)
+    return [
+        *([("tokens per sample", "tokens_per_sample"), ("tiles per sample", "tiles_per_sample")] if encoded else []),
+        ("characters per sample", "characters_per_sample"),
+        ("characters per answer", "characters_per_answer"),
+        ("turns per conversation", "turns_per_conversation"),
+    ]
+
+
+def _table(title: str, head: list[str], rows: list[list[str]]) -> Table:
+    table = Table(box=None, header_style="bold", title=title or None, title_justify="left")
+    for number, name in enumerate(head):
+        table.add_column(name, justify="right" if number and name not in ("format", "languages") else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _page(found: Sequence[Stats], whole: Stats, mixture: str, model: str | None) -> str:
+    unit = f"Tokens and tiles are those of {html.escape(model)}." if model else "No model was given: lengths are in characters."
+    lengths = "".join(f"<h2>{html.escape(part[0].capitalize())}</h2>{_html(part)}" for part in _lengths(found))
+    kinds = "".join(f"<li>{count:,} {html.escape(kind)}" for kind, count in whole.kinds.most_common())
+    bad = f"<h2>Bad rows</h2><p>{whole.bad:,} of {whole.rows:,}, in no other figure:</p><ul>{kinds}</ul>" if whole.bad else ""
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{html.escape(mixture)}</title><style>{STYLE}</style><h1>What {html.escape(mixture)} holds</h1><p>{unit}</p>
+{_html(_counts(found))}{bad}<h2>Plots</h2><img alt="distributions" src="{_plots(found)}">{lengths}</html>"""
+
+
+def _html(cells: Cells) -> str:
+    _, head, rows = cells
+    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}' for cell in row)}" for row in rows)
+    return f"<div><table><tr>{''.join(f'<th>{html.escape(name)}' for name in head)}{body}</table></div>"
+
+
+def _plots(found: Sequence[Stats]) -> str:
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("plots need matplotlib: pip install 'ivl[data]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    drawn, histograms = _drawn(found), _histograms(found)
+    size = "tokens" if any(each.encoded for each in found) else "characters"
+    figure, axes = plt.subplots((len(histograms) + 3) // 2, 2, figsize=(11, 1.7 * (len(histograms) + 3)), layout="constrained")
+    places = iter(axes.flat)
+    for title, name in histograms:
+        _stacked(next(places), drawn, name, title)
+    _bars(next(places), "rows by language", dict(total(found).languages.most_common(MAX_SOURCES)))
+    _bars(next(places), f"{size} by data set", {each.name: getattr(each, size) for each in drawn})
+    for left_over in places:
+        left_over.axis("off")
+    figure.savefig(buffer := io.BytesIO(), format="png", dpi=90)
+    plt.close(figure)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _drawn(found: Sequence[Stats]) -> list[Stats]:
+    """The data sets to draw, largest first; the smallest as one."""
+    ordered = sorted((each for each in found if each.conversations), key=lambda each: -each.rows)
+    if len(ordered) <= MAX_SOURCES:
+        return ordered
+    rest = total(ordered[MAX_SOURCES - 1 :])
+    rest.name = f"{len(ordered) - MAX_SOURCES + 1} others"
+    return [*ordered[: MAX_SOURCES - 1], rest]
+
+
+def _stacked(axis: Any, drawn: Sequence[Stats], name: str, title: str) -> None:
+    """A histogram whose bars are made up of the data sets; lengths on a log scale."""
+    parts: list[Histogram] = [getattr(each, name) for each in drawn]
+    least, most = min(min(part.counts, default=0) for part in parts), max(part.most for part in parts)
+    few = most <= 64
+    edges = np.arange(least, most + 2) - 0.5 if few else np.unique(np.geomspace(max(1, least), most + 1, 48).round())
+    values = [np.maximum(np.fromiter(part.counts, float), 0 if few else 1) for part in parts]
+    weights = [np.fromiter(part.counts.values(), float) for part in parts]
+    axis.hist(values, edges, weights=weights, stacked=True, label=[each.name for each in drawn])
+    axis.set(title=title, ylabel=title.rpartition(" per ")[2] + "s", xscale="linear" if few else "log")
+    if len(drawn) > 1:
+        axis.legend(fontsize=7)
+
+
+def _bars(axis: Any, title: str, values: dict[str, int]) -> None:
+    whole = sum(values.values()) or 1
+    names, shares = list(values)[::-1], [value / whole for value in values.values()][::-1]
+    axis.bar_label(axis.barh(names, shares, color="#9ecae1"), [f" {share:.1%}" for share in shares], fontsize=8)
+    axis.set(title=title, xlim=(0, 1.15 * max(shares, default=1)))
