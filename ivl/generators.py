@@ -12,6 +12,10 @@ from ivl.types import Conversation, SamplingParams, TextDelta
 FinishReason = Literal["stop", "length"]
 
 
+class Refused(InputError):
+    """The engine will not answer this one conversation; others may fare better. What to do is a policy of the caller."""
+
+
 class Generator(Protocol):
     def stream(self, prompt: Conversation, params: SamplingParams) -> Iterator[TextDelta]: ...
 
