@@ -26,9 +26,11 @@ class SampleOptions:
     max_tiles: int | None = None
     """Tile budget of a conversation's images; None takes the model's."""
     max_tokens: int | None = None
-    """Longest sequence; None is no limit."""
+    """Most tokens of the sample; None is no limit."""
+    max_total_tiles: int | None = None
+    """Most tiles of the sample, video frames included, where max_tiles is what its images share; None is no limit."""
     overflow: Literal["error", "truncate"] = "error"
-    """What happens to a longer one: refused, or cut after the last whole reply that fits."""
+    """What happens to a larger one: refused, or each conversation in turn cut after the last whole reply that fits."""
     averaging: Averaging = "token"
     """Loss weight of a token in a sequence of n trained tokens: 1, 1/n or 1/sqrt(n) (spec 3.5)."""
     jpeg: bool = False
@@ -96,14 +98,15 @@ class Processor:
         """
         tiles = _Tiles(self, SampleOptions(root=root, min_frames=num_frames, max_frames=num_frames), training=False)
         rendered = self._render(conversation, tiles, reply=True)
+        assert rendered is not None
         return Prompt(torch.tensor(rendered.ids), *tiles.tensors())
 
     def sample(self, record: Record, *, options: SampleOptions | None = None) -> Sample:
         """What is trained on: every conversation of the record, its tiles shared between them.
 
         Raises:
-            InputError: starting with the record's source, for unreadable media, turns out of order, a sequence longer than
-                options.max_tokens, or one without a trained token.
+            InputError: starting with the record's source, for unreadable media, turns out of order, a sample larger than
+                options allow, or a conversation without a trained token.
         """
         options = options or SampleOptions()
         try:
@@ -117,7 +120,9 @@ class Processor:
         if not record.conversations:
             raise InputError("the record has no conversation")
         for conversation in record.conversations:
-            rendered = self._render(conversation, tiles, reply=False, limit=options)
+            rendered = self._render(conversation, tiles, reply=False, limit=options, used=len(tokens))
+            if rendered is None:
+                continue
             n = sum(rendered.trained)
             if n == 0:
                 raise InputError("no token is trained: the conversation has no reply")
@@ -142,11 +147,13 @@ class Processor:
         )
 
     def _render(
-        self, conversation: Conversation, tiles: _Tiles, *, reply: bool, limit: SampleOptions | None = None
-    ) -> chat.Rendered:
-        """Renders and shows the tiles; beyond limit.max_tokens cuts whole exchanges from the end if that is the policy."""
+        self, conversation: Conversation, tiles: _Tiles, *, reply: bool, limit: SampleOptions | None = None, used: int = 0
+    ) -> chat.Rendered | None:
+        """Renders and shows the tiles. Beyond the limits cuts whole exchanges from the end if that is the policy; None if
+        nothing is left, but `used` tokens of earlier conversations are."""
         groups = tiles.read(conversation)
         most = limit.max_tokens if limit else None
+        most_tiles = limit.max_total_tiles if limit else None
         kept = conversation
         while True:
             shown = groups[: len(_media(kept))]
@@ -159,15 +166,19 @@ class Processor:
                 tokens_per_tile=self.config.tokens_per_tile,
                 reply=reply,
             )
-            if most is None or len(rendered.ids) <= most:
+            num_tokens, num_tiles = used + len(rendered.ids), tiles.num_with(shown)
+            if num_tokens <= (most or num_tokens) and num_tiles <= (most_tiles or num_tiles):
                 tiles.show(shown)
                 return rendered
-            shorter = _without_last_exchange(kept)
-            if limit is None or limit.overflow == "error" or not shorter:
-                raise InputError(
-                    f"{len(rendered.ids)} tokens, the limit is {most}; shorten it, lower max_tiles or raise the limit"
-                )
-            kept = shorter
+            kept = _without_last_exchange(kept)
+            if limit and limit.overflow == "truncate" and (kept or used):
+                if not kept:
+                    return None
+                continue
+            size, bound = (
+                (f"{num_tokens} tokens", most) if num_tokens > (most or num_tokens) else (f"{num_tiles} tiles", most_tiles)
+            )
+            raise InputError(f"{size}, the limit is {bound}; shorten it, lower max_tiles or raise the limit")
 
 
 def _without_last_exchange(conversation: Conversation) -> Conversation:
@@ -207,6 +218,11 @@ class _Tiles:
         num_images = sum(isinstance(ref, ImageRef) for ref in media)
         share = max(1, (self._options.max_tiles or self._tiling.max_tiles) // max(1, num_images))
         return [self._of(ref, (ref.max_tiles or share) if isinstance(ref, ImageRef) else 1) for ref in media]
+
+    def num_with(self, groups: list[_Group]) -> int:
+        """Tiles shown if these are too."""
+        new = {id(group): len(group.tiles_GSSC) for group in groups if group.start is None}
+        return self._num_shown + sum(new.values())
 
     def show(self, groups: list[_Group]) -> None:
         """The next placeholder runs show these tiles."""

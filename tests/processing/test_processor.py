@@ -166,6 +166,23 @@ def test_limits(processor, images):
         processor.sample(record(conversation), options=replace(fits, max_tokens=10, overflow="truncate"))
 
 
+def test_limits_are_the_whole_sample_s(processor, images):
+    first = (user("Q", SQUARE), says("One."))
+    talks = (first, (user("Q", SQUARE), says("Two."), user("Q", TALL), says("Three.")), (user("Q"), says("Four.")))
+    many = replace(record(first), conversations=talks)
+    whole = processor.sample(many, options=options(images))
+    cut = processor.sample(many, options=options(images, max_tokens=whole.num_tokens - 1, overflow="truncate"))
+    assert cut.seq_lens == whole.seq_lens[:2] and cut.num_tiles == whole.num_tiles
+    square = processor.sample(record(first), options=options(images)).num_tiles
+    fewer = processor.sample(many, options=options(images, max_total_tiles=whole.num_tiles - 1, overflow="truncate"))
+    assert (
+        fewer.num_tiles < whole.num_tiles and fewer.seq_lens[0] == whole.seq_lens[0] and fewer.seq_lens[1] < whole.seq_lens[1]
+    )
+    assert fewer.seq_lens[2] == whole.seq_lens[2], "a conversation that fits stays whole"
+    with pytest.raises(InputError, match=rf"{square} tiles, the limit is {square - 1}"):
+        processor.sample(record(first), options=options(images, max_total_tiles=square - 1, overflow="truncate"))
+
+
 @pytest.mark.parametrize(
     ("conversations", "problem"),
     [
