@@ -54,7 +54,7 @@ def validate(
         if isinstance(found, Stats):
             done.append(found)
             if not as_json:
-                print(f"{found.name}: {found.rows:,} rows ({found.format or 'not read'}), {_problems(found)}")
+                print(f"{found.name}: {found.rows:,} rows ({found.format}), {_problems(found)}")
         elif as_json:
             source, problem = getattr(found, "source", None), getattr(found, "problem", str(found))
             print(json.dumps({"source": source, "kind": kind_of(found), "problem": problem}))

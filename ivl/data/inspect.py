@@ -44,6 +44,7 @@ def inspect(
         try:
             mixture = Mixture((spec,), seed=0, shuffle=False)
         except InputError as error:
+            stats.format = "not read"
             stats.bad += 1
             stats.kinds[kind_of(error)] += 1
             yield error

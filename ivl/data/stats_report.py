@@ -72,7 +72,7 @@ def _counts(found: Sequence[Stats]) -> Cells:
     size = "tokens" if encoded else "characters"
     whole = sum(getattr(each, size) for each in found) or 1
     rows = [
-        [each.name, each.format or "not read", *(f"{getattr(each, column):,}" for column in columns),
+        [each.name, each.format, *(f"{getattr(each, column):,}" for column in columns),
          f"{getattr(each, size) / whole:.1%}", _shares(each)]
         for each in every
     ]  # fmt: skip
@@ -110,7 +110,7 @@ def _histograms(found: Sequence[Stats]) -> list[tuple[str, str]]:
 
 
 def _table(title: str, head: list[str], rows: list[list[str]]) -> Table:
-    table = Table(box=None, header_style="bold", title=title or None, title_justify="left")
+    table = Table(box=None, header_style="bold", title=f"\n{title}" if title else None, title_justify="left")
     for number, name in enumerate(head):
         table.add_column(name, justify="right" if number and name not in ("format", "languages") else "left", no_wrap=True)
     for row in rows:
@@ -169,6 +169,8 @@ def _drawn(found: Sequence[Stats]) -> list[Stats]:
 
 def _stacked(axis: Any, drawn: Sequence[Stats], name: str, title: str) -> None:
     """A histogram whose bars are made up of the data sets; lengths on a log scale."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     parts: list[Histogram] = [getattr(each, name) for each in drawn]
     least, most = min(min(part.counts, default=0) for part in parts), max(part.most for part in parts)
     few = most <= 64
@@ -177,6 +179,12 @@ def _stacked(axis: Any, drawn: Sequence[Stats], name: str, title: str) -> None:
     weights = [np.fromiter(part.counts.values(), float) for part in parts]
     axis.hist(values, edges, weights=weights, stacked=True, label=[each.name for each in drawn])
     axis.set(title=title, ylabel=title.rpartition(" per ")[2] + "s", xscale="linear" if few else "log")
+    if few:
+        axis.locator_params(axis="x", integer=True)
+    else:
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
     if len(drawn) > 1:
         axis.legend(fontsize=7)
 
@@ -186,3 +194,4 @@ def _bars(axis: Any, title: str, values: dict[str, int]) -> None:
     names, shares = list(values)[::-1], [value / whole for value in values.values()][::-1]
     axis.bar_label(axis.barh(names, shares, color="#9ecae1"), [f" {share:.1%}" for share in shares], fontsize=8)
     axis.set(title=title, xlim=(0, 1.15 * max(shares, default=1)))
+    axis.xaxis.set_major_formatter("{x:.0%}")

@@ -21,7 +21,9 @@ def test_validate_prints_every_problem_with_its_line(dirty, capsys):
     assert exit.value.code == 1
     assert [line.split(": ")[0] for line in lines[:20]] == [f"{dirty}:{n}" for n in range(8, 401, 20)]
     assert lines[0].endswith("[undecodable_media]")
-    assert lines[20].startswith("dirty: 400 rows (reference jsonl), 20 bad: 4 broken_json, ") and lines[21].startswith("20 problems in 400 rows: 4 broken_json, ")
+    assert lines[20].startswith("dirty: 400 rows (reference jsonl), 20 bad: 4 broken_json, ") and lines[21].startswith(
+        "20 problems in 400 rows: 4 broken_json, "
+    )
 
 
 def test_validate_is_silent_about_good_data(tmp_path, capsys):
@@ -53,8 +55,30 @@ def test_same_problems_as_the_loader(dirty):
     assert len(problems) == 20
 
 
+def test_workers_find_the_same(dirty):
+    here, apart = (list(inspect(DataConfig(mixture=str(dirty), num_workers=n), processor(), languages=True)) for n in (0, 2))
+    assert [str(each) for each in here[:-1]] == [str(each) for each in apart[:-1]] and len(here) == 21
+    assert here[-1] == apart[-1]
+
+
+def test_progress_covers_every_row(dirty):
+    seen = []
+    list(inspect(DataConfig(mixture=str(dirty)), watch=lambda *each: seen.append(each)))
+    assert seen[-1] == ("dirty", 400, 400) and [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
+
+
+def test_validate_for_machines(dirty, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["validate", str(dirty), "--json"])
+    *problems, summary = map(json.loads, capsys.readouterr().out.splitlines())
+    assert exit.value.code == 1 and len(problems) == 20
+    assert (problems[0]["source"], problems[0]["kind"]) == (f"{dirty}:8", "undecodable_media")
+    assert summary["rows"] == 400 and summary["kinds"] == {kind: 4 for kind in DIRT}
+
+
 def test_stats_prints_a_table(tmp_path, capsys):
     cli.main(["stats", str(make_file(tmp_path, 9))])
-    head, row = capsys.readouterr().out.splitlines()
-    assert head.split() == ["dataset", "format", "rows", "bad", "conversations", "images", "videos"]
-    assert row.split()[:5] == ["rows", "reference", "jsonl", "9", "0"]
+    head, row, *lengths = capsys.readouterr().out.splitlines()
+    assert head.split()[:8] == ["dataset", "format", "rows", "bad", "conversations", "turns", "images", "videos"]
+    assert row.split()[:5] == ["rows", "reference", "jsonl", "9", "0"] and row.split()[-2:] == ["en", "100.0%"]
+    assert "characters per answer" in "\n".join(lengths)
