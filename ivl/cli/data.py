@@ -33,6 +33,7 @@ def validate(
     mixture: Mixture,
     *,
     root: str | None = None,
+    format: str | None = None,
     model: str | None = None,
     workers: int = 0,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
@@ -42,6 +43,7 @@ def validate(
     Args:
         mixture: A meta JSON, or a file of rows of any format that is read.
         root: Folder of relative media paths when `mixture` is a file of rows.
+        format: How the rows are read when `mixture` is a file of rows, such as parquet or sharegpt; by default it is found out.
         model: Model directory whose processor also encodes every row: finds rows that are too long or train nothing.
         workers: Processes that look at rows; 0 looks in this one.
         as_json: Print one JSON object a line instead: each problem, then the summary.
@@ -50,7 +52,7 @@ def validate(
     from ivl.data.stats import Stats, total
 
     done: list[Stats] = []
-    for found in _inspect(mixture, root, model, workers):
+    for found in _inspect(mixture, root, format, model, workers):
         if isinstance(found, Stats):
             done.append(found)
             if not as_json:
@@ -71,13 +73,20 @@ def validate(
 
 
 def stats(
-    mixture: Mixture, *, root: str | None = None, model: str | None = None, out: str | None = None, workers: int = 0
+    mixture: Mixture,
+    *,
+    root: str | None = None,
+    format: str | None = None,
+    model: str | None = None,
+    out: str | None = None,
+    workers: int = 0,
 ) -> None:
     """Print how much each data set holds.
 
     Args:
         mixture: A meta JSON, or a file of rows of any format that is read.
         root: Folder of relative media paths when `mixture` is a file of rows.
+        format: How the rows are read when `mixture` is a file of rows, such as parquet or sharegpt; by default it is found out.
         model: Model directory whose processor counts tokens and tiles; without one, lengths are in characters.
         out: Directory for stats.json and for stats.html, a page of plots.
         workers: Processes that look at rows; 0 looks in this one.
@@ -87,7 +96,7 @@ def stats(
     from ivl.data.stats import Stats
     from ivl.data.stats_report import tables, write_report
 
-    found = [each for each in _inspect(mixture, root, model, workers, languages=True) if isinstance(each, Stats)]
+    found = [each for each in _inspect(mixture, root, format, model, workers, languages=True) if isinstance(each, Stats)]
     console = Console()
     for table in tables(found):
         Console(width=max(console.width, 200)).print(table)  # cut names and counts would be useless
@@ -98,7 +107,7 @@ def stats(
 
 
 def _inspect(
-    mixture: str, root: str | None, model: str | None, workers: int, *, languages: bool = False
+    mixture: str, root: str | None, format: str | None, model: str | None, workers: int, *, languages: bool = False
 ) -> Iterator[DataError | InputError | Stats]:
     """What there is to find, with a progress bar while standard error is a terminal."""
     from ivl.data.inspect import inspect
@@ -109,7 +118,7 @@ def _inspect(
         from ivl.processing.processor import Processor
 
         processor = Processor.load(resolve(model))
-    config = DataConfig(mixture=mixture, root=root, num_workers=workers)
+    config = DataConfig(mixture=mixture, root=root, format=format, num_workers=workers)
     with _progress() as watch:
         yield from inspect(config, processor, languages=languages, watch=watch)
 
