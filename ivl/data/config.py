@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Averaging = Literal["token", "sample", "square"]
+Weighting = Literal["size", "root"] | float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,9 @@ class DataConfig:
     """Folder of relative media paths when `mixture` is a file of rows; None is the file's own folder."""
     format: str | None = None
     """How the rows are read when `mixture` is a file of rows, such as parquet or sharegpt; None looks."""
+    weighting: Weighting = "size"
+    """Share of a data set in an epoch: by its draws (size), their square root (root) or their 1/T-th power (a number, the
+    temperature T). The length of the epoch stays, and no row is drawn more than 4 times."""
     max_tokens: int = 8192
     """Tokens of a pack."""
     max_tiles: int = 48
@@ -40,8 +44,9 @@ class DataConfig:
     """Passes over the mixture; None never ends."""
     on_error: Literal["refuse", "skip"] = "refuse"
     """What a bad row does: stop with its file and line, or be left out and counted in the report."""
-    over_budget: Literal["refuse", "skip"] = "refuse"
-    """The same for a sample larger than a whole pack; on_error=skip covers it too."""
+    over_budget: Literal["refuse", "truncate", "skip"] = "refuse"
+    """The same for a sample larger than a whole pack, which on_error=skip covers too. truncate drops whole turns from the end,
+    up to the last reply that fits, and counts the row; it is refused if no reply fits."""
     max_skip_share: float = 0.2
     """More bad rows than this share stop the run even where they may be skipped."""
     num_workers: int = 2
@@ -68,10 +73,14 @@ class DataConfig:
             raise ValueError(f"data.max_frames {self.max_frames} is below data.min_frames {self.min_frames}")
         if not 0 <= self.max_skip_share <= 1:
             raise ValueError(f"data.max_skip_share must be in [0, 1], got {self.max_skip_share}")
+        if self.weighting not in ("size", "root") and not (
+            isinstance(self.weighting, int | float) and 0.1 <= self.weighting <= 100
+        ):
+            raise ValueError(f"data.weighting must be size, root or a temperature in [0.1, 100], got {self.weighting!r}")
         for name, known in (
             ("averaging", ("token", "sample", "square")),
             ("on_error", ("refuse", "skip")),
-            ("over_budget", ("refuse", "skip")),
+            ("over_budget", ("refuse", "truncate", "skip")),
             ("start_method", (None, "fork", "spawn")),
         ):
             if getattr(self, name) not in known:

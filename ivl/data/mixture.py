@@ -12,9 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ivl.data.config import Weighting
 from ivl.data.rows import FORMATS, container_of, open_rows
 from ivl.errors import InputError
 from ivl.types import Record
+
+
+MAX_REPEAT = 4
+"""Most draws of a row in an epoch (spec 9.3)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +51,7 @@ class DatasetSpec:
         if cap is not None and (not isinstance(cap, int) or isinstance(cap, bool) or cap < 1):
             raise InputError(f"dataset {self.name!r}: max_dynamic_patch must be an integer >= 1, got {cap!r}")
         repeat = self.repeat_time
-        if isinstance(repeat, bool) or not isinstance(repeat, int | float) or not 0 < repeat <= 4:
+        if isinstance(repeat, bool) or not isinstance(repeat, int | float) or not 0 < repeat <= MAX_REPEAT:
             raise InputError(f"dataset {self.name!r}: repeat_time must be in (0, 4], got {repeat!r}")
         if self.format is not None and self.format not in FORMATS:
             raise InputError(f"dataset {self.name!r}: format must be one of {', '.join(FORMATS)}, got {self.format!r}")
@@ -134,11 +139,19 @@ class Mixture:
     The stream is one epoch after another; position p is in epoch p // len(self). Its order follows from the seed alone.
     """
 
-    def __init__(self, specs: tuple[DatasetSpec, ...], *, seed: int, shuffle: bool = True) -> None:
+    def __init__(
+        self, specs: tuple[DatasetSpec, ...], *, seed: int, shuffle: bool = True, weighting: Weighting = "size"
+    ) -> None:
         self.specs, self.seed, self.shuffle = specs, seed, shuffle
         self.files = [open_rows(spec.annotation, format=spec.format) for spec in specs]
-        counts = [_num_draws(len(rows), spec) for rows, spec in zip(self.files, specs, strict=True)]
-        self._ends = np.cumsum(counts)
+        self._sizes_D = np.array([len(rows) for rows in self.files])
+        self._draws_D = weighted(
+            [_num_draws(len(rows), spec) for rows, spec in zip(self.files, specs, strict=True)], self._sizes_D, weighting
+        )
+        for spec, size, draws in zip(specs, self._sizes_D, self._draws_D, strict=True):
+            if not draws:
+                raise InputError(f"dataset {spec.name!r}: repeat_time {spec.repeat_time} of {size} rows leaves none")
+        self._ends = np.cumsum(self._draws_D)
         self._subsets = [Permutation(len(rows), seed, 1, index) for index, rows in enumerate(self.files)]
         self._order: tuple[int, Permutation] | None = None
 
@@ -148,7 +161,7 @@ class Mixture:
 
     def num_draws(self, dataset: int) -> int:
         """Draws of one epoch from one data set."""
-        return int(np.diff(self._ends, prepend=0)[dataset])
+        return int(self._draws_D[dataset])
 
     def draws(self, positions: Sequence[int]) -> Iterator[Draw]:
         """What the stream has at these positions, a block at a time."""
@@ -164,10 +177,9 @@ class Mixture:
                 place_N[here] = self._permutation(int(epoch))(place_N[here])
         dataset_N = np.searchsorted(self._ends, place_N, side="right")
         place_N -= np.concatenate([[0], self._ends])[dataset_N]
-        sizes = np.array([len(rows) for rows in self.files])
-        copy_N, row_N = np.divmod(place_N, sizes[dataset_N])
+        copy_N, row_N = np.divmod(place_N, self._sizes_D[dataset_N])
         # The last, incomplete copy is a random subset, not the first rows of the file.
-        partial_N = copy_N == np.array([int(spec.repeat_time) for spec in self.specs])[dataset_N]
+        partial_N = copy_N == (self._draws_D // self._sizes_D)[dataset_N]
         for dataset in np.unique(dataset_N[partial_N]):
             here = partial_N & (dataset_N == dataset)
             row_N[here] = self._subsets[dataset](row_N[here])
@@ -191,7 +203,8 @@ class Mixture:
     def describe(self) -> list[str]:
         """A line for each data set, for the log."""
         return [
-            f"{spec.name}: {len(rows):,} rows of {rows.format}, {self.num_draws(index):,} drawn per epoch"
+            f"{spec.name}: {len(rows):,} rows of {rows.format}, {self.num_draws(index):,} drawn per epoch "
+            f"(each {self.num_draws(index) / len(rows):.3g} times)"
             for index, (spec, rows) in enumerate(zip(self.specs, self.files, strict=True))
         ]
 
@@ -204,10 +217,32 @@ class Mixture:
 
 
 def _num_draws(num_rows: int, spec: DatasetSpec) -> int:
-    count = int(spec.repeat_time) * num_rows + round(spec.repeat_time % 1 * num_rows)
-    if not count:
-        raise InputError(f"dataset {spec.name!r}: repeat_time {spec.repeat_time} of {num_rows} rows leaves none")
-    return count
+    return int(spec.repeat_time) * num_rows + round(spec.repeat_time % 1 * num_rows)
+
+
+def weighted(draws: Sequence[int], rows_D: np.ndarray, weighting: Weighting) -> np.ndarray:
+    """Draws of each data set by its own repeat_time -> int64 draws by weight, as many in all.
+
+    A temperature T makes shares proportional to draws^(1/T): 1 is by size, 2 by root (the reference's resampling), larger is
+    more even. No row is drawn more than MAX_REPEAT times; what that takes from small sets goes to the others, by weight.
+    """
+    draws_D = np.asarray(draws, dtype=np.int64)
+    temperature = {"size": 1.0, "root": 2.0}.get(weighting, weighting) if isinstance(weighting, str) else weighting
+    if temperature == 1:
+        return draws_D
+    weight_D = (draws_D / draws_D.max()) ** (1 / float(temperature))
+    most_D = MAX_REPEAT * rows_D
+    share_D, capped_D = np.zeros(len(draws_D)), np.zeros(len(draws_D), dtype=bool)
+    while True:
+        left = draws_D.sum() - most_D[capped_D].sum()
+        share_D = np.where(capped_D, most_D, left * weight_D / max(weight_D[~capped_D].sum(), 1e-300))
+        if not (over_D := ~capped_D & (share_D > most_D)).any():
+            break
+        capped_D |= over_D
+    whole_D = np.floor(share_D).astype(np.int64)
+    rest = int(draws_D.sum() - whole_D.sum())
+    whole_D[np.argsort(whole_D - share_D, kind="stable")[:rest]] += 1  # the largest remainders
+    return whole_D
 
 
 class Permutation:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ivl.data.mixture import DatasetSpec, Mixture, Permutation, load_mixture
+from ivl.data.mixture import DatasetSpec, Mixture, Permutation, load_mixture, weighted
 from ivl.data.rows import write_jsonl
 from ivl.errors import InputError
 from tests.data.world import turns
@@ -124,3 +124,36 @@ def test_repeat_time_that_leaves_no_row_is_refused(tmp_path):
     spec = DatasetSpec(name="a", annotation=rows_file(tmp_path / "a.jsonl", 3), repeat_time=0.1)
     with pytest.raises(InputError, match="leaves none"):
         Mixture((spec,), seed=0)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 2000), st.floats(0.01, 4)), min_size=1, max_size=6),
+    st.sampled_from(["size", "root", 0.5, 1, 3.0, 100.0]),
+)
+def test_weights_keep_the_epoch_s_length_and_the_limit_of_repeats(sets, weighting):
+    rows = np.array([size for size, _ in sets])
+    draws = [max(1, int(size * repeat)) for size, repeat in sets]
+    new = weighted(draws, rows, weighting)
+    assert new.sum() == sum(draws) and (new <= 4 * rows).all() and (new >= 0).all()
+    assert (new == weighted(draws, rows, weighting)).all()
+    if weighting in ("size", 1):
+        assert new.tolist() == draws
+
+
+def test_root_and_temperature_are_their_formulas():
+    rows = np.array([100, 400, 10_000])
+    assert weighted([100, 400, 10_000], rows, "root").tolist() == [400, 1600, 8500]  # small sets reach 4 draws a row
+    even = weighted([1000, 4000, 9000], np.array([1000, 4000, 9000]), "root")
+    expected = 14_000 * np.sqrt([1000, 4000, 9000]) / np.sqrt([1000, 4000, 9000]).sum()
+    assert abs(even - expected).max() < 1
+    warm = weighted([1000, 4000, 9000], np.array([1000, 4000, 9000]), 3.0)
+    assert abs(warm - 14_000 * np.cbrt([1000, 4000, 9000]) / np.cbrt([1000, 4000, 9000]).sum()).max() < 1
+
+
+def test_weighted_epochs_draw_what_they_say(tmp_path):
+    specs = tuple(DatasetSpec(name=n, annotation=rows_file(tmp_path / f"{n}.jsonl", k)) for n, k in (("a", 4), ("b", 64)))
+    mixture = Mixture(specs, seed=1, weighting="root")
+    drawn = Counter((draw.dataset, draw.row) for draw in mixture.draws(range(len(mixture))))
+    assert len(mixture) == 68 and sum(n for (d, _), n in drawn.items() if d == 0) == mixture.num_draws(0) == 14
+    assert sorted(n for (d, _), n in drawn.items() if d == 0) == [3, 3, 4, 4]
+    assert mixture.describe()[0].endswith("14 drawn per epoch (each 3.5 times)")
