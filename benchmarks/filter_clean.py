@@ -1,0 +1,384 @@
+"""Clean conversations for `benchmarks.filter_quality`: easy-vqa, scikit-image's photographs, and long text that packages ship.
+
+The tuning and the held-out set share no easy-vqa picture, no document and no package that documents come from.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import random
+import re
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Literal
+
+import skimage
+
+from ivl.data import easy_vqa
+from ivl.types import ImageRef, Message, Record, Text
+
+Split = Literal["tune", "held-out"]
+PACKAGES = {
+    "tune": ("numpy", "json", "argparse", "email", "collections", "pathlib", "logging", "decimal", "statistics", "tokenizers", "PIL"),
+    "held-out": ("scipy", "sklearn", "asyncio", "unittest", "ipaddress", "fractions", "datetime", "hypothesis", "torch.optim", "rich"),
+}  # fmt: skip
+
+
+def record(source: str, turns: list[tuple[str, str]], image: str | bytes | None = None) -> Record:
+    """A row; the picture stands before the first question."""
+    talk = []
+    for n, (question, answer) in enumerate(turns):
+        media = (ImageRef(image),) if image is not None and n == 0 else ()
+        talk += [Message("user", (*media, Text(f"\n{question}" if media else question))), Message("assistant", (Text(answer),))]
+    return Record(id=source, conversations=(tuple(talk),), source=source)
+
+
+SENTENCES = {
+    "colour": ("The {shape} in the image is {answer}.", "It is {answer}.", "The colour of the shape is {answer}.",
+               "Looking at the picture, the shape has been filled with {answer}, and the background is much paler.",
+               "{Answer}.", "The image contains a single shape, and its colour is {answer}."),
+    "shape": ("The shape in the image is a {answer}.", "It is a {answer}.", "The picture shows a {answer}.",
+              "There is one shape in the picture. It is a {answer}.", "A {answer} is present in the image.",
+              "I can see exactly one shape here, which is a {answer}. Nothing else is drawn on the canvas."),
+    "yes/no": ("{Answer}.", "{Answer}, that is what the image shows.", "{Answer}, judging by the picture.",
+               "The answer to this question is {answer}.", "{Answer}. There is only one shape in the picture, so this is easy to tell."),
+}  # fmt: skip
+CAPTIONS = ("A {caption} on a plain background", "a {caption}", "{caption} drawn on a pale canvas", "A picture of a {caption}",
+            "A single {caption} is drawn on a pale background.", "This small picture shows a {caption}. There is nothing else in it.",
+            "The image is very simple: a {caption} lies on an even background. It has sharp edges, and there is no text.")  # fmt: skip
+SUFFIXES = ("", "", "\nAnswer the question using a single word or phrase.", "\nAnswer in a full sentence.")
+
+
+@cache
+def _vqa(split: Split) -> dict[str, list[easy_vqa.Row]]:
+    """Questions by picture."""
+    found: dict[str, list[easy_vqa.Row]] = {}
+    for row in easy_vqa.rows("train" if split == "tune" else "test"):
+        if all(row.question != other.question for other in found.get(row.image, [])):
+            found.setdefault(row.image, []).append(row)
+    return found
+
+
+@cache
+def _captions(split: Split) -> list[tuple[str, str]]:
+    return sorted(easy_vqa.captions([row for rows in _vqa(split).values() for row in rows]).items())
+
+
+def sentence(row: easy_vqa.Row, rng: random.Random) -> str:
+    return rng.choice(SENTENCES[row.kind]).format(answer=row.answer, Answer=row.answer.capitalize(), shape="shape")
+
+
+def vqa_rows(split: Split, rng: random.Random) -> Iterator[Record]:
+    """One question with a short answer, one with a sentence, or several about one picture. Pictures come again with other
+    questions, questions come again with other pictures, but no picture twice with the same question."""
+    left = {image: rng.sample(rows, len(rows)) for image, rows in _vqa(split).items()}
+    images = rng.sample(sorted(left), len(left))
+    while images:
+        rng.shuffle(images)
+        for image in images:
+            style = rng.choice(("short", "sentence", "talk"))
+            take = [left[image].pop() for _ in range(min(len(left[image]), rng.randint(2, 5) if style == "talk" else 1))]
+            short = style == "short" or (style == "talk" and rng.random() < 0.3)
+            turns = [(row.question, row.answer if short else sentence(row, rng)) for row in take]
+            if short:
+                turns[0] = (turns[0][0] + rng.choice(SUFFIXES[:3]), turns[0][1])
+            yield record(take[0].id, turns, image)
+        images = [image for image in images if left[image]]
+
+
+def caption_rows(split: Split, rng: random.Random) -> Iterator[Record]:
+    asks = ("Describe the image.", "What is in the picture?", "Write a caption.", "Give a short description of this image.")
+    for image, caption in rng.sample(_captions(split), len(_captions(split))):
+        yield record(f"caption-{Path(image).stem}", [(rng.choice(asks), rng.choice(CAPTIONS).format(caption=caption))], image)
+
+
+PHOTOS: dict[str, tuple[str, ...]] = {
+    "astronaut.png": ("a smiling astronaut in an orange suit", "She wears an orange pressure suit with a mission patch.",
+        "An American flag hangs behind her left shoulder.", "A model of a space shuttle stands in the background.",
+        "She holds a white helmet in front of her.", "Her short hair is brown and curly.", "The portrait looks official, with soft studio light."),
+    "brick.png": ("a wall of bricks", "The bricks are laid in even rows.", "The joints between them are darker than the bricks.",
+        "The picture is in shades of grey.", "No window or door interrupts the wall.", "The surface of the bricks is rough."),
+    "camera.png": ("a man with a camera on a tripod", "He wears a long dark coat and leans towards the viewfinder.",
+        "Tall buildings stand far behind him, across a field.", "The photograph is black and white.",
+        "The tripod has three thin legs that reach down to the grass.", "The sky is bright and empty."),
+    "cell.png": ("a biological cell under a microscope", "The outline of the cell is bright against a grey field.",
+        "The image was taken with phase contrast or a similar method.", "Inside the cell one can see fine grains.", "There is no colour in this image."),
+    "chelsea.png": ("a ginger tabby cat", "The cat looks straight into the camera with green and yellow eyes.",
+        "Its whiskers are long and white.", "The nose is pink, and the fur around it is pale.", "Only the head of the animal is in the frame.",
+        "The background is out of focus.", "Darker stripes run over its forehead."),
+    "coffee.png": ("a cup of coffee on a saucer", "A metal spoon lies beside the cup on the saucer.", "The table is made of dark wood.",
+        "The cup is white, and the coffee has a thin layer of foam.", "The photograph was taken from above, at an angle.", "Light falls on the table from the left."),
+    "coins.png": ("rows of ancient coins", "The coins were found in Pompeii and lie on a dark cloth.", "Most of the coins are worn, and some have chipped edges.",
+        "There are four rows, with about six coins in each.", "A face or a figure can be made out on several of them.", "The image is in shades of grey."),
+    "grass.png": ("a lawn seen from above", "The blades of grass point in all directions.", "The light is even, without strong shadows.",
+        "The texture fills the whole frame.", "No flowers, stones or tools are visible."),
+    "gravel.png": ("a layer of gravel", "The stones have many sizes and shapes.", "The image is grey and rich in contrast.", "Small stones fill the gaps between the larger ones."),
+    "horse.png": ("the black silhouette of a horse", "The horse stands on four legs and faces left.", "The background is entirely white.", "Its tail hangs down behind it.",
+        "There is no shading at all, only two tones."),
+    "hubble_deep_field.jpg": ("distant galaxies in deep space", "Hundreds of galaxies are scattered over a black sky.", "Some of them are spirals, others are ellipses.",
+        "A few bright stars show crosses of diffracted light.", "The colours range from blue to orange and red.", "The picture was taken by the Hubble Space Telescope."),
+    "ihc.png": ("stained tissue under a microscope", "Brown stain marks the protein that was looked for.", "The nuclei of the cells are blue.",
+        "Glands with a bright inside can be seen.", "The image is used to show how stains can be separated."),
+    "moon.png": ("the surface of the moon", "Several craters are visible in the low light.", "The contrast of the picture is poor.", "One large crater lies near the middle.",
+        "The picture is grey and without stars."),
+    "motorcycle_left.png": ("a motorcycle in a garage", "The motorcycle leans on its stand on a concrete floor.", "Shelves and tools are visible behind it.",
+        "The picture belongs to a stereo pair.", "A helmet and some cables lie close to the wall.", "The front wheel is turned a little to one side."),
+    "page.png": ("a scanned page of a book", "The page is unevenly lit and darker at one side.", "The printed text is about the processing of images.",
+        "Some lines are hard to read because of the shadow.", "Two figures with short legends accompany the text."),
+    "retina.jpg": ("the retina of an eye", "Blood vessels branch out from the bright optic disc.", "The background is orange and almost round.", "Photographs like this help to find diseases of the eye.",
+        "The centre of the retina is a little darker."),
+    "rocket.jpg": ("a rocket on its launch pad", "It is night, and the rocket is lit by floodlights.", "Steam drifts around the base of the rocket.", "Tall lightning towers surround the pad.",
+        "The Falcon 9 rocket carries a satellite.", "The sky behind the rocket is dark blue."),
+    "text.png": ("handwritten text on paper", "The letters were written quickly with a dark pen.", "The paper is grey and a little crumpled.", "The lighting changes from one side to the other."),
+    "clock_motion.png": ("a clock blurred by motion", "The hands of the clock cannot be read clearly.", "The camera was moved while the shutter was open.", "The dial is round and bright."),
+    "phantom.png": ("a test image of overlapping ellipses", "It imitates a section through a human head.", "Such images test methods of tomography.", "The outer ellipse is the brightest."),
+}  # fmt: skip
+OPENINGS = (
+    "The image shows {x}.", "This is a picture of {x}.", "In this photograph one can see {x}.", "The photograph shows {x}.", "What we see here is {x}.",
+    "The main subject is {x}.", "Here is {x}.", "At the centre of the image there is {x}.", "{X} can be seen in this picture.", "The picture was taken to show {x}.",
+)  # fmt: skip
+ASKS = (
+    "Describe the image in detail.",
+    "What does this photograph show?",
+    "What is in the picture?",
+    "Please write a caption.",
+    "Tell me what you see.",
+)
+
+
+def photo_rows(split: Split, rng: random.Random) -> Iterator[Record]:
+    """Captions, descriptions of several sentences and short talks; no two about one photograph share most of their words."""
+    seen: dict[str, list[set]] = {}
+    for n in range(20_000):
+        name = rng.choice(sorted(PHOTOS))
+        subject, *details = PHOTOS[name]
+        style = rng.choice(("caption", "description", "list", "talk"))
+        opening = rng.choice(OPENINGS).format(x=subject, X=subject.capitalize())
+        some = rng.sample(details, rng.randint(1, len(details)))
+        ask = rng.choice(ASKS)
+        if style == "caption":
+            turns = [(ask, rng.choice((subject, subject.capitalize(), f"A photograph of {subject}", opening)))]
+        elif style == "description":
+            turns = [(ask, " ".join([opening, *some]) if rng.random() < 0.7 else "\n\n".join([opening, " ".join(some)]))]
+        elif style == "list":
+            turns = [
+                (
+                    "List what can be said about the image.",
+                    "\n".join(f"{i}. {each}" for i, each in enumerate([opening, *some], 1)),
+                )
+            ]
+        else:
+            turns = [
+                (ask, opening),
+                *[(rng.choice(("What else?", "Anything else?", "Go on.", "And what more?")), each) for each in some],
+            ]
+        triples = _triples(" ".join(f"{question} {answer}" for question, answer in turns))
+        if all(len(triples & other) <= 0.5 * len(triples | other) for other in seen.setdefault(name, [])):
+            seen[name].append(triples)
+            yield record(f"photo-{n}", turns, str(Path(skimage.__file__).parent / "data" / name))
+
+
+def _triples(text: str) -> set[tuple[str, ...]]:
+    words = ["", *re.findall(r"\w+", text.casefold()), ""]
+    return set(zip(words, words[1:], words[2:], strict=False))
+
+
+@cache
+def documents(split: Split) -> tuple[tuple[str, str], ...]:
+    """(title, text) of docstrings, data set descriptions, licences and read-mes, no two alike."""
+    found: dict[str, str] = {}
+    for package in PACKAGES[split]:
+        module = importlib.import_module(package)
+        modules = [module]
+        for info in pkgutil.iter_modules(getattr(module, "__path__", ())):
+            if not info.name.startswith(("_", "tests", "conftest")):
+                try:
+                    modules.append(importlib.import_module(f"{package}.{info.name}"))
+                except ImportError:  # a part that needs what is not installed
+                    continue
+        for each in modules:
+            for name, thing in [("", each), *sorted(vars(each).items())]:
+                if not name.startswith("_") and (inspect.isclass(thing) or callable(thing) or not name):
+                    text = inspect.getdoc(thing)
+                    if text and str(getattr(thing, "__module__", package)).startswith(package.split(".")[0]):
+                        found.setdefault(f"{each.__name__}.{name}".strip("."), text)
+    for distribution in distributions():
+        name = distribution.metadata["Name"].lower()
+        if (sum(map(ord, name)) % 2 == 0) == (split == "tune"):
+            body = distribution.metadata.get_payload() or distribution.metadata["Description"] or ""
+            for n, section in enumerate(re.split(r"\n(?=#{1,3} |\S[^\n]*\n[=-]{3,}\n)", str(body))):
+                found[f"the read-me of {name}, part {n}"] = section.strip()
+    descr = Path(importlib.import_module("sklearn").__file__ or "").parent / "datasets" / "descr"
+    for n, file in enumerate(sorted(descr.glob("*.rst"))):
+        if n % 2 == (split == "tune"):
+            for k, section in enumerate(file.read_text().split("\n\n\n")):
+                found[f"{file.stem} {k}"] = section
+    return tuple(_distinct((title, text) for title, text in sorted(found.items()) if 200 <= len(text) <= 8000))
+
+
+def _distinct(texts: Iterator[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Leaves out texts that share more than half of their word triples with one before: an oracle without hashing."""
+    where: dict[tuple[str, ...], list[int]] = {}
+    sizes: list[int] = []
+    for title, text in texts:
+        triples = _triples(text)
+        shared: dict[int, int] = {}
+        for triple in triples:
+            for other in where.get(triple, ()):
+                shared[other] = shared.get(other, 0) + 1
+        if any(n > 0.35 * min(len(triples), sizes[other]) for other, n in shared.items()) or len(triples) < 20:
+            continue
+        for triple in triples:
+            where.setdefault(triple, []).append(len(sizes))
+        sizes.append(len(triples))
+        yield title, text
+
+
+def document_rows(split: Split, rng: random.Random) -> Iterator[Record]:
+    asks = ("Explain {x}.", "What is {x}?", "Please document {x}.", "Tell me about {x} in detail.")
+    for title, text in rng.sample(documents(split), len(documents(split))):
+        yield record(title, [(rng.choice(asks).format(x=title), text)])
+
+
+def structured_rows(split: Split, rng: random.Random) -> Iterator[Record]:
+    """Lists, tables, code, verses with a refrain, formulas, boxes and Chinese: what naive filters drop."""
+    makers: tuple[Callable[[random.Random, int], tuple[str, str]], ...] = (
+        _count, _table, _code, _verse, _formula, _boxes, _chinese, _json, _steps, _choice, _bare_table,
+    )  # fmt: skip
+    seen = set()
+    for n in range(100_000):
+        ask, answer = rng.choice(makers)(rng, n)
+        if answer not in seen:
+            seen.add(answer)
+            yield record(f"structured-{n}", [(ask, answer)])
+
+
+NOUNS = "river mountain garden window teacher bridge letter engine forest market planet violin harbour kitchen candle".split()  # noqa: SIM905
+ADJECTIVES = "old quiet bright narrow heavy green distant simple broken golden early warm".split()  # noqa: SIM905
+
+
+def _count(rng: random.Random, n: int) -> tuple[str, str]:
+    start, step, size = rng.randint(0, 500), rng.choice((1, 1, 2, 5, 10)), rng.randint(4, 60)
+    return f"Count from {start} in steps of {step}.", rng.choice((", ", " ", "\n")).join(
+        str(start + step * i) for i in range(size)
+    )
+
+
+def _table(rng: random.Random, n: int) -> tuple[str, str]:
+    names = rng.sample(NOUNS, rng.randint(3, 8))
+    rows = [f"| {name} | {rng.randint(0, 99)} | {rng.choice(('yes', 'no'))} |" for name in names]
+    return "Make a table.", "\n".join(["| Name | Count | Sold |", "| --- | --- | --- |", *rows])
+
+
+def _bare_table(rng: random.Random, n: int) -> tuple[str, str]:
+    rows = [",".join(str(rng.choice((0, 0, 1, rng.randint(2, 300)))) for _ in range(6)) for _ in range(rng.randint(3, 12))]
+    return f"Give me test data {n}.", "a,b,c,d,e,f\n" + "\n".join(rows)
+
+
+def _code(rng: random.Random, n: int) -> tuple[str, str]:
+    a, b = rng.sample(NOUNS, 2)
+    body = f"def {a}_{b}({a}, {b}=None):\n    if {b} is None:\n        {b} = []\n    for item in {a}:\n        if item not in {b}:\n            {b}.append(item)\n    return {b}"
+    tests = "\n".join(f"assert {a}_{b}([{i}, {i}]) == [{i}]" for i in rng.sample(range(100), rng.randint(1, 5)))
+    code = f"```python\n{body}\n\n\n{tests}\n```"
+    return f"Write a function {a}_{b}.", rng.choice(
+        (code, f"{body}\n\n\n{tests}", f"Here is the function:\n\n{code}\n\nIt keeps the order of the items.")
+    )
+
+
+def _verse(rng: random.Random, n: int) -> tuple[str, str]:
+    refrain = f"Oh {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}, sing to me,\nsing of the {rng.choice(NOUNS)} and the sea."
+    verses = [
+        "\n".join(
+            f"{rng.choice(('The', 'A', 'My', 'One'))} {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)} {rng.choice(('waits', 'sleeps', 'falls', 'burns'))} "
+            f"{rng.choice(('by', 'near', 'under', 'over'))} the {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)},"
+            for _ in range(rng.randint(3, 5))
+        )
+        for _ in range(rng.randint(2, 4))
+    ]
+    return "Write a song with a refrain.", "\n\n".join(f"{verse}\n\n{refrain}" for verse in verses)
+
+
+def _formula(rng: random.Random, n: int) -> tuple[str, str]:
+    a, b, c = (rng.randint(2, 99) for _ in range(3))
+    work = f"We have $x = \\frac{{{a * c} - {b * c}}}{{{c}}}$. Both terms can be divided by {c}:\n$$x = {a} - {b} = {a - b}$$\n"
+    return f"Solve for x, {a}, {b}, {c}.", work + rng.choice(
+        (
+            f"So the answer is {a - b}.",
+            f"Answer: {a - b}",
+            f"\\boxed{{{a - b}}}",
+            f"Therefore $x = {a - b}$",
+            f"The answer is {a - b}",
+        )
+    )
+
+
+def _boxes(rng: random.Random, n: int) -> tuple[str, str]:
+    def box() -> str:
+        x, y = rng.randint(0, 700), rng.randint(0, 700)
+        return f"[{x}, {y}, {x + rng.randint(1, 300)}, {y + rng.randint(1, 300)}]"
+
+    name = rng.choice(NOUNS)
+    return f"Where is the {name}?", rng.choice(
+        ("", "Here it is: ")
+    ) + f"<ref>{name}</ref><box>[{', '.join(box() for _ in range(rng.randint(1, 9)))}]</box>"
+
+
+_ZH = (
+    ("圆形", "三角形", "矩形"),
+    ("红色", "蓝色", "绿色", "黄色", "黑色", "棕色", "灰色"),
+    ("左上角", "右下角", "中央", "上方", "边缘"),
+)
+
+
+def _chinese(rng: random.Random, n: int) -> tuple[str, str]:
+    shape, colour, place = (rng.choice(words) for words in _ZH)
+    number = rng.randint(2, 40)
+    return "请描述这张图片。", rng.choice((
+        f"图片{place}有一个{colour}的{shape}，背景颜色较浅，没有其他物体。", f"这是第{number}张图片，里面画着{colour}的{shape}，位于{place}。它的边缘很清晰，背景是纯色。",
+        f"{colour}的{shape}", f"图中可以看到{number}个{shape}，它们都是{colour}的，排列在画面{place}。", f"使用Python画出的{shape}，颜色是{colour}，编号{number}",
+    ))  # fmt: skip
+
+
+def _json(rng: random.Random, n: int) -> tuple[str, str]:
+    rows = ",\n".join(
+        f'  {{"name": "{rng.choice(NOUNS)}", "size": {rng.randint(1, 99)}, "tags": ["{rng.choice(ADJECTIVES)}"]}}'
+        for _ in range(rng.randint(1, 6))
+    )
+    return "Answer in JSON.", f"[\n{rows}\n]"
+
+
+def _steps(rng: random.Random, n: int) -> tuple[str, str]:
+    steps = [
+        f"{rng.choice(('Take', 'Move', 'Clean', 'Open', 'Paint'))} the {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}{rng.choice(('', ' with care', ' first'))}"
+        for _ in range(rng.randint(3, 9))
+    ]
+    end, mark = rng.choice((".", "")), rng.choice(("- {}", "{n}. {}", "* {}", "Step {n}: {}"))
+    return "What are the steps?", "\n".join(mark.format(step + end, n=i) for i, step in enumerate(steps, 1))
+
+
+def _choice(rng: random.Random, n: int) -> tuple[str, str]:
+    letter, noun = rng.choice("ABCD"), rng.choice(NOUNS)
+    return f"Which one is the {noun}? {n}", rng.choice(
+        (
+            letter,
+            f"{letter}. {noun}",
+            f"The picture shows a {noun}, as its form tells. The answer is {letter}.",
+            f"Its form is that of a {noun}.\nAnswer: {letter}",
+            f"({letter})",
+        )
+    )
+
+
+SHARES: dict[str, tuple[Callable[[Split, random.Random], Iterator[Record]], float]] = {
+    "easy-vqa": (vqa_rows, 0.52), "easy-vqa captions": (caption_rows, 0.08), "photographs": (photo_rows, 0.14),
+    "documents": (document_rows, 0.16), "lists, tables, code, ...": (structured_rows, 0.10),
+}  # fmt: skip
+
+
+def streams(split: Split, seed: int) -> dict[str, Iterator[Record]]:
+    """A stream of clean rows of each kind; what was drawn does not come again."""
+    return {kind: make(split, random.Random(f"{seed} {kind}")) for kind, (make, _) in SHARES.items()}

@@ -1,0 +1,429 @@
+"""Faults for `benchmarks.filter_quality`, written before the filters were tuned and as somebody would who wants to get past them.
+
+Every fault kind is a list of variants. Variants marked `unseen` come only in the held-out set: no threshold was chosen with them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import random
+import re
+from collections.abc import Callable
+
+from PIL import Image
+
+from benchmarks.filter_clean import ADJECTIVES, NOUNS
+from ivl.processing.image import load_image
+from ivl.types import ImageRef, Message, Record, Text
+
+Edit = Callable[[str, random.Random], str | None]
+"""A clean answer -> a faulty one, or None if this answer does not lend itself to the fault."""
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+
+
+def last_answer(record: Record) -> str:
+    return record.conversations[-1][-1].text
+
+
+def with_answer(record: Record, answer: str) -> Record:
+    """The record with another last answer."""
+    *others, talk = record.conversations
+    return dataclasses.replace(record, conversations=(*others, (*talk[:-1], Message("assistant", (Text(answer),)))))
+
+
+# Repetition loops
+
+
+def _lead(text: str, rng: random.Random) -> str:
+    """A beginning of the answer, up to a word; often all of it."""
+    words = text.split(" ")
+    return text if rng.random() < 0.5 else " ".join(words[: rng.randint(0, len(words))])
+
+
+def word_loop(text: str, rng: random.Random) -> str:
+    word = rng.choice(re.findall(r"[^\W\d_]{2,}", text) or ["the"])
+    return f"{_lead(text, rng)} {rng.choice((' ', ', ', ' and ')).join([word] * rng.randint(16, 90))}"
+
+
+def phrase_loop(text: str, rng: random.Random) -> str:
+    words = text.split() if len(text.split()) > 6 else rng.sample(NOUNS, 8)
+    at, size = rng.randrange(max(1, len(words) - 6)), rng.randint(2, 6)
+    phrase = " ".join(words[at : at + size]) + " of"
+    return f"{_lead(text, rng)} {' '.join([phrase] * rng.randint(8, 60))}"
+
+
+def _sentences(text: str) -> list[str]:
+    found = [s.strip() for s in SENTENCE_END.split(text) if 3 <= len(re.findall(r"[^\W\d_]{2,}", s)) <= 60]
+    return found or ["The picture shows the old bridge over the river once more."]
+
+
+def sentence_loop(text: str, rng: random.Random) -> str:
+    return " ".join([_lead(text, rng), *[rng.choice(_sentences(text))] * rng.randint(5, 30)])
+
+
+def paragraph_loop(text: str, rng: random.Random) -> str:
+    said = _sentences(text)
+    some = " ".join(rng.sample(said, min(len(said), rng.randint(2, 4))))
+    return "\n\n".join([some] * rng.randint(4, 9))
+
+
+def loop_in_the_middle(text: str, rng: random.Random) -> str:
+    loop = [rng.choice(_sentences(text))] * rng.randint(5, 20)
+    return " ".join([_lead(text, rng), *loop, "This is all that there is to say about it."])
+
+
+def corrupted_loop(text: str, rng: random.Random) -> str:
+    """Every tenth word or so is another one."""
+    words = " ".join([rng.choice(_sentences(text))] * rng.randint(6, 30)).split()
+    return " ".join(rng.choice(NOUNS) if rng.random() < 0.1 else word for word in words)
+
+
+def numbered_loop(text: str, rng: random.Random) -> str:
+    said = rng.choice(_sentences(text))
+    return "\n".join(f"{n}. {said}" for n in range(1, rng.randint(6, 40)))
+
+
+def loop_without_spaces(text: str, rng: random.Random) -> str:
+    part = rng.choice((*NOUNS, "ha", "abc", "lalo", rng.choice(NOUNS) + rng.choice(NOUNS)))
+    return f"{_lead(text, rng)} {part * (rng.randint(60, 400) // len(part) + 6)}"
+
+
+def chinese_loop(text: str, rng: random.Random) -> str:
+    part = rng.choice(
+        (
+            "图片中有一个红色的圆形",
+            "背景是纯色的，没有其他物体。",
+            "我们可以看到",
+            "蓝色三角形",
+            "这张图片展示了一个矩形，它的边缘很清晰。",
+        )
+    )
+    return "图片展示了一个简单的形状。" + part * rng.randint(8, 40)
+
+
+def alternating_loop(text: str, rng: random.Random) -> str:
+    said = [
+        *_sentences(text),
+        "Then the same thing happens again on the other side.",
+        "After that it starts from the beginning.",
+    ]
+    a, b = rng.sample(said, 2)
+    return " ".join([_lead(text, rng), *[a, b] * rng.randint(4, 15)])
+
+
+def short_tail_loop(text: str, rng: random.Random) -> str:
+    """All of the answer, then a phrase a few times, cut within a word."""
+    phrase = " ".join(
+        [rng.choice(ADJECTIVES), rng.choice(NOUNS), "and the", rng.choice(ADJECTIVES), rng.choice(NOUNS), "near the"]
+    )
+    loop = " ".join([phrase] * rng.randint(5, 8))
+    return f"{text} {loop[: -rng.randint(1, 4)]}"
+
+
+def restless_loop(text: str, rng: random.Random) -> str:
+    """Case and marks change from round to round."""
+    said = rng.choice(_sentences(text)).rstrip(".!?")
+    rounds = [
+        rng.choice((str.upper, str.lower, str.title, str))(said) + rng.choice((".", "!", "...", ";", ""))
+        for _ in range(rng.randint(6, 25))
+    ]
+    return " ".join(rounds)
+
+
+# Runs of zeros and other characters
+
+
+def zeros(join: str, unit: str = "0") -> Edit:
+    def edit(text: str, rng: random.Random) -> str:
+        run = join.join([unit] * rng.choice((rng.randint(36, 60), rng.randint(60, 500))))
+        at = rng.choice((0, len(text), text.find(" ") + 1))
+        return rng.choice((run, f"{text[:at]} {run} {text[at:]}", f"{text} {run}"))
+
+    return edit
+
+
+def dirty_zeros(text: str, rng: random.Random) -> str:
+    """One zero in twenty or so is another digit."""
+    return f"{text} " + "".join(rng.choice("123456789") if rng.random() < 0.05 else "0" for _ in range(rng.randint(80, 400)))
+
+
+def character_run(text: str, rng: random.Random) -> str:
+    char = rng.choice("aAxXeE1!?#@。！哈\u200b9🙂ー~$&%")
+    run = char * rng.randint(210, 600) if char == "~" else char * rng.randint(45, 400)
+    return rng.choice((run, f"{text}{run}", f"{text[: len(text) // 2]}{run}{text[len(text) // 2 :]}"))
+
+
+# Truncation
+
+
+def cut_in_word(text: str, rng: random.Random) -> str | None:
+    """Anywhere within a word of four letters or more."""
+    words = [m for m in re.finditer(r"[^\W\d_]{4,}", text) if len(text[: m.start()].split()) >= 3]
+    if not words:
+        return None
+    word = rng.choice(words)
+    return text[: word.start() + rng.randint(1, len(word[0]) - 2)]
+
+
+def cut_after_word(text: str, rng: random.Random) -> str | None:
+    """After a word that another one follows in the same sentence."""
+    places = [m.start() for m in re.finditer(r"(?<=[^\W\d_]) (?=[^\W\d_])", text) if len(text[: m.start()].split()) >= 4]
+    return text[: rng.choice(places)] if places else None
+
+
+def cut_after_comma(text: str, rng: random.Random) -> str | None:
+    places = [m.end() for m in re.finditer(r"[^\W\d_],(?= )", text) if len(text[: m.start()].split()) >= 3]
+    return text[: rng.choice(places)] if places else None
+
+
+def cut_near_the_end(text: str, rng: random.Random) -> str | None:
+    """Only the last few characters are missing."""
+    if not re.search(r"[^\W\d_]{5,}[.!?]$", text) or len(text.split()) < 5:
+        return None
+    return text[: -rng.randint(3, 5)]
+
+
+def cut_in_bracket(text: str, rng: random.Random) -> str | None:
+    words = text.rstrip(".").split(" ")
+    if len(words) < 5:
+        return None
+    return " ".join(words[: rng.randint(4, len(words))]) + rng.choice(
+        (" (as one", ' which is called "the', " (see the left", " (for example, a", " [compare")
+    )
+
+
+def cut_in_second_paragraph(text: str, rng: random.Random) -> str | None:
+    more = f"The {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)} beside it belongs to the {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}."
+    cut = cut_in_word(more, rng) if rng.random() < 0.5 else cut_after_word(more, rng)
+    return f"{text}\n\n{cut}" if text.endswith(".") else None
+
+
+# Garbled text
+
+
+def _some(text: str, rng: random.Random, change: Callable[[str], str], letters: int = 40) -> str | None:
+    """Changes all of the answer or its last part, if it has so many letters."""
+    at = rng.choice((0, len(text) // 2, len(text) * 2 // 3))
+    part = text[at:]
+    return text[:at] + change(part) if sum(map(str.isalpha, part)) >= letters and part.isascii() else None
+
+
+def lost_characters(text: str, rng: random.Random) -> str:
+    chars = list(text)
+    for at in rng.sample(range(len(chars)), min(len(chars), rng.randint(1, 12))):
+        chars[at] = "\ufffd"
+    return "".join(chars)
+
+
+def control_characters(text: str, rng: random.Random) -> str:
+    chars = list(text)
+    for _ in range(rng.randint(1, 12)):
+        chars.insert(rng.randrange(len(chars) + 1), rng.choice("\x00\x01\x07\x08\x1b\x7f\x9d\ue012\x0f\x16"))
+    return "".join(chars)
+
+
+def mojibake(text: str, rng: random.Random) -> str:
+    """Typographic marks and accents, read in the wrong encoding, once or twice."""
+    for plain, fine in ((" - ", " – "), ("'", "’"), ("...", "…"), (". ", ".\u00a0"), ("e ", "é ")):
+        text = text.replace(plain, fine)
+    text = f"“{text}”" if rng.random() < 0.5 or text.isascii() else text
+    codec = rng.choice(("cp1252", "latin-1", "cp1251", "mac_roman"))
+    for _ in range(rng.choice((1, 1, 2))):
+        text = text.encode("utf-8").decode(codec, "ignore")
+    return text
+
+
+def random_letters(text: str, rng: random.Random) -> str | None:
+    return _some(text, rng, lambda part: re.sub(r"[^\W\d_]", lambda m: rng.choice("abcdefghijklmnopqrstuvwxyz"), part))
+
+
+def shuffled_letters(text: str, rng: random.Random) -> str | None:
+    def shuffled(match: re.Match) -> str:
+        return "".join(rng.sample(match[0], len(match[0])))
+
+    return _some(text, rng, lambda part: re.sub(r"[^\W\d_]{2,}", shuffled, part), letters=80)
+
+
+def symbols(text: str, rng: random.Random) -> str | None:
+    return _some(
+        text, rng, lambda part: "".join(rng.choice("#@$%^&*!?<>{}[]\\/~`") if rng.random() < 0.85 else c for c in part)
+    )
+
+
+def unicode_soup(text: str, rng: random.Random) -> str | None:
+    ranges = (
+        (0x100, 0x24F),
+        (0x391, 0x3C9),
+        (0x410, 0x44F),
+        (0x5D0, 0x5EA),
+        (0x620, 0x64A),
+        (0x905, 0x939),
+        (0xE01, 0xE2E),
+        (0x3041, 0x3096),
+    )
+    return _some(text, rng, lambda part: "".join(c if c == " " else chr(rng.randint(*rng.choice(ranges))) for c in part))
+
+
+def wrong_width(text: str, rng: random.Random) -> str | None:
+    """Bytes of one character each, read as characters of two bytes."""
+    return _some(text, rng, lambda part: part.encode("ascii").ljust(len(part) + len(part) % 2).decode("utf-16-le"))
+
+
+def escaped(text: str, rng: random.Random) -> str:
+    quoted = text.replace(". ", "’ – ").replace("'", "’") + "’"
+    return rng.choice((
+        quoted.encode().decode("latin-1").encode("unicode_escape").decode(), "".join(c if c.isascii() else f"&amp;#{ord(c)};" for c in quoted),
+    ))  # fmt: skip
+
+
+def shifted_letters(text: str, rng: random.Random) -> str | None:
+    """Every letter so many places on in the alphabet."""
+    by = rng.randint(1, 25)
+    return _some(text, rng, lambda part: re.sub(r"[a-z]", lambda m: chr((ord(m[0]) - 97 + by) % 26 + 97), part), letters=80)
+
+
+# Duplicates: of the whole row
+
+
+def exact_copy(record: Record, rng: random.Random) -> Record:
+    return record
+
+
+def _each_text(record: Record, change: Callable[[str], str], roles: tuple[str, ...] = ("user", "assistant")) -> Record:
+    talks = tuple(
+        tuple(
+            Message(m.role, tuple(Text(change(p.text)) if isinstance(p, Text) and m.role in roles else p for p in m.content))
+            for m in talk
+        )
+        for talk in record.conversations
+    )
+    return dataclasses.replace(record, conversations=talks)
+
+
+def other_spacing(record: Record, rng: random.Random) -> Record:
+    return _each_text(
+        record, lambda text: rng.choice((f"{text} ", f" {text}\n", re.sub(" ", "  ", text), text.replace("\n", "\n\n")))
+    )
+
+
+def other_case(record: Record, rng: random.Random) -> Record:
+    change = rng.choice((str.lower, str.upper, lambda text: text.rstrip("."), lambda text: text.replace("?", " ?")))
+    return _each_text(record, change)
+
+
+def other_quotes(record: Record, rng: random.Random) -> Record:
+    return _each_text(
+        record, lambda text: text.replace("'", "’").replace('"', "“").replace("...", "…").replace(" ", "\u00a0", 1)
+    )
+
+
+def _changed_image(record: Record, change: Callable[[Image.Image], tuple[Image.Image, str, dict]]) -> Record | None:
+    if not any(isinstance(part, ImageRef) for talk in record.conversations for message in talk for part in message.content):
+        return None
+
+    def changed(part):
+        if not isinstance(part, ImageRef):
+            return part
+        image, kind, options = change(load_image(part))
+        with io.BytesIO() as file:
+            image.save(file, kind, **options)
+            return ImageRef(file.getvalue())
+
+    talks = tuple(tuple(Message(m.role, tuple(changed(p) for p in m.content)) for m in talk) for talk in record.conversations)
+    return dataclasses.replace(record, conversations=talks)
+
+
+def recompressed_image(record: Record, rng: random.Random) -> Record | None:
+    return _changed_image(record, lambda image: (image, "JPEG", {"quality": rng.randint(50, 95)}))
+
+
+def resized_image(record: Record, rng: random.Random) -> Record | None:
+    factor = rng.choice((0.5, 0.7, 1.5, 2))
+    return _changed_image(
+        record, lambda image: (image.resize((int(image.width * factor), int(image.height * factor))), "PNG", {})
+    )
+
+
+def _is_long(record: Record) -> bool:
+    return sum(len(m.text.split()) for talk in record.conversations for m in talk) >= 45
+
+
+def typos(record: Record, rng: random.Random) -> Record | None:
+    """A few letters of a long text are wrong."""
+
+    def change(text: str) -> str:
+        chars = list(text)
+        letters = [at for at, c in enumerate(chars) if c.isalpha()]
+        for at in rng.sample(letters, min(len(letters), max(1, len(chars) // 200))):
+            chars[at] = rng.choice("aeiours")
+        return "".join(chars)
+
+    return _each_text(record, change, ("assistant",)) if _is_long(record) else None
+
+
+def word_changed(record: Record, rng: random.Random) -> Record | None:
+    def change(text: str) -> str:
+        words = text.split(" ")
+        places = [
+            at
+            for at, word in enumerate(words)
+            if word.isalpha() and word.lower() not in ("no", "not", "yes", "true", "false", "never", "none")
+        ]
+        for at in rng.sample(places, min(len(places), 1 + len(words) // 60)):
+            words[at] = rng.choice(NOUNS)
+        return " ".join(words)
+
+    return _each_text(record, change, ("assistant",)) if _is_long(record) and len(record.conversations[0]) == 2 else None
+
+
+def polite(record: Record, rng: random.Random) -> Record | None:
+    """Words before the question and after the answer."""
+    if not _is_long(record):
+        return None
+    first = rng.choice(("Please. ", "Hello! ", "I have a question. "))
+    asked = (
+        _each_text(record, lambda text: first + text.lstrip("\n"), ("user",)) if len(record.conversations[0]) == 2 else record
+    )
+    return with_answer(asked, last_answer(asked) + rng.choice((" Thank you.", " I hope this helps!", "")))
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """Variants of a fault; `unseen` ones are kept for the held-out set."""
+
+    seen: tuple[Edit, ...]
+    unseen: tuple[Edit, ...]
+
+    def variants(self, split: str) -> tuple[Edit, ...]:
+        return self.seen if split == "tune" else self.seen + self.unseen
+
+
+KINDS = {
+    "repetition loops": Kind(
+        (word_loop, phrase_loop, sentence_loop, paragraph_loop, loop_in_the_middle, corrupted_loop, numbered_loop, loop_without_spaces, chinese_loop),
+        (alternating_loop, short_tail_loop, restless_loop),
+    ),
+    "zero runs": Kind(
+        (zeros(""), zeros(" "), zeros(", "), zeros(", ", "0.0"), zeros("\n"), zeros(" ", "000"), dirty_zeros, character_run),
+        (zeros(", ", "0x00"), zeros("|"), zeros("", "０"), zeros("0.")),
+    ),
+    "truncated": Kind((cut_in_word, cut_after_word, cut_after_comma, cut_near_the_end), (cut_in_bracket, cut_in_second_paragraph)),
+    "garbled": Kind(
+        (lost_characters, control_characters, mojibake, random_letters, shuffled_letters, symbols, unicode_soup, wrong_width), (escaped, shifted_letters)
+    ),
+}  # fmt: skip
+DUPLICATES = {
+    "tune": (exact_copy, other_spacing, other_case, recompressed_image, resized_image, typos, word_changed),
+    "held-out": (
+        exact_copy,
+        other_spacing,
+        other_case,
+        recompressed_image,
+        resized_image,
+        typos,
+        word_changed,
+        other_quotes,
+        polite,
+    ),
+}
