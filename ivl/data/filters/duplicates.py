@@ -110,7 +110,7 @@ class DuplicateIndex:
         exact = _digest(media + text + pivots, 16)
         found = self._exact.get(exact)
         hashes = np.frombuffer(signature, dtype=np.uint32, offset=at)
-        group = media + pivots
+        group = _digest(media + pivots, 8)
         if found is None and len(hashes):
             found = self._texts.find(hashes, group)
         if found is not None:
