@@ -22,8 +22,9 @@ from ivl.config import ModelConfig
 from ivl.data import easy_vqa
 from ivl.data.config import DataConfig
 from ivl.data.easy_vqa import COLOURS, SHAPES
+from ivl.data.filters.chain import load_chain
 from ivl.data.filters.repetition import Repetition
-from ivl.data.records import to_record
+from ivl.data.filters.run import run as run_filter
 from ivl.data.rows import write_jsonl
 from ivl.processing.tokenizer import Tokenizer, train_tokenizer
 from ivl.recipes import nano
@@ -111,21 +112,16 @@ def repetitive(text: str) -> bool:
     return not DETECTOR(record).keep
 
 
-def filtered(path: Path, out: Path) -> dict[str, int]:
-    """What the repetition stages keep of a file; returns how right they were."""
-    counts = {"kept": 0, "dropped": 0, "loops": 0, "loops_dropped": 0}
-    kept = []
-    for line in path.read_bytes().splitlines():
-        row = json.loads(line)
-        record = to_record(line, source=str(path), root=path.parent)
-        keep = DETECTOR(record).keep
-        counts["kept" if keep else "dropped"] += 1
-        counts["loops"] += row["injected"]
-        counts["loops_dropped"] += row["injected"] and not keep
-        if keep:
-            kept.append(row)
-    write_jsonl(kept, out)
-    return counts
+def filtered(raw: Path, out: Path) -> dict[str, int]:
+    """Run the filter on a file, with its repetition stage alone; returns how right it was."""
+    chain = out / "chain.json"
+    chain.parent.mkdir(parents=True, exist_ok=True)
+    chain.write_text(json.dumps({"stages": [{"use": "repetition"}]}))
+    run_filter(load_chain(chain), raw, out)
+    loops = {row["id"] for row in map(json.loads, raw.read_text().splitlines()) if row["injected"]}
+    verdicts = [json.loads(line) for line in (out / "verdicts.jsonl").read_text().splitlines()]
+    dropped = {verdict["id"] for verdict in verdicts if not verdict["keep"]}
+    return {"rows": len(verdicts), "loops": len(loops), "dropped": len(dropped), "loops_dropped": len(loops & dropped)}
 
 
 def prepare(out: Path, shares: list[float]) -> dict[str, Any]:
@@ -145,7 +141,7 @@ def prepare(out: Path, shares: list[float]) -> dict[str, Any]:
     }
     for share in shares:
         raw = write_jsonl(rows(train, share=share), data / f"loops-{share:g}.jsonl")
-        report[f"{share:g}"] = filtered(raw, data / f"filtered-{share:g}.jsonl")
+        report[f"{share:g}"] = filtered(raw, data / f"filtered-{share:g}")
     return report
 
 
@@ -193,7 +189,9 @@ def connect(out: Path) -> TrainConfig:
 
 
 def arm(out: Path, name: str, seed: int) -> TrainConfig:
-    """Everything learns to describe, from data/NAME.jsonl."""
+    """Everything learns to describe, from what the filter kept or from data/NAME.jsonl."""
+    kept = out / f"data/{name}/meta.json"
+    mixture = kept if kept.exists() else out / f"data/{name}.jsonl"
     held_out = DataConfig(mixture=str(out / "data/held-out.jsonl"), num_workers=0, max_tokens=3072, cache_samples=512)
     return TrainConfig(
         name=f"{name}-{seed}",
@@ -201,7 +199,7 @@ def arm(out: Path, name: str, seed: int) -> TrainConfig:
         model=str(out / "connect/model"),
         stage=Stage(trainable=("vision", "projector", "decoder")),
         optim=OptimConfig(name="muon", lr=2e-3, warmup_ratio=0.1, min_lr_ratio=0.05),
-        data=DataConfig(mixture=str(out / f"data/{name}.jsonl"), num_workers=0, cache_samples=1 << 14, max_tokens=3072),
+        data=DataConfig(mixture=str(mixture), num_workers=0, cache_samples=1 << 14, max_tokens=3072),
         val_data=held_out,
         val_every=100,
         val_packs=6,

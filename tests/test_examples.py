@@ -52,6 +52,13 @@ def test_own_task(place: Path) -> None:
     assert "95% interval" in run(place, "own_task.py") and (place / "runs/examples/own-task/report.json").exists()
 
 
+def test_filter_and_pack(place: Path) -> None:
+    out = run(place, "filter_and_pack.py")
+    assert "validate: 2 bad rows, missing_media, empty_answer; the first at" in out and "kept 52 of 57 rows" in out
+    assert "  10: repetition, loop of words\n" in out and "  again: duplicates, near-duplicate\n" in out
+    assert "packs an epoch" in out and (place / "runs/examples/filter-and-pack/run/model").exists()
+
+
 def test_all_are_tested() -> None:
     tested = Path(__file__).read_text()
     assert all(f'"{path.name}"' in tested for path in EXAMPLES.glob("*.py"))
