@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from ivl.processing.processor import Processor, SampleOptions
 from ivl.processing.video import load_frames
 from ivl.types import IGNORE, ImageRef, Record, Sample, VideoRef
 
+TOO_LONG = "raise data.max_tokens or data.max_tiles, or lower data.max_tiles_per_image"
 CHUNK = 8
 """Samples a worker encodes at a time; spreads the cost of a message between processes."""
 
@@ -46,7 +47,23 @@ class Dropped:
         return DataError(self.source, self.kind, self.problem)
 
 
-Result = Sample | Dropped
+@dataclass(frozen=True)
+class Cut:
+    """A sample that fits a pack after turns were dropped from its end; `problem` says what it was and what is left."""
+
+    sample: Sample
+    problem: str
+
+    @property
+    def num_tokens(self) -> int:
+        return self.sample.num_tokens
+
+    @property
+    def num_tiles(self) -> int:
+        return self.sample.num_tiles
+
+
+Result = Sample | Cut | Dropped
 
 
 class Encoded(NamedTuple):
@@ -64,18 +81,24 @@ class Encoder:
     def __call__(self, draw: Draw) -> Encoded:
         try:
             record = self.mixture.record(draw.dataset, draw.row)
-            generator = None
-            if self.mixture.specs[draw.dataset].data_augment or any(isinstance(ref, VideoRef) for ref in media(record)):
-                generator = random.Random(f"{self.mixture.seed} {draw.epoch} {draw.dataset} {draw.row} {draw.copy}")
-            sample = self._sample(record, draw, generator)
-            self._check(sample)
-            return Encoded(sample, generator is None)
+            options = self._options(record, draw)
+            sample = self._sample(record, options)
+            if self._is_over(sample):
+                if self.config.over_budget == "truncate":
+                    return Encoded(self._cut(record, sample, self._options(record, draw)), False)
+                raise DataError(record.source, "too_long", f"{self._size(sample)}; {TOO_LONG}")
+            if not bool((sample.labels_T != IGNORE).any()):
+                raise DataError(sample.source, "nothing_trained", "no token is trained")
+            return Encoded(sample, options.generator is None)
         except DataError as error:
             return Encoded(Dropped(error.source, error.kind, error.problem), False)
 
-    def _sample(self, record: Record, draw: Draw, generator: random.Random | None) -> Sample:
+    def _options(self, record: Record, draw: Draw) -> SampleOptions:
         config, spec = self.config, self.mixture.specs[draw.dataset]
-        options = SampleOptions(
+        generator = None
+        if spec.data_augment or any(isinstance(ref, VideoRef) for ref in media(record)):
+            generator = random.Random(f"{self.mixture.seed} {draw.epoch} {draw.dataset} {draw.row} {draw.copy}")
+        return SampleOptions(
             max_tiles=spec.max_dynamic_patch or config.max_tiles_per_image,
             averaging=config.averaging,
             jpeg=spec.data_augment,
@@ -83,6 +106,8 @@ class Encoder:
             max_frames=config.max_frames,
             generator=generator,
         )
+
+    def _sample(self, record: Record, options: SampleOptions) -> Sample:
         try:
             return self.processor.sample(record, options=options)
         except InputError as error:
@@ -92,16 +117,24 @@ class Encoder:
             error.add_note(f"while encoding {record.source}")
             raise
 
-    def _check(self, sample: Sample) -> None:
+    def _cut(self, record: Record, whole: Sample, options: SampleOptions) -> Cut:
+        """The sample again, without the turns that do not fit. What was random before is again the same."""
         config = self.config
-        if sample.num_tokens > config.max_tokens or sample.num_tiles > config.max_tiles:
-            raise DataError(
-                sample.source, "too_long",
-                f"{sample.num_tokens} tokens and {sample.num_tiles} tiles, a pack holds {config.max_tokens} and "
-                f"{config.max_tiles}; raise data.max_tokens or data.max_tiles, or lower data.max_tiles_per_image",
-            )  # fmt: skip
-        if not bool((sample.labels_T != IGNORE).any()):
-            raise DataError(sample.source, "nothing_trained", "no token is trained")
+        options = replace(options, max_tokens=config.max_tokens, max_total_tiles=config.max_tiles, overflow="truncate")
+        try:
+            sample = self.processor.sample(record, options=options)
+        except InputError as error:  # it was good, so it is the limit
+            raise DataError(record.source, "too_long", f"{self._size(whole)}, and no reply of it fits; {TOO_LONG}") from error
+        return Cut(sample, f"{self._size(whole)}; cut to {sample.num_tokens} and {sample.num_tiles}")
+
+    def _is_over(self, sample: Sample) -> bool:
+        return sample.num_tokens > self.config.max_tokens or sample.num_tiles > self.config.max_tiles
+
+    def _size(self, sample: Sample) -> str:
+        config = self.config
+        return (
+            f"{sample.num_tokens} tokens and {sample.num_tiles} tiles, a pack holds {config.max_tokens} and {config.max_tiles}"
+        )
 
 
 def media(record: Record) -> list[ImageRef | VideoRef]:
@@ -217,13 +250,15 @@ def _pack(encoded: Encoded) -> Any:
     result, fixed = encoded
     if isinstance(result, Dropped):
         return encoded
-    values = vars(result).values()  # in the order of the fields
-    return [value.numpy() if isinstance(value, torch.Tensor) else value for value in values], fixed
+    sample, problem = (result.sample, result.problem) if isinstance(result, Cut) else (result, None)
+    values = vars(sample).values()  # in the order of the fields
+    return [value.numpy() if isinstance(value, torch.Tensor) else value for value in values], fixed, problem
 
 
 def _unpack(packed: Any) -> Encoded:
-    result, fixed = packed
-    if isinstance(result, Dropped):
-        return Encoded(result, fixed)
-    values: list[Any] = [torch.from_numpy(value) if isinstance(value, np.ndarray) else value for value in result]
-    return Encoded(Sample(*values), fixed)
+    if isinstance(packed, Encoded):
+        return packed
+    values, fixed, problem = packed
+    fields: list[Any] = [torch.from_numpy(value) if isinstance(value, np.ndarray) else value for value in values]
+    sample = Sample(*fields)
+    return Encoded(sample if problem is None else Cut(sample, problem), fixed)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from ivl.data.batch import collate
 from ivl.data.config import DataConfig
-from ivl.data.encode import Cache, Dropped, Encoder, Result, encoding
+from ivl.data.elastic import deal
+from ivl.data.encode import Cache, Cut, Dropped, Encoder, Result, encoding
+from ivl.data.estimate import PackEstimate, estimate
 from ivl.data.mixture import Draw, Mixture, load_mixture
 from ivl.data.packing import Buffer, Packer
 from ivl.errors import InputError
@@ -33,6 +37,8 @@ class Report:
     """Draws that brought no sample; a bad row counts again whenever it is drawn."""
     rows: dict[str, int] = field(default_factory=dict)
     """Bad rows by kind; each counts once, however often it is drawn."""
+    truncated: int = 0
+    """Rows cut to fit a pack; each counts once."""
     examples: dict[str, list[str]] = field(default_factory=dict)
     """The first few messages of each kind."""
     packs: int = 0
@@ -44,31 +50,31 @@ class Report:
         self.dropped += 1
         if first:
             self.rows[bad.kind] = self.rows.get(bad.kind, 0) + 1
-            examples = self.examples.setdefault(bad.kind, [])
-            if len(examples) < NUM_EXAMPLES:
-                examples.append(str(bad.error))
+            self._keep(bad.kind, [str(bad.error)])
+
+    def cut(self, cut: Cut, *, first: bool) -> None:
+        """Count a row that was cut to fit; `first` as in drop."""
+        if first:
+            self.truncated += 1
+            self._keep("truncated", [f"{cut.sample.source}: {cut.problem}"])
+
+    def merge(self, other: Report) -> None:
+        """Add what another rank has seen."""
+        for name in ("draws", "dropped", "truncated", "packs", "tokens", "tiles"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for kind, count in other.rows.items():
+            self.rows[kind] = self.rows.get(kind, 0) + count
+        for kind, examples in other.examples.items():
+            self._keep(kind, examples)
+
+    def _keep(self, kind: str, examples: list[str]) -> None:
+        self.examples[kind] = [*self.examples.get(kind, []), *examples][:NUM_EXAMPLES]
 
     def summary(self) -> str:
-        """The bad rows in one line for a log; empty if there were none."""
+        """The bad and the cut rows in one line for a log; empty if there were none."""
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(self.rows.items()))
-        return f"left out {sum(self.rows.values())} rows: {counts}" if self.rows else ""
-
-
-@dataclass(frozen=True)
-class PackEstimate:
-    """How many packs one epoch makes on one rank, guessed from a sample of rows."""
-
-    packs: int
-    draws: int
-    """Rows that one rank draws in an epoch."""
-    sampled: int
-    """Rows that were encoded for the guess; every figure but `draws` rests on these."""
-    dropped: int
-    """How many of those were bad."""
-    tokens_per_sample: float
-    tiles_per_sample: float
-    token_fill: float
-    tile_fill: float
+        left_out = [f"left out {sum(self.rows.values())} rows: {counts}"] if self.rows else []
+        return "; ".join(left_out + ([f"cut {self.truncated} rows to fit a pack"] if self.truncated else []))
 
 
 class Loader:
@@ -87,13 +93,15 @@ class Loader:
             raise ValueError(f"rank {rank} is not one of {world_size}")
         self.config, self.rank, self.world_size = config, rank, world_size
         specs = load_mixture(config.mixture, root=config.root, format=config.format)
-        self.mixture = Mixture(specs, seed=seed, shuffle=config.shuffle)
+        self.mixture = Mixture(specs, seed=seed, shuffle=config.shuffle, weighting=config.weighting)
         self.report = Report()
         self._encoder = Encoder(config, self.mixture, processor)
         self._cache = Cache(config.cache_samples)
-        self._packer: Packer[Sample] = self._new_packer()
+        self._packer: Packer[Sample | Cut] = self._new_packer()
         self._next = rank
         """Position in the stream of the first draw not yet taken."""
+        self._backlog: deque[int] = deque()
+        """Positions to take before that one: what another number of ranks had left."""
         self._reopen: list[list[int]] = []
 
     @property
@@ -104,7 +112,7 @@ class Loader:
     @property
     def epoch(self) -> int:
         """Epoch of the next draw, from 0."""
-        return self._next // len(self.mixture)
+        return (self._backlog[0] if self._backlog else self._next) // len(self.mixture)
 
     @property
     def fill(self) -> tuple[float, float]:
@@ -115,8 +123,12 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         with self._encoding() as encode:
             self._fill_open_packs(encode)
-            for draw, result in encode(self.mixture.draws(self._positions(self._next))):
-                self._next = draw.position + self.world_size
+            backlog, onward = self.mixture.draws(list(self._backlog)), self.mixture.draws(self._positions(self._next))
+            for draw, result in encode(chain(backlog, onward)):
+                if self._backlog:
+                    self._backlog.popleft()
+                else:
+                    self._next = draw.position + self.world_size
                 if buffer := self._take(draw, result):
                     yield self._release(buffer)
             while buffer := self._packer.flush():
@@ -128,6 +140,7 @@ class Loader:
             "epoch": self.epoch,
             "next": self._next,
             "open": self._reopen or self._packer.positions(),
+            "backlog": list(self._backlog),
             "seed": self.mixture.seed,
             "rank": self.rank,
             "world_size": self.world_size,
@@ -136,41 +149,54 @@ class Loader:
             "report": asdict(self.report),
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state()` of a loader with the same data, seed, rank and world size. Call before iterating.
+    def restore(self, state: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
+        """Go on from `state()` of this rank, or of all ranks of a run in their order. Call before iterating.
 
-        Only the samples of open packs are encoded again; nothing is replayed.
+        With as many ranks as before, batches are those of an uninterrupted run, and only the samples of open packs are
+        encoded again. With another number, every draw not yet released comes exactly once, in packs of their own. The
+        first rank takes over the report of all.
 
         Raises:
             InputError: if the state belongs to something else; the message says what differs.
         """
+        states = [state] if isinstance(state, dict) else list(state)
         mine = self.state()
-        for name in ("seed", "rank", "world_size", "budgets", "mixture"):
-            if state[name] != mine[name]:
-                raise InputError(f"the saved data position has {name} {state[name]}, this run has {mine[name]}")
-        self._next, self._reopen = state["next"], [list(positions) for positions in state["open"]]
-        self._packer = self._new_packer()
-        self.report = Report(**{name: _copied(value) for name, value in state["report"].items()})
+        for name in ("seed", "budgets", "mixture"):
+            for each in states:
+                if each[name] != mine[name]:
+                    raise InputError(f"the saved data position has {name} {each[name]}, this run has {mine[name]}")
+        self._packer, self.report = self._new_packer(), Report()
+        own = [each for each in states if (each["rank"], each["world_size"]) == (self.rank, self.world_size)]
+        if own:
+            self._next, backlog, self._reopen = own[0]["next"], own[0].get("backlog", []), [list(at) for at in own[0]["open"]]
+            self.report.merge(Report(**own[0]["report"]))
+        else:
+            self._next, backlog = deal(states, self.world_size, self._stop)[self.rank]
+            self._reopen = []
+            for each in states if self.rank == 0 else ():
+                self.report.merge(Report(**each["report"]))
+                self.report.draws -= sum(map(len, each["open"]))  # these are drawn again
+        self._backlog = deque(backlog)
 
-    def estimate_packs(self, sample_rows: int = 64) -> PackEstimate:
-        """Encode some random rows, draw an epoch's lengths from them, and pack those.
+    def estimate_packs(self, sample_rows: int = 64, *, watch: Callable[[], None] | None = None) -> PackEstimate:
+        """Encode some random rows, draw an epoch's lengths from them, and pack those; see ivl.data.estimate.
 
-        An estimate, because lengths are known only after encoding: the error falls with the root of `sample_rows`.
+        watch is called after each row.
         """
         num_draws = len(range(self.rank, len(self.mixture), self.world_size))
         rng = np.random.default_rng([self.mixture.seed, 2])
         chosen = rng.choice(len(self.mixture), min(sample_rows, len(self.mixture)), replace=False)
-        results = [self._encoder(draw).result for draw in self.mixture.draws(sorted(chosen.tolist()))]
-        bad = [result for result in results if isinstance(result, Dropped)]
-        sizes = [(result.num_tokens, result.num_tiles) for result in results if isinstance(result, Sample)]
-        if not sizes:
-            raise InputError(f"none of {len(bad)} sampled rows can be used; the first: {bad[0].error}")
-        return _estimate(sizes, len(results), num_draws, self._new_packer(), rng)
+        with self._encoding() as encode:
+            results = encode(self.mixture.draws(sorted(chosen.tolist())))
+            return estimate(self.mixture, results, self._new_packer(), num_draws=num_draws, watch=watch)
 
     def _positions(self, start: int) -> range:
-        epochs = self.config.epochs
-        stop = epochs * len(self.mixture) if epochs else sys.maxsize
-        return range(start, max(start, stop), self.world_size)
+        return range(start, max(start, self._stop), self.world_size)
+
+    @property
+    def _stop(self) -> int:
+        """End of the stream."""
+        return self.num_samples or sys.maxsize
 
     def _encoding(self):
         c = self.config
@@ -190,13 +216,13 @@ class Loader:
             self._packer.reopen(positions, [items[at] for at in positions])
         self._reopen = []
 
-    def _take(self, draw: Draw, result: Result) -> Buffer[Sample] | None:
+    def _take(self, draw: Draw, result: Result) -> Buffer[Sample | Cut] | None:
         self.report.draws += 1
-        if isinstance(result, Sample):
+        if not isinstance(result, Dropped):
             return self._packer.add(draw.position, result)
         if self.config.on_error == "refuse" and not (result.kind == "too_long" and self.config.over_budget == "skip"):
             raise result.error
-        self.report.drop(result, first=draw.epoch == 0 and draw.copy == 0)
+        self.report.drop(result, first=_is_first(draw))
         self._check_share(result)
         return None
 
@@ -211,47 +237,20 @@ class Loader:
                 f"the last: {last.error}"
             )
 
-    def _release(self, buffer: Buffer[Sample]) -> Batch:
+    def _release(self, buffer: Buffer[Sample | Cut]) -> Batch:
         self.report.packs += 1
         self.report.tokens += buffer.num_tokens
         self.report.tiles += buffer.num_tiles
-        return collate(tuple(buffer.items))
+        for position, item in zip(buffer.positions, buffer.items, strict=True):
+            if isinstance(item, Cut):  # counted now, for an open pack may go to another rank
+                self.report.cut(item, first=_is_first(next(self.mixture.draws([position]))))
+        return collate(tuple(item.sample if isinstance(item, Cut) else item for item in buffer.items))
 
-    def _new_packer(self) -> Packer:
+    def _new_packer(self) -> Packer[Sample | Cut]:
         c = self.config
         return Packer(max_tokens=c.max_tokens, max_tiles=c.max_tiles, max_buffer=c.max_buffer, max_samples=c.max_samples)
 
 
-def _copied(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _copied(each) for key, each in value.items()}
-    return list(value) if isinstance(value, list) else value
-
-
-@dataclass(frozen=True)
-class _Size:
-    num_tokens: int
-    num_tiles: int
-
-
-def _estimate(
-    sizes: list[tuple[int, int]], sampled: int, num_draws: int, packer: Packer, rng: np.random.Generator
-) -> PackEstimate:
-    simulated = min(num_draws, 20_000)
-    kept = round(simulated * len(sizes) / sampled)
-    packs, drawn = 0, np.array(sizes)[rng.integers(len(sizes), size=kept)]
-    for position, (num_tokens, num_tiles) in enumerate(drawn.tolist()):
-        packs += packer.add(position, _Size(num_tokens, num_tiles)) is not None
-    while packer.flush():
-        packs += 1
-    tokens, tiles = drawn.sum(axis=0)
-    return PackEstimate(
-        packs=max(1, round(packs * num_draws / simulated)),
-        draws=num_draws,
-        sampled=sampled,
-        dropped=sampled - len(sizes),
-        tokens_per_sample=float(tokens / kept),
-        tiles_per_sample=float(tiles / kept),
-        token_fill=float(tokens / (packs * packer.max_tokens)),
-        tile_fill=float(tiles / (packs * packer.max_tiles)),
-    )
+def _is_first(draw: Draw) -> bool:
+    """Whether no other draw of a run is of this row before."""
+    return draw.epoch == 0 and draw.copy == 0

@@ -17,7 +17,6 @@ from ivl.data.rows import FORMATS, container_of, open_rows
 from ivl.errors import InputError
 from ivl.types import Record
 
-
 MAX_REPEAT = 4
 """Most draws of a row in an epoch (spec 9.3)."""
 

@@ -131,12 +131,14 @@ def test_state_of_something_else_is_refused(meta, tmp_path):
     state = loader(meta).state()
     for other, words in (
         (loader(meta, seed=4), "seed 3, this run has 4"),
-        (loader(meta, rank=1, world_size=2), "rank 0, this run has 1"),
         (loader(make_file(tmp_path, 6)), "mixture"),
         (loader(meta, max_tokens=400), r"budgets \[300, 30, None\], this run has \[400, 30, None\]"),
     ):
         with pytest.raises(InputError, match=words):
             other.restore(state)
+    half = loader(meta, rank=1, world_size=2).state()
+    with pytest.raises(InputError, match=r"is of 2 ranks and only together .* got those of ranks \[1\]"):
+        loader(meta).restore(half)
 
 
 def test_ranks_share_an_epoch_without_overlap(meta, whole):
@@ -286,6 +288,36 @@ def test_oversized_samples_follow_their_policy(tmp_path):
     one = loader(path, over_budget="skip", max_skip_share=0.6, epochs=1)
     assert Counter(each for batch in one for each in batch.ids) == {"short": 10}
     assert one.report.rows == {"too_long": 10}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_oversized_samples_are_cut_at_a_turn_and_counted(tmp_path, num_workers):
+    picture(tmp_path / "p.png", 84, 84)
+    turn, image = turns("q", "a red circle " * 20), turns("<image>q", "a red circle " * 20)
+    rows = [
+        {"id": "long", "image": ["p.png"] * 9, "conversations": image * 9},
+        {"id": "two", "conversations": [turn * 2, turn * 4, turn]},
+        {"id": "short", "conversations": turn},
+    ]
+    path = write_jsonl(rows, tmp_path / "a.jsonl")
+    given = {"shuffle": False, "over_budget": "truncate", "num_workers": num_workers, "max_tiles": 4, "max_tiles_per_image": 9}
+    first = loader(path, max_buffer=1, **given)
+    batches = list(first)
+    assert Counter(each for batch in batches for each in batch.ids) == {"long": 2, "two": 2, "short": 2}
+    assert first.report.truncated == 2 and first.report.dropped == 0 and first.report.rows == {}
+    said = first.report.examples["truncated"]
+    assert len(said) == 2 and all("a pack holds 300 and 4; cut to" in each and str(path) in each for each in said)
+    assert first.report.summary() == "cut 2 rows to fit a pack"
+    for batch in batches:
+        for ids, tokens in zip(batch.ids, batch.tokens_T.split(list(batch.sample_lens)), strict=True):
+            replies = processor().tokenizer.decode(tokens.tolist()).count("a red circle") / 20
+            assert replies == int(replies) >= 1 and len(tokens) <= 300, f"{ids}: no reply is cut in half"
+    assert first.state()["report"]["truncated"] == 2
+    alone = write_jsonl([{"conversations": turns("q", "a red circle " * 200)}], tmp_path / "b.jsonl")
+    with pytest.raises(
+        DataError, match=r"b\.jsonl:1: .* a pack holds 300 and 30, and no reply of it fits; raise data\.max_tokens"
+    ):
+        list(loader(alone, over_budget="truncate"))
 
 
 def test_errors_in_workers_arrive_whole(dirty):
