@@ -24,11 +24,11 @@ from ivl.types import Batch
 
 
 class Source(Protocol):
-    """Batches of this rank, with a position that can be saved and restored."""
+    """Batches of this rank, with a position that can be saved; it is restored from those of all ranks that saved one."""
 
     def __iter__(self) -> Iterator[Batch]: ...
     def state(self) -> dict: ...
-    def restore(self, state: dict) -> None: ...
+    def restore(self, state: list[dict]) -> None: ...
 
 
 @dataclass
@@ -50,8 +50,10 @@ class BatchList:
     def state(self) -> dict:
         return {"next": self.next}
 
-    def restore(self, state: dict) -> None:
-        self.next = state["next"]
+    def restore(self, state: list[dict]) -> None:
+        # Ranks take turns, so together they have taken the first so many; the next turn may begin with any of the new ranks.
+        self.next, more = divmod(sum(each["next"] for each in state), self.world_size)
+        self.next += self.rank < more
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def train(
     out_dir: metrics.jsonl, TensorBoard events and checkpoints go there; None writes nothing.
     write_model(dir): writes model files into a checkpoint; without it none are saved. Every rank calls it, for it may
         have to gather shards; only the first should write.
-    resume: a complete checkpoint whose weights the model already holds.
+    resume: a complete checkpoint whose weights the model already holds, written by any number of ranks.
     num_samples: samples that data will give on all ranks; the measure of progress when config.num_steps is None.
 
     Raises:
@@ -124,10 +126,10 @@ def train(
     optimizer = Optimizer(parameters, config.optim)
     counters = Counters()
     if resume is not None:
-        tensors, state, position = load_trainer(resume, world)
+        tensors, state, positions = load_trainer(resume)
         optimizer.restore(tensors)
         counters = Counters(**state["counters"])
-        data.restore(position)
+        data.restore(positions)
     if config.num_steps is None and num_samples is None:
         raise ValueError("without config.num_steps, num_samples must say how long the data are")
     log = MetricsLog(out_dir / "metrics.jsonl", counters.step) if out_dir and world.is_main else None

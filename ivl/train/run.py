@@ -53,7 +53,8 @@ def run(
 
     Args:
         evaluators: given the processor, small evaluations to run during training.
-        resume: go on from the newest complete checkpoint of run_dir, exactly; from the start if there is none yet.
+        resume: go on from the newest complete checkpoint of run_dir; from the start if there is none yet. Exactly, if by as
+            many ranks as wrote it; by another number every sample of the epoch still comes exactly once, in other packs.
         allow_changed: resume although the configuration differs from the one that the run began with.
 
     Raises:

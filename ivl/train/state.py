@@ -7,7 +7,9 @@ run_dir/checkpoint-N/        a complete model directory, as write_model makes it
     COMPLETE                 written last: every other file and its size
 
 A checkpoint is written beside its place under another name, flushed to disk, and renamed. There is no generator state
-to save: the loop seeds torch anew for every pack from (seed, step, pack), so resuming needs the step alone.
+to save: the loop seeds torch anew for every pack from (seed, step, pack), so resuming needs the step alone. Weights and
+optimiser are saved whole, also of a sharded run, and the data positions of all ranks are read together: another number of
+ranks may go on.
 """
 
 from __future__ import annotations
@@ -99,22 +101,18 @@ def clean(run_dir: Path) -> list[str]:
     return sorted(p.name for p in left)
 
 
-def load_trainer(checkpoint: Path, world: World) -> tuple[dict[str, torch.Tensor], dict, dict]:
-    """Optimiser tensors, state and this rank's data position.
+def load_trainer(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict, list[dict]]:
+    """Optimiser tensors, state and the data position of every rank that wrote it.
 
     Raises:
-        InputError: if the checkpoint is not complete, or was written by another number of ranks.
+        InputError: if the checkpoint is not complete.
     """
     if not is_complete(checkpoint):
         raise InputError(f"{checkpoint}: not a complete checkpoint (no {MARKER} marker, or files differ from it)")
     state = json.loads((checkpoint / "trainer" / "state.json").read_text(encoding="utf-8"))
-    if state["world_size"] != world.size:
-        raise InputError(
-            f"{checkpoint}: written by {state['world_size']} ranks, this run has {world.size}; "
-            "an exact resume needs the same number"
-        )
-    data = json.loads((checkpoint / "trainer" / f"rank-{world.rank}.json").read_text(encoding="utf-8"))
-    return load_file(checkpoint / "trainer" / "optimizer.safetensors"), state, data
+    files = [checkpoint / "trainer" / f"rank-{rank}.json" for rank in range(state["world_size"])]
+    positions = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return load_file(checkpoint / "trainer" / "optimizer.safetensors"), state, positions
 
 
 def _remove(directory: Path) -> None:

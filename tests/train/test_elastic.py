@@ -1,0 +1,84 @@
+"""run() stopped and gone on with by another number of gloo ranks: every sample of every epoch is trained on exactly once."""
+
+import json
+import multiprocessing
+import os
+import socket
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo
+import torch.distributed.fsdp  # both once here: forked processes inherit them
+from safetensors.torch import load_file
+
+from ivl.data.config import DataConfig
+from ivl.train import loop
+from ivl.train.config import OptimConfig, Stage, TrainConfig
+from ivl.train.loop import Evaluator
+from ivl.train.run import run
+from tests.data.world import make_file, processor
+
+ROWS, EPOCHS = 40, 2
+
+
+def on_rank(rank: int, world_size: int, port: int, config: TrainConfig, crash_at: int, seen: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    original = loop._backward
+
+    def noting(model, batch, objective, config, step, sums):
+        with (seen / f"{world_size}-{rank}").open("a") as file:
+            file.write(json.dumps([step, batch.ids]) + "\n")
+        original(model, batch, objective, config, step, sums)
+
+    loop._backward = noting
+
+    def crash(model):
+        os._exit(3)
+
+    run(config, resume=True, evaluators=(lambda _: (Evaluator("crash", crash_at, crash),)) if crash_at else None)
+
+
+def run_on(world_size: int, config: TrainConfig, seen: Path, *, crash_at: int = 0) -> Counter:
+    """What was trained on up to the last checkpoint before the crash, or to the end."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=on_rank, args=(r, world_size, port, config, crash_at, seen)) for r in range(world_size)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+        assert rank.exitcode == (3 if crash_at else 0)
+    lines = [json.loads(line) for path in seen.glob(f"{world_size}-*") for line in path.read_text().splitlines()]
+    return Counter(i for step, ids in lines if not crash_at or step < crash_at - 1 for i in ids)
+
+
+@pytest.mark.parametrize(("shard", "phases"), [(False, (4, 2, 1)), (True, (2, 1))])
+def test_another_number_of_ranks_goes_on_with_the_same_epoch(tmp_path, shard, phases):
+    processor().save(tmp_path / "tokenizer")
+    config = TrainConfig(
+        name="elastic", out_dir=str(tmp_path / "run"), architecture=processor().config, tokenizer=str(tmp_path / "tokenizer"),
+        stage=Stage(trainable=("vision", "projector", "decoder")), shard=shard,
+        data=DataConfig(
+            mixture=str(make_file(tmp_path / "data", ROWS)), max_tokens=200, max_tiles=30, num_workers=0, epochs=EPOCHS,
+            max_buffer=2,
+        ),
+        optim=OptimConfig(lr=1e-3, warmup_ratio=0.1), packs_per_step=4, precision="fp32", save_every=1, device="cpu",
+        log_every=100, tensorboard=False,
+    )  # fmt: skip
+    (tmp_path / "seen").mkdir()
+    trained: Counter = Counter()
+    for n, world_size in enumerate(phases):
+        last = n == len(phases) - 1
+        trained += run_on(world_size, config, tmp_path / "seen", crash_at=0 if last else 2 * n + 3)  # 2 steps last, 1 is lost
+    assert trained == {f"r{n}": EPOCHS for n in range(ROWS)}
+    rows = [json.loads(line) for line in Path(config.run_dir, "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)) and rows[-1]["total_samples"] == EPOCHS * ROWS
+    assert [row["packs"] for row in rows[:-1]] == [4] * (len(rows) - 1), "the global batch stays"
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    moments = load_file(Path(config.run_dir, f"checkpoint-{len(rows)}", "trainer", "optimizer.safetensors"))
+    assert {int(value) for name, value in moments.items() if name.endswith("|step")} == {len(rows)}
