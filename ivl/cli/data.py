@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 
 def main(args: list[str]) -> None:
-    commands = {"validate": validate, "stats": stats}
+    from ivl.cli.data_filter import filter_data
+
+    commands = {"validate": validate, "stats": stats, "filter": filter_data}
     tyro.extras.subcommand_cli_from_dict(commands, prog="ivl data", args=args)
 
 

@@ -82,9 +82,7 @@ class RemoteGenerator:
         if not model:
             raise InputError(f"{base_url}: name the model to ask")
         if timeout <= 0 or retries < 0 or concurrency < 1:
-            raise InputError(
-                f"need timeout > 0, retries >= 0 and concurrency >= 1, got {timeout}, {retries} and {concurrency}"
-            )
+            raise InputError(f"need timeout > 0, retries >= 0 and concurrency >= 1, got {timeout}, {retries} and {concurrency}")
         self.url = base_url.rstrip("/") + "/chat/completions"
         self.model, self.timeout, self.retries, self.concurrency = model, timeout, retries, concurrency
         self._headers = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}

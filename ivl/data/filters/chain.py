@@ -1,8 +1,8 @@
 """A chain of named stages from a JSON file, strictly read, and what it says about one row without a judge.
 
-    {"about": "...", "domain": "general", "domains": {"*math*": "mathematics"}, "groups": {"academic": ["docvqa*"]},
-     "judge": {"unjudged": "keep"},
-     "stages": [{"use": "length", "max_answer": 20000}, {"use": "quality", "min_score": 7, "exempt": ["academic"]}]}
+{"about": "...", "domain": "general", "domains": {"*math*": "mathematics"}, "groups": {"academic": ["docvqa*"]},
+ "judge": {"unjudged": "keep"},
+ "stages": [{"use": "length", "max_answer": 20000}, {"use": "quality", "min_score": 7, "exempt": ["academic"]}]}
 """
 
 from __future__ import annotations
@@ -199,7 +199,8 @@ def _check_keys(config: Any, known: Sequence[str], where: str, extra: Sequence[s
     known = [*known, *extra]
     for key in config:
         if key not in known:
-            raise InputError(f"{where}: unknown key {key!r}; {_hint(difflib.get_close_matches(key, known, n=1), 'keys are', known)}")
+            near = difflib.get_close_matches(key, known, n=1)
+            raise InputError(f"{where}: unknown key {key!r}; {_hint(near, 'keys are', known)}")
 
 
 def _hint(near: list[str], all_are: str, known: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import multiprocessing
 import os
 import sys
@@ -116,7 +117,7 @@ def _with_ray(pointwise: Pointwise, blocks: Blocks, address: str, workers: int) 
     if started:
         local = {"num_cpus": workers or os.cpu_count(), "include_dashboard": False} if address == "local" else {}
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="warning", **local)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **local)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise InputError(f"--ray {address}: no cluster answers there ({error})") from None
     try:

@@ -17,6 +17,7 @@ import numpy as np
 
 from ivl.data.encode import media
 from ivl.data.filters.chain import Chain, Pointwise, Stage
+from ivl.data.filters.folder import write_whole
 from ivl.data.records import DataError
 from ivl.errors import InputError
 from ivl.processing.image import load_image
@@ -62,8 +63,6 @@ class _Stage:
 
 def write_report(out: Path, chain: Chain, pointwise: Pointwise, judge: str | None) -> dict[str, Any]:
     """Read verdicts.jsonl and write report.json and report.html; returns what report.json holds."""
-    from ivl.data.filters.run import write_whole
-
     names = [spec.name for spec in pointwise.specs]
     datasets: dict[str, dict[str, Any]] = {name: {"rows": 0, "kept": 0, "dropped": Counter()} for name in names}
     stages = {name: _Stage() for name in [UNREADABLE, *(stage.name for stage in chain.stages)]}
@@ -156,10 +155,11 @@ def _histogram(found: _Stage, judged: bool) -> tuple[np.ndarray, np.ndarray, np.
     else:
         edges = np.linspace(low, high if high > low else low + 1, 41)
     edges[-1] = max(edges[-1], high)
-    return edges, *(
-        np.histogram(list(counts), bins=edges, weights=list(counts.values()))[0].astype(int) if counts else np.zeros(len(edges) - 1, int)
-        for counts in (found.kept_scores, found.dropped_scores)
-    )
+    return edges, _counts(found.kept_scores, edges), _counts(found.dropped_scores, edges)
+
+
+def _counts(scores: Counter[float], edges: np.ndarray) -> np.ndarray:
+    return np.histogram(np.array(list(scores)), bins=edges, weights=np.array(list(scores.values())))[0].astype(int)
 
 
 def _page(result: dict[str, Any], chain: Chain, stages: dict[str, _Stage], pointwise: Pointwise) -> str:
@@ -189,7 +189,8 @@ def _stage_table(result: dict[str, Any]) -> str:
         f"{_cell(f['exempt'])}{_cell(f['unjudged'])}<td style='text-align:left'>{reasons(f)}"
         for f in result["stages"]
     )
-    return f"<table><tr><th>stage<th>rows<th>dropped<th>share<th>exempt<th>unjudged<th style='text-align:left'>reasons{rows}</table>"
+    head = "<th>stage<th>rows<th>dropped<th>share<th>exempt<th>unjudged<th style='text-align:left'>reasons"
+    return f"<table><tr>{head}{rows}</table>"
 
 
 def _dataset_table(result: dict[str, Any]) -> str:

@@ -16,19 +16,19 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import re
-import struct
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ivl.data.filters.chain import Chain, Deduplicates, Index, Outcome, Pointwise
+from ivl.data.filters.folder import Folder, write_whole
 from ivl.data.filters.judge import Judge
 from ivl.data.filters.parallel import Blocks, Place, outcomes
+from ivl.data.filters.report import UNREADABLE, write_report
 from ivl.data.filters.verdict import Verdict
 from ivl.data.formats.base import Rows
 from ivl.data.layouts import from_record
@@ -36,13 +36,10 @@ from ivl.data.mixture import DatasetSpec, load_mixture
 from ivl.data.records import DataError
 from ivl.errors import InputError
 
-UNREADABLE = "unreadable"
 BLOCK = 64
 """Rows computed at a time; with a judge, several for each request in flight."""
-SYNC_SECONDS = 2.0
 TEXT = ("jsonl", "json")
 """Containers whose rows are kept as they are."""
-_ENTRY = struct.Struct("<II")
 
 
 @dataclass(frozen=True)
@@ -81,18 +78,18 @@ def run(
     judge: Judge | None = None,
     workers: int = 0,
     ray: str | None = None,
+    fresh: bool = False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> dict[str, Any]:
     """Filter every row of a mixture once, in order, and return what report.json holds.
 
-    The same call goes on where an interrupted run stopped, and returns at once after a complete one.
+    The same call goes on where an interrupted run stopped, and returns at once after a complete one. workers, ray: see
+    `parallel.outcomes`; fresh: forget an earlier run in `out`, but not what the judge said.
 
     Raises:
         InputError: if the folder holds a run of other data or settings, a file cannot be read, a stage needs a judge and
             there is none, or the judge fails.
     """
-    from ivl.data.filters.report import write_report
-
     if chain.needs_judge and judge is None:
         names = ", ".join(stage.name for stage in chain.stages if stage.judged)
         raise InputError(f"the stages {names} need a judge: give a model or an endpoint, or take the filter `heuristic`")
@@ -104,7 +101,7 @@ def run(
         "data": [[s.name, str(Path(s.root).absolute()), len(f), f.num_bytes] for s, f in zip(specs, files, strict=True)],
         "judge": judge.name if judge and chain.needs_judge else None,
     }
-    with _Folder(Path(out), identity) as folder:
+    with _writing(out), Folder(Path(out), identity, fresh=fresh) as folder:
         if not folder.complete:
             fold = _Fold(chain, pointwise, specs, folder, judge)
             fold.resume()
@@ -124,28 +121,19 @@ def run(
         return json.loads((folder.path / "report.json").read_text("utf-8"))
 
 
-def clear(out: str | Path) -> None:
-    """Remove an earlier run's outputs; the judge's replies stay.
-
-    Raises:
-        InputError: if the folder holds no run.
-    """
-    out = Path(out)
-    if not out.exists():
-        return
-    if not (out / "progress.json").is_file():
-        raise InputError(f"{out}: holds no filter run that could be started again; choose another folder")
-    names = ("meta.json", "report.json", "report.html", "dropped.jsonl", "verdicts.jsonl")
-    for path in [*(out / name for name in names), *out.glob("kept/*.jsonl"), *out.glob("signatures-*.bin")]:
-        path.unlink(missing_ok=True)
-    (out / "progress.json").unlink()
+@contextmanager
+def _writing(out: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{out}: {error.strerror or error}; the same command goes on from here") from error
 
 
 class _Fold:
     """The part that sees rows in order: the judge, near-duplicates, and writing."""
 
     def __init__(
-        self, chain: Chain, pointwise: Pointwise, specs: tuple[DatasetSpec, ...], folder: _Folder, judge: Judge | None
+        self, chain: Chain, pointwise: Pointwise, specs: tuple[DatasetSpec, ...], folder: Folder, judge: Judge | None
     ) -> None:
         self.chain, self.pointwise, self.specs, self.folder, self.judge = chain, pointwise, specs, folder, judge
         self.kept = 0
@@ -296,134 +284,3 @@ def _write_meta(out: Path, specs: tuple[DatasetSpec, ...], files: list[Rows], re
                 entry["format"] = rows.layout
             meta[spec.name] = entry
     write_whole(out / "meta.json", json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The whole file or none of it, also after a crash."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    if os.name == "posix":
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
-class _Folder:
-    """The outputs of a run, and how much of them is certain."""
-
-    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
-        self.path, self.identity = path, identity
-        self.position = 0
-        self.complete = False
-        self._lengths: dict[str, int] = {}
-        self._open: dict[str, IO[bytes]] = {}
-        self._synced = time.monotonic()
-        self._lock: IO[bytes] | None = None
-
-    def __enter__(self) -> _Folder:
-        try:
-            (self.path / "kept").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be made ({error.strerror})") from None
-        self._take_lock()
-        state = self.path / "progress.json"
-        if state.is_file():
-            self._continue(json.loads(state.read_text("utf-8")))
-        elif (self.path / "meta.json").exists() or any((self.path / "kept").iterdir()):
-            raise InputError(f"{self.path}: holds files that are not of a filter run; choose another folder")
-        else:
-            self.sync()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for file in (*self._open.values(), self._lock):
-            if file is not None:
-                file.close()
-
-    def _take_lock(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # Windows: two runs in one folder are not noticed
-            return
-        self._lock = (self.path / ".lock").open("wb")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"{self.path}: another run is at work in this folder") from None
-
-    def _continue(self, state: dict[str, Any]) -> None:
-        for part, now in self.identity.items():
-            if state["identity"][part] != now:
-                raise InputError(
-                    f"{self.path}: holds a run with another {part} ({_short(state['identity'][part])}, now {_short(now)}); "
-                    "choose another folder, or give --fresh to start again"
-                )
-        self.position, self.complete, self._lengths = state["position"], state["complete"], state["files"]
-        if self.complete:
-            return
-        for path in [*self.path.glob("*.jsonl"), *self.path.glob("*.bin"), *self.path.glob("kept/*.jsonl")]:
-            length = self._lengths.get(path.relative_to(self.path).as_posix(), 0)
-            if path.stat().st_size < length:
-                raise InputError(f"{path}: is shorter than the run left it; give --fresh to start again")
-            os.truncate(path, length)
-
-    def append(self, name: str, data: bytes) -> None:
-        if name not in self._open:
-            self._open[name] = (self.path / name).open("ab", buffering=1 << 20)
-        self._open[name].write(data)
-        self._lengths[name] = self._lengths.get(name, 0) + len(data)
-
-    def log(self, name: str, key: str, signature: bytes) -> None:
-        text = key.encode("utf-8", "surrogateescape")
-        self.append(name, _ENTRY.pack(len(text), len(signature)) + text + signature)
-
-    def entries(self, name: str) -> Iterator[tuple[str, bytes]]:
-        """What was logged, in order."""
-        if not self._lengths.get(name):
-            return
-        with (self.path / name).open("rb") as file:
-            while head := file.read(_ENTRY.size):
-                key_size, size = _ENTRY.unpack(head)
-                yield file.read(key_size).decode("utf-8", "surrogateescape"), file.read(size)
-
-    def sync_sometimes(self) -> None:
-        if time.monotonic() - self._synced > SYNC_SECONDS:
-            self.sync()
-
-    def sync(self) -> None:
-        """All rows before `position` are certain after this."""
-        for file in self._open.values():
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-        if self._open:
-            _sync_folder(self.path / "kept")
-            _sync_folder(self.path)
-        self._open.clear()
-        self._save()
-        self._synced = time.monotonic()
-
-    def _save(self) -> None:
-        state = {"identity": self.identity, "position": self.position, "complete": self.complete, "files": self._lengths}
-        write_whole(self.path / "progress.json", json.dumps(state))
-
-    def finish(self) -> None:
-        self.complete = True
-        self._save()
-        for path in self.path.glob("signatures-*.bin"):
-            path.unlink()
-
-
-def _short(value: Any, limit: int = 120) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= limit else f"{text[:limit]}..."
