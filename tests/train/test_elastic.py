@@ -1,16 +1,11 @@
 """run() stopped and gone on with by another number of gloo ranks: every sample of every epoch is trained on exactly once."""
 
 import json
-import multiprocessing
 import os
-import socket
 from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
-import torch._dynamo
-import torch.distributed.fsdp  # both once here: forked processes inherit them
 from safetensors.torch import load_file
 
 from ivl.data.config import DataConfig
@@ -19,13 +14,12 @@ from ivl.train.config import OptimConfig, Stage, TrainConfig
 from ivl.train.loop import Evaluator
 from ivl.train.run import run
 from tests.data.world import make_file, processor
+from tests.train.ranks import on_ranks
 
 ROWS, EPOCHS = 40, 2
 
 
-def on_rank(rank: int, world_size: int, port: int, config: TrainConfig, crash_at: int, seen: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world_size)}
+def train_and_note(rank: int, world_size: int, config: TrainConfig, crash_at: int, seen: Path) -> None:
     original = loop._backward
 
     def noting(model, batch, objective, config, step, sums):
@@ -43,16 +37,7 @@ def on_rank(rank: int, world_size: int, port: int, config: TrainConfig, crash_at
 
 def run_on(world_size: int, config: TrainConfig, seen: Path, *, crash_at: int = 0) -> Counter:
     """What was trained on up to the last checkpoint before the crash, or to the end."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=on_rank, args=(r, world_size, port, config, crash_at, seen)) for r in range(world_size)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(120)
-        assert rank.exitcode == (3 if crash_at else 0)
+    on_ranks(world_size, train_and_note, world_size, config, crash_at, seen, exitcode=3 if crash_at else 0)
     lines = [json.loads(line) for path in seen.glob(f"{world_size}-*") for line in path.read_text().splitlines()]
     return Counter(i for step, ids in lines if not crash_at or step < crash_at - 1 for i in ids)
 
