@@ -14,6 +14,7 @@ COMMANDS = {
     "chat": ("ivl.cli.chat:chat", "talk to a model about images and video"),
     "eval": ("ivl.cli.eval:evaluate", "score a model on a benchmark, with a confidence interval"),
     "data": ("ivl.cli.data:main", "validate and inspect training data"),
+    "prefer": ("ivl.cli.prefer:main", "sample replies and build preference pairs"),
     "convert": ("ivl.cli.convert:convert", "rewrite a checkpoint in the other dialect"),
     "compose": ("ivl.cli.convert:compose", "build a model from a ViT, a language model and a projector"),
     "merge": ("ivl.cli.convert:merge", "merge a LoRA adapter into its model"),

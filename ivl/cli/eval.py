@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import time
 from pathlib import Path
@@ -72,6 +71,7 @@ def run(
     from ivl.api import load
     from ivl.evaluation.run import evaluate, write_report
     from ivl.model.checkpoint import resolve
+    from ivl.model.checkpoint.files import fingerprint
 
     loaded = load(model, dtype=dtype, device=device, max_tiles=max_tiles)
     directory = resolve(model)
@@ -94,16 +94,6 @@ def run(
     if out:
         write_report(out, report)
         print(f"report: {out}")
-
-
-def fingerprint(directory: Path) -> str:
-    """Tells a model from its retrained successor in the same directory: names, sizes and times of its files."""
-    digest = hashlib.sha256()
-    for path in sorted(directory.iterdir()):
-        if path.suffix in (".safetensors", ".json", ".model", ".txt"):
-            status = path.stat()
-            digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:16]
 
 
 class ProgressLine:

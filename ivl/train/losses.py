@@ -51,6 +51,59 @@ def linear_cross_entropy(
     return TokenLoss(total, ce_M, correct_M)
 
 
+def linear_log_probs(
+    hidden_MD: torch.Tensor, head_VD: torch.Tensor, labels_M: torch.Tensor, *, chunk: int | None = None
+) -> torch.Tensor:
+    """Log-probability of each label under softmax(hidden @ head^T), float32 [M], differentiable.
+
+    As linear_cross_entropy, but what becomes of the log-probabilities is open: logits are computed again, chunk by chunk, in
+    the backward pass.
+    """
+    device = hidden_MD.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_MD.dtype
+    rows = chunk or max(64, MAX_LOGITS // len(head_VD))
+    return _LinearLogProbs.apply(hidden_MD, head_VD, labels_M, rows, dtype)  # type: ignore[return-value]
+
+
+class _LinearLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_MD, head_VD, labels_M, rows, dtype):  # type: ignore[override]
+        log_probs_M = torch.empty(len(hidden_MD), dtype=torch.float32, device=hidden_MD.device)
+        with torch.autocast(hidden_MD.device.type, enabled=False):
+            head = head_VD.to(dtype)
+            for at in range(0, len(hidden_MD), rows):
+                span = slice(at, at + rows)
+                logits = (hidden_MD[span].to(dtype) @ head.T).float()
+                log_probs_M[span] = logits.gather(1, labels_M[span, None]).squeeze(1) - logits.logsumexp(1)
+        ctx.save_for_backward(hidden_MD, head_VD, labels_M)
+        ctx.rows, ctx.dtype = rows, dtype
+        return log_probs_M
+
+    @staticmethod
+    def backward(ctx, grad_M):  # type: ignore[override]
+        hidden_MD, head_VD, labels_M = ctx.saved_tensors
+        need_hidden, need_head = ctx.needs_input_grad[:2]
+        hidden_grad_MD = torch.empty_like(hidden_MD) if need_hidden else None
+        head_grad_VD = torch.zeros_like(head_VD, dtype=torch.float32) if need_head else None
+        head = head_VD.to(ctx.dtype)
+        for at in range(0, len(hidden_MD), ctx.rows):
+            span = slice(at, at + ctx.rows)
+            hidden = hidden_MD[span].to(ctx.dtype)
+            grad = (hidden @ head.T).float().softmax(1).mul_(-grad_M[span, None])
+            grad.scatter_add_(1, labels_M[span, None], grad_M[span, None])
+            _add_gradients(grad.to(ctx.dtype), hidden, head, hidden_grad_MD, head_grad_VD, span)
+        return hidden_grad_MD, None if head_grad_VD is None else head_grad_VD.to(head_VD.dtype), None, None, None
+
+
+def _add_gradients(grad_RV, hidden_RD, head_VD, hidden_grad_MD, head_grad_VD, span: slice) -> None:
+    """From the gradient of a chunk's logits to those of its hidden states and of the head."""
+    if hidden_grad_MD is not None:
+        hidden_grad_MD[span] = (grad_RV @ head_VD).to(hidden_grad_MD.dtype)
+    if head_grad_VD is not None:
+        for words in range(0, len(head_VD), WORDS):  # a block's product is added while it is in the caches
+            head_grad_VD[words : words + WORDS] += grad_RV[:, words : words + WORDS].T @ hidden_RD
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_MD, head_VD, labels_M, weights_M, rows, dtype, need):  # type: ignore[override]
@@ -76,12 +129,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 weight = weights_M[span]
                 grad = logits.mul_((weight / norm)[:, None])
                 grad.scatter_add_(1, labels_M[span, None], -weight[:, None])
-                grad = grad.to(dtype)
-                if hidden_grad_MD is not None:
-                    hidden_grad_MD[span] = (grad @ head).to(hidden_MD.dtype)
-                if head_grad_VD is not None:
-                    for words in range(0, len(head_VD), WORDS):  # a block's product is added while it is in the caches
-                        head_grad_VD[words : words + WORDS] += grad[:, words : words + WORDS].T @ hidden
+                _add_gradients(grad.to(dtype), hidden, head, hidden_grad_MD, head_grad_VD, span)
         ctx.save_for_backward(hidden_grad_MD, head_grad_VD)
         ctx.head_dtype = head_VD.dtype
         ctx.mark_non_differentiable(ce_M, correct_M)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -244,3 +245,13 @@ def _pickle_hint(directory: Path) -> str:
     if not pickles:
         return "; a model directory has model.safetensors, or shards with an index"
     return f"; {listing(pickles, 3)} may run code when opened and is never read: convert it to safetensors where you trust it"
+
+
+def fingerprint(directory: Path) -> str:
+    """Tells a model from its retrained successor in the same directory: names, sizes and times of its files."""
+    digest = hashlib.sha256()
+    for path in sorted(directory.iterdir()):
+        if path.suffix in (".safetensors", ".json", ".model", ".txt"):
+            status = path.stat()
+            digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]

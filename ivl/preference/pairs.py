@@ -1,0 +1,239 @@
+"""Replies -> preference pairs: correct against wrong, well formed against not, with images against without (spec 6)."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+from ivl.errors import InputError
+from ivl.preference.grading import Grade, grade
+from ivl.preference.journal import read_journal
+from ivl.preference.questions import Source
+
+Kind = Literal["correctness", "format", "dropout"]
+MAX_PAIRS, MAX_PAIRS_HUGE, HUGE = 15, 3, 500_000
+"""Pairs of one question, and of one question among more than HUGE."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    id: str
+    source: str
+    kind: Kind
+    images: tuple[str, ...]
+    question: str
+    chosen: str
+    rejected: str
+    answers: tuple[str, ...]
+
+    def row(self) -> dict[str, Any]:
+        """A row that MPO trains on (spec 3.2)."""
+        marks = "" if "<image>" in self.question else "<image>\n" * len(self.images)
+        row: dict[str, Any] = {
+            "id": self.id,
+            "question": marks + self.question,
+            "chosen": self.chosen,
+            "rejected": self.rejected,
+        }
+        if self.images:
+            row["image"] = self.images[0] if len(self.images) == 1 else list(self.images)
+        return row | {"answer_gt": list(self.answers), "source": self.source, "kind": self.kind}
+
+
+@dataclass
+class Tally:
+    """What became of one source."""
+
+    questions: int = 0
+    replies: int = 0
+    correct: int = 0
+    wrong: int = 0
+    malformed: Counter[str] = field(default_factory=Counter)
+    """Replies without an answer to compare, by problem."""
+    all_correct: int = 0
+    all_wrong: int = 0
+    with_pairs: int = 0
+    pairs: Counter[str] = field(default_factory=Counter)
+    """Pairs by kind."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Possible pairs and replies that were not used, by reason."""
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.replies if self.replies else 0.0
+
+
+def correctness_pairs(
+    row: dict[str, Any], grades: list[Grade], tally: Tally, *, limit: int = MAX_PAIRS, seed: int = 0
+) -> list[Pair]:
+    """Pairs of one question: every correct reply against every wrong one, and against every malformed one, at most `limit` of
+    each kind, drawn by a seed of the question's own. A pair is left out where the right answer is part of the wrong one."""
+    right = [g for g in grades if g.correct]
+    wrong = [g for g in grades if g.correct is False]
+    malformed = [g for g in grades if g.correct is None]
+    made: list[Pair] = []
+    for kind, losers in (("correctness", wrong), ("format", malformed)):
+        possible: dict[tuple[str, str], None] = {}
+        for winner, loser in product(right, losers):
+            if kind == "correctness" and _within(winner.answer, loser.answer):
+                tally.left_out["right answer within the wrong one"] += 1
+            elif winner.text == loser.text or (winner.text, loser.text) in possible:
+                tally.left_out["met before"] += 1
+            else:
+                possible[winner.text, loser.text] = None
+        chosen = list(possible)
+        if len(chosen) > limit:
+            tally.left_out["over the limit"] += len(chosen) - limit
+            chosen = random.Random(f"{seed} {row['id']} {kind}").sample(chosen, limit)
+        made += [_pair(row, kind, len(made) + i, *texts) for i, texts in enumerate(chosen)]  # type: ignore[arg-type]
+    return made
+
+
+def _within(right: str | None, wrong: str | None) -> bool:
+    return bool(right) and bool(wrong) and right.strip().lower() in wrong.strip().lower()  # type: ignore[union-attr]
+
+
+def dropout_pair(row: dict[str, Any], tally: Tally) -> list[Pair]:
+    """The reply with the image against its first part continued without."""
+    rejected = join(row["prefix"], row["continuation"])
+    if rejected == row["chosen"]:
+        tally.left_out["the same without the image"] += 1
+        return []
+    if row["finish_reason"] == "length":
+        tally.left_out["continuation cut off"] += 1
+        return []
+    return [_pair(row, "dropout", row["index"], row["chosen"], rejected)]
+
+
+def join(prefix: str, continuation: str) -> str:
+    """The prefix ends with a whole word: a continuation that begins with a letter or digit, as decoders that drop a leading
+    space give it, needs one; Chinese and punctuation do not."""
+    first, last = continuation[:1], prefix[-1:]
+    spaced = first.isalnum() and last.isalnum() and max(first, last) < "\u2e80"
+    return f"{prefix} {continuation}" if spaced else prefix + continuation
+
+
+def _pair(row: dict[str, Any], kind: Kind, index: int, chosen: str, rejected: str) -> Pair:
+    return Pair(
+        id=f"{row['id']}/{kind}-{index}", source=row["source"], kind=kind, images=tuple(row["images"]),
+        question=row["question"], chosen=chosen, rejected=rejected, answers=tuple(row["answers"]),
+    )  # fmt: skip
+
+
+def build_pairs(
+    replies: Path,
+    out: Path,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    on_progress: Callable[[int], None] = lambda _: None,
+) -> dict[str, Tally]:
+    """Grade the replies of a journal and write out/pairs.jsonl, out/format_pairs.jsonl, out/grades.jsonl and out/meta.json.
+
+    A journal of continuations gives out/pairs.jsonl of Dropout-NTP pairs. Files appear whole or not at all, and follow from
+    the journal, the limit and the seed alone. limit: pairs of a question and kind; None is 15, or 3 among over 500,000.
+
+    Raises:
+        InputError: for a journal that is broken, or whose questions have no answers to compare with.
+    """
+    about, rows = read_journal(replies)
+    sources = {entry["name"]: Source(**entry) for entry in about["sources"]}
+    if limit is None:
+        limit = MAX_PAIRS_HUGE if sum(1 for _ in read_journal(replies)[1]) > HUGE else MAX_PAIRS
+    tallies = {name: Tally() for name in sources}
+    make = _from_continuations if about["kind"] == "dropout" else _from_replies
+    written: Counter[str] = Counter()
+    with _Files(out, ("pairs.jsonl", "format_pairs.jsonl", "grades.jsonl")) as files:
+        for done, (number, row) in enumerate(rows, 1):
+            tally = tallies[row["source"]]
+            tally.questions += 1
+            pairs, graded = make(row, sources[row["source"]], tally, limit, seed, f"{replies}:{number}")
+            for pair in pairs:
+                name = "format_pairs.jsonl" if pair.kind == "format" else "pairs.jsonl"
+                files.write(name, pair.row())
+                written[name] += 1
+                tally.pairs[pair.kind] += 1
+            if graded:
+                files.write("grades.jsonl", {"id": row["id"], "source": row["source"], "grades": graded})
+            tally.with_pairs += bool(pairs)
+            on_progress(done)
+    meta = {name.removesuffix(".jsonl"): {"annotation": name, "root": "", "data_augment": False} for name in written}
+    _write_whole(out / "meta.json", json.dumps(meta, indent=2))
+    return tallies
+
+
+def _from_continuations(row, source, tally: Tally, limit, seed, where) -> tuple[list[Pair], list]:
+    tally.replies += 1
+    return dropout_pair(row, tally), []
+
+
+def _from_replies(row, source: Source, tally: Tally, limit: int, seed: int, where: str) -> tuple[list[Pair], list[dict]]:
+    if not row["answers"]:
+        raise InputError(
+            f"{where}: question {row['id']!r} has no answer to check replies with; use `ivl prefer dropout` for it"
+        )
+    grades = [grade(r["text"], r["finish_reason"], row["answers"], source) for r in row["replies"]]
+    tally.replies += len(grades)
+    tally.correct += sum(g.correct is True for g in grades)
+    tally.wrong += sum(g.correct is False for g in grades)
+    tally.malformed.update(g.problem for g in grades if g.correct is None and g.problem)
+    tally.all_correct += all(g.correct for g in grades)
+    tally.all_wrong += not any(g.correct for g in grades)
+    pairs = correctness_pairs(row, grades, tally, limit=limit, seed=seed)
+    return pairs, [{"answer": g.answer, "correct": g.correct, "problem": g.problem} for g in grades]
+
+
+class _Files:
+    """Several jsonl files of one directory that appear together when all are complete; empty ones do not appear."""
+
+    def __init__(self, out: Path, names: tuple[str, ...]) -> None:
+        self.out, self.names = out, names
+
+    def __enter__(self) -> _Files:
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._open = {name: (self.out / f".{name}.new").open("w", encoding="utf-8") for name in self.names}
+        self._count: Counter[str] = Counter()
+        return self
+
+    def write(self, name: str, row: dict[str, Any]) -> None:
+        self._open[name].write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._count[name] += 1
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for file in self._open.values():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        for name in self.names:
+            fresh = self.out / f".{name}.new"
+            if kind is None and self._count[name]:
+                fresh.replace(self.out / name)
+            else:
+                fresh.unlink()
+                if kind is None:
+                    (self.out / name).unlink(missing_ok=True)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(path)
+
+
+def read_pairs(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a pairs file; none if there is no such file, for then there were no pairs."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def as_json(tallies: dict[str, Tally]) -> dict[str, Any]:
+    return {name: {**asdict(tally), "accuracy": tally.accuracy} for name, tally in tallies.items()}

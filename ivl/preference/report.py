@@ -1,0 +1,117 @@
+"""What a set of pairs is like, for a person to look at before training: yields, lengths, length bias, samples."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ivl import pages
+from ivl.preference.pairs import Tally, as_json, read_pairs
+
+NUM_SAMPLES = 24
+"""Pairs shown."""
+
+
+def write_report(out: Path, tallies: dict[str, Tally], *, seed: int = 0) -> dict[str, Any]:
+    """Write out/report.json and out/report.html about the pairs in `out`; returns the former's content."""
+    pairs = [pair for name in ("pairs", "format_pairs") for pair in read_pairs(out / f"{name}.jsonl")]
+    report = {"sources": as_json(tallies), "lengths": lengths(pairs)}
+    (out / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    sections = [
+        "<h2>Yield by source</h2>", pages.table(*_yields(tallies)),
+        "<h2>What was not used</h2>", pages.table(*_left_out(tallies)),
+    ]  # fmt: skip
+    if pairs:
+        sections += [
+            "<h2>Lengths</h2>", pages.table(*_length_rows(report["lengths"])), _length_plot(pairs),
+            "<h2>Samples</h2>", _samples(pairs, seed),
+        ]  # fmt: skip
+    (out / "report.html").write_text(pages.page("Preference pairs", *sections), encoding="utf-8")
+    return report
+
+
+def lengths(pairs: list[dict[str, Any]]) -> dict[str, Any]:
+    """By kind of pair: words of chosen and rejected, and how often the chosen one is the longer."""
+    found = {}
+    for kind in sorted({pair["kind"] for pair in pairs}):
+        words = _words([pair for pair in pairs if pair["kind"] == kind])
+        chosen, rejected = words.T
+        found[kind] = {
+            "pairs": len(words), "chosen_mean": chosen.mean().item(), "rejected_mean": rejected.mean().item(),
+            "chosen_median": float(np.median(chosen)), "rejected_median": float(np.median(rejected)),
+            "chosen_longer": (chosen > rejected).mean().item(), "rejected_longer": (rejected > chosen).mean().item(),
+        }  # fmt: skip
+    return found
+
+
+def _words(pairs: list[dict[str, Any]]) -> np.ndarray:
+    return np.array([[len(pair["chosen"].split()), len(pair["rejected"].split())] for pair in pairs])
+
+
+def _yields(tallies: dict[str, Tally]) -> tuple[list[str], list[list[str]]]:
+    head = ["source", "questions", "replies", "correct", "wrong", "malformed", "all right", "all wrong", "with pairs", "pairs"]
+    rows = []
+    for name, t in tallies.items():
+        made = ", ".join(f"{count:,} {kind}" for kind, count in sorted(t.pairs.items())) or "0"
+        shares = (t.correct, t.wrong, sum(t.malformed.values()))
+        rows.append([
+            name, f"{t.questions:,}", f"{t.replies:,}", *(_share(count, t.replies) for count in shares),
+            *(_share(count, t.questions) for count in (t.all_correct, t.all_wrong, t.with_pairs)), made,
+        ])  # fmt: skip
+    return head, rows
+
+
+def _share(count: int, of: int) -> str:
+    return f"{count / of:.1%}" if of else "-"
+
+
+def _left_out(tallies: dict[str, Tally]) -> tuple[list[str], list[list[str]]]:
+    rows = [[name, what, f"{n:,}"] for name, t in tallies.items() for what, n in sorted((t.malformed + t.left_out).items())]
+    return ["source", "what", "how many"], rows or [["-", "nothing", "0"]]
+
+
+def _length_rows(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    head = ["kind", "pairs", "words chosen (mean, median)", "rejected", "chosen longer", "rejected longer"]
+    return head, [
+        [
+            kind, f"{f['pairs']:,}", f"{f['chosen_mean']:.1f}, {f['chosen_median']:.0f}",
+            f"{f['rejected_mean']:.1f}, {f['rejected_median']:.0f}", f"{f['chosen_longer']:.1%}", f"{f['rejected_longer']:.1%}",
+        ]
+        for kind, f in found.items()
+    ]  # fmt: skip
+
+
+def _length_plot(pairs: list[dict[str, Any]]) -> str:
+    words = _words(pairs)
+    figure, (left, right) = pages.pyplot().subplots(1, 2, figsize=(10, 3), layout="constrained")
+    bins = np.linspace(0, max(1, np.percentile(words, 99)), 40)
+    for column, (name, colour) in enumerate((("chosen", "#2ca02c"), ("rejected", "#d62728"))):
+        left.hist(words[:, column].clip(max=bins[-1]), bins=bins, alpha=0.5, label=name, color=colour)
+    left.set(xlabel="words", ylabel="pairs")
+    left.legend()
+    gap = words[:, 0] - words[:, 1]
+    limit = max(1, np.percentile(abs(gap), 99))
+    right.hist(gap.clip(-limit, limit), bins=41, color="#1f77b4")
+    right.axvline(0, color="#333", linewidth=0.8)
+    right.set(xlabel=f"words, chosen - rejected (mean {gap.mean():+.1f})", ylabel="pairs")
+    return pages.plot(figure, "lengths of chosen and rejected replies")
+
+
+def _samples(pairs: list[dict[str, Any]], seed: int) -> str:
+    chosen = random.Random(seed).sample(pairs, min(NUM_SAMPLES, len(pairs)))
+    return f"<div class='grid'>{''.join(map(_card, chosen))}</div>"
+
+
+def _card(pair: dict[str, Any]) -> str:
+    images = pair.get("image", [])
+    shown = "".join(pages.picture(image) for image in ([images] if isinstance(images, str) else images))
+    question = pages.text(pair["question"].replace("<image>", "").strip())
+    truth = f" (answer: {pages.text(', '.join(pair['answer_gt']))})" if pair["answer_gt"] else ""
+    return (
+        f"<div class='card'>{shown}<br><b>{question}</b>{truth} <i>{pages.text(pair['kind'])}</i>"
+        f"<pre class='good'>{pages.text(pair['chosen'])}</pre><pre class='bad'>{pages.text(pair['rejected'])}</pre></div>"
+    )
