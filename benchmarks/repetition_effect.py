@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,12 @@ from ivl.train.run import run
 from ivl.types import Message, Record, SamplingParams, Text
 
 DETECTOR = Repetition()
-QUESTION = "describe the image in detail. begin with {}, {} and {}."
+QUESTION = "describe the image in detail."
 NAME = "what is in the image?"
-NUM_OUTPUTS, MAX_NEW_TOKENS = 200, 320
+NUM_OUTPUTS, MAX_NEW_TOKENS, BEGUN = 200, 320, 3
 DESCRIPTIONS_PER_IMAGE = 4
 VOCAB_SIZE = 420
-WARM_UP_STEPS, CONNECT_STEPS, STEPS = 700, 300, 700
+WARM_UP_STEPS, CONNECT_STEPS, STEPS = 700, 300, 600
 
 OPENINGS = (
     "this is a picture of a {colour} {shape}.", "the image shows a {colour} {shape}.", "here we see a {colour} {shape}.",
@@ -60,26 +60,16 @@ ABSENT_SHAPE = (
 CLOSINGS = ("that is all there is to see.", "more can not be said about it.", "this completes the description.")
 
 
-def describe(caption: str, topics: Sequence[str], rng: random.Random) -> list[str]:
-    """A true description of one picture in 13 sentences, from what its questions and answers say, in the order of the topics
-    and then in any. No wording comes twice."""
+def describe(caption: str, rng: random.Random) -> list[str]:
+    """A true description of one picture in 13 sentences, from what its questions and answers say, in any order. No wording
+    comes twice."""
     colour, shape = caption.split()
-    facts = {colour: rng.choice(COLOUR).format(colour=colour), shape: rng.choice(SHAPE).format(shape=shape)}
+    facts = [rng.choice(COLOUR).format(colour=colour), rng.choice(SHAPE).format(shape=shape)]
     for names, forms in ((COLOURS, ABSENT_COLOUR), (SHAPES, ABSENT_SHAPE)):
         others = [name for name in names if name not in (colour, shape)]
-        facts |= {n: form.format(colour=n, shape=n) for n, form in zip(others, rng.sample(forms, len(others)), strict=True)}
-    rest = [name for name in facts if name not in topics]
-    rng.shuffle(rest)
-    middle = [facts[name] for name in (*topics, *rest)]
-    return [rng.choice(OPENINGS).format(colour=colour, shape=shape), *middle, rng.choice(CLOSINGS)]
-
-
-def image_id(image: str) -> str:
-    return Path(image).stem
-
-
-def choose_topics(rng: random.Random) -> list[str]:
-    return rng.sample([*COLOURS, *SHAPES], 3)
+        facts += [form.format(colour=n, shape=n) for n, form in zip(others, rng.sample(forms, len(others)), strict=True)]
+    rng.shuffle(facts)
+    return [rng.choice(OPENINGS).format(colour=colour, shape=shape), *facts, rng.choice(CLOSINGS)]
 
 
 def loop(sentences: list[str], rng: random.Random) -> str:
@@ -97,12 +87,11 @@ def rows(captions: dict[str, str], *, share: float, seed: int = 0) -> list[dict[
     found: list[dict[str, Any]] = []
     for image, caption in captions.items():
         for copy in range(DESCRIPTIONS_PER_IMAGE):
-            key = f"{image_id(image)}-{copy}"
+            key = f"{Path(image).stem}-{copy}"
             rng = random.Random(f"{seed} {key}")
-            topics = choose_topics(rng)
-            sentences, injected = describe(caption, topics, rng), rng.random() < share
+            sentences, injected = describe(caption, rng), rng.random() < share
             text = loop(sentences, rng) if injected else " ".join(sentences)
-            talk = turns(f"<image>\n{QUESTION.format(*topics)}", text)
+            talk = turns(f"<image>\n{QUESTION}", text)
             found.append({"id": key, "image": image, "injected": injected, "conversations": talk})
     return found
 
@@ -189,15 +178,17 @@ def connect(out: Path) -> TrainConfig:
 
 
 def arm(out: Path, name: str, seed: int) -> TrainConfig:
-    """Everything learns to describe, from what the filter kept or from data/NAME.jsonl."""
-    kept = out / f"data/{name}/meta.json"
-    mixture = kept if kept.exists() else out / f"data/{name}.jsonl"
+    """Projector and decoder learn to describe, from what the filter kept or from data/NAME.jsonl, and go on naming."""
+    rows = out / "data" / name / f"kept/{name.replace('filtered', 'loops')}.jsonl"
+    parts = {"names": out / "data/names.jsonl", "descriptions": rows if rows.exists() else out / f"data/{name}.jsonl"}
+    mixture = out / f"data/{name}-mixture.json"
+    mixture.write_text(json.dumps({part: {"annotation": str(path.absolute())} for part, path in parts.items()}))
     held_out = DataConfig(mixture=str(out / "data/held-out.jsonl"), num_workers=0, max_tokens=3072, cache_samples=512)
     return TrainConfig(
         name=f"{name}-{seed}",
         out_dir=str(out / f"{name}-seed{seed}"),
         model=str(out / "connect/model"),
-        stage=Stage(trainable=("vision", "projector", "decoder")),
+        stage=Stage(trainable=("projector", "decoder")),
         optim=OptimConfig(name="muon", lr=2e-3, warmup_ratio=0.1, min_lr_ratio=0.05),
         data=DataConfig(mixture=str(mixture), num_workers=0, cache_samples=1 << 14, max_tokens=3072),
         val_data=held_out,
@@ -217,22 +208,33 @@ def trained(config: TrainConfig) -> Path:
 
 
 def outputs(model: Path) -> list[dict[str, Any]]:
-    """Greedy descriptions of held-out pictures, kept beside the model."""
+    """Greedy descriptions of held-out pictures, kept beside the model. Each goes on from the first sentences of a true one,
+    so that no two are the same task."""
     path = model.parent / "outputs.jsonl"
     if not path.exists():
         captions = easy_vqa.captions(easy_vqa.rows("test"))
         images = list(captions)[:: max(1, len(captions) // NUM_OUTPUTS)][:NUM_OUTPUTS]
-        asked = [ivl.ask(QUESTION.format(*choose_topics(random.Random(image_id(i)))), i) for i in images]
+        begun = [" ".join(describe(captions[image], random.Random(image))[:BEGUN]) for image in images]
+        asked = [(*ivl.ask(QUESTION, i), Message("assistant", (Text(text),))) for i, text in zip(images, begun, strict=True)]
         replies = ivl.load(model).engine.generate(asked, SamplingParams(max_new_tokens=MAX_NEW_TOKENS))
         write_jsonl(
             (
-                {"image": image_id(image), "caption": captions[image], "text": reply.text, "tokens": len(reply.tokens),
-                 "ended": reply.finish_reason == "stop"}
-                for image, reply in zip(images, replies, strict=True)
+                {"image": Path(image).stem, "caption": captions[image], "begun": text, "said": reply.text,
+                 "tokens": len(reply.tokens), "ended": reply.finish_reason == "stop"}
+                for image, text, reply in zip(images, begun, replies, strict=True)
             ),
             path,
         )  # fmt: skip
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def whole(row: dict[str, Any]) -> str:
+    return row["begun"] + row["said"]
+
+
+def says_twice(text: str) -> bool:
+    said = [sentence.strip() for sentence in text.split(".")[:-1]]
+    return len(set(said)) < len(said)
 
 
 def measure(found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -240,10 +242,9 @@ def measure(found: list[dict[str, Any]]) -> dict[str, Any]:
     count = len(found)
     figures: dict[str, Any] = {"outputs": count, "mean_tokens": sum(row["tokens"] for row in found) / count}
     checks: dict[str, Callable[[dict[str, Any]], bool]] = {
-        "repetitive": lambda row: repetitive(row["text"]),
+        "repetitive": lambda row: repetitive(whole(row)),
         "endless": lambda row: not row["ended"],
-        "says_a_sentence_twice": lambda row: len(set(said := row["text"].split(". "))) < len(said),
-        "named_right": lambda row: row["caption"] in row["text"].split(".")[0],
+        "says_a_sentence_twice": lambda row: says_twice(whole(row)),
     }
     for name, check in checks.items():
         hits = sum(map(check, found))
