@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,17 +10,12 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from ivl import pages
 from ivl.data.stats import PERCENTILES, Histogram, Stats, total
 from ivl.errors import InputError
 
 MAX_SOURCES = 12
 """Data sets that a plot tells apart; the smaller ones are drawn as one. The tables name them all."""
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem } img { max-width: 100% }
-div { overflow-x: auto } table { border-collapse: collapse; white-space: nowrap }
-td, th { padding: .2rem 0 .2rem 1.2rem; text-align: right } td:first-child, th:first-child { padding-left: 0; text-align: left }
-"""
 
 
 def tables(found: Sequence[Stats]) -> list[Table]:
@@ -119,32 +111,26 @@ def _table(title: str, head: list[str], rows: list[list[str]]) -> Table:
 
 
 def _page(found: Sequence[Stats], whole: Stats, mixture: str, model: str | None) -> str:
-    unit = f"Tokens and tiles are those of {html.escape(model)}." if model else "No model was given: lengths are in characters."
-    lengths = "".join(f"<h2>{html.escape(part[0].capitalize())}</h2>{_html(part)}" for part in _lengths(found))
-    kinds = "".join(f"<li>{count:,} {html.escape(kind)}" for kind, count in whole.kinds.most_common())
-    bad = f"<h2>Bad rows</h2><p>{whole.bad:,} of {whole.rows:,}, in no other figure:</p><ul>{kinds}</ul>" if whole.bad else ""
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{html.escape(mixture)}</title><style>{STYLE}</style><h1>What {html.escape(mixture)} holds</h1><p>{unit}</p>
-{_html(_counts(found))}{bad}<h2>Plots</h2><img alt="distributions" src="{_plots(found)}">{lengths}</html>"""
-
-
-def _html(cells: Cells) -> str:
-    _, head, rows = cells
-    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}' for cell in row)}" for row in rows)
-    return f"<div><table><tr>{''.join(f'<th>{html.escape(name)}' for name in head)}{body}</table></div>"
+    unit = f"Tokens and tiles are those of {pages.text(model)}." if model else "No model was given: lengths are in characters."
+    _, *counts = _counts(found)
+    sections = [f"<p>{unit}</p>", pages.table(*counts)]
+    if whole.bad:
+        sections += [
+            "<h2>Bad rows</h2><p>They are in no other figure.</p>",
+            pages.table(["kind", "rows"], whole.kinds.most_common()),
+        ]
+    sections += ["<h2>Plots</h2>", _plots(found)]
+    for title, *lengths in _lengths(found):
+        sections += [f"<h2>{title.capitalize()}</h2>", pages.table(*lengths)]
+    return pages.page(f"What {mixture} holds", *sections)
 
 
 def _plots(found: Sequence[Stats]) -> str:
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError("plots need matplotlib: pip install 'ivl[data]'") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     drawn, histograms = _drawn(found), _histograms(found)
     size = "tokens" if any(each.encoded for each in found) else "characters"
-    figure, axes = plt.subplots((len(histograms) + 3) // 2, 2, figsize=(11, 1.7 * (len(histograms) + 3)), layout="constrained")
+    figure, axes = pages.pyplot().subplots(
+        (len(histograms) + 3) // 2, 2, figsize=(11, 1.7 * (len(histograms) + 3)), layout="constrained"
+    )
     places = iter(axes.flat)
     for title, name in histograms:
         _stacked(next(places), drawn, name, title)
@@ -152,9 +138,7 @@ def _plots(found: Sequence[Stats]) -> str:
     _bars(next(places), f"{size} by data set", {each.name: getattr(each, size) for each in drawn})
     for left_over in places:
         left_over.axis("off")
-    figure.savefig(buffer := io.BytesIO(), format="png", dpi=90)
-    plt.close(figure)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return pages.plot(figure, "distributions")
 
 
 def _drawn(found: Sequence[Stats]) -> list[Stats]:

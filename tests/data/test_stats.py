@@ -68,7 +68,7 @@ def test_report_is_one_file(tmp_path):
     *_, stats = inspect(DataConfig(mixture=str(path)), processor(), languages=True)
     page = write_report(tmp_path / "out", [stats, Stats("<empty>")], mixture=str(path), model="tiny").read_text()
     assert "tokens per sample" in page.lower() and "data:image/png;base64," in page and "&lt;empty&gt;" in page
-    assert set(re.findall(r'(?:src|href)="?(.{5})', page)) == {"data:"}
+    assert set(re.findall(r"""(?:src|href)=["']?(.{5})""", page)) == {"data:"}
     saved = json.loads((tmp_path / "out/stats.json").read_text())
     assert saved["total"]["tokens"] == stats.tokens == sum(
         int(value) * count for value, count in saved["total"]["tokens_per_sample"]["bins"].items()
