@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 def main(args: list[str]) -> None:
     from ivl.cli.data_filter import filter_data
+    from ivl.cli.data_pack import pack
 
-    commands = {"validate": validate, "stats": stats, "filter": filter_data}
+    commands = {"validate": validate, "stats": stats, "filter": filter_data, "pack": pack}
     tyro.extras.subcommand_cli_from_dict(commands, prog="ivl data", args=args)
 
 

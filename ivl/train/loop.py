@@ -216,6 +216,7 @@ def train(
             row |= {
                 "tokens": tokens, "samples": samples, "tiles": tiles, "packs": packs, "total_tokens": counters.tokens,
                 "total_samples": counters.samples, "fill": tokens / (packs * config.data.max_tokens),
+                "tile_fill": tiles / (packs * config.data.max_tiles),
                 "tokens_per_second": tokens / took, "samples_per_second": samples / took, "seconds": counters.seconds,
                 "memory_gb": peak_memory_gb(device),
             }  # fmt: skip
