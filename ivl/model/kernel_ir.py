@@ -189,11 +189,16 @@ def has_amx() -> bool:
 
 def compile_kernel(name: str, *shape: int | str) -> int:
     """Machine address of the named kernel, specialised to the given shape."""
+    emitter = Emitter(name)
+    KERNELS[name](emitter, *shape)
+    return finish(emitter)
+
+
+def finish(emitter: Emitter) -> int:
+    """Machine address of what was emitted."""
     with _compiling:
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
-        emitter = Emitter(name)
-        KERNELS[name](emitter, *shape)
         emitter.b.ret_void()
         module = llvm.parse_assembly(str(emitter.module))
         module.verify()

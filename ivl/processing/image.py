@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 from ivl.config import TilingConfig
 from ivl.errors import InputError
+from ivl.processing import resize
 from ivl.types import ImageRef
 
 MAX_PIXELS = 178_956_970
@@ -126,19 +127,22 @@ def num_tiles(width: int, height: int, tiling: TilingConfig, max_tiles: int | No
 
 
 def tile_image(image: Image.Image, tiling: TilingConfig, max_tiles: int | None = None) -> torch.Tensor:
-    """uint8 RGB tiles [G, size, size, 3], row by row, the thumbnail last."""
+    """uint8 RGB tiles [G, size, size, 3], row by row, the thumbnail last. Pixels are those of Pillow's bicubic resize."""
     size = tiling.tile_size
     columns, rows = grid_for(image.width, image.height, tiling, max_tiles)
-    whole = _resized(image, columns * size, rows * size)
+    thumbnail = tiling.thumbnail and columns * rows > 1
+    rgb = image if image.mode == "RGB" else to_rgb(image)
+    if resize.resizable(image.width, image.height, size):
+        return torch.from_numpy(resize.tiles(np.asarray(rgb), size, columns, rows, thumbnail=thumbnail))
+    whole = _resized(rgb, columns * size, rows * size)
     tiles_GSSC = whole.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
-    if tiling.thumbnail and len(tiles_GSSC) > 1:
-        tiles_GSSC = np.concatenate([tiles_GSSC, _resized(image, size, size)[None]])
+    if thumbnail:
+        tiles_GSSC = np.concatenate([tiles_GSSC, _resized(rgb, size, size)[None]])
     return torch.from_numpy(np.ascontiguousarray(tiles_GSSC))
 
 
-def _resized(image: Image.Image, width: int, height: int) -> np.ndarray:
+def _resized(rgb: Image.Image, width: int, height: int) -> np.ndarray:
     """uint8 [height, width, 3], bicubic; a fresh array."""
-    rgb = image if image.mode == "RGB" else to_rgb(image)
     return np.array(rgb.resize((width, height), Image.Resampling.BICUBIC))
 
 
