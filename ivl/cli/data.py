@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 
 def main(args: list[str]) -> None:
+    from ivl.cli.data_convert import convert
     from ivl.cli.data_filter import filter_data
     from ivl.cli.data_pack import pack
 
-    commands = {"validate": validate, "stats": stats, "filter": filter_data, "pack": pack}
+    commands = {"validate": validate, "stats": stats, "convert": convert, "filter": filter_data, "pack": pack}
     tyro.extras.subcommand_cli_from_dict(commands, prog="ivl data", args=args)
 
 
@@ -70,7 +71,7 @@ def validate(
         datasets = {each.name: {"rows": each.rows, "bad": each.bad, "format": each.format} for each in done}
         print(json.dumps({"rows": whole.rows, "bad": whole.bad, "kinds": whole.kinds, "datasets": datasets}))
     elif whole.bad:
-        print(f"{whole.bad:,} problems in {whole.rows:,} rows: {_kinds(whole)}")
+        print(f"{whole.bad:,} problem{'s' * (whole.bad > 1)} in {whole.rows:,} rows: {_kinds(whole)}")
     if whole.bad:
         raise SystemExit(1)
 

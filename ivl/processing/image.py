@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ivl.config import TilingConfig
 from ivl.errors import InputError
@@ -60,7 +60,9 @@ def _decode(stream, name: str, max_pixels: int) -> Image.Image:
     except InputError:
         raise
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, MemoryError) as error:
-        raise InputError(f"{name}: not a readable image ({type(error).__name__}: {error})") from error
+        # Pillow's own words would print an object with its address.
+        why = "unknown format" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
+        raise InputError(f"{name}: not a readable image ({why})") from error
 
 
 def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:

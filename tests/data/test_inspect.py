@@ -1,4 +1,6 @@
+import io
 import json
+import tarfile
 
 import pytest
 
@@ -6,7 +8,7 @@ from ivl.cli import data as cli
 from ivl.data.config import DataConfig
 from ivl.data.inspect import Stats, inspect
 from tests.data.test_loader import DIRT, soil
-from tests.data.world import make_file, processor
+from tests.data.world import make_file, picture, processor, turns
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +84,28 @@ def test_stats_prints_a_table(tmp_path, capsys):
     assert head.split()[:8] == ["dataset", "format", "rows", "bad", "conversations", "turns", "images", "videos"]
     assert row.split()[:5] == ["rows", "reference", "jsonl", "9", "0"] and row.split()[-2:] == ["en", "100.0%"]
     assert "characters per answer" in "\n".join(lengths)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "webdataset"])
+def test_containers_with_media_inside(tmp_path, kind, capsys):
+    """Problems are named by row or key; what the picture's decoder says has no address of an object in it."""
+    good, bad = picture(tmp_path / "a.png", 30, 20).read_bytes(), b"no picture"
+    if kind == "parquet":
+        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        rows = [{"images": [{"bytes": image}], "texts": [{"user": "what is it?", "assistant": "red"}]} for image in (good, bad)]
+        pq.write_table(pa.Table.from_pylist(rows), path := tmp_path / "rows.parquet")
+    else:
+        with tarfile.open(path := tmp_path / "rows.tar", "w") as tar:
+            for key, image in (("a", good), ("b", bad)):
+                for suffix, data in (
+                    ("png", image),
+                    ("json", json.dumps({"conversations": turns("what is it?", "red")}).encode()),
+                ):
+                    info = tarfile.TarInfo(f"{key}.{suffix}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    with pytest.raises(SystemExit):
+        cli.main(["validate", str(path)])
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{path}:{'row 2' if kind == 'parquet' else 'b'}: ") and "0x" not in first
+    assert last == "1 problem in 2 rows: 1 undecodable_media"
