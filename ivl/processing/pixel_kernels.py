@@ -20,24 +20,24 @@ SHIFT, DIGIT = 22, 8
 """Weights are fractions of 2^SHIFT, given as two digits: high * 2^DIGIT + low."""
 
 
-def _bytes(e: Emitter, pointer: Value, index: Value) -> Value:
+def load_bytes(e: Emitter, pointer: Value, index: Value) -> Value:
     """LANES bytes."""
     return e.b.load(e.b.bitcast(e.at(pointer, I8, index), I8S.as_pointer()), typ=I8S, align=1)
 
 
-def _store_bytes(e: Emitter, value: Value, pointer: Value, index: Value) -> None:
+def store_bytes(e: Emitter, value: Value, pointer: Value, index: Value) -> None:
     e.b.store(value, e.b.bitcast(e.at(pointer, I8, index), value.type.as_pointer()), align=1)
 
 
-def _floats(e: Emitter, bytes_: Value) -> Value:
+def floats(e: Emitter, bytes_: Value) -> Value:
     return e.b.sitofp(e.b.zext(bytes_, I32S), F32S)
 
 
-def _shuffle(e: Emitter, x: Value, y: Value, lanes: list[int]) -> Value:
+def shuffle(e: Emitter, x: Value, y: Value, lanes: list[int]) -> Value:
     return e.b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
 
 
-def _transposed(e: Emitter, rows: list[Value], block: int = LANES) -> list[Value]:
+def transposed(e: Emitter, rows: list[Value], block: int = LANES) -> list[Value]:
     """`block` vectors taken as squares of block x block side by side, each square turned."""
     half = block // 2
     while half:
@@ -48,13 +48,13 @@ def _transposed(e: Emitter, rows: list[Value], block: int = LANES) -> list[Value
                 continue
             upper = [i if not i & half else LANES + (i ^ half) for i in range(LANES)]
             lower = [i | half if not i & half else LANES + i for i in range(LANES)]
-            out[r] = _shuffle(e, rows[r], rows[r | half], upper)
-            out[r | half] = _shuffle(e, rows[r], rows[r | half], lower)
+            out[r] = shuffle(e, rows[r], rows[r | half], upper)
+            out[r | half] = shuffle(e, rows[r], rows[r | half], lower)
         rows, half = out, half // 2
     return rows
 
 
-def _clipped(e: Emitter, x: Value) -> Value:
+def clipped(e: Emitter, x: Value) -> Value:
     """Whole numbers to bytes, 0 to 255."""
     x = e.b.select(e.b.icmp_signed(">", x, e.ints(0)), x, e.ints(0))
     x = e.b.select(e.b.icmp_signed("<", x, e.ints(255)), x, e.ints(255))
@@ -64,7 +64,7 @@ def _clipped(e: Emitter, x: Value) -> Value:
 def _weighed(e: Emitter, high: Value, low: Value) -> Value:
     """Two sums of digits to a byte, halves rounded up."""
     total = e.b.add(e.b.shl(e.b.fptosi(high, I32S), e.ints(DIGIT)), e.b.fptosi(low, I32S))
-    return _clipped(e, e.b.ashr(e.b.add(total, e.ints(1 << SHIFT - 1)), e.ints(SHIFT)))
+    return clipped(e, e.b.ashr(e.b.add(total, e.ints(1 << SHIFT - 1)), e.ints(SHIFT)))
 
 
 def across(e: Emitter, num_targets: int) -> None:
@@ -74,15 +74,16 @@ def across(e: Emitter, num_targets: int) -> None:
     Arguments: 1 source, 2 its bytes per row, 3 bytes used, 4 rows, 5 scratch; then for each target address, bytes per row,
     pixels, scratch, starts (pixel), counts, taps per pixel in the tables, high digits, low digits.
     """
-    source, source_stride, num_bytes, num_rows, turned = e.pointer(1, I8), *(e.argument(i) for i in (2, 3, 4)), e.pointer(5, F32)
+    source, turned = e.pointer(1, I8), e.pointer(5, F32)
+    source_stride, num_bytes, num_rows = (e.argument(i) for i in (2, 3, 4))
     with e.loop(e.int(0), num_rows, LANES) as strip:
         last_row = e.b.sub(num_rows, e.int(1))
         rows = [e.smaller(e.b.add(strip.index, e.int(r)), last_row) for r in range(LANES)]
         lines = [e.at(source, I8, e.b.mul(row, source_stride)) for row in rows]
         with e.loop(e.int(0), num_bytes, LANES) as column:
             first = e.smaller(column.index, e.b.sub(num_bytes, e.int(LANES)))
-            for n, line in enumerate(_transposed(e, [_bytes(e, line, first) for line in lines])):
-                e.write(_floats(e, line), turned, F32, e.b.mul(e.b.add(first, e.int(n)), e.int(LANES)))
+            for n, line in enumerate(transposed(e, [load_bytes(e, line, first) for line in lines])):
+                e.write(floats(e, line), turned, F32, e.b.mul(e.b.add(first, e.int(n)), e.int(LANES)))
         for target in range(num_targets):
             _across_one(e, turned, rows, 6 + 9 * target)
 
@@ -106,14 +107,14 @@ def _across_one(e: Emitter, turned: Value, rows: list[Value], at: int) -> None:
             tap.carry(sums)
         for c in range(3):
             value = _weighed(e, tap.values[2 * c], tap.values[2 * c + 1])
-            _store_bytes(e, value, scratch, e.b.mul(e.b.add(e.b.mul(pixel.index, e.int(3)), e.int(c)), e.int(LANES)))
+            store_bytes(e, value, scratch, e.b.mul(e.b.add(e.b.mul(pixel.index, e.int(3)), e.int(c)), e.int(LANES)))
     num_bytes = e.b.mul(num_pixels, e.int(3))
     lines = [e.at(out, I8, e.b.mul(row, stride)) for row in rows]
     with e.loop(e.int(0), num_bytes, LANES) as column:
         first = e.smaller(column.index, e.b.sub(num_bytes, e.int(LANES)))
-        found = [_bytes(e, scratch, e.b.mul(e.b.add(first, e.int(n)), e.int(LANES))) for n in range(LANES)]
-        for line, value in zip(lines, _transposed(e, found), strict=True):
-            _store_bytes(e, value, line, first)
+        found = [load_bytes(e, scratch, e.b.mul(e.b.add(first, e.int(n)), e.int(LANES))) for n in range(LANES)]
+        for line, value in zip(lines, transposed(e, found), strict=True):
+            store_bytes(e, value, line, first)
 
 
 def down(e: Emitter) -> None:
@@ -142,12 +143,12 @@ def down(e: Emitter) -> None:
                     place = e.b.add(e.b.add(left, e.b.mul(tap.index, stride)), first)
                     sums = []
                     for n, part in enumerate(parts):
-                        x = _floats(e, _bytes(e, source, e.b.add(place, e.int(part))))
+                        x = floats(e, load_bytes(e, source, e.b.add(place, e.int(part))))
                         sums += [e.fma(x, high, tap.values[2 * n]), e.fma(x, low, tap.values[2 * n + 1])]
                     tap.carry(sums)
                 for n, part in enumerate(parts):
                     value = _weighed(e, tap.values[2 * n], tap.values[2 * n + 1])
-                    _store_bytes(e, value, out, e.b.add(e.b.add(line, first), e.int(part)))
+                    store_bytes(e, value, out, e.b.add(e.b.add(line, first), e.int(part)))
 
 
 def build(name: str, emit: Callable[..., None], *shape: int) -> int:

@@ -29,13 +29,18 @@ KEPT_BYTES = 64 << 20
 """Scratch memory above this is not kept for the next image."""
 
 _Kernel = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-_scratch = threading.local()
+_memory = threading.local()
 
 
 def resizable(width: int, height: int, size: int) -> bool:
     """Whether `tiles` takes an image of this size to tiles of this size."""
     longest = max(width, height)
     return width >= MIN_WIDTH and 3 * size >= 64 and 2 * SUPPORT * longest / size + 3 < MAX_TAPS and available()
+
+
+def kernels_wanted() -> bool:
+    """IVL_KERNELS=0 leaves everything to Pillow."""
+    return os.environ.get("IVL_KERNELS") != "0"
 
 
 @cache
@@ -75,7 +80,7 @@ def _across_then_down(image_YXC: np.ndarray, grids: list[tuple[int, int]], out: 
     wide = _rows_resized(image_YXC.ctypes.data, image_YXC.strides[0], width, height, [c * size for c, _ in grids])
     for (c, r), stride, source, tiles_GSSC in zip(grids, strides, wide, out, strict=False):
         table = weights(height, r * size)
-        _call(_kernels()[1], source, stride, tiles_GSSC.ctypes.data, r * size, c, size, 3 * size, *table.pointers())
+        call(_kernels()[1], source, stride, tiles_GSSC.ctypes.data, r * size, c, size, 3 * size, *table.pointers())
 
 
 def _down_then_across(image_YXC: np.ndarray, grid: tuple[int, int], out_GSSC: np.ndarray) -> None:
@@ -87,7 +92,7 @@ def _down_then_across(image_YXC: np.ndarray, grid: tuple[int, int], out_GSSC: np
         source_YB = np.pad(source_YB, ((0, 0), (0, room - 3 * width)))
     low_YB = np.empty((r * size, room), np.uint8)
     table = weights(height, r * size)
-    _call(_kernels()[1], source_YB.ctypes.data, room, low_YB.ctypes.data, r * size, 1, r * size, room, *table.pointers())
+    call(_kernels()[1], source_YB.ctypes.data, room, low_YB.ctypes.data, r * size, 1, r * size, room, *table.pointers())
     (address,) = _rows_resized(low_YB.ctypes.data, room, width, r * size, [c * size])
     resized = np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_uint8)), (r, size, c, size, 3))
     out_GSSC[:] = resized.swapaxes(1, 2).reshape(out_GSSC.shape)
@@ -96,13 +101,13 @@ def _down_then_across(image_YXC: np.ndarray, grid: tuple[int, int], out_GSSC: np
 def _rows_resized(address: int, stride: int, width: int, num_rows: int, new_widths: list[int]) -> list[int]:
     """Addresses of the rows at each new width, one after another in this thread's scratch memory."""
     needed = [64 * 3 * width, *(3 * w * num_rows for w in new_widths), *(3 * w * 16 for w in new_widths)]
-    turned, *buffers = _buffers(needed)
+    turned, *buffers = scratch(needed)
     wide, laid = buffers[: len(new_widths)], buffers[len(new_widths) :]
     arguments = [address, stride, 3 * width, num_rows, turned]
     tables = [weights(width, w) for w in new_widths]  # kept here: the kernel has bare addresses
     for w, table, to, by in zip(new_widths, tables, wide, laid, strict=True):
         arguments += [to, 3 * w, w, by, *table.pointers()]
-    _call(_kernels()[0][len(new_widths) - 1], *arguments)
+    call(_kernels()[0][len(new_widths) - 1], *arguments)
     return wide
 
 
@@ -157,20 +162,20 @@ def _kernels() -> tuple[tuple[int, int], int]:
     return (k.build("across_1", k.across, 1), k.build("across_2", k.across, 2)), k.build("down", k.down)
 
 
-def _call(address: int, *arguments: int) -> None:
+def call(address: int, *arguments: int) -> None:
     """Without the interpreter's lock."""
     _Kernel(address)(ctypes.addressof((ctypes.c_int64 * (1 + len(arguments)))(0, *arguments)))
 
 
-def _buffers(sizes: list[int]) -> list[int]:
+def scratch(sizes: list[int]) -> list[int]:
     """Addresses of scratch memory of this thread, 64-byte aligned; good until asked again."""
     room = sum(-(-size // 64) * 64 for size in sizes) + 64
-    memory = getattr(_scratch, "memory", None)
+    memory = getattr(_memory, "kept", None)
     if memory is None or len(memory) < room:
-        memory = _scratch.memory = np.empty(room, np.uint8)
+        memory = _memory.kept = np.empty(room, np.uint8)
         if room > KEPT_BYTES:
-            del _scratch.memory
-            _scratch.last = memory  # lives until the next image
+            del _memory.kept
+            _memory.last = memory  # lives until the next image
     at, addresses = -(-memory.ctypes.data // 64) * 64, []
     for size in sizes:
         addresses.append(at)
@@ -182,7 +187,7 @@ def _buffers(sizes: list[int]) -> list[int]:
 def _columns_may_go_first() -> bool | None:
     """Which passes Pillow does first, seen from its pixels: sums are rounded in between, so the order shows. None if
     kernels cannot be built, or its pixels are neither."""
-    if os.environ.get("IVL_KERNELS") == "0":
+    if not kernels_wanted():
         return None
     try:
         _kernels()
