@@ -35,8 +35,9 @@ def trl_dpo(logs: SimpleNamespace, *types: str, weights: tuple[float, ...] | Non
     same = SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x, device="cpu")
     trainer = SimpleNamespace(
         model=SimpleNamespace(training=True), accelerator=same, aux_loss_enabled=False, ld_alpha=None, beta=BETA,
-        precompute_ref_logps=True, f_divergence_type="reverse_kl", loss_types=types, loss_weights=weights or (1.0,) * len(types),
-        label_smoothing=smoothing, use_weighting=False, _metrics={"train": defaultdict(list)}, _total_train_tokens=0, _tp_size=1,
+        precompute_ref_logps=True, f_divergence_type="reverse_kl", label_smoothing=smoothing, use_weighting=False,
+        loss_types=types, loss_weights=weights or (1.0,) * len(types),
+        _metrics={"train": defaultdict(list)}, _total_train_tokens=0, _tp_size=1,
     )  # fmt: skip
 
     def model(**_):
