@@ -38,7 +38,7 @@ FILTERS: dict[str, tuple[str, str, Callable[[Any], float | None]]] = {
     "runs": (RULES, "Runs", lambda rule: rule.max_letters),
     "repeated_lines": (RULES, "RepeatedLines", lambda rule: rule.max_share),
     "markup": (RULES, "Markup", lambda rule: None),
-    "garbled": (RULES, "Garbled", lambda rule: rule.min_mean_level),
+    "garbled": (RULES, "Garbled", lambda rule: rule.max_strange),
     "truncated": (RULES, "Truncated", lambda rule: None),
     "language": (RULES, "Language", lambda rule: 1 - rule.sure),
     "leaks": (RULES, "Leaks", lambda rule: None),

@@ -98,7 +98,8 @@ def _named(chain: Chain, name: str) -> Stage | None:
 
 
 def _count(row: dict[str, Any], chain: Chain, stages: dict[str, _Stage]) -> None:
-    lot = int.from_bytes(hashlib.blake2b(row["source"].encode("utf-8", "replace"), digest_size=8).digest())
+    place = f"{row['dataset']}\n{row['source']}".encode("utf-8", "replace")
+    lot = int.from_bytes(hashlib.blake2b(place, digest_size=8).digest())
     stages[UNREADABLE].reached += 1
     if row.get("stage") != UNREADABLE:
         for stage in chain.stages:

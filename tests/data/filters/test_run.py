@@ -9,6 +9,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +104,8 @@ def outputs(out: Path) -> dict[str, bytes]:
 
 
 def judged(log: Path, out: Path, **options: Any) -> dict[str, Any]:
-    judge = Judge(
-        CountingJudge(log, options.pop("wait", 0)), name="fake", cache=out / "judge.sqlite", threads=options.pop("threads", 1)
-    )
+    generator, threads = CountingJudge(log, options.pop("wait", 0)), options.pop("threads", 1)
+    judge = Judge(generator, name="fake", cache=out / "judge.sqlite", threads=threads)
     return run(chain(), log.parent / "meta.json", out, judge=judge, **options)
 
 
@@ -145,7 +145,7 @@ def test_kept_rows_are_the_rows_and_train_as_they_are(tmp_path: Path) -> None:
     ]
     lines = (tmp_path / "text.jsonl").read_bytes().split(b"\n")
     kept = [v["row"] for v in rows_of(out / "verdicts.jsonl") if v["keep"] and v["dataset"] == "text"]
-    assert (out / "kept/text.jsonl").read_bytes() == b"".join(lines[row] + b"\n" for row in kept)
+    assert (out / "kept/text.jsonl").read_bytes() == b"".join(lines[row].strip() + b"\n" for row in kept)
     before, after = Mixture(old, seed=0), Mixture(new, seed=0)
     kept = [v["row"] for v in rows_of(out / "verdicts.jsonl") if v["keep"] and v["dataset"] == "many"]
     assert len(kept) == new[1].length == len(after.files[1])
@@ -199,18 +199,14 @@ def test_kill_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: in
         def before(function: Any) -> Any:
             return lambda *args, **options: (step(), function(*args, **options))[1]
 
-        for owner, name in (
-            (folder.Folder, "append"),
-            (folder.Folder, "_save"),
-            (os, "fsync"),
-            (Path, "replace"),
-            (os, "truncate"),
-        ):
+        places = ((folder.Folder, "append"), (folder.Folder, "_save"), (os, "fsync"), (Path, "replace"), (os, "truncate"))
+        for owner, name in places:
             monkeypatch.setattr(owner, name, before(getattr(owner, name)))
         judged(tmp_path / "asked", tmp_path / "out", threads=threads, wait=0.001, on_progress=step)
 
+    fuses = [rng.randint(1, 150) for _ in range(12)] + [-1]
     kills = 0
-    while not in_a_child(lambda: work(rng.randint(1, 150) if kills < 12 else -1)):
+    while not in_a_child(partial(work, fuses[kills])):
         kills += 1
     assert kills >= 4
     assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
@@ -253,12 +249,12 @@ def test_processes_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_complete_run_is_left_alone(tmp_path: Path) -> None:
     world(tmp_path)
     first = judged(tmp_path / "asked", tmp_path / "out")
-    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir() if path.suffix != ".sqlite"}
+    stamps = {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir() if path.suffix in (".json", ".jsonl", ".html")
+    }
     asked = len(CountingJudge(tmp_path / "asked").asked)
     assert judged(tmp_path / "asked", tmp_path / "out") == first
-    assert all(
-        path.stat().st_mtime_ns == stamp for path, stamp in stamps.items() if path.suffix in (".json", ".jsonl", ".html")
-    )
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     assert judged(tmp_path / "asked", tmp_path / "out", fresh=True) == first  # by the cache alone
     assert len(CountingJudge(tmp_path / "asked").asked) == asked
 
@@ -291,28 +287,17 @@ def test_parquet_rows_and_odd_names(tmp_path: Path) -> None:
     """Rows that are not text come out as reference jsonl, images included, under file names that are safe and distinct."""
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rows = make_rows(tmp_path / "p", 12)
-    table = [
-        {
-            "id": row["id"],
-            "image": {"bytes": (tmp_path / "p" / row["image"]).read_bytes(), "path": None},
-            "conversations": row["conversations"],
-        }
-        for row in rows
-        if "image" in row and not isinstance(row["conversations"][0], list)
-    ]
+    shown = [row for row in rows if "image" in row and not isinstance(row["conversations"][0], list)]
+    table = [row | {"image": {"bytes": (tmp_path / "p" / row["image"]).read_bytes(), "path": None}} for row in shown]
     parquet.write_table(pa.Table.from_pylist(table), tmp_path / "rows.parquet")
     write_jsonl([row for row in rows if "image" not in row], tmp_path / "a.jsonl")
     meta = {"../x/y": {"annotation": "rows.parquet"}, ".. x y": {"annotation": "a.jsonl"}, "...": {"annotation": "a.jsonl"}}
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     run(read_chain('{"stages": [{"use": "length"}]}', "c"), tmp_path / "meta.json", tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out/kept").iterdir()) == ["rows.jsonl", "x_y.jsonl", "x_y~2.jsonl"]
-    before, after = (
-        Mixture(load_mixture(tmp_path / "meta.json"), seed=0),
-        Mixture(load_mixture(tmp_path / "out/meta.json"), seed=0),
-    )
-    assert [before.record(0, n).conversations for n in range(len(table))] == [
-        after.record(0, n).conversations for n in range(len(table))
-    ]
+    before, after = (Mixture(load_mixture(place / "meta.json"), seed=0) for place in (tmp_path, tmp_path / "out"))
+    for row in range(len(table)):
+        assert before.record(0, row).conversations == after.record(0, row).conversations
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
