@@ -24,7 +24,7 @@ from ivl.types import ImageRef, Message, Record, Text
 Split = Literal["tune", "held-out"]
 PACKAGES = {
     "tune": ("numpy", "json", "argparse", "email", "collections", "pathlib", "logging", "decimal", "statistics", "tokenizers", "PIL"),
-    "held-out": ("scipy", "sklearn", "asyncio", "unittest", "ipaddress", "fractions", "datetime", "hypothesis", "torch.optim", "rich"),
+    "held-out": ("scipy", "sklearn", "matplotlib", "networkx", "sympy", "hypothesis", "torch.optim", "rich"),
 }  # fmt: skip
 
 
@@ -150,8 +150,12 @@ ASKS = (
 )
 
 
+NUM_PHOTOS = 250
+
+
 def photo_rows(split: Split, rng: random.Random) -> Iterator[Record]:
-    """Captions, descriptions of several sentences and short talks; no two about one photograph share most of their words."""
+    """Captions, descriptions of several sentences and short talks. Of the first, which make the clean set, no two about
+    one photograph share more than half of their sentences; what comes later is only made faulty."""
     seen: dict[str, list[set]] = {}
     for n in range(20_000):
         name = rng.choice(sorted(PHOTOS))
@@ -176,9 +180,10 @@ def photo_rows(split: Split, rng: random.Random) -> Iterator[Record]:
                 (ask, opening),
                 *[(rng.choice(("What else?", "Anything else?", "Go on.", "And what more?")), each) for each in some],
             ]
-        triples = _triples(" ".join(f"{question} {answer}" for question, answer in turns))
-        if all(len(triples & other) <= 0.5 * len(triples | other) for other in seen.setdefault(name, [])):
-            seen[name].append(triples)
+        said = {part for _, answer in turns for part in re.split(r"(?<=[.])\s+(?:\d+[.] )?", answer.removeprefix("1. "))}
+        others = seen.setdefault(name, [])
+        if sum(map(len, seen.values())) > NUM_PHOTOS or all(2 * len(said & other) <= len(said | other) for other in others):
+            others.append(said)
             yield record(f"photo-{n}", turns, str(Path(skimage.__file__).parent / "data" / name))
 
 
@@ -195,7 +200,7 @@ def documents(split: Split) -> tuple[tuple[str, str], ...]:
         module = importlib.import_module(package)
         modules = [module]
         for info in pkgutil.iter_modules(getattr(module, "__path__", ())):
-            if not info.name.startswith(("_", "tests", "conftest")):
+            if not info.name.startswith(("_", "tests", "conftest", "report")):
                 try:
                     modules.append(importlib.import_module(f"{package}.{info.name}"))
                 except ImportError:  # a part that needs what is not installed
@@ -210,7 +215,7 @@ def documents(split: Split) -> tuple[tuple[str, str], ...]:
         name = distribution.metadata["Name"].lower()
         if (sum(map(ord, name)) % 2 == 0) == (split == "tune"):
             body = distribution.metadata.get_payload() or distribution.metadata["Description"] or ""
-            for n, section in enumerate(re.split(r"\n(?=#{1,3} |\S[^\n]*\n[=-]{3,}\n)", str(body))):
+            for n, section in enumerate(re.split(r"\n(?=#{2,3} |\S[^\n]*\n[=-]{3,}\n)", str(body))):
                 found[f"the read-me of {name}, part {n}"] = section.strip()
     descr = Path(importlib.import_module("sklearn").__file__ or "").parent / "datasets" / "descr"
     for n, file in enumerate(sorted(descr.glob("*.rst"))):
@@ -374,7 +379,7 @@ def _choice(rng: random.Random, n: int) -> tuple[str, str]:
 
 
 SHARES: dict[str, tuple[Callable[[Split, random.Random], Iterator[Record]], float]] = {
-    "easy-vqa": (vqa_rows, 0.52), "easy-vqa captions": (caption_rows, 0.08), "photographs": (photo_rows, 0.14),
+    "easy-vqa": (vqa_rows, 0.61), "easy-vqa captions": (caption_rows, 0.08), "photographs": (photo_rows, 0.05),
     "documents": (document_rows, 0.16), "lists, tables, code, ...": (structured_rows, 0.10),
 }  # fmt: skip
 

@@ -154,41 +154,58 @@ def character_run(text: str, rng: random.Random) -> str:
     return rng.choice((run, f"{text}{run}", f"{text[: len(text) // 2]}{run}{text[len(text) // 2 :]}"))
 
 
-# Truncation
+# Truncation: what a limit of tokens does to answers of a dozen words or more. Something like a sentence must be left.
+
+MIN_WORDS, MIN_LEFT = 12, 6
+SENTENCE = re.compile(r"(?<![^\s\"'(])[A-Z][^.!?\n]*(?:\n[^.!?\n]+)*[.!?](?=\s|$)")
+
+
+def _cut(text: str, places: str, rng: random.Random) -> str | None:
+    """Cuts after a match of `places` within a sentence, so that a dozen words become six or more."""
+    if len(text.split()) < MIN_WORDS:
+        return None
+    found = [
+        text[: sentence.start() + place.end()]
+        for sentence in SENTENCE.finditer(text)
+        for place in re.finditer(places, sentence[0])
+        if len(sentence[0].split()) >= MIN_LEFT and len(sentence[0][: place.end()].split()) >= 3
+    ]
+    found = [left for left in found if len(left.split()) >= MIN_LEFT]
+    return rng.choice(found) if found else None
 
 
 def cut_in_word(text: str, rng: random.Random) -> str | None:
-    """Anywhere within a word of four letters or more."""
-    words = [m for m in re.finditer(r"[^\W\d_]{4,}", text) if len(text[: m.start()].split()) >= 3]
-    if not words:
-        return None
-    word = rng.choice(words)
-    return text[: word.start() + rng.randint(1, len(word[0]) - 2)]
+    return _cut(text, rf"\b[^\W\d_]{{{rng.randint(1, 4)}}}(?=[^\W\d_]{{2}})", rng)
 
 
 def cut_after_word(text: str, rng: random.Random) -> str | None:
     """After a word that another one follows in the same sentence."""
-    places = [m.start() for m in re.finditer(r"(?<=[^\W\d_]) (?=[^\W\d_])", text) if len(text[: m.start()].split()) >= 4]
-    return text[: rng.choice(places)] if places else None
+    return _cut(text, r"[^\W\d_](?= [^\W\d_])", rng)
 
 
 def cut_after_comma(text: str, rng: random.Random) -> str | None:
-    places = [m.end() for m in re.finditer(r"[^\W\d_],(?= )", text) if len(text[: m.start()].split()) >= 3]
-    return text[: rng.choice(places)] if places else None
+    return _cut(text, r"[^\W\d_],(?= )", rng)
 
 
 def cut_near_the_end(text: str, rng: random.Random) -> str | None:
-    """Only the last few characters are missing."""
-    if not re.search(r"[^\W\d_]{5,}[.!?]$", text) or len(text.split()) < 5:
-        return None
-    return text[: -rng.randint(3, 5)]
+    """Only the last few characters of the last sentence are missing."""
+    return (
+        _cut(text, rf"[^\W\d_]{{3}}(?=[^\W\d_]{{{rng.randint(2, 4)}}}[.!?]$)", rng)
+        if text.rstrip().endswith((".", "!", "?"))
+        else None
+    )
+
+
+def cut_anywhere(text: str, rng: random.Random) -> str | None:
+    """Also in code, tables, headings and references, where nothing may show it."""
+    return text[: rng.randint(len(text) // 5, len(text) - 2)] if len(text.split()) >= MIN_WORDS else None
 
 
 def cut_in_bracket(text: str, rng: random.Random) -> str | None:
     words = text.rstrip(".").split(" ")
-    if len(words) < 5:
+    if len(words) < MIN_WORDS:
         return None
-    return " ".join(words[: rng.randint(4, len(words))]) + rng.choice(
+    return " ".join(words[: rng.randint(MIN_LEFT, len(words))]) + rng.choice(
         (" (as one", ' which is called "the', " (see the left", " (for example, a", " [compare")
     )
 
@@ -413,6 +430,8 @@ KINDS = {
         (lost_characters, control_characters, mojibake, random_letters, shuffled_letters, symbols, unicode_soup, wrong_width), (escaped, shifted_letters)
     ),
 }  # fmt: skip
+EXTRA = {"truncated anywhere": Kind((cut_anywhere,), ())}
+"""Reported, without a target."""
 DUPLICATES = {
     "tune": (exact_copy, other_spacing, other_case, recompressed_image, resized_image, typos, word_changed),
     "held-out": (

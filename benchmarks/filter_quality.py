@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.progress import track
 
 from benchmarks.filter_clean import SHARES, record, streams
-from benchmarks.filter_faults import DUPLICATES, KINDS, last_answer, with_answer
+from benchmarks.filter_faults import DUPLICATES, EXTRA, KINDS, last_answer, with_answer
 from ivl.data.filters.duplicates import Duplicates
 from ivl.data.filters.repetition import Repetition
 from ivl.data.filters.rules import Garbled, Language, Leaks, Length, Markup, RepeatedLines, Rule, Runs, Truncated
@@ -44,7 +44,9 @@ class Labelled:
 
 def clean_rows(split: str, seed: int, supply: dict[str, Iterator[Record]]) -> list[Labelled]:
     rows = [
-        Labelled(next(supply[part]), "clean", part) for part, (_, share) in SHARES.items() for _ in range(round(share * NUM_CLEAN))
+        Labelled(next(supply[part]), "clean", part)
+        for part, (_, share) in SHARES.items()
+        for _ in range(round(share * NUM_CLEAN))
     ]
     random.Random(seed).shuffle(rows)
     return rows
@@ -54,7 +56,7 @@ def fault_rows(split: str, seed: int, supply: dict[str, Iterator[Record]]) -> li
     """Each kind NUM_FAULTS times, variants in turn, made of clean rows that are not in the clean set."""
     rng, rows = random.Random(f"{seed} faults"), []
     parts, weights = list(SHARES), [share for _, share in SHARES.values()]
-    for kind, variants in KINDS.items():
+    for kind, variants in {**KINDS, **EXTRA}.items():
         chosen = variants.variants(split)
         for n in range(NUM_FAULTS):
             edit, answer = chosen[n % len(chosen)], None
@@ -65,7 +67,9 @@ def fault_rows(split: str, seed: int, supply: dict[str, Iterator[Record]]) -> li
                     weights[parts.index(part)] = 0
                     continue
                 answer = edit(last_answer(base), rng)
-            rows.append(Labelled(with_answer(base, answer), kind, getattr(edit, "__qualname__", "").replace(".<locals>.edit", "")))
+            rows.append(
+                Labelled(with_answer(base, answer), kind, getattr(edit, "__qualname__", "").replace(".<locals>.edit", ""))
+            )
     return rows
 
 
@@ -97,9 +101,7 @@ def judge_pointwise(rows: list[Labelled], rules: tuple[Rule, ...]) -> list[dict[
 def find_duplicates(rows: list[Labelled]) -> list[str | None]:
     limits = Duplicates()
     index = limits.index()
-    return [
-        index.seen(limits.signature(row.record), str(n)) for n, row in enumerate(track(rows, description="duplicates"))
-    ]
+    return [index.seen(limits.signature(row.record), str(n)) for n, row in enumerate(track(rows, description="duplicates"))]
 
 
 def measure(split: str, seed: int, failures: int = 0) -> dict:
@@ -122,13 +124,15 @@ def measure(split: str, seed: int, failures: int = 0) -> dict:
     for row, reasons in zip(rows, said, strict=True):
         for name in reasons:
             by_rule[name][row.kind] += 1
-        parts.setdefault(f"{row.kind}: {row.part}", Counter())[id(row.record) in (dropped_clean if row.kind == "clean" else dropped)] += 1
+        parts.setdefault(f"{row.kind}: {row.part}", Counter())[
+            id(row.record) in (dropped_clean if row.kind == "clean" else dropped)
+        ] += 1
     for row, found in zip(stream, doubles, strict=True):
         by_rule[DUPLICATE][row.kind] += found is not None
         if row.kind == DUPLICATE:
             parts.setdefault(f"{row.kind}: {row.part}", Counter())[found is not None] += 1
     show(failures, rows, said, stream, doubles)
-    recall = {kind: sum(id(r.record) in dropped for r in faults if r.kind == kind) / NUM_FAULTS for kind in KINDS}
+    recall = {kind: sum(id(r.record) in dropped for r in faults if r.kind == kind) / NUM_FAULTS for kind in {**KINDS, **EXTRA}}
     recall[DUPLICATE] = by_rule[DUPLICATE][DUPLICATE] / NUM_FAULTS
     return {
         "split": split,
@@ -157,11 +161,13 @@ def show(count: int, rows: list[Labelled], said: list[dict], stream: list[Labell
             seen[key] += 1
             if seen[key] <= count:
                 other = stream[int(found)].record if found else None
-                print(f"--- {key} {row.record.id}\n{last_answer(row.record)[-300:]!r}\n{other and (other.id, last_answer(other)[-300:])!r}")
+                print(
+                    f"--- {key} {row.record.id}\n{last_answer(row.record)[-300:]!r}\n{other and (other.id, last_answer(other)[-300:])!r}"
+                )
 
 
 def markdown(result: dict) -> str:
-    kinds = [*KINDS, DUPLICATE]
+    kinds = [*KINDS, DUPLICATE, *EXTRA]
     lines = [
         "| | rows | " + " | ".join(result["by_rule"]) + " | **all rules** |",
         "|---" * (len(result["by_rule"]) + 3) + "|",

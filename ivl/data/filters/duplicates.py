@@ -45,7 +45,9 @@ class Duplicates:
     """Least share of common character 5-grams (Jaccard, estimated by MinHash) of long texts."""
     min_words: int = 25
     """Shorter texts must be equal but for case, marks and white space: one word may be all that matters."""
-    max_bits: int = 6
+    same_similarity: float = 0.9
+    """From here on, numbers and words such as `not` may differ, too."""
+    max_bits: int = 7
     """Largest distance of two perceptual hashes, of 64 bits."""
     max_colour: int = 14
     """Largest mean difference of colours, 0 to 255, of images scaled to 8 x 8."""
@@ -95,7 +97,7 @@ class DuplicateIndex:
         self.keys: list[str] = []
         self._images = _Images(limits.max_bits, limits.max_colour)
         self._exact: dict[bytes, int] = {}
-        self._texts = _Texts(limits.min_similarity)
+        self._texts = _Texts(limits)
 
     def __len__(self) -> int:
         """Rows remembered."""
@@ -110,14 +112,13 @@ class DuplicateIndex:
         exact = _digest(media + text + pivots, 16)
         found = self._exact.get(exact)
         hashes = np.frombuffer(signature, dtype=np.uint32, offset=at)
-        group = _digest(media + pivots, 8)
         if found is None and len(hashes):
-            found = self._texts.find(hashes, group)
+            found = self._texts.find(hashes, media, pivots)
         if found is not None:
             return self.keys[found]
         self._exact[exact] = len(self.keys)
         if len(hashes):
-            self._texts.add(hashes, group, len(self.keys))
+            self._texts.add(hashes, media, pivots, len(self.keys))
         self.keys.append(key)
         return None
 
@@ -156,43 +157,46 @@ class _Images:
 
 
 class _Texts:
-    """MinHash LSH: texts that agree in a band of hashes, within their group, are compared by all hashes.
+    """MinHash LSH: texts that agree in a band of hashes, with the same media, are compared by all hashes.
 
     A hash table of chains in flat arrays takes 430 bytes a text, a tenth of one made of sets.
     """
 
-    def __init__(self, min_similarity: float) -> None:
-        self.min_similarity = min_similarity
-        self._hashes, self._groups, self._rows = _Rows(NUM_HASHES, np.uint32), _Rows(1, np.uint64), array("I")
+    def __init__(self, limits: Duplicates) -> None:
+        self.limits = limits
+        self._hashes, self._groups, self._rows = _Rows(NUM_HASHES, np.uint32), _Rows(2, np.uint64), array("I")
         # Entry e is band e % BANDS of text e // BANDS: where a chain begins, by key; and the entry before.
         self._heads, self._before = array("i", [-1]) * (1 << 12), array("i")
 
-    def find(self, hashes: np.ndarray, group: bytes) -> int | None:
+    def find(self, hashes: np.ndarray, media: bytes, pivots: bytes) -> int | None:
         mask, near = len(self._heads) - 1, set()
-        for key in _band_keys(hashes, group):
+        for key in _band_keys(hashes, media):
             entry = self._heads[key & mask]
             while entry >= 0:
                 near.add(entry // BANDS)
                 entry = self._before[entry]
         texts = np.array(sorted(near), dtype=np.int64)
-        texts = texts[self._groups[texts][:, 0] == np.frombuffer(group, dtype=np.uint64)]  # chains hold strangers, too
-        texts = texts[(self._hashes[texts] == hashes).mean(axis=1) >= self.min_similarity]
+        ours = np.frombuffer(media + pivots, dtype=np.uint64)
+        same_media, same_pivots = (self._groups[texts] == ours).T  # chains hold strangers, too
+        similar = (self._hashes[texts] == hashes).mean(axis=1)
+        limits = np.where(same_pivots, self.limits.min_similarity, self.limits.same_similarity)
+        texts = texts[same_media & (similar >= limits)]
         return self._rows[int(texts[0])] if len(texts) else None
 
-    def add(self, hashes: np.ndarray, group: bytes, row: int) -> None:
+    def add(self, hashes: np.ndarray, media: bytes, pivots: bytes, row: int) -> None:
         self._hashes.append(hashes)
-        self._groups.append(np.frombuffer(group, dtype=np.uint64))
+        self._groups.append(np.frombuffer(media + pivots, dtype=np.uint64))
         self._rows.append(row)
         if len(self._rows) * BANDS <= len(self._heads):
-            self._link(hashes, group)
+            self._link(hashes, media)
             return
         self._heads, self._before = array("i", [-1]) * (2 * len(self._heads)), array("i")
         for text in range(len(self._rows)):
-            self._link(self._hashes[text], self._groups[text].tobytes())
+            self._link(self._hashes[text], self._groups[text, 0].tobytes())
 
-    def _link(self, hashes: np.ndarray, group: bytes) -> None:
+    def _link(self, hashes: np.ndarray, media: bytes) -> None:
         mask = len(self._heads) - 1
-        for key in _band_keys(hashes, group):
+        for key in _band_keys(hashes, media):
             self._before.append(self._heads[key & mask])
             self._heads[key & mask] = len(self._before) - 1
 
@@ -206,7 +210,7 @@ class _Rows:
     def __len__(self) -> int:
         return self._used
 
-    def __getitem__(self, rows: np.ndarray | int) -> np.ndarray:
+    def __getitem__(self, rows: Any) -> np.ndarray:
         return self._table[rows]
 
     def append(self, row: np.ndarray) -> None:
@@ -241,8 +245,8 @@ def _permutations() -> Any:
     return MinHash(num_perm=NUM_HASHES, scheme="affine32").permutations
 
 
-def _band_keys(hashes: np.ndarray, group: bytes) -> list[int]:
-    salt = zlib.crc32(group)
+def _band_keys(hashes: np.ndarray, media: bytes) -> list[int]:
+    salt = zlib.crc32(media)
     bands = hashes.reshape(BANDS, -1)
     return [zlib.crc32(band.tobytes(), salt + number) for number, band in enumerate(bands)]
 

@@ -10,13 +10,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from ivl.data.filters.text import answers_text
+from ivl.data.filters.text import answers_text, prose
 from ivl.data.filters.verdict import Verdict
 from ivl.types import Record
 
 _EAST = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 _TOKEN = re.compile(rf"[{_EAST}]|(?:(?![{_EAST}])[^\W_]){{1,40}}|[^\w\s]|_")
-"""A word, a character of a script without spaces, or a mark. Words of more than 40 letters are cut up: loops without spaces."""
+"""A word, a character of a script without spaces, or a mark."""
 _PERIODS = 6
 """How many of the commonest distances between equal n-grams are tried as the period of a loop."""
 _MISMATCH = 2.0
@@ -36,9 +36,11 @@ class Repetition:
     max_ngrams: float = 0.4
     """Share of n-grams that were seen before in the same answer."""
     min_loop_words: float = 14.0
-    """Repeated words (or Chinese characters) that make a loop; numbers and marks count 0.2."""
+    """Repeated words (or Chinese characters) that make a loop; numbers count 0.2, marks 0.05."""
     min_rounds: float = 3.0
     """How often the loop must come round in all."""
+    min_area: float = 100.0
+    """Least product of the two, so that what comes round a few times must be long."""
     max_compression: float = 8.0
     """Characters per byte of zlib, for answers of 400 bytes and more."""
 
@@ -59,12 +61,12 @@ class Repetition:
     def measures(self, text: str) -> list[tuple[float, str]]:
         """Each measure of one answer in units of its limit, and what it says if above 1."""
         found = []
-        for ids, weights, unit in _sequences(text):
-            shares = _ngrams(ids, self.ngram)
-            words = weights.sum()
-            if len(ids) >= 2 * self.ngram and words >= self.ngram:
-                found.append((_share_seen(shares) / self.max_ngrams, f"repeated {self.ngram}-grams"))
-            found.append((self._loop(ids, weights), f"loop of {unit}"))
+        plain = prose(text)
+        ids, weights = _numbered(_TOKEN.findall(plain.casefold()))
+        if len(ids) >= 2 * self.ngram:
+            found.append((_share_seen(ids, weights, self.ngram) / self.max_ngrams, f"repeated {self.ngram}-grams"))
+        found.append((self._loop(ids, weights), "loop of words"))
+        found.append((self._loop(*_characters(plain)), "loop of characters"))
         data = text.encode("utf-8", "replace")
         if len(data) >= 400:
             found.append((len(data) / len(zlib.compress(data, 6)) / self.max_compression, "compresses too well"))
@@ -82,26 +84,23 @@ class Repetition:
             start = int(np.flatnonzero(total[: end + 1] == low[end])[-1])
             words = float(total[end] - low[end])
             rounds = 1 + (end - start) / period
-            best = max(best, min(words / self.min_loop_words, rounds / self.min_rounds))
+            best = max(best, min(words / self.min_loop_words, rounds / self.min_rounds, words * rounds / self.min_area))
         return best
 
 
-def _sequences(text: str) -> list[tuple[np.ndarray, np.ndarray, str]]:
-    """The text as token numbers and weights; texts with long stretches without a space also as characters."""
-    tokens = _TOKEN.findall(text.casefold())
-    found = [(*_numbered(tokens), "words")] if tokens else []
-    chars = [c for word in re.findall(rf"[^\s{_EAST}]{{25,}}", text) for c in word]
-    if chars:
-        ids, weights = _numbered(chars)
-        found.append((ids, weights * 0.4, "characters"))
-    return found
+def _characters(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """The characters of long stretches without a space, each stretch ended by what nothing equals."""
+    long = re.findall(rf"[^\s{_EAST}\u2500-\u259f]{{40,}}", text)
+    ids, weights = _numbered([char for stretch in long for char in stretch])
+    ends = np.cumsum([len(stretch) for stretch in long], dtype=np.int64)
+    return np.insert(ids, ends, -1 - np.arange(len(long))), np.insert(weights * 0.4, ends, 10.0)
 
 
 def _numbered(tokens: list[str]) -> tuple[np.ndarray, np.ndarray]:
     numbers: dict[str, int] = {}
     ids = np.array([numbers.setdefault(token, len(numbers)) for token in tokens], dtype=np.int64)
-    each = np.array([1.0 if any(map(str.isalpha, token)) else 0.2 for token in numbers])
-    return ids, each[ids]
+    each = np.array([1.0 if any(map(str.isalpha, token)) else 0.2 if token.isdigit() else 0.05 for token in numbers])
+    return ids, each[ids] if tokens else np.zeros(0)
 
 
 def _ngrams(ids: np.ndarray, n: int) -> np.ndarray:
@@ -114,8 +113,11 @@ def _ngrams(ids: np.ndarray, n: int) -> np.ndarray:
     return hashed
 
 
-def _share_seen(ngrams: np.ndarray) -> float:
-    return 1 - len(np.unique(ngrams)) / len(ngrams) if len(ngrams) else 0.0
+def _share_seen(ids: np.ndarray, weights: np.ndarray, n: int) -> float:
+    """Share of n-grams seen before; only those count that have words in them, half or more."""
+    total = np.concatenate(([0.0], np.cumsum(weights)))
+    ngrams = _ngrams(ids, n)[total[n:] - total[:-n] >= n / 2]
+    return 1 - len(np.unique(ngrams)) / len(ngrams) if len(ngrams) > n else 0.0
 
 
 def _periods(ids: np.ndarray) -> list[int]:

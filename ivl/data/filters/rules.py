@@ -15,9 +15,17 @@ import numpy as np
 from ivl.config import SPECIAL_TOKENS
 from ivl.data.filters.endings import cut_off
 from ivl.data.filters.languages import language_of
-from ivl.data.filters.letters import broken_characters, levels, mixed_scripts, most_symbols, rare_han, window_means
+from ivl.data.filters.letters import broken_characters, mixed_scripts, most_symbols, rare_han, strange_triples, window_means
 from ivl.data.filters.markup import broken_grounding, broken_html, broken_latex
-from ivl.data.filters.text import answers_by_conversation, answers_text, looks_like_code, prose, split_fences, turns
+from ivl.data.filters.text import (
+    answers_by_conversation,
+    answers_text,
+    looks_like_code,
+    prose,
+    split_fences,
+    turns,
+    without_code,
+)
 from ivl.data.filters.verdict import Verdict
 from ivl.types import Record
 
@@ -69,13 +77,15 @@ class Runs:
     name: ClassVar[str] = "runs"
     max_zeros: int = 20
     """Zeros in a row."""
-    max_sparse_zeros: int = 28
-    """Most zeros among 32 neighbouring letters and digits, so that separators and single other digits hide no run."""
+    max_spaced_zeros: int = 32
+    """Zeros in a row when what is no letter or digit is left out."""
+    max_zero_share: float = 0.9
+    """Largest share of zeros among 64 neighbouring letters and digits, so that single other digits hide no run."""
     max_letters: int = 15
     """Same letter or digit in a row."""
     max_others: int = 40
     """Same other character in a row; white space and the lines that separate and underline are exempt up to `max_ruler`."""
-    max_ruler: int = 200
+    max_ruler: int = 120
 
     def __call__(self, record: Record) -> Verdict:
         worst = 0.0
@@ -92,10 +102,14 @@ class Runs:
                 limit = self.max_letters if char.isalnum() else self.max_ruler if ruler else self.max_others
                 if char not in "0０" and length > limit:
                     return Verdict(False, "run of one character", float(length))
-            if answer.count("0") + answer.count("０") > self.max_sparse_zeros:
-                zeros = _most_zeros(answer)
-                if zeros > self.max_sparse_zeros:
-                    return Verdict(False, "run of zeros", float(zeros))
+            if answer.count("0") + answer.count("０") > self.max_spaced_zeros:
+                zeros = _zeros(answer)
+                others = np.flatnonzero(np.concatenate(([True], ~zeros, [True])))
+                longest = int(np.diff(others).max()) - 1
+                if longest > self.max_spaced_zeros:
+                    return Verdict(False, "run of zeros", float(longest))
+                if len(zeros) >= 64 and window_means(zeros.astype(float), 64).max() > self.max_zero_share:
+                    return Verdict(False, "run of zeros", 64.0)
         return Verdict(True, score=worst)
 
 
@@ -143,22 +157,21 @@ class Markup:
 
 @dataclass(frozen=True, kw_only=True)
 class Garbled:
-    """Text that nobody wrote: replacement and control characters, mojibake, noise. The score is the mean level of letter
-    pairs (9 fluent, below 5 like chance), None for little text or other scripts."""
+    """Text that nobody wrote: replacement and control characters, mojibake, noise. The score is the largest share of letter
+    triples that no language has (0 fluent, above 0.5 random), None for little text and other scripts."""
 
     name: ClassVar[str] = "garbled"
-    min_level: float = 4.6
-    """Least mean level of any 48 neighbouring pairs of letters."""
-    min_mean_level: float = 6.0
-    """Least mean level of an answer of 60 pairs or more in which no language is recognised either."""
-    min_language: float = 0.5
-    """How sure the language must be for a text below min_mean_level to be kept."""
+    max_strange: float = 0.17
+    """Largest share of strange triples among any 48 neighbours."""
+    max_strange_long: float = 0.1
+    """The same for 144 neighbours, or all of a shorter text with 72 or more."""
     max_symbols: float = 0.6
-    """Largest share of symbols among any 32 characters of prose, white space not counted."""
+    """Largest share of symbols among any 32 characters, white space, table lines and code not counted."""
     max_rare_han: float = 0.2
+    """Largest share of Chinese characters that are hardly ever used."""
 
     def __call__(self, record: Record) -> Verdict:
-        means = []
+        worst = None
         for answer in answers_text(record):
             reason = broken_characters(answer)
             if reason:
@@ -167,20 +180,18 @@ class Garbled:
             if rare > max(2, self.max_rare_han * han):
                 return Verdict(False, "characters that no text has")
             text = prose(answer)
-            if looks_like_code(answer):
-                continue
             if mixed_scripts(text):
                 return Verdict(False, "scripts mixed at random")
-            if most_symbols(text) > self.max_symbols:
+            if not looks_like_code(answer) and most_symbols(without_code(answer)) > self.max_symbols:
                 return Verdict(False, "mostly symbols")
-            found = levels(text)
-            if len(found) >= 24:
-                means.append(float(found.mean()))
-                if window_means(found, 48).min() < self.min_level:
-                    return Verdict(False, "letters at random", means[-1])
-                if len(found) >= 60 and means[-1] < self.min_mean_level and language_of(text)[1] < self.min_language:
-                    return Verdict(False, "words of no language", means[-1])
-        return Verdict(True, score=min(means, default=None))
+            strange = strange_triples(text)
+            if len(strange) >= 24:
+                share = float(window_means(strange, 48).max())
+                worst = max(worst or 0.0, share)
+                long = float(window_means(strange, 144).max()) if len(strange) >= 72 else 0.0
+                if share > self.max_strange or long > self.max_strange_long:
+                    return Verdict(False, "letters at random", share)
+        return Verdict(True, score=worst)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +199,8 @@ class Truncated:
     """Answers that break off. See `endings.cut_off` for what is looked at; the rule sees the record alone."""
 
     name: ClassVar[str] = "truncated"
-    min_words: int = 6
+    min_words: int = 5
+    """Answers of fewer words are not judged as sentences."""
     lone_sentences: bool = True
     """Whether a lone sentence must have a full stop. Turn this off for sources that never write one."""
 
@@ -196,6 +208,8 @@ class Truncated:
         for answers in answers_by_conversation(record):
             for i, answer in enumerate(answers):
                 if looks_like_code(answer):
+                    if _OPEN_CODE.search(answer[-200:].rstrip()):
+                        return Verdict(False, "code that breaks off")
                     continue
                 others = answers[:i] + answers[i + 1 :]
                 why = cut_off(answer, others, min_words=self.min_words, lone_sentences=self.lone_sentences)
@@ -235,6 +249,7 @@ class Language:
         return Verdict(True, score=least)
 
 
+_OPEN_CODE = re.compile(r"(?:[(\[{,=+*/&|\\]|\b(?:in|not|and|or|if|elif|while|import|from|is|def|class|for))$")
 _LEAKED = re.compile(
     "<image>|<video>|" + "|".join(re.escape(t) for t in SPECIAL_TOKENS if not re.search("ref|box|quad", t))
     + r"|<\|[A-Za-z_]{2,30}\|>|<pad>|<unk>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|\[UNUSED_TOKEN_\d+\]"
@@ -274,11 +289,7 @@ def _runs(text: str) -> tuple[np.ndarray, np.ndarray]:
     return np.diff(np.append(starts, len(points))), points[starts]
 
 
-def _most_zeros(text: str, width: int = 32) -> int:
-    """Most zeros among `width` neighbouring letters and digits; hexadecimal prefixes do not count."""
+def _zeros(text: str) -> np.ndarray:
+    """Of every letter and digit whether it is a zero; hexadecimal prefixes are left out."""
     kept = re.sub(r"0x|\\x|[\W_]+", "", text)
-    zeros = np.array([c in "0０" for c in kept]) if not kept.isascii() else np.frombuffer(kept.encode(), np.uint8) == ord("0")
-    if len(zeros) < width:
-        return 0
-    total = np.concatenate(([0], np.cumsum(zeros)))
-    return int((total[width:] - total[:-width]).max())
+    return np.array([char in "0０" for char in kept], dtype=bool)

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 
 from ivl.types import Conversation, Record
 
-FENCE = re.compile(r"^[ \t]*(?:>[ \t]*)*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+)?(`{3,}|~{3,})([^\n]*)$", re.MULTILINE)
+FENCE = re.compile(r"^[ \t]*(?:>[ \t]*)*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+)?(`{3,}|~{3}(?!~))([^\n]*)$", re.MULTILINE)
 _NOT_PROSE = re.compile(
     r"`[^`\n]*`|\$\$[^$]*\$\$|\$[^$\n]*\$|\\\((?:[^\n\\]|\\[^()\n]){0,500}\\\)|https?://\S+|<box>[^<]*</box>|</?[A-Za-z][^<>\n]*>",
     re.DOTALL,
 )
+_SESSION = re.compile(r"^[ \t]*>>> [^\n]*(?:\n[ \t]*[^\s][^\n]*)*", re.MULTILINE)
+"""A prompt, and the lines up to the next empty one."""
 _CODE_LINE = re.compile(
     r"[ \t]*(?:(?:def|class|import|from|return|for|while|if|elif|else|try|except|with|print|var|let|const|function|public"
     r"|private|static|void|int|float|char|#include|using|SELECT|INSERT|UPDATE|CREATE)\b[^\n]*[:;{}()=]|@\w|//|/\*|>>>|\.\.\. "
@@ -56,9 +58,15 @@ def split_fences(text: str) -> tuple[str, bool]:
     return "".join(kept), opened is not None
 
 
+def without_code(text: str) -> str:
+    """The text without fenced code and without interactive Python sessions."""
+    text = split_fences(text)[0]
+    return _SESSION.sub("", text) if ">>> " in text else text
+
+
 def prose(text: str) -> str:
     """The text without code, formulas, addresses, boxes and tags."""
-    return _NOT_PROSE.sub(" ", split_fences(text)[0])
+    return _NOT_PROSE.sub(" ", without_code(text))
 
 
 def looks_like_code(text: str) -> bool:
