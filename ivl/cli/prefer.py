@@ -105,7 +105,7 @@ def dropout(
     """
     from ivl.cli.generators import connect
     from ivl.preference import sampling
-    from ivl.preference.journal import read_journal
+    from ivl.journal import read_journal
     from ivl.types import SamplingParams
 
     total = per_question * sum(1 for _ in read_journal(replies)[1])
@@ -128,7 +128,7 @@ def pairs(replies: Input, out: Input, *, limit: int | None = None, seed: int = 0
         limit: Pairs of a question and kind; by default 15, or 3 where there are more than 500,000 questions.
         seed: Chooses among possible pairs.
     """
-    from ivl.preference.journal import read_journal
+    from ivl.journal import read_journal
     from ivl.preference.pairs import build_pairs
     from ivl.preference.report import write_report
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from ivl.data.layouts import from_record
 from ivl.data.media import RowMedia, Slot
+from ivl.data.pairs import as_conversations, is_pair
 from ivl.data.problems import DataError, Kind, short
 from ivl.types import Conversation, Message, Part, Record, Role, Text
 
@@ -77,6 +78,8 @@ def _record(row: dict[str, Any], source: str, root: Path, dataset: str, layout: 
     for key, why in REFUSED.items():
         if not _empty(row.get(key)):
             raise DataError(source, "bad_row", f"`{key}`: {why}")
+    if is_pair(row):
+        row = as_conversations(row, source)
     key, nested = _turns(row, layout, source)
     media = RowMedia(row, source=source, root=root)
     system = row.get("system")
@@ -149,7 +152,8 @@ def _conversation(turns: Any, media: RowMedia, source: str, system: str, pairs: 
     roles: list[Role] = [_role(turn, source) for turn in turns]
     contents = [_content(turn, source) for turn in turns]
     if system:
-        roles, contents = ["system", *roles], [system, *contents]
+        roles.insert(0, "system")
+        contents.insert(0, system)
     _check_roles(roles, source)
     items = [media.items(content, role) for role, content in zip(roles, contents, strict=True)]
     for role, each in zip(roles, items, strict=True):

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from ivl.errors import InputError
 from ivl.preference.grading import Grade, grade
-from ivl.preference.journal import read_journal
+from ivl.journal import read_journal
 from ivl.preference.questions import Source
 
 Kind = Literal["correctness", "format", "dropout"]

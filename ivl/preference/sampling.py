@@ -11,7 +11,7 @@ from typing import Any
 
 from ivl.errors import InputError
 from ivl.generators import Generator, replies_of
-from ivl.preference.journal import Journal, read_journal
+from ivl.journal import Journal, read_journal
 from ivl.preference.questions import Question, Source, fingerprint, read_questions
 from ivl.types import Conversation, SamplingParams
 

@@ -96,6 +96,59 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PreferenceConfig:
+    """Weights of the loss terms of preference training, and where the reference model's log-probabilities come from. The
+    defaults are Mixed Preference Optimization (spec 5.1): preference, quality and generation."""
+
+    sigmoid: float = 0.8
+    """DPO's loss."""
+    bco: float = 0.2
+    """BCO's loss, a classifier of single replies: the quality term."""
+    generation: float = 1.0
+    """Cross-entropy of the chosen reply: its mean over the reply's tokens, then over pairs."""
+    ipo: float = 0.0
+    hinge: float = 0.0
+    robust: float = 0.0
+    """DPO for labels that are wrong with probability label_smoothing."""
+    kto: float = 0.0
+    orpo: float = 0.0
+    """Without a reference; goes with the generation term."""
+    simpo: float = 0.0
+    """Without a reference."""
+    beta: float = 0.1
+    """Reward of a reply: beta times its log-ratio to the reference."""
+    label_smoothing: float = 0.0
+    """Share of pairs taken to be the wrong way round, for sigmoid and robust."""
+    simpo_gamma: float = 0.5
+    reference: Literal["file", "model", "adapters"] = "file"
+    """file: log-probabilities are computed once, before training. model: a frozen copy of the start runs along.
+    adapters: the start is the model with its LoRA adapters off."""
+    check_start: bool = True
+    """Stop if the policy differs from the reference at the first step."""
+
+    def __post_init__(self) -> None:
+        for name in TERMS:
+            if getattr(self, name) < 0:
+                raise ValueError(f"preference.{name} must be >= 0, got {getattr(self, name)}")
+        if not any(getattr(self, name) for name in TERMS):
+            raise ValueError(f"every weight of the preference loss is zero: set one of {', '.join(TERMS)}")
+        if self.beta <= 0:
+            raise ValueError(f"preference.beta must be > 0, got {self.beta}")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"preference.label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
+        if self.reference not in ("file", "model", "adapters"):
+            raise ValueError(f"preference.reference must be file, model or adapters, got {self.reference!r}")
+
+    @property
+    def needs_reference(self) -> bool:
+        return any(getattr(self, name) for name in WITH_REFERENCE)
+
+
+WITH_REFERENCE = ("sigmoid", "bco", "ipo", "hinge", "robust", "kto")
+TERMS = (*WITH_REFERENCE, "generation", "orpo", "simpo")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One complete training run. A recipe is a function that returns one; later stages derive with dataclasses.replace."""
 
@@ -110,9 +163,11 @@ class TrainConfig:
     tokenizer: str = ""
     """Directory of the tokenizer; empty takes the model's own."""
     stage: Stage
-    objective: Literal["next_token", "caption_words"] = "next_token"
+    objective: Literal["next_token", "caption_words", "preference"] = "next_token"
     """next_token: cross-entropy of the trained tokens. caption_words: each tile alone predicts which words its caption
-    holds, to warm up a ViT from nothing."""
+    holds, to warm up a ViT from nothing. preference: pairs of a chosen and a rejected reply, see `preference`."""
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    """Terms of the preference objective."""
     flip_tiles: bool = False
     """Mirror and transpose whole tiles at random; for data whose labels do not depend on direction."""
     lora: LoraConfig | None = None
@@ -166,6 +221,10 @@ class TrainConfig:
             raise ValueError("the run has no end: give num_steps or data.epochs")
         if self.num_steps is None and (self.optim.warmup_steps or self.optim.schedule_steps):
             raise ValueError("without num_steps the length is not known in steps: use optim.warmup_ratio, no schedule_steps")
+        if self.objective == "preference" and self.data.over_budget == "truncate":
+            raise ValueError("data.over_budget truncate would cut one reply of a preference pair; use refuse or skip")
+        if self.objective == "preference" and self.preference.reference == "adapters" and self.lora is None:
+            raise ValueError("preference.reference is adapters, but there is no `lora` whose adapters could be turned off")
         for name, least in (
             ("num_steps", 1), ("packs_per_step", 1), ("save_every", 0), ("keep_last", 0), ("val_every", 0),
             ("val_packs", 0), ("log_every", 1),

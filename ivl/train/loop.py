@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -29,6 +29,17 @@ class Source(Protocol):
     def __iter__(self) -> Iterator[Batch]: ...
     def state(self) -> dict: ...
     def restore(self, state: list[dict]) -> None: ...
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """An objective that remembers something from step to step, saved with every checkpoint."""
+
+    in_step: bool
+    """Whether ranks must call it together."""
+
+    def state(self) -> dict: ...
+    def restore(self, state: dict) -> None: ...
 
 
 @dataclass
@@ -124,19 +135,23 @@ def train(
     num_micro = config.packs_per_step // world.size
     parameters = trainable(model)
     optimizer = Optimizer(parameters, config.optim)
+    memory = _memory(objective)
     counters = Counters()
     if resume is not None:
         tensors, state, positions = load_trainer(resume)
         optimizer.restore(tensors)
         counters = Counters(**state["counters"])
         data.restore(positions)
+        if memory:
+            memory.restore(state["objective"])
     if config.num_steps is None and num_samples is None:
         raise ValueError("without config.num_steps, num_samples must say how long the data are")
     log = MetricsLog(out_dir / "metrics.jsonl", counters.step) if out_dir and world.is_main else None
     board = Board(out_dir / "tensorboard", counters.step) if out_dir and world.is_main and config.tensorboard else None
     screen = Screen(config.name, config.num_steps, counters.step, every=config.log_every, on=world.is_main)
     history: list[dict] = []
-    batches = in_step(iter(data), world) if is_sharded(model) else iter(data)
+    together = is_sharded(model) or (memory is not None and memory.in_step)
+    batches = in_step(iter(data), world) if together else iter(data)
     set_modes(model)
     started, seconds_before = time.monotonic(), counters.seconds
     saved_at = counters.step
@@ -167,7 +182,8 @@ def train(
             log.sync()
         save_checkpoint(
             out_dir, counters.step, write_model=write_model, optimizer=optimizer.state(keep=world.is_main),
-            state={"counters": vars(counters)}, data=data.state(), world=world, keep_last=config.keep_last,
+            state={"counters": vars(counters), "objective": memory.state() if memory else None},
+            data=data.state(), world=world, keep_last=config.keep_last,
         )  # fmt: skip
 
     try:
@@ -259,6 +275,10 @@ def _backward(model: nn.Module, batch: Batch, objective: Objective, config: Trai
         raise InputError(f"step {step + 1}, {name_samples(batch)}: loss is {value / weight} (sum {value}, weight {weight})")
     loss.total.backward()
     sums.add(batch, loss.total, loss.weight, loss.metrics)
+
+
+def _memory(objective: object) -> Stateful | None:
+    return objective if isinstance(objective, Stateful) else None
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

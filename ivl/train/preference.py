@@ -58,8 +58,9 @@ def simpo(chosen_P: torch.Tensor, rejected_P: torch.Tensor, *, beta: float, gamm
 
 
 def _log1mexp(x: torch.Tensor) -> torch.Tensor:
-    """log(1 - e^x) for x < 0."""
-    return torch.log1p(-torch.exp(x.clamp(max=-1e-7)))
+    """log(1 - e^x) for x < 0, accurate at both ends."""
+    x = x.clamp(max=-1e-6)
+    return torch.where(x > -0.6931472, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
 
 
 class RunningMean:

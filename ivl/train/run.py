@@ -30,10 +30,14 @@ from ivl.train.distributed import World, in_step, is_sharded, shard, start_world
 from ivl.train.loop import Evaluator, to_device, train
 from ivl.train.memory import keep_freed_memory
 from ivl.train.objectives import OBJECTIVES, Objective
+from ivl.train.pairs import PreferenceObjective, Reference
+from ivl.train.reference import FileReference, adapters_off, frozen_copy, precompute
 from ivl.train.stage import apply_stage, check_start, trainable
 from ivl.train.state import clean, is_complete, latest_checkpoint
 
 CONFIG = "train.json"
+STILL_STEPS = 5
+"""Steps after which a policy that has not moved from its reference at all is an error."""
 PACKAGES = ("ivl", "torch", "numpy", "pillow", "safetensors", "tokenizers", "huggingface-hub")
 
 MakeEvaluators = Callable[[Processor], tuple[Evaluator, ...]]
@@ -61,7 +65,6 @@ def run(
         InputError: for a configuration, model or data that do not fit; if run_dir holds a run and resume is off.
     """
     run_dir = Path(config.run_dir)
-    objective = OBJECTIVES[config.objective]
     keep_freed_memory()
     world = start_world(config.device)
     try:
@@ -72,6 +75,7 @@ def run(
         if checkpoint is not None and config.lora is not None:
             restore_trainable(model, checkpoint)
         check_start(model)
+        objective = make_objective(model, processor, config, run_dir, world, resumed=checkpoint is not None)
         if config.shard and world.size > 1:
             shard(model, (*model.vision.layers, *model.decoder.layers), world, methods=("encode_tiles",))
         else:
@@ -93,6 +97,38 @@ def run(
         return run_dir / "model"
     finally:
         stop_world(world)
+
+
+def make_objective(
+    model: VLM, processor: Processor, config: TrainConfig, run_dir: Path, world: World, *, resumed: bool
+) -> Objective:
+    """The loss of the configuration, for preference with its reference model, which is the model as it is now; a resumed run
+    reads what its start wrote.
+
+    Raises:
+        InputError: if a resumed run needs a frozen copy of a start that is not there any more.
+    """
+    if config.objective != "preference":
+        return OBJECTIVES[config.objective]
+    model.to(world.device)
+    reference: Reference | None = None
+    if not config.preference.needs_reference:
+        pass
+    elif config.preference.reference == "adapters":
+        reference = adapters_off
+    elif config.preference.reference == "model":
+        start = build_model(config) if resumed else model
+        reference = frozen_copy(start.to(world.device))
+    elif resumed:
+        reference = FileReference.read(run_dir / "reference")
+    else:
+
+        def loader(data: DataConfig) -> Loader:
+            return Loader(data, processor, seed=config.seed, rank=world.rank, world_size=world.size)
+
+        reference = precompute(model, config, run_dir / "reference", loader, world)
+    still = STILL_STEPS * max(1, config.packs_per_step // world.size)
+    return PreferenceObjective(config.preference, reference, world, still_calls=still)
 
 
 def prepare(config: TrainConfig, run_dir: Path, world: World, *, resume: bool, allow_changed: bool) -> Path | None:

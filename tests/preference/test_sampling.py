@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from ivl.errors import InputError
-from ivl.preference.journal import Journal, read_journal
+from ivl.journal import Journal, read_journal
 from ivl.preference.pairs import join
 from ivl.preference.prompts import ask
 from ivl.preference.questions import load_sources, read_questions

@@ -1,163 +1,145 @@
-"""Losses of preference pairs: equal to TRL's on the same log-probabilities, where TRL has them."""
+"""Losses equal TRL's on the same log-probabilities; the reward shift is a cumulative mean, over ranks too."""
 
-import math
+from __future__ import annotations
+
 from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ivl.train import preference
+from ivl.train.config import PreferenceConfig
+from ivl.train.distributed import start_world, stop_world
+from ivl.train.pairs import PreferenceObjective, Replies
+from tests.train.ranks import on_ranks
 
-BETA, PAIRS, TOKENS = 0.1, 7, 12
+BETA, LENGTH = 0.1, 12
+dpo = pytest.importorskip("trl.trainer.dpo_trainer", exc_type=ImportError)
 
 
-@pytest.fixture(scope="module")
-def logs() -> SimpleNamespace:
-    """Log-probabilities of replies of different lengths, padded as TRL has them: [chosen and rejected, tokens]."""
+@pytest.fixture
+def logps() -> dict[str, torch.Tensor]:
+    """Per-token log-probabilities of 5 chosen and 5 rejected replies of different lengths, and the reference's sums."""
     g = torch.Generator().manual_seed(0)
-    lens = torch.randint(3, TOKENS + 1, (2 * PAIRS,), generator=g)
-    mask = torch.arange(TOKENS) < lens[:, None]
-    policy = -3 * torch.rand(2 * PAIRS, TOKENS, generator=g).double() * mask
-    reference = -3 * torch.rand(2 * PAIRS, TOKENS, generator=g).double() * mask
-    ratios = (policy - reference).sum(1).chunk(2)
-    return SimpleNamespace(
-        policy=policy, reference=reference, mask=mask, ratios=ratios, lens=lens.chunk(2),
-        means=(policy.sum(1) / lens).chunk(2), means_of_ratios=((policy - reference).sum(1) / lens).chunk(2),
-    )  # fmt: skip
+    lens = torch.randint(1, LENGTH, (10,), generator=g)
+    mask = torch.arange(LENGTH) < lens[:, None]
+    tokens = -torch.rand(10, LENGTH, generator=g).double() * 4 * mask
+    return {"tokens": tokens, "mask": mask, "reference": tokens.sum(1) + 3 * torch.randn(10, generator=g).double()}
 
 
-def trl_dpo(logs: SimpleNamespace, *types: str, weights: tuple[float, ...] | None = None, smoothing: float = 0.0) -> float:
-    """What TRL's trainer makes of these log-probabilities: its own method, on the few attributes that it reads."""
-    trl = pytest.importorskip("trl")
-    padded = torch.cat([torch.zeros(2 * PAIRS, 1, dtype=torch.long), logs.mask.long()], 1)  # one token of prompt
-    reference = logs.reference.sum(1).chunk(2)
-    same = SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x, device="cpu")
+def by_trl(loss_type: str, logps: dict[str, torch.Tensor], smoothing: float = 0.0) -> float:
+    """The loss of TRL's trainer, given a model that returns our log-probabilities."""
+    nothing = torch.zeros_like(logps["tokens"])
+    outputs = SimpleNamespace(log_probs=logps["tokens"], entropy=nothing, mean_logits=nothing, is_top1=nothing.bool())
     trainer = SimpleNamespace(
-        model=SimpleNamespace(training=True), accelerator=same, aux_loss_enabled=False, ld_alpha=None, beta=BETA,
-        precompute_ref_logps=True, f_divergence_type="reverse_kl", label_smoothing=smoothing, use_weighting=False,
-        loss_types=types, loss_weights=weights or (1.0,) * len(types),
-        _metrics={"train": defaultdict(list)}, _total_train_tokens=0, _tp_size=1,
+        model=SimpleNamespace(training=False), aux_loss_enabled=False, ld_alpha=None, precompute_ref_logps=True,
+        f_divergence_type="reverse_kl", loss_types=[loss_type], loss_weights=[1.0], beta=BETA, label_smoothing=smoothing,
+        use_weighting=False, _metrics=defaultdict(lambda: defaultdict(list)), _total_train_tokens=0, _tp_size=1,
+        accelerator=SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x),
     )  # fmt: skip
-
-    def model(**_):
-        nothing = torch.zeros_like(logs.policy)
-        return SimpleNamespace(log_probs=logs.policy, entropy=nothing, mean_logits=nothing, is_top1=logs.mask)
-
+    # A first position that is never a completion: TRL shifts the mask by one.
+    mask = torch.cat([torch.zeros(10, 1, dtype=torch.long), logps["mask"].long()], dim=1)
+    chosen, rejected = logps["reference"].chunk(2)
     inputs = {
-        "input_ids": padded, "completion_mask": padded, "attention_mask": padded,
-        "ref_chosen_logps": reference[0], "ref_rejected_logps": reference[1],
+        "input_ids": torch.zeros_like(mask), "attention_mask": torch.ones_like(mask), "completion_mask": mask,
+        "ref_chosen_logps": chosen, "ref_rejected_logps": rejected,
     }  # fmt: skip
-    return float(trl.DPOTrainer._compute_loss(trainer, model, inputs, False))
+    return float(dpo.DPOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, False))
 
 
-def zero() -> torch.Tensor:
-    return torch.tensor(0.0)
+def ratios(logps: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    return list((logps["tokens"].sum(1) - logps["reference"]).chunk(2))
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "hinge", "ipo", "bco_pair", "robust"])
-def test_equals_trl(logs, name):
+def test_losses_equal_trls(logps: dict[str, torch.Tensor]) -> None:
+    pair, lens = ratios(logps), logps["mask"].sum(1).chunk(2)
+    per_token = [x / n for x, n in zip(pair, lens, strict=True)]
+    zero = torch.tensor(0.0)
     ours = {
-        "sigmoid": lambda: preference.sigmoid(*logs.ratios, beta=BETA),
-        "hinge": lambda: preference.hinge(*logs.ratios, beta=BETA),
-        "ipo": lambda: preference.ipo(*logs.means_of_ratios, beta=BETA),
-        "bco_pair": lambda: preference.bco(*logs.ratios, beta=BETA, shift=zero()),  # TRL has no shift any more
-        "robust": lambda: preference.robust(*logs.ratios, beta=BETA, smoothing=0.2),
-    }[name]()
-    assert ours.shape == (PAIRS,)
-    assert float(ours.mean()) == pytest.approx(trl_dpo(logs, name, smoothing=0.2), abs=1e-6)
+        "sigmoid": preference.sigmoid(*pair, beta=BETA), "hinge": preference.hinge(*pair, beta=BETA),
+        "ipo": preference.ipo(*per_token, beta=BETA), "bco_pair": preference.bco(*pair, beta=BETA, shift=zero),
+    }  # fmt: skip
+    for name, loss_P in ours.items():
+        assert abs(float(loss_P.mean()) - by_trl(name, logps)) <= 1e-6, name
+    for smoothing in (0.0, 0.1, 0.3):
+        robust = preference.robust(*pair, beta=BETA, smoothing=smoothing)
+        assert abs(float(robust.mean()) - by_trl("robust", logps, smoothing)) <= 1e-6
 
 
-def test_mixed_preference_optimization_equals_trl(logs):
-    """The three terms with the published weights; TRL averages the generation loss over all tokens of its batch, so it is
-    compared where replies are of one length."""
-    mask = torch.ones(2 * PAIRS, TOKENS, dtype=torch.bool)
-    full = torch.log(torch.rand(2, 2 * PAIRS, TOKENS, generator=torch.Generator().manual_seed(1)).double())
-    same = SimpleNamespace(policy=full[0], reference=full[1], mask=mask)
-    ratios = (full[0] - full[1]).sum(1).chunk(2)
-    ours = (
-        0.8 * preference.sigmoid(*ratios, beta=BETA)
-        + 0.2 * preference.bco(*ratios, beta=BETA, shift=zero())
-        - full[0].chunk(2)[0].mean(1)
-    )
-    assert float(ours.mean()) == pytest.approx(trl_dpo(same, "sigmoid", "bco_pair", "sft", weights=(0.8, 0.2, 1.0)), abs=1e-6)
+def test_the_generation_loss_of_a_pair_equals_trls(logps: dict[str, torch.Tensor]) -> None:
+    sums, lens = logps["tokens"].sum(1), logps["mask"].sum(1)
+    for at in range(5):
+        one = {"tokens": logps["tokens"][[at, at + 5]], "mask": logps["mask"][[at, at + 5]]}
+        one["tokens"], one["mask"] = (x.repeat_interleave(5, 0) for x in (one["tokens"], one["mask"]))
+        assert abs(float(-sums[at] / lens[at]) - by_trl("sft", {**logps, **one})) <= 1e-6
 
 
-def test_orpo_equals_trl(logs):
-    orpo = pytest.importorskip("trl.experimental.orpo")
-    trainer = SimpleNamespace(beta=BETA, accelerator=SimpleNamespace(device="cpu"))
-    theirs = -orpo.ORPOTrainer.odds_ratio_loss(trainer, *logs.means)[0]  # their trainer subtracts it
-    torch.testing.assert_close(preference.orpo(*logs.means, beta=BETA).float(), theirs, rtol=0, atol=1e-6)
-
-
-def test_simpo_equals_trl(logs):
-    cpo = pytest.importorskip("trl.experimental.cpo")
+def test_losses_without_a_reference_equal_trls(logps: dict[str, torch.Tensor]) -> None:
+    orpo = pytest.importorskip("trl.experimental.orpo.orpo_trainer", exc_type=ImportError).ORPOTrainer
+    cpo = pytest.importorskip("trl.experimental.cpo.cpo_trainer", exc_type=ImportError).CPOTrainer
+    means = (logps["tokens"].sum(1) / logps["mask"].sum(1)).chunk(2)
     trainer = SimpleNamespace(
-        beta=2.0, simpo_gamma=0.5, alpha=0.0, loss_type="simpo", label_smoothing=0.0, accelerator=SimpleNamespace(device="cpu")
+        beta=BETA, accelerator=SimpleNamespace(device="cpu"), alpha=0.0, loss_type="simpo", simpo_gamma=0.5, label_smoothing=0.0
     )
-    theirs = cpo.CPOTrainer.cpo_loss(trainer, *logs.means)[0]
-    torch.testing.assert_close(preference.simpo(*logs.means, beta=2.0, gamma=0.5), theirs, rtol=0, atol=1e-6)
+    theirs = -orpo.odds_ratio_loss(trainer, *means)[0]
+    assert torch.allclose(preference.orpo(*means, beta=BETA).float(), theirs, atol=1e-6)
+    theirs = cpo.cpo_loss(trainer, *means)[0]
+    assert torch.allclose(preference.simpo(*means, beta=BETA, gamma=0.5), theirs, atol=1e-6)
 
 
-def test_kto_equals_trl_where_the_divergence_is_none(logs):
-    """TRL estimates the divergence from mismatched replies. Where neither half drifts up it is 0, and KTO is TRL's apo_zero."""
-    lower = tuple(-ratio.abs() for ratio in logs.ratios)
-    policy = torch.zeros_like(logs.policy)
-    policy[:, 0] = torch.cat(lower)
-    theirs = trl_dpo(SimpleNamespace(policy=policy, reference=policy * 0, mask=logs.mask), "apo_zero")
-    assert 2 * float(preference.kto(*lower, beta=BETA).mean()) == pytest.approx(theirs, abs=1e-6)
+def test_a_policy_at_its_reference_has_the_losses_of_ln_2() -> None:
+    zero, ln2 = torch.zeros(3), torch.full((3,), 2.0).log()
+    assert torch.allclose(preference.sigmoid(zero, zero, beta=0.1), ln2)
+    assert torch.allclose(preference.bco(zero, zero, beta=0.1, shift=torch.tensor(0.0)), 2 * ln2)
+    assert torch.allclose(preference.kto(zero, zero, beta=0.1), torch.full((3,), 0.5))
 
 
-def test_smoothing_mixes_the_two_ways_round(logs):
-    chosen, rejected = logs.ratios
-    right, flipped = preference.sigmoid(chosen, rejected, beta=BETA), preference.sigmoid(rejected, chosen, beta=BETA)
-    mixed = preference.sigmoid(chosen, rejected, beta=BETA, smoothing=0.3)
-    torch.testing.assert_close(mixed, 0.7 * right + 0.3 * flipped)
-    unbiased = preference.robust(chosen, rejected, beta=BETA, smoothing=0.3)
-    torch.testing.assert_close(0.7 * unbiased + 0.3 * preference.robust(rejected, chosen, beta=BETA, smoothing=0.3), right)
+def rewards(step: int, rank: int) -> torch.Tensor:
+    return torch.randn(3 + rank, 2, generator=torch.Generator().manual_seed(10 * step + rank))
 
 
-def test_values_of_a_policy_that_equals_its_reference():
-    none = torch.zeros(3)
-    two = math.log(2)
-    for value, want in (
-        (preference.sigmoid(none, none, beta=BETA), two),
-        (preference.bco(none, none, beta=BETA, shift=zero()), 2 * two),
-        (preference.robust(none, none, beta=BETA, smoothing=0.1), two),
-        (preference.hinge(none, none, beta=BETA), 1.0),
-        (preference.ipo(none, none, beta=BETA), 25.0),
-        (preference.kto(none, none, beta=BETA), 0.5),
-    ):
-        torch.testing.assert_close(value, torch.full((3,), want))
+def follow_shift(rank: int, out: Path, size: int) -> None:
+    world = start_world("cpu")
+    try:
+        objective = PreferenceObjective(PreferenceConfig(sigmoid=0, generation=0, bco=1, beta=0.5), lambda m, b: b, world)
+        shifts = []
+        for step in range(4):
+            if step == 2:  # as a resumed run does
+                state = objective.state()
+                objective = PreferenceObjective(objective.config, objective.reference, world)
+                objective.restore(state)
+            shifts.append(float(objective._shift(rewards(step, rank), True)))
+        torch.save(shifts, out / f"{rank}.pt")
+    finally:
+        stop_world(world)
 
 
-def test_bco_takes_the_shift_off_both_rewards(logs):
-    shift = torch.tensor(0.3)
-    moved = tuple(ratio - 0.3 / BETA for ratio in logs.ratios)
-    torch.testing.assert_close(
-        preference.bco(*logs.ratios, beta=BETA, shift=shift), preference.bco(*moved, beta=BETA, shift=zero())
-    )
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_shift_is_the_mean_of_all_rewards_so_far(tmp_path: Path, size: int) -> None:
+    on_ranks(size, follow_shift, tmp_path, size)
+    for rank in range(size):
+        shifts, seen = torch.load(tmp_path / f"{rank}.pt"), torch.empty(0)
+        for step, shift in enumerate(shifts):
+            # This step's own rewards are in it, of every rank.
+            seen = torch.cat([seen, *(0.5 * rewards(step, r).flatten() for r in range(size))])
+            assert abs(shift - float(seen.mean())) <= 1e-6
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "hinge", "ipo", "bco", "robust", "kto", "orpo", "simpo"])
-def test_every_loss_pulls_the_replies_apart(name):
-    """Less loss for a likelier chosen and a less likely rejected reply, and finite at the far ends."""
-    options = {"bco": {"shift": zero()}, "robust": {"smoothing": 0.1}, "simpo": {"gamma": 0.5}}.get(name, {})
-    loss = getattr(preference, name)
-    chosen, rejected = torch.tensor([-0.7, -1.2], requires_grad=True), torch.tensor([-0.5, -0.1], requires_grad=True)
-    loss(chosen, rejected, beta=BETA, **options).sum().backward()
-    assert (chosen.grad < 0).all() and (rejected.grad > 0).all()
-    far = torch.tensor([-1e4, 0.0])
-    for pair in ((far, far), (far, far.flip(0))):
-        assert torch.isfinite(loss(*pair, beta=BETA, **options)).all()
+def test_validation_leaves_the_shift_alone() -> None:
+    objective = PreferenceObjective(PreferenceConfig(), lambda m, b: b)
+    objective._shift(torch.ones(2, 2), True)
+    before = objective.state()
+    assert objective._shift(5 * torch.ones(2, 2), False) == pytest.approx(0.1) and objective.state() == before
 
 
-def test_running_mean_is_the_mean_of_all_it_has_seen():
-    shift, seen = preference.RunningMean(), []
-    for step in range(5):
-        new = [0.1 * step, -0.3, 0.7][: 1 + step % 3]
-        seen += new
-        assert shift.fold(sum(new), len(new)) == pytest.approx(sum(seen) / len(seen))
-    assert shift.fold(0.0, 0.0) == pytest.approx(sum(seen) / len(seen))
-    again = preference.RunningMean(shift.total, shift.count)
-    assert again.fold(1.0, 1.0) == shift.fold(1.0, 1.0)
+def test_every_term_can_be_used_alone() -> None:
+    replies = Replies(torch.tensor([-3.0, -5.0]), torch.tensor([4, 6]))
+    for name in ("sigmoid", "bco", "generation", "ipo", "hinge", "robust", "kto", "orpo", "simpo"):
+        weights = dict.fromkeys(("sigmoid", "bco", "generation"), 0.0) | {name: 1.0}
+        objective = PreferenceObjective(PreferenceConfig(**weights), lambda m, b: b)
+        terms = objective._terms(torch.tensor([[0.5, -0.5]]), replies, train=True)
+        assert list(terms) == [name] and terms[name].shape == (1,)
+    with pytest.raises(ValueError, match="every weight"):
+        PreferenceConfig(sigmoid=0, bco=0, generation=0)
