@@ -111,7 +111,7 @@ def _with_ray(pointwise: Pointwise, blocks: Blocks, address: str, workers: int) 
         import ray
         import ray.data
     except ImportError as error:
-        raise InputError("ray is not installed: pip install 'ivl[data]'") from error
+        raise InputError("ray is not installed: pip install 'ivl[ray]'") from error
 
     started = not ray.is_initialized()
     if started:
