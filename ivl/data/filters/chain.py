@@ -18,6 +18,7 @@ import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property, lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -75,12 +76,17 @@ class Stage:
     exempt: tuple[str, ...] = ()
     """Patterns of data set names that skip the stage."""
 
-    @property
+    @cached_property
     def judged(self) -> bool:
         return isinstance(self.rule, Quality | LlmRepetition)
 
-    @property
+    @cached_property
+    def deduplicates(self) -> bool:
+        return isinstance(self.rule, Deduplicates)
+
+    @cached_property
     def limit(self) -> float | None:
+        """The score that the report draws as the limit."""
         return FILTERS[self.use][2](self.rule)
 
     def exempts(self, dataset: str) -> bool:
@@ -105,7 +111,8 @@ class Chain:
         return next((domain for pattern, domain in self.domains if _matches(dataset, (pattern,))), self.domain)
 
 
-def _matches(dataset: str, patterns: Sequence[str]) -> bool:
+@lru_cache(10_000)
+def _matches(dataset: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(dataset.casefold(), pattern.casefold()) for pattern in patterns)
 
 
@@ -291,7 +298,7 @@ class Pointwise:
                 results.append(None)
                 continue
             try:
-                result = stage.rule.signature(record) if isinstance(stage.rule, Deduplicates) else stage.rule(record)
+                result = stage.rule.signature(record) if stage.deduplicates else stage.rule(record)
             except InputError:
                 check_media(record)  # raises the DataError of the medium, if that is what it was
                 raise

@@ -21,12 +21,16 @@ _OFTEN_CUT_WORDS = frozenset((
 """Words that seldom end an answer of six words or more without a mark after them."""
 _VERB = re.compile(
     r"\b(?:is|are|was|were|am|has|have|had|can|could|will|would|should|must|may|might|does|do|did|shows?|contains?|depicts?|"
-    r"features?|appears?|seems?|wears?|sits?|stands?|lies|holds?|looks?|means?|makes?|uses?|provides?|returns?|becomes?|"
-    r"goes|comes|gives?|takes?|see|there's|it's|isn't|aren't)\b"
+    r"features?|appears?|seems?|wears?|sits?|stands?|lies|holds?|looks|means|makes|uses|provides?|returns?|becomes?|"
+    r"goes|comes|gives|takes|there's|it's|isn't|aren't)\b",
+    re.IGNORECASE,
+)
+_STARTER = re.compile(
+    r"(?:The|This|That|These|It|In|If|For|So|To|We|There|As|When|With|At|By|However|Therefore|Since|Because|You|A|An)\b \S"
 )
 _SENTENCE_END = re.compile(r"[.!?…。！？](?:[\"'”’)\]*_」』]*(?=\s|$)|(?<=[。！？]))")
 _ABBREVIATION = re.compile(r"(?:\b(?:[A-Z]|e\.g|i\.e|etc|vs|cf|Dr|Mr|Mrs|Ms|St|No|Fig|Eq|al|approx|[Ss]ee)|\d)\.$")
-_LISTED = re.compile(r"\s*(?:[-*+•·–>#|]|\d{1,3}[.):]|\(?[a-zA-Z][.)]|[\w.]+ : )\s*")
+_LISTED = re.compile(r"\s*(?:[-*+•·–>#|]|\d{1,3}[.):]|\(?[a-zA-Z][.)]|[A-Z][a-z]+ \d+[.:]|[\w.]+ : |:[\w ]+:)\s*")
 _VALUE = re.compile(
     r"(?:\b(?:answer|option|choice|result|value|total|sum|conclusion|correct|code|label|is|are|equals?|be|chose|choose)\b"
     r"|[=≈:：→])\W*(?:the\s)?(?:[\w.,%°$/^-]+\s?){1,2}$", re.IGNORECASE
@@ -48,7 +52,7 @@ def cut_off(answer: str, others: tuple[str, ...] = (), *, min_words: int = 5, lo
         return ""
     lines = text.split("\n")
     block = _last_block(lines)
-    if block.lstrip().startswith(("..", ":", ">>>", "#")) or "://" in block.split()[-1]:
+    if block.lstrip().startswith(("..", ">>>", "#")) or "://" in block.split()[-1]:
         return ""
     words = re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", block)
     last = text[-1]
@@ -63,13 +67,13 @@ def cut_off(answer: str, others: tuple[str, ...] = (), *, min_words: int = 5, lo
     label = _LISTED.match(block)
     if _unclosed(block[label.end() :] if label else block) and len(words) >= 4:
         return "bracket or quotation left open"
-    if label:
-        return "item without the end that the others have" if _items_end(lines, block) else ""
+    if label and (items := _items(lines)):
+        return "item without the end that the others have" if _items_end(items) and not last.isdigit() else ""
     before = [line for line in lines[:-1] if line.strip()]
     if len(before) >= 3 and not any(_is_open(line.rstrip()[-1]) for line in before) and len(words) >= 3:
         return "last line without the end that the others have"
     ends = [end for end in _SENTENCE_END.finditer(block) if not _ABBREVIATION.search(block[: end.end()])]
-    rest = block[ends[-1].end() :] if ends else block
+    rest = block[ends[-1].end() :] if ends else block[label.end() :] if label else block
     if last.isdigit() and (not _VERB.search(rest) or re.search(r"\W\d+$", rest)):
         return ""
     if _VALUE.search(rest) and (last.isupper() or len(words) < min_words):
@@ -77,14 +81,20 @@ def cut_off(answer: str, others: tuple[str, ...] = (), *, min_words: int = 5, lo
     if ends:
         return "last sentence without an end"
     paragraphs = [line for line in lines[:-1] if _counts(line, min_words)]
-    if len(words) >= 4 and paragraphs and _ends(paragraphs[-1]):
+    after_end = len(lines) > 2 and not lines[-2].strip() and before and before[-1].rstrip()[-1] in ".!?"
+    if (len(words) >= 4 or _STARTER.match(block)) and (after_end or (paragraphs and _ends(paragraphs[-1]))):
         return "last paragraph without an end"
     habit = [_ends(other) for other in others if _counts(other, 4)]
     if len(words) >= 4 and habit:
         return "no end, unlike the other answers" if sum(habit) >= 2 / 3 * len(habit) else ""
     if any("\u3040" <= c <= "\u9fff" for c in block):
         return ""
-    if lone_sentences and len(words) >= min_words and words[0][0].isupper() and _VERB.search(block):
+    if (
+        lone_sentences
+        and len(words) >= min_words
+        and rest.lstrip()[:1].isupper()
+        and _VERB.search(rest.lstrip().partition(" ")[2])
+    ):
         return "sentence without an end"
     return ""
 
@@ -115,7 +125,17 @@ def _ends(text: str) -> bool:
     return not _is_open(text.rstrip()[-1])
 
 
-def _items_end(lines: list[str], block: str) -> bool:
-    """Whether the other items all end like sentences or rows of a table, and this one is no mere number."""
-    items = [line.rstrip() for line in lines[:-1] if _LISTED.match(line) and len(line.split()) >= 3]
-    return bool(items) and not block[-1].isdigit() and all(item[-1] in ".!?。！？|" for item in items)
+def _items(lines: list[str]) -> list[str]:
+    """The items of the list that the last one belongs to, without the last, each with the lines that go on from it."""
+    items: list[str] = []
+    for line in lines:
+        if _LISTED.match(line):
+            items.append(line.rstrip())
+        elif items and line.strip():
+            items[-1] += " " + line.strip()
+    return [item for item in items[:-1] if len(item.split()) >= 3]
+
+
+def _items_end(items: list[str]) -> bool:
+    """Whether nearly all end like sentences or rows of a table."""
+    return sum(item[-1] in ".!?。！？|" for item in items) >= 0.8 * len(items)

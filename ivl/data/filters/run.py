@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ivl.data.filters.chain import Chain, Deduplicates, Index, Outcome, Pointwise
+from ivl.data.filters.chain import Chain, Index, Outcome, Pointwise
 from ivl.data.filters.folder import Folder, write_whole
 from ivl.data.filters.judge import Judge
 from ivl.data.filters.parallel import Blocks, Place, outcomes
@@ -139,7 +139,7 @@ class _Fold:
         self.kept = 0
         names = kept_files(specs)
         self.outputs = [f"kept/{name}" for name in names]
-        self.indexes: dict[str, Index] = {s.name: s.rule.index() for s in chain.stages if isinstance(s.rule, Deduplicates)}
+        self.indexes: dict[str, Index] = {s.name: s.rule.index() for s in chain.stages if s.deduplicates}
 
     def resume(self) -> None:
         """Feed the indexes what the earlier run fed them."""
