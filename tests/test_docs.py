@@ -84,7 +84,7 @@ def command_of(arguments: list[str]) -> tuple[str, ...]:
 
 
 def all_flags() -> set[str]:
-    chosen = [*(("data", name) for name in ("validate", "stats", "filter", "pack")), ("train", "nano-language")]
+    chosen = [*(("data", name) for name in ("validate", "stats", "convert", "filter", "pack")), ("train", "nano-language")]
     chosen += [(name,) for name in COMMANDS if name not in ("data", "train")]
     return set().union(*(flags(command) for command in chosen), {"--resume", "--fresh", "--nproc-per-node", "--version"})
 
