@@ -1,4 +1,4 @@
-"""The seven published sizes: stages 1, 1.5 and 2 and both fine-tunings, with the reference's settings (spec 4.1, 4.3).
+"""The seven published sizes: stages 1, 1.5 and 2, both fine-tunings and MPO, with the settings of spec 4.1, 4.3 and 5.3.
 
 Each stage starts from the model that the stage before left in runs/; give --model for another. Stage 1 starts from parts:
 `ivl compose --vit VIT --llm LLM runs/SIZE-parts`.
@@ -121,11 +121,29 @@ def lora(size: str) -> TrainConfig:
     )
 
 
+def mpo(size: str) -> TrainConfig:
+    """Mixed Preference Optimization on pairs of replies, one epoch, 256 or 512 pairs a step.
+
+    A pack is one pair, as published, and holds two sequences of 8,192 tokens; to pack several, raise data.max_samples and
+    lower packs_per_step. The reference keeps drop path in the policy, which then differs from its start; here it is off.
+    """
+    return replace(
+        finetune(size),
+        name=f"{size}-mpo",
+        stage=Stage(trainable=("vision", "projector", "decoder")),
+        objective="preference",
+        optim=OptimConfig(lr=1e-6, weight_decay=0.05, warmup_ratio=0.03),
+        data=DataConfig(mixture="data/mmpr.json", max_tokens=2 * 8192, max_samples=1, averaging="token", epochs=1),
+        packs_per_step=512 if size in ("38B", "78B") else 256,
+    )
+
+
 STAGES: dict[str, Callable[[str], TrainConfig]] = {
     "stage1": stage1,
     "stage1.5": stage15,
     "stage2": stage2,
     "finetune": finetune,
     "lora": lora,
+    "mpo": mpo,
 }
 RECIPES = {f"{size}-{stage}": partial(make, size) for size in SIZES for stage, make in STAGES.items()}

@@ -17,12 +17,13 @@ PARTS = {
     "stage2": ("vision", "projector", "decoder"),
     "finetune": ("projector", "decoder"),
     "lora": (),
+    "mpo": ("vision", "projector", "decoder"),
 }
-# Spec 4.1 and 4.3: weight decay, stage 2 and fine-tuning rate, drop path, stage 2 steps.
+# Spec 4.1, 4.3 and 5.3: weight decay, stage 2 and fine-tuning rate, drop path, stage 2 steps, pairs of a step of MPO.
 TABLE = {
-    "1B": (0.01, 4e-5, 0.1, 22000), "2B": (0.01, 4e-5, 0.1, 22000), "4B": (0.01, 4e-5, 0.1, 11000),
-    "8B": (0.05, 4e-5, 0.1, 5500), "26B": (0.05, 2e-5, 0.4, 5500), "38B": (0.05, 2e-5, 0.4, 5500),
-    "78B": (0.05, 2e-5, 0.4, 5500),
+    "1B": (0.01, 4e-5, 0.1, 22000, 256), "2B": (0.01, 4e-5, 0.1, 22000, 256), "4B": (0.01, 4e-5, 0.1, 11000, 256),
+    "8B": (0.05, 4e-5, 0.1, 5500, 256), "26B": (0.05, 2e-5, 0.4, 5500, 256), "38B": (0.05, 2e-5, 0.4, 5500, 512),
+    "78B": (0.05, 2e-5, 0.4, 5500, 512),
 }  # fmt: skip
 
 
@@ -40,8 +41,8 @@ def test_builds_and_trains_what_it_says(size):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_settings_are_the_published_ones(size):
-    decay, lr, drop_path, steps = TABLE[size]
-    stage1, stage15, stage2, full, lora = (find(f"{size}-{stage}") for stage in STAGES)
+    decay, lr, drop_path, steps, pairs = TABLE[size]
+    stage1, stage15, stage2, full, lora, mpo = (find(f"{size}-{stage}") for stage in STAGES)
     assert (stage1.optim.lr, stage1.packs_per_step, stage1.stage.drop_path) == (2e-4, 512, 0)
     assert (stage1.optim.warmup_steps, stage1.optim.schedule_steps) == (100, 100_000)
     assert (stage15.optim.lr, stage15.packs_per_step, stage15.stage.drop_path) == (1e-5, 1024, drop_path)
@@ -54,15 +55,20 @@ def test_settings_are_the_published_ones(size):
         assert (config.save_every, config.keep_last) == (100, 3)
     for config in (full, lora):
         assert (config.data.max_tokens, config.data.max_tiles_per_image, config.data.epochs) == (8192, 6, 1)
-    for config in (stage1, stage15, stage2, full, lora):
+    assert (mpo.optim.lr, mpo.optim.warmup_ratio, mpo.stage.drop_path, mpo.packs_per_step) == (1e-6, 0.03, 0, pairs)
+    assert (mpo.data.max_samples, mpo.data.max_tokens, mpo.data.max_tiles_per_image, mpo.data.epochs) == (1, 16384, None, 1)
+    weights = mpo.preference
+    assert (weights.sigmoid, weights.bco, weights.generation, weights.beta) == (0.8, 0.2, 1.0, 0.1)
+    for config in (stage1, stage15, stage2, full, lora, mpo):
         optim = config.optim
         assert (optim.name, optim.betas, optim.eps, optim.clip) == ("adamw", (0.9, 0.999), 1e-8, 1.0)
-        assert (optim.weight_decay, optim.schedule, config.precision) == (decay, "cosine", "bf16")
+        assert optim.weight_decay == (0.05 if config is mpo else decay)
+        assert (optim.schedule, config.precision) == ("cosine", "bf16")
 
 
 def test_stages_follow_each_other():
     assert find("8B-stage2").model == "runs/8B-stage1.5/model" and find("1B-stage2").model == "runs/1B-stage1/model"
-    assert len(RECIPES) == 35
+    assert len(RECIPES) == 42
 
 
 def test_unknown_recipe_names_its_neighbours():
