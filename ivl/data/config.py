@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from ivl.processing.augment import Augmentation
 
 Averaging = Literal["token", "sample", "square"]
 Weighting = Literal["size", "root"] | float
@@ -36,6 +38,8 @@ class DataConfig:
     """Fewest frames drawn from a video."""
     max_frames: int = 32
     """Most frames drawn from a video."""
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    """What happens at random to the images of data sets with data_augment."""
     averaging: Averaging = "square"
     """Loss weight of a token whose sequence trains x tokens: 1 (token), 1/x (sample) or 1/sqrt(x) (square)."""
     shuffle: bool = True

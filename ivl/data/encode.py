@@ -101,7 +101,7 @@ class Encoder:
         return SampleOptions(
             max_tiles=spec.max_dynamic_patch or config.max_tiles_per_image,
             averaging=config.averaging,
-            jpeg=spec.data_augment,
+            augment=config.augmentation if spec.data_augment else None,
             min_frames=config.min_frames,
             max_frames=config.max_frames,
             generator=generator,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import warnings
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ MAX_PIXELS = 178_956_970
 """Largest image that is decoded, in pixels (512 MiB of RGB); a header announcing more is refused before decoding."""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
 """What may be opened; the decoders of other formats are never started."""
+ORIENTATION = 0x0112
+"""The EXIF tag that says how an image was held."""
 
 
 def load_image(ref: ImageRef, root: str = "", *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -50,11 +53,50 @@ def load_image(ref: ImageRef, root: str = "", *, max_pixels: int = MAX_PIXELS) -
         return _decode(stream, name, max_pixels)
 
 
+def load_pixels(ref: ImageRef, root: str = "", *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """`load_image` as uint8 RGB [height, width, 3]: the same pixels and errors. A usual JPEG is decoded by simplejpeg if that
+    is installed: the same library as Pillow's, without two copies on the way."""
+    pixels_YXC = None if isinstance(ref.source, Image.Image) else _usual_jpeg(ref.source, root, max_pixels)
+    return np.asarray(load_image(ref, root, max_pixels=max_pixels)) if pixels_YXC is None else pixels_YXC
+
+
+def _usual_jpeg(source: str | bytes, root: str, max_pixels: int) -> np.ndarray | None:
+    """Pixels of a colour JPEG without damage that is upright; None for anything else, which takes the usual way."""
+    decode = _jpeg_decoder()
+    try:
+        with io.BytesIO(source) if isinstance(source, bytes) else (Path(root) / source).open("rb") as stream:
+            if decode is None or stream.read(3) != b"\xff\xd8\xff":
+                return None
+            stream.seek(0)
+            data = stream.read()
+        image = _open(io.BytesIO(data), ("JPEG",))
+        if image.format != "JPEG" or image.mode != "RGB" or image.width * image.height > max_pixels:
+            return None
+        upright = image.getexif().get(ORIENTATION, 1) == 1
+        return decode(data, "RGB") if upright else None  # strict: what the library warns of is a ValueError
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+
+
+@cache
+def _jpeg_decoder() -> Callable[..., np.ndarray] | None:
+    """simplejpeg's decoder, if it is installed and its library gives Pillow's pixels."""
+    try:
+        from simplejpeg import decode_jpeg
+    except ImportError:
+        return None
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (33, 47, 3), np.uint8))
+    for subsampling in (0, 1, 2):
+        buffer = io.BytesIO()
+        noise.save(buffer, "JPEG", subsampling=subsampling)
+        if not np.array_equal(decode_jpeg(buffer.getvalue(), "RGB"), np.asarray(Image.open(buffer))):
+            return None
+    return decode_jpeg
+
+
 def _decode(stream, name: str, max_pixels: int) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked instead
-            image = Image.open(stream, formats=FORMATS)
+        image = _open(stream, FORMATS)
         _check_size(image, name, max_pixels)
         return _upright_rgb(image, name)
     except InputError:
@@ -63,6 +105,12 @@ def _decode(stream, name: str, max_pixels: int) -> Image.Image:
         # Pillow's own words would print an object with its address.
         why = "unknown format" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
         raise InputError(f"{name}: not a readable image ({why})") from error
+
+
+def _open(stream, formats: tuple[str, ...]) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked instead
+        return Image.open(stream, formats=formats)
 
 
 def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
@@ -128,14 +176,18 @@ def num_tiles(width: int, height: int, tiling: TilingConfig, max_tiles: int | No
     return count + (tiling.thumbnail and count > 1)
 
 
-def tile_image(image: Image.Image, tiling: TilingConfig, max_tiles: int | None = None) -> torch.Tensor:
-    """uint8 RGB tiles [G, size, size, 3], row by row, the thumbnail last. Pixels are those of Pillow's bicubic resize."""
+def tile_image(image: Image.Image | np.ndarray, tiling: TilingConfig, max_tiles: int | None = None) -> torch.Tensor:
+    """uint8 RGB tiles [G, size, size, 3], row by row, the thumbnail last, of an image or of uint8 RGB [height, width, 3].
+    Pixels are those of Pillow's bicubic resize."""
+    if isinstance(image, Image.Image) and image.mode != "RGB":
+        image = to_rgb(image)
+    width, height = image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
     size = tiling.tile_size
-    columns, rows = grid_for(image.width, image.height, tiling, max_tiles)
+    columns, rows = grid_for(width, height, tiling, max_tiles)
     thumbnail = tiling.thumbnail and columns * rows > 1
-    rgb = image if image.mode == "RGB" else to_rgb(image)
-    if resize.resizable(image.width, image.height, size):
-        return torch.from_numpy(resize.tiles(np.asarray(rgb), size, columns, rows, thumbnail=thumbnail))
+    if resize.resizable(width, height, size):
+        return torch.from_numpy(resize.tiles(np.asarray(image), size, columns, rows, thumbnail=thumbnail))
+    rgb = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     whole = _resized(rgb, columns * size, rows * size)
     tiles_GSSC = whole.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
     if thumbnail:
@@ -146,13 +198,3 @@ def tile_image(image: Image.Image, tiling: TilingConfig, max_tiles: int | None =
 def _resized(rgb: Image.Image, width: int, height: int) -> np.ndarray:
     """uint8 [height, width, 3], bicubic; a fresh array."""
     return np.array(rgb.resize((width, height), Image.Resampling.BICUBIC))
-
-
-def degrade(tiles_GSSC: torch.Tensor, qualities: list[int]) -> torch.Tensor:
-    """Each tile through JPEG at its quality (training augmentation, spec 2.2)."""
-    out = []
-    for tile_SSC, quality in zip(tiles_GSSC, qualities, strict=True):
-        buffer = io.BytesIO()
-        Image.fromarray(tile_SSC.numpy()).save(buffer, "JPEG", quality=quality)
-        out.append(torch.from_numpy(np.array(Image.open(buffer).convert("RGB"))))
-    return torch.stack(out) if out else tiles_GSSC

@@ -13,6 +13,8 @@ from PIL.Image import Image
 from ivl.config import ModelConfig, TilingConfig
 from ivl.errors import InputError
 from ivl.processing import chat, files, image, video
+from ivl.processing.augment import Augmentation, corrupt
+from ivl.processing.degrade import jpeg_
 from ivl.processing.tokenizer import PLACEHOLDER, Tokenizer
 from ivl.types import IGNORE, Conversation, ImageRef, Prompt, Record, Sample, Text, VideoRef
 
@@ -33,8 +35,8 @@ class SampleOptions:
     """What happens to a larger one: refused, or each conversation in turn cut after the last whole reply that fits."""
     averaging: Averaging = "token"
     """Loss weight of a token in a sequence of n trained tokens: 1, 1/n or 1/sqrt(n) (spec 3.5)."""
-    jpeg: bool = False
-    """Re-encode every tile of an image at a random JPEG quality from 75 to 100; never video frames."""
+    augment: Augmentation | None = None
+    """What is done to images and their tiles at random; never to video frames."""
     min_frames: int = 8
     """A video that names no number of frames gets one drawn uniformly from min_frames to max_frames."""
     max_frames: int = 32
@@ -43,15 +45,15 @@ class SampleOptions:
     fps: float = 1.0
     """Frames a second when frames is "fps"."""
     generator: random.Random | None = None
-    """Source of every random choice; needed for jpeg and for videos with random frames."""
+    """Source of every random choice; needed for augment and for videos with random frames."""
     root: str = ""
     """Folder of relative media paths."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_frames <= self.max_frames:
             raise ValueError(f"need 1 <= min_frames <= max_frames, got {self.min_frames} and {self.max_frames}")
-        if self.jpeg and self.generator is None:
-            raise ValueError("jpeg degradation is random: give a seeded generator")
+        if self.augment and self.generator is None:
+            raise ValueError("augmentation is random: give a seeded generator")
 
 
 class Processor:
@@ -236,8 +238,11 @@ class _Tiles:
         shown = sorted((group.start, n) for n, group in enumerate(self._groups.values()) if group.start is not None)
         groups = list(self._groups.values())
         size = self._tiling.tile_size
+        tile_ids_R = torch.tensor(self.tile_ids, dtype=torch.int64)
+        if len(shown) == 1:  # the usual case: nothing to copy
+            return groups[shown[0][1]].tiles_GSSC, tile_ids_R
         none = torch.zeros(0, size, size, 3, dtype=torch.uint8)
-        return torch.cat([none, *(groups[n].tiles_GSSC for _, n in shown)]), torch.tensor(self.tile_ids, dtype=torch.int64)
+        return torch.cat([none, *(groups[n].tiles_GSSC for _, n in shown)]), tile_ids_R
 
     def _of(self, ref: ImageRef | VideoRef, budget: int) -> _Group:
         if isinstance(ref, VideoRef):
@@ -252,10 +257,16 @@ class _Tiles:
         options = self._options
         if isinstance(ref, VideoRef):
             return torch.cat([image.tile_image(frame, self._tiling, 1) for frame in self._frames(ref)])
-        tiles = image.tile_image(image.load_image(ref, options.root, max_pixels=self._max_pixels), self._tiling, budget)
-        if options.jpeg and options.generator:
-            return image.degrade(tiles, [options.generator.randint(75, 100) for _ in tiles])
-        return tiles
+        augment, generator = options.augment, options.generator
+        damage = augment.drawn(generator) if augment and generator else None
+        if damage is None:
+            pixels_YXC = image.load_pixels(ref, options.root, max_pixels=self._max_pixels)
+        else:
+            pixels_YXC = corrupt(image.load_image(ref, options.root, max_pixels=self._max_pixels), *damage)
+        tiles_GSSC = image.tile_image(pixels_YXC, self._tiling, budget)
+        if augment and generator and (qualities := augment.qualities(len(tiles_GSSC), generator)):
+            jpeg_(tiles_GSSC.numpy(), qualities)
+        return tiles_GSSC
 
     def _frames(self, ref: VideoRef) -> list[Image]:
         o = self._options

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from ivl.errors import InputError
+from ivl.processing.augment import Augmentation
 from ivl.processing.chat import render, user
 from ivl.processing.image import tile_image
 from ivl.processing.processor import Processor, SampleOptions
@@ -121,7 +122,7 @@ def test_videos(processor, images):
     asked = record((user("<video>\nQ", ref), says("A")))
     counts = set()
     for seed in range(20):
-        given = options(images, generator=random.Random(seed), min_frames=2, max_frames=4, jpeg=True)
+        given = options(images, generator=random.Random(seed), min_frames=2, max_frames=4, augment=Augmentation())
         sample = processor.sample(asked, options=given)
         counts.add(sample.num_tiles)
         again = processor.sample(asked, options=replace(given, generator=random.Random(seed)))
@@ -140,11 +141,12 @@ def test_jpeg_degradation_repeats_with_its_generator(processor, images):
     asked = record((user("Q", SQUARE), says("A")))
     clean = processor.sample(asked, options=options(images)).tiles_GSSC
     one, two, other = (
-        processor.sample(asked, options=options(images, jpeg=True, generator=random.Random(s))).tiles_GSSC for s in (1, 1, 2)
+        processor.sample(asked, options=options(images, augment=Augmentation(), generator=random.Random(s))).tiles_GSSC
+        for s in (1, 1, 2)
     )
     assert one.equal(two) and not one.equal(clean) and not one.equal(other)
     with pytest.raises(ValueError, match="generator"):
-        SampleOptions(jpeg=True)
+        SampleOptions(augment=Augmentation())
 
 
 def test_limits(processor, images):

@@ -1,0 +1,69 @@
+"""What training does to images, at random: JPEG compression of every tile (spec 2.2), and other damage if asked for."""
+
+from __future__ import annotations
+
+import random
+import typing
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageFilter
+
+Corruption = Literal["blur", "noise", "rescale", "brightness", "contrast"]
+CORRUPTIONS: tuple[Corruption, ...] = typing.get_args(Corruption)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """For data sets with `data_augment`. Never touches video frames."""
+
+    jpeg_quality: tuple[int, int] | None = (75, 100)
+    """Every tile is compressed at a quality drawn uniformly from these, both included; None leaves this out."""
+    corruptions: tuple[Corruption, ...] = ()
+    """Of these, one is done to an image before it is cut: blur, noise, rescale (down and up again), brightness, contrast."""
+    corruption_share: float = 0.25
+    """Share of images that suffer one."""
+    corruption_strength: float = 0.5
+    """The most of it, drawn uniformly from 0 up; 1 is a blur of 1 % of the shorter side, noise of 32 levels, a quarter of the
+    size, brightness or contrast halved or up by half."""
+
+    def __post_init__(self) -> None:
+        if self.jpeg_quality is not None:
+            low, high = self.jpeg_quality
+            if not 1 <= low <= high <= 100:
+                raise ValueError(f"jpeg_quality must be two whole numbers with 1 <= low <= high <= 100, got {low} and {high}")
+        for name in self.corruptions:
+            if name not in CORRUPTIONS:
+                raise ValueError(f"corruptions must be of {', '.join(CORRUPTIONS)}, got {name!r}")
+        for name in ("corruption_share", "corruption_strength"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+
+    def qualities(self, num_tiles: int, generator: random.Random) -> list[int]:
+        """A JPEG quality for each tile; none if tiles are not compressed."""
+        return [generator.randint(*self.jpeg_quality) for _ in range(num_tiles)] if self.jpeg_quality else []
+
+    def drawn(self, generator: random.Random) -> tuple[Corruption, float, int] | None:
+        """What happens to an image: the kind, its strength, a seed for noise. Nothing is drawn if nothing can happen."""
+        if not self.corruptions or generator.random() >= self.corruption_share:
+            return None
+        return generator.choice(self.corruptions), generator.random() * self.corruption_strength, generator.getrandbits(32)
+
+
+def corrupt(image: Image.Image, kind: Corruption, strength: float, seed: int) -> Image.Image:
+    """An RGB image damaged; strength 0 to 1, 0 changes nothing. An even seed is brighter or starker, an odd one the reverse."""
+    if strength == 0:
+        return image
+    match kind:
+        case "blur":
+            return image.filter(ImageFilter.GaussianBlur(strength * 0.01 * min(image.size)))
+        case "noise":
+            noise = np.random.default_rng(seed).standard_normal((image.height, image.width, 3), np.float32)
+            return Image.fromarray((np.asarray(image) + 32 * strength * noise).round().clip(0, 255).astype(np.uint8))
+        case "rescale":
+            small = [max(1, round(side / (1 + 3 * strength))) for side in image.size]
+            return image.resize((small[0], small[1]), Image.Resampling.BICUBIC).resize(image.size, Image.Resampling.BICUBIC)
+        case "brightness" | "contrast":
+            enhance = ImageEnhance.Brightness if kind == "brightness" else ImageEnhance.Contrast
+            return enhance(image).enhance(1 + (0.5 if seed % 2 == 0 else -0.5) * strength)
