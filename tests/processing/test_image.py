@@ -180,7 +180,8 @@ def test_pixels_are_those_of_the_image(tmp_path: Path):
     exif[0x0112] = 6
     whole = jpeg(noise, quality=90)
     files = {
-        "444": jpeg(noise, subsampling=0), "420": whole, "progressive": jpeg(noise, progressive=True), "grey": jpeg(noise.convert("L")),
+        "444": jpeg(noise, subsampling=0), "420": whole, "progressive": jpeg(noise, progressive=True),
+        "grey": jpeg(noise.convert("L")),
         "cmyk": jpeg(noise.convert("CMYK")), "turned": jpeg(noise, exif=exif), "png": png(noise), "tail": whole + b"tail",
     }  # fmt: skip
     for name, data in files.items():
