@@ -72,6 +72,13 @@ def describe(caption: str, rng: random.Random) -> list[str]:
     return [rng.choice(OPENINGS).format(colour=colour, shape=shape), *facts, rng.choice(CLOSINGS)]
 
 
+def true_sentences(caption: str) -> set[str]:
+    colour, shape = caption.split()
+    found = {form.format(colour=colour, shape=shape) for form in (*OPENINGS, *COLOUR, *SHAPE, *CLOSINGS)}
+    found |= {form.format(colour=name) for form in ABSENT_COLOUR for name in COLOURS if name != colour}
+    return found | {form.format(shape=name) for form in ABSENT_SHAPE for name in SHAPES if name != shape}
+
+
 def loop(sentences: list[str], rng: random.Random) -> str:
     """The description gets stuck: a sentence, or the end of one, comes again and again until the text breaks off."""
     at = rng.randrange(2, len(sentences) - 1)
@@ -232,9 +239,9 @@ def whole(row: dict[str, Any]) -> str:
     return row["begun"] + row["said"]
 
 
-def says_twice(text: str) -> bool:
-    said = [sentence.strip() for sentence in text.split(".")[:-1]]
-    return len(set(said)) < len(said)
+def sentences_of(row: dict[str, Any]) -> list[str]:
+    """Whole sentences of an output, its true beginning included."""
+    return [f"{sentence.strip()}." for sentence in whole(row).split(".")[:-1]]
 
 
 def measure(found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -244,7 +251,8 @@ def measure(found: list[dict[str, Any]]) -> dict[str, Any]:
     checks: dict[str, Callable[[dict[str, Any]], bool]] = {
         "repetitive": lambda row: repetitive(whole(row)),
         "endless": lambda row: not row["ended"],
-        "says_a_sentence_twice": lambda row: says_twice(whole(row)),
+        "says_a_sentence_twice": lambda row: len(set(sentences_of(row))) < len(sentences_of(row)),
+        "says_nothing_false": lambda row: set(sentences_of(row)) <= true_sentences(row["caption"]),
     }
     for name, check in checks.items():
         hits = sum(map(check, found))
