@@ -22,9 +22,9 @@ class Journal:
     """
 
     def __init__(self, path: Path, about: dict[str, Any]) -> None:
-        self.path, self.about = path, about
+        self.path, self.about = path, json.loads(json.dumps(about))  # lists for tuples, as they will be read
         self.num_chunks, good = 0, 0
-        head = _line({"about": about})
+        head = _line({"about": self.about})
         if path.exists():
             lines = path.read_bytes().splitlines(keepends=True)
             if lines and lines[0].endswith(b"\n"):

@@ -7,14 +7,14 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 from ivl.errors import InputError
-from ivl.preference.grading import Grade, grade
 from ivl.journal import read_journal
+from ivl.preference.grading import Grade, grade
 from ivl.preference.questions import Source
 
 Kind = Literal["correctness", "format", "dropout"]
@@ -236,4 +236,4 @@ def read_pairs(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def as_json(tallies: dict[str, Tally]) -> dict[str, Any]:
-    return {name: {**asdict(tally), "accuracy": tally.accuracy} for name, tally in tallies.items()}
+    return {name: {**vars(tally), "accuracy": tally.accuracy} for name, tally in tallies.items()}

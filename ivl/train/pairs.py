@@ -7,6 +7,7 @@ BCO's shift, which the published recipe updates as pairs come by, knows in which
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ Reference = Callable[[VLM, Batch], torch.Tensor]
 """Summed log-probability of every sequence of a batch under the reference model, [S]."""
 START_TOLERANCE = 0.02
 """Mean |log-ratio| per token, in nats, that rounding may cause between the policy at the start and the reference."""
+MOVED = 1e-4
+"""Mean difference of log-ratios, in nats, that is more than float32's rounding."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,12 @@ def reply_log_probs(model: VLM, batch: Batch) -> Replies:
     # index_add in float32 over a few thousand terms of one sign: no worse than the terms themselves.
     sums_S = log_probs_M.new_zeros(len(lens_S)).index_add(0, seq_M, log_probs_M)
     return Replies(sums_S, torch.bincount(seq_M, minlength=len(lens_S)))
+
+
+def frozen(model: VLM) -> Reference:
+    """A second copy of the weights, as they are now, to run along. Call before the model is sharded."""
+    reference = copy.deepcopy(model).eval().requires_grad_(False)
+    return lambda _, batch: reply_log_probs(reference, batch).log_probs_S
 
 
 def check_pairs(batch: Batch) -> None:
@@ -99,14 +108,20 @@ class PreferenceObjective:
         self.config, self.reference, self.world = config, reference, world or World()
         self.shift = preference.RunningMean()
         self.calls = 0
-        self.still_calls, self.moved = still_calls, False
+        self.still_calls, self.moved, self.noise = still_calls, False, 0.0
 
     def state(self) -> dict[str, Any]:
-        return {"total": self.shift.total, "count": self.shift.count, "calls": self.calls, "moved": self.moved}
+        return {
+            "total": self.shift.total,
+            "count": self.shift.count,
+            "calls": self.calls,
+            "moved": self.moved,
+            "noise": self.noise,
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         self.shift = preference.RunningMean(state["total"], state["count"])
-        self.calls, self.moved = state["calls"], state["moved"]
+        self.calls, self.moved, self.noise = state["calls"], state["moved"], state["noise"]
 
     def __call__(self, model: VLM, batch: Batch) -> Loss:
         check_batch(batch, model)
@@ -165,11 +180,14 @@ class PreferenceObjective:
                     f"the DPO loss ln 2 = {math.log(2):.4f}, but log-ratios are {chosen:.3f} and {rejected:.3f}; is the "
                     "reference of other weights, data or precision? preference.check_start = False accepts it"
                 )
-        self.moved = self.moved or bool((ratios_P2[:, 0] != ratios_P2[:, 1]).any())
+        # At the first call all difference is rounding; a policy that learns soon leaves it behind.
+        difference = float((ratios_P2[:, 0] - ratios_P2[:, 1]).abs().mean())
+        self.noise = difference if self.calls == 1 else self.noise
+        self.moved = self.moved or difference > 2 * self.noise + MOVED
         if self.calls == self.still_calls and not self.moved:
             raise ValueError(
-                f"pair {batch.ids[0]} ({batch.sources[0]}): after {self.calls} packs no chosen reply differs in its log-ratio "
-                "from its rejected one; does the policy get a gradient?"
+                f"pair {batch.ids[0]} ({batch.sources[0]}): after {self.calls} packs the log-ratios of chosen and rejected "
+                "replies still differ by rounding alone; does the policy get a gradient?"
             )
 
     def _metrics(self, ratios_P2: torch.Tensor, replies: Replies, terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

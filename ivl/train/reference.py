@@ -1,8 +1,7 @@
-"""Log-probabilities of the reference model: from a file made before training, from a frozen copy, or with adapters off."""
+"""Log-probabilities of the reference model without a second model: from a file made before training, or with adapters off."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -22,18 +21,12 @@ from ivl.model.vlm import VLM
 from ivl.train.config import TrainConfig
 from ivl.train.distributed import World
 from ivl.train.loop import to_device
-from ivl.train.pairs import Reference, check_pairs, reply_log_probs
+from ivl.train.pairs import check_pairs, reply_log_probs
 from ivl.train.stage import set_modes
 from ivl.types import Batch, VideoRef
 
 NOT_DATA = frozenset(("num_workers", "prefetch", "start_method", "cache_samples", "epochs", "shuffle", "mixture", "root"))
 """Fields of DataConfig on which a pair's log-probability does not depend, or that the rows' own fingerprint covers."""
-
-
-def frozen_copy(model: VLM) -> Reference:
-    """A second copy of the weights, as they are now. Call before the model is sharded."""
-    reference = copy.deepcopy(model).eval().requires_grad_(False)
-    return lambda _, batch: reply_log_probs(reference, batch).log_probs_S
 
 
 def adapters_off(model: VLM, batch: Batch) -> torch.Tensor:

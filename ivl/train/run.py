@@ -30,13 +30,13 @@ from ivl.train.distributed import World, in_step, is_sharded, shard, start_world
 from ivl.train.loop import Evaluator, to_device, train
 from ivl.train.memory import keep_freed_memory
 from ivl.train.objectives import OBJECTIVES, Objective
-from ivl.train.pairs import PreferenceObjective, Reference
-from ivl.train.reference import FileReference, adapters_off, frozen_copy, precompute
+from ivl.train.pairs import PreferenceObjective, Reference, frozen
+from ivl.train.reference import FileReference, adapters_off, precompute
 from ivl.train.stage import apply_stage, check_start, trainable
 from ivl.train.state import clean, is_complete, latest_checkpoint
 
 CONFIG = "train.json"
-STILL_STEPS = 5
+STILL_STEPS = 50
 """Steps after which a policy that has not moved from its reference at all is an error."""
 PACKAGES = ("ivl", "torch", "numpy", "pillow", "safetensors", "tokenizers", "huggingface-hub")
 
@@ -118,7 +118,7 @@ def make_objective(
         reference = adapters_off
     elif config.preference.reference == "model":
         start = build_model(config) if resumed else model
-        reference = frozen_copy(start.to(world.device))
+        reference = frozen(start.to(world.device))
     elif resumed:
         reference = FileReference.read(run_dir / "reference")
     else:
