@@ -24,13 +24,14 @@ SUFFIXES = (
 
 
 def from_record(
-    record: Record, *, layout: Written = "reference", image: Callable[[ImageRef], Any] | None = None
+    record: Record, *, layout: Written = "reference", medium: Callable[[ImageRef | VideoRef], Any] | None = None
 ) -> dict[str, Any]:
     """The row of a Record: what `to_record` reads back as the same Record, given that paths are absolute or root is "".
 
+    The id is left out where it is only the record's source.
+
     Args:
-        image: what stands for an image in the row; by default its path, and a data URL where it is bytes. The id is left out
-            where it is only the record's source.
+        medium: what stands for an image or a video in the row; by default its path, and a data URL where it is bytes.
 
     Raises:
         DataError: naming the record's source and what the layout cannot hold.
@@ -38,24 +39,25 @@ def from_record(
     row: dict[str, Any] = {} if record.id == record.source else {"id": record.id}
     shown = [_media(conversation) for conversation in record.conversations]
     _check(record, [ref for refs in shown for ref in refs])
-    convert = image or image_value
+    convert = medium or medium_value
     if layout == "openai":
         talks = [[_openai_turn(message, convert) for message in talk] for talk in record.conversations]
     else:
         if any(_sorted(refs) != _sorted(shown[0]) for refs in shown):
-            raise _refused(record, "conversations that show different media", layout)
+            raise refused(record, "conversations that show different media", layout)
         if any(_has_mark(message) for talk in record.conversations for message in talk):
-            raise _refused(record, "a question whose text itself says <image> or <video>", layout)
-        images, videos = _sorted(shown[0]) if shown else ([], [])
-        row |= _columns([convert(ref) for ref in images], [ref.source for ref in videos], layout)
+            raise refused(record, "a question whose text itself says <image> or <video>", layout)
+        images, videos = _sorted(shown[0])
+        row |= _columns([convert(ref) for ref in images], [convert(ref) for ref in videos], layout)
         talks = [[_marked_turn(message, layout) for message in talk] for talk in record.conversations]
-    if spans := {ref.clip for refs in shown for ref in refs if isinstance(ref, VideoRef)} - {None}:
-        row["clip"] = list(spans.pop() or ())
+    clips = [ref.clip for refs in shown for ref in refs if isinstance(ref, VideoRef) and ref.clip is not None]
+    if clips:
+        row["clip"] = list(clips[0])
     row["messages" if layout in ("openai", "swift") else "conversations"] = talks[0] if len(talks) == 1 else talks
     return row
 
 
-def image_value(ref: ImageRef) -> str:
+def medium_value(ref: ImageRef | VideoRef) -> str:
     """A path, or a data URL."""
     if isinstance(ref.source, bytes):
         return f"data:image/{image_suffix(ref.source)};base64,{base64.b64encode(ref.source).decode()}"
@@ -81,16 +83,17 @@ def _check(record: Record, refs: list[ImageRef | VideoRef]) -> None:
     """What no row can say, in any layout."""
     images, videos = _sorted(refs)
     if any(not isinstance(ref.source, str | bytes) for ref in images):
-        raise _refused(record, "a picture in memory; save it first")
+        raise refused(record, "a picture in memory; save it first")
     if any(ref.max_tiles is not None for ref in images):
-        raise _refused(record, "an image with a tile budget of its own")
+        raise refused(record, "an image with a tile budget of its own")
     if any(ref.num_frames is not None for ref in videos):
-        raise _refused(record, "a video with a number of frames of its own")
+        raise refused(record, "a video with a number of frames of its own")
     if len({ref.clip for ref in videos}) > 1:
-        raise _refused(record, "videos of different clips")
+        raise refused(record, "videos of different clips")
 
 
-def _refused(record: Record, what: str, layout: str | None = None) -> DataError:
+def refused(record: Record, what: str, layout: str | None = None) -> DataError:
+    """The error of a record that a layout cannot hold."""
     return DataError(record.source, "bad_row", f"a row{f' of {layout} layout' if layout else ''} cannot hold {what}")
 
 
@@ -116,7 +119,7 @@ def _marked_turn(message: Message, layout: str) -> dict[str, str]:
     return {"from": {"user": "human", "assistant": "gpt"}.get(message.role, message.role), "value": text}
 
 
-def _openai_turn(message: Message, convert: Callable[[ImageRef], Any]) -> dict[str, Any]:
+def _openai_turn(message: Message, convert: Callable[[ImageRef | VideoRef], Any]) -> dict[str, Any]:
     media = any(not isinstance(part, Text) for part in message.content)
     if not media and not _has_mark(message):
         return {"role": message.role, "content": message.text}
@@ -127,5 +130,5 @@ def _openai_turn(message: Message, convert: Callable[[ImageRef], Any]) -> dict[s
         elif isinstance(part, ImageRef):
             parts.append({"type": "image_url", "image_url": {"url": convert(part)}})
         else:
-            parts.append({"type": "video_url", "video_url": {"url": part.source}})
+            parts.append({"type": "video_url", "video_url": {"url": convert(part)}})
     return {"role": message.role, "content": parts}

@@ -23,7 +23,7 @@ PART_KINDS = ("text", "image_url", "image", "video_url", "video")
 class Slot:
     """A place in a turn that shows the next medium of its kind, or the one of this number."""
 
-    kind: Medium
+    kind: str
     number: int | None = None
 
 
@@ -131,8 +131,9 @@ class RowMedia:
     def fill(self, turns: list[list[Part | Slot]]) -> list[tuple[Part, ...]]:
         """Put the row's media where the turns show them, each exactly once, and join neighbouring texts."""
         slots = [item for items in turns for item in items if isinstance(item, Slot)]
-        queues: dict[Medium, Iterator[Part]] = {}
-        for kind, refs in (("image", self.images), ("video", self.videos)):
+        queues: dict[str, Iterator[Part]] = {}
+        media: tuple[tuple[str, list[Any]], ...] = (("image", self.images), ("video", self.videos))
+        for kind, refs in media:
             numbers = [slot.number for slot in slots if slot.kind == kind]
             if len(numbers) != len(refs):
                 raise DataError(
@@ -143,7 +144,7 @@ class RowMedia:
                     raise DataError(
                         self.source, "placeholder_mismatch", f"{kind} indexes {short(numbers)} of {len(refs)} {kind}s"
                     )
-                refs = [refs[number] for number in numbers]
+                refs = [refs[number] for number in numbers if number is not None]
             queues[kind] = iter(refs)
         return [_join(next(queues[item.kind]) if isinstance(item, Slot) else item for item in items) for items in turns]
 

@@ -78,8 +78,9 @@ def _record(row: dict[str, Any], source: str, root: Path, dataset: str, layout: 
     for key, why in REFUSED.items():
         if not _empty(row.get(key)):
             raise DataError(source, "bad_row", f"`{key}`: {why}")
-    if is_pair(row):
-        row = as_conversations(row, source)
+    pair = is_pair(row)
+    if pair:
+        row, layout = as_conversations(row, source), None
     key, nested = _turns(row, layout, source)
     media = RowMedia(row, source=source, root=root)
     system = row.get("system")
@@ -90,6 +91,7 @@ def _record(row: dict[str, Any], source: str, root: Path, dataset: str, layout: 
         conversations=tuple(_conversation(turns, media, source, system or "", key == "texts") for turns in nested),
         source=source,
         dataset=dataset,
+        is_pair=pair,
     )
 
 

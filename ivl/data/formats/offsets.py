@@ -10,12 +10,15 @@ import hashlib
 import json
 import os
 import secrets
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ivl.data.formats.base import Stamp
+from ivl.data.formats.base import Rows, Stamp
+from ivl.errors import InputError
 
 VERSION = 1
 MAGIC = b"ivl-rows"
@@ -25,6 +28,63 @@ MIN_BYTES = 1 << 25
 Arrays = dict[str, np.ndarray]
 Build = Callable[[], Iterator[tuple[str, np.ndarray]]]
 """Yields (name, piece); the pieces of one array come one after another, all int64."""
+
+
+class IndexedRows(Rows):
+    """Rows at byte offsets of one file. Workers share the file and, where it is large, the memory of its index.
+
+    Raises:
+        InputError: if the file is missing or empty; when a row is read and the file has changed since it was opened.
+    """
+
+    _fd: int | None = None
+
+    def __init__(self, path: Path, container: str) -> None:
+        self.path, self.container = path, container
+        self._stamp = Stamp(path)
+        self._arrays, self._index = load_or_build(self._stamp, container, self._build)
+        if not len(self):
+            raise InputError(f"{path}: has no rows")
+
+    @abstractmethod
+    def _build(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Compute the index."""
+
+    def _read(self, start: int, end: int) -> bytes:
+        if self._fd is None:
+            try:
+                self._fd = os.open(self.path, os.O_RDONLY)
+            except OSError as error:
+                raise InputError(f"{self.path}: cannot be read ({error.strerror})") from None
+        stat = os.fstat(self._fd)
+        self._stamp.check(stat.st_size, stat.st_mtime_ns)
+        if not 0 <= start <= end <= self._stamp.size:
+            raise InputError(f"{self._index}: is damaged; delete it")
+        return os.pread(self._fd, end - start, start)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is mapped from a file is mapped again, not copied."""
+        return {**self.__dict__, "_fd": None, "_arrays": None if self._index else self._arrays}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self._index:
+            arrays = load(self._index, self._stamp, self.container)
+            if arrays is None:  # deleted since
+                arrays, self._index = load_or_build(self._stamp, self.container, self._build)
+            self._arrays = arrays
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    @property
+    def num_bytes(self) -> int:
+        return self._stamp.size
 
 
 def load_or_build(stamp: Stamp, kind: str, build: Build) -> tuple[Arrays, Path | None]:
@@ -98,7 +158,7 @@ def _write(place: Path, stamp: Stamp, kind: str, build: Build) -> bool:
             arrays: dict[str, list[int]] = {}
             at = 0
             for name, piece in build():
-                file.write(np.ascontiguousarray(piece, dtype="<i8"))
+                file.write(np.ascontiguousarray(piece, dtype="<i8").data)
                 arrays.setdefault(name, [at, 0])[1] += len(piece)
                 at += len(piece)
             footer = json.dumps({"of": _identity(stamp, kind), "arrays": arrays}).encode()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ivl.data.formats.base import Rows, Stamp
-from ivl.data.formats.offsets import load, load_or_build
+from ivl.data.formats.offsets import IndexedRows
 from ivl.data.records import DataError
 from ivl.errors import InputError
 
@@ -22,24 +20,15 @@ SLOW = 1 << 28
 """Files of more bytes show a progress bar while they are indexed."""
 
 
-class TextRows(Rows):
+class TextRows(IndexedRows):
     """Row i begins at byte starts[i] and ends before starts[i + 1], but for white space and the comma of an array.
 
     Its line is 1, plus i where each row has a line of its own (jsonl), plus the number of gaps[k] <= i: `gaps` holds, for
     every other line break, the row that follows it.
-
-    Raises:
-        InputError: if the file is missing or empty; when a row is read and the file has changed since it was opened.
     """
 
-    def __init__(self, path: str | Path, container: Literal["json", "jsonl"]) -> None:
-        self._fd: int | None = None
-        self.path = Path(path)
-        self.container = container
-        self._stamp = Stamp(self.path)
-        self._arrays, self._index = load_or_build(self._stamp, container, self._build)
-        if not len(self):
-            raise InputError(f"{self.path}: has no rows")
+    def __init__(self, path: Path, container: Literal["json", "jsonl"]) -> None:
+        super().__init__(path, container)
 
     def _build(self) -> Iterator[tuple[str, np.ndarray]]:
         try:
@@ -52,38 +41,8 @@ class TextRows(Rows):
         return len(self._arrays["starts"]) - 1
 
     def __getitem__(self, index: int) -> bytes:
-        if self._fd is None:
-            try:
-                self._fd = os.open(self.path, os.O_RDONLY)
-            except OSError as error:
-                raise InputError(f"{self.path}: cannot be read ({error.strerror})") from None
-        stat = os.fstat(self._fd)
-        self._stamp.check(stat.st_size, stat.st_mtime_ns)
         start, end = self._arrays["starts"][index : index + 2].tolist()
-        if not 0 <= start <= end <= self._stamp.size:
-            raise InputError(f"{self._index}: is damaged; delete it")
-        row = os.pread(self._fd, end - start, start)
-        return row.rstrip(b" \t\r\n" if self.container == "jsonl" else b" \t\r\n,")
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What is mapped from a file is mapped again, not copied."""
-        return {**self.__dict__, "_fd": None, "_arrays": None if self._index else self._arrays}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if self._index:
-            arrays = load(self._index, self._stamp, self.container)
-            if arrays is None:  # deleted since
-                arrays, self._index = load_or_build(self._stamp, self.container, self._build)
-            self._arrays = arrays
-
-    def __del__(self) -> None:
-        self.close()
-
-    def close(self) -> None:
-        if getattr(self, "_fd", None) is not None:
-            os.close(self._fd)
-            self._fd = None
+        return self._read(start, end).rstrip(b" \t\r\n" if self.container == "jsonl" else b" \t\r\n,")
 
     def line(self, index: int) -> int:
         lead = index if self.container == "jsonl" else 0
@@ -91,10 +50,6 @@ class TextRows(Rows):
 
     def source(self, index: int) -> str:
         return f"{self.path}:{self.line(index)}"
-
-    @property
-    def num_bytes(self) -> int:
-        return self._stamp.size
 
 
 def _index_lines(path: Path, advance) -> Iterator[tuple[str, np.ndarray]]:
