@@ -71,6 +71,8 @@ class Record:
     source: str
     """Where it came from, as `file:line`; every error about the record starts with it."""
     dataset: str = ""
+    is_pair: bool = False
+    """Two conversations that differ in their last turn: a chosen and a rejected reply."""
 
 
 @dataclass(frozen=True)

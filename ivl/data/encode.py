@@ -30,6 +30,8 @@ from ivl.processing.video import load_frames
 from ivl.types import IGNORE, ImageRef, Record, Sample, VideoRef
 
 TOO_LONG = "raise data.max_tokens or data.max_tiles, or lower data.max_tiles_per_image"
+PAIR = "a preference pair, whose rejected reply would be trained on; objective preference takes it"
+NO_PAIR = "not a preference pair; the objective preference needs rows with a prompt, `chosen` and `rejected`"
 CHUNK = 8
 """Samples a worker encodes at a time; spreads the cost of a message between processes."""
 
@@ -75,12 +77,15 @@ class Encoded(NamedTuple):
 class Encoder:
     """Turns draws into samples. Whatever is random follows from the seed and the draw, never from the process."""
 
-    def __init__(self, config: DataConfig, mixture: Mixture, processor: Processor) -> None:
-        self.config, self.mixture, self.processor = config, mixture, processor
+    def __init__(self, config: DataConfig, mixture: Mixture, processor: Processor, pairs: bool | None = None) -> None:
+        """pairs: whether rows must be preference pairs, or must not be; None takes any."""
+        self.config, self.mixture, self.processor, self.pairs = config, mixture, processor, pairs
 
     def __call__(self, draw: Draw) -> Encoded:
         try:
             record = self.mixture.record(draw.dataset, draw.row)
+            if self.pairs is not None and record.is_pair != self.pairs:
+                raise DataError(record.source, "bad_row", NO_PAIR if self.pairs else PAIR)
             options = self._options(record, draw)
             sample = self._sample(record, options)
             if self._is_over(sample):

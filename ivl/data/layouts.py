@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from ivl.data.media import MARK
+from ivl.data.pairs import from_conversations
 from ivl.data.problems import DataError
 from ivl.types import Conversation, ImageRef, Message, Record, Text, VideoRef
 
@@ -53,8 +54,9 @@ def from_record(
     clips = [ref.clip for refs in shown for ref in refs if isinstance(ref, VideoRef) and ref.clip is not None]
     if clips:
         row["clip"] = list(clips[0])
-    row["messages" if layout in ("openai", "swift") else "conversations"] = talks[0] if len(talks) == 1 else talks
-    return row
+    key = "messages" if layout in ("openai", "swift") else "conversations"
+    row[key] = talks[0] if len(talks) == 1 else talks
+    return from_conversations(row, key) if record.is_pair else row
 
 
 def medium_value(ref: ImageRef | VideoRef) -> str:

@@ -88,14 +88,24 @@ class Loader:
             too many bad rows even then.
     """
 
-    def __init__(self, config: DataConfig, processor: Processor, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        processor: Processor,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        pairs: bool | None = None,
+    ) -> None:
+        """pairs: whether rows must be preference pairs, or must not be; None takes any."""
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not one of {world_size}")
         self.config, self.rank, self.world_size = config, rank, world_size
         specs = load_mixture(config.mixture, root=config.root, format=config.format)
         self.mixture = Mixture(specs, seed=seed, shuffle=config.shuffle, weighting=config.weighting)
         self.report = Report()
-        self._encoder = Encoder(config, self.mixture, processor)
+        self._encoder = Encoder(config, self.mixture, processor, pairs)
         self._cache = Cache(config.cache_samples)
         self._packer: Packer[Sample | Cut] = self._new_packer()
         self._next = rank

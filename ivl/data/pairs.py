@@ -8,7 +8,7 @@ from ivl.data.problems import DataError, short
 
 
 def is_pair(row: dict[str, Any]) -> bool:
-    return "chosen" in row and "rejected" in row
+    return row.get("chosen") is not None and row.get("rejected") is not None
 
 
 def as_conversations(row: dict[str, Any], source: str) -> dict[str, Any]:
@@ -27,8 +27,16 @@ def as_conversations(row: dict[str, Any], source: str) -> dict[str, Any]:
     history = [] if key is None else [_turn("user", row[key])] if isinstance(row[key], str) else row[key]
     if not isinstance(history, list) or (not history and len(sides[0]) < 2):
         raise DataError(source, "bad_row", "a preference row needs `question`, `prompt` or turns before its replies")
+    if sides[0][:-1] != sides[1][:-1]:
+        raise DataError(source, "bad_row", "chosen and rejected differ before their last turn: a pair has one prompt")
     rest = {k: v for k, v in row.items() if k not in ("question", "prompt", "conversations", "messages", "chosen", "rejected")}
     return rest | {"conversations": [[*history, *turns] for turns in sides]}
+
+
+def from_conversations(row: dict[str, Any], key: str) -> dict[str, Any]:
+    """The other direction: a row whose `key` holds two conversations, with their prompt there and each last turn by itself."""
+    chosen, rejected = row[key]
+    return row | {key: chosen[:-1], "chosen": chosen[-1], "rejected": rejected[-1]}
 
 
 def _turns(reply: Any, side: str, source: str) -> list[Any]:
