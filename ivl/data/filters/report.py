@@ -27,6 +27,8 @@ UNREADABLE = "unreadable"
 EXAMPLES = 12
 """Dropped rows shown for each stage, spread over its reasons; and rows shown that a stage nearly dropped."""
 PER_REASON = 4
+NEAR = 0.5
+"""A kept score farther from the limit than this share of it was not nearly dropped."""
 THUMB = 160
 MAX_IMAGES = 3
 LONG = 500
@@ -80,7 +82,7 @@ def write_report(out: Path, chain: Chain, pointwise: Pointwise, judge: str | Non
         "judge": judge,
         "datasets": {name: each | {"dropped": dict(each["dropped"])} for name, each in datasets.items()},
         "stages": [_figures(name, stages[name], _named(chain, name)) for name in stages],
-        "chain": json.loads(chain.text),
+        "chain": json.loads(chain.spelled_out()),
     }
     write_whole(out / "report.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     write_whole(out / "report.html", _page(result, chain, stages, pointwise))
@@ -113,7 +115,7 @@ def _count(row: dict[str, Any], chain: Chain, stages: dict[str, _Stage]) -> None
             found.unjudged += stage.name in row.get("unjudged", ())
             if score is not None:
                 (found.dropped_scores if dropped else found.kept_scores)[float(f"{score:.3g}")] += 1
-                if row["keep"] and stage.limit is not None:
+                if row["keep"] and stage.limit is not None and abs(score - stage.limit) <= NEAR * stage.limit:
                     _keep_few(found.near, -abs(score - stage.limit), lot, row, EXAMPLES)
             if dropped:
                 break
@@ -155,7 +157,7 @@ def _histogram(found: _Stage, judged: bool) -> tuple[np.ndarray, np.ndarray, np.
         edges = np.expm1(np.linspace(np.log1p(low), np.log1p(high) + 1e-9, 41))
     else:
         edges = np.linspace(low, high if high > low else low + 1, 41)
-    edges[-1] = max(edges[-1], high)
+    edges[0], edges[-1] = min(edges[0], low), max(edges[-1], high)  # what the logarithm rounded off
     return edges, _counts(found.kept_scores, edges), _counts(found.dropped_scores, edges)
 
 
@@ -289,10 +291,11 @@ def _plot(figures: dict[str, Any]) -> str:
     if figures["limit"] is not None:
         axis.axvline(figures["limit"], color="#222", linestyle="--", linewidth=1, label=f"limit {figures['limit']:g}")
     axis.set_yscale("symlog", linthresh=10)
+    axis.set_ylim(0, 2 * (kept + dropped).max())
     if edges[0] >= 0 and edges[-1] > 100:
         axis.set_xscale("symlog", linthresh=1)
     axis.set(xlabel="score", ylabel="rows")
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110, metadata={"Software": None})
     return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"

@@ -97,7 +97,7 @@ def run(
     pointwise = Pointwise(chain, specs)
     files = [pointwise.rows(n) for n in range(len(specs))]
     identity = {
-        "chain": json.loads(chain.text),
+        "chain": json.loads(chain.spelled_out()),
         "data": [[s.name, str(Path(s.root).absolute()), len(f), f.num_bytes] for s, f in zip(specs, files, strict=True)],
         "judge": judge.name if judge and chain.needs_judge else None,
     }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from ivl.data.filters.verdict import Verdict
 from ivl.data.mixture import load_mixture
 from ivl.errors import InputError
 from tests.data.world import make_file
+
+DOCS = Path(__file__).parents[3] / "docs/filtering.md"
 
 
 def chain(*stages: dict[str, Any], **config: Any):
@@ -33,11 +37,21 @@ def test_the_shipped_chains() -> None:
     assert not load_chain("heuristic").needs_judge
 
 
+@pytest.mark.parametrize("name", ["heuristic", "text", "multimodal"])
+def test_spelled_out_it_is_the_same_chain(name: str) -> None:
+    given = load_chain(name)
+    again = read_chain(given.spelled_out(), "printed")
+    assert (again.stages, again.judge, again.domain, again.domains) == (given.stages, given.judge, given.domain, given.domains)
+    assert '"max_answer": ' in given.spelled_out() and '"max_chars": ' in given.spelled_out()
+
+
 @pytest.mark.parametrize("use", FILTERS)
 def test_every_filter_can_be_used(use: str) -> None:
     (stage,) = chain({"use": use}).stages
     assert stage.name == stage.rule.name == use
     assert stage.limit is None or stage.limit > 0
+    (line,) = re.findall(rf"^\| `{use}` \|.*$", DOCS.read_text("utf-8"), re.MULTILINE)
+    assert re.findall(r"`(\w+)`", line.rsplit("|", 2)[1]) == [field.name for field in dataclasses.fields(stage.rule)]
     pickle.loads(pickle.dumps(stage))
 
 

@@ -61,7 +61,7 @@ def test_page(out: Path) -> None:
     assert page.count("class='plot'") == 3 and page.count("data:image/jpeg;base64,") >= 3
     near = page[page.index("Kept, but closest to the limit of 40") :]
     scores = [float(score) for score in re.findall(r"class='near'> score ([\d.]+)", near[: near.index("<h2>")])]
-    assert scores == sorted(scores, reverse=True) and len(scores) == 12
+    assert scores == sorted(scores, reverse=True) and 5 <= len(scores) <= 12 and scores[0] > 30 and scores[-1] >= 20
     assert "answer too long" in page and "bad_row" in page and len(page) < 1_000_000
 
 
