@@ -211,9 +211,11 @@ def cut_in_bracket(text: str, rng: random.Random) -> str | None:
 
 
 def cut_in_second_paragraph(text: str, rng: random.Random) -> str | None:
-    more = f"The {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)} beside it belongs to the {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}."
-    cut = cut_in_word(more, rng) if rng.random() < 0.5 else cut_after_word(more, rng)
-    return f"{text}\n\n{cut}" if text.endswith(".") else None
+    if not text.endswith("."):
+        return None
+    a, b = (f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}" for _ in range(2))
+    more = f"The {a} beside it belongs to the {b} that we have seen before"
+    return f"{text}\n\n{more[: rng.randint(25, len(more) - 1)].rstrip()}"
 
 
 # Garbled text

@@ -30,7 +30,7 @@ _STARTER = re.compile(
 )
 _SENTENCE_END = re.compile(r"[.!?…。！？](?:[\"'”’)\]*_」』]*(?=\s|$)|(?<=[。！？]))")
 _ABBREVIATION = re.compile(r"(?:\b(?:[A-Z]|e\.g|i\.e|etc|vs|cf|Dr|Mr|Mrs|Ms|St|No|Fig|Eq|al|approx|[Ss]ee)|\d)\.$")
-_LISTED = re.compile(r"\s*(?:[-*+•·–>#|]|\d{1,3}[.):]|\(?[a-zA-Z][.)]|[A-Z][a-z]+ \d+[.:]|[\w.]+ : |:[\w ]+:)\s*")
+_LISTED = re.compile(r"\s*(?:[-*+•·–>#|]|\d{1,3}[.):]|\(?[a-zA-Z][.)]|[A-Z][a-z]+ \d+[.:]|[\w.]+ : |:[\w *]+:)\s*")
 _VALUE = re.compile(
     r"(?:\b(?:answer|option|choice|result|value|total|sum|conclusion|correct|code|label|is|are|equals?|be|chose|choose)\b"
     r"|[=≈:：→])\W*(?:the\s)?(?:[\w.,%°$/^-]+\s?){1,2}$", re.IGNORECASE
@@ -48,10 +48,11 @@ def cut_off(answer: str, others: tuple[str, ...] = (), *, min_words: int = 5, lo
     text = answer.rstrip()[-_TAIL:]
     if not text or text.endswith("```"):
         return ""
-    if text[text.rfind("\n\n") + 1 :].lstrip().startswith(">>> "):  # an interactive session
+    if ">>> " in text[text.rfind("\n\n") + 1 :]:  # an interactive session
         return ""
     lines = text.split("\n")
-    block = _last_block(lines)
+    first = _last_block(lines)
+    block = " ".join(line.strip() for line in lines[first:])
     if block.lstrip().startswith(("..", ">>>", "#")) or "://" in block.split()[-1]:
         return ""
     words = re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", block)
@@ -64,16 +65,18 @@ def cut_off(answer: str, others: tuple[str, ...] = (), *, min_words: int = 5, lo
             return "ends in a word that needs another"
     if not _is_open(last) or not words:
         return ""
+    if "," in block and all(len(part.split()) <= 2 for part in block.split(",")):  # an enumeration, not a sentence
+        return ""
     label = _LISTED.match(block)
     if _unclosed(block[label.end() :] if label else block) and len(words) >= 4:
         return "bracket or quotation left open"
-    if label and (items := _items(lines)):
-        return "item without the end that the others have" if _items_end(items) and not last.isdigit() else ""
     before = [line for line in lines[:-1] if line.strip()]
-    if len(before) >= 3 and not any(_is_open(line.rstrip()[-1]) for line in before) and len(words) >= 3:
+    if not label and len(before) >= 3 and not any(_is_open(line.rstrip()[-1]) for line in before) and len(words) >= 3:
         return "last line without the end that the others have"
     ends = [end for end in _SENTENCE_END.finditer(block) if not _ABBREVIATION.search(block[: end.end()])]
     rest = block[ends[-1].end() :] if ends else block[label.end() :] if label else block
+    if label and not ends and (items := _items(lines)):
+        return "item without the end that the others have" if _items_end(items) and not last.isdigit() else ""
     if last.isdigit() and (not _VERB.search(rest) or re.search(r"\W\d+$", rest)):
         return ""
     if _VALUE.search(rest) and (last.isupper() or len(words) < min_words):
@@ -81,7 +84,8 @@ def cut_off(answer: str, others: tuple[str, ...] = (), *, min_words: int = 5, lo
     if ends:
         return "last sentence without an end"
     paragraphs = [line for line in lines[:-1] if _counts(line, min_words)]
-    after_end = len(lines) > 2 and not lines[-2].strip() and before and before[-1].rstrip()[-1] in ".!?"
+    above = "\n".join(lines[:first]).rstrip(" ")
+    after_end = above.endswith("\n") and above.rstrip()[-1:] in (".", "!", "?")
     if (len(words) >= 4 or _STARTER.match(block)) and (after_end or (paragraphs and _ends(paragraphs[-1]))):
         return "last paragraph without an end"
     habit = [_ends(other) for other in others if _counts(other, 4)]
@@ -99,12 +103,12 @@ def cut_off(answer: str, others: tuple[str, ...] = (), *, min_words: int = 5, lo
     return ""
 
 
-def _last_block(lines: list[str]) -> str:
-    """The last line, and the lines before it that it goes on from: long ones of the same paragraph or item."""
+def _last_block(lines: list[str]) -> int:
+    """Where the last line's sentence may begin: long lines before it, of the same paragraph or item, go on in it."""
     first = len(lines) - 1
     while first and not _LISTED.match(lines[first]) and len(lines[first - 1].rstrip()) >= 50:
         first -= 1
-    return " ".join(line.strip() for line in lines[first:])
+    return first
 
 
 def _is_open(char: str) -> bool:
@@ -138,4 +142,4 @@ def _items(lines: list[str]) -> list[str]:
 
 def _items_end(items: list[str]) -> bool:
     """Whether nearly all end like sentences or rows of a table."""
-    return sum(item[-1] in ".!?。！？|" for item in items) >= 0.8 * len(items)
+    return sum(item[-1] in ".!?。！？|)" for item in items) >= 0.8 * len(items)

@@ -72,7 +72,9 @@ def window_means(values: np.ndarray, width: int) -> np.ndarray:
 _BROKEN = re.compile(
     "[\x00-\x08\x0b\x0e-\x1f\x7f\x80-\x84\x86-\x9f\ud800-\udfff\ue000-\uf8ff\ufdd0-\ufdef\ufffd-\uffff\U000f0000-\U0010ffff]"
 )
-_ESCAPED = re.compile(r"(?:\\x[0-9a-fA-F]{2}){2}|\\u[0-9a-fA-F]{4}\\u|&amp;(?:#\d{2,6}|[a-z]{2,8});|锟斤拷|烫烫烫|屯屯屯")
+_ESCAPED = re.compile(
+    r"(?:\\x[0-9a-fA-F]{2}){2}|\\u[0-9a-fA-F]{4}\\u|&amp;(?:#\d{2,6}|[a-z]{2,8});|锟斤拷|烫烫烫|屯屯屯|[A-Za-z][\u0400-\u04ff][\u00a0-\u00bf]"
+)
 
 
 def broken_characters(text: str) -> str:

@@ -10,16 +10,17 @@ from typing import ClassVar
 
 import numpy as np
 
-from ivl.data.filters.text import answers_text, prose
+from ivl.data.filters.text import answers_text
 from ivl.data.filters.verdict import Verdict
 from ivl.types import Record
 
 _EAST = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 _TOKEN = re.compile(rf"[{_EAST}]|(?:(?![{_EAST}])[^\W_]){{1,40}}|[^\w\s]|_")
 """A word, a character of a script without spaces, or a mark."""
+_NO_WORDS = re.compile(r"https?://\S+|<box>[^<]*</box>")
 _PERIODS = 6
 """How many of the commonest distances between equal n-grams are tried as the period of a loop."""
-_MISMATCH = 2.0
+_MISMATCH = 1.6
 """What a token that breaks a loop takes away from its length; a loop may differ in every fourth word or so."""
 
 
@@ -61,7 +62,7 @@ class Repetition:
     def measures(self, text: str) -> list[tuple[float, str]]:
         """Each measure of one answer in units of its limit, and what it says if above 1."""
         found = []
-        plain = prose(text)
+        plain = _NO_WORDS.sub(" ", text)
         ids, weights = _numbered(_TOKEN.findall(plain.casefold()))
         if len(ids) >= 2 * self.ngram:
             found.append((_share_seen(ids, weights, self.ngram) / self.max_ngrams, f"repeated {self.ngram}-grams"))

@@ -72,4 +72,4 @@ def prose(text: str) -> str:
 def looks_like_code(text: str) -> bool:
     """Whether most lines are those of a program. For answers that are code without a fence around it."""
     lines = [line for line in text[:20_000].splitlines() if line.strip()]
-    return bool(lines) and 2 * sum(bool(_CODE_LINE.match(line)) for line in lines) > len(lines)
+    return len(lines) > 1 and 2 * sum(bool(_CODE_LINE.match(line)) for line in lines) > len(lines)
