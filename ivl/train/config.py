@@ -123,6 +123,9 @@ class PreferenceConfig:
     reference: Literal["file", "model", "adapters"] = "file"
     """file: log-probabilities are computed once, before training. model: a frozen copy of the start runs along.
     adapters: the start is the model with its LoRA adapters off."""
+    reference_dir: str = ""
+    """Where the file is kept; empty is `reference` in the run's directory. Runs of the same model, data and precision may share
+    one."""
     check_start: bool = True
     """Stop if the policy differs from the reference at the first step."""
 
@@ -223,8 +226,8 @@ class TrainConfig:
             raise ValueError("without num_steps the length is not known in steps: use optim.warmup_ratio, no schedule_steps")
         if self.objective == "preference" and self.data.over_budget == "truncate":
             raise ValueError("data.over_budget truncate would cut one reply of a preference pair; use refuse or skip")
-        if self.objective == "preference" and self.preference.reference == "adapters" and self.lora is None:
-            raise ValueError("preference.reference is adapters, but there is no `lora` whose adapters could be turned off")
+        if self.objective == "preference":
+            self._check_preference()
         for name, least in (
             ("num_steps", 1), ("packs_per_step", 1), ("save_every", 0), ("keep_last", 0), ("val_every", 0),
             ("val_packs", 0), ("log_every", 1),
@@ -232,6 +235,16 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be >= {least}, got {value}")
+
+    def _check_preference(self) -> None:
+        if self.data.over_budget == "truncate":
+            raise ValueError("data.over_budget truncate would cut the replies of pairs; use refuse or skip")
+        if not self.preference.needs_reference:
+            return
+        if self.preference.reference == "adapters" and (self.lora is None or self.stage.trainable):
+            raise ValueError("preference.reference adapters needs `lora`, and a stage that trains nothing else")
+        if self.preference.reference == "file" and self.flip_tiles:
+            raise ValueError("flip_tiles changes pictures at random, which a file cannot follow; use preference.reference model")
 
     @property
     def run_dir(self) -> str:

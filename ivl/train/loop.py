@@ -33,11 +33,10 @@ class Source(Protocol):
 
 @runtime_checkable
 class Stateful(Protocol):
-    """An objective that remembers something from step to step, saved with every checkpoint."""
+    """An objective that remembers something from step to step, saved with every checkpoint and the same on all ranks: each
+    rank calls it equally often, or has it idle once its data are at their end."""
 
-    in_step: bool
-    """Whether ranks must call it together."""
-
+    def idle(self) -> None: ...
     def state(self) -> dict: ...
     def restore(self, state: dict) -> None: ...
 
@@ -150,8 +149,7 @@ def train(
     board = Board(out_dir / "tensorboard", counters.step) if out_dir and world.is_main and config.tensorboard else None
     screen = Screen(config.name, config.num_steps, counters.step, every=config.log_every, on=world.is_main)
     history: list[dict] = []
-    together = is_sharded(model) or (memory is not None and memory.in_step)
-    batches = in_step(iter(data), world) if together else iter(data)
+    batches = in_step(iter(data), world) if is_sharded(model) else iter(data)
     set_modes(model)
     started, seconds_before = time.monotonic(), counters.seconds
     saved_at = counters.step
@@ -193,7 +191,9 @@ def train(
             for micro in range(num_micro):
                 batch = next(batches, None)
                 if batch is None:
-                    break
+                    if memory:
+                        memory.idle()
+                    continue
                 torch.manual_seed(_mix(config.seed, counters.step, micro * world.size + world.rank))
                 _backward(model, to_device(batch, device), objective, config, counters.step, sums)
             total = world.sum(sums.values)

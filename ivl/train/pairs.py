@@ -28,7 +28,7 @@ Reference = Callable[[VLM, Batch], torch.Tensor]
 START_TOLERANCE = 0.02
 """Mean |log-ratio| per token, in nats, that rounding may cause between the policy at the start and the reference."""
 MOVED = 1e-4
-"""Mean difference of log-ratios, in nats, that is more than float32's rounding."""
+"""Mean difference of log-ratios, in nats, that a policy which learns soon exceeds; rounding alone may, over long replies."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,24 @@ class Replies:
 def reply_log_probs(model: VLM, batch: Batch) -> Replies:
     """One forward call over the pack. Without gradients where torch's grad mode is off."""
     hidden_TD = forward_batch(model, batch)
-    at_M = batch.weights_T.nonzero().squeeze(1)
+    at_M, seq_M = last_replies(batch)
     log_probs_M = linear_log_probs(hidden_TD[at_M], model.decoder.head.matrix(), batch.labels_T[at_M])
+    num_sequences = len(batch.layout.new_lens)
+    # index_add in float32 over a few thousand terms of one sign: no worse than the terms themselves.
+    sums_S = log_probs_M.new_zeros(num_sequences).index_add(0, seq_M, log_probs_M)
+    return Replies(sums_S, torch.bincount(seq_M, minlength=num_sequences))
+
+
+def last_replies(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Trained tokens of every sequence's last reply, and their sequences; replies of earlier turns belong to the prompt."""
+    at_M = batch.weights_T.nonzero().squeeze(1)
     lens_S = torch.tensor(batch.layout.new_lens, device=at_M.device)
     seq_M = torch.arange(len(lens_S), device=at_M.device).repeat_interleave(lens_S)[at_M]
-    # index_add in float32 over a few thousand terms of one sign: no worse than the terms themselves.
-    sums_S = log_probs_M.new_zeros(len(lens_S)).index_add(0, seq_M, log_probs_M)
-    return Replies(sums_S, torch.bincount(seq_M, minlength=len(lens_S)))
+    # A reply is a run of trained tokens. No run goes on from one sequence to the next, for the last token has no label.
+    reply_M = (at_M.diff(prepend=at_M[:1]) != 1).cumsum(0)
+    last_S = torch.zeros_like(lens_S).scatter_reduce(0, seq_M, reply_M, "amax")
+    kept_M = reply_M == last_S[seq_M]
+    return at_M[kept_M], seq_M[kept_M]
 
 
 def frozen(model: VLM) -> Reference:
@@ -96,9 +107,6 @@ class PreferenceObjective:
             not moved after a few; naming the pair.
     """
 
-    in_step = True
-    """Ranks call it together: BCO's shift is one for all of them."""
-
     def __init__(
         self, config: PreferenceConfig, reference: Reference | None, world: World | None = None, *, still_calls: int = 8
     ) -> None:
@@ -108,20 +116,19 @@ class PreferenceObjective:
         self.config, self.reference, self.world = config, reference, world or World()
         self.shift = preference.RunningMean()
         self.calls = 0
-        self.still_calls, self.moved, self.noise = still_calls, False, 0.0
+        self.still_calls, self.moved = still_calls, False
 
     def state(self) -> dict[str, Any]:
-        return {
-            "total": self.shift.total,
-            "count": self.shift.count,
-            "calls": self.calls,
-            "moved": self.moved,
-            "noise": self.noise,
-        }
+        return {"total": self.shift.total, "count": self.shift.count, "calls": self.calls, "moved": self.moved}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.shift = preference.RunningMean(state["total"], state["count"])
-        self.calls, self.moved, self.noise = state["calls"], state["moved"], state["noise"]
+        self.calls, self.moved = state["calls"], state["moved"]
+
+    def idle(self) -> None:
+        """What a rank without a batch does while others have one: BCO's shift is one for all of them."""
+        if self.config.bco:
+            self._observe(0.0, 0)
 
     def __call__(self, model: VLM, batch: Batch) -> Loss:
         check_batch(batch, model)
@@ -164,9 +171,12 @@ class PreferenceObjective:
         rewards = self.config.beta * ratios_P2
         if not train:
             return rewards.new_tensor(self.shift.fold(0.0, 0.0))
-        seen = torch.tensor([float(rewards.double().mean(1).sum()), float(len(rewards))], dtype=torch.float64)
-        total, count = self.world.sum({"seen": seen})["seen"].tolist()
-        return rewards.new_tensor(self.shift.fold(total, count))
+        return rewards.new_tensor(self._observe(float(rewards.double().mean(1).sum()), len(rewards)))
+
+    def _observe(self, total: float, count: int) -> float:
+        """Take in what every rank has seen; all ranks call this together."""
+        seen = torch.tensor([total, count], dtype=torch.float64)
+        return self.shift.fold(*self.world.sum({"seen": seen})["seen"].tolist())
 
     def _check_movement(self, ratios_P2: torch.Tensor, replies: Replies, batch: Batch) -> None:
         self.calls += 1
@@ -178,12 +188,10 @@ class PreferenceObjective:
                 raise ValueError(
                     f"pair {batch.ids[at]} ({batch.sources[at]}): at the first step the policy should equal the reference and "
                     f"the DPO loss ln 2 = {math.log(2):.4f}, but log-ratios are {chosen:.3f} and {rejected:.3f}; is the "
-                    "reference of other weights, data or precision? preference.check_start = False accepts it"
+                    "reference of other weights, data or precision, or has the policy drop path or dropout? "
+                    "preference.check_start = False accepts it"
                 )
-        # At the first call all difference is rounding; a policy that learns soon leaves it behind.
-        difference = float((ratios_P2[:, 0] - ratios_P2[:, 1]).abs().mean())
-        self.noise = difference if self.calls == 1 else self.noise
-        self.moved = self.moved or difference > 2 * self.noise + MOVED
+        self.moved = self.moved or float((ratios_P2[:, 0] - ratios_P2[:, 1]).abs().mean()) > MOVED
         if self.calls == self.still_calls and not self.moved:
             raise ValueError(
                 f"pair {batch.ids[0]} ({batch.sources[0]}): after {self.calls} packs the log-ratios of chosen and rejected "
