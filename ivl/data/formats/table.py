@@ -99,7 +99,10 @@ class ParquetRows(TableRows):
 
     def _block_sizes(self) -> list[int]:
         metadata = self._open().metadata
-        return [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+        sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+        if sum(sizes) != metadata.num_rows:
+            raise ValueError(f"row groups of {sum(sizes)} rows, but {metadata.num_rows} rows")
+        return sizes
 
     def _block(self, number: int) -> pa.Table:
         if number not in self._kept:
