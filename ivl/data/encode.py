@@ -23,6 +23,7 @@ import torch
 from ivl.data.config import DataConfig
 from ivl.data.mixture import Draw, Mixture
 from ivl.data.records import DataError, Kind
+from ivl.data.transport import Parcel, receive, send
 from ivl.errors import InputError
 from ivl.processing.image import MAX_PIXELS, load_image
 from ivl.processing.processor import Processor, SampleOptions
@@ -251,19 +252,20 @@ def _encode(draws: list[Draw]) -> list[Any]:
 
 
 def _pack(encoded: Encoded) -> Any:
-    """Arrays travel through the pipe as bytes; tensors would each take a file descriptor."""
+    """Arrays travel through the pipe as bytes, tiles through shared memory; tensors would each take a file descriptor."""
     result, fixed = encoded
     if isinstance(result, Dropped):
         return encoded
     sample, problem = (result.sample, result.problem) if isinstance(result, Cut) else (result, None)
     values = vars(sample).values()  # in the order of the fields
-    return [value.numpy() if isinstance(value, torch.Tensor) else value for value in values], fixed, problem
+    parent = os.getppid()
+    return [send(value, parent) if isinstance(value, torch.Tensor) else value for value in values], fixed, problem
 
 
 def _unpack(packed: Any) -> Encoded:
     if isinstance(packed, Encoded):
         return packed
     values, fixed, problem = packed
-    fields: list[Any] = [torch.from_numpy(value) if isinstance(value, np.ndarray) else value for value in values]
+    fields: list[Any] = [receive(value) if isinstance(value, np.ndarray | Parcel) else value for value in values]
     sample = Sample(*fields)
     return Encoded(sample if problem is None else Cut(sample, problem), fixed)
