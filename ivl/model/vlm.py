@@ -21,10 +21,10 @@ PIXEL_STD = (0.229, 0.224, 0.225)
 
 def normalise(tiles_GSSC: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """uint8 RGB tiles [G, size, size, 3] to normalised pixels [G, 3, size, size] (ImageNet mean and deviation)."""
-    mean = torch.tensor(PIXEL_MEAN, device=tiles_GSSC.device)
-    std = torch.tensor(PIXEL_STD, device=tiles_GSSC.device)
-    pixels = (tiles_GSSC.float() / 255 - mean) / std
-    return pixels.permute(0, 3, 1, 2).to(dtype)
+    mean, std = (torch.tensor(x, device=tiles_GSSC.device).view(3, 1, 1) for x in (PIXEL_MEAN, PIXEL_STD))
+    # Channels apart first: the sums are then over long rows, and in place.
+    pixels_GCYX = tiles_GSSC.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return pixels_GCYX.div_(255).sub_(mean).div_(std).to(dtype)
 
 
 class VLM(nn.Module):
