@@ -164,7 +164,8 @@ def _kernels() -> tuple[tuple[int, int], int]:
 
 def call(address: int, *arguments: int) -> None:
     """Without the interpreter's lock."""
-    _Kernel(address)(ctypes.addressof((ctypes.c_int64 * (1 + len(arguments)))(0, *arguments)))
+    packed = (ctypes.c_int64 * (1 + len(arguments)))(0, *arguments)  # named, to live through the call
+    _Kernel(address)(ctypes.addressof(packed))
 
 
 def scratch(sizes: list[int]) -> list[int]:
