@@ -14,6 +14,7 @@ from ivl.data.config import DataConfig
 from ivl.errors import InputError
 
 Part = Literal["vision", "projector", "decoder"]
+Precision = Literal["fp32", "bf16", "pure_bf16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +184,7 @@ class TrainConfig:
     """Optimiser steps; None trains until the data end (data.epochs)."""
     packs_per_step: int = 1
     """Packs in one optimiser step over all ranks; each rank takes an equal share, one after another."""
-    precision: Literal["fp32", "bf16", "pure_bf16"] = "bf16"
+    precision: Precision = "bf16"
     """bf16: float32 parameters, bfloat16 arithmetic (autocast). pure_bf16: bfloat16 parameters and optimiser state."""
     checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
@@ -244,7 +245,7 @@ class TrainConfig:
         if self.preference.reference == "adapters" and (self.lora is None or self.stage.trainable):
             raise ValueError("preference.reference adapters needs `lora`, and a stage that trains nothing else")
         if self.preference.reference == "file" and self.flip_tiles:
-            raise ValueError("flip_tiles changes pictures at random, which a file cannot follow; use preference.reference model")
+            raise ValueError("flip_tiles is random, which a file cannot follow; set preference.reference to model")
 
     @property
     def run_dir(self) -> str:

@@ -66,9 +66,11 @@ def last_replies(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     return at_M[kept_M], seq_M[kept_M]
 
 
-def frozen(model: VLM) -> Reference:
-    """A second copy of the weights, as they are now, to run along. Call before the model is sharded."""
+def frozen(model: VLM, place: Callable[[VLM], object] = lambda _: None) -> Reference:
+    """A second copy of the weights, as they are now, to run along. Call before the model is sharded; place(copy) puts the copy
+    where it shall be."""
     reference = copy.deepcopy(model).eval().requires_grad_(False)
+    place(reference)
     return lambda _, batch: reply_log_probs(reference, batch).log_probs_S
 
 

@@ -31,7 +31,7 @@ from ivl.train.loop import Evaluator, to_device, train
 from ivl.train.memory import keep_freed_memory
 from ivl.train.objectives import OBJECTIVES, Objective
 from ivl.train.pairs import PreferenceObjective, Reference, frozen
-from ivl.train.reference import FileReference, adapters_off, precompute
+from ivl.train.reference import FileReference, adapters_off, precompute, weights_hash
 from ivl.train.stage import apply_stage, check_start, trainable
 from ivl.train.state import clean, is_complete, latest_checkpoint
 
@@ -75,12 +75,19 @@ def run(
         if checkpoint is not None and config.lora is not None:
             restore_trainable(model, checkpoint)
         check_start(model)
-        objective = make_objective(model, processor, config, run_dir, world, resumed=checkpoint is not None)
-        if config.shard and world.size > 1:
-            shard(model, (*model.vision.layers, *model.decoder.layers), world, methods=("encode_tiles",))
-        else:
-            model.to(world.device)
-        loader = Loader(config.data, processor, seed=config.seed, rank=world.rank, world_size=world.size)
+
+        def place(one: VLM) -> None:
+            if config.shard and world.size > 1:
+                shard(one, (*one.vision.layers, *one.decoder.layers), world, methods=("encode_tiles",))
+            else:
+                one.to(world.device)
+
+        resumed, copy = checkpoint is not None, None
+        if config.objective == "preference" and config.preference.needs_reference and config.preference.reference == "model":
+            copy = frozen(build_model(config) if resumed else model, place)
+        place(model)
+        objective = make_objective(model, processor, config, run_dir, world, copy, resumed=resumed)
+        loader = make_loader(config.data, processor, config, world)
         record_environment(run_dir, config, loader, world)
         checks = evaluators(processor) if evaluators else ()
         if config.val_data is not None:
@@ -100,35 +107,39 @@ def run(
 
 
 def make_objective(
-    model: VLM, processor: Processor, config: TrainConfig, run_dir: Path, world: World, *, resumed: bool
+    model: VLM, processor: Processor, config: TrainConfig, run_dir: Path, world: World, copy: Reference | None, *, resumed: bool
 ) -> Objective:
-    """The loss of the configuration, for preference with its reference model, which is the model as it is now; a resumed run
-    reads what its start wrote.
+    """The loss of the configuration. That of preferences asks its reference, the model as it is now, about every pair, and
+    when resumed reads what it said then.
+
+    Args:
+        copy: the frozen copy, where one is to be asked.
 
     Raises:
-        InputError: if a resumed run needs a frozen copy of a start that is not there any more.
+        InputError: if a resumed run finds no finished log-probabilities.
     """
     if config.objective != "preference":
         return OBJECTIVES[config.objective]
-    model.to(world.device)
-    reference: Reference | None = None
-    if not config.preference.needs_reference:
-        pass
-    elif config.preference.reference == "adapters":
+    c, reference = config.preference, copy
+    if c.needs_reference and c.reference == "adapters":
         reference = adapters_off
-    elif config.preference.reference == "model":
-        start = build_model(config) if resumed else model
-        reference = frozen(start.to(world.device))
-    elif resumed:
-        reference = FileReference.read(run_dir / "reference")
-    else:
-
-        def loader(data: DataConfig) -> Loader:
-            return Loader(data, processor, seed=config.seed, rank=world.rank, world_size=world.size)
-
-        reference = precompute(model, config, run_dir / "reference", loader, world)
+    elif c.needs_reference and c.reference == "file":
+        folder = Path(c.reference_dir) if c.reference_dir else run_dir / "reference"
+        sets = {folder: config.data} | ({folder / "validation": config.val_data} if config.val_data else {})
+        if not resumed:
+            weights = weights_hash(model)
+            for directory, data in sets.items():
+                loader = make_loader(replace(data, epochs=1, shuffle=False), processor, config, world)
+                precompute(model, loader, directory, precision=config.precision, weights=weights, world=world)
+        reference = FileReference.read(*sets)
     still = STILL_STEPS * max(1, config.packs_per_step // world.size)
-    return PreferenceObjective(config.preference, reference, world, still_calls=still)
+    return PreferenceObjective(c, reference, world, still_calls=still)
+
+
+def make_loader(data: DataConfig, processor: Processor, config: TrainConfig, world: World) -> Loader:
+    """This rank's batches: of preference pairs where the objective is theirs, else of anything but pairs."""
+    pairs = config.objective == "preference"
+    return Loader(data, processor, seed=config.seed, rank=world.rank, world_size=world.size, pairs=pairs)
 
 
 def prepare(config: TrainConfig, run_dir: Path, world: World, *, resume: bool, allow_changed: bool) -> Path | None:
@@ -219,7 +230,7 @@ def validation(config: TrainConfig, data: DataConfig, processor: Processor, obje
 
     def loss(model: nn.Module) -> dict[str, float]:
         total = torch.zeros(2, dtype=torch.float64)
-        loader = Loader(data, processor, seed=config.seed, rank=world.rank, world_size=world.size)
+        loader = make_loader(data, processor, config, world)
         for number, batch in enumerate(in_step(iter(loader), world) if is_sharded(model) else loader):
             if config.val_packs and number * world.size >= config.val_packs:
                 break

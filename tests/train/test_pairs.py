@@ -171,6 +171,7 @@ def test_a_killed_run_ends_as_if_it_never_was(pairs: Path, start: Path, tmp_path
     out = tmp_path / "killed"
     killed = config(pairs, start, out, num_steps=6, save_every=2)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ivl.train.reference.PAIRS_A_CHUNK", 2)
         patch.setattr("ivl.journal.Journal.add", _die_at(2))
         with pytest.raises(KeyboardInterrupt):
             run(killed)
