@@ -7,13 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ivl.data.config import DataConfig
 from ivl.data.formats import offsets
 from ivl.data.formats import text as text_module
+from ivl.data.loader import Loader
 from ivl.data.mixture import Mixture, load_mixture
 from ivl.data.rows import open_rows, write_jsonl
 from ivl.errors import InputError
 from tests.data.files import contents, parquet_file, png, saved_dataset, tar_file
-from tests.data.world import turns
+from tests.data.world import processor, same, turns
 
 ROOT = Path("/media")
 PNG, PNG2 = png(1), png(2)
@@ -333,3 +335,24 @@ def test_arrays_that_are_refused(tmp_path, text, problem):
     with pytest.raises(InputError) as caught:
         open_rows(tmp_path / "a.json")
     assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize("container", ["parquet", "arrow"])
+def test_forked_workers_read_tables_as_one_process_does(tmp_path, container):
+    rows = [
+        {"id": str(n), "image": {"bytes": PNG, "path": None}, "messages": messages("what?", "a red circle")} for n in range(40)
+    ]
+    path = (
+        parquet_file(tmp_path / "a.parquet", rows, group=7)
+        if container == "parquet"
+        else saved_dataset(tmp_path / "saved", rows)
+    )
+
+    def batches(num_workers):
+        loader = Loader(DataConfig(mixture=str(path), max_tokens=128, epochs=1, num_workers=num_workers), processor(), seed=0)
+        assert loader.mixture.describe()  # a row was read before the fork
+        return list(loader)
+
+    alone, forked = batches(0), batches(2)
+    assert len(alone) == len(forked) > 1
+    assert all(same(a, b) for a, b in zip(alone, forked, strict=True))

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from ivl.data.records import DataError, Layout, describe, to_record
 from ivl.errors import InputError
 from ivl.types import Record
-
-MAX_OPEN = 64
-"""Shards of a folder that stay open in one process."""
 
 
 class Rows(ABC):
@@ -25,6 +22,8 @@ class Rows(ABC):
     container: str
     layout: Layout | None = None
     """What every row must be; None reads each row by its own keys."""
+    max_open: ClassVar[int] = 64
+    """Files of a folder that stay open in one process."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -88,7 +87,7 @@ class Shards(Rows):
         shard, at = self._find(index)
         self._open.pop(shard, None)
         self._open[shard] = None  # newest last
-        if len(self._open) > MAX_OPEN:
+        if len(self._open) > self._shards[0].max_open:
             oldest = next(iter(self._open))
             del self._open[oldest]
             self._shards[oldest].close()

@@ -20,7 +20,7 @@ try:
 except ImportError:  # pragma: no cover
     raise InputError("reading tables needs pyarrow; pip install 'ivl[data]'") from None
 
-KEPT_BYTES = 1 << 26
+KEPT_BYTES = 1 << 25
 """Decoded row groups of one parquet file that stay in memory, so that neighbouring rows are cheap."""
 
 
@@ -87,6 +87,7 @@ class ParquetRows(TableRows):
     """A row is found by decoding its row group; the last few are kept. Page checksums are verified where there are any."""
 
     container = "parquet"
+    max_open = 4
 
     def __init__(self, path: Path) -> None:
         self._kept: dict[int, pa.Table] = {}
