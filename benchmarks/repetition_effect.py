@@ -304,7 +304,7 @@ def plot(out: Path, result: dict[str, Any]) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     arms = result["arms"]
-    measures = {"repetitive": "flagged as repetitive", "endless": "never ends", "says_a_sentence_twice": "a sentence twice"}
+    measures = {"repetitive": "flagged as\nrepetitive", "endless": "never ends", "says_a_sentence_twice": "a sentence\ntwice"}
     colours = ("#2ca02c", "#ff7f0e", "#d62728", "#9467bd")
     width = 0.8 / len(arms)
     for number, figures in enumerate(arms.values()):
@@ -316,6 +316,7 @@ def plot(out: Path, result: dict[str, Any]) -> None:
         left.bar(at, shares, width, yerr=error, capsize=2, color=colours[number], label=figures["title"])
     left.set_xticks(range(len(measures)), measures.values())
     left.set_ylabel(f"share of {next(iter(arms.values()))['outputs']} greedy outputs")
+    left.yaxis.set_major_formatter("{x:.0%}")
     left.legend(fontsize=8)
     for number, (name, figures) in enumerate(arms.items()):
         for seed in range(result["seeds"]):
@@ -325,7 +326,7 @@ def plot(out: Path, result: dict[str, Any]) -> None:
             right.plot(
                 [p["step"] for p in points], [p["loss"] for p in points], color=colours[number], linewidth=1, label=label
             )
-    right.set(xlabel="step", ylabel="loss on held-out clean descriptions", yscale="log")
+    right.set(xlabel="step", ylabel="loss on held-out clean descriptions", ylim=(0, 1))
     right.legend(fontsize=8)
     figure.savefig(out / "repetition_effect.png", dpi=90)
 
