@@ -160,13 +160,21 @@ MIN_WORDS, MIN_LEFT = 12, 6
 SENTENCE = re.compile(r"(?<![^\s\"'(])[A-Z][^.!?\n]*(?:\n[^.!?\n]+)*[.!?](?=\s|$)")
 
 
+def _in_code(text: str, at: int) -> bool:
+    """Whether the paragraph of this place is indented, has a prompt or lies in a fence."""
+    start, end = text.rfind("\n\n", 0, at) + 1, text.find("\n\n", at)
+    paragraph = text[start : end if end > 0 else len(text)].strip("\n")
+    return paragraph.startswith(("    ", "\t", "..")) or ">>> " in paragraph or text.count("```", 0, at) % 2 == 1
+
+
 def _cut(text: str, places: str, rng: random.Random) -> str | None:
-    """Cuts after a match of `places` within a sentence, so that a dozen words become six or more."""
+    """Cuts after a match of `places` within a sentence of prose, so that a dozen words become six or more."""
     if len(text.split()) < MIN_WORDS:
         return None
     found = [
         text[: sentence.start() + place.end()]
         for sentence in SENTENCE.finditer(text)
+        if not _in_code(text, sentence.start())
         for place in re.finditer(places, sentence[0])
         if len(sentence[0].split()) >= MIN_LEFT and len(sentence[0][: place.end()].split()) >= 3
     ]
@@ -202,12 +210,8 @@ def cut_anywhere(text: str, rng: random.Random) -> str | None:
 
 
 def cut_in_bracket(text: str, rng: random.Random) -> str | None:
-    words = text.rstrip(".").split(" ")
-    if len(words) < MIN_WORDS:
-        return None
-    return " ".join(words[: rng.randint(MIN_LEFT, len(words))]) + rng.choice(
-        (" (as one", ' which is called "the', " (see the left", " (for example, a", " [compare")
-    )
+    left = cut_after_word(text, rng)
+    return left and left + rng.choice((" (as one", ' which is called "the', " (see the left", " (for example, a", " [compare"))
 
 
 def cut_in_second_paragraph(text: str, rng: random.Random) -> str | None:

@@ -105,9 +105,9 @@ def mixed_scripts(text: str) -> bool:
     script = np.searchsorted(_SCRIPTS, points, side="right")
     both = letters[1:] & letters[:-1]
     differ = both & (script[1:] != script[:-1])
-    return (
-        differ.sum() >= 4 and bool(window_means(differ.astype(float), 32).max() > 0.2) and len(np.unique(script[letters])) >= 3
-    )
+    if differ.sum() < 4:
+        return False
+    return bool(window_means(differ.astype(float), 32).max() > (0.2 if len(np.unique(script[letters])) > 2 else 0.5))
 
 
 _SCRIPTS = np.array([

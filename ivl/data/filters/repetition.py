@@ -18,6 +18,7 @@ _EAST = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 _TOKEN = re.compile(rf"[{_EAST}]|(?:(?![{_EAST}])[^\W_]){{1,40}}|[^\w\s]|_")
 """A word, a character of a script without spaces, or a mark."""
 _NO_WORDS = re.compile(r"https?://\S+|<box>[^<]*</box>")
+_TABLE_ROW = re.compile(r"^[ \t]*\|[^\n]*\|[ \t]*$", re.MULTILINE)
 _PERIODS = 6
 """How many of the commonest distances between equal n-grams are tried as the period of a loop."""
 _MISMATCH = 1.6
@@ -66,6 +67,9 @@ class Repetition:
         ids, weights = _numbered(_TOKEN.findall(plain.casefold()))
         if len(ids) >= 2 * self.ngram:
             found.append((_share_seen(ids, weights, self.ngram) / self.max_ngrams, f"repeated {self.ngram}-grams"))
+        untabled = _TABLE_ROW.sub("", plain)  # rows may differ in little; equal rows are seen by their n-grams
+        if len(untabled) < len(plain):
+            ids, weights = _numbered(_TOKEN.findall(untabled.casefold()))
         found.append((self._loop(ids, weights), "loop of words"))
         found.append((self._loop(*_characters(plain)), "loop of characters"))
         data = text.encode("utf-8", "replace")
