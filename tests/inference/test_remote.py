@@ -30,6 +30,7 @@ class Stub(ThreadingHTTPServer):
     function of the request's JSON."""
 
     daemon_threads = True
+    request_queue_size = 128
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)

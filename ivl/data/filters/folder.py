@@ -13,6 +13,8 @@ from typing import IO, Any
 from ivl.errors import InputError
 
 SYNC_SECONDS = 2.0
+LOCK_SECONDS = 3.0
+"""The worker processes of a run that was killed hold its lock for a second more."""
 _ENTRY = struct.Struct("<II")
 
 
@@ -66,10 +68,14 @@ class Folder:
         except ImportError:  # Windows: two runs in one folder are not noticed
             return
         self._lock = (self.path / ".lock").open("wb")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"{self.path}: another run is at work in this folder") from None
+        end = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                if time.monotonic() > end:
+                    raise InputError(f"{self.path}: another run is at work in this folder") from None
+                time.sleep(0.1)
 
     def _continue(self, state: dict[str, Any]) -> None:
         for part, now in self.identity.items():

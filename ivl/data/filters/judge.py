@@ -168,9 +168,9 @@ class Judge:
         self.asked += len(scores)
         self.unjudged += scores.count(None)
         if self.asked >= 50 and self.unjudged > self.config.max_unjudged_share * self.asked:
-            last = next((reply for reply in reversed(list(stricter.values())) if parse_score(reply) is None), None)
+            last = next((reply for reply in reversed(list(stricter.values())) if parse_score(reply) is None), None) or ""
             raise InputError(
-                f"judge {self.name}: {self.unjudged} of {self.asked} rows got no score; one reply was {last!r}; "
+                f"judge {self.name}: {self.unjudged} of {self.asked} times there was no score; one reply was {last[:200]!r}; "
                 "take a stronger judge, or raise max_unjudged_share"
             )
         return [self._verdict(stage, score) for score in scores]

@@ -89,7 +89,7 @@ def test_refused_rows_are_unjudged_and_the_others_judged() -> None:
 
 def test_a_judge_that_gives_no_scores_stops_the_run() -> None:
     judge = Judge(Fake(), name="fake")
-    with pytest.raises(InputError, match=r"judge fake: 60 of 60 rows got no score.*'Well. nothing"):
+    with pytest.raises(InputError, match=r"judge fake: 60 of 60 times there was no score.*'Well. nothing"):
         judge.verdicts(Quality(), [(record(f"says nothing {n}"), "general") for n in range(60)])
 
 

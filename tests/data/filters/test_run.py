@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -277,8 +278,28 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
         run(chain(), meta, tmp_path / "other")
 
 
-def test_two_runs_in_one_folder(tmp_path: Path) -> None:
+def test_a_full_disk_is_said_and_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    meta, calls = world(tmp_path), iter(range(1000))
+    real = os.fsync
+    monkeypatch.setattr(folder, "SYNC_SECONDS", 0.0)
+    monkeypatch.setattr(run_module, "BLOCK", 8)
+
+    def full(fd: int) -> None:
+        if next(calls) == 20:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match="out: No space left on device; the same command goes on"):
+        run(chain(judged=False), meta, tmp_path / "out")
+    run(chain(judged=False), meta, tmp_path / "out")
+    run(chain(judged=False), meta, tmp_path / "whole")
+    assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
+
+
+def test_two_runs_in_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     meta = world(tmp_path)
+    monkeypatch.setattr(folder, "LOCK_SECONDS", 0.0)
     with folder.Folder(tmp_path / "out", {}), pytest.raises(InputError, match="another run is at work"):
         run(chain(judged=False), meta, tmp_path / "out")
 
