@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 import warnings
 from collections.abc import Callable
 from functools import cache, lru_cache
@@ -21,6 +22,9 @@ MAX_PIXELS = 178_956_970
 """Largest image that is decoded, in pixels (512 MiB of RGB); a header announcing more is refused before decoding."""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
 """What may be opened; the decoders of other formats are never started."""
+KEPT_BYTES = 64 << 20
+"""Largest image whose memory is kept for the next one."""
+_memory = threading.local()
 ORIENTATION = 0x0112
 """The EXIF tag that says how an image was held."""
 
@@ -53,14 +57,15 @@ def load_image(ref: ImageRef, root: str = "", *, max_pixels: int = MAX_PIXELS) -
         return _decode(stream, name, max_pixels)
 
 
-def load_pixels(ref: ImageRef, root: str = "", *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def load_pixels(ref: ImageRef, root: str = "", *, max_pixels: int = MAX_PIXELS, reuse: bool = False) -> np.ndarray:
     """`load_image` as uint8 RGB [height, width, 3]: the same pixels and errors. A usual JPEG is decoded by simplejpeg if that
-    is installed: the same library as Pillow's, without two copies on the way."""
-    pixels_YXC = None if isinstance(ref.source, Image.Image) else _usual_jpeg(ref.source, root, max_pixels)
+    is installed: the same library as Pillow's, without two copies on the way. With `reuse` the pixels may lie in memory that
+    the next such call of this thread overwrites; fresh memory costs a quarter of the decoding."""
+    pixels_YXC = None if isinstance(ref.source, Image.Image) else _usual_jpeg(ref.source, root, max_pixels, reuse)
     return np.asarray(load_image(ref, root, max_pixels=max_pixels)) if pixels_YXC is None else pixels_YXC
 
 
-def _usual_jpeg(source: str | bytes, root: str, max_pixels: int) -> np.ndarray | None:
+def _usual_jpeg(source: str | bytes, root: str, max_pixels: int, reuse: bool) -> np.ndarray | None:
     """Pixels of a colour JPEG without damage that is upright; None for anything else, which takes the usual way."""
     decode = _jpeg_decoder()
     try:
@@ -72,10 +77,21 @@ def _usual_jpeg(source: str | bytes, root: str, max_pixels: int) -> np.ndarray |
         image = _open(io.BytesIO(data), ("JPEG",))
         if image.format != "JPEG" or image.mode != "RGB" or image.width * image.height > max_pixels:
             return None
-        upright = image.getexif().get(ORIENTATION, 1) == 1
-        return decode(data, "RGB") if upright else None  # strict: what the library warns of is a ValueError
+        if image.getexif().get(ORIENTATION, 1) != 1:
+            return None
+        memory = _kept_memory(3 * image.width * image.height) if reuse else None
+        return decode(data, "RGB", buffer=memory)  # strict: what the library warns of is a ValueError
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
+
+
+def _kept_memory(num_bytes: int) -> np.ndarray | None:
+    """This thread's memory for pixels, grown as needed; None for more than is worth keeping."""
+    if num_bytes > KEPT_BYTES:
+        return None
+    if len(getattr(_memory, "pixels", ())) < num_bytes:
+        _memory.pixels = np.empty(num_bytes, np.uint8)
+    return _memory.pixels
 
 
 @cache

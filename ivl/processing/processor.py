@@ -260,7 +260,7 @@ class _Tiles:
         augment, generator = options.augment, options.generator
         damage = augment.drawn(generator) if augment and generator else None
         if damage is None:
-            pixels_YXC = image.load_pixels(ref, options.root, max_pixels=self._max_pixels)
+            pixels_YXC = image.load_pixels(ref, options.root, max_pixels=self._max_pixels, reuse=True)
         else:
             pixels_YXC = corrupt(image.load_image(ref, options.root, max_pixels=self._max_pixels), *damage)
         tiles_GSSC = image.tile_image(pixels_YXC, self._tiling, budget)

@@ -188,7 +188,8 @@ def test_pixels_are_those_of_the_image(tmp_path: Path):
         wanted = np.asarray(load_image(ImageRef(data)))
         (tmp_path / name).write_bytes(data)
         for ref in (ImageRef(data), ImageRef(name)):
-            assert np.array_equal(load_pixels(ref, str(tmp_path)), wanted), name
+            for reuse in (False, True):
+                assert np.array_equal(load_pixels(ref, str(tmp_path), reuse=reuse), wanted), name
     assert np.array_equal(load_pixels(ImageRef(noise)), np.asarray(noise))
     for name, data in {"cut.jpg": whole[: len(whole) // 2], "empty.jpg": b"", "head.jpg": whole[:3]}.items():
         (tmp_path / name).write_bytes(data)
