@@ -56,7 +56,7 @@ def test_correct_meets_wrong_and_malformed(tmp_path: Path, image: str) -> None:
     made = pairs(tmp_path / "out")
     assert [(p["chosen"][-1], p["rejected"][-1]) for p in made] == [("4", "5"), ("4", "6")]
     assert len(pairs(tmp_path / "out", "format_pairs.jsonl")) == 2
-    assert (tally.correct, tally.wrong, dict(tally.malformed)) == (1, 2, {"no final answer": 1, "cut off at the limit": 1})
+    assert (tally.correct, tally.wrong, dict(tally.malformed)) == (1, 2, {"no answer": 1, "cut off at the limit": 1})
     assert tally.pairs == {"correctness": 2, "format": 2} and made[0]["answer_gt"] == ["4"]
 
 
