@@ -50,9 +50,9 @@ class VLM(nn.Module):
         for part in (self.vision, self.projector, self.decoder):
             part.init_weights()
 
-    def encode_tiles(self, tiles_GSSC: torch.Tensor) -> torch.Tensor:
-        """uint8 tiles [G, size, size, 3] to vision tokens [G, U, D]."""
-        return in_chunks(self._encode_some, tiles_GSSC.to(self.device), CHUNK_TILES)
+    def encode_tiles(self, tiles_GSSC: torch.Tensor, *, chunk: int | None = CHUNK_TILES) -> torch.Tensor:
+        """uint8 tiles [G, size, size, 3] to vision tokens [G, U, D]; None encodes them in one call wherever it runs."""
+        return in_chunks(self._encode_some, tiles_GSSC.to(self.device), chunk or len(tiles_GSSC))
 
     def _encode_some(self, tiles_GSSC: torch.Tensor) -> torch.Tensor:
         return self.encode_pixels(normalise(tiles_GSSC, self.dtype))

@@ -225,8 +225,6 @@ class TrainConfig:
             raise ValueError("the run has no end: give num_steps or data.epochs")
         if self.num_steps is None and (self.optim.warmup_steps or self.optim.schedule_steps):
             raise ValueError("without num_steps the length is not known in steps: use optim.warmup_ratio, no schedule_steps")
-        if self.objective == "preference" and self.data.over_budget == "truncate":
-            raise ValueError("data.over_budget truncate would cut one reply of a preference pair; use refuse or skip")
         if self.objective == "preference":
             self._check_preference()
         for name, least in (
@@ -239,7 +237,7 @@ class TrainConfig:
 
     def _check_preference(self) -> None:
         if self.data.over_budget == "truncate":
-            raise ValueError("data.over_budget truncate would cut the replies of pairs; use refuse or skip")
+            raise ValueError("data.over_budget truncate would cut one reply of a preference pair; use refuse or skip")
         if not self.preference.needs_reference:
             return
         if self.preference.reference == "adapters" and (self.lora is None or self.stage.trainable):

@@ -85,22 +85,27 @@ def flip_tiles(batch: Batch) -> Batch:
 
 def forward_batch(model: VLM, batch: Batch) -> torch.Tensor:
     """Final hidden states [T, D]. Each distinct tile is encoded once, however many placeholder runs show it."""
-    hidden_TD = model(batch.tokens_T, batch.layout, encode_vision(model, batch))
     if is_sharded(model) and not len(batch.tiles_GSSC):
-        # Ranks that share shards go through the ViT together, so one without pictures takes a blank tile along.
+        # Ranks that share shards go through ViT and decoder together, so one without pictures encodes a blank tile first.
         size = model.config.vision.image_size
         blank = torch.zeros(1, size, size, 3, dtype=torch.uint8, device=batch.tokens_T.device)
-        hidden_TD = hidden_TD + 0 * model.encode_tiles(blank).sum()
-    return hidden_TD
+        nothing = 0 * _encode(model, blank).sum()
+        return model(batch.tokens_T, batch.layout) + nothing
+    return model(batch.tokens_T, batch.layout, encode_vision(model, batch))
 
 
 def encode_vision(model: VLM, batch: Batch) -> torch.Tensor | None:
     """Vision tokens [R, U, D] of every placeholder run, without a graph when ViT and projector are frozen."""
     if not len(batch.tiles_GSSC):
         return None
+    return _encode(model, batch.tiles_GSSC)[batch.tile_ids_R]
+
+
+def _encode(model: VLM, tiles_GSSC: torch.Tensor) -> torch.Tensor:
     trains = any(p.requires_grad for part in (model.vision, model.projector) for p in part.parameters())
     with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
-        return model.encode_tiles(batch.tiles_GSSC)[batch.tile_ids_R]
+        # Shards are gathered once a call, and ranks that share them must call equally often.
+        return model.encode_tiles(tiles_GSSC, chunk=None) if is_sharded(model) else model.encode_tiles(tiles_GSSC)
 
 
 def check_batch(batch: Batch, model: VLM) -> None:

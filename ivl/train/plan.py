@@ -41,7 +41,7 @@ class Plan:
             "",
             "memory of one rank (estimate" + (", before sharding over ranks)" if config.shard else ")"),
         ]
-        rows += [f"  {name:14}{size / 2**30:10.2f} GiB" for name, size in self.memory.items()]
+        rows += [f"  {name:14}{size / 2**30:10.2f} GiB" for name, size in self.memory.items() if size]
         return "\n".join([*rows, f"  {'sum':14}{sum(self.memory.values()) / 2**30:10.2f} GiB"])
 
 
@@ -63,12 +63,19 @@ def make_plan(config: TrainConfig) -> Plan:
         tiles_per_step=config.packs_per_step * config.data.max_tiles,
         memory={
             "parameters": sum(p.numel() for p in model.parameters()) * _bytes(config),
+            "reference": sum(p.numel() for p in model.parameters()) * _bytes(config) if _keeps_copy(config) else 0,
             "gradients": sum(p.numel() for p in trained.values()) * _bytes(config),
             "optimiser": sum(p.numel() * _bytes(config) * _moments(config, n, p) for n, p in trained.items()),
             "activations": _activations(model, config),
             "logits": MAX_LOGITS * 4,
         },
     )
+
+
+def _keeps_copy(config: TrainConfig) -> bool:
+    """Whether a frozen copy of the start runs along."""
+    c = config.preference
+    return config.objective == "preference" and c.needs_reference and c.reference == "model"
 
 
 def _bytes(config: TrainConfig) -> int:

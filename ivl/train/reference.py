@@ -116,6 +116,8 @@ def precompute(model: VLM, data: Loader, directory: Path, *, precision: Precisio
                 bar.update(task, completed=done + len(found))
         if not last.get("done"):
             journal.add([*found, {"done": True, "pairs": done + len(found)}])
+    if is_sharded(model):
+        model.reshard()  # type: ignore[operator]  # without a backward pass the outermost parameters stay gathered
     set_modes(model)
     world.barrier()
 
