@@ -1,10 +1,10 @@
 """Questions that take several easy-vqa pictures at once, answered with short written reasoning: what nano-mpo learns from.
 
-    <image> <image> <image> how many pictures show a circle?
-    red circle
-    blue triangle
-    red circle
-    Final answer: 2
+<image> <image> <image> how many pictures show a red shape?
+red
+blue
+red
+Final answer: 2
 """
 
 from __future__ import annotations
@@ -14,26 +14,25 @@ from collections.abc import Callable
 from typing import Any
 
 from ivl.data import easy_vqa
-from ivl.data.easy_vqa import COLOURS, SHAPES, Split
+from ivl.data.easy_vqa import COLOURS, Split
 
-MIN_PICTURES, MAX_PICTURES = 2, 4
-Pictures = list[tuple[str, str]]
-"""Colour and shape of each."""
+MIN_PICTURES, MAX_PICTURES = 3, 6
 
 
 def compositions(split: Split, count: int, *, seed: int, prefix: str) -> list[dict[str, Any]]:
-    """Rows {id, image: [paths], question, answer, reasoning}. The pictures are those of the official split whose colour and
-    shape its own questions tell."""
-    described = {image: tuple(text.split()) for image, text in easy_vqa.captions(easy_vqa.rows(split)).items()}
+    """Rows {id, image: [paths], question, answer, reasoning}. The pictures are those of the official split whose colour its
+    own questions tell."""
+    described = {image: text.split()[0] for image, text in easy_vqa.captions(easy_vqa.rows(split)).items()}
     images, rng = sorted(described), random.Random(f"{seed} {split}")
     rows = []
     for number in range(count):
-        chosen = rng.sample(images, rng.randint(MIN_PICTURES, MAX_PICTURES))
-        pictures: Pictures = [described[image] for image in chosen]  # type: ignore[misc]
-        question, answer = rng.choice(KINDS)(pictures, rng)
+        palette = rng.sample(COLOURS, 3)  # few colours, or hardly any would come twice
+        chosen = rng.sample([image for image in images if described[image] in palette], rng.randint(MIN_PICTURES, MAX_PICTURES))
+        colours = [described[image] for image in chosen]
+        question, answer = rng.choice(KINDS)(colours, rng)
         rows.append({
             "id": f"{prefix}-{number}", "image": chosen, "question": question, "answer": answer,
-            "reasoning": "\n".join(" ".join(picture) for picture in pictures),
+            "reasoning": "\n".join(colours),
         })  # fmt: skip
     return rows
 
@@ -51,28 +50,23 @@ def training_row(row: dict[str, Any]) -> dict[str, Any]:
     return {"id": row["id"], "image": row["image"], "conversations": turns}
 
 
-def _count_shape(pictures: Pictures, rng: random.Random) -> tuple[str, str]:
-    wanted = rng.choice(SHAPES)
-    return f"how many pictures show a {wanted}?", str(sum(shape == wanted for _, shape in pictures))
+def _count(colours: list[str], rng: random.Random) -> tuple[str, str]:
+    # Mostly a colour that is there: of eight, few are.
+    wanted = rng.choice(colours) if rng.random() < 0.8 else rng.choice(COLOURS)
+    return f"how many pictures show a {wanted} shape?", str(colours.count(wanted))
 
 
-def _count_colour(pictures: Pictures, rng: random.Random) -> tuple[str, str]:
-    # Half of the time a colour that is there: of eight, most are not.
-    wanted = rng.choice(pictures)[0] if rng.random() < 0.8 else rng.choice(COLOURS)
-    return f"how many pictures show a {wanted} shape?", str(sum(colour == wanted for colour, _ in pictures))
+def _count_different(colours: list[str], rng: random.Random) -> tuple[str, str]:
+    return "how many colors are there?", str(len(set(colours)))
 
 
-def _count_different(pictures: Pictures, rng: random.Random) -> tuple[str, str]:
-    part = rng.choice(("colors", "shapes"))
-    return f"how many {part} are there?", str(len({picture[part == "shapes"] for picture in pictures}))
+def _same(colours: list[str], rng: random.Random) -> tuple[str, str]:
+    return "is the first color the last color?", "yes" if colours[0] == colours[-1] else "no"
 
 
-def _same(pictures: Pictures, rng: random.Random) -> tuple[str, str]:
-    part = rng.choice(("color", "shape"))
-    found = [picture[part == "shape"] for picture in pictures]
-    return f"is the first {part} the last {part}?", "yes" if found[0] == found[-1] else "no"
+def _any(colours: list[str], rng: random.Random) -> tuple[str, str]:
+    wanted = rng.choice(colours) if rng.random() < 0.5 else rng.choice(COLOURS)
+    return f"is there a {wanted} shape?", "yes" if wanted in colours else "no"
 
 
-KINDS: tuple[Callable[[Pictures, random.Random], tuple[str, str]], ...] = (
-    _count_shape, _count_colour, _count_different, _same,
-)  # fmt: skip
+KINDS: tuple[Callable[[list[str], random.Random], tuple[str, str]], ...] = (_count, _count_different, _same, _any)
