@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rich.progress import track
 
-from benchmarks.filter_clean import SHARES, record, streams
+from benchmarks.filter_clean import SHARES, streams
 from benchmarks.filter_faults import DUPLICATES, EXTRA, KINDS, last_answer, with_answer
 from ivl.data.filters.duplicates import Duplicates
 from ivl.data.filters.repetition import Repetition
@@ -180,20 +180,55 @@ def markdown(result: dict) -> str:
     return "\n".join([*lines, f"| clean, dropped % | {result['clean']} | {' | '.join(cells)} | {total} |"])
 
 
+def plot(result: dict, path: Path) -> None:
+    """Recall of each kind and the false positives of each rule as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
+    kinds = [*KINDS, DUPLICATE]
+    bars = left.barh(kinds, [100 * result["recall"][kind] for kind in kinds], color="#4363d8")
+    left.bar_label(bars, fmt="%.1f", padding=2)
+    left.axvline(95, color="#e6194b", linestyle="--", linewidth=1)
+    left.set(xlim=(0, 108), xlabel="recall, %", title=f"{NUM_FAULTS} faulty rows of each kind")
+    rules = list(result["by_rule"])
+    wrong = [100 * result["by_rule"][rule].get("clean", 0) / result["clean"] for rule in rules]
+    bars = right.barh([*rules, "all"], [*wrong, 100 * result["false_positives"]], color=["#808000"] * len(rules) + ["#9a6324"])
+    right.bar_label(bars, fmt="%.2f", padding=2)
+    right.axvline(1, color="#e6194b", linestyle="--", linewidth=1)
+    right.set(xlim=(0, 1.25), xlabel="dropped, %", title=f"{result['clean']} clean rows")
+    left.invert_yaxis()
+    right.invert_yaxis()
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--split", choices=SEEDS, default="held-out")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--failures", type=int, default=0, help="print so many mistakes of each kind")
+    parser.add_argument("--judge", type=int, default=0, help="ask the weak judge about so many clean and off-topic rows")
     parser.add_argument("--out", type=Path, default=Path("runs/filter-quality"))
     args = parser.parse_args()
-    result = measure(args.split, SEEDS[args.split] if args.seed is None else args.seed, args.failures)
+    seed = SEEDS[args.split] if args.seed is None else args.seed
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.judge:
+        from benchmarks import filter_judge
+
+        judged = filter_judge.measure(args.judge, args.split, seed)
+        print(json.dumps(judged, indent=1))
+        (args.out / f"{args.split}-judge.json").write_text(json.dumps(judged, indent=1))
+        return
+    result = measure(args.split, seed, args.failures)
     print(markdown(result))
     for name, part in result["parts"].items():
         print(f"{name:45} {part['rows']:5} {100 * part['dropped'] / part['rows']:6.1f}% dropped")
     print(result["rows_per_second"])
-    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"{args.split}.json").write_text(json.dumps(result, indent=1))
+    (args.out / f"{args.split}.md").write_text(markdown(result) + "\n")
+    plot(result, args.out / f"{args.split}.png")
 
 
 if __name__ == "__main__":

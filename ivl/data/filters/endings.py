@@ -20,7 +20,7 @@ _OFTEN_CUT_WORDS = frozenset((
 ))  # fmt: skip
 """Words that seldom end an answer of six words or more without a mark after them."""
 _VERB = re.compile(
-    r"\b(?:is|are|was|were|am|has|have|had|can|could|will|would|should|must|may|might|does|do|did|shows?|contains?|depicts?|"
+    r"\b(?:is|are|was|were|am|has|have|had|can|could|cannot|will|would|should|must|may|might|does|do|did|shows?|contains?|depicts?|"
     r"features?|appears?|seems?|wears?|sits?|stands?|lies|holds?|looks|means|makes|uses|provides?|returns?|becomes?|"
     r"goes|comes|gives|takes|there's|it's|isn't|aren't)\b",
     re.IGNORECASE,
@@ -30,7 +30,7 @@ _STARTER = re.compile(
 )
 _SENTENCE_END = re.compile(r"[.!?…。！？](?:[\"'”’)\]*_」』]*(?=\s|$)|(?<=[。！？]))")
 _ABBREVIATION = re.compile(r"(?:\b(?:[A-Z]|e\.g|i\.e|etc|vs|cf|Dr|Mr|Mrs|Ms|St|No|Fig|Eq|al|approx|[Ss]ee)|\d)\.$")
-_LISTED = re.compile(r"\s*(?:[-*+•·–>#|]|\d{1,3}[.):]|\(?[a-zA-Z][.)]|[A-Z][a-z]+ \d+[.:]|[\w.]+ : |:[\w *]+:)\s*")
+_LISTED = re.compile(r"\s*(?:[-*+•·–>|]|\d{1,3}[.):]|\(?[a-zA-Z][.)]|[A-Z][a-z]+ \d+[.:]|[\w.]+ : |:[\w *]+:)\s*")
 _VALUE = re.compile(
     r"(?:\b(?:answer|option|choice|result|value|total|sum|conclusion|correct|code|label|is|are|equals?|be|chose|choose)\b"
     r"|[=≈:：→])\W*(?:the\s)?(?:[\w.,%°$/^-]+\s?){1,2}$", re.IGNORECASE
@@ -71,7 +71,12 @@ def cut_off(answer: str, others: tuple[str, ...] = (), *, min_words: int = 5, lo
     if _unclosed(block[label.end() :] if label else block) and len(words) >= 4:
         return "bracket or quotation left open"
     before = [line for line in lines[:-1] if line.strip()]
-    if not label and len(before) >= 3 and not any(_is_open(line.rstrip()[-1]) for line in before) and len(words) >= 3:
+    if (
+        not label
+        and len(before) >= 3
+        and not any(map(_is_open, (line.rstrip()[-1] for line in before)))
+        and (len(words) >= 3 or block[0].islower())
+    ):
         return "last line without the end that the others have"
     ends = [end for end in _SENTENCE_END.finditer(block) if not _ABBREVIATION.search(block[: end.end()])]
     rest = block[ends[-1].end() :] if ends else block[label.end() :] if label else block
@@ -86,7 +91,10 @@ def cut_off(answer: str, others: tuple[str, ...] = (), *, min_words: int = 5, lo
     paragraphs = [line for line in lines[:-1] if _counts(line, min_words)]
     above = "\n".join(lines[:first]).rstrip(" ")
     after_end = above.endswith("\n") and above.rstrip()[-1:] in (".", "!", "?")
-    if (len(words) >= 4 or _STARTER.match(block)) and (after_end or (paragraphs and _ends(paragraphs[-1]))):
+    enough = _STARTER.match(block) or len(words) >= (6 if label else 3 if after_end and block[0].isupper() else 4)
+    if enough and (after_end or (paragraphs and _ends(paragraphs[-1]))):
+        return "last paragraph without an end"
+    if first < len(lines) - 1 and rest.lstrip()[:1].isupper():  # wrapped, as captions and labels are not
         return "last paragraph without an end"
     habit = [_ends(other) for other in others if _counts(other, 4)]
     if len(words) >= 4 and habit:
