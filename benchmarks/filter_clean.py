@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import pkgutil
 import random
 import re
@@ -23,9 +24,21 @@ from ivl.types import ImageRef, Message, Record, Text
 
 Split = Literal["tune", "held-out"]
 PACKAGES = {
-    "tune": ("numpy", "json", "argparse", "email", "collections", "pathlib", "logging", "decimal", "statistics", "tokenizers", "PIL"),
+    "tune": (
+        "numpy",
+        "json",
+        "argparse",
+        "email",
+        "collections",
+        "pathlib",
+        "logging",
+        "decimal",
+        "statistics",
+        "tokenizers",
+        "PIL",
+    ),
     "held-out": ("scipy", "sklearn", "matplotlib", "networkx", "sympy", "hypothesis", "torch.optim", "rich"),
-}  # fmt: skip
+}
 
 
 def record(source: str, turns: list[tuple[str, str]], image: str | bytes | None = None) -> Record:
@@ -38,18 +51,39 @@ def record(source: str, turns: list[tuple[str, str]], image: str | bytes | None 
 
 
 SENTENCES = {
-    "colour": ("The {shape} in the image is {answer}.", "It is {answer}.", "The colour of the shape is {answer}.",
-               "Looking at the picture, the shape has been filled with {answer}, and the background is much paler.",
-               "{Answer}.", "The image contains a single shape, and its colour is {answer}."),
-    "shape": ("The shape in the image is a {answer}.", "It is a {answer}.", "The picture shows a {answer}.",
-              "There is one shape in the picture. It is a {answer}.", "A {answer} is present in the image.",
-              "I can see exactly one shape here, which is a {answer}. Nothing else is drawn on the canvas."),
-    "yes/no": ("{Answer}.", "{Answer}, that is what the image shows.", "{Answer}, judging by the picture.",
-               "The answer to this question is {answer}.", "{Answer}. There is only one shape in the picture, so this is easy to tell."),
-}  # fmt: skip
-CAPTIONS = ("A {caption} on a plain background", "a {caption}", "{caption} drawn on a pale canvas", "A picture of a {caption}",
-            "A single {caption} is drawn on a pale background.", "This small picture shows a {caption}. There is nothing else in it.",
-            "The image is very simple: a {caption} lies on an even background. It has sharp edges, and there is no text.")  # fmt: skip
+    "colour": (
+        "The {shape} in the image is {answer}.",
+        "It is {answer}.",
+        "The colour of the shape is {answer}.",
+        "Looking at the picture, the shape has been filled with {answer}, and the background is much paler.",
+        "{Answer}.",
+        "The image contains a single shape, and its colour is {answer}.",
+    ),
+    "shape": (
+        "The shape in the image is a {answer}.",
+        "It is a {answer}.",
+        "The picture shows a {answer}.",
+        "There is one shape in the picture. It is a {answer}.",
+        "A {answer} is present in the image.",
+        "I can see exactly one shape here, which is a {answer}. Nothing else is drawn on the canvas.",
+    ),
+    "yes/no": (
+        "{Answer}.",
+        "{Answer}, that is what the image shows.",
+        "{Answer}, judging by the picture.",
+        "The answer to this question is {answer}.",
+        "{Answer}. There is only one shape in the picture, so this is easy to tell.",
+    ),
+}
+CAPTIONS = (
+    "A {caption} on a plain background",
+    "a {caption}",
+    "{caption} drawn on a pale canvas",
+    "A picture of a {caption}",
+    "A single {caption} is drawn on a pale background.",
+    "This small picture shows a {caption}. There is nothing else in it.",
+    "The image is very simple: a {caption} lies on an even background. It has sharp edges, and there is no text.",
+)
 SUFFIXES = ("", "", "\nAnswer the question using a single word or phrase.", "\nAnswer in a full sentence.")
 
 
@@ -96,51 +130,20 @@ def caption_rows(split: Split, rng: random.Random) -> Iterator[Record]:
         yield record(f"caption-{Path(image).stem}", [(rng.choice(asks), rng.choice(CAPTIONS).format(caption=caption))], image)
 
 
-PHOTOS: dict[str, tuple[str, ...]] = {
-    "astronaut.png": ("a smiling astronaut in an orange suit", "She wears an orange pressure suit with a mission patch.",
-        "An American flag hangs behind her left shoulder.", "A model of a space shuttle stands in the background.",
-        "She holds a white helmet in front of her.", "Her short hair is brown and curly.", "The portrait looks official, with soft studio light."),
-    "brick.png": ("a wall of bricks", "The bricks are laid in even rows.", "The joints between them are darker than the bricks.",
-        "The picture is in shades of grey.", "No window or door interrupts the wall.", "The surface of the bricks is rough."),
-    "camera.png": ("a man with a camera on a tripod", "He wears a long dark coat and leans towards the viewfinder.",
-        "Tall buildings stand far behind him, across a field.", "The photograph is black and white.",
-        "The tripod has three thin legs that reach down to the grass.", "The sky is bright and empty."),
-    "cell.png": ("a biological cell under a microscope", "The outline of the cell is bright against a grey field.",
-        "The image was taken with phase contrast or a similar method.", "Inside the cell one can see fine grains.", "There is no colour in this image."),
-    "chelsea.png": ("a ginger tabby cat", "The cat looks straight into the camera with green and yellow eyes.",
-        "Its whiskers are long and white.", "The nose is pink, and the fur around it is pale.", "Only the head of the animal is in the frame.",
-        "The background is out of focus.", "Darker stripes run over its forehead."),
-    "coffee.png": ("a cup of coffee on a saucer", "A metal spoon lies beside the cup on the saucer.", "The table is made of dark wood.",
-        "The cup is white, and the coffee has a thin layer of foam.", "The photograph was taken from above, at an angle.", "Light falls on the table from the left."),
-    "coins.png": ("rows of ancient coins", "The coins were found in Pompeii and lie on a dark cloth.", "Most of the coins are worn, and some have chipped edges.",
-        "There are four rows, with about six coins in each.", "A face or a figure can be made out on several of them.", "The image is in shades of grey."),
-    "grass.png": ("a lawn seen from above", "The blades of grass point in all directions.", "The light is even, without strong shadows.",
-        "The texture fills the whole frame.", "No flowers, stones or tools are visible."),
-    "gravel.png": ("a layer of gravel", "The stones have many sizes and shapes.", "The image is grey and rich in contrast.", "Small stones fill the gaps between the larger ones."),
-    "horse.png": ("the black silhouette of a horse", "The horse stands on four legs and faces left.", "The background is entirely white.", "Its tail hangs down behind it.",
-        "There is no shading at all, only two tones."),
-    "hubble_deep_field.jpg": ("distant galaxies in deep space", "Hundreds of galaxies are scattered over a black sky.", "Some of them are spirals, others are ellipses.",
-        "A few bright stars show crosses of diffracted light.", "The colours range from blue to orange and red.", "The picture was taken by the Hubble Space Telescope."),
-    "ihc.png": ("stained tissue under a microscope", "Brown stain marks the protein that was looked for.", "The nuclei of the cells are blue.",
-        "Glands with a bright inside can be seen.", "The image is used to show how stains can be separated."),
-    "moon.png": ("the surface of the moon", "Several craters are visible in the low light.", "The contrast of the picture is poor.", "One large crater lies near the middle.",
-        "The picture is grey and without stars."),
-    "motorcycle_left.png": ("a motorcycle in a garage", "The motorcycle leans on its stand on a concrete floor.", "Shelves and tools are visible behind it.",
-        "The picture belongs to a stereo pair.", "A helmet and some cables lie close to the wall.", "The front wheel is turned a little to one side."),
-    "page.png": ("a scanned page of a book", "The page is unevenly lit and darker at one side.", "The printed text is about the processing of images.",
-        "Some lines are hard to read because of the shadow.", "Two figures with short legends accompany the text."),
-    "retina.jpg": ("the retina of an eye", "Blood vessels branch out from the bright optic disc.", "The background is orange and almost round.", "Photographs like this help to find diseases of the eye.",
-        "The centre of the retina is a little darker."),
-    "rocket.jpg": ("a rocket on its launch pad", "It is night, and the rocket is lit by floodlights.", "Steam drifts around the base of the rocket.", "Tall lightning towers surround the pad.",
-        "The Falcon 9 rocket carries a satellite.", "The sky behind the rocket is dark blue."),
-    "text.png": ("handwritten text on paper", "The letters were written quickly with a dark pen.", "The paper is grey and a little crumpled.", "The lighting changes from one side to the other."),
-    "clock_motion.png": ("a clock blurred by motion", "The hands of the clock cannot be read clearly.", "The camera was moved while the shutter was open.", "The dial is round and bright."),
-    "phantom.png": ("a test image of overlapping ellipses", "It imitates a section through a human head.", "Such images test methods of tomography.", "The outer ellipse is the brightest."),
-}  # fmt: skip
+PHOTOS: dict[str, list[str]] = json.loads(Path(__file__).with_name("filter_photos.json").read_text())
+"""By file of scikit-image: what the photograph shows, and sentences that are true of it."""
 OPENINGS = (
-    "The image shows {x}.", "This is a picture of {x}.", "In this photograph one can see {x}.", "The photograph shows {x}.", "What we see here is {x}.",
-    "The main subject is {x}.", "Here is {x}.", "At the centre of the image there is {x}.", "{X} can be seen in this picture.", "The picture was taken to show {x}.",
-)  # fmt: skip
+    "The image shows {x}.",
+    "This is a picture of {x}.",
+    "In this photograph one can see {x}.",
+    "The photograph shows {x}.",
+    "What we see here is {x}.",
+    "The main subject is {x}.",
+    "Here is {x}.",
+    "At the centre of the image there is {x}.",
+    "{X} can be seen in this picture.",
+    "The picture was taken to show {x}.",
+)
 ASKS = (
     "Describe the image in detail.",
     "What does this photograph show?",
@@ -252,8 +255,18 @@ def document_rows(split: Split, rng: random.Random) -> Iterator[Record]:
 def structured_rows(split: Split, rng: random.Random) -> Iterator[Record]:
     """Lists, tables, code, verses with a refrain, formulas, boxes and Chinese: what naive filters drop."""
     makers: tuple[Callable[[random.Random, int], tuple[str, str]], ...] = (
-        _count, _table, _code, _verse, _formula, _boxes, _chinese, _json, _steps, _choice, _bare_table,
-    )  # fmt: skip
+        _count,
+        _table,
+        _code,
+        _verse,
+        _formula,
+        _boxes,
+        _chinese,
+        _json,
+        _steps,
+        _choice,
+        _bare_table,
+    )
     seen = set()
     for n in range(100_000):
         ask, answer = rng.choice(makers)(rng, n)
@@ -262,8 +275,24 @@ def structured_rows(split: Split, rng: random.Random) -> Iterator[Record]:
             yield record(f"structured-{n}", [(ask, answer)])
 
 
-NOUNS = "river mountain garden window teacher bridge letter engine forest market planet violin harbour kitchen candle".split()  # noqa: SIM905
-ADJECTIVES = "old quiet bright narrow heavy green distant simple broken golden early warm".split()  # noqa: SIM905
+NOUNS = (
+    "river",
+    "mountain",
+    "garden",
+    "window",
+    "teacher",
+    "bridge",
+    "letter",
+    "engine",
+    "forest",
+    "market",
+    "planet",
+    "violin",
+    "harbour",
+    "kitchen",
+    "candle",
+)
+ADJECTIVES = ("old", "quiet", "bright", "narrow", "heavy", "green", "distant", "simple", "broken", "golden", "early", "warm")
 
 
 def _count(rng: random.Random, n: int) -> tuple[str, str]:
@@ -286,7 +315,10 @@ def _bare_table(rng: random.Random, n: int) -> tuple[str, str]:
 
 def _code(rng: random.Random, n: int) -> tuple[str, str]:
     a, b = rng.sample(NOUNS, 2)
-    body = f"def {a}_{b}({a}, {b}=None):\n    if {b} is None:\n        {b} = []\n    for item in {a}:\n        if item not in {b}:\n            {b}.append(item)\n    return {b}"
+    body = (
+        f"def {a}_{b}({a}, {b}=None):\n    if {b} is None:\n        {b} = []\n    for item in {a}:\n"
+        f"        if item not in {b}:\n            {b}.append(item)\n    return {b}"
+    )
     tests = "\n".join(f"assert {a}_{b}([{i}, {i}]) == [{i}]" for i in rng.sample(range(100), rng.randint(1, 5)))
     code = f"```python\n{body}\n\n\n{tests}\n```"
     return f"Write a function {a}_{b}.", rng.choice(
@@ -298,7 +330,8 @@ def _verse(rng: random.Random, n: int) -> tuple[str, str]:
     refrain = f"Oh {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}, sing to me,\nsing of the {rng.choice(NOUNS)} and the sea."
     verses = [
         "\n".join(
-            f"{rng.choice(('The', 'A', 'My', 'One'))} {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)} {rng.choice(('waits', 'sleeps', 'falls', 'burns'))} "
+            f"{rng.choice(('The', 'A', 'My', 'One'))} {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)} "
+            f"{rng.choice(('waits', 'sleeps', 'falls', 'burns'))} "
             f"{rng.choice(('by', 'near', 'under', 'over'))} the {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)},"
             for _ in range(rng.randint(3, 5))
         )
@@ -342,10 +375,15 @@ _ZH = (
 def _chinese(rng: random.Random, n: int) -> tuple[str, str]:
     shape, colour, place = (rng.choice(words) for words in _ZH)
     number = rng.randint(2, 40)
-    return "请描述这张图片。", rng.choice((
-        f"图片{place}有一个{colour}的{shape}，背景颜色较浅，没有其他物体。", f"这是第{number}张图片，里面画着{colour}的{shape}，位于{place}。它的边缘很清晰，背景是纯色。",
-        f"{colour}的{shape}", f"图中可以看到{number}个{shape}，它们都是{colour}的，排列在画面{place}。", f"使用Python画出的{shape}，颜色是{colour}，编号{number}",
-    ))  # fmt: skip
+    return "请描述这张图片。", rng.choice(
+        (
+            f"图片{place}有一个{colour}的{shape}，背景颜色较浅，没有其他物体。",
+            f"这是第{number}张图片，里面画着{colour}的{shape}，位于{place}。它的边缘很清晰，背景是纯色。",
+            f"{colour}的{shape}",
+            f"图中可以看到{number}个{shape}，它们都是{colour}的，排列在画面{place}。",
+            f"使用Python画出的{shape}，颜色是{colour}，编号{number}",
+        )
+    )
 
 
 def _json(rng: random.Random, n: int) -> tuple[str, str]:
@@ -358,7 +396,8 @@ def _json(rng: random.Random, n: int) -> tuple[str, str]:
 
 def _steps(rng: random.Random, n: int) -> tuple[str, str]:
     steps = [
-        f"{rng.choice(('Take', 'Move', 'Clean', 'Open', 'Paint'))} the {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}{rng.choice(('', ' with care', ' first'))}"
+        f"{rng.choice(('Take', 'Move', 'Clean', 'Open', 'Paint'))} the {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"
+        f"{rng.choice(('', ' with care', ' first'))}"
         for _ in range(rng.randint(3, 9))
     ]
     end, mark = rng.choice((".", "")), rng.choice(("- {}", "{n}. {}", "* {}", "Step {n}: {}"))
@@ -379,9 +418,12 @@ def _choice(rng: random.Random, n: int) -> tuple[str, str]:
 
 
 SHARES: dict[str, tuple[Callable[[Split, random.Random], Iterator[Record]], float]] = {
-    "easy-vqa": (vqa_rows, 0.61), "easy-vqa captions": (caption_rows, 0.08), "photographs": (photo_rows, 0.05),
-    "documents": (document_rows, 0.16), "lists, tables, code, ...": (structured_rows, 0.10),
-}  # fmt: skip
+    "easy-vqa": (vqa_rows, 0.61),
+    "easy-vqa captions": (caption_rows, 0.08),
+    "photographs": (photo_rows, 0.05),
+    "documents": (document_rows, 0.16),
+    "lists, tables, code, ...": (structured_rows, 0.10),
+}
 
 
 def streams(split: Split, seed: int) -> dict[str, Iterator[Record]]:

@@ -1,6 +1,5 @@
-"""Faults for `benchmarks.filter_quality`, written before the filters were tuned and as somebody would who wants to get past them.
-
-Every fault kind is a list of variants. Variants marked `unseen` come only in the held-out set: no threshold was chosen with them.
+"""Faults for `benchmarks.filter_quality`, written before the filters were tuned, and as somebody would who wants to get
+past them. Every kind has variants; the `unseen` ones come in the held-out set alone.
 """
 
 from __future__ import annotations
@@ -295,9 +294,12 @@ def wrong_width(text: str, rng: random.Random) -> str | None:
 
 def escaped(text: str, rng: random.Random) -> str:
     quoted = text.replace(". ", "’ – ").replace("'", "’") + "’"
-    return rng.choice((
-        quoted.encode().decode("latin-1").encode("unicode_escape").decode(), "".join(c if c.isascii() else f"&amp;#{ord(c)};" for c in quoted),
-    ))  # fmt: skip
+    return rng.choice(
+        (
+            quoted.encode().decode("latin-1").encode("unicode_escape").decode(),
+            "".join(c if c.isascii() else f"&amp;#{ord(c)};" for c in quoted),
+        )
+    )
 
 
 def shifted_letters(text: str, rng: random.Random) -> str | None:
@@ -424,18 +426,31 @@ class Kind:
 
 KINDS = {
     "repetition loops": Kind(
-        (word_loop, phrase_loop, sentence_loop, paragraph_loop, loop_in_the_middle, corrupted_loop, numbered_loop, loop_without_spaces, chinese_loop),
+        (
+            word_loop,
+            phrase_loop,
+            sentence_loop,
+            paragraph_loop,
+            loop_in_the_middle,
+            corrupted_loop,
+            numbered_loop,
+            loop_without_spaces,
+            chinese_loop,
+        ),
         (alternating_loop, short_tail_loop, restless_loop),
     ),
     "zero runs": Kind(
         (zeros(""), zeros(" "), zeros(", "), zeros(", ", "0.0"), zeros("\n"), zeros(" ", "000"), dirty_zeros, character_run),
         (zeros(", ", "0x00"), zeros("|"), zeros("", "０"), zeros("0.")),
     ),
-    "truncated": Kind((cut_in_word, cut_after_word, cut_after_comma, cut_near_the_end), (cut_in_bracket, cut_in_second_paragraph)),
-    "garbled": Kind(
-        (lost_characters, control_characters, mojibake, random_letters, shuffled_letters, symbols, unicode_soup, wrong_width), (escaped, shifted_letters)
+    "truncated": Kind(
+        (cut_in_word, cut_after_word, cut_after_comma, cut_near_the_end), (cut_in_bracket, cut_in_second_paragraph)
     ),
-}  # fmt: skip
+    "garbled": Kind(
+        (lost_characters, control_characters, mojibake, random_letters, shuffled_letters, symbols, unicode_soup, wrong_width),
+        (escaped, shifted_letters),
+    ),
+}
 EXTRA = {"truncated anywhere": Kind((cut_anywhere,), ())}
 """Reported, without a target."""
 DUPLICATES = {

@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.progress import track
 
 from benchmarks.filter_clean import SHARES, streams
-from benchmarks.filter_faults import DUPLICATES, EXTRA, KINDS, last_answer, with_answer
+from benchmarks.filter_faults import DUPLICATES, EXTRA, KINDS, Edit, last_answer, with_answer
 from ivl.data.filters.duplicates import Duplicates
 from ivl.data.filters.repetition import Repetition
 from ivl.data.filters.rules import Garbled, Language, Leaks, Length, Markup, RepeatedLines, Rule, Runs, Truncated
@@ -55,22 +55,26 @@ def clean_rows(split: str, seed: int, supply: dict[str, Iterator[Record]]) -> li
 def fault_rows(split: str, seed: int, supply: dict[str, Iterator[Record]]) -> list[Labelled]:
     """Each kind NUM_FAULTS times, variants in turn, made of clean rows that are not in the clean set."""
     rng, rows = random.Random(f"{seed} faults"), []
-    parts, weights = list(SHARES), [share for _, share in SHARES.values()]
     for kind, variants in {**KINDS, **EXTRA}.items():
         chosen = variants.variants(split)
         for n in range(NUM_FAULTS):
-            edit, answer = chosen[n % len(chosen)], None
-            while answer is None or answer == last_answer(base):  # an answer may be too short for the variant
-                (part,) = rng.choices(parts, weights)
-                base = next(supply[part], None)
-                if base is None:  # documents and captions end; easy-vqa does not
-                    weights[parts.index(part)] = 0
-                    continue
-                answer = edit(last_answer(base), rng)
-            rows.append(
-                Labelled(with_answer(base, answer), kind, getattr(edit, "__qualname__", "").replace(".<locals>.edit", ""))
-            )
+            edit = chosen[n % len(chosen)]
+            name = getattr(edit, "__qualname__", "").replace(".<locals>.edit", "")
+            rows.append(Labelled(_faulty(edit, supply, rng), kind, name))
     return rows
+
+
+def _faulty(edit: Edit, supply: dict[str, Iterator[Record]], rng: random.Random) -> Record:
+    """The next clean row that lends itself to the fault, with it. An answer may be too short."""
+    while True:
+        (part,) = rng.choices(list(supply), [SHARES[part][1] for part in supply])
+        base = next(supply[part], None)
+        if base is None:  # documents and captions end
+            del supply[part]
+            continue
+        answer = edit(last_answer(base), rng)
+        if answer is not None and answer != last_answer(base):
+            return with_answer(base, answer)
 
 
 def duplicate_rows(split: str, seed: int, clean: list[Labelled]) -> list[Labelled]:
@@ -161,9 +165,8 @@ def show(count: int, rows: list[Labelled], said: list[dict], stream: list[Labell
             seen[key] += 1
             if seen[key] <= count:
                 other = stream[int(found)].record if found else None
-                print(
-                    f"--- {key} {row.record.id}\n{last_answer(row.record)[-300:]!r}\n{other and (other.id, last_answer(other)[-300:])!r}"
-                )
+                print(f"--- {key} {row.record.id}\n{last_answer(row.record)[-300:]!r}")
+                print(repr(other and (other.id, last_answer(other)[-300:])))
 
 
 def markdown(result: dict) -> str:
