@@ -115,10 +115,39 @@ def stage2() -> TrainConfig:
     )
 
 
+def reason() -> TrainConfig:
+    """Supervised: questions about several pictures, with short written reasoning before the answer."""
+    return replace(
+        stage2(),
+        name="nano-reason",
+        out_dir=f"{RUN}/6-reason",
+        model=f"{RUN}/5-stage2/model",
+        optim=OptimConfig(name="muon", lr=2e-3, warmup_ratio=0.05, min_lr_ratio=0.05),
+        data=_data("reasoning", max_tokens=3072, max_tiles=120),
+        num_steps=300,
+    )
+
+
+def mpo() -> TrainConfig:
+    """Mixed Preference Optimization on pairs of the model's own replies."""
+    return replace(
+        reason(),
+        name="nano-mpo",
+        out_dir=f"{RUN}/7-mpo",
+        model=f"{RUN}/6-reason/model",
+        objective="preference",
+        optim=OptimConfig(name="muon", lr=5e-4, warmup_ratio=0.05, min_lr_ratio=0.05),
+        data=replace(_data("questions", max_tokens=3072, max_tiles=120), mixture=f"{RUN}/pairs/meta.json"),
+        num_steps=60,
+    )
+
+
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "nano-language": language,
     "nano-vision": vision,
     "nano-stage1": stage1,
     "nano-stage1.5": stage15,
     "nano-stage2": stage2,
+    "nano-reason": reason,
+    "nano-mpo": mpo,
 }

@@ -16,7 +16,7 @@ from ivl.recipes import nano
 from ivl.train.config import TrainConfig
 
 COLOUR, SHAPE = "what color is the shape?", "what shape is in the image?"
-STAGES = tuple(nano.RECIPES.values())
+STAGES = (nano.language, nano.vision, nano.stage1, nano.stage15, nano.stage2)
 RECORD = "stage.json"
 
 

@@ -10,7 +10,7 @@ pytest.importorskip("easy_vqa")
 
 from ivl.data import easy_vqa
 from ivl.recipes import nano
-from ivl.recipes.quickstart import prepare
+from ivl.recipes.quickstart import STAGES, prepare
 
 
 def test_captions_agree_with_every_answer() -> None:
@@ -41,7 +41,7 @@ def test_every_stage_runs_on_what_the_stage_before_left(tmp_path, monkeypatch) -
 
     monkeypatch.chdir(tmp_path)
     prepare(tmp_path / nano.RUN)
-    for recipe in nano.RECIPES.values():
+    for recipe in STAGES:
         config = recipe()
         run(replace(config, data=replace(config.data, max_tokens=1024, max_tiles=2), num_steps=2, tensorboard=False))
     model = load_model(nano.stage2().run_dir + "/model")

@@ -1,0 +1,217 @@
+"""Does preference training help? `python -m benchmarks.preference_effect`, after `make quickstart`.
+
+nano learns to reason about several pictures (supervised), replies to fresh questions many times, and its checked replies
+become pairs. From the same start, with as many steps of the same size, it then trains by MPO, by DPO alone, and supervised on
+the chosen replies; once also by MPO on Dropout-NTP pairs. All are asked the same held-out questions about pictures of the
+test split. Writes report.json, report.md and report.html to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ivl import pages
+from ivl.api import load
+from ivl.errors import InputError
+from ivl.preference.grading import grade
+from ivl.preference.pairs import build_pairs, read_pairs
+from ivl.preference.questions import Source, load_sources, read_questions
+from ivl.preference.report import write_report
+from ivl.preference.sampling import continue_without_images, sample
+from ivl.recipes import nano
+from ivl.recipes.compositions import compositions, training_row
+from ivl.train.config import PreferenceConfig, TrainConfig
+from ivl.train.distributed import spawn
+from ivl.types import SamplingParams
+
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+"""Quantiles of Student's distribution for the interval of a mean of so many runs."""
+REPLY = SamplingParams(temperature=1.0, max_new_tokens=64)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--start", type=Path, default=Path(nano.RUN) / "model", help="model of the quickstart")
+    parser.add_argument("--out", type=Path, default=Path("runs/preference-effect"))
+    parser.add_argument("--sft-steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=60, help="steps of every method")
+    parser.add_argument("--questions", type=int, default=1000, help="questions sampled")
+    parser.add_argument("--replies", type=int, default=8, help="replies to each")
+    parser.add_argument("--held-out", type=int, default=1000, help="test questions")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--only", default="", help="one method, to look at a setting")
+    args = parser.parse_args()
+    if not args.start.exists():
+        raise SystemExit(f"{args.start}: no model; run `make quickstart` first, or name one with --start")
+    try:
+        experiment(args)
+    except InputError as error:
+        raise SystemExit(f"preference_effect: {error}") from None
+
+
+def experiment(args: argparse.Namespace) -> None:
+    out: Path = args.out
+    out.mkdir(parents=True, exist_ok=True)
+    sft = supervised(args)
+    pairs, dropout = preference_data(args, sft)
+    chosen_rows(pairs / "pairs.jsonl", out / "chosen.jsonl")
+    test = compositions("test", args.held_out, seed=9, prefix="test")
+    results: dict[str, list[dict[str, Any]]] = {"SFT": [held_out(sft, test, out)]}
+    print("SFT", results["SFT"][0], flush=True)
+    for method in methods(args):
+        for seed in range(1 if method == "MPO, Dropout-NTP" else args.seeds):
+            config = configuration(method, seed, args, sft, pairs, dropout)
+            model = trained(config)
+            results.setdefault(method, []).append(held_out(model, test, out) | {"seconds": seconds_of(config)})
+            print(method, seed, results[method][-1], flush=True)
+    write(args, results)
+
+
+def methods(args: argparse.Namespace) -> list[str]:
+    every = ["MPO", "DPO alone", "SFT on chosen", "MPO, Dropout-NTP"]
+    return [method for method in every if method == args.only or not args.only]
+
+
+def supervised(args: argparse.Namespace) -> Path:
+    rows = compositions("train", 40 * args.sft_steps, seed=1, prefix="sft")
+    data = write_rows(args.out / "reasoning.jsonl", map(training_row, rows))
+    base = nano.reason()
+    return trained(
+        replace(
+            base, out_dir=str(args.out / "sft"), model=str(args.start), num_steps=args.sft_steps,
+            data=replace(base.data, mixture=str(data)),
+        )
+    )  # fmt: skip
+
+
+def preference_data(args: argparse.Namespace, model: Path) -> tuple[Path, Path]:
+    """Directories of correctness pairs and of Dropout-NTP pairs, made by the model itself."""
+    rows = compositions("train", args.questions, seed=2, prefix="fresh")
+    keys = ("id", "image", "question", "answer")
+    questions = write_rows(args.out / "questions.jsonl", ({key: row[key] for key in keys} for row in rows))
+    sources = load_sources(questions, style="final_answer", instruct=False)
+    engine, began = load(model).engine, time.monotonic()
+    replies = sample(
+        engine, sources, args.out / "replies.jsonl", model=str(model), num_replies=args.replies, params=REPLY, chunk=64
+    )
+    continued = continue_without_images(engine, replies, args.out / "dropout.jsonl", model=str(model), params=REPLY)
+    print(f"{args.questions * args.replies:,} replies in {time.monotonic() - began:.0f} s", flush=True)
+    found = []
+    for journal, name in ((replies, "pairs"), (continued, "dropout-pairs")):
+        tallies = build_pairs(journal, args.out / name, limit=4)
+        write_report(args.out / name, tallies)
+        found.append(args.out / name)
+        print(name, {source: dict(tally.pairs) | {"accuracy": tally.accuracy} for source, tally in tallies.items()}, flush=True)
+    return found[0], found[1]
+
+
+def chosen_rows(pairs: Path, to: Path) -> None:
+    """Every chosen reply once, as supervised data."""
+    rows = {}
+    for pair in read_pairs(pairs):
+        turns = [{"from": "human", "value": pair["question"]}, {"from": "gpt", "value": pair["chosen"]}]
+        rows[json.dumps([pair["image"], turns])] = {"id": pair["id"], "image": pair["image"], "conversations": turns}
+    write_rows(to, rows.values())
+
+
+def configuration(method: str, seed: int, args: argparse.Namespace, sft: Path, pairs: Path, dropout: Path) -> TrainConfig:
+    base = nano.mpo()
+    name = method.lower().replace(" ", "-").replace(",", "")
+    data = replace(base.data, mixture=str((dropout if "Dropout" in method else pairs) / "pairs.jsonl"))
+    config = replace(
+        base, name=f"{name}-{seed}", out_dir=str(args.out / f"{name}-{seed}"), model=str(sft), num_steps=args.steps, seed=seed,
+        data=data, optim=replace(base.optim, lr=args.lr), log_every=20,
+        preference=PreferenceConfig(reference_dir=str(args.out / f"reference-{Path(data.mixture).parent.name}")),
+    )  # fmt: skip
+    if method == "DPO alone":
+        return replace(config, preference=replace(config.preference, sigmoid=1.0, bco=0.0, generation=0.0))
+    if method == "SFT on chosen":
+        return replace(config, objective="next_token", data=replace(data, mixture=str(args.out / "chosen.jsonl")))
+    return config
+
+
+def trained(config: TrainConfig) -> Path:
+    """Train in two ranks, unless it was done before."""
+    model = Path(config.run_dir) / "model"
+    if not model.exists():
+        shutil.rmtree(config.run_dir, ignore_errors=True)
+        spawn(_run, (config,), nano.RANKS)
+    return model
+
+
+def _run(config: TrainConfig) -> None:
+    from ivl.train.run import run
+
+    run(config)
+
+
+def seconds_of(config: TrainConfig) -> float:
+    last = json.loads((Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()[-1])
+    return round(last["seconds"], 1)
+
+
+def held_out(model: Path, test: list[dict[str, Any]], out: Path) -> dict[str, Any]:
+    """Accuracy on test questions, greedy; malformed replies; replies that repeat until they are cut off."""
+    keys = ("id", "image", "question", "answer")
+    file = write_rows(out / "test.jsonl", ({key: row[key] for key in keys} for row in test))
+    source = Source(name="test", questions=str(file), instruct=False)
+    questions = list(read_questions((source,)))
+    replies = load(model).engine.generate([q.conversation() for q in questions], SamplingParams(max_new_tokens=64))
+    grades = [grade(r.text, r.finish_reason, q.answers, source) for r, q in zip(replies, questions, strict=True)]
+    n = len(grades)
+    return {
+        "accuracy": sum(g.correct is True for g in grades) / n, "malformed": sum(g.correct is None for g in grades) / n,
+        "endless": sum(r.finish_reason == "length" for r in replies) / n,
+        "reasoning": sum(r.text.startswith(row["reasoning"] + "\n") for r, row in zip(replies, test, strict=True)) / n, "n": n,
+    }  # fmt: skip
+
+
+def interval(values: list[float]) -> float:
+    """Half of the 95% interval of the mean over seeds."""
+    return T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) in T_95 else float("nan")
+
+
+def write(args: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) -> None:
+    settings = {key: str(value) for key, value in vars(args).items()}
+    (args.out / "report.json").write_text(json.dumps({"settings": settings, "results": results}, indent=2) + "\n")
+    head = ["method", "seeds", "accuracy", "95%", "gain", "reasoning right", "malformed", "endless"]
+    start = results["SFT"][0]["accuracy"]
+    rows = []
+    for method, runs in results.items():
+        accuracies = [run["accuracy"] for run in runs]
+        mean, half = statistics.mean(accuracies), interval(accuracies)
+        shares = [f"{statistics.mean(run[key] for run in runs):.1%}" for key in ("reasoning", "malformed", "endless")]
+        shown = "" if math.isnan(half) else f"± {half:.1%}"
+        rows.append([method, len(runs), f"{mean:.1%}", shown, f"{mean - start:+.1%}", *shares])
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows]]
+    (args.out / "report.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    figure, axis = pages.pyplot().subplots(figsize=(8, 3), layout="constrained")
+    for at, runs in enumerate(results.values()):
+        accuracies = [run["accuracy"] for run in runs]
+        half = interval(accuracies)
+        axis.bar(at, statistics.mean(accuracies), color="#9ecae1", yerr=None if math.isnan(half) else half, capsize=4)
+        axis.plot([at] * len(accuracies), accuracies, "k.", markersize=4)
+    axis.axhline(start, color="#333", linewidth=0.8, linestyle=":")
+    axis.set_xticks(range(len(results)), results)
+    axis.set(ylabel="held-out accuracy", ylim=(max(0, start - 0.15), None))
+    page = pages.page("Preference training on nano", pages.table(head, rows), pages.plot(figure, "accuracy by method"))
+    (args.out / "report.html").write_text(page, encoding="utf-8")
+
+
+def write_rows(path: Path, rows: Any) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+if __name__ == "__main__":
+    main()
