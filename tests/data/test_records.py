@@ -70,6 +70,56 @@ def test_openai_messages():
     )
 
 
+PATHS = ["a.png", "b.png"]
+ASKED = (ImageRef("/media/a.png"), Text("\n"), ImageRef("/media/b.png"), Text("\nsame?"))
+SLOT = {"type": "image"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"images": PATHS, "conversations": turns("<image>\n<image>\nsame?", "no")},
+        {"images": PATHS, "messages": turns("<image>\n<image>\nsame?", "no"), "objects": {"ref": [], "bbox": []}, "tools": ""},
+        {"images": [{"path": "a.png", "bytes": None}, {"path": "b.png"}], "texts": [{"user": "same?", "assistant": "no"}]},
+        {"images": PATHS, "texts": [{"user": "<image>\n<image>\nsame?", "assistant": "no"}], "ratings": 3},
+        {"images": PATHS, "conversations": {"from": ["human", "gpt"], "value": ["<image>\n<image>\nsame?", "no"]}},
+        {
+            "images": PATHS[::-1],
+            "messages": [
+                {"role": "user", "content": [
+                    SLOT | {"index": 1}, {"type": "text", "text": "\n"}, SLOT | {"index": 0}, {"type": "text", "text": "\nsa"},
+                    {"type": "text", "text": "me?"}]},
+                {"role": "assistant", "content": "no"},
+            ],
+        },
+        {
+            "images": PATHS,
+            "messages": [
+                {"role": "user", "content": [SLOT, {"type": "text", "text": "\n"}, SLOT, {"type": "text", "text": "\nsame?"}]},
+                {"role": "assistant", "content": "no"},
+            ],
+        },
+    ],
+)  # fmt: skip
+def test_layouts_that_say_the_same(row):
+    expected = (Message("user", ASKED), Message("assistant", (Text("no"),)))
+    assert read(row).conversations == (expected,)
+    system = Message("system", (Text("Be brief."),))
+    assert read(row | {"system": "Be brief."}).conversations == ((system, *expected),)
+
+
+def test_images_by_number_must_all_be_shown():
+    user = {"role": "user", "content": [SLOT | {"index": 0}, SLOT | {"index": 0}]}
+    with pytest.raises(DataError, match=r"image indexes \[0, 0\] of 2 images"):
+        read({"images": PATHS, "messages": [user, {"role": "assistant", "content": "x"}]})
+
+
+def test_the_clip_of_a_row_is_that_of_its_openai_videos():
+    user = {"role": "user", "content": [{"type": "video_url", "video_url": {"url": "v.mp4"}}]}
+    record = read({"clip": [1, 2], "messages": [user, {"role": "assistant", "content": "x"}]})
+    assert record.conversations[0][0].content == (VideoRef("/media/v.mp4", clip=(1.0, 2.0)),)
+
+
 @pytest.mark.parametrize(
     ("row", "kind", "words"),
     [
@@ -88,6 +138,32 @@ def test_openai_messages():
         ({"image": "a", "conversations": turns("<image><image>", "x")}, "placeholder_mismatch", "2 <image> marks but 1 images"),
         ({"image": ["a", "b"], "conversations": turns("q", "x")}, "placeholder_mismatch", "0 <image> marks but 2 images"),
         ({"conversations": turns("<image>", "x")}, "placeholder_mismatch", "1 <image> marks but 0 images"),
+        ({"conversations": turns("q", "a"), "messages": turns("q", "b")}, "bad_row", "both `conversations` and `messages`"),
+        ({"image": "a", "images": ["b"], "messages": turns("q", "a")}, "bad_row", "both `image` and `images`"),
+        ({"images": [{"path": None}], "messages": turns("q", "a")}, "bad_row", "an image must be a path"),
+        ({"system": ["x"], "messages": turns("q", "a")}, "bad_row", "`system` must be a string"),
+        (
+            {"system": "x", "messages": [{"role": "system", "content": "y"}, *turns("q", "a")]},
+            "bad_roles",
+            "got system, system",
+        ),
+        ({"tools": "[{}]", "messages": turns("q", "a")}, "bad_row", "tool calls are not supported"),
+        ({"audios": ["a.wav"], "messages": turns("q", "a")}, "bad_row", "audio is not supported"),
+        (
+            {"objects": {"ref": ["cat"], "bbox": [[1, 2, 3, 4]]}, "messages": turns("q", "a")},
+            "bad_row",
+            "write <ref>name</ref>",
+        ),
+        ({"messages": [turns("q", "a")[0], turns("q", "a")[1] | {"loss": False}]}, "bad_row", "a turn has loss False"),
+        ({"texts": [{"user": "q"}]}, "bad_row", "must have user and assistant"),
+        (
+            {"texts": [{"user": "<image>", "assistant": "a"}], "images": ["a", "b"]},
+            "placeholder_mismatch",
+            "1 <image> marks but 2",
+        ),
+        ({"video": "v", "clip": [3, 1], "messages": turns("q", "a")}, "bad_row", "0 <= start < end"),
+        ({"video": "v", "clip": [0, 10**400], "messages": turns("q", "a")}, "bad_row", "`clip` must be"),
+        ({"id": [1], "messages": turns("q", "a")}, "bad_row", "`id` must be a string or a number"),
         (b"[" * 100_000, "broken_json", "not valid JSON"),
         ({"conversations": turns("half \ud800", "a")}, "broken_json", "surrogates not allowed"),
         ({"image": "a\0b", "conversations": turns("q", "x")}, "missing_media", "not a path"),
