@@ -49,7 +49,7 @@ def video(n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 
 STREAMS = {"short VQA": short_vqa, "90% short, 10% long": long_documents, "video": video}
-BUDGETS = ((8192, 48), (16384, 48))
+BUDGETS = ((8192, 48), (16384, 48), (32768, 128))
 
 
 def ours(sizes: list[Size], max_tokens: int, max_tiles: int, max_buffer: int) -> int:
