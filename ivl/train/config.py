@@ -246,6 +246,12 @@ class TrainConfig:
             raise ValueError("flip_tiles is random, which a file cannot follow; set preference.reference to model")
 
     @property
+    def keeps_start(self) -> bool:
+        """Whether a frozen copy of the start runs along."""
+        asks = self.objective == "preference" and self.preference.needs_reference
+        return asks and self.preference.reference == "model"
+
+    @property
     def run_dir(self) -> str:
         return self.out_dir or f"runs/{self.name}"
 

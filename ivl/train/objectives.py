@@ -85,13 +85,13 @@ def flip_tiles(batch: Batch) -> Batch:
 
 def forward_batch(model: VLM, batch: Batch) -> torch.Tensor:
     """Final hidden states [T, D]. Each distinct tile is encoded once, however many placeholder runs show it."""
-    if is_sharded(model) and not len(batch.tiles_GSSC):
-        # Ranks that share shards go through ViT and decoder together, so one without pictures encodes a blank tile first.
+    vision_RUD = encode_vision(model, batch)
+    if vision_RUD is None and is_sharded(model):
+        # Ranks that share shards go through ViT and decoder together, forth and back: one without pictures encodes a blank
+        # tile and shows none of it.
         size = model.config.vision.image_size
-        blank = torch.zeros(1, size, size, 3, dtype=torch.uint8, device=batch.tokens_T.device)
-        nothing = 0 * _encode(model, blank).sum()
-        return model(batch.tokens_T, batch.layout) + nothing
-    return model(batch.tokens_T, batch.layout, encode_vision(model, batch))
+        vision_RUD = _encode(model, torch.zeros(1, size, size, 3, dtype=torch.uint8, device=batch.tokens_T.device))[:0]
+    return model(batch.tokens_T, batch.layout, vision_RUD)
 
 
 def encode_vision(model: VLM, batch: Batch) -> torch.Tensor | None:

@@ -63,19 +63,13 @@ def make_plan(config: TrainConfig) -> Plan:
         tiles_per_step=config.packs_per_step * config.data.max_tiles,
         memory={
             "parameters": sum(p.numel() for p in model.parameters()) * _bytes(config),
-            "reference": sum(p.numel() for p in model.parameters()) * _bytes(config) if _keeps_copy(config) else 0,
+            "reference": sum(p.numel() for p in model.parameters()) * _bytes(config) if config.keeps_start else 0,
             "gradients": sum(p.numel() for p in trained.values()) * _bytes(config),
             "optimiser": sum(p.numel() * _bytes(config) * _moments(config, n, p) for n, p in trained.items()),
             "activations": _activations(model, config),
             "logits": MAX_LOGITS * 4,
         },
     )
-
-
-def _keeps_copy(config: TrainConfig) -> bool:
-    """Whether a frozen copy of the start runs along."""
-    c = config.preference
-    return config.objective == "preference" and c.needs_reference and c.reference == "model"
 
 
 def _bytes(config: TrainConfig) -> int:

@@ -82,9 +82,8 @@ def run(
             else:
                 one.to(world.device)
 
-        resumed, copy = checkpoint is not None, None
-        if config.objective == "preference" and config.preference.needs_reference and config.preference.reference == "model":
-            copy = frozen(build_model(config) if resumed else model, place)
+        resumed = checkpoint is not None
+        copy = frozen(build_model(config) if resumed else model, place) if config.keeps_start else None
         place(model)
         objective = make_objective(model, processor, config, run_dir, world, copy, resumed=resumed)
         loader = make_loader(config.data, processor, config, world)
