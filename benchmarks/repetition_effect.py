@@ -29,7 +29,7 @@ from ivl.data.rows import write_jsonl
 from ivl.processing.tokenizer import Tokenizer, train_tokenizer
 from ivl.recipes import nano
 from ivl.recipes.quickstart import turns
-from ivl.scoring.metrics import wilson
+from ivl.scoring import wilson
 from ivl.train.config import OptimConfig, Stage, TrainConfig
 from ivl.train.run import run
 from ivl.types import Message, Record, SamplingParams, Text
