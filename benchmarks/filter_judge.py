@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 import tempfile
 from collections import Counter
 from pathlib import Path
 
+import torch
+
 from benchmarks.filter_clean import streams
-from ivl.api import load
+from ivl.api import Model, load
 from ivl.compose import compose
 from ivl.data.filters.judge import Judge, JudgeConfig, Quality
+from ivl.generators import answers_of
 from ivl.model.checkpoint import save_model
-from ivl.types import Message, Record
+from ivl.types import Layout, Message, Record, SamplingParams, Text
 from tests.model.checkpoints import random_model, tiny_like
 from tests.packages import smollm2_gguf
 
@@ -36,8 +40,12 @@ def _with_answers(record: Record, other: Record) -> Record:
     return dataclasses.replace(record, conversations=(tuple(talk),))
 
 
-def measure(count: int, split: str, seed: int, min_score: float = 7.0) -> dict:
-    """Shares dropped of `count` clean rows with pictures and of as many off-topic ones, and the area under the curve."""
+def measure(count: int, split: str, seed: int) -> dict:
+    """Three ways to ask the judge about `count` clean rows with pictures and as many off-topic ones.
+
+    The engine's own stage (scores of 0 to 10, threshold 7); a plain question for yes or no; and no question at all: how much
+    likelier the answer's tokens become when the question stands before them, dropped below the 5% lowest of the clean rows.
+    """
     supply = streams(split, seed)  # type: ignore[arg-type]
     kinds = ("easy-vqa", "easy-vqa captions", "photographs")
     clean = [next(supply[kinds[n % len(kinds)]]) for n in range(count)]
@@ -45,17 +53,67 @@ def measure(count: int, split: str, seed: int, min_score: float = 7.0) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         save_model(random_model(tiny_like("1B")), Path(folder) / "vit")
         compose(Path(folder) / "vit", smollm2_gguf(), None, Path(folder) / "judge")
-        config = JudgeConfig(max_new_tokens=48, batch_size=16, max_unjudged_share=1.0)
-        judge = Judge(load(Path(folder) / "judge").engine, name="smollm2-135m-instruct", config=config)
-        verdicts = {
-            kind: judge.verdicts(Quality(min_score=min_score), [(r, "general") for r in some]) for kind, some in rows.items()
+        model = load(Path(folder) / "judge")
+        return {
+            "rows": count,
+            "quality stage": _staged(model, rows),
+            "yes or no": _asked(model, rows),
+            "likelihood": _likelihood(model, rows),
         }
-    scores = {kind: [v.score for v in found if v.score is not None] for kind, found in verdicts.items()}
-    pairs = [(a > b) + (a == b) / 2 for a in scores["clean"] for b in scores["off-topic"]]
+
+
+def _staged(model: Model, rows: dict[str, list[Record]]) -> dict:
+    config = JudgeConfig(max_new_tokens=32, batch_size=16, max_unjudged_share=1.0)
+    judge = Judge(model.engine, name="smollm2-135m-instruct", config=config)
+    verdicts = {kind: judge.verdicts(Quality(), [(row, "general") for row in some]) for kind, some in rows.items()}
     return {
-        "rows": count,
-        "dropped": {kind: sum(not v.keep for v in found) / count for kind, found in verdicts.items()},
-        "unjudged": {kind: sum(v.score is None for v in found) / count for kind, found in verdicts.items()},
-        "scores": {kind: dict(sorted(Counter(found).items())) for kind, found in scores.items()},
-        "auc": sum(pairs) / len(pairs) if pairs else None,
+        "dropped": {kind: sum(not v.keep for v in found) / len(found) for kind, found in verdicts.items()},
+        "no score in the reply": {kind: sum(v.score is None for v in found) / len(found) for kind, found in verdicts.items()},
     }
+
+
+def _asked(model: Model, rows: dict[str, list[Record]]) -> dict:
+    said = {}
+    for kind, some in rows.items():
+        prompts = [f"{_turns(row)}\n\nDoes every answer fit its question? Reply with yes or no." for row in some]
+        talks = [(Message("system", (Text("You check answers."),)), Message("user", (Text(prompt),))) for prompt in prompts]
+        replies = answers_of(model.engine, talks, SamplingParams(max_new_tokens=6))
+        said[kind] = Counter((re.findall("[a-z]+", reply.lower()) or [""])[0] for reply in replies)
+    return {
+        "dropped": {kind: said[kind]["no"] / len(some) for kind, some in rows.items()},
+        "neither yes nor no": {kind: 1 - (said[kind]["no"] + said[kind]["yes"]) / len(some) for kind, some in rows.items()},
+    }
+
+
+def _turns(row: Record) -> str:
+    return "\n".join(f"{'Question' if m.role == 'user' else 'Answer'}: {m.text.strip()}" for m in row.conversations[0])
+
+
+@torch.no_grad()
+def _likelihood(model: Model, rows: dict[str, list[Record]]) -> dict:
+    gains = {kind: [_gain(model, row) for row in some] for kind, some in rows.items()}
+    limit = sorted(gains["clean"])[len(gains["clean"]) // 20]
+    wins = [(a > b) + (a == b) / 2 for a in gains["clean"] for b in gains["off-topic"]]
+    return {
+        "dropped": {kind: sum(gain < limit for gain in found) / len(found) for kind, found in gains.items()},
+        "area under the curve": sum(wins) / len(wins),
+    }
+
+
+def _gain(model: Model, row: Record) -> float:
+    """Mean gain in nats a token of the answers from their questions."""
+    talk = row.conversations[0]
+    total, tokens = 0.0, 0
+    for question, answer in zip(talk[::2], talk[1::2], strict=True):
+        with_question = _log_probs(model, f"Question: {question.text.strip()}\nAnswer:", f" {answer.text}")
+        without = _log_probs(model, "Answer:", f" {answer.text}")
+        total, tokens = total + float((with_question - without).sum()), tokens + len(without)
+    return total / tokens
+
+
+def _log_probs(model: Model, prompt: str, answer: str) -> torch.Tensor:
+    vlm, tokenizer = model.engine.model, model.engine.processor.tokenizer
+    before, after = tokenizer.encode(prompt), tokenizer.encode(answer)
+    ids = torch.tensor(before + after)
+    logits_TV = vlm.head(vlm(ids, Layout.packed((len(ids),)))).float()
+    return logits_TV[len(before) - 1 : -1].log_softmax(-1).gather(1, ids[len(before) :, None])[:, 0]
