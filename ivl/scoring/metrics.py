@@ -1,4 +1,4 @@
-"""Scores of predicted texts and boxes, and the interval of a mean score. Standard library only.
+"""The metrics of benchmarks for predicted texts and boxes, and the interval of a mean score.
 
 Every text score takes a prediction and the accepted answers and returns a value from 0 to 1.
 """
@@ -8,6 +8,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+
+from ivl.errors import InputError
+from ivl.scoring.spelling import ARTICLES, CONTRACTIONS, NUMBER_WORDS
 
 Box = tuple[float, float, float, float]
 """x1, y1, x2, y2."""
@@ -59,14 +62,16 @@ def _similarity(prediction: str, answer: str, threshold: float) -> float:
 
 
 def edit_distance(a: str, b: str) -> int:
-    """Fewest insertions, deletions and substitutions of characters that turn a into b."""
-    previous = list(range(len(b) + 1))
-    for row, x in enumerate(a, 1):
-        current = [row]
-        for column, y in enumerate(b, 1):
-            current.append(min(previous[column] + 1, current[-1] + 1, previous[column - 1] + (x != y)))
-        previous = current
-    return previous[-1]
+    """Fewest insertions, deletions and substitutions of characters that turn a into b.
+
+    Raises:
+        InputError: if rapidfuzz is not installed.
+    """
+    try:
+        from rapidfuzz.distance import Levenshtein
+    except ImportError:
+        raise InputError('edit distances need rapidfuzz; install it with `pip install "ivl[eval]"`') from None
+    return Levenshtein.distance(a, b)
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
@@ -74,22 +79,15 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
     A single answer has nobody to leave out and must match.
     """
-    said = _vqa_form(prediction)
-    matches = [_vqa_form(answer) == said for answer in answers]
+    return agreement(_vqa_form(prediction), [_vqa_form(answer) for answer in answers])
+
+
+def agreement(said: str, answers: Sequence[str]) -> float:
+    """VQA accuracy of texts that are in their final form."""
+    matches = [answer == said for answer in answers]
     if len(matches) == 1:
         return float(matches[0])
     return sum(min(1.0, (sum(matches) - match) / 3) for match in matches) / len(matches)
-
-
-_NUMBERS = "zero one two three four five six seven eight nine ten"
-_NUMBER_WORDS = {"none": "0", **{word: str(n) for n, word in enumerate(_NUMBERS.split())}}
-_SHORTENED = (
-    "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's i'd've i'm "
-    "i've isn't it'd it'll might've mightn't must've mustn't needn't shan't should've shouldn't somebody's someone's that'd "
-    "that's there'd there's they'd they'll they're they've wasn't we've weren't what'll what're what's what've when's where'd "
-    "where's who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've"
-)
-_CONTRACTIONS = {word.replace("'", ""): word for word in _SHORTENED.split()}
 
 
 def _vqa_form(text: str) -> str:
@@ -98,8 +96,9 @@ def _vqa_form(text: str) -> str:
     text = re.sub(r"(?<=\d),(?=\d)", "", text)
     text = re.sub(r"(?<!\d)\.|\.(?!\d)", "", text)
     text = re.sub(r"[;/\[\]\"{}()=+\\_\-><@`,?!]", " ", text)
-    words = (_NUMBER_WORDS.get(word, word) for word in text.split() if word not in ("a", "an", "the"))
-    return " ".join(_CONTRACTIONS.get(word, word) for word in words)
+    words = ["zero" if word == "none" else word for word in text.split() if word not in ARTICLES]
+    words = [str(NUMBER_WORDS.get(word, word)) for word in words]
+    return " ".join(CONTRACTIONS.get(word, word) for word in words)
 
 
 def choice_letter(prediction: str, choices: Sequence[str]) -> str | None:

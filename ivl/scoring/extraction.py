@@ -1,0 +1,137 @@
+"""The answer that a reply gives in one of the agreed styles, or what is wrong with the reply's form (spec 6.1)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from ivl.errors import InputError
+
+Style = Literal["direct", "final_answer", "boxed", "think"]
+Problem = Literal[
+    "no answer", "too many answers", "empty answer", "answer of several lines", "too few lines", "no reasoning",
+    "unclosed box", "broken think tags", "broken answer tags", "text outside the tags",
+]  # fmt: skip
+
+_MARKER = re.compile(r"(?:final answer(?: is)?|最终答案(?:是|为)?|最后答案(?:是|为)?)\s{0,3}(?:\*\*|__)?\s{0,3}[:：]", re.IGNORECASE)
+_MOST_MARKERS, _FEWEST_NEWLINES = 2, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extracted:
+    """Exactly one of the two is set."""
+
+    answer: str | None = None
+    problem: Problem | None = None
+
+
+def extract(reply: str, style: Style) -> Extracted:
+    """The answer of a reply.
+
+    direct: the whole reply. final_answer: `final_answer`. boxed: `boxed`. think: `think`.
+
+    Raises:
+        InputError: for an unknown style.
+    """
+    if style not in get_args(Style):
+        raise InputError(f"style {style!r} is not one of {', '.join(get_args(Style))}")
+    if style == "direct":
+        return _found(reply)
+    return {"final_answer": final_answer, "boxed": boxed, "think": think}[style](reply)
+
+
+def final_answer(reply: str) -> Extracted:
+    """What stands behind the last "Final answer:" or "最终答案：", in one line.
+
+    A reply is malformed with no marker or more than two of them, without reasoning before the first, or with fewer than two
+    line breaks in all.
+    """
+    markers = list(_MARKER.finditer(reply))
+    if not markers:
+        return Extracted(problem="no answer")
+    if len(markers) > _MOST_MARKERS:
+        return Extracted(problem="too many answers")
+    if not re.search(r"\w", reply[: markers[0].start()]):
+        return Extracted(problem="no reasoning")
+    if reply.count("\n") < _FEWEST_NEWLINES:
+        return Extracted(problem="too few lines")
+    return _found(reply[markers[-1].end() :], one_line=True)
+
+
+def boxed(reply: str) -> Extracted:
+    r"""The content of the last `\boxed{...}` whose braces are balanced."""
+    box = last_box(reply)
+    if box is None:
+        return Extracted(problem="unclosed box" if "\\boxed{" in reply else "no answer")
+    return _found(box)
+
+
+def last_box(text: str) -> str | None:
+    """In one pass, whatever the nesting."""
+    best: tuple[int, str] | None = None
+    opened: list[tuple[int, bool]] = []
+    for found in re.finditer(r"\\boxed\s{0,3}\{|\\[^\W\d_]+|\\.|[{}]", text, re.DOTALL):
+        token = found[0]
+        if token == "}":
+            if opened:
+                start, is_box = opened.pop()
+                if is_box and (best is None or start > best[0]):
+                    best = start, text[start : found.start()]
+        elif token == "{" or (token.startswith("\\boxed") and token.endswith("{")):
+            opened.append((found.end(), token != "{"))
+    return best and best[1]
+
+
+def think(reply: str) -> Extracted:
+    """`<think>reasoning</think><answer>answer</answer>`, each tag once, with nothing around them; a box inside is opened."""
+    for tag, problem in (("think", "broken think tags"), ("answer", "broken answer tags")):
+        if reply.count(f"<{tag}>") != 1 or reply.count(f"</{tag}>") != 1:
+            missing = tag == "answer" and "<answer>" not in reply and "</answer>" not in reply
+            return Extracted(problem="no answer" if missing else problem)
+    before, _, rest = reply.partition("<think>")
+    reasoning, closed, rest = rest.partition("</think>")
+    between, _, rest = rest.partition("<answer>")
+    answer, ended, after = rest.partition("</answer>")
+    if not closed:
+        return Extracted(problem="broken think tags")
+    if not ended:
+        return Extracted(problem="broken answer tags")
+    if (before + between + after).strip():
+        return Extracted(problem="text outside the tags")
+    if not reasoning.strip():
+        return Extracted(problem="no reasoning")
+    box = last_box(answer)
+    return _found(answer if box is None else box)
+
+
+def _found(answer: str, *, one_line: bool = False) -> Extracted:
+    answer = answer.strip()
+    for mark in ("**", "__"):
+        # Markdown that began before the marker ends after the answer.
+        if answer.count(mark) == 1:
+            answer = answer.removeprefix(mark).removesuffix(mark).strip()
+    if not answer:
+        return Extracted(problem="empty answer")
+    if one_line and "\n" in answer:
+        return Extracted(problem="answer of several lines")
+    return Extracted(answer=answer)
+
+
+def fix_answer(reply: str, answer: str, truth: str) -> str:
+    """The reply with its answer in the form of the truth, where the answer contains it: `5 cm` becomes `5`, `B. cat`
+    becomes `B` (spec 6.1). For replies that were found right; others are not made right by it.
+
+    answer: as `extract` gave it. The last place in the reply where it stands is rewritten.
+    """
+    at = reply.rfind(answer) if answer else -1
+    if at < 0 or not truth or answer == truth or not _contains(answer, truth):
+        return reply
+    return reply[:at] + truth + reply[at + len(answer) :]
+
+
+def _contains(answer: str, truth: str) -> bool:
+    """As whole words and numbers: neither 1 in 12 or 1.5, nor 5 in -5."""
+    left = r"(?<![\w.,+\-/])" if truth[0].isalnum() and truth[0] < "\u2e80" else ""
+    right = r"(?!\w|[.,/]\d)" if truth[-1].isalnum() and truth[-1] < "\u2e80" else ""
+    return bool(re.search(left + re.escape(truth) + right, answer, re.IGNORECASE))

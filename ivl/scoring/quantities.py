@@ -1,0 +1,279 @@
+"""Numbers with their units, in digits or in words, compared with a tolerance. Values are exact fractions."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from ivl.scoring.spelling import ARTICLES, bare, without_left_side
+
+TOLERANCE = 1e-3
+"""Relative (spec 6.1)."""
+_MOST_DIGITS, _MOST_EXPONENT = 60, 300
+
+_ENGLISH = {
+    word: n
+    for n, word in enumerate(
+        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
+    )
+} | {word: 10 * n for n, word in enumerate(["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], 2)}
+_SCALES = {
+    "thousand": 10**3, "million": 10**6, "millions": 10**6, "billion": 10**9, "billions": 10**9, "trillion": 10**12,
+    "mn": 10**6, "bn": 10**9, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9,
+    "千": 10**3, "万": 10**4, "百万": 10**6, "千万": 10**7, "亿": 10**8,
+}  # fmt: skip
+_PARTS = {"half": Fraction(1, 2), "third": Fraction(1, 3), "thirds": Fraction(1, 3), "quarter": Fraction(1, 4), "quarters": Fraction(1, 4)}
+
+_KNOWN = """
+length   1/1000 mm millimeter millimetre 毫米 | 1/100 cm centimeter centimetre 厘米 | 1/10 dm decimeter decimetre 分米
+length   1 m meter metre 米 | 1000 km kilometer kilometre 公里 千米 | 127/5000 inch inches | 381/1250 ft foot feet
+length   1143/1250 yd yard | 201168/125 mi mile
+mass     1/1000000 mg milligram 毫克 | 1/1000 g gram 克 | 1 kg kilogram 千克 公斤 | 1000 ton tonne 吨 | 45359237/100000000 lb lbs pound
+time     1/1000 ms millisecond 毫秒 | 1 s sec second 秒 秒钟 | 60 min mins minute 分钟 | 3600 h hr hrs hour 小时 | 86400 day 天 | 604800 week 周
+volume   1/1000 ml mL milliliter millilitre 毫升 | 1 l L liter litre 升
+speed    1 m/s | 5/18 km/h kmh kph | 1397/3125 mph
+force    1 N newton 牛 牛顿 | 1000 kN
+energy   1 J joule 焦耳 | 1000 kJ
+power    1 W watt 瓦 | 1000 kW
+voltage  1 V volt 伏
+current  1 A amp ampere 安
+ohm      1 Ω ohm 欧 欧姆
+hertz    1 Hz | 1000 kHz | 1000000 MHz | 1000000000 GHz
+pressure 1 Pa | 1000 kPa
+angle    1 ° degree deg 度
+celsius  1 °C 摄氏度 | 1 degreecelsius
+fahrenheit 1 °F 华氏度
+dollar   1 $ dollar USD usd 美元 | 1/100 cent
+euro     1 € euro EUR eur 欧元
+gbp      1 £ GBP gbp 英镑
+yuan     1 ¥ yuan RMB rmb CNY 元 人民币
+count    1 个 只 条 张 名 人 次 件 本 辆 头 位 种 台 块 棵 朵 支 把
+"""
+
+
+def _units() -> dict[str, tuple[str, Fraction]]:
+    units = {}
+    for line in _KNOWN.strip().splitlines():
+        dimension, entries = line.split(None, 1)
+        for entry in entries.split("|"):
+            factor, *names = entry.split()
+            for name in names:
+                units[name] = units[name + "s"] = dimension, Fraction(factor)
+    return units
+
+
+_UNITS = _units()
+_NOT_UNITS = set(
+    ["and", "or", "to", "not", "no", "nor", "than", "but", "of", "in", "on", "at", "if", "with", "is", "are", "was", "minus", "plus", "times", "pi", "e", "theta", "alpha", "beta", "sin", "cos", "tan", "log", "ln", "sqrt", "degree-of", "out", "per", "more", "less", "other", "others", "option", "options"]
+)
+_NUMBER = re.compile(
+    r"(?P<sign>[+-]? ?)(?P<money>[$€£¥])? ?"
+    r"(?:(?P<whole>\d+)? ?(?:\\[dtc]?frac ?\{ ?(?P<up>-?\d+(?:\.\d+)?) ?\} ?\{ ?(?P<down>-?\d+(?:\.\d+)?) ?\})"
+    r"|\\[dtc]?frac(?P<digit_up>\d)(?P<digit_down>\d)"
+    r"|(?:(?P<mixed>\d+) )?(?P<over>\d+(?:\.\d+)?) ?/ ?(?P<under>\d+(?:\.\d+)?)(?![\d.])"
+    r"|(?P<power>10) ?\^ ?(?P<exponent>[+-]?\d+|\{ ?[+-]?\d+ ?\}|\([+-]?\d+\))"
+    r"|(?P<digits>\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d+)?|\d{1,3}(?: \d{3})+(?! ?\d)(?:\.\d+)?|\d{1,3}(?:'\d{3})+(?!\d)(?:\.\d+)?"
+    r"|\d+(?:\.\d*)?|\.\d+)"
+    r"(?:[eE](?P<e>[+-]?\d+)(?!\w)| ?(?:×|x|\*|·|⋅|\\times|\\cdot) ?10 ?\^ ?(?P<ten>[+-]?\d+|\{ ?[+-]?\d+ ?\}|\([+-]?\d+\)))?)"
+)
+_SCALE = re.compile(r"百万|千万|[千万亿]|(?:thousand|[mb]illions?|trillion|mn|bn|[kKMB])(?![A-Za-z/])")
+_ABOUT = re.compile(r"(?:about|approximately|approx\.?|around|roughly|nearly|almost|≈|~|大约|约为|约|\\approx) *", re.IGNORECASE)
+_MINUS = re.compile(r"(?:minus|negative|负) *", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantity:
+    value: Fraction
+    unit: str = ""
+    """A known unit or other words; empty if none is named. With `percent`, the sign's own number is the value."""
+    percent: bool = False
+    integer: bool = False
+    """Written in digits without a point, fraction or exponent."""
+    places: int = 0
+    """Digits behind the point."""
+    scale: int = 1
+    """What a word such as million multiplied it with."""
+    year: bool = False
+    """Four digits from 1500 to 2099 and nothing else."""
+
+
+def quantity(text: str) -> Quantity | None:
+    """The number that a text is, None if it is more or something else (a range, a list, a formula, a variable)."""
+    text = bare(text)
+    if len(text) > 120:
+        return None
+    text = text[found.end() :] if (found := _ABOUT.match(text)) else text
+    if found := _MINUS.match(text):
+        inner = _unsigned(text[found.end() :])
+        return inner and replace(inner, value=-inner.value, year=False)
+    return _unsigned(text)
+
+
+def _unsigned(text: str) -> Quantity | None:
+    if found := re.match(r"百分之(.+)", text):
+        inner = _unsigned(found[1])
+        return inner and replace(inner, percent=True)
+    read = _digits(text) or _english(text) or _chinese(text)
+    if read is None:
+        return None
+    value, integer, places, rest = read
+    spaced, rest = rest[:1] == " ", rest.strip()
+    scale = 1
+    if (found := _SCALE.match(rest)) and not (spaced and found[0] in "kKMB"):
+        scale, rest = _SCALES[found[0].lower() if len(found[0]) > 1 else found[0]], rest[found.end() :].strip()
+    number = Quantity(value=value * scale, integer=integer, places=places, scale=scale)
+    if found := re.match(r"(?:%|percent(?:age)?|per cent|pct)(?![A-Za-z])(?: points?)?", rest):
+        return None if rest[found.end() :].strip() else replace(number, percent=True)
+    unit = _unit(rest, spaced=spaced)
+    money = re.match(r"[+-]? ?([$€£¥])", text)
+    if unit is None or (money and unit and unit not in _UNITS):
+        return None
+    if not unit and money:
+        unit = money[1]
+    return replace(number, unit=unit, year=not unit and bool(re.fullmatch(r"1[5-9]\d\d|20\d\d", text)))
+
+
+def _digits(text: str) -> tuple[Fraction, bool, int, str] | None:
+    """Value, whether it is an integer in digits, decimal places, and the text behind it."""
+    if not (found := _NUMBER.match(text)):
+        return None
+    part = found.groupdict()
+    sign, rest = -1 if "-" in part["sign"] else 1, text[found.end() :]
+    if any(len(value or "") > _MOST_DIGITS for value in part.values()):
+        return None
+    up, down = part["up"] or part["digit_up"] or part["over"], part["down"] or part["digit_down"] or part["under"]
+    if up:
+        if not Fraction(down):
+            return None
+        return sign * (Fraction(part["whole"] or part["mixed"] or 0) + Fraction(up) / Fraction(down)), False, 0, rest
+    exponent = part["exponent"] or part["e"] or part["ten"]
+    power = int(exponent.strip("{}() ")) if exponent else 0
+    if abs(power) > _MOST_EXPONENT:
+        return None
+    digits = re.sub("[, ']", "", part["digits"] or "1").rstrip(".")
+    places = len(digits.partition(".")[2])
+    return sign * Fraction(digits) * Fraction(10) ** power, not exponent and not places, 0 if exponent else places, rest
+
+
+def _english(text: str) -> tuple[Fraction, bool, int, str] | None:
+    words = text.replace("-", " ").split()
+    total, current, read = 0, 0, 0
+    for word in (word.lower() for word in words):
+        if word in _ENGLISH:
+            current += _ENGLISH[word]
+        elif word == "hundred" and 0 < current < 10:
+            current *= 100
+        elif word in ("thousand", "million", "billion") and current:
+            total, current = total + current * _SCALES[word], 0
+        elif not (word == "and" and read and words[read - 1].lower() in ("hundred", "thousand")):
+            break
+        read += 1
+    if words and words[read - 1 : read + 1] and read < len(words) and words[read].lower() in _PARTS and total + current < 10:
+        return Fraction(total + current or 1) * _PARTS[words[read].lower()], False, 0, " " + " ".join(words[read + 1 :])
+    if len(words) == 2 and words[0].lower() in ARTICLES and words[1].lower() in _PARTS:
+        return _PARTS[words[1].lower()], False, 0, ""
+    if not read or words[read - 1].lower() == "and":
+        return None
+    return Fraction(total + current), True, 0, " " + " ".join(words[read:])
+
+
+_CHINESE = {character: n for n, character in enumerate("零一二三四五六七八九")} | {"两": 2, "〇": 0}
+_CHINESE_SCALES = {"十": 10, "百": 100, "千": 1000}
+
+
+def _chinese(text: str) -> tuple[Fraction, bool, int, str] | None:
+    if found := re.match("([零〇一二两三四五六七八九十百千万亿]{1,12})分之([零〇一二两三四五六七八九十百千万亿]{1,12})$", text):
+        down = _chinese_integer(found[1])
+        return (Fraction(_chinese_integer(found[2]), down), False, 0, "") if down else None
+    if not (found := re.match("[零〇一二两三四五六七八九十百千万亿]{1,20}", text)) or found[0][0] in "百千万亿":
+        return None
+    return Fraction(_chinese_integer(found[0])), True, 0, text[found.end() :]
+
+
+def _chinese_integer(text: str) -> int:
+    for mark, scale in (("亿", 10**8), ("万", 10**4)):
+        if mark in text:
+            high, _, low = text.partition(mark)
+            return (_chinese_integer(high) or 1) * scale + _chinese_integer(low)
+    if not set(text) & set(_CHINESE_SCALES):
+        return int("".join(str(_CHINESE[character]) for character in text) or 0)
+    total = digit = 0
+    for character in text:
+        if character in _CHINESE_SCALES:
+            total, digit = total + (digit or 1) * _CHINESE_SCALES[character], 0
+        else:
+            digit = _CHINESE[character]
+    return total + digit
+
+
+def _unit(text: str, *, spaced: bool) -> str | None:
+    """The unit in one spelling; empty for no unit, None for what is none. Unknown words count as what is counted."""
+    if not text:
+        return ""
+    text = re.sub(r"^(square|sq\.?|cubic|cu\.?) (\w+)$", lambda m: f"{m[2]}^{2 if m[1].startswith('sq') else 3}", text)
+    text = re.sub(r"^平方(\w+)$", r"\1^2", re.sub(r"^立方(\w+)$", r"\1^3", text))
+    text = text.replace("^{", "^").rstrip("}").replace(" / ", "/").removesuffix(".")
+    text = {"degrees celsius": "°C", "degrees fahrenheit": "°F", "° C": "°C", "° F": "°F"}.get(text.lower(), text)
+    base, _, power = text.partition("^")
+    name = base if base in _UNITS else base.lower()
+    if name in _UNITS and power in ("", "2", "3"):
+        return f"{name}^{power}" if power else name
+    if "/" in text and re.fullmatch(r"[A-Za-z°]{1,10}(\^[23])?(/[A-Za-z]{1,10}(\^[23])?){1,2}", text):
+        return text.lower()
+    words = text.lower().split()
+    if words and words[0] in _UNITS and len(words) <= 4 and words[1:2] == ["of"]:
+        return words[0]
+    if not spaced or len(words) > 4 or not all(re.fullmatch(r"[^\W\d_]{3,}('s)?", word) for word in words) or set(words) & _NOT_UNITS:
+        return None
+    return " ".join(word.removesuffix("s") for word in words)
+
+
+def same_quantity(prediction: Quantity, truth: Quantity, *, tolerance: float = TOLERANCE, relaxed: bool = False) -> bool:
+    """Equal up to the tolerance, a share of the truth; integers exactly, and known units converted.
+
+    A unit or percent sign that only one side has is taken as understood. relaxed: the tolerance also holds for integers
+    other than years, as charts need it (spec 6.1), and millions may be understood from an axis.
+    """
+    if (factor := _conversion(prediction.unit, truth.unit)) is None:
+        return False
+    value = prediction.value * factor
+    values = {value}
+    if prediction.percent != truth.percent:
+        values.add(value / 100 if prediction.percent else value * 100)
+    if relaxed and 1 in (prediction.scale, truth.scale):
+        values.add(value * truth.scale / prediction.scale)
+    return any(_close(each, prediction, truth, Fraction(tolerance), relaxed) for each in values)
+
+
+def _close(value: Fraction, prediction: Quantity, truth: Quantity, tolerance: Fraction, relaxed: bool) -> bool:
+    if value == truth.value:
+        return True
+    if (relaxed and truth.year) or (not relaxed and prediction.integer and truth.integer and value.denominator == 1):
+        return False
+    if abs(value - truth.value) <= tolerance * abs(truth.value):
+        return True
+    return truth.places >= 2 and prediction.places > truth.places and round(value, truth.places) == truth.value
+
+
+def _conversion(unit: str, expected: str) -> Fraction | None:
+    """What turns one unit into the other; None if they differ."""
+    if unit == expected or not unit or not expected:
+        return Fraction(1)
+    (unit, _, power), (expected, _, expected_power) = unit.partition("^"), expected.partition("^")
+    if unit in _UNITS and expected in _UNITS and power == expected_power:
+        (dimension, factor), (expected_dimension, expected_factor) = _UNITS[unit], _UNITS[expected]
+        return (factor / expected_factor) ** int(power or 1) if dimension == expected_dimension else None
+    if unit in _UNITS or expected in _UNITS:
+        return None
+    said, meant = set(unit.split()), set(expected.split())
+    return Fraction(1) if said <= meant or meant <= said else None
+
+
+def quantities(prediction: str, truth: str) -> tuple[Quantity, Quantity] | None:
+    """Both as numbers, None unless both are; `x = 5` is 5 unless the other names another unknown."""
+    (left, said), (expected_left, meant) = without_left_side(bare(prediction)), without_left_side(bare(truth))
+    if left and expected_left and left != expected_left:
+        return None
+    a, b = quantity(said), quantity(meant)
+    return (a, b) if a and b else None

@@ -1,0 +1,98 @@
+"""Answers in a spelling that can be compared: what people write in many ways, written in one."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+NUMBER_WORDS = {word: n for n, word in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"])}
+CONTRACTIONS = {
+    word.replace("'", ""): word
+    for word in ["ain't", "aren't", "can't", "could've", "couldn't", "didn't", "doesn't", "don't", "hadn't", "hasn't", "haven't", "he'd", "he's", "how'd", "how'll", "how's", "i'd've", "i'm", "i've", "isn't", "it'd", "it'll", "might've", "mightn't", "must've", "mustn't", "needn't", "shan't", "should've", "shouldn't", "somebody's", "someone's", "that'd", "that's", "there'd", "there's", "they'd", "they'll", "they're", "they've", "wasn't", "we've", "weren't", "what'll", "what're", "what's", "what've", "when's", "where'd", "where's", "who'd", "who'll", "who's", "who've", "why'll", "why're", "why's", "won't", "would've", "wouldn't", "y'all", "you'd", "you'll", "you're", "you've"]
+}
+ARTICLES = ("a", "an", "the")
+
+CJK = "\u2e80-\u9fff\uf900-\ufaff"
+_RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
+_SIGNS = str.maketrans({
+    "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "⁄": "/", "’": "'", "‘": "'", "′": "'", "“": '"', "”": '"', "、": ",",
+    "。": ".", "；": ";", "「": '"', "」": '"', "【": "[", "】": "]", "˚": "°", "º": "°",
+    "\u200b": None, "\u200c": None, "\u200d": None, "\ufeff": None, "\u2060": None,
+})  # fmt: skip
+_WRAPPED = re.compile(r"\\(?:text|textbf|textit|textrm|textsf|mathrm|mathbf|mathsf|mathit|operatorname|mbox|boxed|fbox)\s*\{([^{}]*)\}")
+_SPACES = re.compile(r"(?<!\\)\\[,;: ]|\\q?quad(?![a-zA-Z])|~(?=\\)")
+_DEGREES = re.compile(r"\^\s*\{\s*\\(?:circ|degree)\s*\}|\^\s*\\(?:circ|degree)(?![a-zA-Z])|\\degree(?![a-zA-Z])")
+_LEADS = re.compile(
+    r"(?:so|thus|therefore|hence)?,? ?(?:the )?(?:(?:final|correct) )?(?:answer|option|choice)(?: is| ?[:=])+ *"
+    r"|it(?: i|')s (?=[^n])|there (?:is|are) (?=[^n])|(?:最终)?答案(?:是|为|[:])*",
+    re.IGNORECASE,
+)
+
+
+def plain(text: str) -> str:
+    """Full-width and typographic characters as ASCII, raised digits as ^n, text out of LaTeX's and Markdown's wrappers,
+    single spaces. Case is kept, and so are formulas."""
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+", lambda found: "^" + found[0].translate(_RAISED), text)
+    text = re.sub("[¼½¾⅐-⅞]", lambda found: " " + unicodedata.normalize("NFKC", found[0]), text)
+    text = unicodedata.normalize("NFKC", text).translate(_SIGNS)
+    if "\\" in text or "$" in text or "{,}" in text:
+        text = _without_latex(text)
+    text = re.sub(r"\*\*|__|`", "", text)
+    return " ".join(text.split())
+
+
+def _without_latex(text: str) -> str:
+    text = text.strip().rstrip(".")
+    for opening, closing in (("\\(", "\\)"), ("\\[", "\\]"), ("$$", "$$"), ("$", "$")):
+        if text.startswith(opening) and text.endswith(closing) and len(text) >= len(opening) + len(closing):
+            text = text[len(opening) : len(text) - len(closing)]
+    text = text.replace("{,}", ",").replace("\\!", "")
+    text = _DEGREES.sub("°", text)
+    for _ in range(3):
+        text = _WRAPPED.sub(r" \1 ", text)
+    text = re.sub(r"\\(?:left|right)(?![a-z])", "", text)
+    text = re.sub(r"\\([%$#&{}])", r"\1", _SPACES.sub(" ", text))
+    text = re.sub(r" +\^", "^", text)
+    if (inside := unboxed(text)) is not None:
+        text = inside
+    return text
+
+
+def unboxed(text: str) -> str | None:
+    """What stands inside when the whole text is one box."""
+    text = text.strip()
+    return text[7:-1] if text.startswith("\\boxed{") and text.endswith("}") else None
+
+
+def bare(text: str) -> str:
+    """The plain text without an introduction ("The answer is") and a closing full stop."""
+    text = plain(text)
+    text = text[found.end() :] if (found := _LEADS.match(text)) and found.end() < len(text) else text
+    return text.rstrip(".!? ") if re.search(r"[^.!? ]", text) else text
+
+
+def wording(text: str) -> str:
+    """Lower case, digits for number words, no articles, no punctuation around words; signs within and before numbers stay.
+
+    Stricter than the form of VQAv2's metric, in which -5 is 5, O- is O+ and 1/2 is 1 2.
+    """
+    text = re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_])", " ", bare(text).lower())
+    text = re.sub(r"(?<=[a-z])\.", "", text)
+    text = re.sub(r"(?<=\d)[,'](?=\d{3}(?!\d))", "", text) if re.fullmatch(r"\D*\d{1,3}([,']\d{3})+(\D.*)?", text) else text
+    text = re.sub(r" ?([:/]) ?", r"\1", text)
+    words = [stripped for word in text.split() if (stripped := _stripped(word))]
+    words = [str(NUMBER_WORDS.get("zero" if word == "none" else word, word)) for word in words if word not in ARTICLES]
+    words = [CONTRACTIONS.get(word, word) for word in words]
+    text = re.sub(rf"(?<=[{CJK}]) | (?=[{CJK}])", "", " ".join(words))
+    return {"是的": "是", "不是": "否", "正确": "对"}.get(text, text)
+
+
+def _stripped(word: str) -> str:
+    word = word.strip(",;:!?\"'").rstrip(".")
+    return word if re.search(r"\d", word) else word.strip("()[]")
+
+
+def without_left_side(text: str) -> tuple[str, str]:
+    """A short left side such as `x`, `AB` or `\\angle ABC`, empty if none, and the rest."""
+    found = re.match(r"((?:\\[a-zA-Z]+ ?|∠ ?)?[A-Za-z]{0,4}(?:_\w|\([a-z]\))?) ?[=≈] ?(?=[^=])", text)
+    return (found[1].strip(), text[found.end() :]) if found and found[1] else ("", text)
