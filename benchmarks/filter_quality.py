@@ -196,7 +196,7 @@ def plot(result: dict, path: Path) -> None:
     bars = left.barh(kinds, [100 * result["recall"][kind] for kind in kinds], color="#4363d8")
     left.bar_label(bars, fmt="%.1f", padding=2)
     left.axvline(95, color="#e6194b", linestyle="--", linewidth=1)
-    left.set(xlim=(0, 108), xlabel="recall, %", title=f"{NUM_FAULTS} faulty rows of each kind")
+    left.set(xlim=(0, 115), xlabel="recall, %", title=f"{NUM_FAULTS} faulty rows of each kind")
     rules = list(result["by_rule"])
     wrong = [100 * result["by_rule"][rule].get("clean", 0) / result["clean"] for rule in rules]
     bars = right.barh([*rules, "all"], [*wrong, 100 * result["false_positives"]], color=["#808000"] * len(rules) + ["#9a6324"])

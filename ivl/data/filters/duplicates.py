@@ -90,7 +90,7 @@ class Duplicates:
 
 
 class DuplicateIndex:
-    """Rows seen so far. Feed it in stream order; only rows that are no duplicates are remembered, by about 500 bytes."""
+    """Rows seen so far. Feed it in stream order; only rows that are no duplicates are remembered, by about 1 kB each."""
 
     def __init__(self, limits: Duplicates) -> None:
         self.limits = limits
