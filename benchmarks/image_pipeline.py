@@ -194,6 +194,8 @@ class Side:
     def __init__(self, name: str) -> None:
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.image_pipeline", "--serve", name]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        # As wherever ivl is imported first, which is not so here (see ivl/__init__.py); off is torch's own setting.
+        environment["THP_MEM_ALLOC_ENABLE"] = "1" if name == "ours" else "0"
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=Path(__file__).parents[1]
         )

@@ -27,6 +27,8 @@ KEPT_BYTES = 64 << 20
 _memory = threading.local()
 ORIENTATION = 0x0112
 """The EXIF tag that says how an image was held."""
+TURNED = (b"Exif\0\0", b"Orientation")
+"""One of these is in a JPEG file that says so."""
 
 
 def load_image(ref: ImageRef, root: str = "", *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -67,19 +69,22 @@ def load_pixels(ref: ImageRef, root: str = "", *, max_pixels: int = MAX_PIXELS, 
 
 def _usual_jpeg(source: str | bytes, root: str, max_pixels: int, reuse: bool) -> np.ndarray | None:
     """Pixels of a colour JPEG without damage that is upright; None for anything else, which takes the usual way."""
-    decode = _jpeg_decoder()
+    if not (decoder := _jpeg_decoder()):
+        return None
+    header, decode = decoder
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else (Path(root) / source).open("rb") as stream:
-            if decode is None or stream.read(3) != b"\xff\xd8\xff":
+            if stream.read(3) != b"\xff\xd8\xff":
                 return None
             stream.seek(0)
             data = stream.read()
-        image = _open(io.BytesIO(data), ("JPEG",))
-        if image.format != "JPEG" or image.mode != "RGB" or image.width * image.height > max_pixels:
+        height, width, colours, _ = header(data)
+        if colours not in ("YCbCr", "RGB") or width * height > max_pixels:
             return None
-        if image.getexif().get(ORIENTATION, 1) != 1:
+        # A tag or an XMP property may say that it is to be turned; looking for either costs less than parsing.
+        if any(mark in data for mark in TURNED) and _open(io.BytesIO(data), ("JPEG",)).getexif().get(ORIENTATION, 1) != 1:
             return None
-        memory = _kept_memory(3 * image.width * image.height) if reuse else None
+        memory = _kept_memory(3 * width * height) if reuse else None
         return decode(data, "RGB", buffer=memory)  # strict: what the library warns of is a ValueError
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
@@ -95,10 +100,10 @@ def _kept_memory(num_bytes: int) -> np.ndarray | None:
 
 
 @cache
-def _jpeg_decoder() -> Callable[..., np.ndarray] | None:
-    """simplejpeg's decoder, if it is installed and its library gives Pillow's pixels."""
+def _jpeg_decoder() -> tuple[Callable[..., tuple], Callable[..., np.ndarray]] | None:
+    """simplejpeg's readers of headers and of pixels, if it is installed and its library gives Pillow's pixels."""
     try:
-        from simplejpeg import decode_jpeg
+        from simplejpeg import decode_jpeg, decode_jpeg_header
     except ImportError:
         return None
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (33, 47, 3), np.uint8))
@@ -107,7 +112,7 @@ def _jpeg_decoder() -> Callable[..., np.ndarray] | None:
         noise.save(buffer, "JPEG", subsampling=subsampling)
         if not np.array_equal(decode_jpeg(buffer.getvalue(), "RGB"), np.asarray(Image.open(buffer))):
             return None
-    return decode_jpeg
+    return decode_jpeg_header, decode_jpeg
 
 
 def _decode(stream, name: str, max_pixels: int) -> Image.Image:

@@ -183,6 +183,7 @@ def test_pixels_are_those_of_the_image(tmp_path: Path):
         "444": jpeg(noise, subsampling=0), "420": whole, "progressive": jpeg(noise, progressive=True),
         "grey": jpeg(noise.convert("L")),
         "cmyk": jpeg(noise.convert("CMYK")), "turned": jpeg(noise, exif=exif), "png": png(noise), "tail": whole + b"tail",
+        "xmp": jpeg(noise, xmp=b"<rdf:Description tiff:Orientation=\"3\"/>"), "upright": jpeg(noise, exif=Image.Exif()),
     }  # fmt: skip
     for name, data in files.items():
         wanted = np.asarray(load_image(ImageRef(data)))
