@@ -1,6 +1,6 @@
 """Preference pairs from any engine: whatever has `generate(conversations, params)` can answer; here a made-up one does.
 
-    python examples/preference_from_any_engine.py
+python examples/preference_from_any_engine.py
 """
 
 import json

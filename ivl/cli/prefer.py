@@ -104,8 +104,8 @@ def dropout(
         chunk: Replies continued together and saved as one.
     """
     from ivl.cli.generators import connect
-    from ivl.preference import sampling
     from ivl.journal import read_journal
+    from ivl.preference import sampling
     from ivl.types import SamplingParams
 
     total = per_question * sum(1 for _ in read_journal(replies)[1])

@@ -6,16 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ivl.preference.questions import Source
-from ivl.scoring.extraction import extract
-from ivl.scoring.metrics import exact_match
-
-ACCEPT = 0.9
-"""A reply is right if its answer scores more."""
+from ivl.scoring import ACCEPT, extract, fix_answer, verify
 
 
 @dataclass(frozen=True)
 class Grade:
-    """correct is None where there is no answer to compare; problem then says why."""
+    """correct is None where there is no answer to compare; problem then says why. The text of a right reply has the answer in
+    the form of the known one where it contained that."""
 
     text: str
     answer: str | None
@@ -29,4 +26,6 @@ def grade(text: str, finish_reason: str, answers: Sequence[str], source: Source)
     found = extract(text, source.style)
     if found.answer is None:
         return Grade(text, None, None, found.problem or "no answer")
-    return Grade(text, found.answer, max(exact_match(found.answer, [truth]) for truth in answers) > ACCEPT)
+    correct = verify(found.answer, list(answers), mode=source.mode) > ACCEPT
+    fixed = fix_answer(text, found.answer, answers[0]) if correct and source.style != "direct" else text
+    return Grade(fixed, found.answer, correct)

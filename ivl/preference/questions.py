@@ -15,6 +15,7 @@ from typing import Any
 from ivl.errors import InputError
 from ivl.preference.prompts import Domain, Language, Style, ask
 from ivl.processing.chat import user
+from ivl.scoring import Mode
 from ivl.types import Conversation, ImageRef, Message, Text
 
 
@@ -35,14 +36,14 @@ class Source:
     language: Language = "en"
     domain: Domain | None = None
     """Adds the instruction for questions without a checked answer (Dropout-NTP)."""
-    mode: str = "auto"
-    """How answers are compared: a mode of ivl.scoring.verify."""
+    mode: Mode = "auto"
+    """How answers are compared, by ivl.scoring.verify."""
     max_tiles: int | None = None
     """Tiles of an image; None takes the model's."""
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(Source)
-        for name, kind in (("style", hints["style"]), ("language", hints["language"])):
+        for name, kind in ((name, hints[name]) for name in ("style", "language", "mode")):
             if getattr(self, name) not in typing.get_args(kind):
                 raise InputError(f"source {self.name!r}: {name} {getattr(self, name)!r} is not one of {typing.get_args(kind)}")
         if self.domain is not None and self.domain not in typing.get_args(Domain):

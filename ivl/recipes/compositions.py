@@ -1,10 +1,10 @@
 """Questions that take several easy-vqa pictures at once, answered with short written reasoning: what nano-mpo learns from.
 
-<image> <image> <image> how many pictures show a red shape?
+<image> <image> <image> what color is not red?
 red
 blue
-red
-Final answer: 2
+teal
+Final answer: blue teal
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from ivl.data import easy_vqa
 from ivl.data.easy_vqa import COLOURS, Split
 
-MIN_PICTURES, MAX_PICTURES = 3, 6
+MIN_PICTURES, MAX_PICTURES = 2, 4
 
 
 def compositions(split: Split, count: int, *, seed: int, prefix: str) -> list[dict[str, Any]]:
@@ -50,23 +50,18 @@ def training_row(row: dict[str, Any]) -> dict[str, Any]:
     return {"id": row["id"], "image": row["image"], "conversations": turns}
 
 
-def _count(colours: list[str], rng: random.Random) -> tuple[str, str]:
-    # Mostly a colour that is there: of eight, few are.
-    wanted = rng.choice(colours) if rng.random() < 0.8 else rng.choice(COLOURS)
-    return f"how many pictures show a {wanted} shape?", str(colours.count(wanted))
+def _reversed(colours: list[str], rng: random.Random) -> tuple[str, str]:
+    return "what color is the shape, last to first?", " ".join(reversed(colours))
 
 
-def _count_different(colours: list[str], rng: random.Random) -> tuple[str, str]:
-    return "how many colors are there?", str(len(set(colours)))
+def _different(colours: list[str], rng: random.Random) -> tuple[str, str]:
+    return "what color is there?", " ".join(dict.fromkeys(colours))
 
 
-def _same(colours: list[str], rng: random.Random) -> tuple[str, str]:
-    return "is the first color the last color?", "yes" if colours[0] == colours[-1] else "no"
+def _without(colours: list[str], rng: random.Random) -> tuple[str, str]:
+    unwanted = rng.choice(colours)
+    return f"what color is not {unwanted}?", " ".join(colour for colour in colours if colour != unwanted) or "no"
 
 
-def _any(colours: list[str], rng: random.Random) -> tuple[str, str]:
-    wanted = rng.choice(colours) if rng.random() < 0.5 else rng.choice(COLOURS)
-    return f"is there a {wanted} shape?", "yes" if wanted in colours else "no"
-
-
-KINDS: tuple[Callable[[list[str], random.Random], tuple[str, str]], ...] = (_count, _count_different, _same, _any)
+KINDS: tuple[Callable[[list[str], random.Random], tuple[str, str]], ...] = (_reversed, _different, _without)
+"""Answers of several words, which nobody guesses: a right answer means that the pictures were seen."""

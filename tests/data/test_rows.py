@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from ivl.data.formats import text as rows_module
 from ivl.data.records import DataError
-from ivl.data.rows import write_jsonl
 from ivl.data.rows import open_rows as Rows
+from ivl.data.rows import write_jsonl
 from ivl.errors import InputError
 
 objects = st.lists(st.dictionaries(st.text(max_size=4), st.text(max_size=6), max_size=2), min_size=1, max_size=8)
