@@ -10,9 +10,13 @@ from ivl.scoring.spelling import plain, wording
 
 _LETTERS = "ABCDEFGH"
 _NAMED = re.compile(r"(?:(?:option|choice|选项?|选择)\s*)?[(\[]?([A-Za-z])[)\]]?[.:,)]*", re.IGNORECASE)
-_WITH_TEXT = re.compile(r"(?:[(\[]([A-Z])[)\]][.:,]?\s*|([A-Z])(?:[.):]\s*|,(?=\D)\s*))(\S.*)")
+_WITH_TEXT = re.compile(r"(?:[(\[]([A-Za-z])[)\]][.:,]?\s*|([A-Z])(?:[.):]\s*|,(?=\D)\s*)|([a-z])[.)]\s+)(\S.*)")
+_ANOTHER = re.compile(
+    r"^[(\[]?[A-H](?![A-Za-z])(?! \w)|\b(?:or|and)\b ?[(\[]?[A-H](?:[).:\]]|$)|[&/] ?[(\[]?[A-H](?:[).:\]]|$)"
+)
 _LEAD = re.compile(
-    r"(?:(?:so|thus|therefore|hence),? )?(?:the |my )?(?:(?:final|correct|right|best) )?(?:answer|option|choice)(?: is)?:? *"
+    r"i (?:choose|pick|select) "
+    r"|(?:(?:so|thus|therefore|hence),? )?(?:the |my )?(?:(?:final|correct|right|best) )?(?:answer|option|choice)(?: is)?:? *"
     r"|(?:所以|因此)?,?(?:正确)?(?:答案|选项)(?:是|为)?:?\s*",
     re.IGNORECASE,
 )
@@ -25,29 +29,30 @@ def split_option(text: str) -> tuple[str, str] | None:
         return None
     if (found := _LEAD.match(text)) and found.end() < len(text):
         text = text[found.end() :]
+    text = re.sub(r"(?<=^\w),? (?:because|since) .*", "", text)
     if found := _NAMED.fullmatch(text):
         return found[1].upper(), ""
     if found := _WITH_TEXT.fullmatch(text):
-        rest = found[3].strip()
+        letter, rest = (found[1] or found[2] or found[3]).upper(), found[4]
         # More letters behind the first: several options, or none.
-        if not re.fullmatch(r"(?:or|and|&|/)?\s*[(\[]?[A-Za-z][)\]]?\b.{0,20}", rest) or not re.match(
-            r"(?:(?:or|and|&|/)\s*)?[(\[]?[A-H](?![A-Za-z])", rest
-        ):
-            return (found[1] or found[2]), rest
+        return None if _ANOTHER.search(rest) else (letter, rest)
     return None
 
 
 def letters(text: str) -> frozenset[str] | None:
     """`A, C and D` or `ACD` as a set of at least two letters, else None."""
     text = plain(text).rstrip(".")
-    if re.fullmatch(r"[A-H]{2,8}", text) or re.fullmatch(r"[(\[]?[A-H][)\]]?(?:(?: ?[,;&] ?| and |, and | )[(\[]?[A-H][)\]]?){1,7}", text):
+    if re.fullmatch(r"[A-H]{2,8}", text) or re.fullmatch(
+        r"[(\[]?[A-H][)\]]?(?:(?: ?[,;&] ?| and |, and | )[(\[]?[A-H][)\]]?){1,7}", text
+    ):
         found = re.findall("[A-H]", text)
         return frozenset(found) if len(set(found)) == len(found) else None
     return None
 
 
 def same_choice(prediction: str, truth: str, choices: Sequence[str] = ()) -> bool | None:
-    """None unless both name options, by letter, text or both. A letter counts before its text, unless that is another option's.
+    """None unless both name options, by letter, text or both. A letter counts before its text, unless that is
+    another option's.
 
     choices: the texts of options A, B, ...; without them letters go from A to H and texts are those that the truth gives.
     """
@@ -58,15 +63,17 @@ def same_choice(prediction: str, truth: str, choices: Sequence[str] = ()) -> boo
     meant = _option(truth, choices)
     if meant is None or (not choices and meant[0] not in _LETTERS):
         return None
-    if letters(prediction):
-        return False
     said = _option(prediction, choices)
-    if said is not None:
-        if said[0] != meant[0]:
+    if said is None:
+        if letters(prediction):
             return False
-        other = choices and said[1] and _letter_of(said[1], choices)
-        return not other or other == said[0]
-    return same_text(prediction, meant[1]) or None if meant[1] else None
+        return same_text(prediction, meant[1]) or None if meant[1] else None
+    if said[0] != meant[0]:
+        return False
+    if choices:
+        return not said[1] or _letter_of(said[1], choices) in (None, said[0])
+    # Two people may be called A., so that their names decide.
+    return True if not said[1] or not meant[1] or same_text(said[1], meant[1]) else None
 
 
 def _option(text: str, choices: Sequence[str]) -> tuple[str, str] | None:

@@ -7,8 +7,8 @@ from datetime import date
 
 from ivl.scoring.spelling import bare
 
-_MONTHS = ["january", "february", "march", "april", "may", "june", "july", "august", "september", "october", "november", "december"]
-_NAMES = {name[:3]: n for n, name in enumerate(_MONTHS, 1)} | {name: n for n, name in enumerate(_MONTHS, 1)} | {"sept": 9}
+_MONTHS = "january february march april may june july august september october november december"
+_NAMES = {name[: length or None]: n for length in (0, 3) for n, name in enumerate(_MONTHS.split(), 1)} | {"sept": 9}
 _MONTH = "(?P<name>" + "|".join(sorted(_NAMES, key=len, reverse=True)) + r")\.?"
 _DAY, _YEAR = r"(?P<day>\d{1,2})(?:st|nd|rd|th)?", r"(?P<year>\d{4})"
 _WRITTEN = [

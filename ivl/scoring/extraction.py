@@ -14,7 +14,9 @@ Problem = Literal[
     "unclosed box", "broken think tags", "broken answer tags", "text outside the tags",
 ]  # fmt: skip
 
-_MARKER = re.compile(r"(?:final answer(?: is)?|最终答案(?:是|为)?|最后答案(?:是|为)?)\s{0,3}(?:\*\*|__)?\s{0,3}[:：]", re.IGNORECASE)
+_MARKER = re.compile(
+    r"(?:final answer(?: is)?|最终答案(?:是|为)?|最后答案(?:是|为)?)\s{0,3}(?:\*\*|__)?\s{0,3}[:：]", re.IGNORECASE
+)
 _MOST_MARKERS, _FEWEST_NEWLINES = 2, 2
 
 
@@ -85,10 +87,12 @@ def last_box(text: str) -> str | None:
 
 def think(reply: str) -> Extracted:
     """`<think>reasoning</think><answer>answer</answer>`, each tag once, with nothing around them; a box inside is opened."""
-    for tag, problem in (("think", "broken think tags"), ("answer", "broken answer tags")):
-        if reply.count(f"<{tag}>") != 1 or reply.count(f"</{tag}>") != 1:
-            missing = tag == "answer" and "<answer>" not in reply and "</answer>" not in reply
-            return Extracted(problem="no answer" if missing else problem)
+    if reply.count("<think>") != 1 or reply.count("</think>") != 1:
+        return Extracted(problem="broken think tags")
+    if "<answer>" not in reply and "</answer>" not in reply:
+        return Extracted(problem="no answer")
+    if reply.count("<answer>") != 1 or reply.count("</answer>") != 1:
+        return Extracted(problem="broken answer tags")
     before, _, rest = reply.partition("<think>")
     reasoning, closed, rest = rest.partition("</think>")
     between, _, rest = rest.partition("<answer>")

@@ -7,66 +7,26 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from ivl.scoring.spelling import ARTICLES, bare, without_left_side
+from ivl.scoring.units import conversion, unit_of
 
 TOLERANCE = 1e-3
 """Relative (spec 6.1)."""
 _MOST_DIGITS, _MOST_EXPONENT = 60, 300
 
-_ENGLISH = {
-    word: n
-    for n, word in enumerate(
-        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
-    )
-} | {word: 10 * n for n, word in enumerate(["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], 2)}
+_SMALL = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
+    "nineteen"
+)
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+_ENGLISH = {word: n for n, word in enumerate(_SMALL.split())} | {word: 10 * n for n, word in enumerate(_TENS.split(), 2)}
 _SCALES = {
     "thousand": 10**3, "million": 10**6, "millions": 10**6, "billion": 10**9, "billions": 10**9, "trillion": 10**12,
-    "mn": 10**6, "bn": 10**9, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9,
+    "dozen": 12, "mn": 10**6, "bn": 10**9, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9,
     "千": 10**3, "万": 10**4, "百万": 10**6, "千万": 10**7, "亿": 10**8,
 }  # fmt: skip
-_PARTS = {"half": Fraction(1, 2), "third": Fraction(1, 3), "thirds": Fraction(1, 3), "quarter": Fraction(1, 4), "quarters": Fraction(1, 4)}
-
-_KNOWN = """
-length   1/1000 mm millimeter millimetre 毫米 | 1/100 cm centimeter centimetre 厘米 | 1/10 dm decimeter decimetre 分米
-length   1 m meter metre 米 | 1000 km kilometer kilometre 公里 千米 | 127/5000 inch inches | 381/1250 ft foot feet
-length   1143/1250 yd yard | 201168/125 mi mile
-mass     1/1000000 mg milligram 毫克 | 1/1000 g gram 克 | 1 kg kilogram 千克 公斤 | 1000 ton tonne 吨 | 45359237/100000000 lb lbs pound
-time     1/1000 ms millisecond 毫秒 | 1 s sec second 秒 秒钟 | 60 min mins minute 分钟 | 3600 h hr hrs hour 小时 | 86400 day 天 | 604800 week 周
-volume   1/1000 ml mL milliliter millilitre 毫升 | 1 l L liter litre 升
-speed    1 m/s | 5/18 km/h kmh kph | 1397/3125 mph
-force    1 N newton 牛 牛顿 | 1000 kN
-energy   1 J joule 焦耳 | 1000 kJ
-power    1 W watt 瓦 | 1000 kW
-voltage  1 V volt 伏
-current  1 A amp ampere 安
-ohm      1 Ω ohm 欧 欧姆
-hertz    1 Hz | 1000 kHz | 1000000 MHz | 1000000000 GHz
-pressure 1 Pa | 1000 kPa
-angle    1 ° degree deg 度
-celsius  1 °C 摄氏度 | 1 degreecelsius
-fahrenheit 1 °F 华氏度
-dollar   1 $ dollar USD usd 美元 | 1/100 cent
-euro     1 € euro EUR eur 欧元
-gbp      1 £ GBP gbp 英镑
-yuan     1 ¥ yuan RMB rmb CNY 元 人民币
-count    1 个 只 条 张 名 人 次 件 本 辆 头 位 种 台 块 棵 朵 支 把
-"""
-
-
-def _units() -> dict[str, tuple[str, Fraction]]:
-    units = {}
-    for line in _KNOWN.strip().splitlines():
-        dimension, entries = line.split(None, 1)
-        for entry in entries.split("|"):
-            factor, *names = entry.split()
-            for name in names:
-                units[name] = units[name + "s"] = dimension, Fraction(factor)
-    return units
-
-
-_UNITS = _units()
-_NOT_UNITS = set(
-    ["and", "or", "to", "not", "no", "nor", "than", "but", "of", "in", "on", "at", "if", "with", "is", "are", "was", "minus", "plus", "times", "pi", "e", "theta", "alpha", "beta", "sin", "cos", "tan", "log", "ln", "sqrt", "degree-of", "out", "per", "more", "less", "other", "others", "option", "options"]
-)
+_PARTS = {"half": Fraction(1, 2)} | {
+    word + plural: Fraction(1, n) for word, n in (("third", 3), ("quarter", 4)) for plural in ("", "s")
+}
 _NUMBER = re.compile(
     r"(?P<sign>[+-]? ?)(?P<money>[$€£¥])? ?"
     r"(?:(?P<whole>\d+)? ?(?:\\[dtc]?frac ?\{ ?(?P<up>-?\d+(?:\.\d+)?) ?\} ?\{ ?(?P<down>-?\d+(?:\.\d+)?) ?\})"
@@ -77,8 +37,10 @@ _NUMBER = re.compile(
     r"|\d+(?:\.\d*)?|\.\d+)"
     r"(?:[eE](?P<e>[+-]?\d+)(?!\w)| ?(?:×|x|\*|·|⋅|\\times|\\cdot) ?10 ?\^ ?(?P<ten>[+-]?\d+|\{ ?[+-]?\d+ ?\}|\([+-]?\d+\)))?)"
 )
-_SCALE = re.compile(r"百万|千万|[千万亿]|(?:thousand|[mb]illions?|trillion|mn|bn|[kKMB])(?![A-Za-z/])")
-_ABOUT = re.compile(r"(?:about|approximately|approx\.?|around|roughly|nearly|almost|≈|~|大约|约为|约|\\approx) *", re.IGNORECASE)
+_SCALE = re.compile(r"百万|千万|[千万亿]|(?:dozen|thousand|[mb]illions?|trillion|mn|bn|[kKMB])(?![A-Za-z/])")
+_ABOUT = re.compile(
+    r"(?:#|no\.? ?(?=\d)|about|approximately|approx\.?|around|roughly|nearly|almost|≈|~|大约|约为|约|\\approx) *", re.IGNORECASE
+)
 _MINUS = re.compile(r"(?:minus|negative|负) *", re.IGNORECASE)
 
 
@@ -119,15 +81,14 @@ def _unsigned(text: str) -> Quantity | None:
         return None
     value, integer, places, rest = read
     spaced, rest = rest[:1] == " ", rest.strip()
-    scale = 1
-    if (found := _SCALE.match(rest)) and not (spaced and found[0] in "kKMB"):
+    scale, money = 1, re.match(r"[+-]? ?([$€£¥])", text)
+    if (found := _SCALE.match(rest)) and not (spaced and not money and found[0] in "kKMB"):
         scale, rest = _SCALES[found[0].lower() if len(found[0]) > 1 else found[0]], rest[found.end() :].strip()
     number = Quantity(value=value * scale, integer=integer, places=places, scale=scale)
     if found := re.match(r"(?:%|percent(?:age)?|per cent|pct)(?![A-Za-z])(?: points?)?", rest):
-        return None if rest[found.end() :].strip() else replace(number, percent=True)
-    unit = _unit(rest, spaced=spaced)
-    money = re.match(r"[+-]? ?([$€£¥])", text)
-    if unit is None or (money and unit and unit not in _UNITS):
+        return replace(number, percent=True) if re.fullmatch(r"(?: of(?: [^\W\d_]+){1,4})?", rest[found.end() :]) else None
+    unit = unit_of(rest, spaced=spaced)
+    if unit is None or (money and conversion(money[1], unit) is None):
         return None
     if not unit and money:
         unit = money[1]
@@ -207,35 +168,13 @@ def _chinese_integer(text: str) -> int:
     return total + digit
 
 
-def _unit(text: str, *, spaced: bool) -> str | None:
-    """The unit in one spelling; empty for no unit, None for what is none. Unknown words count as what is counted."""
-    if not text:
-        return ""
-    text = re.sub(r"^(square|sq\.?|cubic|cu\.?) (\w+)$", lambda m: f"{m[2]}^{2 if m[1].startswith('sq') else 3}", text)
-    text = re.sub(r"^平方(\w+)$", r"\1^2", re.sub(r"^立方(\w+)$", r"\1^3", text))
-    text = text.replace("^{", "^").rstrip("}").replace(" / ", "/").removesuffix(".")
-    text = {"degrees celsius": "°C", "degrees fahrenheit": "°F", "° C": "°C", "° F": "°F"}.get(text.lower(), text)
-    base, _, power = text.partition("^")
-    name = base if base in _UNITS else base.lower()
-    if name in _UNITS and power in ("", "2", "3"):
-        return f"{name}^{power}" if power else name
-    if "/" in text and re.fullmatch(r"[A-Za-z°]{1,10}(\^[23])?(/[A-Za-z]{1,10}(\^[23])?){1,2}", text):
-        return text.lower()
-    words = text.lower().split()
-    if words and words[0] in _UNITS and len(words) <= 4 and words[1:2] == ["of"]:
-        return words[0]
-    if not spaced or len(words) > 4 or not all(re.fullmatch(r"[^\W\d_]{3,}('s)?", word) for word in words) or set(words) & _NOT_UNITS:
-        return None
-    return " ".join(word.removesuffix("s") for word in words)
-
-
 def same_quantity(prediction: Quantity, truth: Quantity, *, tolerance: float = TOLERANCE, relaxed: bool = False) -> bool:
     """Equal up to the tolerance, a share of the truth; integers exactly, and known units converted.
 
     A unit or percent sign that only one side has is taken as understood. relaxed: the tolerance also holds for integers
     other than years, as charts need it (spec 6.1), and millions may be understood from an axis.
     """
-    if (factor := _conversion(prediction.unit, truth.unit)) is None:
+    if (factor := conversion(prediction.unit, truth.unit)) is None:
         return False
     value = prediction.value * factor
     values = {value}
@@ -254,20 +193,6 @@ def _close(value: Fraction, prediction: Quantity, truth: Quantity, tolerance: Fr
     if abs(value - truth.value) <= tolerance * abs(truth.value):
         return True
     return truth.places >= 2 and prediction.places > truth.places and round(value, truth.places) == truth.value
-
-
-def _conversion(unit: str, expected: str) -> Fraction | None:
-    """What turns one unit into the other; None if they differ."""
-    if unit == expected or not unit or not expected:
-        return Fraction(1)
-    (unit, _, power), (expected, _, expected_power) = unit.partition("^"), expected.partition("^")
-    if unit in _UNITS and expected in _UNITS and power == expected_power:
-        (dimension, factor), (expected_dimension, expected_factor) = _UNITS[unit], _UNITS[expected]
-        return (factor / expected_factor) ** int(power or 1) if dimension == expected_dimension else None
-    if unit in _UNITS or expected in _UNITS:
-        return None
-    said, meant = set(unit.split()), set(expected.split())
-    return Fraction(1) if said <= meant or meant <= said else None
 
 
 def quantities(prediction: str, truth: str) -> tuple[Quantity, Quantity] | None:

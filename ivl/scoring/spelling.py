@@ -5,11 +5,19 @@ from __future__ import annotations
 import re
 import unicodedata
 
-NUMBER_WORDS = {word: n for n, word in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"])}
-CONTRACTIONS = {
-    word.replace("'", ""): word
-    for word in ["ain't", "aren't", "can't", "could've", "couldn't", "didn't", "doesn't", "don't", "hadn't", "hasn't", "haven't", "he'd", "he's", "how'd", "how'll", "how's", "i'd've", "i'm", "i've", "isn't", "it'd", "it'll", "might've", "mightn't", "must've", "mustn't", "needn't", "shan't", "should've", "shouldn't", "somebody's", "someone's", "that'd", "that's", "there'd", "there's", "they'd", "they'll", "they're", "they've", "wasn't", "we've", "weren't", "what'll", "what're", "what's", "what've", "when's", "where'd", "where's", "who'd", "who'll", "who's", "who've", "why'll", "why're", "why's", "won't", "would've", "wouldn't", "y'all", "you'd", "you'll", "you're", "you've"]
-}
+_NUMBERS = "zero one two three four five six seven eight nine ten"
+_ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth"
+_SHORTENED = (
+    "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's i'd've i'm "
+    "i've isn't it'd it'll might've mightn't must've mustn't needn't shan't should've shouldn't somebody's someone's that'd "
+    "that's there'd there's they'd they'll they're they've wasn't we've weren't what'll what're what's what've when's where'd "
+    "where's who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've"
+)
+NUMBER_WORDS = {word: n for n, word in enumerate(_NUMBERS.split())}
+CONTRACTIONS = {word.replace("'", ""): word for word in _SHORTENED.split()}
+_SAME = {"grey": "gray", "colour": "color", "centre": "center", "none": "0", "cannot": "can not"}
+_SAME |= {word: str(n) for word, n in NUMBER_WORDS.items()}
+_SAME |= {word: str(n) + {1: "st", 2: "nd", 3: "rd"}.get(n, "th") for n, word in enumerate(_ORDINALS.split(), 1)}
 ARTICLES = ("a", "an", "the")
 
 CJK = "\u2e80-\u9fff\uf900-\ufaff"
@@ -19,7 +27,9 @@ _SIGNS = str.maketrans({
     "。": ".", "；": ";", "「": '"', "」": '"', "【": "[", "】": "]", "˚": "°", "º": "°",
     "\u200b": None, "\u200c": None, "\u200d": None, "\ufeff": None, "\u2060": None,
 })  # fmt: skip
-_WRAPPED = re.compile(r"\\(?:text|textbf|textit|textrm|textsf|mathrm|mathbf|mathsf|mathit|operatorname|mbox|boxed|fbox)\s*\{([^{}]*)\}")
+_WRAPPED = re.compile(
+    r"\\(?:text|textbf|textit|textrm|textsf|mathrm|mathbf|mathsf|mathit|operatorname|mbox|boxed|fbox)\s*\{([^{}]*)\}"
+)
 _SPACES = re.compile(r"(?<!\\)\\[,;: ]|\\q?quad(?![a-zA-Z])|~(?=\\)")
 _DEGREES = re.compile(r"\^\s*\{\s*\\(?:circ|degree)\s*\}|\^\s*\\(?:circ|degree)(?![a-zA-Z])|\\degree(?![a-zA-Z])")
 _LEADS = re.compile(
@@ -68,7 +78,8 @@ def bare(text: str) -> str:
     """The plain text without an introduction ("The answer is") and a closing full stop."""
     text = plain(text)
     text = text[found.end() :] if (found := _LEADS.match(text)) and found.end() < len(text) else text
-    return text.rstrip(".!? ") if re.search(r"[^.!? ]", text) else text
+    text = re.sub(r"(?<=[^\W\d_]{2})[!?]+\.?$", "", text)  # n! is a factorial
+    return text.rstrip(". ") or text
 
 
 def wording(text: str) -> str:
@@ -81,14 +92,16 @@ def wording(text: str) -> str:
     text = re.sub(r"(?<=\d)[,'](?=\d{3}(?!\d))", "", text) if re.fullmatch(r"\D*\d{1,3}([,']\d{3})+(\D.*)?", text) else text
     text = re.sub(r" ?([:/]) ?", r"\1", text)
     words = [stripped for word in text.split() if (stripped := _stripped(word))]
-    words = [str(NUMBER_WORDS.get("zero" if word == "none" else word, word)) for word in words if word not in ARTICLES]
-    words = [CONTRACTIONS.get(word, word) for word in words]
+    words = [CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES]
+    words = [{"can't": "can not", "won't": "will not"}.get(word) or re.sub(r"n't$", " not", word) for word in words]
+    words = [_SAME.get(word, word) for word in words]
     text = re.sub(rf"(?<=[{CJK}]) | (?=[{CJK}])", "", " ".join(words))
     return {"是的": "是", "不是": "否", "正确": "对"}.get(text, text)
 
 
 def _stripped(word: str) -> str:
-    word = word.strip(",;:!?\"'").rstrip(".")
+    word = word.strip(",;:\"'").rstrip(".")
+    word = word.rstrip("!?") if re.search(r"[^\W\d_]{2}", word) else word
     return word if re.search(r"\d", word) else word.strip("()[]")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from ivl.errors import InputError
 from ivl.scoring.spelling import plain, without_left_side
 
-CPU_SECONDS, WALL_SECONDS, MEGABYTES = 0.4, 0.8, 512
+CPU_SECONDS, WALL_SECONDS, MEGABYTES = 0.3, 0.7, 512
 """Of one comparison. Processor time ends it first, so that a verdict hardly depends on how busy the machine is."""
 _MOST_CHARACTERS, _DEEPEST = 400, 40
 
@@ -24,12 +24,12 @@ _COMMANDS = {
     "÷": r"\div ", "·": r"\cdot ", "⋅": r"\cdot ", "°": r"^{\circ}", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ",
     "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∠": r"\angle ",
 }  # fmt: skip
-_FUNCTIONS = set(["sin", "cos", "tan", "cot", "sec", "csc", "log", "ln", "exp", "lim", "max", "min", "mod", "pi", "arcsin", "arccos", "arctan", "sqrt", "infty", "inf", "gcd"])
-
+_FUNCTIONS = "sin cos tan cot sec csc log ln exp lim max min mod pi arcsin arccos arctan sqrt infty inf gcd"
+_WORDS = "am an as at be by do go he if in is it me my no of on or so to up us we"
+_NAMES, _NO_PRODUCTS = set(_FUNCTIONS.split()), set(_WORDS.split())
 _HOPELESS = re.compile(r"\d\d ?\^ ?[{(]? ?\d+ ?\^|\^ ?[{(]? ?\d+ ?\^ ?[{(]? ?\d+ ?\^|\d{4} ?!|! ?\) ?!")
 """Powers and factorials with more digits than can be written. What gets past this meets the limits."""
 _UNIT = re.compile(r"(?<=[\d})]) ?(?:\\(?:text|mathrm) ?\{[^{}]*\}|(?<= )(?:mm|cm|dm|m|km|units?))(?:\^\{?[23]\}?)?$")
-_WORDS = set("am an as at be by do go he if in is it me my no of on or so to up us we".split())
 
 
 class Comparer:
@@ -137,6 +137,8 @@ def formula(text: str) -> str | None:
     text = re.sub(r"(?<![\\a-zA-Z])(?:pi|sqrt)(?![a-zA-Z])", lambda found: "\\" + found[0], text)
     for character, command in _COMMANDS.items():
         text = text.replace(character, command)
+    if re.search(r"(?:sin|cos|tan|cot|sec|csc)(?![a-z])", text):
+        text = re.sub(r"(\d+(?:\.\d+)?) ?\^\{\\circ\}", r"\\frac{\1\\pi}{180}", text)
     readable = text and len(text) <= _MOST_CHARACTERS and text.isprintable()
     return text if readable and _looks_like_one(text) else None
 
@@ -147,7 +149,7 @@ def _looks_like_one(text: str) -> bool:
     if not re.search(r"[\d\\+*/^=<>_!|-]", text) and not re.fullmatch(r"[a-z]{1,2}", text):
         return False
     words = re.findall(r"[^\W\d_]+", re.sub(r"\\[a-zA-Z]+(\{[a-z*]+\})?", " ", text))
-    if not all((len(word) <= 2 and word.isascii() and word not in _WORDS) or word.lower() in _FUNCTIONS for word in words):
+    if not all((len(word) <= 2 and word.isascii() and word not in _NO_PRODUCTS) or word.lower() in _NAMES for word in words):
         return False
     deepest = depth = 0
     for character in text:

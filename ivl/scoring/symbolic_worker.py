@@ -22,6 +22,7 @@ def main() -> None:
     same = comparison()
     for formula in FORMULAS_TO_WARM_UP:
         same(formula, formula)
+        same(formula, r"\sqrt{x}+1")
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     child: Child | None = None
     answers.write(b'"ready"\n')

@@ -35,7 +35,10 @@ Judge = Callable[[str, str, Sequence[str]], bool | None]
 def mode_for(dataset: str) -> Mode:
     """The mode of a data set, by its name (spec 6.1); auto for names that are not known."""
     name = dataset.lower()
-    return next((mode for part, mode in _BY_NAME if part in name), "auto")
+    for part, mode in _BY_NAME:
+        if part in name:
+            return mode
+    return "auto"
 
 
 def verify(prediction: str, truth: str | Sequence[str], *, mode: Mode = "auto", choices: Sequence[str] = ()) -> float:
@@ -123,7 +126,7 @@ def _date(prediction: str, truth: str, choices: Sequence[str]) -> bool | None:
 def _words(prediction: str, truth: str, choices: Sequence[str]) -> bool | None:
     """Right or not to say: the same thing may be written as a formula."""
     said, meant = wording(prediction), wording(truth)
-    return bool(said) and said == meant or None
+    return (bool(said) and said == meant) or None
 
 
 def _yes_or_no(prediction: str, truth: str, choices: Sequence[str]) -> bool | None:
