@@ -78,14 +78,15 @@ def flags(command: tuple[str, ...]) -> frozenset[str]:
 
 def command_of(arguments: list[str]) -> tuple[str, ...]:
     """The words that choose a help page."""
-    if arguments[0] == "data" and len(arguments) > 1:
+    if arguments[0] in ("data", "prefer") and len(arguments) > 1:
         return tuple(arguments[:2])
     return ("train", "nano-language") if arguments[0] == "train" else (arguments[0],)
 
 
 def all_flags() -> set[str]:
     chosen = [*(("data", name) for name in ("validate", "stats", "convert", "filter", "pack")), ("train", "nano-language")]
-    chosen += [(name,) for name in COMMANDS if name not in ("data", "train")]
+    chosen += [("prefer", name) for name in ("sample", "pairs", "dropout")]
+    chosen += [(name,) for name in COMMANDS if name not in ("data", "prefer", "train")]
     return set().union(*(flags(command) for command in chosen), {"--resume", "--fresh", "--nproc-per-node", "--version"})
 
 

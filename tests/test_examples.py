@@ -59,6 +59,12 @@ def test_filter_and_pack(place: Path) -> None:
     assert "packs an epoch" in out and (place / "runs/examples/filter-and-pack/run/model").exists()
 
 
+def test_preference_from_any_engine(place: Path) -> None:
+    out = run(place, "preference_from_any_engine.py")
+    assert "of 32 replies are right; 10 pairs" in out and "Final answer: 3 is chosen over Final answer:" in out
+    assert (place / "runs/preference-example/pairs/report.html").exists()
+
+
 def test_all_are_tested() -> None:
     tested = Path(__file__).read_text()
     assert all(f'"{path.name}"' in tested for path in EXAMPLES.glob("*.py"))
