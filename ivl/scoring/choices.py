@@ -9,7 +9,7 @@ from ivl.scoring.quantities import quantities, same_quantity
 from ivl.scoring.spelling import plain, wording
 
 _LETTERS = "ABCDEFGH"
-_NAMED = re.compile(r"(?:(?:option|choice|选项?|选择)\s*)?[(\[]?([A-Za-z])[)\]]?[.:,)]*", re.IGNORECASE)
+_NAMED = re.compile(r"(?:(?:option|choice|选项?|选择)\s*)?[(\[]?([A-Za-z])[)\]]?(?: ?(?:选项|option))?[.:,)]*", re.IGNORECASE)
 _WITH_TEXT = re.compile(r"(?:[(\[]([A-Za-z])[)\]][.:,]?\s*|([A-Z])(?:[.):]\s*|,(?=\D)\s*)|([a-z])[.)]\s+)(\S.*)")
 _ANOTHER = re.compile(
     r"^[(\[]?[A-H](?![A-Za-z])(?! \w)|\b(?:or|and)\b ?[(\[]?[A-H](?:[).:\]]|$)|[&/] ?[(\[]?[A-H](?:[).:\]]|$)"
@@ -57,7 +57,7 @@ def same_choice(prediction: str, truth: str, choices: Sequence[str] = ()) -> boo
     choices: the texts of options A, B, ...; without them letters go from A to H and texts are those that the truth gives.
     """
     several = letters(truth)
-    if several and ("," in truth or plain(truth) == "".join(sorted(several))) and not choices:
+    if several and (len(plain(truth)) > len(several) or plain(truth) == "".join(sorted(several))) and not choices:
         named = letters(prediction)
         return named == several if named else None
     meant = _option(truth, choices)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from datetime import date
 
+from ivl.scoring.quantities import chinese_integer
 from ivl.scoring.spelling import bare
 
 _MONTHS = "january february march april may june july august september october november december"
@@ -32,6 +33,7 @@ def days(text: str) -> dict[str, Day]:
     text = bare(text).lower()
     if len(text) > 60:
         return {}
+    text = re.sub("[零〇一二三四五六七八九十]{1,4}(?=[年月日号])", lambda found: str(chinese_integer(found[0])), text)
     text = re.sub(r"^(?:mon|tues|wednes|thurs|fri|satur|sun)day,? |^the |^on ", "", text).removeprefix("the ")
     for pattern in _WRITTEN:
         if found := pattern.fullmatch(text):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ivl.scoring.quantities import quantity
 from ivl.scoring.spelling import bare, without_left_side
+from ivl.scoring.units import measure
 
 _PAIRS = {"(": ")", "[": "]", "{": "}"}
 _COMMA = re.compile(r" ?[,;] ?")
@@ -64,7 +65,7 @@ def same_items(prediction: str, truth: str, same: Callable[[str, str], bool]) ->
             return False
     if len(said.texts) != len(meant.texts):
         return False
-    if any(quantity(text) for text in meant.texts) and not (said.any_order or meant.any_order):
+    if any(_is_number(text) for text in meant.texts) and not (said.any_order or meant.any_order):
         return all(same(a, b) for a, b in zip(said.texts, meant.texts, strict=True))
     left = list(meant.texts)
     for text in said.texts:
@@ -73,3 +74,9 @@ def same_items(prediction: str, truth: str, same: Callable[[str, str], bool]) ->
             return False
         left.remove(match)
     return True
+
+
+def _is_number(text: str) -> bool:
+    """With or without a unit of measure; `3 cats` is rather a name."""
+    found = quantity(text)
+    return found is not None and (not found.unit or measure(found.unit) is not None)

@@ -62,10 +62,11 @@ class Quantity:
 
 def quantity(text: str) -> Quantity | None:
     """The number that a text is, None if it is more or something else (a range, a list, a formula, a variable)."""
-    text = bare(text)
-    if len(text) > 120:
+    text = bare(text).removesuffix("左右")
+    if len(text) > 120 or re.fullmatch(r"(?:1\d|20)\d0'?s", text):  # 1990s is a decade
         return None
     text = text[found.end() :] if (found := _ABOUT.match(text)) else text
+    text = re.sub(r"^(\d+) and (?=\d+/\d+)", r"\1 ", re.sub(r"^(?:a|one)(?= dozen)", "1", text, flags=re.IGNORECASE))
     if found := _MINUS.match(text):
         inner = _unsigned(text[found.end() :])
         return inner and replace(inner, value=-inner.value, year=False)
@@ -118,6 +119,12 @@ def _digits(text: str) -> tuple[Fraction, bool, int, str] | None:
 
 
 def _english(text: str) -> tuple[Fraction, bool, int, str] | None:
+    if (
+        (found := re.match(r"(.+) and (?:a|one) (half|quarter)(?![a-z])", text))
+        and (whole := _english(found[1]))
+        and not whole[3].strip()
+    ):
+        return whole[0] + _PARTS[found[2]], False, 0, text[found.end() :]
     words = text.replace("-", " ").split()
     total, current, read = 0, 0, 0
     for word in (word.lower() for word in words):
@@ -145,18 +152,19 @@ _CHINESE_SCALES = {"十": 10, "百": 100, "千": 1000}
 
 def _chinese(text: str) -> tuple[Fraction, bool, int, str] | None:
     if found := re.match("([零〇一二两三四五六七八九十百千万亿]{1,12})分之([零〇一二两三四五六七八九十百千万亿]{1,12})$", text):
-        down = _chinese_integer(found[1])
-        return (Fraction(_chinese_integer(found[2]), down), False, 0, "") if down else None
+        down = chinese_integer(found[1])
+        return (Fraction(chinese_integer(found[2]), down), False, 0, "") if down else None
     if not (found := re.match("[零〇一二两三四五六七八九十百千万亿]{1,20}", text)) or found[0][0] in "百千万亿":
         return None
-    return Fraction(_chinese_integer(found[0])), True, 0, text[found.end() :]
+    return Fraction(chinese_integer(found[0])), True, 0, text[found.end() :]
 
 
-def _chinese_integer(text: str) -> int:
+def chinese_integer(text: str) -> int:
+    """The value of 一百零五 or 二〇二〇."""
     for mark, scale in (("亿", 10**8), ("万", 10**4)):
         if mark in text:
             high, _, low = text.partition(mark)
-            return (_chinese_integer(high) or 1) * scale + _chinese_integer(low)
+            return (chinese_integer(high) or 1) * scale + chinese_integer(low)
     if not set(text) & set(_CHINESE_SCALES):
         return int("".join(str(_CHINESE[character]) for character in text) or 0)
     total = digit = 0
@@ -192,7 +200,8 @@ def _close(value: Fraction, prediction: Quantity, truth: Quantity, tolerance: Fr
         return False
     if abs(value - truth.value) <= tolerance * abs(truth.value):
         return True
-    return truth.places >= 2 and prediction.places > truth.places and round(value, truth.places) == truth.value
+    finer = prediction.places > truth.places or not (prediction.places or prediction.integer)
+    return truth.places >= 2 and finer and round(value, truth.places) == truth.value
 
 
 def quantities(prediction: str, truth: str) -> tuple[Quantity, Quantity] | None:

@@ -79,7 +79,7 @@ def bare(text: str) -> str:
     text = plain(text)
     text = text[found.end() :] if (found := _LEADS.match(text)) and found.end() < len(text) else text
     text = re.sub(r"(?<=[^\W\d_]{2})[!?]+\.?$", "", text)  # n! is a factorial
-    return text.rstrip(". ") or text
+    return text.rstrip(".,; ") or text
 
 
 def wording(text: str) -> str:
@@ -91,6 +91,7 @@ def wording(text: str) -> str:
     text = re.sub(r"(?<=[a-z])\.", "", text)
     text = re.sub(r"(?<=\d)[,'](?=\d{3}(?!\d))", "", text) if re.fullmatch(r"\D*\d{1,3}([,']\d{3})+(\D.*)?", text) else text
     text = re.sub(r" ?([:/]) ?", r"\1", text)
+    text = re.sub(r"(?<=\d) ?(?:-|~|to|至|到) ?(?=\d)", "-", text)
     words = [stripped for word in text.split() if (stripped := _stripped(word))]
     words = [CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES]
     words = [{"can't": "can not", "won't": "will not"}.get(word) or re.sub(r"n't$", " not", word) for word in words]

@@ -23,13 +23,14 @@ _COMMANDS = {
     "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∓": r"\mp ", "×": r"\times ",
     "÷": r"\div ", "·": r"\cdot ", "⋅": r"\cdot ", "°": r"^{\circ}", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ",
     "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∠": r"\angle ",
+    "∅": r"\emptyset ", r"\varnothing": r"\emptyset ",
 }  # fmt: skip
 _FUNCTIONS = "sin cos tan cot sec csc log ln exp lim max min mod pi arcsin arccos arctan sqrt infty inf gcd"
 _WORDS = "am an as at be by do go he if in is it me my no of on or so to up us we"
 _NAMES, _NO_PRODUCTS = set(_FUNCTIONS.split()), set(_WORDS.split())
 _HOPELESS = re.compile(r"\d\d ?\^ ?[{(]? ?\d+ ?\^|\^ ?[{(]? ?\d+ ?\^ ?[{(]? ?\d+ ?\^|\d{4} ?!|! ?\) ?!")
 """Powers and factorials with more digits than can be written. What gets past this meets the limits."""
-_UNIT = re.compile(r"(?<=[\d})]) ?(?:\\(?:text|mathrm) ?\{[^{}]*\}|(?<= )(?:mm|cm|dm|m|km|units?))(?:\^\{?[23]\}?)?$")
+_UNIT = re.compile(r"(?:(?<=[\d})π])|(?<=\\pi)) (?:mm|cm|dm|m|km|units?)(?:\^\{?[23]\}?)?$")
 
 
 class Comparer:
@@ -122,7 +123,7 @@ def same_formula(prediction: str, truth: str) -> bool | None:
     if said is None or meant is None:
         return None
     (left, _), (expected_left, _) = without_left_side(said), without_left_side(meant)
-    if bool(left) != bool(expected_left):
+    if bool(left) != bool(expected_left) and ("=" in said) != ("=" in meant):
         said, meant = without_left_side(said)[1], without_left_side(meant)[1]
     return "".join(said.split()) == "".join(meant.split()) or COMPARER.same(said, meant)
 
@@ -131,7 +132,7 @@ def formula(text: str) -> str | None:
     """The text in LaTeX if it looks like a formula of reasonable size, else None."""
     if len(text) > 4 * _MOST_CHARACTERS:
         return None
-    text = plain(_UNIT.sub("", text.strip().strip("$"))).strip("$ ").rstrip(".")
+    text = _UNIT.sub("", plain(text).strip("$ ").rstrip("."))
     text = re.sub(r"√ ?(\d+|[a-zA-Z]|\{[^{}]*\})", lambda found: r"\sqrt{" + found[1].strip("{}") + "}", text)
     text = re.sub(r"√ ?\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"(?<![\\a-zA-Z])(?:pi|sqrt)(?![a-zA-Z])", lambda found: "\\" + found[0], text)
@@ -144,7 +145,7 @@ def formula(text: str) -> str | None:
 
 
 def _looks_like_one(text: str) -> bool:
-    if re.fullmatch(r"\d+(-\d+)+", text) or _HOPELESS.search(text):
+    if re.fullmatch(r"\d+([-:]\d+)+", text) or re.search(r"(?<![_\d])\d+ \d", text) or _HOPELESS.search(text):
         return False
     if not re.search(r"[\d\\+*/^=<>_!|-]", text) and not re.fullmatch(r"[a-z]{1,2}", text):
         return False

@@ -14,7 +14,17 @@ import signal
 import sys
 from pathlib import Path
 
-FORMULAS_TO_WARM_UP = (r"\frac{1}{2}", r"2\sqrt{3}", "x^2-1", "(1,2)", r"\{1,2\}", "y=2x+1", r"x \ge 3", r"\sin(2\pi)")
+FORMULAS_TO_WARM_UP = (
+    r"\frac{1}{2}",
+    r"2\sqrt{3}",
+    "x^2-1",
+    "(1,2)",
+    r"\{1,2\}",
+    "y=2x+1",
+    "2y=4x+2",
+    r"x \ge 3",
+    r"\sin(2\pi)",
+)
 
 
 def main() -> None:
@@ -39,7 +49,7 @@ def comparison():
     """truth, prediction -> whether they are the same formula."""
     from math_verify import parse, verify
     from math_verify.parser import LatexExtractionConfig, NormalizationConfig
-    from sympy import I
+    from sympy import Eq, I, simplify
 
     # The library's own time limits use the alarm signal, which this process needs; it says so at every call.
     logging.disable(logging.CRITICAL)
@@ -59,8 +69,17 @@ def comparison():
         return formula.subs(dict.fromkeys(symbols, I)) if {str(each) for each in symbols} == {"i"} else formula
 
     def same(truth: str, prediction: str) -> bool:
-        meant = read(truth)
-        return bool(meant) and verify(meant, read(prediction), timeout_seconds=None)
+        meant, said = read(truth), read(prediction)
+        if not meant or not said:
+            return False
+        return verify(meant, said, timeout_seconds=None) or same_equation(meant[0], said[0])
+
+    def same_equation(a, b) -> bool:
+        """y = 2x + 4 is 2y - 4x = 8."""
+        if not isinstance(a, Eq) or not isinstance(b, Eq) or a.free_symbols != b.free_symbols:
+            return False
+        share = simplify((a.lhs - a.rhs) / (b.lhs - b.rhs))  # pyright: ignore[reportOperatorIssue]
+        return share.is_number and share.is_finite is True and share != 0
 
     return same
 
@@ -94,10 +113,13 @@ class Child:
             answer = b""
         if answer.endswith(b"\n"):
             return answer
+        self.stop()
+        return None
+
+    def stop(self) -> None:
         os.close(self._to)
         self._answers.close()
         os.waitpid(self.pid, 0)
-        return None
 
 
 def _work(same, requests, answers: int, cpu_seconds: float, wall_seconds: float, room: int) -> None:

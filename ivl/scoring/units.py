@@ -13,6 +13,8 @@ mass     1/1000000 mg milligram 毫克 | 1/1000 g gram 克 | 1 kg kilogram 千�
 mass     45359237/100000000 lb lbs pound
 time     1/1000 ms millisecond 毫秒 | 1 s sec second 秒 秒钟 | 60 min mins minute 分钟 | 3600 h hr hrs hour 小时
 time     86400 day 天 | 604800 week 周
+month    1 month 月 个月
+year     1 year yr 年
 volume   1/1000 ml mL milliliter millilitre 毫升 | 1 l L liter litre 升
 force    1 N newton 牛 牛顿 | 1000 kN
 energy   1 J joule 焦耳 | 1000 kJ
@@ -51,7 +53,7 @@ _WORDS = (
 )
 _NOT_UNITS = set(_WORDS.split())
 _CLASSIFIERS = "个只条张名人次件本辆头位种台块棵朵支把"
-_OF_WHAT = re.compile(r"(?:^| )(?:long|tall|wide|high|deep|old|away|in total|altogether)$")
+_OF_WHAT = re.compile(r"(?:^| )(?:long|tall|wide|high|deep|old|away|in total|altogether|o'clock)$")
 
 
 def unit_of(text: str, *, spaced: bool) -> str | None:
@@ -59,7 +61,7 @@ def unit_of(text: str, *, spaced: bool) -> str | None:
     text = _OF_WHAT.sub("", text)
     if not text:
         return ""
-    if text[0] in _CLASSIFIERS:
+    if text[0] in _CLASSIFIERS and text not in _UNITS:
         return text[1:] if re.fullmatch(r"[\u4e00-\u9fff]{0,6}", text[1:]) and not set(text) & set("半多以或至到和") else None
     text = re.sub(r"^(square|sq\.?|cubic|cu\.?) (\w+)$", lambda m: f"{m[2]}^{2 if m[1].startswith('sq') else 3}", text)
     text = re.sub(r"^平方(\w+)$", r"\1^2", re.sub(r"^立方(\w+)$", r"\1^3", text))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 import ivl.errors
 from ivl.errors import InputError
 from ivl.scoring import COMPARER, correct, edit_distance, mode_for, verify
+from ivl.scoring.symbolic_worker import Child
 
 TEXT_MODES = ("exact", "anls", "vqa", "relaxed", "choice", "number", "list", "date", "auto")
 SYMMETRIC = ("exact", "anls", "vqa", "list", "date")
@@ -119,6 +121,21 @@ def test_a_formula_beyond_its_limits_counts_as_different_and_the_next_is_compare
         assert time.monotonic() - began < 1
         assert COMPARER.same(r"\frac{1}{2}", "0.5")
     assert COMPARER.given_up >= 2
+
+
+def test_time_and_memory_of_a_comparison_are_limited() -> None:
+    def limited(work: Callable[[str], object]) -> bytes | None:
+        child = Child(lambda truth, prediction: bool(work(truth)), 0.3, 0.7, 100)
+        answer = child.ask(b'["truth", "prediction"]\n')
+        if answer is not None:
+            child.stop()
+        return answer
+
+    assert limited(lambda text: text == "truth") == b"true\n" and limited(lambda text: "") == b"false\n"
+    assert limited(lambda text: bytearray(2**28)) is None
+    assert limited(lambda text: 10**10**9) is None
+    assert limited(lambda text: time.sleep(60)) is None
+    assert limited(lambda text: 1 / 0) == b"false\n"
 
 
 @needs_math_verify
