@@ -19,6 +19,7 @@ def large(n: int) -> torch.Tensor:
 
 
 def serve(pipe, parent: int) -> None:
+    torch.set_num_threads(1)  # as workers do: threads do not survive a fork
     for n in range(5):
         pipe.send(transport.send(large(n), parent))
         assert pipe.recv() == "fetched"
