@@ -130,8 +130,8 @@ def _train_samples(config: ModelConfig) -> list[tuple[torch.Tensor, torch.Tensor
 
 def _ours(kind: str, number: int, decode_steps: int) -> Callable[[], Any]:
     from ivl.model.cache import PagedCache, Sequence
+    from ivl.model.memory import keep_freed_memory
     from ivl.model.vlm import VLM
-    from ivl.train.memory import keep_freed_memory
     from ivl.train.objectives import sft_objective
     from ivl.types import Batch, Layout
 
@@ -139,6 +139,7 @@ def _ours(kind: str, number: int, decode_steps: int) -> Callable[[], Any]:
     torch.set_default_dtype(torch.bfloat16)
     model = VLM(config).eval()
     model.init_weights()
+    keep_freed_memory()  # as every engine and every training run does
 
     def cache(sequences: int, tokens: int) -> tuple[PagedCache, list[Sequence]]:
         room = -(-tokens // 64) * 64 * sequences
@@ -177,7 +178,6 @@ def _ours(kind: str, number: int, decode_steps: int) -> Callable[[], Any]:
 
         return decode
 
-    keep_freed_memory()  # as every run does
     samples = _train_samples(config)
     shifted = [torch.cat([labels[1:], torch.tensor([-100])]) for _, labels in samples]
     labels_T = torch.cat(shifted)

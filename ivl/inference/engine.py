@@ -23,6 +23,7 @@ from ivl.inference.sampling import Sampler, choose
 from ivl.inference.text import Decoder, TextStream
 from ivl.inference.vision import VisionEncoder
 from ivl.model.cache import PagedCache, Sequence
+from ivl.model.memory import keep_freed_memory
 from ivl.model.vlm import VLM
 from ivl.types import Conversation, Prompt, SamplingParams, TextDelta
 
@@ -137,6 +138,8 @@ class Engine:
         if model.training:
             raise ValueError("the model is in training mode, where drop path is active: call model.eval() first")
         decoder = model.config.decoder
+        if model.device.type == "cpu":
+            keep_freed_memory()
         self.model = model
         self.processor = processor
         self.max_batch_tokens = max_batch_tokens

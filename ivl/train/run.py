@@ -22,13 +22,13 @@ from ivl.data.loader import Loader
 from ivl.errors import InputError
 from ivl.model.checkpoint import load_config, load_model, resolve, save_model
 from ivl.model.lora import merge_lora, save_adapter
+from ivl.model.memory import keep_freed_memory
 from ivl.model.vlm import VLM
 from ivl.processing.processor import Processor
 from ivl.processing.tokenizer import Tokenizer
 from ivl.train.config import TrainConfig, differences, from_json, to_json
 from ivl.train.distributed import World, in_step, is_sharded, shard, start_world, stop_world, whole
 from ivl.train.loop import Evaluator, to_device, train
-from ivl.train.memory import keep_freed_memory
 from ivl.train.objectives import OBJECTIVES, Objective
 from ivl.train.pairs import PreferenceObjective, Reference, frozen
 from ivl.train.reference import FileReference, adapters_off, precompute, weights_hash
