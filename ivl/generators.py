@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from ivl.errors import InputError
-from ivl.types import Conversation, SamplingParams, TextDelta
-
-FinishReason = Literal["stop", "length"]
+from ivl.types import Conversation, FinishReason, SamplingParams, TextDelta
 
 
 class Refused(InputError):
@@ -37,7 +35,7 @@ class BatchGenerator(Protocol):
 
 
 @dataclass(frozen=True)
-class _Joined:
+class Said:
     text: str
     finish_reason: FinishReason
 
@@ -59,10 +57,10 @@ def answers_of(
     return [reply.text for reply in replies_of(generator, conversations, params)]
 
 
-def _joined(deltas: Iterator[TextDelta]) -> _Joined:
+def _joined(deltas: Iterator[TextDelta]) -> Said:
     texts: list[str] = []
     reason: FinishReason = "stop"
     for delta in deltas:
         texts.append(delta.text)
         reason = delta.finish_reason or reason
-    return _Joined("".join(texts), reason)
+    return Said("".join(texts), reason)

@@ -1,4 +1,4 @@
-"""Results that survive kill -9: rows written a chunk at a time, continued exactly where they end."""
+"""Results that survive kill -9: rows written a chunk at a time and continued where they end; files whole or not at all."""
 
 from __future__ import annotations
 
@@ -106,3 +106,24 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 def _line(row: dict[str, Any]) -> bytes:
     return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The whole file or none of it, also after a crash."""
+    part = path.with_name(f"{path.name}.part")
+    with part.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """What a file or folder holds is certain after this."""
+    if os.name == "posix":
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

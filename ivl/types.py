@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Role = Literal["system", "user", "assistant"]
+FinishReason = Literal["stop", "length"]
 IGNORE = -100
 """Label of a token that is not trained."""
 
@@ -217,4 +218,4 @@ class TextDelta:
 
     text: str
     token: int | None = None
-    finish_reason: Literal["stop", "length"] | None = None
+    finish_reason: FinishReason | None = None

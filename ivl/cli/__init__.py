@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import os
 import sys
@@ -28,7 +27,7 @@ def usage() -> str:
 
 def main() -> None:
     """Entry point of the `ivl` command."""
-    from ivl.errors import InputError
+    from ivl.errors import InputError, nearest
 
     args = sys.argv[1:]
     if not args or args[0] in ("-h", "--help"):
@@ -41,9 +40,7 @@ def main() -> None:
         print(version("ivl"))
         return
     if args[0] not in COMMANDS:
-        near = difflib.get_close_matches(args[0], COMMANDS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; commands are {', '.join(COMMANDS)}"
-        print(f"ivl: unknown command {args[0]!r}{hint}", file=sys.stderr)
+        print(f"ivl: unknown command {args[0]!r}; {nearest(args[0], COMMANDS, 'commands')}", file=sys.stderr)
         raise SystemExit(2)
     module, _, function = COMMANDS[args[0]][0].partition(":")
     try:

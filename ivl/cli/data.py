@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +11,7 @@ import tyro
 
 from ivl.data.config import DataConfig
 from ivl.errors import InputError
+from ivl.progress import counting
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -129,20 +129,13 @@ def _inspect(
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Watch]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]} rows/s"),
-        TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
+    with counting() as bar:
         tasks: dict[str, TaskID] = {}
 
         def watch(name: str, done: int, rows: int) -> None:
             if name not in tasks:
-                tasks[name] = bar.add_task(name, total=rows, rate="")
-            bar.update(tasks[name], completed=done, rate=f"{bar.tasks[tasks[name]].speed or 0:,.0f}")
+                tasks[name] = bar.add_task(name, total=rows, note="")
+            bar.update(tasks[name], completed=done, note=f"{bar.tasks[tasks[name]].speed or 0:,.0f} rows/s")
 
         yield watch
 

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ivl.progress import counting
+
 Formats = Literal[
     "jsonl", "json", "parquet", "arrow", "webdataset", "reference", "openai", "sharegpt", "swift", "finevision"
 ]  # fmt: skip
@@ -37,20 +39,13 @@ def convert(
         on_error: refuse stops at a bad row; skip leaves it out, prints it and counts it.
         overwrite: Replace DST if it exists.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from ivl.data.convert import convert as run
 
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]} rows/s"),
-        TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
-        task = bar.add_task(target.name, total=None, rate="")
+    with counting() as bar:
+        task = bar.add_task(target.name, total=None, note="")
 
         def progress(done: int, rows: int) -> None:
-            bar.update(task, completed=done, total=rows, rate=f"{bar.tasks[task].speed or 0:,.0f}")
+            bar.update(task, completed=done, total=rows, note=f"{bar.tasks[task].speed or 0:,.0f} rows/s")
 
         done = run(
             source, target, to=to, format=format, root=root, on_error=on_error, overwrite=overwrite,

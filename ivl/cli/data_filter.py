@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from ivl.errors import InputError
+from ivl.progress import counting
 
 if TYPE_CHECKING:
     from ivl.data.filters.chain import Chain
@@ -111,15 +112,8 @@ def _summary(result: dict[str, Any], out: Path) -> None:
 @contextmanager
 def _progress() -> Iterator[Callable[[Progress], None]]:
     """A bar on a terminal, elsewhere a line now and then; with the rate and the time left."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns = (
-        TextColumn("filter"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn(),
-    )  # fmt: skip
     live = sys.stderr.isatty()
-    with Bar(*columns, console=Console(stderr=True), disable=not live, transient=True) as bar:
+    with counting() as bar:
         task = bar.add_task("filter", total=None, note="")
         started = shown = time.monotonic()
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from ivl.data.config import DataConfig, Weighting
 from ivl.errors import InputError
+from ivl.progress import counting
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -88,16 +88,11 @@ def pack(
 
 
 def _estimate(loader: Loader, rows: int) -> PackEstimate:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    rate = TextColumn("{task.fields[rate]} rows/s")
-    columns = (TextColumn("encoding"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
-        task = bar.add_task("encoding", total=min(rows, len(loader.mixture)), rate="")
+    with counting() as bar:
+        task = bar.add_task("encoding", total=min(rows, len(loader.mixture)), note="")
 
         def watch() -> None:
-            bar.update(task, advance=1, rate=f"{bar.tasks[0].speed or 0:,.0f}")
+            bar.update(task, advance=1, note=f"{bar.tasks[0].speed or 0:,.0f} rows/s")
 
         return loader.estimate_packs(rows, watch=watch)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from ivl.preference.sampling import Progress
+from ivl.progress import counting
 
 
 def main(args: list[str]) -> None:
@@ -61,9 +64,17 @@ def sample(
     total = sum(1 for _ in read_questions(sources))
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
     generator, name = connect(model, url, url_model, concurrency=concurrency)
-    with Bar("questions", total) as bar:
+    with _progress("questions", total) as show:
         sampling.sample(
-            generator, sources, out, model=name, num_replies=num_replies, params=params, seed=seed, chunk=chunk, on_progress=bar
+            generator,
+            sources,
+            out,
+            model=name,
+            num_replies=num_replies,
+            params=params,
+            seed=seed,
+            chunk=chunk,
+            on_progress=show,
         )
     print(f"{total:,} questions x {num_replies} replies: {out}")
 
@@ -111,10 +122,10 @@ def dropout(
     total = per_question * sum(1 for _ in read_journal(replies)[1])
     generator, name = connect(model, url, url_model, concurrency=concurrency)
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
-    with Bar("replies", total) as bar:
+    with _progress("replies", total) as show:
         sampling.continue_without_images(
             generator, replies, out, model=name, ratio=ratio, per_question=per_question, params=params, seed=seed, chunk=chunk,
-            on_progress=bar,
+            on_progress=show,
         )  # fmt: skip
     print(f"continuations: {out}")
 
@@ -128,50 +139,31 @@ def pairs(replies: Input, out: Input, *, limit: int | None = None, seed: int = 0
         limit: Pairs of a question and kind; by default 15, or 3 where there are more than 500,000 questions.
         seed: Chooses among possible pairs.
     """
-    from ivl.journal import read_journal
     from ivl.preference.pairs import build_pairs
     from ivl.preference.report import write_report
 
-    total = sum(1 for _ in read_journal(replies)[1])
-    with Bar("questions", total) as bar:
-        tallies = build_pairs(replies, out, limit=limit, seed=seed, on_progress=bar.to)
+    with counting(on=True, lasting=True) as bar:
+        task = bar.add_task("questions", total=None, note="")
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        tallies = build_pairs(replies, out, limit=limit, seed=seed, on_progress=show)
     write_report(out, tallies, seed=seed)
     for name, t in tallies.items():
         made = ", ".join(f"{count:,} {kind} pairs" for kind, count in sorted(t.pairs.items())) or "no pairs"
         print(f"{name}: {t.questions:,} questions, {t.accuracy:.1%} of replies correct, {made}")
-    print(f"report: {out / 'report.html'}\ntrain:  ivl train nano-mpo --data.mixture {out / 'meta.json'}")
+    print(f"report: {out / 'report.html'}\ntrain:  ivl train 1B-mpo --model MODEL --data.mixture {out / 'meta.json'}")
 
 
-class Bar:
-    """A progress bar with rate and time left, on stderr."""
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[Progress], None]]:
+    with counting(on=True, lasting=True) as bar:
+        task = bar.add_task(what, total=total, note="")
 
-    def __init__(self, what: str, total: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as RichProgress
+        def show(progress: Progress) -> None:
+            elapsed = bar.tasks[task].elapsed or 0.0
+            rate = f"{progress.replies / elapsed:,.1f} replies/s" if elapsed > 0 and progress.replies else ""
+            bar.update(task, completed=progress.done, note=rate)
 
-        columns = (
-            TextColumn(what),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-        )
-        self._bar = RichProgress(*columns, console=Console(stderr=True))
-        self._task = self._bar.add_task(what, total=total, rate="")
-        self._resumed: int | None = None
-
-    def __enter__(self) -> Bar:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def __call__(self, progress: Progress) -> None:
-        elapsed = self._bar.tasks[0].elapsed or 0.0
-        rate = f"{progress.replies / elapsed:,.1f} replies/s" if elapsed > 0 and progress.replies else ""
-        self._bar.update(self._task, completed=progress.done, rate=rate)
-
-    def to(self, done: int) -> None:
-        self._bar.update(self._task, completed=done)
+        yield show

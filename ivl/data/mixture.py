@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import numpy as np
 
 from ivl.data.config import Weighting
 from ivl.data.rows import FORMATS, container_of, open_rows
-from ivl.errors import InputError
+from ivl.errors import InputError, nearest
 from ivl.types import Record
 
 MAX_REPEAT = 4
@@ -105,9 +104,7 @@ def _read_spec(path: Path, name: str, entry: Any) -> DatasetSpec:
     known = [field.name for field in dataclasses.fields(DatasetSpec) if field.name != "name"]
     for key in entry:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"keys are {', '.join(known)}"
-            raise InputError(f"{path}: dataset {name!r} has an unknown key {key!r}; {hint}")
+            raise InputError(f"{path}: dataset {name!r} has an unknown key {key!r}; {nearest(key, known, 'keys')}")
     if "annotation" not in entry:
         raise InputError(f"{path}: dataset {name!r} has no annotation")
     spec = DatasetSpec(name=name, **entry)

@@ -16,6 +16,7 @@ from typing import Any
 from ivl.errors import InputError
 from ivl.evaluation.task import Example, Task
 from ivl.generators import Generator, answers_of
+from ivl.journal import write_whole
 from ivl.scoring import wilson
 
 PACKAGES = ("ivl", "torch", "tokenizers", "pillow", "easy-vqa")
@@ -206,6 +207,4 @@ class Predictions:
 def write_report(path: Path, report: dict[str, Any]) -> None:
     """The report as JSON; a reader sees the whole file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    unfinished.replace(path)
+    write_whole(path, json.dumps(report, indent=2, ensure_ascii=False) + "\n")

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Generator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 
@@ -25,9 +25,8 @@ from ivl.inference.vision import VisionEncoder
 from ivl.model.cache import PagedCache, Sequence
 from ivl.model.memory import keep_freed_memory
 from ivl.model.vlm import VLM
-from ivl.types import Conversation, Prompt, SamplingParams, TextDelta
+from ivl.types import Conversation, FinishReason, Prompt, SamplingParams, TextDelta
 
-FinishReason = Literal["stop", "length"]
 GREEDY = SamplingParams()
 DEFAULT_CACHE_TOKENS = 65536
 CACHE_SHARE_OF_MEMORY = 4

@@ -15,17 +15,16 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from PIL import Image
 
 from ivl.errors import InputError
-from ivl.generators import Refused
+from ivl.generators import Refused, Said
 from ivl.processing.image import load_image
 from ivl.processing.video import load_frames
-from ivl.types import Conversation, ImageRef, Message, Part, SamplingParams, Text, TextDelta
+from ivl.types import Conversation, FinishReason, ImageRef, Message, Part, SamplingParams, Text, TextDelta
 
 MAX_WAIT = 60.0
 """Longest pause before a retry, in seconds, whatever the server asks for."""
@@ -35,14 +34,6 @@ BUSY = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 REFUSING = frozenset({400, 413, 422})
 """Answers about this one conversation: too long, or against the server's rules."""
 MIME = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
-
-FinishReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class RemoteReply:
-    text: str
-    finish_reason: FinishReason
 
 
 class _Busy(Exception):
@@ -91,9 +82,7 @@ class RemoteGenerator:
         self._limit_key = "max_tokens"
         self._opener = urllib.request.build_opener(_NoRedirect)
 
-    def generate(
-        self, conversations: Sequence[Conversation], params: SamplingParams | Sequence[SamplingParams]
-    ) -> list[RemoteReply]:
+    def generate(self, conversations: Sequence[Conversation], params: SamplingParams | Sequence[SamplingParams]) -> list[Said]:
         """The reply to each conversation, in order, `concurrency` at a time.
 
         Raises:
@@ -131,7 +120,7 @@ class RemoteGenerator:
                     raise InputError(f"{self.url}: the stream broke off: {error}") from None
                 self._pause(attempt, error)
 
-    def _reply(self, prompt: Conversation, params: SamplingParams) -> RemoteReply:
+    def _reply(self, prompt: Conversation, params: SamplingParams) -> Said:
         body = self._body(prompt, params)
         for attempt in range(self.retries + 1):
             try:
@@ -140,7 +129,7 @@ class RemoteGenerator:
                 text = (choice.get("message") or {}).get("content")
                 if not isinstance(text, str):
                     raise _Busy(f"no text in the reply: {_short(choice)}")
-                return RemoteReply(text, "length" if choice.get("finish_reason") == "length" else "stop")
+                return Said(text, "length" if choice.get("finish_reason") == "length" else "stop")
             except _Busy as error:
                 self._pause(attempt, error)
         raise AssertionError("the last _pause raises")

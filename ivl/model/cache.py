@@ -89,10 +89,6 @@ class CacheStep:
         self.store = store
         self.layout = layout
         self.blocks = blocks
-        spans = zip(blocks, layout.past_lens, layout.total_lens, strict=True)
-        size = store.block_size
-        slots = [b[at // size] * size + at % size for b, past, total in spans for at in range(past, total)]
-        self.new_slots_T = torch.tensor(slots, device=store.keys.device)
 
     def write(self, layer: int, k_TKH: torch.Tensor, v_TKH: torch.Tensor) -> None:
         self.store.keys[layer].index_copy_(0, self.new_slots_T, k_TKH)
@@ -118,6 +114,14 @@ class CacheStep:
         """Keys and values of all sequences, [S, L, K, H] each, padded to whole blocks of the longest: see mask_SL."""
         keys, values = (self._gather(x[layer], self._table_SB.flatten()) for x in (self.store.keys, self.store.values))
         return keys.unflatten(0, (len(self.blocks), -1)), values.unflatten(0, (len(self.blocks), -1))
+
+    @cached_property
+    def new_slots_T(self) -> torch.Tensor:
+        """Where the new tokens go."""
+        spans = zip(self.blocks, self.layout.past_lens, self.layout.total_lens, strict=True)
+        size = self.store.block_size
+        slots = [b[at // size] * size + at % size for b, past, total in spans for at in range(past, total)]
+        return torch.tensor(slots, device=self.store.keys.device)
 
     @cached_property
     def mask_SL(self) -> torch.Tensor:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ivl.errors import InputError
-from ivl.journal import read_journal
+from ivl.journal import read_journal, write_whole
 from ivl.preference.grading import Grade, grade
 from ivl.preference.questions import Source
 
@@ -133,7 +133,7 @@ def build_pairs(
     *,
     limit: int | None = None,
     seed: int = 0,
-    on_progress: Callable[[int], None] = lambda _: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Tally]:
     """Grade the replies of a journal and write out/pairs.jsonl, out/format_pairs.jsonl, out/grades.jsonl and out/meta.json.
 
@@ -145,8 +145,9 @@ def build_pairs(
     """
     about, rows = read_journal(replies)
     sources = {entry["name"]: Source(**entry) for entry in about["sources"]}
+    total = sum(1 for _ in read_journal(replies)[1])
     if limit is None:
-        limit = MAX_PAIRS_HUGE if sum(1 for _ in read_journal(replies)[1]) > HUGE else MAX_PAIRS
+        limit = MAX_PAIRS_HUGE if total > HUGE else MAX_PAIRS
     tallies = {name: Tally() for name in sources}
     make = _from_continuations if about["kind"] == "dropout" else _from_replies
     written: Counter[str] = Counter()
@@ -163,9 +164,9 @@ def build_pairs(
             if graded:
                 files.write("grades.jsonl", {"id": row["id"], "source": row["source"], "grades": graded})
             tally.with_pairs += bool(pairs)
-            on_progress(done)
+            on_progress(done, total)
     meta = {name.removesuffix(".jsonl"): {"annotation": name, "root": "", "data_augment": False} for name in written}
-    _write_whole(out / "meta.json", json.dumps(meta, indent=2))
+    write_whole(out / "meta.json", json.dumps(meta, indent=2))
     return tallies
 
 
@@ -219,12 +220,6 @@ class _Files:
                 fresh.unlink()
                 if kind is None:
                     (self.out / name).unlink(missing_ok=True)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    fresh = path.with_name(f".{path.name}.new")
-    fresh.write_text(text, encoding="utf-8")
-    fresh.replace(path)
 
 
 def read_pairs(path: Path) -> Iterator[dict[str, Any]]:

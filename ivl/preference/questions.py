@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import typing
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ivl.errors import InputError
+from ivl.errors import InputError, nearest
 from ivl.preference.prompts import Domain, Language, Style, ask
 from ivl.processing.chat import user
 from ivl.scoring import Mode
@@ -105,9 +104,7 @@ def _source(path: Path, name: str, entry: dict[str, Any]) -> Source:
     known = [field.name for field in dataclasses.fields(Source) if field.name != "name"]
     for key in entry:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"keys are {', '.join(known)}"
-            raise InputError(f"{path}: source {name!r} has an unknown key {key!r}; {hint}")
+            raise InputError(f"{path}: source {name!r} has an unknown key {key!r}; {nearest(key, known, 'keys')}")
     if not entry.get("questions"):
         raise InputError(f"{path}: source {name!r} has no `questions` file")
     beside = path.parent / entry["questions"]

@@ -9,8 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ivl.data.encode import media
 from ivl.data.loader import Loader
@@ -19,6 +17,7 @@ from ivl.errors import InputError
 from ivl.journal import Journal, read_journal
 from ivl.model.lora import adapters_disabled, lora_parameters
 from ivl.model.vlm import VLM
+from ivl.progress import counting
 from ivl.train.config import Precision
 from ivl.train.distributed import World, is_sharded, whole
 from ivl.train.loop import to_device
@@ -99,8 +98,8 @@ def precompute(model: VLM, data: Loader, directory: Path, *, precision: Precisio
         if last and not last.get("done"):
             data.restore(last["position"])
         found: list[dict] = []
-        with _progress(world) as bar:
-            task = bar.add_task("reference log-probabilities", total=len(data.mixture) // world.size, completed=done)
+        with counting(on=world.is_main, lasting=True) as bar:
+            task = bar.add_task("reference log-probabilities", total=len(data.mixture) // world.size, completed=done, note="")
             for batch in () if last.get("done") else _in_company(model, iter(data), world):
                 if batch is not None:
                     check_pairs(batch)
@@ -163,11 +162,6 @@ def weights_hash(model: VLM) -> str:
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(value.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _progress(world: World) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True, quiet=not world.is_main))
 
 
 def _check_fixed(data: Loader) -> None:

@@ -20,6 +20,7 @@ from ivl.config import ModelConfig
 from ivl.data.config import DataConfig
 from ivl.data.loader import Loader
 from ivl.errors import InputError
+from ivl.journal import write_whole
 from ivl.model.checkpoint import load_config, load_model, resolve, save_model
 from ivl.model.lora import merge_lora, save_adapter
 from ivl.model.memory import keep_freed_memory
@@ -347,6 +348,4 @@ def run_dir_of(path: str | Path) -> Path:
 
 
 def _write_json(path: Path, value: dict) -> None:
-    temp = path.with_name(f".tmp-{path.name}")
-    temp.write_text(json.dumps(value, indent=2), encoding="utf-8")
-    temp.replace(path)
+    write_whole(path, json.dumps(value, indent=2))

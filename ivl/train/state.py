@@ -15,7 +15,6 @@ ranks may go on.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -25,6 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ivl.errors import InputError
+from ivl.journal import sync
 from ivl.train.distributed import World
 
 MARKER = "COMPLETE"
@@ -58,13 +58,13 @@ def save_checkpoint(
         files = sorted(p for p in temp.rglob("*") if p.is_file())
         sizes = {p.relative_to(temp).as_posix(): p.stat().st_size for p in files}
         for path in (*files, *(p for p in temp.rglob("*") if p.is_dir())):
-            _sync(path)
+            sync(path)
         _write_json(temp / MARKER, sizes)
-        _sync(temp / MARKER)
-        _sync(temp)
+        sync(temp / MARKER)
+        sync(temp)
         _remove(final)  # an incomplete directory of this name, or a run that went over the same step again
         temp.rename(final)
-        _sync(run_dir)
+        sync(run_dir)
         if keep_last:
             for old in checkpoints(run_dir)[:-keep_last]:
                 _remove(old)
@@ -126,11 +126,3 @@ def _remove(directory: Path) -> None:
 
 def _write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=1), encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import difflib
 import importlib
 import importlib.util
 import json
@@ -30,7 +29,7 @@ from ivl.data.formats.base import Rows
 from ivl.data.mixture import DatasetSpec
 from ivl.data.records import DataError
 from ivl.data.rows import open_rows
-from ivl.errors import InputError
+from ivl.errors import InputError, nearest
 from ivl.types import Record
 
 RULES = "ivl.data.filters.rules"
@@ -144,8 +143,7 @@ def load_chain(name: str | Path) -> Chain:
         return read_chain(known[str(name)], str(name))
     path = Path(name)
     if path.suffix != ".json" and not path.is_file():
-        near = difflib.get_close_matches(str(name), known, n=1)
-        raise InputError(f"{name}: no such filter; {_hint(near, 'shipped ones are', known)}, or give a .json file")
+        raise InputError(f"{name}: no such filter; {nearest(name, known, 'shipped ones')}, or give a .json file")
     try:
         return read_chain(path.read_text("utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
@@ -182,8 +180,7 @@ def _stage(entry: Any, groups: dict[str, list[str]], where: str) -> Stage:
         raise InputError(f"{where}: must be an object with a `use`, one of {', '.join(FILTERS)}; got {entry!r}")
     use = entry["use"]
     if use not in FILTERS:
-        near = difflib.get_close_matches(use, FILTERS, n=1)
-        raise InputError(f"{where}: unknown filter {use!r}; {_hint(near, 'filters are', FILTERS)}")
+        raise InputError(f"{where}: unknown filter {use!r}; {nearest(use, FILTERS, 'filters')}")
     for package in NEEDS.get(use, ()):
         if importlib.util.find_spec(package) is None:
             raise InputError(f"{where}: {use} needs the package {package}: pip install 'ivl[data]'")
@@ -217,12 +214,7 @@ def _check_keys(config: Any, known: Sequence[str], where: str, extra: Sequence[s
     known = [*known, *extra]
     for key in config:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            raise InputError(f"{where}: unknown key {key!r}; {_hint(near, 'keys are', known)}")
-
-
-def _hint(near: list[str], all_are: str, known: Any) -> str:
-    return f"did you mean {near[0]!r}?" if near else f"{all_are} {', '.join(known)}"
+            raise InputError(f"{where}: unknown key {key!r}; {nearest(key, known, 'keys')}")
 
 
 def _check_type(value: Any, hint: Any, where: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ivl.errors import InputError
+from ivl.journal import sync, write_whole
 
 SYNC_SECONDS = 2.0
 LOCK_SECONDS = 3.0
@@ -123,8 +124,8 @@ class Folder:
             os.fsync(file.fileno())
             file.close()
         if self._open:
-            _sync_directory(self.path / "kept")
-            _sync_directory(self.path)
+            sync(self.path / "kept")
+            sync(self.path)
         self._open.clear()
         self._save()
         self._synced = time.monotonic()
@@ -138,26 +139,6 @@ class Folder:
         self._save()
         for path in self.path.glob("signatures-*.bin"):
             path.unlink()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The whole file or none of it, also after a crash."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-    _sync_directory(path.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    if os.name == "posix":
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
 
 
 def _short(value: Any, limit: int = 120) -> str:

@@ -17,9 +17,9 @@ import numpy as np
 
 from ivl.data.encode import media
 from ivl.data.filters.chain import Chain, Pointwise, Stage
-from ivl.data.filters.folder import write_whole
 from ivl.data.records import DataError
 from ivl.errors import InputError
+from ivl.journal import write_whole
 from ivl.processing.image import load_image
 from ivl.types import ImageRef, Record, Text
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ivl.errors import InputError
+from ivl.journal import write_whole
 from ivl.model.checkpoint.keymaps import IGNORED_SUFFIXES, Entry
 
 WEIGHTS = "model.safetensors"
@@ -48,9 +49,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write a JSON file in one step: readers see the old one or the new one."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 class Source(Protocol):
