@@ -25,12 +25,12 @@ pre { white-space: pre-wrap; margin: .3rem 0; font-size: 13px } .good { color: #
 """
 
 
-def page(title: str, *sections: str) -> str:
-    """A whole page; sections are HTML."""
+def page(title: str, *sections: str, style: str = "") -> str:
+    """A whole page; sections are HTML. style: rules of the page's own, after the common ones."""
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     body = "\n".join(sections)
     return (
-        f'<!doctype html><html lang="en">{head}<title>{text(title)}</title><style>{STYLE}</style>\n'
+        f'<!doctype html><html lang="en">{head}<title>{text(title)}</title><style>{STYLE}{style}</style>\n'
         f"<h1>{text(title)}</h1>\n{body}</html>"
     )
 

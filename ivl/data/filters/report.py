@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import heapq
 import html
-import io
 import json
 from collections import Counter
 from dataclasses import dataclass, field
@@ -15,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ivl import pages
 from ivl.data.encode import media
 from ivl.data.filters.chain import Chain, Pointwise, Stage
 from ivl.data.records import DataError
@@ -35,14 +34,10 @@ LONG = 500
 """Characters of a turn that are shown before it must be unfolded."""
 MAX_SHOWN = 4_000
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2.2rem } h3 { font-size: 1rem; margin-bottom: .3rem }
-table { border-collapse: collapse; display: block; overflow-x: auto } td, th { padding: .2rem .9rem .2rem 0; text-align: right }
-td:first-child, th:first-child { text-align: left } th { font-weight: 600 } .zero { color: #aaa }
+h3 { font-size: 1rem; margin-bottom: .3rem } table { display: block; overflow-x: auto } .zero { color: #aaa }
 .row { border: 1px solid #ddd; border-radius: .3rem; padding: .5rem .8rem; margin: .5rem 0; overflow-wrap: anywhere }
 .why { color: #b00020; font-weight: 600 } .near { color: #8a6100; font-weight: 600 } .where { color: #777; font-size: .85rem }
 .turn { white-space: pre-wrap; margin: .25rem 0 } .turn b { color: #555; font-weight: 600 } .row img { margin: .2rem .4rem 0 0 }
-img.plot { max-width: 100% }
 """
 
 
@@ -175,12 +170,13 @@ def _page(result: dict[str, Any], chain: Chain, stages: dict[str, _Stage], point
         if figures["dropped"] or "histogram" in figures
     )
     about = html.escape(str(result["chain"].get("about", "")))
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>ivl data filter</title><style>{STYLE}</style>
-<h1>Filtered data</h1><p><b>{kept:,}</b> of {rows:,} rows kept{share}. {about}{judge}</p>
-<h2>Stages</h2>{_stage_table(result)}<h2>Data sets</h2>{_dataset_table(result)}{sections}
-<h2>Configuration</h2><pre>{html.escape(json.dumps(result["chain"], indent=2, ensure_ascii=False))}</pre></html>
-"""
+    return pages.page(
+        "Filtered data",
+        f"<p><b>{kept:,}</b> of {rows:,} rows kept{share}. {about}{judge}</p>",
+        f"<h2>Stages</h2>{_stage_table(result)}<h2>Data sets</h2>{_dataset_table(result)}{sections}",
+        f"<h2>Configuration</h2><pre>{html.escape(json.dumps(result['chain'], indent=2, ensure_ascii=False))}</pre>",
+        style=STYLE,
+    )
 
 
 def _stage_table(result: dict[str, Any]) -> str:
@@ -218,7 +214,7 @@ def _share(part: int, whole: int) -> str:
 def _section(figures: dict[str, Any], found: _Stage, stage: Stage | None, pointwise: Pointwise) -> str:
     text = f"<h2>{html.escape(figures['name'])}</h2>"
     if "histogram" in figures:
-        text += f"<img class='plot' alt='scores of {html.escape(figures['name'])}' src='{_plot(figures)}'>"
+        text += _plot(figures)
     if dropped := _spread(found):
         examples = "".join(_example(row, pointwise, "why") for row in dropped)
         text += f"<h3>Dropped: {len(dropped)} of {found.dropped:,}</h3>{examples}"
@@ -272,19 +268,13 @@ def _thumbnail(ref: ImageRef) -> str:
         image = load_image(ref)
     except InputError as error:
         return _turn("image", str(error))
-    image.thumbnail((THUMB, THUMB))
-    out = io.BytesIO()
-    image.save(out, "JPEG", quality=80)
-    return f"<img alt='' src='data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}'>"
+    return pages.picture(image, size=THUMB)
 
 
 def _plot(figures: dict[str, Any]) -> str:
     """Kept and dropped scores above each other, and the limit."""
-    from matplotlib.figure import Figure
-
     edges, kept, dropped = (np.array(figures["histogram"][key]) for key in ("edges", "kept", "dropped"))
-    figure = Figure(figsize=(8, 2.6), layout="constrained")
-    axis = figure.subplots()
+    figure, axis = pages.pyplot().subplots(figsize=(8, 2.6), layout="constrained")
     width = np.diff(edges)
     axis.bar(edges[:-1], kept, width, align="edge", color="#9ecae1", label=f"passed {kept.sum():,}")
     axis.bar(edges[:-1], dropped, width, bottom=kept, align="edge", color="#d62728", label=f"dropped {dropped.sum():,}")
@@ -296,6 +286,4 @@ def _plot(figures: dict[str, Any]) -> str:
         axis.set_xscale("symlog", linthresh=1)
     axis.set(xlabel="score", ylabel="rows")
     axis.legend(frameon=False, fontsize=8, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110, metadata={"Software": None})
-    return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
+    return pages.plot(figure, f"scores of {figures['name']}")
