@@ -116,7 +116,10 @@ def stage2() -> TrainConfig:
 
 
 def reason() -> TrainConfig:
-    """Supervised: questions about several pictures, with short written reasoning before the answer."""
+    """Supervised: questions about several pictures, with short written reasoning before the answer.
+
+    benchmarks/preference_effect.py writes its data, and those of mpo.
+    """
     return replace(
         stage2(),
         name="nano-reason",

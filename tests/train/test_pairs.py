@@ -9,64 +9,31 @@ from pathlib import Path
 import pytest
 import torch
 
-from ivl.data.config import DataConfig
-from ivl.data.loader import Loader
 from ivl.data.records import DataError, to_record
 from ivl.data.rows import write_jsonl
 from ivl.errors import InputError
-from ivl.model.vlm import VLM
 from ivl.train.config import OptimConfig, PreferenceConfig, Stage, TrainConfig
 from ivl.train.loop import BatchList, train
 from ivl.train.pairs import PreferenceObjective, frozen, reply_log_probs
 from ivl.train.run import run
-from ivl.types import Batch
-from tests.data.world import picture, processor
+from tests.data.world import processor
+from tests.train.pairs import make_pairs, new_model, pair_batches, pair_data
 
 ALL = PreferenceConfig(sigmoid=0.8, bco=0.0, generation=1.0, ipo=0.1, hinge=0.2, robust=0.1, orpo=0.1, simpo=0.1)
 
 
-def pair_rows(folder: Path, count: int) -> list[dict]:
-    rows = []
-    for n in range(count):
-        row = {
-            "id": f"p{n}",
-            "question": "what is this",
-            "chosen": "a red circle " * (1 + n % 4),
-            "rejected": "white on a " * (1 + n % 3),
-        }
-        if n % 3:
-            row["image"] = picture(folder / f"{n}.png", 30 + n, 60, seed=n).name
-        rows.append(row)
-    return rows
-
-
 @pytest.fixture
 def pairs(tmp_path: Path) -> Path:
-    return write_jsonl(pair_rows(tmp_path, 10), tmp_path / "pairs.jsonl")
-
-
-def model(seed: int = 0) -> VLM:
-    torch.manual_seed(seed)
-    one = VLM(processor().config)
-    one.init_weights()
-    return one
-
-
-def batches(path: Path, **changes) -> list[Batch]:
-    return list(Loader(data_config(path, **changes), processor(), seed=0))
-
-
-def data_config(path: Path, **changes) -> DataConfig:
-    return DataConfig(**{**dict(mixture=str(path), max_tokens=400, max_tiles=30, num_workers=0, epochs=1), **changes})
+    return make_pairs(tmp_path, 10)
 
 
 def test_packed_pairs_are_the_pairs_one_by_one(pairs: Path) -> None:
-    packed, alone = batches(pairs), batches(pairs, max_samples=1)
+    packed, alone = pair_batches(pairs), pair_batches(pairs, max_samples=1)
     assert len(packed) < len(alone) == 10
-    reference = frozen(model(seed=1))
+    reference = frozen(new_model(seed=1))
     found = []
     for data in (packed, alone):
-        one = model()
+        one = new_model()
         objective = PreferenceObjective(replace(ALL, check_start=False), reference, still_calls=100)
         losses = [objective(one, batch) for batch in data]
         total = sum(loss.total for loss in losses) / sum(float(loss.weight) for loss in losses)
@@ -81,10 +48,10 @@ def test_packed_pairs_are_the_pairs_one_by_one(pairs: Path) -> None:
 
 
 def test_the_vision_encoding_is_shared(pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one, seen = model(), []
+    one, seen = new_model(), []
     encode = one.encode_tiles
     monkeypatch.setattr(one, "encode_tiles", lambda tiles: seen.append(len(tiles)) or encode(tiles))
-    data = batches(pairs)
+    data = pair_batches(pairs)
     for batch in data:
         reply_log_probs(one, batch)
     assert sum(seen) == sum(len(batch.tiles_GSSC) for batch in data) == sum(len(batch.tile_ids_R) for batch in data) / 2
@@ -92,8 +59,8 @@ def test_the_vision_encoding_is_shared(pairs: Path, monkeypatch: pytest.MonkeyPa
 
 def test_gradients_are_those_of_the_formula(pairs: Path) -> None:
     """Against plain autograd in float64 with whole logits."""
-    [batch, *_] = batches(pairs)
-    one, reference = model().double(), frozen(model(seed=1).double())
+    [batch, *_] = pair_batches(pairs)
+    one, reference = new_model().double(), frozen(new_model(seed=1).double())
     loss = PreferenceObjective(PreferenceConfig(check_start=False), reference)(one, batch)
     loss.total.backward()
     given = {name: p.grad.clone() for name, p in one.named_parameters() if p.grad is not None}
@@ -119,7 +86,7 @@ def test_gradients_are_those_of_the_formula(pairs: Path) -> None:
 def config(path: Path, start: Path, out: Path, **changes) -> TrainConfig:
     options = {
         "name": "mpo", "out_dir": str(out), "model": str(start), "stage": Stage(trainable=("vision", "projector", "decoder")),
-        "objective": "preference", "optim": OptimConfig(lr=1e-3), "data": data_config(path, max_tokens=150, epochs=None),
+        "objective": "preference", "optim": OptimConfig(lr=1e-3), "data": pair_data(path, max_tokens=200, epochs=None),
         "num_steps": 4, "packs_per_step": 1, "precision": "fp32", "tensorboard": False, "log_every": 1000,
     }  # fmt: skip
     return TrainConfig(**{**options, **changes})
@@ -130,7 +97,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from ivl.model.checkpoint import save_model
 
     folder = tmp_path_factory.mktemp("start")
-    save_model(model(), folder)
+    save_model(new_model(), folder)
     processor().save(folder)
     return folder
 
@@ -203,22 +170,22 @@ def _die_at(call: int):
 
 
 def test_a_reference_of_other_weights_is_refused(pairs: Path, start: Path, tmp_path: Path) -> None:
-    [batch, *_] = batches(pairs)
-    objective = PreferenceObjective(PreferenceConfig(), frozen(model(seed=1)))
+    [batch, *_] = pair_batches(pairs)
+    objective = PreferenceObjective(PreferenceConfig(), frozen(new_model(seed=1)))
     with pytest.raises(ValueError, match=r"pair p\d+ .*pairs.jsonl:\d+\): at the first step .* ln 2 = 0.6931"):
-        objective(model().train(), batch)
+        objective(new_model().train(), batch)
 
 
 def test_a_policy_that_stays_where_it_is_is_an_error(pairs: Path) -> None:
-    one = model().train()
+    one = new_model().train()
     objective = PreferenceObjective(PreferenceConfig(generation=0.0), frozen(one), still_calls=3)
     with pytest.raises(InputError, match="after 3 packs the log-ratios"):
         frozen_lr = OptimConfig(lr=1e-30)
         setup = TrainConfig(
-            name="still", model="none", stage=Stage(trainable=("decoder",)), optim=frozen_lr, data=data_config(pairs),
+            name="still", model="none", stage=Stage(trainable=("decoder",)), optim=frozen_lr, data=pair_data(pairs),
             num_steps=5, precision="fp32",
         )  # fmt: skip
-        train(one, BatchList(batches(pairs)), setup, objective=objective)
+        train(one, BatchList(pair_batches(pairs)), setup, objective=objective)
 
 
 @pytest.mark.parametrize(
@@ -256,6 +223,6 @@ def test_other_layouts_of_a_pair_are_the_same_record() -> None:
 
 def test_a_sample_that_is_no_pair_is_refused(tmp_path: Path) -> None:
     row = {"conversations": [{"from": "human", "value": "what is this"}, {"from": "gpt", "value": "a red circle"}]}
-    [batch] = batches(write_jsonl([row], tmp_path / "rows.jsonl"))
+    [batch] = pair_batches(write_jsonl([row], tmp_path / "rows.jsonl"))
     with pytest.raises(ValueError, match=r"rows\.jsonl:1.*has two replies, this sample has 1"):
-        PreferenceObjective(PreferenceConfig(), frozen(model()))(model(), batch)
+        PreferenceObjective(PreferenceConfig(), frozen(new_model()))(new_model(), batch)
