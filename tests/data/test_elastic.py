@@ -80,9 +80,9 @@ def test_4_to_2_to_8_ranks_gives_every_sample_exactly_once(meta, expected, seed)
     assert sum(state["report"]["rows"].get("too_long", 0) for state in states) == 3
 
 
-def test_4_ranks_of_8_workers_to_2_ranks_of_2(meta, expected):
+def test_4_ranks_of_8_workers_to_2_ranks_of_3(meta, expected):
     seen, states = Counter(), None
-    for world_size, num_workers, stop in ((4, 8, 5), (2, 2, None)):
+    for world_size, num_workers, stop in ((4, 8, 5), (2, 3, None)):
         loaders = ranks(meta, world_size, states=states, num_workers=num_workers, prefetch=1)
         for each in loaders:
             stream = iter(each)
