@@ -189,8 +189,9 @@ def spawn(function: Callable[..., None], args: tuple, num_ranks: int) -> None:
         process.start()
     try:
         # A rank that waits for one that has failed would wait for long: the first failure ends all.
-        while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes):
-            wait([p.sentinel for p in processes if p.is_alive()])
+        # wait() of nothing never returns, so who is alive is asked once.
+        while (alive := [p.sentinel for p in processes if p.is_alive()]) and not any(p.exitcode for p in processes):
+            wait(alive)
     finally:
         for process in processes:
             if process.is_alive():
