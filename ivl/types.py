@@ -125,9 +125,18 @@ class Layout:
         """Whole sequences one after another, nothing in the cache."""
         return cls(tuple(lens), (0,) * len(lens))
 
+    def part(self, first: int, stop: int) -> Layout:
+        """The sequences from first up to stop, on a token axis of their own."""
+        return Layout(self.new_lens[first:stop], self.past_lens[first:stop])
+
     @cached_property
     def num_tokens(self) -> int:
         return sum(self.new_lens)
+
+    @cached_property
+    def num_decoding(self) -> int:
+        """Leading sequences with one new token."""
+        return next((s for s, new in enumerate(self.new_lens) if new > 1), len(self.new_lens))
 
     @cached_property
     def starts(self) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -68,19 +69,42 @@ def attend(
         cache.write(layer, k_TKH, v_TKH)
     elif any(layout.past_lens):
         raise ValueError(f"layout has past lengths {layout.past_lens} but no cache was given")
-    if q_TNH.is_cuda and not any(layout.past_lens):
-        return _attend_varlen(q_TNH, k_TKH, v_TKH, layout)
-    if not any(layout.past_lens):
-        return _attend_packed(q_TNH, k_TKH, v_TKH, layout)
+    kinds = _kinds(layout)
+    if len(kinds) == 1 and kinds[0][0] == "fresh":
+        return _attend_fresh(q_TNH, k_TKH, v_TKH, layout)
     assert cache is not None
-    lens, num_seqs = layout.total_lens, len(layout.total_lens)
-    if layout.num_tokens == num_seqs > 1 and max(lens) * num_seqs <= MAX_GATHER * sum(lens):
-        return _attend_decode(q_TNH, *cache.read_all(layer), cache.mask_SL)
     out_TNH = torch.empty_like(q_TNH)
-    for seq, (start, new, past) in enumerate(zip(layout.starts, layout.new_lens, layout.past_lens, strict=True)):
-        k, v = cache.read(layer, seq) if past else (k_TKH[start : start + new], v_TKH[start : start + new])
-        out_TNH[start : start + new] = _attend_one(q_TNH[start : start + new], k, v)
+    for kind, first, stop in kinds:
+        part, start = cache.part(first, stop), layout.starts[first]
+        tokens = slice(start, start + part.layout.num_tokens)
+        if kind == "fresh":
+            out_TNH[tokens] = _attend_fresh(q_TNH[tokens], k_TKH[tokens], v_TKH[tokens], part.layout)
+        elif kind == "decoding" and _gathers(part.layout):
+            out_TNH[tokens] = _attend_decode(q_TNH[tokens], *part.read_all(layer), part.mask_SL)
+        else:
+            for seq, (at, new) in enumerate(zip(part.layout.starts, part.layout.new_lens, strict=True), first):
+                own = slice(start + at, start + at + new)
+                out_TNH[own] = _attend_one(q_TNH[own], *cache.read(layer, seq))
     return out_TNH
+
+
+@lru_cache(maxsize=64)
+def _kinds(layout: Layout) -> tuple[tuple[str, int, int], ...]:
+    """Neighbouring sequences of one kind, as (kind, first, stop): fresh without past, decoding one token, or continued."""
+    lens = zip(layout.new_lens, layout.past_lens, strict=True)
+    kinds = ["fresh" if past == 0 else "decoding" if new == 1 else "continued" for new, past in lens]
+    bounds = [0, *(s for s in range(1, len(kinds)) if kinds[s] != kinds[s - 1]), len(kinds)]
+    return tuple((kinds[first], first, stop) for first, stop in pairwise(bounds))
+
+
+def _gathers(layout: Layout) -> bool:
+    lens = layout.total_lens
+    return len(lens) > 1 and max(lens) * len(lens) <= MAX_GATHER * sum(lens)
+
+
+def _attend_fresh(q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor, layout: Layout) -> torch.Tensor:
+    attend_fresh = _attend_varlen if q_TNH.is_cuda else _attend_packed
+    return attend_fresh(q_TNH, k_TKH, v_TKH, layout)
 
 
 def attend_all(q_GPNH: torch.Tensor, k_GPNH: torch.Tensor, v_GPNH: torch.Tensor) -> torch.Tensor:

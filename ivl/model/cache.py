@@ -9,6 +9,7 @@ import torch
 
 from ivl.config import DecoderConfig
 from ivl.model import kernels
+from ivl.model.blocks import BlockPool
 from ivl.types import Layout
 
 
@@ -45,7 +46,7 @@ class PagedCache:
         shape = (config.num_layers, self.num_blocks * block_size, config.num_kv_heads, config.head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
-        self.free = list(range(self.num_blocks - 1, -1, -1))
+        self.pool = BlockPool(self.num_blocks)
 
     def blocks_needed(self, sequence: Sequence, num_new: int) -> int:
         return -(-(sequence.length + num_new) // self.block_size) - len(sequence.blocks)
@@ -57,13 +58,14 @@ class PagedCache:
             CacheFull: if the free blocks do not suffice; nothing is reserved then.
         """
         needed = [max(0, self.blocks_needed(s, n)) for s, n in zip(sequences, new_lens, strict=True)]
-        if sum(needed) > len(self.free):
+        if sum(needed) > self.pool.num_available:
             raise CacheFull(
-                f"{sum(needed)} blocks of {self.block_size} tokens needed, {len(self.free)} of {self.num_blocks} free"
+                f"{sum(needed)} blocks of {self.block_size} tokens needed, "
+                f"{self.pool.num_available} of {self.num_blocks} free"
             )
         for sequence, count in zip(sequences, needed, strict=True):
             if count:
-                sequence.blocks += [self.free.pop() for _ in range(count)]
+                sequence.blocks += self.pool.take(count)
                 self._clear(sequence.blocks[-1])
         layout = Layout(tuple(new_lens), tuple(s.length for s in sequences))
         for sequence, n in zip(sequences, new_lens, strict=True):
@@ -77,8 +79,26 @@ class PagedCache:
         self.keys[:, slots] = 0
         self.values[:, slots] = 0
 
+    def resume(self, sequence: Sequence, blocks: list[int]) -> None:
+        """Begin an empty sequence with full blocks that are in use or kept; it shares them."""
+        assert not sequence.blocks
+        self.pool.hold(blocks)
+        sequence.blocks, sequence.length = list(blocks), len(blocks) * self.block_size
+
+    def append_copy(self, sequence: Sequence, block: int, count: int) -> None:
+        """Add the first count tokens of a block to a sequence of full blocks, as its own: others may go on writing there."""
+        assert sequence.length == len(sequence.blocks) * self.block_size
+        self.pool.hold([block])  # or it might be the one that is taken
+        sequence.blocks += self.pool.take(1)
+        self._clear(sequence.blocks[-1])
+        source, target = block * self.block_size, sequence.blocks[-1] * self.block_size
+        for slots in (self.keys, self.values):
+            slots[:, target : target + count] = slots[:, source : source + count]
+        sequence.length += count
+        self.pool.release([block])
+
     def release(self, sequence: Sequence) -> None:
-        self.free += sequence.blocks
+        self.pool.release(sequence.blocks)
         sequence.blocks, sequence.length = [], 0
 
 
@@ -89,6 +109,15 @@ class CacheStep:
         self.store = store
         self.layout = layout
         self.blocks = blocks
+        self._parts: dict[tuple[int, int], CacheStep] = {}
+
+    def part(self, first: int, stop: int) -> CacheStep:
+        """The same forward call as the sequences from first up to stop see it."""
+        if (first, stop) == (0, len(self.blocks)):
+            return self
+        if (first, stop) not in self._parts:
+            self._parts[first, stop] = CacheStep(self.store, self.layout.part(first, stop), self.blocks[first:stop])
+        return self._parts[first, stop]
 
     def write(self, layer: int, k_TKH: torch.Tensor, v_TKH: torch.Tensor) -> None:
         self.store.keys[layer].index_copy_(0, self.new_slots_T, k_TKH)

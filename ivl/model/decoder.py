@@ -54,11 +54,10 @@ def rotate(x_TNH: torch.Tensor, factors: Rotary) -> torch.Tensor:
     return x_TNH * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-def decodes_at_once(qkv_TXH: torch.Tensor, layout: Layout, factors: Rotary, num_heads: int, num_kv_heads: int) -> bool:
-    """Whether every sequence has one new token and one kernel turns, stores and attends."""
+def decodes_by_kernel(qkv_TXH: torch.Tensor, factors: Rotary, num_heads: int, num_kv_heads: int) -> bool:
+    """Whether one kernel turns, stores and attends where a sequence has one new token."""
     return (
-        layout.num_tokens == len(layout.new_lens)
-        and factors[0].dtype is torch.float32
+        factors[0].dtype is torch.float32
         and kernels.usable(qkv_TXH)
         and kernels.decode_attention_usable(qkv_TXH.shape[-1], num_heads, num_kv_heads)
     )
@@ -81,13 +80,27 @@ class DecoderLayer(nn.Module):
     def forward(self, x_TD: torch.Tensor, factors: Rotary, layout: Layout, cache: CacheStep | None, layer: int) -> torch.Tensor:
         N, K = self.num_heads, self.num_kv_heads
         qkv_TXH = product(self.qkv, x_TD, before=self.norm1).unflatten(-1, (N + 2 * K, self.head_dim))
-        if cache is not None and decodes_at_once(qkv_TXH, layout, factors, N, K):
-            out_TNH = cache.decode(layer, qkv_TXH, *factors)
+        n, num_seqs = 0, len(layout.new_lens)
+        if cache is not None and layout.num_decoding and decodes_by_kernel(qkv_TXH, factors, N, K):
+            n = layout.num_decoding
+        if cache is None or n == 0:
+            out_TNH = self.attend(qkv_TXH, factors, layout, cache, layer)
         else:
-            q_TNH, k_TKH = rotate(qkv_TXH[:, : N + K], factors).split((N, K), dim=1)
-            out_TNH = attend(q_TNH, k_TKH, qkv_TXH[:, N + K :], layout, cache, layer)
+            cos, sin = factors
+            out_TNH = cache.part(0, n).decode(layer, qkv_TXH[:n], cos[:n], sin[:n])
+            if n < num_seqs:  # prompts beside the replies
+                rest = cache.part(n, num_seqs)
+                read_TNH = self.attend(qkv_TXH[n:], (cos[n:], sin[n:]), rest.layout, rest, layer)
+                out_TNH = torch.cat([out_TNH, read_TNH])
         x_TD = product(self.out, out_TNH.flatten(1), plus=x_TD)
         return in_chunks(self.mlp, x_TD, CHUNK_ROWS)
+
+    def attend(
+        self, qkv_TXH: torch.Tensor, factors: Rotary, layout: Layout, cache: CacheStep | None, layer: int
+    ) -> torch.Tensor:
+        N, K = self.num_heads, self.num_kv_heads
+        q_TNH, k_TKH = rotate(qkv_TXH[:, : N + K], factors).split((N, K), dim=1)
+        return attend(q_TNH, k_TKH, qkv_TXH[:, N + K :], layout, cache, layer)
 
     def mlp(self, x_TD: torch.Tensor) -> torch.Tensor:
         return product(self.down, product(self.gate_up, x_TD, before=self.norm2), before=swiglu, plus=x_TD)

@@ -63,19 +63,20 @@ class VLM(nn.Module):
         return self.projector(pixel_unshuffle(hidden_GPD[:, 1:], self.config.pixel_shuffle))
 
     def embed(self, tokens_T: torch.Tensor, vision_RUD: torch.Tensor | None = None) -> torch.Tensor:
-        """Token embeddings with vision tokens in place of the image placeholders, in order.
+        """Token embeddings with vision tokens in place of the image placeholders, in order. Where the tokens begin or end
+        within a run, vision tokens come without runs, [X, D].
 
         Raises:
             ValueError: unless there is exactly one placeholder per vision token; nothing is cut to fit.
         """
         x_TD = self.decoder.embeddings(tokens_T)
         at_T = (tokens_T == self.config.image_token_id).nonzero().squeeze(1)
-        num_vision = 0 if vision_RUD is None else vision_RUD.shape[0] * vision_RUD.shape[1]
+        num_vision = 0 if vision_RUD is None else vision_RUD.shape[:-1].numel()
         if len(at_T) != num_vision:
             raise ValueError(f"{len(at_T)} image placeholder tokens but {num_vision} vision tokens")
         if vision_RUD is None:
             return x_TD
-        return x_TD.index_copy(0, at_T, vision_RUD.flatten(0, 1).to(x_TD.dtype))
+        return x_TD.index_copy(0, at_T, vision_RUD.flatten(0, -2).to(x_TD.dtype))
 
     def forward(
         self,
@@ -86,7 +87,7 @@ class VLM(nn.Module):
     ) -> torch.Tensor:
         """A training pack, a prefill or a decode step: tokens of all sequences to hidden states [T, D].
 
-        vision_RUD holds the vision tokens of each placeholder run, in the order of the placeholders.
+        vision_RUD holds the vision tokens of each placeholder run, in the order of the placeholders; [X, D] of any runs.
         """
         return self.decoder(self.embed(tokens_T, vision_RUD), layout, cache)
 

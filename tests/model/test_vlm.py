@@ -54,7 +54,7 @@ def test_prefill_in_chunks_and_decode_equal_one_pass(tiny: VLM) -> None:
         assert (torch.cat(piece) - expected).abs().max() <= 1e-5
     for sequence in sequences:
         cache.release(sequence)
-    assert len(cache.free) == cache.num_blocks
+    assert len(cache.pool.free) == cache.num_blocks
 
 
 def test_full_cache_says_so_and_reserves_nothing(tiny: VLM) -> None:
@@ -62,7 +62,7 @@ def test_full_cache_says_so_and_reserves_nothing(tiny: VLM) -> None:
     sequences = [Sequence(), Sequence()]
     with pytest.raises(CacheFull, match="3 blocks of 8 tokens needed, 2 of 2 free"):
         cache.step(sequences, (8, 9))
-    assert not any(s.blocks for s in sequences) and len(cache.free) == 2
+    assert not any(s.blocks for s in sequences) and len(cache.pool.free) == 2
 
 
 @torch.no_grad()
