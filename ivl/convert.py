@@ -1,4 +1,4 @@
-"""Rewrite a model directory in the other dialect, whole or not at all."""
+"""Rewrite a model directory in the other dialect or as GGUF files, whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ from ivl.errors import InputError
 from ivl.model.checkpoint import load_config, resolve
 from ivl.model.checkpoint.config_write import generation_json, to_json
 from ivl.model.checkpoint.files import MAX_SHARD_BYTES, Progress, write_json, write_shards
+from ivl.model.checkpoint.gguf_write import STORAGE, write_language, write_vision
 from ivl.model.checkpoint.keymaps import Dialect, key_map
 from ivl.model.checkpoint.model_dir import empty_model, open_weights, read
+from ivl.processing.chat import template_of
+from ivl.processing.files import jinja
+from ivl.processing.gguf import gguf_vocabulary
 from ivl.processing.processor import Processor
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+LANGUAGE_GGUF, VISION_GGUF = "model.gguf", "mmproj.gguf"
 
 
 def convert(
@@ -68,9 +73,55 @@ def convert(
         write_json(out / "config.json", config_json)
 
 
+def convert_to_gguf(
+    source: str | Path,
+    target: str | Path,
+    *,
+    storage: str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> int:
+    """Write a model directory or hub id as the two files of llama.cpp: `model.gguf` and `mmproj.gguf` (docs/hand_over.md).
+
+    Args:
+        storage: float32, float16, bfloat16 or q8_0, of the matrices; None keeps the type of the source.
+        force: replace the target if it holds such files.
+
+    Returns:
+        How many matrices q8_0 does not fit (rows no multiple of 32), which are float16 instead.
+
+    Raises:
+        InputError: as convert, and if llama.cpp does not compute such a model or has no words for its tokenizer.
+    """
+    directory = resolve(source)
+    config = load_config(directory)
+    model = empty_model(config)
+    weights, entries = open_weights(directory, model)
+    processor = Processor.load(directory)
+    form = template_of(config.template)
+    end = processor.tokenizer.id(form.end)
+    eos = end if end in config.eos_token_ids else config.eos_token_ids[0]
+    vocabulary = gguf_vocabulary(processor.tokenizer, eos=eos, pad=config.pad_token_id)
+    ours = {entry.ours: entry for entry in entries}
+
+    def stored(name: str) -> torch.Tensor:
+        return read(ours[name], weights)
+
+    kind = STORAGE[storage or str(weights.main_dtype).removeprefix("torch.")]
+    with new_directory(target, force=force, mark=LANGUAGE_GGUF) as out:
+        wider = write_language(
+            out / LANGUAGE_GGUF, model, stored, vocabulary,
+            chat_template=jinja(form, config.system_message), storage=kind, progress=progress,
+        )  # fmt: skip
+        return wider + write_vision(out / VISION_GGUF, model, stored, storage=kind, progress=progress)
+
+
 @contextmanager
-def new_directory(target: str | Path, *, force: bool = False) -> Iterator[Path]:
+def new_directory(target: str | Path, *, force: bool = False, mark: str = "config.json") -> Iterator[Path]:
     """A directory to write into that becomes the target when the block ends well, and vanishes when it does not.
+
+    Args:
+        mark: the file by which a directory that may be replaced is known.
 
     Raises:
         InputError: if the target is there already and force is not given, or if it is no model directory.
@@ -79,8 +130,8 @@ def new_directory(target: str | Path, *, force: bool = False) -> Iterator[Path]:
     occupied = target.exists() and not (target.is_dir() and not any(target.iterdir()))
     if occupied and not force:
         raise InputError(f"{target}: exists; name another directory, or give --force to replace it")
-    if occupied and not (target / "config.json").is_file():
-        raise InputError(f"{target}: has no config.json, so it is no model directory and will not be replaced")
+    if occupied and not (target / mark).is_file():
+        raise InputError(f"{target}: has no {mark}, so it is no model directory and will not be replaced")
     # Beside the target, so that a rename suffices; the process id keeps two runs apart.
     part = target.with_name(f".{target.name}.part-{os.getpid()}")
     old = target.with_name(f".{target.name}.old-{os.getpid()}")

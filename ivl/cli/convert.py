@@ -24,19 +24,19 @@ def run_convert(
     src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")],
     dst: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")],
     *,
-    to: Dialect,
-    dtype: Dtype = "keep",
+    to: Literal["internvl_chat", "transformers", "gguf"],
+    dtype: Literal["keep", "bfloat16", "float16", "float32", "q8_0"] = "keep",
     force: Flag = False,
     weights_only: Flag = False,
     max_shard_gb: float = 5.0,
 ) -> None:
-    """Rewrite a model in the other library's dialect, ready to open there.
+    """Rewrite a model in the other library's dialect, or as GGUF files, ready to open there.
 
     Args:
         src: Model directory or hub id.
         dst: Directory to write.
-        to: Dialect to write: that of the original repository, or that of transformers.
-        dtype: Type of the written weights.
+        to: Dialect to write: that of the original repository, that of transformers, or the two GGUF files of llama.cpp.
+        dtype: Type of the written weights; q8_0 (8 bits) is for gguf.
         force: Replace dst if it is a model directory.
         weights_only: Leave out tokenizer and preprocessor files.
         max_shard_gb: Largest weights file, in GB.
@@ -46,6 +46,17 @@ def run_convert(
 
     if max_shard_gb <= 0:
         raise InputError(f"--max-shard-gb is {max_shard_gb}, must be above 0")
+    if to == "gguf":
+        if weights_only:
+            raise InputError("--weights-only is not for --to gguf: llama.cpp needs the tokenizer in the file")
+        with _progress(f"writing {dst}") as progress:
+            storage = None if dtype == "keep" else dtype
+            wider = operation.convert_to_gguf(src, dst, storage=storage, force=force, progress=progress)
+        note = f"; {wider} matrices do not fit q8_0 (rows no multiple of 32) and are float16" if wider else ""
+        print(f"{dst}: {operation.LANGUAGE_GGUF} and {operation.VISION_GGUF} written{note}")
+        return
+    if dtype == "q8_0":
+        raise InputError("--dtype q8_0 is for --to gguf; safetensors take bfloat16, float16 or float32")
     with _progress(f"writing {dst}") as progress:
         operation.convert(
             src,

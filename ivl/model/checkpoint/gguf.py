@@ -16,10 +16,10 @@ from ivl.model.checkpoint.keymaps import Entry, Names, build_entries
 from ivl.model.decoder import Decoder
 
 _FAMILIES: dict[str, Family] = {"llama": "llama", "qwen2": "qwen2", "internlm2": "internlm2"}
-_INTERLEAVED_ROTARY = ("llama", "internlm2")
+INTERLEAVED_ROTARY = ("llama", "internlm2")
 """Architectures whose files rotate neighbouring rows of a head; ours, like the originals, rotates its two halves."""
 _EXACT = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_NAMES: Names = {
+NAMES: Names = {
     "embeddings": ("token_embd",),
     "norm": ("output_norm",),
     "head": ("output",),
@@ -145,14 +145,14 @@ class Gguf:
                 raise InputError(
                     f"{self.path}: tensor {name} is stored as {kind.name}, which the gguf package cannot undo"
                 ) from None
-        if self.architecture in _INTERLEAVED_ROTARY and (".attn_q." in name or ".attn_k." in name):
+        if self.architecture in INTERLEAVED_ROTARY and (".attn_q." in name or ".attn_k." in name):
             half = self.config.head_dim // 2
             tensor = tensor.unflatten(0, (-1, half, 2)).transpose(1, 2).flatten(0, 2)
         return tensor
 
     def key_map(self, decoder: Decoder) -> list[Entry]:
         """Entries of the decoder; without an output matrix the head is the embedding matrix (tied models)."""
-        names = _NAMES if "output.weight" in self.shapes else {**_NAMES, "head": _NAMES["embeddings"]}
+        names = NAMES if "output.weight" in self.shapes else {**NAMES, "head": NAMES["embeddings"]}
         return build_entries(decoder, names, "", "")
 
     def vocabulary(self) -> GgufVocabulary:
