@@ -72,7 +72,8 @@ def test_a_stopped_reply_stays_in_the_history_and_frees_the_engine(model: ivl.Mo
     said = next(stream) + next(stream)
     stream.close()
     assert conversation.messages[-1].text == said.strip()
-    assert model.engine.unreserved == model.engine.cache.num_blocks and not model.engine.running
+    stats = model.engine.stats()
+    assert stats.cache_blocks_used == stats.running == stats.waiting == 0
 
 
 def test_marks_take_the_media_in_order() -> None:

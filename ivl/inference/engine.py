@@ -1,36 +1,43 @@
-"""The inference engine: requests on the flat token axis. A step plans, runs the model once and hands out one token each.
+"""The inference engine: requests on the flat token axis. A step plans, runs the model once and hands out tokens.
 
-    submit -> waiting -> running (cache blocks reserved, prompt then one token per step) -> finished
+    prepare -> add -> waiting -> running (prompt by pieces, then one token per step) -> finished
 
 `stream` and `generate` are folds over `step`. Whoever consumes a stream drives the engine, and requests of other open
-streams advance in the same forward calls. An engine belongs to one thread.
+streams advance in the same forward calls. An engine belongs to one thread; only `prepare` may be called from others.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections import deque
 from collections.abc import Generator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from ivl.errors import InputError
-from ivl.inference.sampling import Sampler, choose
+from ivl.inference.prompt import NamedPrompt
+from ivl.inference.request import Reply, Request, Timings
+from ivl.inference.runner import Runner
+from ivl.inference.sampling import Sampler
+from ivl.inference.scheduler import Scheduler
 from ivl.inference.text import Decoder, TextStream
-from ivl.inference.vision import VisionEncoder
-from ivl.model.cache import PagedCache, Sequence
+from ivl.inference.vision import VisionEncoder, tile_cost, tile_key
+from ivl.model.cache import PagedCache
 from ivl.model.memory import keep_freed_memory
 from ivl.model.vlm import VLM
-from ivl.types import Conversation, FinishReason, Prompt, SamplingParams, TextDelta
+from ivl.types import Conversation, Prompt, SamplingParams, TextDelta
+
+__all__ = ["Engine", "EngineStats", "Reply", "Request", "Timings"]
 
 GREEDY = SamplingParams()
 DEFAULT_CACHE_TOKENS = 65536
 CACHE_SHARE_OF_MEMORY = 4
 """The key/value store may grow to one part in this many of the device's memory, unless told otherwise."""
+TILES_AHEAD = 64
+"""`generate` prepares conversations until so many tiles wait, or as many requests as may run."""
 
 
 class Tokens(Protocol):
@@ -46,78 +53,32 @@ class Prompts(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Timings:
-    """Seconds of one request. Requests of one step share its time: each carries the whole."""
+class EngineStats:
+    """What an engine does now, and has done since it was made."""
 
-    prepare: float
-    """Reading and tiling media, rendering, tokenising."""
-    vision: float
-    """Encoding tiles; near 0 when they were known."""
-    prefill: float
-    """The forward call over the prompt."""
-    decode: float
-    """From the first token to the last."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reply:
-    """A finished reply. tokens are all sampled ones, the end token included; text excludes it and any stop string."""
-
-    text: str
-    tokens: tuple[int, ...]
-    finish_reason: FinishReason
+    waiting: int
+    running: int
+    cache_blocks_used: int
+    """Blocks of running requests; kept ones are not counted."""
+    cache_blocks: int
+    steps: int
     prompt_tokens: int
-    tiles: int
-    timings: Timings
-
-
-@dataclass(eq=False)
-class Request:
-    """One reply in the making."""
-
-    prompt: Prompt | None
-    """Dropped once the model has read it: tiles are large."""
-    num_prompt: int
-    num_tiles: int
-    limit: int
-    """New tokens at most: what was asked, or what the context has left."""
-    blocks: int
-    """Cache blocks reserved for the longest possible reply."""
-    sampler: Sampler
-    text: TextStream
-    prepare: float
-    sequence: Sequence = field(default_factory=Sequence)
-    tokens: list[int] = field(default_factory=list)
-    deltas: deque[TextDelta] = field(default_factory=deque)
-    finish_reason: FinishReason | None = None
-    cancelled: bool = False
-    vision: float = 0.0
-    prefill: float = 0.0
-    first_token_at: float = 0.0
-    last_token_at: float = 0.0
-
-    def reply(self) -> Reply:
-        """The finished reply; `deltas` must not have been consumed."""
-        assert self.finish_reason is not None
-        return Reply(
-            text="".join(delta.text for delta in self.deltas),
-            tokens=tuple(self.tokens),
-            finish_reason=self.finish_reason,
-            prompt_tokens=self.num_prompt,
-            tiles=self.num_tiles,
-            timings=self.timings(),
-        )
-
-    def timings(self) -> Timings:
-        decode = self.last_token_at - self.first_token_at
-        return Timings(prepare=self.prepare, vision=self.vision, prefill=self.prefill, decode=decode)
+    """Tokens of all prompts that were begun."""
+    prefix_hit_tokens: int
+    """Those of them that were found in the cache."""
+    new_tokens: int
+    vision_hits: int
+    """Tiles wanted that were known, or were wanted by two requests at once."""
+    vision_misses: int
+    """Tiles encoded."""
 
 
 class Engine:
     """Runs many requests of one model together.
 
-    max_cache_tokens: prompt and reply tokens held at once, by default 65,536 or what a quarter of memory holds.
-    max_batch_tokens: tokens of one forward call; a longer prompt runs alone. max_sequences: requests running at once.
+    max_cache_tokens: prompt and reply tokens held at once, by default 65,536 or what a quarter of memory holds. What
+    requests leave there is kept until the room is needed, and prompts that begin alike are computed once.
+    max_batch_tokens: tokens of one step; a longer prompt is read in pieces. max_sequences: requests running at once.
     max_context: prompt and reply together, by default what the model was trained for.
     vision_cache_bytes: vision tokens remembered for images that come again.
     """
@@ -128,7 +89,7 @@ class Engine:
         processor: Prompts,
         *,
         max_cache_tokens: int | None = None,
-        max_batch_tokens: int = 4096,
+        max_batch_tokens: int = 2048,
         max_sequences: int = 256,
         max_context: int | None = None,
         vision_cache_bytes: int = 256 << 20,
@@ -141,24 +102,36 @@ class Engine:
             keep_freed_memory()
         self.model = model
         self.processor = processor
-        self.max_batch_tokens = max_batch_tokens
-        self.max_sequences = max_sequences
         self.max_context = decoder.max_positions if max_context is None else max_context
         cache_tokens = default_cache_tokens(model) if max_cache_tokens is None else max_cache_tokens
         self.cache = PagedCache(decoder, num_tokens=cache_tokens, block_size=block_size, dtype=model.dtype, device=model.device)
-        self.unreserved = self.cache.num_blocks
         self.vision = VisionEncoder(model, max_bytes=vision_cache_bytes)
+        self.scheduler = Scheduler(
+            self.cache,
+            self.vision,
+            max_batch_tokens=max_batch_tokens,
+            max_sequences=max_sequences,
+            tile_cost=tile_cost(model.config),
+        )
+        self.runner = Runner(model, self.cache, self.vision)
         self.eos = frozenset(model.config.eos_token_ids)
-        self.waiting: deque[Request] = deque()
-        self.running: dict[Request, None] = {}
+        self.num_steps = self.num_new_tokens = 0
 
     # Requests in and out
 
-    def submit(self, conversation: Conversation, params: SamplingParams = GREEDY) -> Request:
-        """Queue a request; `step` advances it.
+    def prepare(self, conversation: Conversation, params: SamplingParams = GREEDY) -> Request:
+        """A request that `add` may queue: media read, conversation rendered and tokenised. Safe in any thread.
 
         Raises:
             InputError: if the prompt leaves no room in the context, or the reply could never fit into the cache.
+        """
+        return self.prepare_all(conversation, [params])[0]
+
+    def prepare_all(self, conversation: Conversation, params: Seq[SamplingParams]) -> list[Request]:
+        """Requests for several replies to one conversation, whose media are read once. Safe in any thread.
+
+        Raises:
+            InputError: as `prepare`.
         """
         started = time.perf_counter()
         prompt = self.processor.prompt(conversation)
@@ -169,37 +142,48 @@ class Engine:
                 f"for {num_tiles} image tiles, but the context is {self.max_context} tokens: "
                 "shorten the text, or allow fewer tiles, images or frames"
             )
-        limit = min(params.max_new_tokens, self.max_context - num_prompt)
-        blocks = -(-(num_prompt + limit) // self.cache.block_size)
-        if blocks > self.cache.num_blocks:
+        limits = [min(each.max_new_tokens, self.max_context - num_prompt) for each in params]
+        blocks = [-(-(num_prompt + limit) // self.cache.block_size) for limit in limits]
+        if max(blocks) > self.cache.num_blocks:
             raise InputError(
-                f"{num_prompt} prompt tokens and up to {limit} new ones need {blocks} cache blocks of "
+                f"{num_prompt} prompt tokens and up to {max(limits)} new ones need {max(blocks)} cache blocks of "
                 f"{self.cache.block_size} tokens, but there are {self.cache.num_blocks}: "
                 "lower max_new_tokens or raise max_cache_tokens"
             )
+        # Where the rotary base depends on the whole length, a part of the prompt cannot be computed without the rest.
+        decoder = self.model.config.decoder
+        whole = decoder.rope_dynamic_factor is not None and num_prompt + max(limits) > decoder.max_positions
+        keys = [tile_key(tile) for tile in prompt.tiles_GSSC]
+        named = NamedPrompt(prompt, keys, self.model.config, None if whole else self.cache.block_size)
         ids = prompt.tokens_T.tolist()
-        request = Request(
-            prompt=prompt,
-            num_prompt=num_prompt,
-            num_tiles=num_tiles,
-            limit=limit,
-            blocks=blocks,
-            sampler=Sampler(params, ids, self.model.config.decoder.vocab_size),
-            text=TextStream(self.processor.tokenizer.stream(), params.stop),
-            prepare=time.perf_counter() - started,
-        )
-        self.waiting.append(request)
+        return [
+            Request(
+                prompt=named,
+                tiles=dict(zip(keys, prompt.tiles_GSSC, strict=True)),
+                limit=limit,
+                blocks=count,
+                whole=whole,
+                sampler=Sampler(each, ids, decoder.vocab_size),
+                text=TextStream(self.processor.tokenizer.stream(), each.stop),
+                prepare=time.perf_counter() - started,
+            )
+            for each, limit, count in zip(params, limits, blocks, strict=True)
+        ]
+
+    def add(self, request: Request) -> None:
+        """Queue a prepared request; `step` advances it."""
+        self.scheduler.add(request)
+
+    def submit(self, conversation: Conversation, params: SamplingParams = GREEDY) -> Request:
+        """`prepare` and `add`."""
+        request = self.prepare(conversation, params)
+        self.add(request)
         return request
 
     def cancel(self, request: Request) -> None:
         """Forget an unfinished request and free its blocks; a finished one is left as it is."""
-        if request in self.running:
-            self._release(request)
-        elif request in self.waiting:
-            self.waiting.remove(request)
-        else:
-            return
-        request.cancelled = True
+        if self.scheduler.remove(request):
+            request.cancelled = True
 
     def stream(self, prompt: Conversation, params: SamplingParams = GREEDY) -> Generator[TextDelta, None, None]:
         """One delta per token, the last with its finish_reason. Closing the iterator cancels the request."""
@@ -222,102 +206,70 @@ class Engine:
     def generate(self, conversations: Seq[Conversation], params: SamplingParams | Seq[SamplingParams] = GREEDY) -> list[Reply]:
         """Replies in the order of the conversations; each is what the conversation alone would give.
 
-        params: one for all, or one per conversation.
+        params: one for all, or one per conversation. A conversation that follows itself is prepared once.
         """
         every = [params] * len(conversations) if isinstance(params, SamplingParams) else list(params)
         if len(every) != len(conversations):
             raise ValueError(f"{len(conversations)} conversations but {len(every)} sampling parameters")
-        todo = deque(zip(conversations, every, strict=True))
-        requests: list[Request] = []
+        replies: dict[int, Reply] = {}
+        active: dict[int, Request] = {}
+        todo = self._prepared(conversations, every)
+        more = True
         try:
-            # Prompts hold tiles, so they are prepared only as the engine can take them.
-            while todo or any(request.finish_reason is None for request in requests):
-                ready = sum(request.num_prompt for request in self.waiting)
-                while todo and ready < self.max_batch_tokens:
-                    requests.append(self._submit_numbered(len(requests), *todo.popleft()))
-                    ready += requests[-1].num_prompt
+            while more or active:
+                while more and self._wants_more():
+                    if more := (request := next(todo, None)) is not None:
+                        active[len(active) + len(replies)] = request
+                        self.add(request)
                 self.step()
+                for number in [n for n, request in active.items() if request.finish_reason is not None]:
+                    replies[number] = active.pop(number).reply()
         finally:
-            for request in requests:
+            for request in active.values():
                 self.cancel(request)
-        return [request.reply() for request in requests]
+        return [replies[number] for number in range(len(replies))]
 
-    def _submit_numbered(self, number: int, conversation: Conversation, params: SamplingParams) -> Request:
-        try:
-            return self.submit(conversation, params)
-        except InputError as error:
-            raise InputError(f"conversation {number}: {error}") from error
+    def _prepared(self, conversations: Seq[Conversation], params: list[SamplingParams]) -> Generator[Request, None, None]:
+        number = 0
+        while number < len(conversations):
+            same = number + 1
+            while same < len(conversations) and conversations[same] is conversations[number]:
+                same += 1
+            try:
+                yield from self.prepare_all(conversations[number], params[number:same])
+            except InputError as error:
+                raise InputError(f"conversation {number}: {error}") from error
+            number = same
+
+    def _wants_more(self) -> bool:
+        """Prompts hold tiles, so they are prepared only as the engine can take them."""
+        waiting = self.scheduler.waiting
+        return len(waiting) < self.scheduler.max_sequences and sum(len(r.tiles) for r in waiting) < TILES_AHEAD
 
     # One step
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Plan, run the model once, sample one token for every planned request."""
-        plan, num_running = self._plan()
-        if not plan:
+        """Plan, run the model once, and sample a token for every reply and every prompt that was read to its end."""
+        plan = self.scheduler.plan()
+        if not plan.requests:
             return
         try:
-            tokens = self._run(plan, num_running)
+            tokens = self.runner.run(plan)
         except BaseException:  # half-written sequences cannot go on, whatever stopped the run
-            for request in plan:
+            for request in plan.requests:
                 self.cancel(request)
             raise
+        self.scheduler.finish(plan)
+        self.num_steps += 1
         now = time.perf_counter()
-        for request, token in zip(plan, tokens, strict=True):
+        sampling = [piece.request for piece in plan.pieces if piece.samples]
+        for request, token in zip(sampling, tokens, strict=True):
             self._accept(request, token, now)
-
-    def _plan(self) -> tuple[list[Request], int]:
-        """Running requests, one token each, then waiting prompts in order while tokens, blocks and sequences suffice.
-
-        The first prompt may exceed the token budget, so that a long one is not kept waiting for ever.
-        """
-        plan = list(self.running)
-        num_running, num_tokens = len(plan), len(plan)
-        while self.waiting and len(plan) < self.max_sequences:
-            request = self.waiting[0]
-            num_tokens += request.num_prompt
-            if request.blocks > self.unreserved or (num_tokens > self.max_batch_tokens and len(plan) > num_running):
-                break
-            self.waiting.popleft()
-            self.unreserved -= request.blocks
-            self.running[request] = None
-            plan.append(request)
-        return plan, num_running
-
-    def _run(self, plan: list[Request], num_running: int) -> list[int]:
-        """One forward call; the next token of each planned request."""
-        device, started = self.model.device, time.perf_counter()
-        new = plan[num_running:]
-        prompts = [request.prompt for request in new if request.prompt is not None]
-        vision_RUD = self._encode(prompts)
-        encoded = time.perf_counter()
-        last_T = torch.tensor([request.tokens[-1] for request in plan[:num_running]], dtype=torch.long)
-        tokens_T = torch.cat([last_T, *(prompt.tokens_T for prompt in prompts)])
-        new_lens = (1,) * num_running + tuple(request.num_prompt for request in new)
-        step = self.cache.step([request.sequence for request in plan], new_lens)
-        hidden_TD = self.model(tokens_T.to(device), step.layout, vision_RUD, step)
-        if new:
-            ends = [start + length - 1 for start, length in zip(step.layout.starts, new_lens, strict=True)]
-            hidden_TD = hidden_TD[torch.tensor(ends, device=device)]
-        logits_SV = self.model.head(hidden_TD)
-        logits_SV[:, self.model.config.image_token_id] = -torch.inf  # stands for pixels; there are none to put here
-        tokens = choose(logits_SV, [request.sampler for request in plan])
-        for request in new:
-            request.prompt = None
-            request.vision, request.prefill = encoded - started, time.perf_counter() - encoded
-        return tokens
-
-    def _encode(self, prompts: list[Prompt]) -> torch.Tensor | None:
-        """Vision tokens of all placeholder runs of these prompts, in order."""
-        prompts = [prompt for prompt in prompts if len(prompt.tiles_GSSC)]
-        if not prompts:
-            return None
-        vision_GUD = self.vision.encode(torch.cat([prompt.tiles_GSSC for prompt in prompts]))
-        parts = vision_GUD.split([len(prompt.tiles_GSSC) for prompt in prompts])
-        return torch.cat([part[prompt.tile_ids_R] for part, prompt in zip(parts, prompts, strict=True)])
 
     def _accept(self, request: Request, token: int, now: float) -> None:
         """Record a sampled token, and finish the request at an end token, a stop string or its limit."""
+        self.num_new_tokens += 1
         request.tokens.append(token)
         request.first_token_at = request.first_token_at or now
         request.last_token_at = now
@@ -332,12 +284,23 @@ class Engine:
                 text += request.text.flush()
         request.deltas.append(TextDelta(text, token, request.finish_reason))
         if request.finish_reason is not None:
-            self._release(request)
+            self.scheduler.remove(request)
 
-    def _release(self, request: Request) -> None:
-        del self.running[request]
-        self.cache.release(request.sequence)
-        self.unreserved += request.blocks
+    def stats(self) -> EngineStats:
+        """Figures of the engine; may be read from any thread."""
+        scheduler, pool = self.scheduler, self.cache.pool
+        return EngineStats(
+            waiting=len(scheduler.waiting),
+            running=len(scheduler.running),
+            cache_blocks_used=pool.num_blocks - pool.num_available,
+            cache_blocks=pool.num_blocks,
+            steps=self.num_steps,
+            prompt_tokens=scheduler.prompt_tokens,
+            prefix_hit_tokens=scheduler.hit_tokens,
+            new_tokens=self.num_new_tokens,
+            vision_hits=scheduler.vision_hits,
+            vision_misses=scheduler.vision_misses,
+        )
 
 
 def default_cache_tokens(model: VLM) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 
@@ -15,7 +16,7 @@ class BlockPool:
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self.free = list(range(num_blocks - 1, -1, -1))
-        self.kept: dict[int, None] = {}
+        self.kept: OrderedDict[int, None] = OrderedDict()
         """Oldest first."""
         self.users = [0] * num_blocks
         self.known: dict[bytes, int] = {}
@@ -35,8 +36,7 @@ class BlockPool:
         return blocks
 
     def _give_up(self) -> int:
-        block = next(iter(self.kept))
-        del self.kept[block]
+        block, _ = self.kept.popitem(last=False)
         for name in self.names.pop(block):
             del self.known[name]
         return block

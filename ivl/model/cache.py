@@ -60,8 +60,7 @@ class PagedCache:
         needed = [max(0, self.blocks_needed(s, n)) for s, n in zip(sequences, new_lens, strict=True)]
         if sum(needed) > self.pool.num_available:
             raise CacheFull(
-                f"{sum(needed)} blocks of {self.block_size} tokens needed, "
-                f"{self.pool.num_available} of {self.num_blocks} free"
+                f"{sum(needed)} blocks of {self.block_size} tokens needed, {self.pool.num_available} of {self.num_blocks} free"
             )
         for sequence, count in zip(sequences, needed, strict=True):
             if count:
