@@ -16,6 +16,7 @@ from ivl.errors import InputError
 from ivl.journal import read_journal, write_whole
 from ivl.preference.grading import Grade, grade
 from ivl.preference.questions import Source
+from ivl.scoring import COMPARER
 
 Kind = Literal["correctness", "format", "dropout"]
 MAX_PAIRS, MAX_PAIRS_HUGE, HUGE = 15, 3, 500_000
@@ -51,12 +52,16 @@ class Pair:
 class Tally:
     """What became of one source."""
 
+    mode: str = "auto"
+    """How its answers were compared."""
     questions: int = 0
     replies: int = 0
     correct: int = 0
     wrong: int = 0
     malformed: Counter[str] = field(default_factory=Counter)
     """Replies without an answer to compare, by problem."""
+    given_up: int = 0
+    """Comparisons of formulas that met a limit and count as different."""
     all_correct: int = 0
     all_wrong: int = 0
     with_pairs: int = 0
@@ -148,7 +153,7 @@ def build_pairs(
     total = sum(1 for _ in read_journal(replies)[1])
     if limit is None:
         limit = MAX_PAIRS_HUGE if total > HUGE else MAX_PAIRS
-    tallies = {name: Tally() for name in sources}
+    tallies = {name: Tally(mode=source.mode) for name, source in sources.items()}
     make = _from_continuations if about["kind"] == "dropout" else _from_replies
     written: Counter[str] = Counter()
     with _Files(out, ("pairs.jsonl", "format_pairs.jsonl", "grades.jsonl")) as files:
@@ -180,7 +185,9 @@ def _from_replies(row, source: Source, tally: Tally, limit: int, seed: int, wher
         raise InputError(
             f"{where}: question {row['id']!r} has no answer to check replies with; use `ivl prefer dropout` for it"
         )
+    given_up = COMPARER.given_up
     grades = [grade(r["text"], r["finish_reason"], row["answers"], source) for r in row["replies"]]
+    tally.given_up += COMPARER.given_up - given_up
     tally.replies += len(grades)
     tally.correct += sum(g.correct is True for g in grades)
     tally.wrong += sum(g.correct is False for g in grades)

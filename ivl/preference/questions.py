@@ -14,7 +14,7 @@ from typing import Any
 from ivl.errors import InputError, nearest
 from ivl.preference.prompts import Domain, Language, Style, ask
 from ivl.processing.chat import user
-from ivl.scoring import Mode
+from ivl.scoring import Mode, mode_for
 from ivl.types import Conversation, ImageRef, Message, Text
 
 
@@ -36,7 +36,7 @@ class Source:
     domain: Domain | None = None
     """Adds the instruction for questions without a checked answer (Dropout-NTP)."""
     mode: Mode = "auto"
-    """How answers are compared, by ivl.scoring.verify."""
+    """How answers are compared, by ivl.scoring.verify; `load_sources` goes by the name where none is given."""
     max_tiles: int | None = None
     """Tiles of an image; None takes the model's."""
 
@@ -75,7 +75,8 @@ class Question:
 
 
 def load_sources(path: str | Path, **defaults: Any) -> tuple[Source, ...]:
-    """A JSON object of name -> Source fields, or one .jsonl file of questions with `defaults`.
+    """A JSON object of name -> Source fields, or one .jsonl file of questions with `defaults`. Names of known data sets say how
+    answers are compared, where `mode` does not.
 
     Raises:
         InputError: naming the file, the source and the key.
@@ -84,7 +85,7 @@ def load_sources(path: str | Path, **defaults: Any) -> tuple[Source, ...]:
     if not path.is_file():
         raise InputError(f"{path}: no such file; give a .jsonl file of questions or a JSON object of sources")
     if path.suffix == ".jsonl":
-        return (Source(name=path.stem, questions=str(path), **defaults),)
+        return (Source(**{"name": path.stem, "questions": str(path), "mode": mode_for(path.stem), **defaults}),)
     try:
         found = json.loads(path.read_bytes())
     except ValueError as error:
@@ -109,7 +110,7 @@ def _source(path: Path, name: str, entry: dict[str, Any]) -> Source:
         raise InputError(f"{path}: source {name!r} has no `questions` file")
     beside = path.parent / entry["questions"]
     file = beside if beside.exists() else Path(entry["questions"])
-    return Source(name=name, **{**entry, "questions": str(file)})
+    return Source(**{"name": name, "mode": mode_for(name), **entry, "questions": str(file)})
 
 
 def fingerprint(sources: tuple[Source, ...]) -> str:

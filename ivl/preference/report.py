@@ -23,6 +23,7 @@ def write_report(out: Path, tallies: dict[str, Tally], *, seed: int = 0) -> dict
     (out / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     sections = [
         "<h2>Yield by source</h2>", pages.table(*_yields(tallies)),
+        "<h2>How answers were compared</h2>", pages.table(*_comparisons(tallies)),
         "<h2>What was not used</h2>", pages.table(*_left_out(tallies)),
     ]  # fmt: skip
     if pairs:
@@ -63,6 +64,11 @@ def _yields(tallies: dict[str, Tally]) -> tuple[list[str], list[list[str]]]:
             *(_share(count, t.questions) for count in (t.all_correct, t.all_wrong, t.with_pairs)), made,
         ])  # fmt: skip
     return head, rows
+
+
+def _comparisons(tallies: dict[str, Tally]) -> tuple[list[str], list[list[str]]]:
+    head = ["source", "mode", "comparisons of formulas given up at a limit (count as wrong)"]
+    return head, [[name, t.mode, f"{t.given_up:,}"] for name, t in tallies.items()]
 
 
 def _share(count: int, of: int) -> str:

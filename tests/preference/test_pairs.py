@@ -14,6 +14,7 @@ from ivl.journal import Journal
 from ivl.preference.pairs import Tally, build_pairs, correctness_pairs
 from ivl.preference.questions import Source
 from ivl.preference.report import write_report
+from ivl.scoring import COMPARER
 
 
 def reply(answer: str, *, reason: str = "one\ntwo", finish: str = "stop") -> dict:
@@ -124,3 +125,14 @@ def test_a_kill_leaves_no_half_file(tmp_path: Path, image: str) -> None:
 
 def test_sources_keep_their_fields() -> None:
     assert Source(name="s", questions="q", mode="choice").mode == "choice"
+
+
+def test_comparisons_that_were_given_up_are_reported(tmp_path: Path, image: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row(0, [reply("4"), reply("5")], ["4"], image), row(1, [reply("x^2+1"), reply("x^2+y")], ["x^2+z"], image)]
+    path = journal(tmp_path / "r.jsonl", rows)
+    monkeypatch.setattr(COMPARER, "_ask", lambda request: b"")
+    tallies = build_pairs(path, tmp_path / "out")
+    assert (tallies["s"].given_up, tallies["s"].wrong) == (2, 3)
+    assert write_report(tmp_path / "out", tallies)["sources"]["s"]["given_up"] == 2
+    again = build_pairs(journal(tmp_path / "q.jsonl", rows[:1]), tmp_path / "again")
+    assert again["s"].given_up == 0 and write_report(tmp_path / "again", again)["sources"]["s"]["given_up"] == 0

@@ -150,3 +150,16 @@ def test_sources_are_checked(tmp_path: Path, questions: Path) -> None:
     meta.write_text(json.dumps({"x": {"questions": "q.jsonl", "style": "boxed", "max_tiles": 3}}))
     [source] = load_sources(meta)
     assert "boxed" in next(read_questions((source,))).text
+
+
+def test_a_known_name_says_how_answers_are_compared(tmp_path: Path) -> None:
+    for name in ("chartqa_train", "mine"):
+        (tmp_path / f"{name}.jsonl").write_text("")
+    file = tmp_path / "sources.json"
+    file.write_text(json.dumps({
+        "docvqa": {"questions": "mine.jsonl"}, "GeoQA+": {"questions": "mine.jsonl", "mode": "exact"},
+        "mine": {"questions": "mine.jsonl"},
+    }))  # fmt: skip
+    assert [source.mode for source in load_sources(file)] == ["anls", "exact", "auto"]
+    assert [load_sources(tmp_path / f"{name}.jsonl")[0].mode for name in ("chartqa_train", "mine")] == ["relaxed", "auto"]
+    assert load_sources(tmp_path / "chartqa_train.jsonl", mode="exact")[0].mode == "exact"
