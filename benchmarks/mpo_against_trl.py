@@ -1,6 +1,6 @@
 """MPO beside TRL's DPOTrainer with the same three losses: `python -m benchmarks.mpo_against_trl`.
 
-InternVL2.5-1B in small (80M parameters, the 1B's shares of ViT, decoder layers and head), written by ivl and read by both; the
+InternVL2.5-1B in small (41M parameters, the 1B's shares of ViT, decoder layers and head), written by ivl and read by both; the
 same pairs, each with one 448-pixel tile and its 256 tokens, 20 to 200 words of prompt and replies of 10 to 150 tokens; float32
 weights and bfloat16 autocast, as TRL's own default is; AdamW, no gradient checkpointing, the same pairs in every step. First
 both train a few steps and must show the same losses; then each side stays loaded in a process of its own and they take turns,
@@ -144,7 +144,7 @@ def report(job: Job, found: dict[str, Any]) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--pairs", type=int, default=16, help="in all; a round goes through them once")
+    parser.add_argument("--pairs", type=int, default=8, help="in all; a round goes through them once")
     parser.add_argument("--pairs-a-step", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=4, help="the first warms up")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")

@@ -23,7 +23,7 @@ IMAGE, EOS, PAD, FIRST_WORD = 0, 1, 2, 3
 """Ids of the image placeholder, the end of a reply and padding; all others are words."""
 TILE = 448
 TOKENS_PER_TILE = 256
-VOCABULARY = 22_528
+VOCABULARY = 11_264
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,9 +274,9 @@ def write_model(directory: str) -> None:
     from ivl.model.vlm import VLM
 
     config = ModelConfig(
-        vision=VisionConfig(width=512, num_layers=8, mlp_width=2048, num_heads=8),
+        vision=VisionConfig(width=512, num_layers=4, mlp_width=2048, num_heads=8),
         decoder=DecoderConfig(
-            family="qwen2", vocab_size=VOCABULARY, width=512, num_layers=6, mlp_width=2816, num_heads=8, num_kv_heads=2,
+            family="qwen2", vocab_size=VOCABULARY, width=512, num_layers=3, mlp_width=2816, num_heads=8, num_kv_heads=2,
             head_dim=64, qkv_bias=True,
         ),
         image_token_id=IMAGE, eos_token_ids=(EOS,), pad_token_id=PAD,
