@@ -39,9 +39,10 @@ class ImageRef:
 
 @dataclass(frozen=True)
 class VideoRef:
-    """A video file, an animated GIF or a folder of frames; clip is (start, end) in seconds."""
+    """A video file, an animated GIF or a folder of frames by path, or an encoded video or GIF; clip is (start, end) in
+    seconds."""
 
-    source: str
+    source: str | bytes
     num_frames: int | None = None
     clip: tuple[float, float] | None = None
 

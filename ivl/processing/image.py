@@ -56,7 +56,7 @@ def load_image(ref: ImageRef, root: str = "", *, max_pixels: int = MAX_PIXELS) -
         except OSError as error:
             raise InputError(f"{name}: cannot read the image ({error.strerror})") from error
     with stream:
-        return _decode(stream, name, max_pixels)
+        return _decode(stream, name, max_pixels, quote=isinstance(ref.source, str))
 
 
 def load_pixels(ref: ImageRef, root: str = "", *, max_pixels: int = MAX_PIXELS, reuse: bool = False) -> np.ndarray:
@@ -115,16 +115,18 @@ def _jpeg_decoder() -> tuple[Callable[..., tuple], Callable[..., np.ndarray]] | 
     return decode_jpeg_header, decode_jpeg
 
 
-def _decode(stream, name: str, max_pixels: int) -> Image.Image:
+def _decode(stream, name: str, max_pixels: int, *, quote: bool) -> Image.Image:
+    """quote: the library's words may be shown. Not for bytes, which come from anywhere: nothing of them goes back there."""
     try:
         image = _open(stream, FORMATS)
         _check_size(image, name, max_pixels)
         return _upright_rgb(image, name)
     except InputError:
         raise
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, MemoryError) as error:
+    except Exception as error:  # Pillow's readers raise whatever their parsing meets
         # Pillow's own words would print an object with its address.
-        why = "unknown format" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
+        words = f"{type(error).__name__}: {error}" if quote else "damaged or cut short"
+        why = "unknown format" if isinstance(error, UnidentifiedImageError) else words
         raise InputError(f"{name}: not a readable image ({why})") from error
 
 

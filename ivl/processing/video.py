@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import random
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -46,6 +48,9 @@ def load_frames(
     Raises:
         InputError: naming the file, if it cannot be read, has no frame inside the clip, or has frames above max_pixels.
     """
+    if isinstance(ref.source, bytes):
+        read = _from_gif if ref.source.startswith(b"GIF8") else _from_file
+        return read(_Encoded(ref.source), ref, num_frames, mode, fps, generator, max_pixels)
     path = Path(root) / ref.source
     if path.is_dir():
         return _from_folder(path, ref, num_frames, mode, generator, max_pixels)
@@ -53,6 +58,23 @@ def load_frames(
         raise InputError(f"{path}: no such video")
     read = _from_gif if path.suffix.lower() == ".gif" else _from_file
     return read(path, ref, num_frames, mode, fps, generator, max_pixels)
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A video in memory, where a path is expected. Its name in messages says nothing about its owner."""
+
+    data: bytes
+
+    def __str__(self) -> str:
+        return f"video of {len(self.data)} bytes"
+
+
+_Place = Path | _Encoded
+
+
+def _opened(path: _Place) -> Any:
+    return io.BytesIO(path.data) if isinstance(path, _Encoded) else str(path)
 
 
 def frame_indices(
@@ -103,10 +125,10 @@ def _from_folder(
 
 
 def _from_gif(
-    path: Path, ref: VideoRef, num_frames: int, mode: Mode, fps: float, generator: random.Random | None, max_pixels: int
+    path: _Place, ref: VideoRef, num_frames: int, mode: Mode, fps: float, generator: random.Random | None, max_pixels: int
 ) -> list[Image.Image]:
     try:
-        with Image.open(path, formats=["GIF"]) as gif:
+        with Image.open(_opened(path), formats=["GIF"]) as gif:
             _check_size(path, gif.width, gif.height, max_pixels)
             total = getattr(gif, "n_frames", 1)
             starts, now = [], 0
@@ -126,7 +148,7 @@ def _from_gif(
 
 
 def _from_file(
-    path: Path, ref: VideoRef, num_frames: int, mode: Mode, fps: float, generator: random.Random | None, max_pixels: int
+    path: _Place, ref: VideoRef, num_frames: int, mode: Mode, fps: float, generator: random.Random | None, max_pixels: int
 ) -> list[Image.Image]:
     try:
         import av
@@ -134,7 +156,7 @@ def _from_file(
     except ImportError as error:
         raise InputError(f"{path}: reading video needs PyAV: pip install 'ivl[video]'") from error
     try:
-        with av.open(str(path), options=OPEN) as container:
+        with av.open(_opened(path), options=OPEN) as container:
             if not container.streams.video:
                 raise InputError(f"{path}: no video stream in this file")
             stream = container.streams.video[0]
@@ -149,16 +171,22 @@ def _from_file(
         picked = [kept[i] for i in _pick(kept, num_frames, mode, rate, fps, generator)]
         images: dict[int, Image.Image] = {}
         if keys:
-            with av.open(str(path), options=OPEN) as container:
+            with _bounded(av.open(_opened(path), options=OPEN), max_pixels) as container:
                 images = _decode_by_seeking(container, times, sorted(set(picked)), keys)
         if any(n not in images for n in picked):  # formats without exact time stamps or exact seeking: AVI, MPEG-TS
-            with av.open(str(path), options=OPEN) as container:
+            with _bounded(av.open(_opened(path), options=OPEN), max_pixels) as container:
                 images = _decode_by_counting(container, set(picked))
         if missing := [n for n in picked if n not in images]:
             raise InputError(f"{path}: the frame at {seconds[missing[0]]:.3f} s cannot be decoded")
         return [images[n] for n in picked]
     except (FFmpegError, OSError, ValueError) as error:
         raise _unreadable(path, error) from error
+
+
+def _bounded(container: Any, max_pixels: int) -> Any:
+    """A decoder believes the sizes in the pictures, whatever the container says: the limit holds for it, too."""
+    container.streams.video[0].codec_context.options = {"max_pixels": str(max_pixels)}
+    return container
 
 
 def _timestamps(container: Any, stream: Any) -> tuple[list[int], list[int]]:
@@ -216,7 +244,7 @@ def _pick(
     return frame_indices(len(kept), num_frames, mode, rate=rate, fps=fps, generator=generator)
 
 
-def _clipped(path: Path, starts: Sequence[float], clip: tuple[float, float] | None) -> list[int]:
+def _clipped(path: _Place, starts: Sequence[float], clip: tuple[float, float] | None) -> list[int]:
     """Numbers of the frames that start within the clip, all of them without one."""
     if clip is None:
         return list(range(len(starts)))
@@ -227,12 +255,14 @@ def _clipped(path: Path, starts: Sequence[float], clip: tuple[float, float] | No
     return kept
 
 
-def _check_size(path: Path, width: int, height: int, max_pixels: int) -> None:
+def _check_size(path: _Place, width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise InputError(f"{path}: frames of {width} x {height} pixels, the limit is {max_pixels:,}")
 
 
-def _unreadable(path: Path, error: Exception) -> InputError:
+def _unreadable(path: _Place, error: Exception) -> InputError:
     if isinstance(error, InputError):
         return error
+    if isinstance(path, _Encoded):  # comes from outside: nothing of the library's words goes back there
+        return InputError(f"{path}: not a readable video (damaged or cut short)")
     return InputError(f"{path}: not a readable video ({type(error).__name__}: {error})")

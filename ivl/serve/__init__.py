@@ -1,0 +1,1 @@
+"""The server: an engine behind the interface that clients already speak."""
