@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from ivl.config import ModelConfig
+from ivl.inference.engine import Engine
 from ivl.model.checkpoint import save_model
 from ivl.model.vlm import VLM
 from ivl.processing.processor import Processor
@@ -64,6 +65,27 @@ def picture(seed: int) -> Image.Image:
 
 def ask(text: str, *images: ImageRef) -> Conversation:
     return (Message("user", (*images, Text(text))),)
+
+
+def lively_model() -> VLM:
+    """A tiny model whose replies vary: large weights, and several end tokens so that replies end at different lengths."""
+    torch.manual_seed(0)
+    model = VLM(replace(tiny_config(), eos_token_ids=(91, 7, 23))).eval()
+    model.init_weights()
+    enliven(model)
+    return model
+
+
+def tiny_engine(model: VLM, **options: int) -> Engine:
+    return Engine(model, FakeProcessor(model.config), **{"max_cache_tokens": 8192, "block_size": 16, **options})
+
+
+def assert_idle(engine: Engine) -> None:
+    """Nothing runs, and every block is free or kept under a name."""
+    pool, stats = engine.cache.pool, engine.stats()
+    assert stats.waiting == stats.running == stats.cache_blocks_used == 0 and not any(pool.users)
+    assert sorted([*pool.free, *pool.kept]) == list(range(pool.num_blocks))
+    assert set(pool.known.values()) == set(pool.kept) == set(pool.names)
 
 
 def tiny_directory(path: Path) -> Path:

@@ -7,14 +7,12 @@ from dataclasses import replace
 from itertools import islice
 
 import pytest
-import torch
 
 from ivl.errors import InputError
 from ivl.inference.engine import Engine, Reply
 from ivl.model.vlm import VLM
 from ivl.types import Conversation, ImageRef, SamplingParams
-from tests.conftest import tiny_config
-from tests.inference.fakes import FakeProcessor, ask, enliven, picture
+from tests.inference.fakes import FakeProcessor, ask, assert_idle, lively_model, picture, tiny_engine
 
 
 @pytest.fixture
@@ -22,27 +20,14 @@ def lively() -> VLM:
     return lively_model()
 
 
-def lively_model() -> VLM:
-    """A tiny model whose replies vary: large weights, and several end tokens so that replies end at different lengths."""
-    torch.manual_seed(0)
-    model = VLM(replace(tiny_config(), eos_token_ids=(91, 7, 23))).eval()
-    model.init_weights()
-    enliven(model)
-    return model
-
-
-def engine(model: VLM, **options: int) -> Engine:
-    return Engine(model, FakeProcessor(model.config), **{"max_cache_tokens": 4096, "block_size": 16, **options})
-
-
 def requests(count: int, seed: int = 0) -> list[Conversation]:
-    """Conversations of 3 to 60 characters with 0 to 6 images of 1 to 3 tiles."""
+    """Conversations of 3 to 270 characters with 0 to 6 images of 1 to 3 tiles: prompts of 5 to 340 tokens."""
     rng = random.Random(seed)
     conversations = []
     for _ in range(count):
         images = [ImageRef(picture(rng.randrange(8)), rng.randint(1, 3)) for _ in range(rng.randint(0, 6))]
-        text = "".join(chr(rng.randint(40, 110)) for _ in range(rng.randint(3, 60)))
-        conversations.append(ask(text, *images))
+        length = rng.randint(3, 60) if rng.random() < 0.8 else rng.randint(60, 270)
+        conversations.append(ask("".join(chr(rng.randint(40, 110)) for _ in range(length)), *images))
     return conversations
 
 
@@ -57,28 +42,35 @@ MIXED = [
 
 @pytest.fixture(scope="module")
 def alone() -> list[tuple[Conversation, SamplingParams, Reply]]:
-    """120 requests with the reply each gives in an engine of its own."""
+    """200 requests with the reply each gives in an engine of its own."""
     model = lively_model()
-    params = [MIXED[n % len(MIXED)] for n in range(120)]
-    return [(c, p, engine(model).generate([c], p)[0]) for c, p in zip(requests(120), params, strict=True)]
+    params = [MIXED[n % len(MIXED)] for n in range(200)]
+    return [(c, p, tiny_engine(model).generate([c], p)[0]) for c, p in zip(requests(200), params, strict=True)]
 
 
-@pytest.mark.parametrize("options", [{}, {"max_batch_tokens": 90, "max_cache_tokens": 640}, {"max_sequences": 5}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_batch_tokens": 37, "max_cache_tokens": 1024},  # prompts, images and tiles are cut, blocks given up
+        {"max_batch_tokens": 101, "max_sequences": 5, "vision_cache_bytes": 0, "block_size": 5},
+    ],
+)
 def test_a_batch_equals_each_alone(
     lively: VLM, alone: list[tuple[Conversation, SamplingParams, Reply]], options: dict[str, int]
 ) -> None:
     conversations, params, expected = zip(*alone, strict=True)
-    together = engine(lively, **options)
+    together = tiny_engine(lively, **options)
     replies = together.generate(conversations, params)
     assert [(r.text, r.tokens, r.finish_reason) for r in replies] == [(r.text, r.tokens, r.finish_reason) for r in expected]
-    assert len({r.text for r in replies}) > 60 and {r.finish_reason for r in replies} == {"stop", "length"}
+    assert len({r.text for r in replies}) > 100 and {r.finish_reason for r in replies} == {"stop", "length"}
     assert_idle(together)
 
 
 def test_interleaved_streams_equal_generate(lively: VLM) -> None:
     conversations = requests(6, seed=1)
-    expected = [r.text for r in engine(lively).generate(conversations, MIXED[0])]
-    shared = engine(lively)
+    expected = [r.text for r in tiny_engine(lively).generate(conversations, MIXED[0])]
+    shared = tiny_engine(lively)
     streams = {n: shared.stream(c, MIXED[0]) for n, c in enumerate(conversations)}
     texts = [""] * 6
     while streams:
@@ -93,13 +85,13 @@ def test_interleaved_streams_equal_generate(lively: VLM) -> None:
 
 
 def test_stream_ends_with_one_finish_reason(lively: VLM) -> None:
-    deltas = list(engine(lively).stream(ask("hello"), SamplingParams(max_new_tokens=9)))
+    deltas = list(tiny_engine(lively).stream(ask("hello"), SamplingParams(max_new_tokens=9)))
     assert [d.finish_reason for d in deltas[:-1]] == [None] * (len(deltas) - 1)
     assert deltas[-1].finish_reason in ("stop", "length") and all(d.token is not None for d in deltas)
 
 
 def test_closing_a_stream_frees_its_blocks(lively: VLM) -> None:
-    shared = engine(lively)
+    shared = tiny_engine(lively)
     others = shared.submit(ask("another"), SamplingParams(max_new_tokens=3))
     stream = shared.stream(requests(1)[0], SamplingParams(max_new_tokens=200))
     assert len(list(islice(stream, 2))) == 2
@@ -114,7 +106,7 @@ def test_closing_a_stream_frees_its_blocks(lively: VLM) -> None:
 
 
 def test_an_interrupted_run_frees_its_blocks(lively: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    shared = engine(lively)
+    shared = tiny_engine(lively)
     stream = shared.stream(ask("hello"), SamplingParams(max_new_tokens=50))
     next(stream)
     with monkeypatch.context() as patch:
@@ -122,16 +114,16 @@ def test_an_interrupted_run_frees_its_blocks(lively: VLM, monkeypatch: pytest.Mo
         with pytest.raises(KeyboardInterrupt):
             next(stream)
     assert_idle(shared)
-    assert shared.generate([ask("hello")])[0].text == engine(lively).generate([ask("hello")])[0].text
+    assert shared.generate([ask("hello")])[0].text == tiny_engine(lively).generate([ask("hello")])[0].text
 
 
 def test_stop_strings_end_the_text_and_are_not_in_it(lively: VLM) -> None:
-    plain = engine(lively).generate(requests(8), SamplingParams(max_new_tokens=30))
+    plain = tiny_engine(lively).generate(requests(8), SamplingParams(max_new_tokens=30))
     for conversation, reply in zip(requests(8), plain, strict=True):
         if len(reply.text) < 6:
             continue
         stop = reply.text[3:5]
-        stopped = engine(lively).generate([conversation], SamplingParams(max_new_tokens=30, stop=(stop,)))[0]
+        stopped = tiny_engine(lively).generate([conversation], SamplingParams(max_new_tokens=30, stop=(stop,)))[0]
         assert stopped.text == reply.text[: reply.text.find(stop)] and stopped.finish_reason == "stop"
 
 
@@ -139,7 +131,7 @@ def test_tiles_are_encoded_once(lively: VLM, monkeypatch: pytest.MonkeyPatch) ->
     encoded: list[int] = []
     plain = lively.encode_tiles
     monkeypatch.setattr(lively, "encode_tiles", lambda tiles: encoded.append(len(tiles)) or plain(tiles))
-    shared = engine(lively)
+    shared = tiny_engine(lively)
     conversations = [ask(text, ImageRef(picture(5), 3), ImageRef(picture(6))) for text in ("one", "two", "three")]
     shared.generate(conversations, SamplingParams(max_new_tokens=2))
     shared.generate(conversations, SamplingParams(max_new_tokens=2))
@@ -151,32 +143,25 @@ def test_tiles_are_encoded_once(lively: VLM, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_limits_are_told_with_numbers(lively: VLM) -> None:
     with pytest.raises(InputError, match=r"prompt has 53 tokens, 12 of them for 3 image tiles, but the context is 50"):
-        engine(lively, max_context=50).generate([ask("x" * 40, ImageRef(picture(0), 3))])
+        tiny_engine(lively, max_context=50).generate([ask("x" * 40, ImageRef(picture(0), 3))])
     with pytest.raises(InputError, match=r"41 prompt tokens and up to 100 new ones need 9 cache blocks of 16 tokens.*are 8"):
-        engine(lively, max_cache_tokens=128).generate([ask("x" * 40)], SamplingParams(max_new_tokens=100))
+        tiny_engine(lively, max_cache_tokens=128).generate([ask("x" * 40)], SamplingParams(max_new_tokens=100))
     with pytest.raises(InputError, match="conversation 2: the prompt has"):
-        engine(lively, max_context=50).generate([ask("a"), ask("b"), ask("x" * 60)])
+        tiny_engine(lively, max_context=50).generate([ask("a"), ask("b"), ask("x" * 60)])
     with pytest.raises(ValueError, match="2 conversations but 1 sampling"):
-        engine(lively).generate([ask("a"), ask("b")], [SamplingParams()])
+        tiny_engine(lively).generate([ask("a"), ask("b")], [SamplingParams()])
     with pytest.raises(ValueError, match="eval"):
         Engine(lively.train(), FakeProcessor(lively.config))
 
 
 def test_a_reply_ends_where_the_context_ends(lively: VLM) -> None:
     lively.config = replace(lively.config, eos_token_ids=(91,))
-    reply = engine(lively, max_context=50).generate([ask("x" * 40)], SamplingParams(max_new_tokens=1000))[0]
+    reply = tiny_engine(lively, max_context=50).generate([ask("x" * 40)], SamplingParams(max_new_tokens=1000))[0]
     assert reply.finish_reason == "length" and len(reply.tokens) == 9
 
 
 def test_many_requests_leave_nothing_behind(lively: VLM) -> None:
-    shared = engine(lively, max_cache_tokens=512)
+    shared = tiny_engine(lively, max_cache_tokens=512)
     for seed in range(5):
         shared.generate(requests(20, seed), SamplingParams(max_new_tokens=6))
         assert_idle(shared)
-
-
-def assert_idle(engine: Engine) -> None:
-    pool, stats = engine.cache.pool, engine.stats()
-    assert stats.waiting == stats.running == stats.cache_blocks_used == 0 and not any(pool.users)
-    assert sorted([*pool.free, *pool.kept]) == list(range(pool.num_blocks))
-    assert set(pool.known.values()) == set(pool.kept) == set(pool.names)
