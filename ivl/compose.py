@@ -102,7 +102,7 @@ def compose(
     write_shards(
         target,
         key_map(model, dialect),
-        {name: parameter.shape for name, parameter in model.named_parameters()},
+        dict(model.named_parameters()),
         lambda entry: tensors[entry.ours](),
         dtype=dtype,
         progress=progress,
@@ -121,8 +121,8 @@ def merge(model: str | Path, adapter: str | Path, out: str | Path) -> None:
     """
     directory = resolve(model)
     target = _not_a_source(out, directory, Path(adapter))
+    merged = load_model(directory, quantized=False)
     processor = Processor.load(directory)
-    merged = load_model(directory)
     load_adapter(merged, adapter)
     merge_lora(merged)
     save_model(merged, target, dialect=dialect_of(directory))

@@ -1,22 +1,28 @@
-"""Rewrite a model directory in the other dialect or as GGUF files, whole or not at all."""
+"""Rewrite a model directory in the other dialect, quantised or as GGUF files, whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from ivl.errors import InputError
 from ivl.model.checkpoint import load_config, resolve
+from ivl.model.checkpoint.config_json import dialect_of
 from ivl.model.checkpoint.config_write import generation_json, to_json
 from ivl.model.checkpoint.files import MAX_SHARD_BYTES, Progress, write_json, write_shards
 from ivl.model.checkpoint.gguf_write import STORAGE, write_language, write_vision
 from ivl.model.checkpoint.keymaps import Dialect, key_map
-from ivl.model.checkpoint.model_dir import empty_model, open_weights, read
+from ivl.model.checkpoint.model_dir import empty_model, open_weights, read, tensors_of
+from ivl.model.checkpoint.quantization import quantization_json, quantized_entries, weight_shapes
+from ivl.model.quantized import Scheme, quantize, quantize_layers, quantized_layers, unpacked
 from ivl.processing.chat import template_of
 from ivl.processing.files import jinja
 from ivl.processing.gguf import gguf_vocabulary
@@ -30,19 +36,25 @@ def convert(
     source: str | Path,
     target: str | Path,
     *,
-    to: Dialect,
+    to: Dialect | None = None,
     dtype: torch.dtype | None = None,
+    language: Scheme | None = None,
+    vision: Scheme | None = None,
     force: bool = False,
     weights_only: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
-) -> None:
+) -> list[Loss]:
     """Rewrite a model directory or hub id in a dialect: configuration, weights, tokenizer and preprocessor files.
 
-    Tensors stream from shard to shard, so any size fits a small machine.
+    Tensors stream from shard to shard, so any size fits a small machine. What quantising loses is returned by layer, worst
+    first, and written to `quantization.json`.
 
     Args:
-        dtype: of the written weights; None keeps that of the source.
+        to: dialect to write; None keeps that of the source.
+        dtype: of the written weights; None keeps that of the source. Integers stay integers.
+        language: quantise the linear layers of the language model, head included, in this way.
+        vision: quantise those of the ViT.
         force: replace the target if it is a model directory.
         weights_only: do not ask for, and do not write, tokenizer and preprocessor files.
 
@@ -54,23 +66,104 @@ def convert(
     model = empty_model(config)
     weights, entries = open_weights(directory, model)
     dtype = dtype or weights.main_dtype
+    to = to or dialect_of(directory)
     config_json = to_json(config, to, str(dtype).removeprefix("torch."))
     processor = None if weights_only else Processor.load(directory)
     ours = {entry.ours: entry for entry in entries}
+    theirs = key_map(model, to)
+    quantizer = Quantizer(model, lambda name: read(ours[name], weights), language, vision)
+    if language or vision:
+        theirs = quantized_entries(model, theirs)
+        config_json["quantization_config"] = quantization_json(language, vision)
     with new_directory(target, force=force) as out:
         write_shards(
             out,
-            key_map(model, to),
-            {name: parameter.shape for name, parameter in model.named_parameters()},
-            lambda entry: read(ours[entry.ours], weights),
+            theirs,
+            tensors_of(model),
+            lambda entry: quantizer.get(entry.ours),
             dtype=dtype,
+            extra=weight_shapes(model, theirs),
             max_shard_bytes=max_shard_bytes,
             progress=progress,
         )
         write_json(out / "generation_config.json", generation_json(config))
         if processor:
             processor.save(out)
+        losses = sorted(quantizer.losses, key=lambda loss: -loss.error)
+        if losses:
+            write_json(out / "quantization.json", _report(losses, language, vision))
         write_json(out / "config.json", config_json)
+    return losses
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """What quantising lost of a layer."""
+
+    layer: str
+    scheme: str
+    error: float
+    """Norm of the difference of the weights, as a share of their norm."""
+
+
+class Quantizer:
+    """Puts quantised layers into an empty model and gives their tensors, from those of the model that it reads.
+
+    Raises:
+        InputError: if a layer does not fit its scheme.
+    """
+
+    def __init__(
+        self, model: nn.Module, read: Callable[[str], torch.Tensor], language: Scheme | None, vision: Scheme | None
+    ) -> None:
+        def scheme_of(path: str, layer: nn.Linear) -> Scheme | None:
+            scheme = {"decoder": language, "vision": vision}.get(path.partition(".")[0])
+            try:
+                if scheme:
+                    scheme.groups(layer.in_features)
+            except ValueError as error:
+                raise InputError(f"{path}: {error}; name another --group-size") from None
+            return scheme
+
+        self.losses: list[Loss] = []
+        self._read = read
+        self._paths = set(quantize_layers(model, scheme_of))
+        self._layers = quantized_layers(model)
+        self._last: tuple[str, dict[str, torch.Tensor]] = ("", {})
+
+    def get(self, name: str) -> torch.Tensor:
+        """A parameter or buffer of the model; those of a quantised layer are asked for one after another."""
+        path, _, leaf = name.rpartition(".")
+        if path not in self._paths or leaf == "bias":
+            return self._read(name)
+        if self._last[0] != path:
+            self._last = (path, self._quantized(path))
+        return self._last[1][leaf]
+
+    def _quantized(self, path: str) -> dict[str, torch.Tensor]:
+        matrix, scheme = self._read(f"{path}.weight"), self._layers[path].scheme
+        try:
+            weight, scale, zero = quantize(matrix, scheme)
+        except ValueError as error:
+            raise InputError(f"{path}: {error}") from None
+        lost, norm = 0.0, 0.0
+        for first in range(0, len(matrix), 4096):
+            some = slice(first, first + 4096)
+            wanted = matrix[some].float()
+            got = unpacked(weight[some], scale[some].float(), None if zero is None else zero[some], scheme)
+            lost += float((got - wanted).square().sum())
+            norm += float(wanted.square().sum())
+        self.losses.append(Loss(layer=path, scheme=scheme.name, error=(lost / norm) ** 0.5 if norm else 0.0))
+        return {"weight": weight, "scale": scale, **({} if zero is None else {"zero": zero})}
+
+
+def _report(losses: list[Loss], language: Scheme | None, vision: Scheme | None) -> dict[str, Any]:
+    return {
+        "language": language.name if language else None,
+        "vision": vision.name if vision else None,
+        "error": "norm of the difference of the weights, as a share of their norm; worst layers first",
+        "layers": [asdict(loss) for loss in losses],
+    }
 
 
 def convert_to_gguf(

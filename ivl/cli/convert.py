@@ -24,29 +24,48 @@ def run_convert(
     src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")],
     dst: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")],
     *,
-    to: Literal["internvl_chat", "transformers", "gguf"],
+    to: Literal["keep", "internvl_chat", "transformers", "gguf"] = "keep",
     dtype: Literal["keep", "bfloat16", "float16", "float32", "q8_0"] = "keep",
+    quantize: Literal["no", "int8", "int4"] = "no",
+    group_size: Literal[32, 64, 128] = 64,
+    zero_point: Flag = False,
+    quantize_vision: Literal["no", "w8a8"] = "no",
     force: Flag = False,
     weights_only: Flag = False,
     max_shard_gb: float = 5.0,
 ) -> None:
-    """Rewrite a model in the other library's dialect, or as GGUF files, ready to open there.
+    """Rewrite a model in the other library's dialect, with quantised weights, or as GGUF files.
 
     Args:
         src: Model directory or hub id.
         dst: Directory to write.
-        to: Dialect to write: that of the original repository, that of transformers, or the two GGUF files of llama.cpp.
+        to: Dialect to write: that of the original repository, that of transformers, or the two GGUF files of llama.cpp;
+            keep is that of the source.
         dtype: Type of the written weights; q8_0 (8 bits) is for gguf.
+        quantize: Weights of the language model, output head included, as integers: int8 with a scale per row, or int4 with
+            a scale per group. Embeddings keep their type.
+        group_size: Input elements that share a scale of int4.
+        zero_point: Give int4 groups a zero point, too.
+        quantize_vision: Weights of the ViT in 8 bits, its activations rounded to 8 bits per token as they come.
         force: Replace dst if it is a model directory.
         weights_only: Leave out tokenizer and preprocessor files.
         max_shard_gb: Largest weights file, in GB.
     """
     from ivl import convert as operation
     from ivl.errors import InputError
+    from ivl.model.quantized import Scheme
 
     if max_shard_gb <= 0:
         raise InputError(f"--max-shard-gb is {max_shard_gb}, must be above 0")
+    language = None
+    if quantize != "no":
+        language = Scheme(bits=8) if quantize == "int8" else Scheme(bits=4, group=group_size, symmetric=not zero_point)
+    if zero_point and quantize != "int4":
+        raise InputError("--zero-point is for --quantize int4")
+    vision = None if quantize_vision == "no" else Scheme(bits=8, activations=True)
     if to == "gguf":
+        if language or vision:
+            raise InputError("--quantize is not for --to gguf, which has formats of its own: --dtype q8_0")
         if weights_only:
             raise InputError("--weights-only is not for --to gguf: llama.cpp needs the tokenizer in the file")
         with _progress(f"writing {dst}") as progress:
@@ -58,17 +77,25 @@ def run_convert(
     if dtype == "q8_0":
         raise InputError("--dtype q8_0 is for --to gguf; safetensors take bfloat16, float16 or float32")
     with _progress(f"writing {dst}") as progress:
-        operation.convert(
+        losses = operation.convert(
             src,
             dst,
-            to=to,
+            to=None if to == "keep" else to,
             dtype=operation.DTYPES.get(dtype),
+            language=language,
+            vision=vision,
             force=force,
             weights_only=weights_only,
             max_shard_bytes=int(max_shard_gb * 1e9),
             progress=progress,
         )
-    print(f"{dst}: {to} model written")
+    if not losses:
+        print(f"{dst}: {'' if to == 'keep' else f'{to} '}model written")
+        return
+    names = " and ".join(f"{scheme.name} {part}" for part, scheme in (("language model", language), ("ViT", vision)) if scheme)
+    print(f"{dst}: {names} written; of {len(losses)} layers these lost most (share of the weights' norm; quantization.json):")
+    for loss in losses[:5]:
+        print(f"  {loss.error:7.3%}  {loss.layer}")
 
 
 def compose(args: list[str]) -> None:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from ivl.config import LoraConfig
 from ivl.errors import InputError
 from ivl.model.linear import Linear
+from ivl.model.quantized import quantized_layers
 from ivl.model.vlm import VLM
 
 PEFT_PREFIX = "base_model.model."
@@ -129,6 +130,8 @@ def add_lora(model: VLM, config: LoraConfig) -> None:
     """
     if _lora_layers(model):
         raise InputError("the model already carries LoRA adapters; merge_lora() folds them in first")
+    if quantized_layers(model):
+        raise InputError("the model is quantised, which is for inference only; adapters go on the model that it was made from")
     projections = _projections(model)
     chosen: dict[str, list[str]] = {}
     for target in config.targets:

@@ -207,10 +207,10 @@ def build_model(config: TrainConfig, checkpoint: Path | None = None) -> VLM:
     """The model to train: from a checkpoint, from given weights, or from nothing, on the CPU."""
     dtype = torch.bfloat16 if config.precision == "pure_bf16" else torch.float32
     if checkpoint is not None and config.lora is None:
-        return load_model(checkpoint, dtype=dtype)
+        return load_model(checkpoint, dtype=dtype, quantized=False)
     if config.model:
         model_config(config)
-        return load_model(config.model, dtype=dtype)
+        return load_model(config.model, dtype=dtype, quantized=False)
     assert config.architecture is not None
     torch.manual_seed(config.seed)
     model = VLM(config.architecture)

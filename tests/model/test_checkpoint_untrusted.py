@@ -148,7 +148,7 @@ def test_damaged_weights_are_refused(good: Path, damage: Callable[[bytes], bytes
         ("vision_config", "norm_type", "batch_norm", "norm_type is 'batch_norm'"),
         (None, "vision_config", [], "vision_config is .*, expected an object"),
         (None, "model_type", "llava", "model_type is 'llava'; expected internvl_chat"),
-        (None, "quantization_config", {"bits": 4}, "quantised weights cannot be read"),
+        (None, "quantization_config", {"bits": 4}, "quant_method is None"),
         (None, "downsample_ratio", 0.25, "downsample_ratio is 0.25; only 0.5"),
         (None, "use_llm_lora", 16, "use_llm_lora is 16"),
         (None, "force_image_size", 448, "force_image_size is 448; only 28"),

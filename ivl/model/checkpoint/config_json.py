@@ -86,8 +86,6 @@ def load_config(directory: Path | str) -> ModelConfig:
     """
     directory = Path(directory)
     top = Section(read_json(directory / "config.json"), str(directory / "config.json"))
-    if top.get("quantization_config") is not None:
-        raise InputError(f"{top.place}: has a quantization_config; quantised weights cannot be read")
     for key in ("use_backbone_lora", "use_llm_lora"):
         top.require(key, 0, 0)
     top.require("downsample_ratio", 0.5, 0.5)

@@ -24,6 +24,8 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_JSON_BYTES = 64 << 20
 MAX_SHARD_BYTES = 5_000_000_000
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+INTEGERS = {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
+"""Of quantised weights."""
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
 
@@ -72,14 +74,16 @@ class Weights:
     Args:
         directory: holds `model.safetensors`, or shards and their index.
         rename: from the names in the files to the names used here.
+        integers: tensors may be of integers, as those of quantised weights are.
 
     Raises:
         InputError: if there are no safetensors, a shard is missing, damaged or outside the directory, or the index and the
             shards disagree.
     """
 
-    def __init__(self, directory: Path, rename: Callable[[str], str] = str) -> None:
+    def __init__(self, directory: Path, rename: Callable[[str], str] = str, *, integers: bool = False) -> None:
         self.directory = directory
+        self._integers = integers
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._places: dict[str, tuple[Path, str]] = {}
@@ -103,11 +107,12 @@ class Weights:
             if name in self._places:
                 raise InputError(f"{path}: tensor {stored!r} is there twice, also in {self._places[name][0].name}")
             header = handle.get_slice(stored)
-            if header.get_dtype() not in DTYPES:
-                raise InputError(f"{path}: tensor {stored!r} is {header.get_dtype()}; expected one of {', '.join(DTYPES)}")
+            known = DTYPES | INTEGERS if self._integers else DTYPES
+            if header.get_dtype() not in known:
+                raise InputError(f"{path}: tensor {stored!r} is {header.get_dtype()}; expected one of {', '.join(known)}")
             self._places[name] = (path, stored)
             self.shapes[name] = tuple(header.get_shape())
-            self.dtypes[name] = DTYPES[header.get_dtype()]
+            self.dtypes[name] = known[header.get_dtype()]
 
     def _handle(self, path: Path) -> Any:
         if self._open is None or self._open[0] != path:
@@ -130,10 +135,13 @@ class Weights:
 
     @property
     def main_dtype(self) -> torch.dtype:
-        """The dtype of most elements."""
-        counts = dict.fromkeys(self.dtypes.values(), 0)
+        """The dtype of most elements that are no integers."""
+        counts = {dtype: 0 for dtype in self.dtypes.values() if dtype.is_floating_point}
+        if not counts:
+            raise InputError(f"{self.directory}: has no tensor of {', '.join(DTYPES)}")
         for name, shape in self.shapes.items():
-            counts[self.dtypes[name]] += math.prod(shape)
+            if self.dtypes[name] in counts:
+                counts[self.dtypes[name]] += math.prod(shape)
         return max(counts, key=lambda dtype: counts[dtype])
 
 
@@ -171,23 +179,27 @@ def check_entries(entries: Sequence[Entry], shapes: Mapping[str, Sequence[int]],
 def write_shards(
     directory: Path,
     entries: Sequence[Entry],
-    shapes: Mapping[str, Sequence[int]],
+    like: Mapping[str, torch.Tensor],
     get: Callable[[Entry], torch.Tensor],
     *,
     dtype: torch.dtype,
+    extra: Mapping[str, torch.Tensor] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> None:
     """Write entries as `model.safetensors`, or as shards and their index; older weights in the directory are removed.
 
     Args:
+        like: a tensor of the shape and kind of each of our parameters, on any device.
         get: our parameter for an entry, asked for shard by shard; at most one shard is held.
-        shapes: shape of each of our parameters.
+        dtype: of the written tensors; integers stay as they are.
+        extra: a few small tensors to write as well, by their names in the file.
 
     Raises:
         InputError: if a file cannot be written (disk full, no permission).
     """
-    sizes = [math.prod(shapes[entry.ours]) * dtype.itemsize for entry in entries]
+    kinds = [dtype if like[entry.ours].is_floating_point() else like[entry.ours].dtype for entry in entries]
+    sizes = [like[entry.ours].numel() * kind.itemsize for entry, kind in zip(entries, kinds, strict=True)]
     shards: list[list[Entry]] = [[]]
     room = max_shard_bytes
     for entry, size in zip(entries, sizes, strict=True):
@@ -201,13 +213,17 @@ def write_shards(
     weight_map: dict[str, str] = {}
     done = 0
     for file_name, shard in zip(file_names, shards, strict=True):
-        tensors: dict[str, torch.Tensor] = {}
+        tensors: dict[str, torch.Tensor] = dict(extra or {}) if file_name == file_names[-1] else {}
+        weight_map |= dict.fromkeys(tensors, file_name)
         for entry in shard:
             for name, tensor in zip(entry.theirs, entry.split(get(entry)), strict=True):
                 # A copy of its own: parts of a fused weight share storage, which safetensors refuses.
-                tensors[name] = torch.empty(tensor.shape, dtype=dtype).copy_(tensor.detach())
+                kind = dtype if tensor.is_floating_point() else tensor.dtype
+                tensors[name] = torch.empty(tensor.shape, dtype=kind).copy_(tensor.detach())
                 weight_map[name] = file_name
                 done += tensors[name].nbytes
+            if progress:
+                progress(done, sum(sizes))
         part = directory / f"{file_name}.part"
         try:
             part.touch()
@@ -219,8 +235,6 @@ def write_shards(
             part.unlink(missing_ok=True)
             raise InputError(f"{directory / file_name}: cannot be written: {error}") from error
         del tensors
-        if progress:
-            progress(done, sum(sizes))
     if count > 1:
         write_json(directory / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
     for old in [directory / INDEX, *directory.glob("model*.safetensors")]:

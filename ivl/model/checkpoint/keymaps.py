@@ -20,9 +20,10 @@ from ivl.model.vit import VisionTransformer
 from ivl.model.vlm import VLM
 
 Dialect = Literal["internvl_chat", "transformers"]
+Form = Literal["same", "words", "signed", "zeros"]
 Names = dict[str, tuple[str, ...]]
 
-IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
+IGNORED_SUFFIXES = ("rotary_emb.inv_freq", ".weight_shape")
 """Stored by some libraries though they follow from the configuration."""
 
 
@@ -36,9 +37,15 @@ class Entry:
     """Rows of each tensor, when several lie one after another in ours."""
     groups: tuple[int, int, int] | None = None
     """InternLM2 wqkv: key/value groups, query heads per group, head size. A group's rows are its queries, key, value."""
+    form: Form = "same"
+    """How the integers of a quantised weight are stored: our bytes as int32 words, as int8 less 128, or, for zero points,
+    8 rows of 4 bits to an int32 word, the first row lowest."""
 
     def join(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Checkpoint tensors to our parameter."""
+        if self.form != "same":
+            counts = self.rows or [len(tensor) for tensor in tensors]
+            tensors = [_from_form(tensor, self.form, count) for tensor, count in zip(tensors, counts, strict=True)]
         if self.groups is not None:
             num_groups, num_queries, head_dim = self.groups
             blocks = tensors[0].unflatten(0, (num_groups, num_queries + 2, head_dim))
@@ -47,6 +54,10 @@ class Entry:
 
     def split(self, ours: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Our parameter to checkpoint tensors."""
+        tensors = self._split_rows(ours)
+        return tensors if self.form == "same" else tuple(_to_form(tensor, self.form) for tensor in tensors)
+
+    def _split_rows(self, ours: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if self.groups is not None:
             num_groups, num_queries, head_dim = self.groups
             rows = [num_groups * heads * head_dim for heads in (num_queries, 1, 1)]
@@ -57,7 +68,28 @@ class Entry:
     def shapes(self, ours: Iterable[int]) -> tuple[tuple[int, ...], ...]:
         """Shapes of the checkpoint tensors, from the shape of our parameter."""
         shape = tuple(ours)
-        return tuple((rows, *shape[1:]) for rows in self.rows) if self.rows else (shape,)
+        if self.form == "words":
+            shape = (shape[0], shape[1] // 4)
+        shapes = tuple((rows, *shape[1:]) for rows in self.rows) if self.rows else (shape,)
+        return tuple((-(-rows // 8), *rest) for rows, *rest in shapes) if self.form == "zeros" else shapes
+
+
+def _to_form(ours: torch.Tensor, form: Form) -> torch.Tensor:
+    if form == "words":
+        return ours.contiguous().view(torch.int32)
+    if form == "signed":
+        return (ours ^ 128).view(torch.int8)
+    padded = torch.nn.functional.pad(ours, (0, 0, 0, -len(ours) % 8)).unflatten(0, (-1, 4, 2))
+    return (padded[:, :, 0] | padded[:, :, 1] << 4).transpose(1, 2).contiguous().view(torch.int32).squeeze(-1)
+
+
+def _from_form(theirs: torch.Tensor, form: Form, rows: int) -> torch.Tensor:
+    if form == "words":
+        return theirs.contiguous().view(torch.uint8)
+    if form == "signed":
+        return theirs.view(torch.uint8) ^ 128
+    octets = theirs.contiguous().unsqueeze(-1).view(torch.uint8).transpose(1, 2)
+    return torch.stack([octets & 15, octets >> 4], dim=2).flatten(0, 2)[:rows]
 
 
 _VISION: dict[Dialect, Names] = {

@@ -18,30 +18,48 @@ from ivl.model.checkpoint.files import (
     Weights,
     check_entries,
     listing,
+    read_json,
     write_json,
     write_shards,
 )
 from ivl.model.checkpoint.hub import resolve
 from ivl.model.checkpoint.keymaps import Dialect, Entry, current_name, key_map
+from ivl.model.checkpoint.quantization import (
+    adopt,
+    quantization_json,
+    quantized_entries,
+    rounds_activations,
+    schemes_of,
+    weight_shapes,
+)
+from ivl.model.quantized import quantized_layers
 from ivl.model.vlm import VLM
 
 
-def load_model(name_or_dir: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> VLM:
+def load_model(
+    name_or_dir: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    quantized: bool = True,
+) -> VLM:
     """A model in eval mode from a directory or hub id, in either dialect.
 
-    Weights are mapped from their files and converted on the way; at most one shard is held beyond the model.
+    Weights are mapped from their files and converted on the way; at most one shard is held beyond the model. Quantised
+    weights stay what they are.
 
     Args:
         dtype: of the parameters; None keeps that of most of the stored weights.
+        quantized: accept a quantised model; where weights are to be changed, it is refused.
 
     Raises:
         InputError: if the model cannot be found, or its files do not describe exactly one model; nothing is allocated then.
     """
     directory = resolve(name_or_dir)
     model = empty_model(load_config(directory))
-    weights, entries = open_weights(directory, model)
+    weights, entries = open_weights(directory, model, quantized=quantized)
     model = model.to(dtype or weights.main_dtype).to_empty(device=device)
-    fill(dict(model.named_parameters()), entries, weights)
+    fill(tensors_of(model), entries, weights)
     return model.eval()
 
 
@@ -64,19 +82,22 @@ def save_model(
     """
     dtype = dtype or model.dtype
     directory = Path(out_dir)
-    parameters = dict(model.named_parameters())
-    entries = key_map(empty_model(model.config), dialect)
-    extra = sorted(parameters.keys() - {entry.ours for entry in entries})
+    tensors = tensors_of(model)
+    entries = quantized_entries(model, key_map(empty_model(model.config), dialect))
+    extra = sorted(tensors.keys() - {entry.ours for entry in entries})
     if extra:
         raise InputError(f"the model has parameters that no checkpoint holds: {listing(extra)}; merge LoRA adapters first")
     config = to_json(model.config, dialect, str(dtype).removeprefix("torch."))
+    if quantized_layers(model):
+        config["quantization_config"] = quantization_json(*schemes_of(model))
     directory.mkdir(parents=True, exist_ok=True)
     write_shards(
         directory,
         entries,
-        {name: parameter.shape for name, parameter in parameters.items()},
-        lambda entry: parameters[entry.ours].detach(),
+        tensors,
+        lambda entry: tensors[entry.ours].detach(),
         dtype=dtype,
+        extra=weight_shapes(model, entries),
         max_shard_bytes=max_shard_bytes,
         progress=progress,
     )
@@ -90,18 +111,35 @@ def empty_model(config: ModelConfig) -> VLM:
         return VLM(config)
 
 
-def open_weights(directory: Path, model: VLM) -> tuple[Weights, list[Entry]]:
+def tensors_of(model: VLM) -> dict[str, torch.Tensor]:
+    """Everything that a checkpoint holds: parameters, and the buffers of quantised layers."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def open_weights(directory: Path, model: VLM, *, quantized: bool = False) -> tuple[Weights, list[Entry]]:
     """The weights of a directory and the entries that map them to the model, checked to fit each other.
 
+    quantized: accept quantised weights; the (empty) model then gets the layers for them.
+
     Raises:
-        InputError: listing missing, unexpected and misshapen tensors.
+        InputError: listing missing, unexpected and misshapen tensors, or if the weights are quantised and may not be.
     """
     dialect = dialect_of(directory)
     entries = key_map(model, dialect)
-    weights = Weights(directory, current_name if dialect == "transformers" else str)
+    config = read_json(directory / "config.json").get("quantization_config")
+    if config is not None and not quantized:
+        raise InputError(
+            f"{directory}: is quantised, which is for inference only; to train, merge, convert or compose take the model that "
+            "it was made from"
+        )
+    rename = current_name if dialect == "transformers" else str
+    weights = Weights(directory, rename, integers=config is not None)
     if tied(directory):
         untie(entries, weights, "decoder.")
-    check_entries(entries, {name: parameter.shape for name, parameter in model.named_parameters()}, weights)
+    if config is not None:
+        activations = rounds_activations(str(directory / "config.json"), config)
+        entries = adopt(model, entries, weights, activations)
+    check_entries(entries, {name: tensor.shape for name, tensor in tensors_of(model).items()}, weights)
     return weights, entries
 
 
@@ -118,7 +156,7 @@ def fill(parameters: Mapping[str, torch.Tensor], entries: Sequence[Entry], weigh
     """Copy the weights of every entry into our parameters, converting dtype and device."""
     for entry in entries:
         ours = parameters[entry.ours]
-        if entry.groups is not None:
+        if entry.groups is not None or entry.form != "same":
             ours.copy_(read(entry, weights))
             continue
         for part, name in zip(entry.split(ours), entry.theirs, strict=True):  # views, so this fills ours
