@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ivl.errors import InputError
 
-_DOMAIN = re.compile(r"\*|\.?[a-z0-9_-]+(\.[a-z0-9_-]+)*(:[0-9]{1,5})?")
+_DOMAIN = re.compile(r"(\*|\.?[a-z0-9_-]+(\.[a-z0-9_-]+)*)(:[0-9]{1,5})?")
 
 
 class MediaError(InputError):
