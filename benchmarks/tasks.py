@@ -198,10 +198,9 @@ def _ours(kind: str, number: int, decode_steps: int) -> Callable[[], Any]:
     return train
 
 
-def _theirs(kind: str, number: int, decode_steps: int) -> Callable[[], Any]:
+def their_model(dtype: torch.dtype) -> Any:
+    """transformers' InternVL of this size, random weights, eval mode."""
     from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
-
-    from ivl.model.vlm import normalise
 
     config = published_config(SIZE)
     v, d = config.vision, config.decoder
@@ -216,12 +215,20 @@ def _theirs(kind: str, number: int, decode_steps: int) -> Callable[[], Any]:
         rope_parameters={"rope_type": "default", "rope_theta": d.rope_theta}, rms_norm_eps=d.norm_eps,
         tie_word_embeddings=False,
     )  # fmt: skip
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(dtype)
     whole = InternVLConfig(
         vision_config=vision, text_config=text, image_token_id=config.image_token_id, tie_word_embeddings=False
     )
     model = InternVLForConditionalGeneration(whole).eval()
-    assert model.config._attn_implementation == "sdpa" and model.dtype == torch.bfloat16
+    assert model.config._attn_implementation == "sdpa" and model.dtype == dtype
+    return model
+
+
+def _theirs(kind: str, number: int, decode_steps: int) -> Callable[[], Any]:
+    from ivl.model.vlm import normalise
+
+    config = published_config(SIZE)
+    model = their_model(torch.bfloat16)
 
     if kind == "vision":
         tiles = _tiles(number)
