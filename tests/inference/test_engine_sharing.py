@@ -121,7 +121,6 @@ def test_replies_go_on_beside_a_long_prompt(model: VLM, computed: list[int]) -> 
     while any(not request.tokens for request in replies):
         engine.step()
     long = engine.submit(ask("y" * 300, *IMAGES))
-    late = engine.submit(ask("me, too"))
     computed.clear()
     while not long.tokens:
         before = [len(request.tokens) for request in replies]
@@ -130,8 +129,12 @@ def test_replies_go_on_beside_a_long_prompt(model: VLM, computed: list[int]) -> 
         assert [len(request.tokens) for request in replies] == [n + 1 for n in before]
         tiles = engine.stats().vision_misses - encoded
         assert tiles <= max(1, 20 // engine.scheduler.tile_cost) and computed[-1] <= 24
-    assert not late.tokens  # first come, first served
-    for request in (*replies, long, late):
+    assert long.timings().vision > 0
+    words, more = engine.submit(ask("w" * 200)), engine.submit(ask("me, too"))
+    while not more.tokens:
+        engine.step()
+    assert words.tokens  # first come, first served
+    for request in (*replies, long, words, more):
         engine.cancel(request)
     assert_idle(engine)
 
