@@ -143,7 +143,7 @@ def _from_gif(
                 gif.seek(n)
                 images[n] = to_rgb(gif.copy())
             return [images[n] for n in picked]
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's readers raise whatever their parsing meets
         raise _unreadable(path, error) from error
 
 

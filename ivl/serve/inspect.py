@@ -15,8 +15,8 @@ from PIL import Image
 
 from ivl.serve.limits import MediaConfig, MediaError
 
-MAX_BLOCKS = 200_000
-"""Blocks of a GIF, chunks of a PNG or WebP, segments of a JPEG: nobody writes more in a file of the allowed size."""
+MAX_PARTS = 10_000
+"""Chunks of a PNG or WebP, segments of a JPEG, blocks of a small GIF: nobody writes more."""
 MAX_SCANS = 100
 """Passes of a progressive JPEG, each of which walks over the whole image; encoders make about ten."""
 TAKEN = "PNG, JPEG, WebP or GIF"
@@ -172,7 +172,7 @@ def _webp(data: bytes) -> Header:
 
 def _chunks(data: bytes, at: int, layout: str, tail: int, *, even: bool = False) -> Iterator[tuple[bytes, int, int]]:
     """Kind, start and length of each chunk; length and kind are told apart by their types."""
-    for _ in range(MAX_BLOCKS):
+    for _ in range(MAX_PARTS):
         if at + 8 > len(data):
             return
         first, second = struct.unpack_from(layout, data, at)
@@ -186,7 +186,7 @@ def _jpeg(data: bytes) -> Header:
     if data.count(b"\xff\xda") > MAX_SCANS:
         raise _too_many_parts()
     at = 2
-    for _ in range(MAX_BLOCKS):
+    for _ in range(MAX_PARTS):
         if data[at] != 0xFF:
             at += 1
             continue
@@ -207,26 +207,28 @@ def _gif(data: bytes) -> Header:
     """The size is that of the screen and of the first frame together, as Pillow has it."""
     width, height, flags = struct.unpack_from("<HHB", data, 6)
     at = 13 + _palette(flags)
-    frames = blocks = 0
+    frames, blocks, most = 0, 0, MAX_PARTS + len(data) // 128
     while at < len(data) and data[at] != 0x3B:
         if data[at] == 0x2C:
             frames += 1
             left, top, across, down, flags = struct.unpack_from("<HHHHB", data, at + 1)
             if frames == 1:
                 width, height = max(width, left + across), max(height, top + down)
+            elif left + across > width or top + down > height:
+                raise MediaError("the GIF has a frame larger than its screen")
             at += 11 + _palette(flags)  # 10 bytes and the code size
         elif data[at] == 0x21:
             at += 2
         else:
             at += 1
             blocks += 1
-            if blocks > MAX_BLOCKS:
+            if blocks > most:
                 raise _too_many_parts()
             continue
         while at < len(data) and data[at]:
             at += 1 + data[at]
             blocks += 1
-            if blocks > MAX_BLOCKS:
+            if blocks > most:
                 raise _too_many_parts()
         at += 1
     if not frames:

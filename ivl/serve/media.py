@@ -6,6 +6,7 @@ import asyncio
 import base64
 import binascii
 import re
+import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -30,6 +31,7 @@ class MediaGateway:
     """
 
     def __init__(self, config: MediaConfig | None = None, *, fetcher: Fetcher | None = None) -> None:
+        warnings.filterwarnings("ignore", module="PIL")  # of damaged metadata, with a path of this machine
         self.config = config or MediaConfig()
         self.fetcher = fetcher or Fetcher(self.config)
 
@@ -74,7 +76,7 @@ def from_data_url(url: str, max_bytes: int) -> bytes:
     try:
         data = base64.b64decode(url[header.end() :], validate=True)
     except (binascii.Error, ValueError):
-        raise MediaError("the data: URL is not strict base64: A-Z a-z 0-9 + / with = padding, no line breaks") from None
+        raise MediaError("the data: URL is not strict base64: the standard alphabet with padding, no line breaks") from None
     if len(data) > max_bytes:
         raise too_large(max_bytes)
     return data
