@@ -127,14 +127,15 @@ class Engine:
         """
         return self.prepare_all(conversation, [params])[0]
 
-    def prepare_all(self, conversation: Conversation, params: Seq[SamplingParams]) -> list[Request]:
-        """Requests for several replies to one conversation, whose media are read once. Safe in any thread.
+    def prepare_all(self, conversation: Conversation | Prompt, params: Seq[SamplingParams]) -> list[Request]:
+        """Requests for several replies to one conversation, whose media are read once, or to a prompt that is already
+        rendered. Safe in any thread.
 
         Raises:
             InputError: as `prepare`.
         """
         started = time.perf_counter()
-        prompt = self.processor.prompt(conversation)
+        prompt = conversation if isinstance(conversation, Prompt) else self.processor.prompt(conversation)
         num_prompt, num_tiles = len(prompt.tokens_T), len(prompt.tiles_GSSC)
         if num_prompt >= self.max_context:
             raise InputError(
