@@ -19,6 +19,9 @@ MAX_PADDING_TOKENS = 16
 # Decoding sequences are gathered into one rectangle unless it would be this many times larger than they are.
 MAX_GATHER = 2
 
+# From so many new tokens on, a continued prompt is padded to what the attention kernel takes: torch's takes longer.
+MIN_PADDED = 28
+
 # Up to this length, training on a CPU spells attention out: the fused kernel's backward costs about 0.2 ms for every
 # head of every sequence there, however short, which is several times the arithmetic.
 MAX_SPELLED_OUT = 256
@@ -119,6 +122,10 @@ def attend_all(q_GPNH: torch.Tensor, k_GPNH: torch.Tensor, v_GPNH: torch.Tensor)
 def _attend_one(q_TNH: torch.Tensor, k_LKH: torch.Tensor, v_LKH: torch.Tensor) -> torch.Tensor:
     """The last len(q) tokens of one sequence against all of its L tokens."""
     new, total = len(q_TNH), len(k_LKH)
+    if MIN_PADDED <= new < kernels.MIN_QUERIES <= total and q_TNH.dtype is torch.bfloat16 and not torch.is_grad_enabled():
+        padded = torch.cat([q_TNH.new_zeros(kernels.MIN_QUERIES - new, *q_TNH.shape[1:]), q_TNH])
+        if kernels.attention_usable(padded, total):
+            return kernels.attention(padded, k_LKH, v_LKH, causal=True)[-new:]
     if kernels.attention_usable(q_TNH, total):
         return kernels.attention(q_TNH, k_LKH, v_LKH, causal=True)
     if new == 1:

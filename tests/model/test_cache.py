@@ -101,7 +101,7 @@ def test_replies_and_prompts_of_one_step_equal_each_alone(dtype: torch.dtype, to
     model.init_weights()
     model = model.to(dtype)
     for lens in [
-        [(1, 30), (1, 71), (80, 40), (5, 90), (40, 0), (3, 0)],
+        [(1, 30), (1, 71), (80, 40), (5, 90), (41, 300), (40, 0), (3, 0)],
         [(70, 0), (1, 9), (66, 64), (1, 64), (1, 0)],
         [(1, 3), (1, 0), (90, 17)],
     ]:
