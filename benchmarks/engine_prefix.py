@@ -1,7 +1,7 @@
 """Time to the first token of a second question about the same image, beside the first; and the gap that a long prompt
 tears into a running reply. InternVL2.5-1B with random bfloat16 weights.
 
-    python -m benchmarks.engine_prefix [--image-tiles 7] [--rounds 3] [--batch-tokens 512,1024,2048]
+    python -m benchmarks.engine_prefix [--image-tiles 7] [--rounds 3] [--batch-tokens 1024,2048]
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--image-tiles", type=int, default=7)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batch-tokens", default="2048")
+    parser.add_argument("--batch-tokens", default="1024,2048")
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
