@@ -11,6 +11,7 @@ COMMANDS = {
     "models": ("ivl.cli.models:models", "the fourteen published models with exact parameter counts"),
     "train": ("ivl.cli.train:train", "train a recipe: ivl train nano-stage2 --optim.lr 2e-5"),
     "chat": ("ivl.cli.chat:chat", "talk to a model about images and video"),
+    "serve": ("ivl.cli.serve:serve", "serve a model to OpenAI's clients"),
     "eval": ("ivl.cli.eval:evaluate", "score a model on a benchmark, with a confidence interval"),
     "data": ("ivl.cli.data:main", "validate and inspect training data"),
     "prefer": ("ivl.cli.prefer:main", "sample replies and build preference pairs"),

@@ -157,13 +157,14 @@ def now() -> int:
 
 def scores(deltas: Sequence[TextDelta], tokenizer: Tokenizer) -> Scores | None:
     """Log probabilities of the tokens of a piece of reply; control tokens say nothing and are left out."""
+    found = [each for delta in deltas if (each := getattr(delta, "logprob", None)) is not None]
     content = [
         TokenScore(
-            **_named(tokenizer, delta.logprob.token, delta.logprob.logprob),
-            top_logprobs=[Alternative(**_named(tokenizer, token, value)) for token, value in delta.logprob.top],
+            **_named(tokenizer, each.token, each.logprob),
+            top_logprobs=[Alternative(**_named(tokenizer, token, value)) for token, value in each.top],
         )
-        for delta in deltas
-        if delta.logprob is not None and not tokenizer.is_control(delta.logprob.token)
+        for each in found
+        if not tokenizer.is_control(each.token)
     ]
     return Scores(content=content) if content else None
 
@@ -185,6 +186,6 @@ def text_scores(deltas: Sequence[TextDelta], tokenizer: Tokenizer, offset: int, 
 
 
 def _named(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
-    """A token that is a part of a character only is told by its bytes."""
-    written = tokenizer.token_bytes(token)
+    """A token that is a part of a character only is told by its bytes; one of a padded vocabulary has none."""
+    written = tokenizer.token_bytes(token) if token < len(tokenizer) else b""
     return {"token": written.decode(errors="replace"), "logprob": max(logprob, -9999.0), "bytes": list(written)}

@@ -1,0 +1,185 @@
+"""The process: connections with time limits, signals, logs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+import h11
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from ivl.errors import InputError
+from ivl.serve.app import create_app
+from ivl.serve.config import ServeConfig
+from ivl.serve.guard import JSONLines
+from ivl.serve.problems import Problem
+from ivl.serve.service import Service
+
+SPARE = 5.0
+"""Seconds after shutdown_timeout for the last words to reach their clients."""
+log = logging.getLogger("ivl.serve")
+
+
+def open_socket(config: ServeConfig, keys: Sequence[str]) -> socket.socket:
+    """The address, taken before a model is loaded.
+
+    Raises:
+        InputError: if it is taken or unknown, or others could reach it without a key.
+    """
+    if not (config.is_local or keys or config.no_key):
+        raise InputError(
+            f"{config.host} can be reached from other machines: set IVL_API_KEYS or --key-file, or say --no-key if everybody "
+            "may use the model"
+        )
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
+        found = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise InputError(f"{config.host}: not an address of this machine ({error.strerror})") from error
+    try:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+    except OSError as error:
+        found.close()
+        raise InputError(f"cannot listen on {config.host} port {config.port}: {error.strerror}") from error
+    return found
+
+
+def run(
+    service: Service, config: ServeConfig, listener: socket.socket, *, keys: Sequence[str] = (), load_seconds: float = 0
+) -> None:
+    """Serve until SIGTERM or SIGINT; then running replies have shutdown_timeout to end. A second SIGINT ends at once."""
+    log.info("loaded", extra={"fields": {"model": config.names[0], "seconds": round(load_seconds, 2), "keys": len(keys)}})
+    make_server(create_app(service, config, keys=keys), service, config).run(sockets=[listener])
+
+
+def make_server(app: FastAPI, service: Service, config: ServeConfig) -> Server:
+    settings = uvicorn.Config(
+        app,
+        http=type("Connection", (_Connection,), {"limits": config}),
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=max(1, round(config.keep_alive)),
+        timeout_graceful_shutdown=round(config.shutdown_timeout + SPARE),
+        backlog=config.max_connections,
+    )
+    return Server(settings, service, config)
+
+
+class Server(uvicorn.Server):
+    """Tells the service when to take nothing new, which uvicorn's lifespan would do only after the last reply."""
+
+    def __init__(self, settings: uvicorn.Config, service: Service, config: ServeConfig) -> None:
+        super().__init__(settings)
+        self.service, self.limits = service, config
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for each in sockets or []:
+            host, port = each.getsockname()[:2]
+            log.info("listening", extra={"fields": {"address": f"http://{f'[{host}]' if ':' in host else host}:{port}"}})
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        log.info("shutting down", extra={"fields": {"open": self.service.num_open}})
+        self.service.drain(self.limits.shutdown_timeout)
+        await super().shutdown(sockets)
+
+
+class _Connection(H11Protocol):
+    """A connection that is dropped when its client takes too long: to send headers, to read, or to be there at all."""
+
+    limits: ServeConfig
+    _headers_due: asyncio.TimerHandle | None = None
+    _reading_due: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > self.limits.max_connections:
+            transport.write(_too_many())
+            transport.close()
+            return
+        if (found := transport.get_extra_info("socket")) is not None:
+            _notice_absence(found, self.limits.write_timeout)
+        self._await_headers()
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop("_headers_due")
+        elif self.conn.their_state is h11.IDLE and self._headers_due is None:
+            self._await_headers()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.conn.trailing_data[0]:
+            self._await_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop("_headers_due")
+        self._stop("_reading_due")
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._reading_due = self.loop.call_later(self.limits.write_timeout, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop("_reading_due")
+
+    def send_400_response(self, msg: str) -> None:
+        body = Problem(400, "this is not HTTP that can be understood", code="invalid_http").body
+        self.transport.write(_raw(400, "Bad Request", body))
+        self.transport.close()
+
+    def _await_headers(self) -> None:
+        self._stop("_headers_due")
+        self._headers_due = self.loop.call_later(self.limits.header_timeout, self._late)
+
+    def _late(self) -> None:
+        self._headers_due = None
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.abort()
+
+    def _stop(self, name: str) -> None:
+        if (timer := getattr(self, name)) is not None:
+            timer.cancel()
+            setattr(self, name, None)
+
+
+def _notice_absence(found: socket.socket, seconds: float) -> None:
+    """Have the kernel find out that a client is gone without a word, or leaves what was sent unread."""
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", max(1, round(seconds / 2))), ("TCP_KEEPINTVL", max(1, round(seconds / 6))), ("TCP_KEEPCNT", 3),
+        ("TCP_USER_TIMEOUT", round(seconds * 1000)),
+    ):  # fmt: skip
+        if hasattr(socket, name) and found.family in (socket.AF_INET, socket.AF_INET6):
+            found.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def _too_many() -> bytes:
+    return _raw(503, "Service Unavailable", Problem(503, "too many connections", code="busy").body, b"retry-after: 5\r\n")
+
+
+def _raw(status: int, phrase: str, body: bytes, more: bytes = b"") -> bytes:
+    head = f"HTTP/1.1 {status} {phrase}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+    return head.encode() + more + b"connection: close\r\n\r\n" + body
+
+
+def set_up_log(level: int = logging.INFO) -> None:
+    """JSON lines on standard error, for the server and what it stands on."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JSONLines())
+    for name, least in (("ivl.serve", level), ("uvicorn", logging.WARNING), ("asyncio", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(least)
