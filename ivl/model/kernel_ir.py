@@ -9,11 +9,12 @@ from collections.abc import Callable
 from functools import cache
 
 import llvmlite.binding as llvm
-from llvmlite import ir
 
 from ivl.model.kernel_attention import attention
 from ivl.model.kernel_decode import decode_attention
-from ivl.model.kernel_emitter import F32, I16, I32, I64, LANES, TILE, Emitter, Value
+from ivl.model.kernel_emitter import F32, I16, I32, LANES, TILE, Emitter
+from ivl.model.kernel_quant import quant_linear, quant_prepare, quant_unpack
+from ivl.model.kernel_rows import bias_at, norm_row, swiglu_row
 
 ROW_BLOCK, COLUMN_BLOCK = 4, 4
 """Weight rows and input rows multiplied together: their sums fill half of the vector registers."""
@@ -31,9 +32,9 @@ def _linear(e: Emitter, num_columns: int, before: str = "", plus: bool = False) 
     if before:
         prepared = e.b.alloca(I16, size=width)
         if before == "norm":
-            _norm_row(e, x, e.pointer(8), prepared, width, e.argument(9))
+            norm_row(e, x, e.pointer(8), prepared, width, e.argument(9))
         else:
-            _swiglu_row(e, x, prepared, width)
+            swiglu_row(e, x, prepared, width)
         x = prepared
     added = e.pointer(10) if plus else None
     ahead = e.smaller(e.b.mul(width, e.int(ROW_BLOCK)), e.int(PREFETCH))
@@ -54,7 +55,7 @@ def _linear(e: Emitter, num_columns: int, before: str = "", plus: bool = False) 
                 w_pairs = [e.load(row, inner.index) for row in w_rows]
                 sums = [e.fma(w_pairs[r][0], x_pairs[c][0], s) for (r, c), s in zip(cells, inner.values, strict=True)]
                 inner.carry([e.fma(w_pairs[r][1], x_pairs[c][1], s) for (r, c), s in zip(cells, sums, strict=True)])
-            biases = [_bias(e, bias_address, row) for row in row_ids]
+            biases = [bias_at(e, bias_address, row) for row in row_ids]
             for (r, c), s in zip(cells, inner.values, strict=True):
                 index = e.b.add(e.b.mul(rows, e.int(block + c)), row_ids[r])
                 total = e.b.fadd(e.total(s), biases[r])
@@ -92,18 +93,11 @@ def _linear_amx(e: Emitter, num_columns: int) -> None:
             e.tile_store(tile, corner, pair_bytes)
         with e.loop(e.int(0), e.int(block), 1) as row:
             row_id, source = e.b.add(first, row.index), e.at(scratch, F32, e.b.mul(row.index, e.int(num_columns)))
-            bias = _bias(e, bias_address, row_id)
+            bias = bias_at(e, bias_address, row_id)
             for c in range(num_columns):
                 value = e.b.fadd(e.b.load(e.at(source, F32, e.int(c)), typ=F32), bias)
                 e.store_one(e.at(y, I16, e.b.add(e.b.mul(rows, e.int(c)), row_id)), value)
     e.tiles_done()
-
-
-def _bias(e: Emitter, address: Value, row: Value) -> Value:
-    """bias[row] as float32, or 0 where there is no bias."""
-    given = e.b.icmp_signed("!=", address, e.int(0))
-    source = e.b.select(given, e.b.add(address, e.b.mul(row, e.int(2))), e.b.ptrtoint(e.function.args[0], I64))
-    return e.b.select(given, e.load_one(e.b.inttoptr(source, I16.as_pointer())), ir.Constant(F32, 0.0))
 
 
 def _rms_norm(e: Emitter) -> None:
@@ -111,21 +105,7 @@ def _rms_norm(e: Emitter) -> None:
     rows, width, stride = (e.argument(i) for i in (4, 5, 6))
     with e.claimed(rows, 1) as (start, stop), e.loop(start, stop, 1) as row:
         x_row, y_row = e.at(x, I16, e.b.mul(row.index, stride)), e.at(y, I16, e.b.mul(row.index, width))
-        _norm_row(e, x_row, weight, y_row, width, e.argument(7))
-
-
-def _norm_row(e: Emitter, x_row: Value, weight: Value, y_row: Value, width: Value, eps_bits: Value) -> None:
-    eps = e.b.bitcast(e.b.trunc(eps_bits, I32), F32)
-    with e.loop(e.int(0), width, 2 * LANES, e.splat(0.0), e.splat(0.0)) as squares:
-        pair = e.load(x_row, squares.index)
-        squares.carry([e.fma(p, p, s) for p, s in zip(pair, squares.values, strict=True)])
-    mean = e.b.fdiv(e.total(e.b.fadd(*squares.values)), e.b.sitofp(width, F32))
-    root = e.call("llvm.sqrt.f32", F32, e.b.fadd(mean, eps))
-    scale = e.splat(e.b.fdiv(ir.Constant(F32, 1.0), root))
-    with e.loop(e.int(0), width, 2 * LANES) as column:
-        pair, weights = e.load(x_row, column.index), e.load(weight, column.index)
-        even, odd = (e.b.fmul(e.b.fmul(p, scale), w) for p, w in zip(pair, weights, strict=True))
-        e.store(y_row, column.index, (even, odd))
+        norm_row(e, x_row, weight, y_row, width, e.argument(7))
 
 
 def _swiglu(e: Emitter) -> None:
@@ -133,17 +113,7 @@ def _swiglu(e: Emitter) -> None:
     rows, width, stride = (e.argument(i) for i in (3, 4, 5))
     with e.claimed(rows, 1) as (start, stop), e.loop(start, stop, 1) as row:
         gate_row, y_row = e.at(x, I16, e.b.mul(row.index, stride)), e.at(y, I16, e.b.mul(row.index, width))
-        _swiglu_row(e, gate_row, y_row, width)
-
-
-def _swiglu_row(e: Emitter, gate_row: Value, y_row: Value, width: Value) -> None:
-    up_row = e.at(gate_row, I16, width)
-    with e.loop(e.int(0), width, 2 * LANES) as column:
-        gates, ups = e.load(gate_row, column.index), e.load(up_row, column.index)
-        even, odd = (
-            e.b.fdiv(e.b.fmul(g, u), e.b.fadd(e.splat(1.0), e.exp(e.b.fneg(g)))) for g, u in zip(gates, ups, strict=True)
-        )
-        e.store(y_row, column.index, (even, odd))
+        swiglu_row(e, gate_row, y_row, width)
 
 
 def _rotate(e: Emitter) -> None:
@@ -173,6 +143,9 @@ KERNELS: dict[str, Callable[..., None]] = {
     "rotate": _rotate,
     "attention": attention,
     "decode_attention": decode_attention,
+    "quant_linear": quant_linear,
+    "quant_prepare": quant_prepare,
+    "quant_unpack": quant_unpack,
 }
 _compiling = threading.Lock()
 _engines: list[llvm.ExecutionEngine] = []  # own the machine code; it lives as long as the process

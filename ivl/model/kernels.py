@@ -123,6 +123,74 @@ def _bits(number: float) -> int:
     return ctypes.c_int32.from_buffer(ctypes.c_float(number)).value
 
 
+@cache
+def _has_vnni() -> bool:
+    from ivl.model import kernel_quant
+
+    return kernel_quant.has_vnni()
+
+
+def quant_usable(x: torch.Tensor, scale_OG: torch.Tensor, group: int) -> bool:
+    """Whether the kernels take these inputs with weights whose scales are these, for groups of so many elements."""
+    return (
+        usable(x, scale_OG)
+        and _has_vnni()
+        and len(scale_OG) >= MIN_OUT
+        and (scale_OG.shape[1] == 1 or (group in (32, 64, 128) and x.shape[-1] % group == 0))
+    )
+
+
+def quant_linear(
+    x_TI: torch.Tensor,
+    weight: torch.Tensor,
+    scale_OG: torch.Tensor,
+    zero_OG: torch.Tensor | None,
+    bias_O: torch.Tensor | None,
+    *,
+    norm: tuple[torch.Tensor, float] | None = None,
+    gated: bool = False,
+    plus: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x @ weight^T + bias for a few rows and the quantised weight of a QuantLinear. `norm`, `gated` and `plus` as in
+    `linear`, for a single row. A row's result does not depend on how many they are."""
+    out, groups = scale_OG.shape
+    width = x_TI.shape[1] // 2 if gated else x_TI.shape[1]
+    bits = 8 * weight.shape[1] // width
+    y_TO = x_TI.new_empty(len(x_TI), out)
+    before = "norm" if norm is not None else "gate" if gated else ""
+    norm_pointer, eps = (0, 0) if norm is None else (norm[0].data_ptr(), _bits(norm[1]))
+    weights = (weight.data_ptr(), scale_OG.data_ptr(), *(0 if t is None else t.data_ptr() for t in (zero_OG, bias_O)))
+    kind = (bits, groups, int(zero_OG is not None), width)
+    if len(x_TI) > 1:
+        x_TI = quant_prepare(x_TI, bits, zero_OG is not None)
+    _run(
+        "quant_linear", (*kind, len(y_TO), before, int(plus is not None)), out * width, x_TI.data_ptr(), *weights,
+        y_TO.data_ptr(), out, norm_pointer, eps, 0 if plus is None else plus.data_ptr(),
+    )  # fmt: skip
+    return y_TO
+
+
+def quant_prepare(x_TI: torch.Tensor, bits: int, zero: bool) -> torch.Tensor:
+    """Rows as the products with quantised weights take them, uint8 [T, bytes]."""
+    from ivl.model.kernel_quant import token_bytes
+
+    rows, width = x_TI.shape
+    tokens = torch.empty(rows, token_bytes(bits, width), dtype=torch.uint8)
+    pointers = (x_TI.data_ptr(), tokens.data_ptr())
+    _run("quant_prepare", (bits, int(zero), width), x_TI.numel(), *pointers, rows, x_TI.stride(0))
+    return tokens
+
+
+def quant_unpack(weight: torch.Tensor, scale_OG: torch.Tensor, zero_OG: torch.Tensor | None, width: int) -> torch.Tensor:
+    """The matrix that a quantised weight stands for, bfloat16 [O, I]."""
+    out, groups = scale_OG.shape
+    matrix = scale_OG.new_empty(out, width)
+    pointers = (weight.data_ptr(), scale_OG.data_ptr(), 0 if zero_OG is None else zero_OG.data_ptr(), matrix.data_ptr())
+    kind = (8 * weight.shape[1] // width, groups, int(zero_OG is not None), width)
+    _run("quant_unpack", kind, matrix.numel(), *pointers, out)
+    return matrix
+
+
 def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension; rounded once, at the end."""
     x_TD = x.reshape(-1, x.shape[-1])

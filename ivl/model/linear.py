@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ivl.model import kernels
+from ivl.model.quantized import QuantLinear
 
 
 class Linear(nn.Linear):
@@ -74,9 +75,12 @@ def product(
 ) -> torch.Tensor:
     """layer(before(x)) + plus, where `before` is an RMSNorm or swiglu. A single token of bfloat16 at inference on a CPU is
     one kernel: what is done around the product would cost more in calls than in work."""
-    if len(x_TI) == 1 and type(layer) is Linear and kernels.usable(x_TI, layer.weight) and layer.in_features % 32 == 0:
-        norm = (before.weight, before.eps) if isinstance(before, RMSNorm) and before.eps is not None else None
-        if (norm or before in (None, swiglu)) and layer.out_features >= kernels.MIN_OUT:
+    norm = (before.weight, before.eps) if isinstance(before, RMSNorm) and before.eps is not None else None
+    if len(x_TI) == 1 and (norm or before in (None, swiglu)):
+        if isinstance(layer, QuantLinear) and layer.has_kernel(x_TI):
+            return layer.product(x_TI, norm=norm, gated=before is swiglu, plus=plus)
+        fits = type(layer) is Linear and layer.in_features % 32 == 0 and layer.out_features >= kernels.MIN_OUT
+        if fits and kernels.usable(x_TI, layer.weight):
             return kernels.linear(x_TI, layer.weight, layer.bias, norm=norm, gated=before is swiglu, plus=plus)
     y_TO = layer(x_TI if before is None else before(x_TI))
     return y_TO if plus is None else plus + y_TO

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ivl.model import kernels
+
 Bits = Literal[4, 8]
 GROUPS = (32, 64, 128)
 PANEL = 1 << 20
@@ -90,20 +92,45 @@ class QuantLinear(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         x_TI = input.reshape(-1, self.in_features)
-        y_TO = self._round_inputs(x_TI) if self.scheme.activations else self._by_panels(x_TI)
+        if self.scheme.activations:
+            y_TO = self._round_inputs(x_TI)
+        elif len(x_TI) <= kernels.MAX_ROWS and self.has_kernel(x_TI):
+            y_TO = self.product(x_TI)
+        else:
+            y_TO = self._by_panels(x_TI)
         return y_TO.view(*input.shape[:-1], self.out_features)
 
-    def matrix(self, first: int = 0, last: int | None = None) -> torch.Tensor:
-        """Rows of the weight as numbers, [rows, in], in the dtype of the scales."""
-        zero = None if self.zero is None else self.zero[first:last]
-        return unpacked(self.weight[first:last], self.scale[first:last], zero, self.scheme)
+    def has_kernel(self, x_TI: torch.Tensor) -> bool:
+        """Whether `product` takes these rows."""
+        group = self.scheme.group or self.in_features
+        return not self.scheme.activations and kernels.quant_usable(x_TI, self.scale, group)
+
+    def product(
+        self,
+        x_TI: torch.Tensor,
+        *,
+        norm: tuple[torch.Tensor, float] | None = None,
+        gated: bool = False,
+        plus: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """A few rows by our kernel; a single one may be normalised or gated before, and have something added after."""
+        return kernels.quant_linear(x_TI, self.weight, self.scale, self.zero, self.bias, norm=norm, gated=gated, plus=plus)
+
+    def matrix(self) -> torch.Tensor:
+        """The weight as numbers, [out, in], in the dtype of the scales."""
+        return unpacked(self.weight, self.scale, self.zero, self.scheme)
 
     def _by_panels(self, x_TI: torch.Tensor) -> torch.Tensor:
-        size = max(PANEL // self.in_features, 1)
-        spans = [(first, min(first + size, self.out_features)) for first in range(0, self.out_features, size)]
-        parts = [
-            F.linear(x_TI, self.matrix(a, b).to(x_TI.dtype), None if self.bias is None else self.bias[a:b]) for a, b in spans
-        ]
+        """Many rows: the weight is unpacked a panel at a time."""
+        size, kernel, parts = max(PANEL // self.in_features, 1), self.has_kernel(x_TI), []
+        for first in range(0, self.out_features, size):
+            rows = slice(first, first + size)
+            zero = None if self.zero is None else self.zero[rows]
+            if kernel:
+                panel = kernels.quant_unpack(self.weight[rows], self.scale[rows], zero, self.in_features)
+            else:
+                panel = unpacked(self.weight[rows], self.scale[rows], zero, self.scheme).to(x_TI.dtype)
+            parts.append(F.linear(x_TI, panel, None if self.bias is None else self.bias[rows]))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def _round_inputs(self, x_TI: torch.Tensor) -> torch.Tensor:

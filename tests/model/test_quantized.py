@@ -14,8 +14,10 @@ from ivl.compose import merge
 from ivl.config import LoraConfig
 from ivl.convert import convert
 from ivl.errors import InputError
+from ivl.model import kernels
 from ivl.model.checkpoint import load_model, save_model
 from ivl.model.checkpoint.keymaps import Entry
+from ivl.model.linear import RMSNorm, product, swiglu
 from ivl.model.lora import add_lora
 from ivl.model.quantized import QuantLinear, Scheme, quantize, quantized_layers, unpacked
 from ivl.types import Layout
@@ -188,3 +190,52 @@ def test_foreign_schemes_are_refused_by_name(source: Path, tmp_path: Path, chang
     path.write_text(json.dumps(config))
     with pytest.raises(InputError, match=message):
         load_model(tmp_path / "q")
+
+
+with torch.inference_mode():
+    _usable = kernels.quant_usable(torch.zeros(1, 128).bfloat16(), torch.ones(32, 1).bfloat16(), 128)
+needs_kernels = pytest.mark.skipif(not _usable, reason="no VNNI")
+
+
+@needs_kernels
+@torch.inference_mode()
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)
+def test_kernels_equal_the_matrix_they_stand_for(scheme: Scheme) -> None:
+    """Also where the last step of a row and the last block of rows are not whole."""
+    group = scheme.group or 32
+    for width, out in ((128, 32), (128 + max(group, 32) * (group < 128), 70), (896, 129)):
+        matrix = normal(out, width) + 0.2
+        layer = layer_of(matrix, scheme, normal(out).bfloat16())
+        exact = unpacked(layer.weight, layer.scale.float(), layer.zero, scheme)
+        assert layer.bias is not None
+        for tokens in (1, 2, 7, 16, 40):
+            x = normal(tokens, width, seed=tokens).bfloat16()
+            assert layer.has_kernel(x)
+            wanted = x.float() @ exact.t() + layer.bias.float()
+            assert float((layer(x).float() - wanted).norm() / wanted.norm()) < 4e-3
+
+
+@needs_kernels
+@torch.inference_mode()
+def test_what_goes_around_one_row_is_part_of_the_kernel() -> None:
+    norm = RMSNorm(128, eps=1e-6).bfloat16()
+    norm.weight.data = normal(128, seed=3).bfloat16()
+    for scheme in (INT8, INT4):
+        layer = layer_of(normal(40, 128), scheme)
+        wide, plus = normal(1, 256, seed=1).bfloat16(), normal(1, 40, seed=2).bfloat16()
+        for x, before in ((wide[:, :128], norm), (wide, swiglu), (wide[:, :128], None)):
+            together = product(layer, x, before=before, plus=plus)
+            apart = layer(x if before is None else before(x)) + plus
+            torch.testing.assert_close(together, apart, atol=0.02, rtol=0.02)
+
+
+@needs_kernels
+@torch.inference_mode()
+def test_numbers_that_are_none_are_not_hidden() -> None:
+    for scheme in (INT8, INT4):
+        layer = layer_of(normal(40, 128), scheme)
+        for bad in (torch.nan, torch.inf):
+            x = normal(1, 128).bfloat16()
+            x[0, 77] = bad
+            assert not layer(x).isfinite().any()
+        assert not layer(torch.zeros(1, 128, dtype=torch.bfloat16)).any()

@@ -1,0 +1,38 @@
+"""What several kernels do with a row: its norm, its gate, the bias of an output. See kernel_emitter.py for the terms."""
+
+from __future__ import annotations
+
+from llvmlite import ir
+
+from ivl.model.kernel_emitter import F32, I16, I32, I64, LANES, Emitter, Value
+
+
+def bias_at(e: Emitter, address: Value, row: Value) -> Value:
+    """bias[row] as float32, or 0 where there is no bias."""
+    given = e.b.icmp_signed("!=", address, e.int(0))
+    source = e.b.select(given, e.b.add(address, e.b.mul(row, e.int(2))), e.b.ptrtoint(e.function.args[0], I64))
+    return e.b.select(given, e.load_one(e.b.inttoptr(source, I16.as_pointer())), ir.Constant(F32, 0.0))
+
+
+def norm_row(e: Emitter, x_row: Value, weight: Value, y_row: Value, width: Value, eps_bits: Value) -> None:
+    eps = e.b.bitcast(e.b.trunc(eps_bits, I32), F32)
+    with e.loop(e.int(0), width, 2 * LANES, e.splat(0.0), e.splat(0.0)) as squares:
+        pair = e.load(x_row, squares.index)
+        squares.carry([e.fma(p, p, s) for p, s in zip(pair, squares.values, strict=True)])
+    mean = e.b.fdiv(e.total(e.b.fadd(*squares.values)), e.b.sitofp(width, F32))
+    root = e.call("llvm.sqrt.f32", F32, e.b.fadd(mean, eps))
+    scale = e.splat(e.b.fdiv(ir.Constant(F32, 1.0), root))
+    with e.loop(e.int(0), width, 2 * LANES) as column:
+        pair, weights = e.load(x_row, column.index), e.load(weight, column.index)
+        even, odd = (e.b.fmul(e.b.fmul(p, scale), w) for p, w in zip(pair, weights, strict=True))
+        e.store(y_row, column.index, (even, odd))
+
+
+def swiglu_row(e: Emitter, gate_row: Value, y_row: Value, width: Value) -> None:
+    up_row = e.at(gate_row, I16, width)
+    with e.loop(e.int(0), width, 2 * LANES) as column:
+        gates, ups = e.load(gate_row, column.index), e.load(up_row, column.index)
+        even, odd = (
+            e.b.fdiv(e.b.fmul(g, u), e.b.fadd(e.splat(1.0), e.exp(e.b.fneg(g)))) for g, u in zip(gates, ups, strict=True)
+        )
+        e.store(y_row, column.index, (even, odd))
