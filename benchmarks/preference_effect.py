@@ -1,9 +1,9 @@
 """Does preference training help? `python -m benchmarks.preference_effect`, after `make quickstart`.
 
-nano learns to reason about several pictures (supervised), replies to fresh questions many times, and its checked replies
-become pairs. From the same start, with as many steps of the same size, it then trains by MPO, by DPO alone, and supervised on
-the chosen replies; once also by MPO on Dropout-NTP pairs. All are asked the same held-out questions about pictures of the
-test split. Writes report.json, report.md and report.html to --out.
+nano learns to reason about several pictures from supervised data in which many answers carry a plausible mistake, replies to
+fresh questions many times, and its checked replies become pairs. From the same start, with as many steps of the same size, it
+then trains by MPO, by DPO alone, and supervised on the chosen replies; once also by MPO on Dropout-NTP pairs. All are asked the
+same held-out questions about pictures of the test split. Writes report.json, report.md and report.html to --out.
 """
 
 from __future__ import annotations
@@ -21,24 +21,18 @@ from typing import Any
 from ivl import pages
 from ivl.api import load
 from ivl.errors import InputError
-from ivl.preference.grading import grade
-from ivl.preference.pairs import build_pairs, read_pairs
-from ivl.preference.questions import Source, load_sources, read_questions
-from ivl.preference.report import write_report
-from ivl.preference.sampling import continue_without_images, sample
-from ivl.recipes import nano
-from ivl.recipes.compositions import compositions, training_row
+from ivl.preference.pairs import read_pairs
+from ivl.preference.sampling import continue_without_images
+from ivl.recipes import alignment, nano
 from ivl.train.config import PreferenceConfig, TrainConfig
 from ivl.train.distributed import spawn
-from ivl.types import SamplingParams
 
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """Quantiles of Student's distribution for the interval of a mean of so many runs."""
-REPLY = SamplingParams(temperature=1.0, max_new_tokens=64)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--start", type=Path, default=Path(nano.RUN) / "model", help="model of the quickstart")
     parser.add_argument("--out", type=Path, default=Path("runs/preference-effect"))
     parser.add_argument("--sft-steps", type=int, default=300)
@@ -64,14 +58,15 @@ def experiment(args: argparse.Namespace) -> None:
     sft = supervised(args)
     pairs, dropout = preference_data(args, sft)
     chosen_rows(pairs / "pairs.jsonl", out / "chosen.jsonl")
-    test = compositions("test", args.held_out, seed=9, prefix="test")
-    results: dict[str, list[dict[str, Any]]] = {"SFT": [held_out(sft, test, out)]}
+    results: dict[str, list[dict[str, Any]]] = {"SFT": [alignment.held_out(sft, args.held_out, out)]}
     print("SFT", results["SFT"][0], flush=True)
     for method in methods(args):
         for seed in range(1 if method == "MPO, Dropout-NTP" else args.seeds):
             config = configuration(method, seed, args, sft, pairs, dropout)
             model = trained(config)
-            results.setdefault(method, []).append(held_out(model, test, out) | {"seconds": seconds_of(config)})
+            results.setdefault(method, []).append(
+                alignment.held_out(model, args.held_out, out) | {"seconds": seconds_of(config)}
+            )
             print(method, seed, results[method][-1], flush=True)
     write(args, results)
 
@@ -82,8 +77,7 @@ def methods(args: argparse.Namespace) -> list[str]:
 
 
 def supervised(args: argparse.Namespace) -> Path:
-    rows = compositions("train", 40 * args.sft_steps, seed=1, prefix="sft")
-    data = write_rows(args.out / "reasoning.jsonl", map(training_row, rows))
+    data = alignment.write_reasoning(args.out / "reasoning.jsonl", 64 * args.sft_steps)
     base = nano.reason()
     return trained(
         replace(
@@ -95,23 +89,14 @@ def supervised(args: argparse.Namespace) -> Path:
 
 def preference_data(args: argparse.Namespace, model: Path) -> tuple[Path, Path]:
     """Directories of correctness pairs and of Dropout-NTP pairs, made by the model itself."""
-    rows = compositions("train", args.questions, seed=2, prefix="fresh")
-    keys = ("id", "image", "question", "answer")
-    questions = write_rows(args.out / "questions.jsonl", ({key: row[key] for key in keys} for row in rows))
-    sources = load_sources(questions, style="final_answer", instruct=False)
-    engine, began = load(model).engine, time.monotonic()
-    replies = sample(
-        engine, sources, args.out / "replies.jsonl", model=str(model), num_replies=args.replies, params=REPLY, chunk=64
-    )
-    continued = continue_without_images(engine, replies, args.out / "dropout.jsonl", model=str(model), params=REPLY)
+    began = time.monotonic()
+    replies = alignment.write_pairs(model, args.out, questions=args.questions, replies=args.replies)
     print(f"{args.questions * args.replies:,} replies in {time.monotonic() - began:.0f} s", flush=True)
-    found = []
-    for journal, name in ((replies, "pairs"), (continued, "dropout-pairs")):
-        tallies = build_pairs(journal, args.out / name, limit=4)
-        write_report(args.out / name, tallies)
-        found.append(args.out / name)
-        print(name, {source: dict(tally.pairs) | {"accuracy": tally.accuracy} for source, tally in tallies.items()}, flush=True)
-    return found[0], found[1]
+    continued = continue_without_images(
+        load(model).engine, replies, args.out / "dropout.jsonl", model=str(model), params=alignment.SAMPLED
+    )
+    alignment.pair_up(continued, args.out / "dropout-pairs")
+    return args.out / "pairs", args.out / "dropout-pairs"
 
 
 def chosen_rows(pairs: Path, to: Path) -> None:
@@ -120,7 +105,7 @@ def chosen_rows(pairs: Path, to: Path) -> None:
     for pair in read_pairs(pairs):
         turns = [{"from": "human", "value": pair["question"]}, {"from": "gpt", "value": pair["chosen"]}]
         rows[json.dumps([pair["image"], turns])] = {"id": pair["id"], "image": pair["image"], "conversations": turns}
-    write_rows(to, rows.values())
+    alignment.write_rows(to, rows.values())
 
 
 def configuration(method: str, seed: int, args: argparse.Namespace, sft: Path, pairs: Path, dropout: Path) -> TrainConfig:
@@ -159,22 +144,6 @@ def seconds_of(config: TrainConfig) -> float:
     return round(last["seconds"], 1)
 
 
-def held_out(model: Path, test: list[dict[str, Any]], out: Path) -> dict[str, Any]:
-    """Accuracy on test questions, greedy; malformed replies; replies that repeat until they are cut off."""
-    keys = ("id", "image", "question", "answer")
-    file = write_rows(out / "test.jsonl", ({key: row[key] for key in keys} for row in test))
-    source = Source(name="test", questions=str(file), instruct=False)
-    questions = list(read_questions((source,)))
-    replies = load(model).engine.generate([q.conversation() for q in questions], SamplingParams(max_new_tokens=64))
-    grades = [grade(r.text, r.finish_reason, q.answers, source) for r, q in zip(replies, questions, strict=True)]
-    n = len(grades)
-    return {
-        "accuracy": sum(g.correct is True for g in grades) / n, "malformed": sum(g.correct is None for g in grades) / n,
-        "endless": sum(r.finish_reason == "length" for r in replies) / n,
-        "reasoning": sum(r.text.startswith(row["reasoning"] + "\n") for r, row in zip(replies, test, strict=True)) / n, "n": n,
-    }  # fmt: skip
-
-
 def interval(values: list[float]) -> float:
     """Half of the 95% interval of the mean over seeds."""
     return T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) in T_95 else float("nan")
@@ -206,11 +175,6 @@ def write(args: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) ->
     axis.set(ylabel="held-out accuracy", ylim=(max(0, start - 0.15), None))
     page = pages.page("Preference training on nano", pages.table(head, rows), pages.plot(figure, "accuracy by method"))
     (args.out / "report.html").write_text(page, encoding="utf-8")
-
-
-def write_rows(path: Path, rows: Any) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ivl.errors import InputError
-from ivl.types import Conversation, ImageRef, Message, Part, SamplingParams, Text, VideoRef
+from ivl.types import VIDEO_SUFFIXES, Conversation, ImageRef, Message, Part, SamplingParams, Text, VideoRef
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     Medium = str | Path | bytes | Image.Image | ImageRef | VideoRef
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ts")
 
 
 def load(

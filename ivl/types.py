@@ -47,6 +47,9 @@ class VideoRef:
     clip: tuple[float, float] | None = None
 
 
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ts")
+"""A file of such a name is a video."""
+
 Part = Text | ImageRef | VideoRef
 
 

@@ -116,10 +116,7 @@ def stage2() -> TrainConfig:
 
 
 def reason() -> TrainConfig:
-    """Supervised: questions about several pictures, with short written reasoning before the answer.
-
-    benchmarks/preference_effect.py writes its data, and those of mpo.
-    """
+    """Supervised: questions about several pictures, with short written reasoning before the answer."""
     return replace(
         stage2(),
         name="nano-reason",
@@ -140,7 +137,7 @@ def mpo() -> TrainConfig:
         model=f"{RUN}/6-reason/model",
         objective="preference",
         optim=OptimConfig(name="muon", lr=5e-4, warmup_ratio=0.05, min_lr_ratio=0.05),
-        data=replace(_data("questions", max_tokens=3072, max_tiles=120), mixture=f"{RUN}/pairs/meta.json"),
+        data=replace(_data("questions", max_tokens=3072, max_tiles=120), mixture=f"{RUN}/pairs/pairs.jsonl"),
         num_steps=60,
     )
 

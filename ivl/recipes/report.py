@@ -29,11 +29,32 @@ def write_page(out: Path, result: dict[str, Any]) -> Path:
             f"<h2>Learning curves</h2>{curves(result['stages'])}",
             f"<h2>Accuracy by question type</h2>{bars(result['by_type'])}",
             f"<h2>What it says</h2>{examples(predictions)}",
+            f"<h2>Preference</h2>{preference(result['preference'])}",
             style=STYLE,
         ),
         encoding="utf-8",
     )
     return page
+
+
+def preference(result: dict[str, Any]) -> str:
+    kinds = {"accuracy": "right", "reasoning": "reasoning right", "malformed": "malformed", "endless": "endless"}
+    figure, axis = pages.pyplot().subplots(figsize=(7, 2.4), layout="constrained")
+    for offset, (when, colour) in enumerate((("before", "#9ecae1"), ("after", "#3182bd"))):
+        shares = [result[when][kind] for kind in kinds]
+        bars = axis.bar([at + 0.38 * offset for at in range(len(kinds))], shares, 0.36, color=colour, label=f"{when} MPO")
+        axis.bar_label(bars, [f"{share:.1%}" for share in shares], fontsize=8)
+    axis.set_xticks([at + 0.19 for at in range(len(kinds))], list(kinds.values()))
+    axis.set_ylim(0, 1.12)
+    axis.legend()
+    return (
+        f"<p>Questions about two to four pictures, answered with written reasoning; {result['after']['n']:,} of them about "
+        "pictures of the test split. The supervised data carry a plausible mistake in many answers; "
+        f"{result['replies']:,} replies to fresh questions were checked and became {result['pairs']:,} pairs "
+        "(<a href='pairs/report.html'>their report</a>).</p>"
+        + pages.plot(figure, "before and after MPO")
+        + stage_table(result["stages"])
+    )
 
 
 def stage_table(stages: list[dict[str, Any]]) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from fastapi import FastAPI
+from gradio.components import Component
+from gradio.themes import Default
 from PIL import Image
 
 from ivl.errors import InputError
@@ -16,11 +19,11 @@ from ivl.processing.boxes import draw_boxes, parse_boxes
 from ivl.processing.chat import user
 from ivl.processing.image import load_image
 from ivl.processing.processor import Processor
-from ivl.processing.video import VIDEO_SUFFIXES
+from ivl.serve.config import ServeConfig
 from ivl.serve.inspect import check_image, check_video
 from ivl.serve.limits import MediaConfig
 from ivl.serve.service import Service, Stream
-from ivl.types import Conversation, ImageRef, Message, SamplingParams, Text, VideoRef
+from ivl.types import VIDEO_SUFFIXES, Conversation, ImageRef, Message, SamplingParams, Text, VideoRef
 
 UPDATES_PER_SECOND = 20
 """The page is redrawn at most so often; every redraw sends the whole reply."""
@@ -82,7 +85,7 @@ def build_page(service: Service, processor: Processor, *, title: str, media: Med
     return page
 
 
-def sampling_controls(processor: Processor) -> list[gr.components.Component]:
+def sampling_controls(processor: Processor) -> list[Component]:
     most = processor.tiling.max_tiles
     with gr.Row():
         temperature = gr.Slider(0, 2, 0, step=0.05, label="temperature", info="0 always takes the likeliest word")
@@ -213,13 +216,12 @@ def tally(stream: Stream) -> str:
     return " · ".join(parts)
 
 
-def mount(app: Any, page: gr.Blocks, *, check_key: Callable[[str], bool] | None, media: MediaConfig, files: Path) -> Any:
-    """The app with the page at /. With check_key, visitors sign in with a key as password; files: the model's directory,
-    whose examples are shown."""
-    theme = gr.themes.Default(font=SYSTEM_FONTS, font_mono=("ui-monospace", "monospace"))  # nothing is fetched elsewhere
-    return gr.mount_gradio_app(
-        app, page, path="/", auth=(lambda _, key: check_key(key)) if check_key else None,
-        auth_message="Any name; the password is the server's API key." if check_key else None,
-        max_file_size=media.max_video_bytes, allowed_paths=[str(files / "examples")], show_error=False, ssr_mode=False,
-        enable_monitoring=False, mcp_server=False, theme=theme, css=CSS, footer_links=[],
+def mount(app: FastAPI, page: gr.Blocks, config: ServeConfig, files: Path) -> None:
+    """Puts the page at /, behind the same guard as every route: with keys, browsers ask for one as password.
+
+    files: the model's directory, whose example pictures are shown."""
+    theme = Default(font=SYSTEM_FONTS, font_mono=("ui-monospace", "monospace"))  # nothing is fetched elsewhere
+    gr.mount_gradio_app(
+        app, page, path="/", max_file_size=config.media.max_video_bytes, allowed_paths=[str(files / "examples")],
+        show_error=False, ssr_mode=False, enable_monitoring=False, mcp_server=False, theme=theme, css=CSS, footer_links=[],
     )  # fmt: skip

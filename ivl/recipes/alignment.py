@@ -1,0 +1,79 @@
+"""The preference chain on nano: careless supervised data, replies sampled and checked, pairs, Mixed Preference Optimization.
+
+The quickstart runs it once; benchmarks/preference_effect.py compares it with other ways.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ivl.recipes.compositions import careless, compositions, training_row
+from ivl.types import SamplingParams
+
+CARELESS = 0.45
+"""Share of the supervised rows that carry the mistake. The model learns the mistake nearly as well as the answer; its own
+replies, checked against answers known to be right, tell the two apart."""
+SAMPLED = SamplingParams(temperature=1.0, max_new_tokens=64)
+GREEDY = SamplingParams(max_new_tokens=64)
+ASKED = ("id", "image", "question", "answer")
+
+
+def write_reasoning(path: Path, count: int) -> Path:
+    """Supervised rows, reference format."""
+    rows = compositions("train", count, seed=1, prefix="sft")
+    return write_rows(path, map(training_row, careless(rows, CARELESS, seed=1)))
+
+
+def write_pairs(model: Path, out: Path, *, questions: int, replies: int) -> Path:
+    """Fresh questions, asked often, and pairs of the replies in out/pairs; returns the journal of replies. What is there
+    already is not done again."""
+    from ivl.api import load
+    from ivl.preference.questions import load_sources
+    from ivl.preference.sampling import sample
+
+    rows = compositions("train", questions, seed=2, prefix="fresh")
+    path = write_rows(out / "fresh.jsonl", ({key: row[key] for key in ASKED} for row in rows))
+    sources = load_sources(path, style="final_answer", instruct=False)
+    journal = sample(
+        load(model).engine, sources, out / "replies.jsonl", model=str(model), num_replies=replies, params=SAMPLED, chunk=64
+    )
+    pair_up(journal, out / "pairs")
+    return journal
+
+
+def pair_up(journal: Path, out: Path) -> None:
+    from ivl.preference.pairs import build_pairs
+    from ivl.preference.report import write_report
+
+    write_report(out, build_pairs(journal, out, limit=4))
+
+
+def held_out(model: Path, count: int, folder: Path) -> dict[str, Any]:
+    """Accuracy on questions about pictures of the test split, greedy; the share of malformed replies, of replies that repeat
+    until they are cut off, and of replies whose reasoning is right."""
+    from ivl.api import load
+    from ivl.preference.grading import grade
+    from ivl.preference.questions import Source, read_questions
+
+    rows = compositions("test", count, seed=9, prefix="test")
+    path = write_rows(folder / "test.jsonl", ({key: row[key] for key in ASKED} for row in rows))
+    source = Source(name="test", questions=str(path), instruct=False)
+    questions = list(read_questions((source,)))
+    replies = load(model).engine.generate([question.conversation() for question in questions], GREEDY)
+    grades = [grade(r.text, r.finish_reason, q.answers, source) for r, q in zip(replies, questions, strict=True)]
+    shares = {
+        "accuracy": [g.correct is True for g in grades],
+        "malformed": [g.correct is None for g in grades],
+        "endless": [r.finish_reason == "length" for r in replies],
+        "reasoning": [r.text.startswith(f"{row['reasoning']}\n") for r, row in zip(replies, rows, strict=True)],
+    }
+    return {name: sum(said) / len(said) for name, said in shares.items()} | {"n": count}
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
