@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.openapi.utils import get_openapi
@@ -31,10 +31,34 @@ from ivl.serve.service import Service, Stream
 B = TypeVar("B", bound=Body)
 T = TypeVar("T")
 BODIES = (ChatRequest, CompletionRequest, TokenizeRequest)
-REFUSALS = {400: "Not understood, or beyond a limit", 401: "No valid key", 404: "No such model or page", 408: "Sent too slowly",
-            413: "Too large", 415: "Not JSON", 421: "Another Host", 429: "Too busy", 500: "Failed", 503: "Not ready"}  # fmt: skip
+REFUSALS = {
+    400: "Not understood, or beyond a limit", 401: "No valid key", 404: "No such model or page", 408: "Sent too slowly",
+    413: "Too large", 415: "Not JSON", 421: "Another Host", 429: "Too busy", 500: "Failed", 503: "Not ready",
+}  # fmt: skip
 POST: dict[int | str, dict[str, Any]] = {k: {"model": ErrorReply, "description": text} for k, text in REFUSALS.items()}
-GET = {status: POST[status] for status in (401, 404, 421)}
+GET: dict[int | str, dict[str, Any]] = {status: POST[status] for status in (401, 404, 421)}
+
+
+def _reads(kind: type[B]) -> Callable[[Request], Awaitable[B]]:
+    """A dependency: the body as a request of this kind, read only if the service takes requests at all."""
+
+    async def body(request: Request) -> B:
+        request.app.state.service.check()
+        content = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if content != "application/json":
+            raise Problem(415, "the body must be JSON, with `Content-Type: application/json`", code="unsupported_media_type")
+        read = [chunk async for chunk in request.stream()]  # not request.body(), which would keep it
+        try:
+            return kind.model_validate_json(b"".join(read))
+        except ValidationError as error:
+            raise problem_of(error) from None
+
+    return body
+
+
+Chat = Annotated[ChatRequest, Depends(_reads(ChatRequest))]
+Completion = Annotated[CompletionRequest, Depends(_reads(CompletionRequest))]
+Tokenize = Annotated[TokenizeRequest, Depends(_reads(TokenizeRequest))]
 
 
 def create_app(
@@ -95,7 +119,7 @@ def _add_routes(app: FastAPI, service: Service, config: ServeConfig) -> None:
         return Response(whole.model_dump_json(), media_type="application/json")
 
     @app.post("/v1/chat/completions", responses=_answers(replies.ChatReply), openapi_extra=_takes(ChatRequest), tags=["v1"])
-    async def chat_completions(request: Request, body: ChatRequest = _reads(ChatRequest, service)) -> Response:
+    async def chat_completions(request: Request, body: Chat) -> Response:
         """A reply to a conversation with images and videos, whole or as server-sent events."""
         _check_model(body.model, config)
         params = conversation.params(body, config)
@@ -108,7 +132,7 @@ def _add_routes(app: FastAPI, service: Service, config: ServeConfig) -> None:
         return await answer(request, body, submit())
 
     @app.post("/v1/completions", responses=_answers(replies.TextReply), openapi_extra=_takes(CompletionRequest), tags=["v1"])
-    async def completions(request: Request, body: CompletionRequest = _reads(CompletionRequest, service)) -> Response:
+    async def completions(request: Request, body: Completion) -> Response:
         """What follows a text, without the model's template."""
         _check_model(body.model, config)
         params, prompts = conversation.params(body, config), body.prompts
@@ -132,7 +156,7 @@ def _add_routes(app: FastAPI, service: Service, config: ServeConfig) -> None:
         return await answer(request, body, submit())
 
     @app.post("/tokenize", response_model=replies.TokenizeReply, responses=POST, openapi_extra=_takes(TokenizeRequest))
-    async def tokenize(request: Request, body: TokenizeRequest = _reads(TokenizeRequest, service)) -> replies.TokenizeReply:
+    async def tokenize(request: Request, body: Tokenize) -> replies.TokenizeReply:
         """Token ids of a text, or of a conversation as the model gets it; those of images are placeholders."""
         _check_model(body.model, config)
 
@@ -180,23 +204,6 @@ def _add_state(app: FastAPI, service: Service, config: ServeConfig, metrics: Met
     async def figures() -> Response:
         """Figures in the text format of Prometheus."""
         return Response(metrics.text(), media_type=CONTENT_TYPE)
-
-
-def _reads(kind: type[B], service: Service) -> B:
-    """A dependency: the body as a request of this kind, read only if the service takes requests at all."""
-
-    async def body(request: Request) -> B:
-        service.check()
-        content = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if content != "application/json":
-            raise Problem(415, "the body must be JSON, with `Content-Type: application/json`", code="unsupported_media_type")
-        read = [chunk async for chunk in request.stream()]  # not request.body(), which would keep it
-        try:
-            return kind.model_validate_json(b"".join(read))
-        except ValidationError as error:
-            raise problem_of(error) from None
-
-    return Depends(body)
 
 
 def _check_model(name: str, config: ServeConfig) -> None:

@@ -20,13 +20,19 @@ class Metrics:
     def __init__(self, service: Service) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_Engine(service))
-        make = {"registry": self.registry}
-        self.requests = Counter("ivl_requests", "Requests by route and status", ("route", "status"), **make)
-        self.first = Histogram("ivl_time_to_first_token_seconds", "Arrival to first token", buckets=SECONDS, **make)
-        self.whole = Histogram("ivl_request_seconds", "Arrival to last token", buckets=SECONDS, **make)
-        self.queue = Histogram("ivl_queue_seconds", "Waiting for the engine", buckets=SECONDS, **make)
-        self.prompts = Histogram("ivl_prompt_tokens", "Tokens of a prompt", buckets=TOKENS, **make)
-        self.replies = Histogram("ivl_reply_tokens", "Tokens of a reply", buckets=TOKENS, **make)
+
+        def seconds(name: str, text: str) -> Histogram:
+            return Histogram(f"ivl_{name}_seconds", text, buckets=SECONDS, registry=self.registry)
+
+        def tokens(name: str, text: str) -> Histogram:
+            return Histogram(f"ivl_{name}_tokens", text, buckets=TOKENS, registry=self.registry)
+
+        self.requests = Counter("ivl_requests", "Requests by route and status", ("route", "status"), registry=self.registry)
+        self.first = seconds("time_to_first_token", "Arrival to first token")
+        self.whole = seconds("request", "Arrival to last token")
+        self.queue = seconds("queue", "Waiting for the engine")
+        self.prompts = tokens("prompt", "Tokens of a prompt")
+        self.replies = tokens("reply", "Tokens of the replies to a request")
 
     def finished(self, note: Note) -> None:
         self.requests.labels(note.route, str(note.status)).inc()

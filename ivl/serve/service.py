@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -91,7 +91,7 @@ class Stream:
 
 async def follow(
     streams: Seq[Stream], *, ping: float | None = None, deadline: float | None = None
-) -> AsyncIterator[list[tuple[int, TextDelta]]]:
+) -> AsyncGenerator[list[tuple[int, TextDelta]], None]:
     """What comes in several streams of one submission, with their numbers; an empty list after `ping` seconds of silence.
 
     Cancels what is left when closed early. deadline: time.perf_counter() by which all must have ended.

@@ -1,0 +1,71 @@
+"""A tiny model behind a server: in this process for most tests, on a port of its own where connections matter."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ivl
+from ivl.inference.engine import Engine
+from ivl.serve.app import create_app
+from ivl.serve.config import ServeConfig
+from ivl.serve.run import make_server, open_socket
+from ivl.serve.service import Service
+from tests.inference.fakes import picture, tiny_directory
+
+KEY = "a-key-of-some-length-0123456789"
+CONFIG = ServeConfig(port=0, names=("tiny", "alias"), shutdown_timeout=5.0, keep_alive=5.0)
+
+
+def engine(directory: Path, **options: int) -> Engine:
+    return ivl.load(tiny_directory(directory), **{"max_cache_tokens": 8192, "block_size": 16, **options}).engine
+
+
+def data_url(seed: int) -> str:
+    out = io.BytesIO()
+    picture(seed).save(out, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
+
+
+def says(text: str, *images: str, **options: Any) -> dict[str, Any]:
+    """The body of a chat request."""
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in images]
+    message = {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}
+    return {"model": "tiny", "messages": [message], "max_tokens": 12, **options}
+
+
+class Running:
+    """A server in a thread: its address, its service and a way to stop it as SIGTERM does."""
+
+    def __init__(self, engine: Engine, config: ServeConfig, keys: tuple[str, ...]) -> None:
+        config = replace(config, max_running=engine.scheduler.max_sequences)
+        self.service = Service(engine, config)
+        listener = open_socket(config, keys)
+        self.address = listener.getsockname()
+        self.url = f"http://127.0.0.1:{self.address[1]}"
+        self.server = make_server(create_app(self.service, config, keys=keys), self.service, config)
+        self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve(sockets=[listener])), daemon=True)
+        self.thread.start()
+        while not self.server.started:
+            self.thread.join(0.01)
+
+    def terminate(self) -> None:
+        self.server.should_exit = True
+
+
+@contextmanager
+def running(engine: Engine, config: ServeConfig = CONFIG, keys: tuple[str, ...] = (KEY,)) -> Generator[Running]:
+    server = Running(engine, config, keys)
+    try:
+        yield server
+    finally:
+        server.terminate()
+        server.thread.join(20)
+        assert not server.thread.is_alive()

@@ -1,0 +1,229 @@
+"""The routes from outside, in this process: keys, limits, errors and what is logged."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import pytest
+
+from ivl.inference.engine import Engine
+from ivl.serve.app import create_app
+from ivl.serve.guard import JSONLines
+from ivl.serve.service import Service
+from tests.serve.servers import CONFIG, KEY, data_url, engine, says
+
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def tiny_engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    return engine(tmp_path_factory.mktemp("model"))
+
+
+@asynccontextmanager
+async def client_of(
+    engine: Engine, *, keys: tuple[str, ...] = (KEY,), key: str | None = KEY, **limits: Any
+) -> AsyncIterator[httpx.AsyncClient]:
+    config = replace(CONFIG, **limits)
+    app = create_app(service := Service(engine, config), config, keys=keys)
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with service, httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", headers=headers) as client:
+        client.app = app  # type: ignore[attr-defined]
+        yield client
+
+
+def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(test())
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"] and response.headers["x-request-id"]
+    return error
+
+
+def test_no_route_but_health_opens_without_a_key(tiny_engine: Engine) -> None:
+    async def walk() -> None:
+        async with client_of(tiny_engine, key=None) as client:
+            paths = {getattr(route, "path", "/") for route in client.app.routes}  # type: ignore[attr-defined]
+            assert {CHAT, "/metrics", "/docs", "/openapi.json", "/ready"} <= paths
+            for path in [*paths, "/", "/none", "//health", "/health/", "/health%2f", "/HEALTH", "/x/../health", "/.//health"]:
+                for method in ("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS"):
+                    for headers in ({}, {"Authorization": "Bearer x"}, {"Authorization": "Basic Og=="}):
+                        response = await client.request(method, path.replace("{name:path}", "tiny"), headers=headers)
+                        if path == "/health":
+                            assert response.status_code in (200, 405)
+                        else:
+                            assert response.status_code == 401, (method, path)
+                            assert response.headers["www-authenticate"] == "Bearer"
+
+    run(walk)
+
+
+def test_every_key_opens(tiny_engine: Engine) -> None:
+    async def walk() -> None:
+        for key in (KEY, "another-key-0123456789"):
+            async with client_of(tiny_engine, keys=(KEY, "another-key-0123456789"), key=key) as client:
+                for path in ("/v1/models", "/ready", "/metrics", "/openapi.json", "/docs"):
+                    assert (await client.get(path)).status_code == 200
+
+    run(walk)
+
+
+def test_errors_have_one_shape(tiny_engine: Engine) -> None:
+    async def walk() -> None:
+        async with client_of(tiny_engine, max_body_bytes=2000) as client:
+            plain = {"Content-Type": "text/plain"}
+            chunks = (b" " * 500 for _ in range(9))
+
+            async def endless() -> AsyncIterator[bytes]:
+                for chunk in chunks:
+                    yield chunk
+
+            for response, status in (
+                (await client.get("/none"), 404),
+                (await client.get(CHAT), 405),
+                (await client.post(CHAT, content="{}", headers=plain), 415),
+                (await client.post(CHAT, content="{}"), 415),
+                (await client.post(CHAT, content="{", headers={"Content-Type": "application/json"}), 400),
+                (await client.post(CHAT, json={}), 400),
+                (await client.post(CHAT, json=says("x" * 3000)), 413),
+                (await client.post(CHAT, content=endless(), headers={"Content-Type": "application/json"}), 413),
+                (await client.post(CHAT, json=says("?", "data:image/png;base64,aaaa")), 400),
+                (await client.post("/tokenize", json={"prompt": "a", "messages": []}), 400),
+            ):
+                assert response.status_code == status, response.text
+                error_of(response)
+            assert next(chunks, None) is not None  # the rest was never read
+
+    run(walk)
+
+
+def test_a_page_of_another_name_cannot_reach_an_open_server(tiny_engine: Engine) -> None:
+    async def walk() -> None:
+        async with client_of(tiny_engine, keys=(), key=None) as client:
+            for host, status in (
+                ("localhost:8000", 200),
+                ("127.0.0.1", 200),
+                ("[::1]:80", 200),
+                ("evil.example", 421),
+                ("", 421),
+            ):
+                assert (await client.get("/v1/models", headers={"Host": host})).status_code == status
+        async with client_of(tiny_engine) as client:
+            assert (await client.get("/v1/models", headers={"Host": "my.example"})).status_code == 200
+
+    run(walk)
+
+
+def test_tokenize_counts_what_chat_counts(tiny_engine: Engine) -> None:
+    async def walk() -> None:
+        async with client_of(tiny_engine) as client:
+            body = says("what colour?", data_url(1))
+            counted = (await client.post("/tokenize", json={"messages": body["messages"]})).json()
+            replied = (await client.post(CHAT, json=body)).json()
+            assert counted["count"] == len(counted["tokens"]) == replied["usage"]["prompt_tokens"]
+            text = (await client.post("/tokenize", json={"prompt": "what colour?"})).json()
+            assert text["tokens"] == tiny_engine.processor.tokenizer.encode("what colour?")  # type: ignore[attr-defined]
+
+    run(walk)
+
+
+def test_limits_of_size(tiny_engine: Engine) -> None:
+    async def walk() -> None:
+        async with client_of(
+            tiny_engine, max_prompt_tokens=30, max_request_tiles=2, max_images=3, max_text_chars=500
+        ) as client:
+            for body, words in (
+                (says("x" * 100), "the limit is 30"),
+                (says("x" * 501), "the limit is 500"),
+                (says("?", *[data_url(n) for n in range(3)]), "the limit is 2"),
+                (says("?", *[data_url(n) for n in range(4)]), "the limit is 3"),
+            ):
+                response = await client.post(CHAT, json=body)
+                assert response.status_code == 400 and words in error_of(response)["message"]
+
+    run(walk)
+
+
+def test_a_reply_that_takes_too_long(tiny_engine: Engine) -> None:
+    async def walk() -> None:
+        async with client_of(tiny_engine, request_timeout=0.05) as client:
+            body = says("?", max_tokens=500, temperature=1.5, seed=1)
+            response = await client.post(CHAT, json=body)
+            assert response.status_code == 503 and error_of(response)["code"] == "timeout"
+            streamed = (await client.post(CHAT, json=body | {"stream": True})).text
+            assert '"code": "timeout"' in streamed and streamed.endswith("data: [DONE]\n\n")
+
+    run(walk)
+
+
+def test_metrics_count(tiny_engine: Engine) -> None:
+    async def walk() -> None:
+        async with client_of(tiny_engine) as client:
+            for _ in range(2):
+                await client.post(CHAT, json=says("what?", data_url(1)))
+            text = (await client.get("/metrics")).text
+            for line in (
+                'ivl_requests_total{route="/v1/chat/completions",status="200"} 2.0', "ivl_replies_open 0.0",
+                "ivl_time_to_first_token_seconds_count 2.0", "ivl_reply_tokens_count 2.0",
+            ):  # fmt: skip
+                assert line in text
+            for name in ("vision_hits", "vision_misses", "prefix_hit_tokens", "new_tokens", "steps"):
+                assert f"\nivl_{name}_total " in text
+
+    run(walk)
+
+
+def test_the_log_never_holds_what_users_write(tiny_engine: Engine, caplog: Any, monkeypatch: Any) -> None:
+    lines: list[str] = []
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(JSONLines().format(record))
+
+    handler = Lines()
+    log = logging.getLogger("ivl.serve")
+    log.addHandler(handler)
+    monkeypatch.setattr(log, "level", logging.INFO)
+
+    async def walk() -> None:
+        async with client_of(tiny_engine) as client:
+            await client.post(CHAT, json=says("SECRET"))
+            await client.post(CHAT + "?SECRET", json=says("?", "data:image/png;base64,SECRET"))
+            await client.get("/SECRET")
+            monkeypatch.setattr(tiny_engine, "prepare_all", lambda *_: {}["SECRET"])
+            assert (await client.post(CHAT, json=says("SECRET"))).status_code == 500
+
+    try:
+        run(walk)
+    finally:
+        log.removeHandler(handler)
+    parsed = [json.loads(line) for line in lines]
+    assert [line["status"] for line in parsed if line["event"] == "request"] == [200, 400, 404, 500]
+    assert any(line.get("error") == "KeyError" for line in parsed)
+    assert not any("SECRET" in line or "base64" in line for line in lines)
+
+
+def test_the_openapi_document_knows_its_bodies(tiny_engine: Engine) -> None:
+    async def walk() -> None:
+        async with client_of(tiny_engine) as client:
+            document = (await client.get("/openapi.json")).json()
+            for path, kind in (
+                (CHAT, "ChatRequest"),
+                ("/v1/completions", "CompletionRequest"),
+                ("/tokenize", "TokenizeRequest"),
+            ):
+                operation = document["paths"][path]["post"]
+                assert operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith(kind)
+                assert kind in document["components"]["schemas"] and "422" not in operation["responses"]
+
+    run(walk)

@@ -1,0 +1,132 @@
+"""What a request may say."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from ivl.errors import InputError
+from ivl.serve import conversation
+from ivl.serve.auth import Keys, load_keys
+from ivl.serve.config import ServeConfig
+from ivl.serve.problems import Problem
+from ivl.serve.protocol import ChatRequest, CompletionRequest, problem_of
+
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def parsed(**options: Any) -> ChatRequest:
+    return ChatRequest.model_validate_json(json.dumps({"messages": HELLO, **options}))
+
+
+def refused(**options: Any) -> Problem:
+    with pytest.raises(ValidationError) as error:
+        parsed(**options)
+    return problem_of(error.value)
+
+
+def test_null_is_nothing_and_what_asks_for_nothing_is_taken() -> None:
+    body = parsed(
+        stop=None, tools=[], tool_choice="none", logit_bias={}, audio=None, user="me", metadata={"a": "b"}, store=False
+    )
+    assert conversation.params(body, ServeConfig()) == conversation.params(parsed(), ServeConfig())
+
+
+@pytest.mark.parametrize(
+    ("options", "param", "code"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
+        ({"logit_bias": {"1": 2}}, "logit_bias", "unsupported_parameter"),
+        ({"modalities": ["text", "audio"]}, "modalities[1]", "invalid_value"),
+        ({"temprature": 1}, "temprature", "unknown_parameter"),
+        ({"temperature": 3}, "temperature", "invalid_value"),
+        ({"temperature": "1"}, "temperature", "invalid_value"),
+        ({"temperature": 1e-9}, "temperature", "invalid_value"),
+        ({"n": 0}, "n", "invalid_value"),
+        ({"n": True}, "n", "invalid_value"),
+        ({"top_logprobs": 3}, "top_logprobs", "invalid_value"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "invalid_value"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "invalid_value"),
+        ({"messages": []}, "messages", "invalid_value"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "invalid_value"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "missing"),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]}, None, "invalid_value"),
+    ],
+)
+def test_what_is_refused_is_named(options: dict[str, Any], param: str | None, code: str) -> None:
+    problem = refused(**options)
+    assert problem.status_code == 400 and problem.code == code
+    assert param is None or problem.param == param
+
+
+@pytest.mark.parametrize(
+    "body", ["", "{", "[]", "null", '{"messages": NaN}', "[" * 5000, '{"messages": [{"role": "\\ud800"}]}']
+)
+def test_what_is_no_request_is_refused(body: str) -> None:
+    with pytest.raises(ValidationError):
+        ChatRequest.model_validate_json(body)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"n": 9}, {"max_tokens": 4097}, {"stop": ["a", "b", "c", "d", "e"]}, {"stop": "x" * 257}, {"stop": ""},
+     {"logprobs": True, "top_logprobs": 21}],
+)  # fmt: skip
+def test_limits_of_sampling(options: dict[str, Any]) -> None:
+    with pytest.raises(Problem) as error:
+        conversation.params(parsed(**options), ServeConfig())
+    assert error.value.status_code == 400
+
+
+def test_each_reply_has_its_own_seed() -> None:
+    every = conversation.params(parsed(n=3, seed=(1 << 63) - 2, temperature=1.0, max_completion_tokens=7), ServeConfig())
+    assert [params.seed for params in every] == [(1 << 63) - 2, (1 << 63) - 1, 0]
+    assert {params.max_new_tokens for params in every} == {7}
+
+
+def test_limits_of_messages() -> None:
+    config = ServeConfig(max_images=1, max_text_chars=10, max_image_tiles=4, max_messages=2)
+
+    def image(**options: Any) -> dict[str, Any]:
+        return {"type": "image_url", "image_url": {"url": "data:,", **options}}
+
+    for content in ([image(), image()], [image(max_dynamic_patch=5)], "x" * 11, [{"type": "text", "text": "x"}] * 11):
+        with pytest.raises(Problem):
+            conversation.check_messages(parsed(messages=[{"role": "user", "content": content}]).messages, config)
+    with pytest.raises(Problem):
+        conversation.check_messages(parsed(messages=HELLO * 3).messages, config)
+
+
+def test_prompts_of_completions() -> None:
+    for prompt, prompts in (("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2]], [[1], [2]])):
+        assert CompletionRequest.model_validate({"prompt": prompt}).prompts == prompts
+
+
+def test_keys(tmp_path: Any) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# mine\n" + "a" * 20 + "\n\n" + "b" * 20 + "\n")
+    keys = load_keys(file, {"IVL_API_KEYS": "c" * 20 + ", " + "a" * 20})
+    assert keys == ("a" * 20, "b" * 20, "c" * 20)
+    assert all(Keys(keys).admit(f"Bearer {key}".encode()) for key in keys)
+    assert Keys(keys).admit(b"bearer  " + b"b" * 20) and Keys(keys).admit(b"Basic OmJiYmJiYmJiYmJiYmJiYmJiYmJi")
+    for wrong in (
+        None,
+        b"",
+        b"Bearer",
+        b"Bearer ",
+        b"Bearer " + b"a" * 19,
+        b"a" * 20,
+        b"Basic !",
+        b"Basic " + b"a" * 20,
+        b"\xff",
+    ):
+        assert not Keys(keys).admit(wrong)
+    assert Keys().admit(None)
+    file.write_text("short")
+    with pytest.raises(InputError) as error:
+        load_keys(file, {})
+    assert "short" not in str(error.value) and ":1" in str(error.value)
