@@ -160,10 +160,9 @@ class Service:
 
     async def __aexit__(self, *error: object) -> None:
         self.stop()
-        thread, self._stopping = self._thread, True
-        self._do(lambda: None)
-        if thread is not None:
-            await asyncio.to_thread(thread.join)
+        self._do(self._halt)
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def drain(self, seconds: float) -> None:
@@ -303,6 +302,9 @@ class Service:
             self._commands.get()()
         while not self._commands.empty():
             self._commands.get_nowait()()
+
+    def _halt(self) -> None:
+        self._stopping = True
 
     def _add(self, streams: list[Stream]) -> None:
         for stream in streams:
