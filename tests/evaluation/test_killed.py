@@ -1,0 +1,65 @@
+"""E1: `ivl eval` killed twenty times loses no prediction, repeats none and ends with the same score."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ivl.cli.eval import evaluate
+from tests.inference.fakes import tiny_directory
+
+KILLS, EXAMPLES = 20, 480
+
+
+def in_a_child(arguments: list[str]) -> int:
+    """The command in a process of its own; its id."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        torch.set_num_threads(1)
+        with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            evaluate(arguments)
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def test_e1_twenty_kills_change_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("easy_vqa")
+    model = str(tiny_directory(tmp_path / "model"))
+    common = [model, "--task", "easy-vqa", "--limit", str(EXAMPLES), "--batch-size", "8", "--out"]
+    whole, killed = tmp_path / "whole.json", tmp_path / "killed.json"
+    predictions = tmp_path / "killed.predictions.jsonl"
+    assert os.waitpid(in_a_child([*common, str(whole)]), 0)[1] == 0
+    rng = random.Random(0)
+    for _ in range(KILLS):
+        size = predictions.stat().st_size if predictions.exists() else 0
+        child = in_a_child([*common, str(killed)])
+        deadline = time.monotonic() + 20
+        while not (predictions.exists() and predictions.stat().st_size > size) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.03)  # anywhere in the next batches, their writing included
+        os.kill(child, signal.SIGKILL)
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), "it ended before it was killed: take more examples"
+        assert not killed.exists()
+    assert os.waitpid(in_a_child([*common, str(killed)]), 0)[1] == 0
+    rows = [
+        [json.loads(line) for line in path.read_text().splitlines()]
+        for path in (predictions, tmp_path / "whole.predictions.jsonl")
+    ]
+    ids = [row["id"] for row in rows[0][1:]]
+    assert len(ids) == len(set(ids)) == EXAMPLES and rows[0][1:] == rows[1][1:]
+    reports = [json.loads(path.read_text()) for path in (killed, whole)]
+    assert (
+        reports[0]["value"] == reports[1]["value"] and reports[0]["ci95"] == reports[1]["ci95"] and reports[0]["n"] == EXAMPLES
+    )
