@@ -189,7 +189,7 @@ def _sums8(e: Emitter, w_rows: list[Value], tokens: list[Value], width: int, *, 
     starts = [e.read(I32S, tokens[c], I8, e.int(64 * part)) for _, c in cells for part in (0, 1)]
 
     def step(at: Value, place: Value, size: int, sums: list[Value]) -> list[Value]:
-        weights = [_bytes(e, row, at, size) for row in w_rows]
+        weights = [weight_bytes(e, row, at, size) for row in w_rows]
         inputs = [[e.read(BYTES, t, I8, e.b.add(place, e.int(64 * part))) for part in (0, 1)] for t in tokens]
         found = iter(sums)
         return [_dot(e, next(found), weights[r], inputs[c][part]) for r, c in cells for part in (0, 1)]
@@ -230,7 +230,7 @@ def _sums4(
         first_group = e.b.mul(number, e.int(128 // group))
         found, new = iter(sums), []
         for r, row in enumerate(w_rows):
-            both = _bytes(e, row, e.b.mul(number, e.int(64)), size // 2)
+            both = weight_bytes(e, row, e.b.mul(number, e.int(64)), size // 2)
             shifted = e.b.lshr(e.b.bitcast(both, I32S), e.ints(4))
             halves = (e.b.and_(both, low_half), e.b.and_(e.b.bitcast(shifted, BYTES), low_half))
             scale = _by_group(e, scale_rows[r], I16, first_group, size // group, group)
@@ -266,7 +266,7 @@ def _sums4(
     return totals
 
 
-def _bytes(e: Emitter, row: Value, at: Value, size: int) -> Value:
+def weight_bytes(e: Emitter, row: Value, at: Value, size: int) -> Value:
     """64 bytes of weight, those beyond `size` zero."""
     some = e.read(ir.VectorType(I8, size), row, I8, at)
     return some if size == 64 else _filled(e, some, list(range(64)), 64)

@@ -55,7 +55,8 @@ def _address(name: str, *shape: int | str) -> int | None:
 
 
 @cache
-def _has_amx() -> bool:
+def has_tiles() -> bool:
+    """Whether there are matrix tiles, and this process may use them."""
     from ivl.model import kernel_ir
 
     return kernel_ir.has_amx()
@@ -106,7 +107,7 @@ def linear(
     y_TO = x.new_empty(rows, out)
     bias = 0 if bias_O is None else bias_O.data_ptr()
     name, shape = "linear", (rows,)
-    if rows > 1 and _has_amx():
+    if rows > 1 and has_tiles():
         name, x_TI = "linear_amx", x_TI.contiguous().view(torch.int32).t().contiguous()
     elif norm is not None or gated or plus is not None:
         shape = (rows, "norm" if norm is not None else "gate" if gated else "", plus is not None)
@@ -170,6 +171,31 @@ def quant_linear(
     return y_TO
 
 
+def quant_matmul(
+    x_TI: torch.Tensor,
+    weight: torch.Tensor,
+    scale_OG: torch.Tensor,
+    zero_OG: torch.Tensor | None,
+    bias_O: torch.Tensor | None,
+) -> torch.Tensor:
+    """x @ weight^T + bias for several rows, on matrix tiles."""
+    from ivl.model.kernel_quant_amx import scratch_bytes
+
+    (tokens, width), (out, groups) = x_TI.shape, scale_OG.shape
+    y_TO = x_TI.new_empty(tokens, out)
+    bias = torch.zeros(out) if bias_O is None else bias_O.float()
+    room = scratch_bytes(width)
+    scratch = torch.empty(torch.get_num_threads() * room + 64, dtype=torch.uint8)
+    aligned = -(-scratch.data_ptr() // 64) * 64
+    kind = (8 * weight.shape[1] // width, groups, int(zero_OG is not None), width, min(tokens, 16), 2 if tokens >= 32 else 1)
+    pointers = (x_TI.data_ptr(), weight.data_ptr(), scale_OG.data_ptr(), 0 if zero_OG is None else zero_OG.data_ptr())
+    _run(
+        "quant_matmul", kind, out * width, 0, aligned, room, *pointers, bias.data_ptr(), y_TO.data_ptr(),
+        out, tokens, x_TI.stride(0),
+    )  # fmt: skip
+    return y_TO
+
+
 def quant_prepare(x_TI: torch.Tensor, bits: int, zero: bool) -> torch.Tensor:
     """Rows as the products with quantised weights take them, uint8 [T, bytes]."""
     from ivl.model.kernel_quant import token_bytes
@@ -219,7 +245,11 @@ def rotate_(x_TNH: torch.Tensor, cos_TH: torch.Tensor, sin_TH: torch.Tensor) -> 
 def attention_usable(q_TNH: torch.Tensor, num_keys: int) -> bool:
     """Whether `attention` takes these queries: matrix tiles, heads of 64 or 128, and scores that fit into the caches."""
     return (
-        q_TNH.shape[0] >= MIN_QUERIES and num_keys <= MAX_KEYS and q_TNH.shape[-1] in (64, 128) and usable(q_TNH) and _has_amx()
+        q_TNH.shape[0] >= MIN_QUERIES
+        and num_keys <= MAX_KEYS
+        and q_TNH.shape[-1] in (64, 128)
+        and usable(q_TNH)
+        and has_tiles()
     )
 
 
@@ -227,7 +257,7 @@ def attention(q_TNH: torch.Tensor, k_LKH: torch.Tensor, v_LKH: torch.Tensor, *, 
     """Attention of one sequence, [T, N, H]; with causal, the T queries are the last of the L tokens."""
     from ivl.model.kernel_attention import scratch_bytes
 
-    assert _has_amx()  # asks the system for permission, too
+    assert has_tiles()  # asks the system for permission, too
     (num_queries, num_heads, size), num_keys = q_TNH.shape, len(k_LKH)
     out_TNH = q_TNH.new_empty(q_TNH.shape)
     room = scratch_bytes(num_keys, size)

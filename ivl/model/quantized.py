@@ -94,10 +94,12 @@ class QuantLinear(nn.Module):
         x_TI = input.reshape(-1, self.in_features)
         if self.scheme.activations:
             y_TO = self._round_inputs(x_TI)
-        elif len(x_TI) <= kernels.MAX_ROWS and self.has_kernel(x_TI):
-            y_TO = self.product(x_TI)
-        else:
+        elif not self.has_kernel(x_TI):
             y_TO = self._by_panels(x_TI)
+        elif len(x_TI) > 1 and kernels.has_tiles():
+            y_TO = kernels.quant_matmul(x_TI, self.weight, self.scale, self.zero, self.bias)
+        else:
+            y_TO = self.product(x_TI) if len(x_TI) <= kernels.MAX_ROWS else self._by_panels(x_TI)
         return y_TO.view(*input.shape[:-1], self.out_features)
 
     def has_kernel(self, x_TI: torch.Tensor) -> bool:

@@ -29,9 +29,9 @@ def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
 @pytest.fixture(params=["tiles", "vectors"])
 def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both forms of the linear kernel, where the processor has both."""
-    if request.param == "tiles" and not kernels._has_amx():
+    if request.param == "tiles" and not kernels.has_tiles():
         pytest.skip("no matrix tiles on this processor")
-    monkeypatch.setattr(kernels, "_has_amx", lambda: request.param == "tiles")
+    monkeypatch.setattr(kernels, "has_tiles", lambda: request.param == "tiles")
 
 
 @torch.inference_mode()
@@ -82,7 +82,7 @@ def test_rms_norm_swiglu_and_rotation_are_as_accurate_as_torch() -> None:
     assert error(heads[:, :16], exact) <= 1.01 * error(by_torch, exact) and torch.equal(heads[:, 16:], untouched)
 
 
-@pytest.mark.skipif(not kernels._has_amx(), reason="no matrix tiles on this processor")
+@pytest.mark.skipif(not kernels.has_tiles(), reason="no matrix tiles on this processor")
 @torch.inference_mode()
 @pytest.mark.parametrize(
     ("new", "total", "heads", "kv_heads", "size"), [(64, 64, 4, 2, 64), (131, 300, 6, 2, 64), (97, 97, 3, 3, 128)]

@@ -1,0 +1,158 @@
+"""Products of several tokens with quantised weights on matrix tiles (AMX). See kernel_emitter.py for the terms.
+
+A thread unpacks 32 rows of the weight to bfloat16, laid out as the tiles want it, and multiplies them with all tokens while
+they are in its cache. In 8 bits the integers themselves are unpacked, without loss, and the scale is applied to the sums.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+
+from ivl.model.kernel_emitter import F32, F32S, I8, I16, I32, I32S, LANES, TILE, Emitter, Value
+from ivl.model.kernel_quant import step_of, weight_bytes
+
+ROWS = 2 * TILE
+TILE_BYTES = 1024
+HALVES = ir.VectorType(I16, LANES)
+
+
+def scratch_bytes(width: int) -> int:
+    """What one thread needs for 32 unpacked rows."""
+    return width // 32 * 2 * TILE_BYTES
+
+
+def quant_matmul(e: Emitter, bits: int, groups: int, zero: int, width: int, height: int, together: int) -> None:
+    """y[t, r] = sum_i x[t, i] w[r, i] + bias[r] for tokens t in tiles of `height`, `together` (1 or 2) of them at a time."""
+    scratch = e.thread_scratch(1, 2, 3)
+    x, w, scales, zeros = e.pointer(4), e.pointer(5, I8), e.pointer(6), e.pointer(7, I8)
+    biases, y = e.pointer(8, F32), e.pointer(9)
+    rows, tokens, x_stride = e.argument(10), e.argument(11), e.argument(12)
+    row_bytes, x_bytes = width * bits // 8, e.b.mul(x_stride, e.int(2))
+    sums, inputs, weights = [0, 1, 2, 3][: 2 * together], [4, 5][:together], (6, 7)
+    _tiles(e, height)
+    block = together * height
+    corner = e.b.alloca(F32, size=e.int(block * ROWS))
+    corner.align = 64
+    with e.claimed(rows, ROWS) as (start, stop), e.loop(start, stop, ROWS) as outer:
+        first = e.smaller(outer.index, e.b.sub(rows, e.int(ROWS)))
+        for part in range(2):
+            row_ids = [e.b.add(first, e.int(part * TILE + r)) for r in range(TILE)]
+            w_rows = [e.at(w, I8, e.b.mul(row, e.int(row_bytes))) for row in row_ids]
+            places = [e.b.mul(row, e.int(groups)) for row in row_ids]
+            _unpack(e, e.at(scratch, I8, e.int(part * TILE_BYTES)), w_rows, scales, zeros if zero else None, places, bits,
+                    groups, width)  # fmt: skip
+        offsets = [e.read(F32S, biases, F32, e.b.add(first, e.int(part * TILE))) for part in range(2)]
+        factors = None
+        if bits == 8:
+            factors = [_floats(e, scales, e.b.add(first, e.int(part * TILE))) for part in range(2)]
+        with e.loop(e.int(0), tokens, block) as column:
+            token = e.smaller(column.index, e.b.sub(tokens, e.int(block)))
+            x_tiles = [e.at(x, I16, e.b.mul(e.b.add(token, e.int(n * height)), x_stride)) for n in range(together)]
+            for tile in sums:
+                e.tile_zero(tile)
+            with e.loop(e.int(0), e.int(width), 32) as inner:
+                place = e.at(scratch, I8, e.b.mul(inner.index, e.int(TILE_BYTES // TILE)))
+                for tile, start_x in zip(inputs, x_tiles, strict=True):
+                    e.tile_load(tile, e.at(start_x, I16, inner.index), x_bytes)
+                for part, tile in enumerate(weights):
+                    e.tile_load(tile, e.at(place, I8, e.int(part * TILE_BYTES)), e.int(64))
+                for n, tile in enumerate(sums):
+                    e.tile_product(tile, inputs[n // 2], weights[n % 2])
+            for n, tile in enumerate(sums):
+                e.tile_store(tile, e.at(corner, F32, e.int(n // 2 * height * ROWS + n % 2 * TILE)), e.int(4 * ROWS))
+            with e.loop(e.int(0), e.int(block), 1) as line:
+                out = e.b.add(e.b.mul(e.b.add(token, line.index), rows), first)
+                for part in range(2):
+                    at = e.b.add(e.b.mul(line.index, e.int(ROWS)), e.int(part * TILE))
+                    total = e.read(F32S, corner, F32, at)
+                    total = e.fma(total, factors[part], offsets[part]) if factors else e.b.fadd(total, offsets[part])
+                    short = e.b.trunc(e.b.lshr(e.rounded(total), e.ints(16)), HALVES)
+                    e.write(short, y, I16, e.b.add(out, e.int(part * TILE)))
+    e.tiles_done()
+
+
+def _tiles(e: Emitter, height: int) -> None:
+    """Sums and inputs have `height` rows, one for each token; weights 16, one for each pair of elements."""
+    heights = [height] * 6 + [TILE] * 2
+    layout = bytes([1] + [0] * 15) + (64).to_bytes(2, "little") * 8 + bytes(16) + bytes(heights) + bytes(8)
+    kind = ir.ArrayType(I8, len(layout))
+    place = e.b.alloca(kind)
+    e.b.store(ir.Constant(kind, bytearray(layout)), place, align=1)
+    e.call("llvm.x86.ldtilecfg", ir.VoidType(), e.bytes(place))
+
+
+def _unpack(
+    e: Emitter, out: Value, w_rows: list[Value], scales: Value, zeros: Value | None, places: list[Value], bits: int, groups: int,
+    width: int,
+) -> None:  # fmt: skip
+    """16 rows as bfloat16: out[i / 32][i % 32 / 2][row] holds elements i and i + 1; blocks of 32 elements are 2 tiles apart."""
+    step = step_of(bits)
+    per_lane, group = step // LANES, width // groups
+
+    def some(number: Value, size: int) -> None:
+        words = [e.b.bitcast(weight_bytes(e, row, e.b.mul(number, e.int(64)), size * bits // 8), I32S) for row in w_rows]
+        words = _transposed(e, words)
+        factor = offset = None
+        for j in range(size // per_lane):
+            if bits == 4 and j % (group // 8) == 0:
+                part = e.b.add(e.b.mul(number, e.int(step // group)), e.int(j * 8 // group))
+                factor, offset = _affine(e, scales, zeros, [e.b.add(place, part) for place in places])
+            for h in range(per_lane // 2):
+                digits = []
+                for odd in range(2):
+                    shift = (2 * h + odd) * bits
+                    digit = e.b.lshr(words[j], e.ints(shift)) if shift else words[j]
+                    digits.append(e.b.sitofp(e.b.and_(digit, e.ints(2**bits - 1)), F32S))
+                if bits == 8:  # whole numbers up to 128 fit bfloat16
+                    even, odd = (e.b.bitcast(e.b.fsub(digit, e.splat(128.0)), I32S) for digit in digits)
+                else:
+                    assert factor is not None and offset is not None
+                    even, odd = (e.b.bitcast(e.fma(digit, factor, offset), I32S) for digit in digits)
+                    even, odd = (e.b.add(bit, e.ints(0x8000)) for bit in (even, odd))
+                pair = e.b.or_(e.b.lshr(even, e.ints(16)), e.b.and_(odd, e.ints(-65536)))
+                index = j * per_lane // 2 + h  # of the pair within the step
+                at = index // 16 * 2 * TILE_BYTES + index % 16 * 64
+                e.write(pair, out, I8, e.b.add(e.b.mul(number, e.int(step // 32 * 2 * TILE_BYTES)), e.int(at)))
+
+    if width >= step:
+        with e.loop(e.int(0), e.int(width // step), 1) as number:
+            ahead = e.int(len(w_rows) * 2 * width * bits // 8)
+            for row in w_rows:
+                e.prefetch(e.at(row, I8, e.b.add(e.b.mul(number.index, e.int(64)), ahead)))
+            some(number.index, step)
+    if width % step:
+        some(e.int(width // step), width % step)
+
+
+def _affine(e: Emitter, scales: Value, zeros: Value | None, places: list[Value]) -> tuple[Value, Value]:
+    """scale and - scale * zero of one group of every row, in the lanes of the rows."""
+    factor = offset = ir.Constant(I32S, ir.Undefined)
+    for r, place in enumerate(places):
+        bits = e.b.zext(e.b.load(e.at(scales, I16, place), typ=I16), I32)
+        factor = e.b.insert_element(factor, bits, ir.Constant(I32, r))
+        if zeros is not None:
+            zero = e.b.zext(e.b.load(e.at(zeros, I8, place), typ=I8), I32)
+            offset = e.b.insert_element(offset, zero, ir.Constant(I32, r))
+    factor = e.b.bitcast(e.b.shl(factor, e.ints(16)), F32S)
+    middle = e.splat(8.0) if zeros is None else e.b.sitofp(offset, F32S)
+    return factor, e.b.fneg(e.b.fmul(factor, middle))
+
+
+def _floats(e: Emitter, source: Value, index: Value) -> Value:
+    """16 bfloat16 in their order."""
+    return e.b.bitcast(e.b.shl(e.b.zext(e.read(HALVES, source, I16, index), I32S), e.ints(16)), F32S)
+
+
+def _transposed(e: Emitter, rows: list[Value]) -> list[Value]:
+    """16 vectors of 16 lanes, lane i of vector j becoming lane j of vector i."""
+    for distance in (1, 2, 4, 8):
+        new = list(rows)
+        for i in range(LANES):
+            if i & distance:
+                continue
+            low = [lane if not lane & distance else LANES + lane - distance for lane in range(LANES)]
+            high = [lane + distance if not lane & distance else LANES + lane for lane in range(LANES)]
+            for at, order in ((i, low), (i + distance, high)):
+                new[at] = e.b.shuffle_vector(rows[i], rows[i + distance], ir.Constant(I32S, order))
+        rows = new
+    return rows
