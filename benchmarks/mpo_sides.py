@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ class Job:
     pairs: int
     pairs_a_step: int
     rounds: int
-    precision: str = "bf16"
+    precision: Literal["bf16", "fp32"] = "bf16"
     weights: tuple[float, float, float] = (0.8, 0.2, 1.0)
     """Of the sigmoid (DPO), BCO and generation terms."""
     copy: bool = False
@@ -192,8 +192,8 @@ def trl(job: Job) -> None:
     from datasets import Dataset, disable_progress_bars
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast, TrainerCallback
-    from trl import DPOConfig, DPOTrainer
-    from trl.trainer.dpo_trainer import DataCollatorForPreference
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 
     from ivl.model.vlm import normalise
 
@@ -248,19 +248,20 @@ def trl(job: Job) -> None:
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             turns.begin()
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-            if "loss" not in logs:
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if "loss" not in (logs or {}):
                 return
             losses.append(logs["loss"])
             chosen.append(logs["logps/chosen"])
             if state.global_step % steps_a_round == 0:
                 turns.end_round()
 
-    trainer = DPOTrainer(
+    trainer: Any = DPOTrainer(
         model=load(), ref_model=load() if job.copy else None, args=config, train_dataset=data, processing_class=tokenizer,
         data_collator=WithTiles(pad_token_id=PAD), callbacks=[Gate()],
     )  # fmt: skip
-    for pair, row in zip(pairs, trainer.train_dataset, strict=True):
+    encoded: Any = trainer.train_dataset
+    for pair, row in zip(pairs, encoded, strict=True):
         assert (pair.prompt, pair.chosen, pair.rejected) == (row["prompt_ids"], row["chosen_ids"], row["rejected_ids"])
     trainer.train()
     say(losses=losses, chosen=chosen)
