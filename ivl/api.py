@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -54,17 +55,19 @@ def load(
     from ivl.model.checkpoint import load_model, resolve
     from ivl.processing.processor import Processor
 
+    if max_tiles is not None and max_tiles < 1:
+        raise InputError(f"max_tiles must be at least 1, got {max_tiles}")
     directory = resolve(name)
-    processor = Processor.load(directory)
-    if max_tiles is not None:
-        if max_tiles < 1:
-            raise InputError(f"max_tiles must be at least 1, got {max_tiles}")
-        tiling = processor.tiling
-        processor.tiling = replace(tiling, max_tiles=max_tiles, min_tiles=min(tiling.min_tiles, max_tiles))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    model = load_model(directory, dtype=None if wanted == "auto" else wanted, device=device)
+    with ThreadPoolExecutor(1) as pool:  # a large vocabulary takes about as long to read as a small model's weights
+        reading = pool.submit(Processor.load, directory)
+        model = load_model(directory, dtype=None if wanted == "auto" else wanted, device=device)
+        processor = reading.result()
+    if max_tiles is not None:
+        tiling = processor.tiling
+        processor.tiling = replace(tiling, max_tiles=max_tiles, min_tiles=min(tiling.min_tiles, max_tiles))
     if wanted == "auto":
         model = model.to(_usable(model.dtype, device))
     return Model(Engine(model, processor, **engine_options))
