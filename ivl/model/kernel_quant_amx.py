@@ -9,7 +9,7 @@ from __future__ import annotations
 from llvmlite import ir
 
 from ivl.model.kernel_emitter import F32, F32S, I8, I16, I32, I32S, LANES, TILE, Emitter, Value
-from ivl.model.kernel_quant import step_of, weight_bytes
+from ivl.model.kernel_quant import BYTES, HEAD, step_bytes, step_of, weight_bytes
 
 ROWS = 2 * TILE
 TILE_BYTES = 1024
@@ -29,7 +29,8 @@ def quant_matmul(e: Emitter, bits: int, groups: int, zero: int, width: int, heig
     rows, tokens, x_stride = e.argument(10), e.argument(11), e.argument(12)
     row_bytes, x_bytes = width * bits // 8, e.b.mul(x_stride, e.int(2))
     sums, inputs, weights = [0, 1, 2, 3][: 2 * together], [4, 5][:together], (6, 7)
-    _tiles(e, height)
+    # Sums and inputs have a row for each token, weights one for each pair of elements.
+    _tile_shapes(e, [(height, 64)] * 6 + [(TILE, 64)] * 2)
     block = together * height
     corner = e.b.alloca(F32, size=e.int(block * ROWS))
     corner.align = 64
@@ -71,10 +72,10 @@ def quant_matmul(e: Emitter, bits: int, groups: int, zero: int, width: int, heig
     e.tiles_done()
 
 
-def _tiles(e: Emitter, height: int) -> None:
-    """Sums and inputs have `height` rows, one for each token; weights 16, one for each pair of elements."""
-    heights = [height] * 6 + [TILE] * 2
-    layout = bytes([1] + [0] * 15) + (64).to_bytes(2, "little") * 8 + bytes(16) + bytes(heights) + bytes(8)
+def _tile_shapes(e: Emitter, shapes: list[tuple[int, int]]) -> None:
+    """Describe the 8 tiles of this thread: rows and bytes per row of each."""
+    widths = b"".join(width.to_bytes(2, "little") for _, width in shapes)
+    layout = bytes([1] + [0] * 15) + widths + bytes(16) + bytes(height for height, _ in shapes) + bytes(8)
     kind = ir.ArrayType(I8, len(layout))
     place = e.b.alloca(kind)
     e.b.store(ir.Constant(kind, bytearray(layout)), place, align=1)
@@ -82,8 +83,8 @@ def _tiles(e: Emitter, height: int) -> None:
 
 
 def _unpack(
-    e: Emitter, out: Value, w_rows: list[Value], scales: Value, zeros: Value | None, places: list[Value], bits: int, groups: int,
-    width: int,
+    e: Emitter, out: Value, w_rows: list[Value], scales: Value, zeros: Value | None, places: list[Value], bits: int,
+    groups: int, width: int,
 ) -> None:  # fmt: skip
     """16 rows as bfloat16: out[i / 32][i % 32 / 2][row] holds elements i and i + 1; blocks of 32 elements are 2 tiles apart."""
     step = step_of(bits)
@@ -156,3 +157,120 @@ def _transposed(e: Emitter, rows: list[Value]) -> list[Value]:
                 new[at] = e.b.shuffle_vector(rows[i], rows[i + distance], ir.Constant(I32S, order))
         rows = new
     return rows
+
+
+def quant_few(e: Emitter, bits: int, groups: int, zero: int, width: int, num_tokens: int) -> None:
+    """y[t, r] of at most 16 tokens, with integer tiles: 16 weight rows times the bytes h and l of 16 tokens.
+
+    Tokens come as kernel_quant prepares them, transposed: x[word, token] in words of 4 bytes. Sums of a group are exact.
+    """
+    x, w, scales, zeros = e.pointer(1, I32), e.pointer(2, I8), e.pointer(3), e.pointer(4, I8)
+    biases, y, rows = e.pointer(5, F32), e.pointer(6), e.argument(7)
+    size = width * bits // 8
+    group = width // groups
+    step = 64 if bits == 8 else group // 2  # bytes of a weight row in a tile
+    token_scales = e.read(F32S, x, I32, e.int(32 * TILE))
+    sums = [(0, 1), (2, 3)]
+    _tile_shapes(e, [(TILE, 64)] * 4 + [(TILE, step)] * 2 + [(step // 4, 64)] * 2)
+    corners = e.b.alloca(I32, size=e.int(4 * TILE * TILE))
+    corners.align = 64
+    nibbles = e.b.alloca(I8, size=e.int(4 * TILE_BYTES))
+    nibbles.align = 64
+    sums_at = e.b.alloca(F32, size=e.int(ROWS * TILE))
+    sums_at.align = 64
+    body = HEAD // 4
+
+    def word(row: Value) -> Value:
+        """Where a word of every token is."""
+        return e.at(x, I32, e.b.mul(row, e.int(TILE)))
+
+    def products(left: list[Value], stride: int, right: list[Value]) -> None:
+        for tile, place in zip((6, 7), right, strict=True):
+            e.tile_load(tile, place, e.int(64))
+        for part, place in enumerate(left):
+            e.tile_load(4 + part, place, e.int(stride))
+            for total, tile in zip(sums[part], (6, 7), strict=True):
+                call = "llvm.x86.tdpbusd"
+                e.call(call, ir.VoidType(), *(ir.Constant(I8, number) for number in (total, 4 + part, tile)))
+
+    def totals(part: int, r: int, offsets: list[Value]) -> list[Value]:
+        """Sums of h and of l for a row, by token."""
+        both = []
+        for tile, offset in zip(sums[part], offsets, strict=True):
+            both.append(e.b.add(e.read(I32S, corners, I32, e.int((tile * TILE + r) * TILE)), offset))
+        return both
+
+    def store_tiles() -> None:
+        for tile in range(4):
+            e.tile_store(tile, e.at(corners, I32, e.int(tile * TILE * TILE)), e.int(64))
+
+    def added(first: int, count: int, base: Value) -> Value:
+        total = e.ints(0) if bits == 8 or not zero else e.splat(0.0)
+        for n in range(first, first + count):
+            term = e.read(total.type, word(e.b.add(base, e.int(n))), I32, e.int(0))
+            total = e.b.fadd(total, term) if total.type == F32S else e.b.add(total, term)
+        return total
+
+    with e.claimed(rows, ROWS) as (start, stop), e.loop(start, stop, ROWS) as outer:
+        first = e.smaller(outer.index, e.b.sub(rows, e.int(ROWS)))
+        row_ids = [e.b.add(first, e.int(r)) for r in range(ROWS)]
+        found: list[Value] = []
+        if bits == 8:
+            for tile in range(4):
+                e.tile_zero(tile)
+            with e.loop(e.int(0), e.int(width // 64), 1) as inner:
+                at = e.b.mul(inner.index, e.int(64))
+                left = [e.at(w, I8, e.b.add(e.b.mul(row_ids[part * TILE], e.int(size)), at)) for part in range(2)]
+                base = e.b.add(e.b.mul(inner.index, e.int(32)), e.int(body))
+                products(left, size, [word(base), word(e.b.add(base, e.int(TILE)))])
+            store_tiles()
+            offsets = [added(part * TILE, TILE, e.int(0)) for part in range(2)]
+            for part in range(2):
+                for r in range(TILE):
+                    high, low = (e.b.sitofp(total, F32S) for total in totals(part, r, offsets))
+                    total = e.b.fadd(e.b.fmul(high, e.splat(256.0)), low)
+                    scale = e.load_one(e.at(scales, I16, row_ids[part * TILE + r]))
+                    found.append(e.b.fmul(total, e.splat(scale)))
+        else:
+            for r in range(ROWS):
+                e.write(e.splat(0.0), sums_at, F32, e.int(r * TILE))
+            mask = ir.Constant(BYTES, [15] * 64)
+            w_rows = [e.at(w, I8, e.b.mul(row, e.int(size))) for row in row_ids]
+            scale_rows = [e.at(scales, I16, e.b.mul(row, e.int(groups))) for row in row_ids]
+            zero_rows = [e.at(zeros, I8, e.b.mul(row, e.int(groups))) for row in row_ids]
+            with e.loop(e.int(0), e.int(width // 128), 1) as inner:
+                for r, row in enumerate(w_rows):
+                    e.prefetch(e.at(row, I8, e.b.add(e.b.mul(inner.index, e.int(64)), e.int(ROWS * size))))
+                    both = e.read(BYTES, row, I8, e.b.mul(inner.index, e.int(64)))
+                    shifted = e.b.bitcast(e.b.lshr(e.b.bitcast(both, I32S), e.ints(4)), BYTES)
+                    e.write(e.b.and_(both, mask), nibbles, I8, e.int(r * 64))
+                    e.write(e.b.and_(shifted, mask), nibbles, I8, e.int(2 * TILE_BYTES + r * 64))
+                base = e.b.add(e.b.mul(inner.index, e.int(step_bytes(4) // 4)), e.int(body))
+                for g in range(128 // group):
+                    for tile in range(4):
+                        e.tile_zero(tile)
+                    within = g * step
+                    for odd in range(2):
+                        left = [e.at(nibbles, I8, e.int((odd * 2 + part) * TILE_BYTES + within)) for part in range(2)]
+                        right = [word(e.b.add(base, e.int((2 * low + odd) * TILE + within // 4))) for low in range(2)]
+                        products(left, 64, right)
+                    store_tiles()
+                    offset = added(4 * TILE + within // 4, step // 4, base)
+                    place = e.b.add(e.b.mul(inner.index, e.int(128 // group)), e.int(g))
+                    for r in range(ROWS):
+                        high, low = totals(r // TILE, r % TILE, [e.ints(0), e.ints(0) if zero else offset])
+                        term = e.b.sitofp(e.b.add(e.b.shl(high, e.ints(8)), low), F32S)
+                        if zero:
+                            middle = e.b.uitofp(e.b.load(e.at(zero_rows[r], I8, place), typ=I8), F32)
+                            term = e.fma(e.splat(middle), offset, term)
+                        total = e.read(F32S, sums_at, F32, e.int(r * TILE))
+                        scale = e.splat(e.load_one(e.at(scale_rows[r], I16, place)))
+                        e.write(e.fma(term, scale, total), sums_at, F32, e.int(r * TILE))
+            found = [e.read(F32S, sums_at, F32, e.int(r * TILE)) for r in range(ROWS)]
+        for part in range(2):
+            bias = e.read(F32S, biases, F32, e.b.add(first, e.int(part * TILE)))
+            outs = [e.b.fmul(total, token_scales) for total in found[part * TILE : (part + 1) * TILE]]
+            for t, total in enumerate(_transposed(e, outs)[:num_tokens]):
+                short = e.b.trunc(e.b.lshr(e.rounded(e.b.fadd(total, bias)), e.ints(16)), HALVES)
+                e.write(short, y, I16, e.b.add(e.b.mul(rows, e.int(t)), e.b.add(first, e.int(part * TILE))))
+    e.tiles_done()

@@ -181,13 +181,21 @@ def quant_matmul(
     """x @ weight^T + bias for several rows, on matrix tiles."""
     from ivl.model.kernel_quant_amx import scratch_bytes
 
+    assert has_tiles()  # asks the system for permission, too
     (tokens, width), (out, groups) = x_TI.shape, scale_OG.shape
+    bits = 8 * weight.shape[1] // width
     y_TO = x_TI.new_empty(tokens, out)
     bias = torch.zeros(out) if bias_O is None else bias_O.float()
+    if tokens <= 16 and width % (512 // bits) == 0:
+        prepared = quant_prepare(x_TI, bits, zero_OG is not None, room=16).view(torch.int32).t().contiguous()
+        zero = 0 if zero_OG is None else zero_OG.data_ptr()
+        pointers = (prepared.data_ptr(), weight.data_ptr(), scale_OG.data_ptr(), zero, bias.data_ptr(), y_TO.data_ptr())
+        _run("quant_few", (bits, groups, int(zero_OG is not None), width, tokens), out * width, *pointers, out)
+        return y_TO
     room = scratch_bytes(width)
     scratch = torch.empty(torch.get_num_threads() * room + 64, dtype=torch.uint8)
     aligned = -(-scratch.data_ptr() // 64) * 64
-    kind = (8 * weight.shape[1] // width, groups, int(zero_OG is not None), width, min(tokens, 16), 2 if tokens >= 32 else 1)
+    kind = (bits, groups, int(zero_OG is not None), width, min(tokens, 16), 2 if tokens >= 32 else 1)
     pointers = (x_TI.data_ptr(), weight.data_ptr(), scale_OG.data_ptr(), 0 if zero_OG is None else zero_OG.data_ptr())
     _run(
         "quant_matmul", kind, out * width, 0, aligned, room, *pointers, bias.data_ptr(), y_TO.data_ptr(),
@@ -196,12 +204,12 @@ def quant_matmul(
     return y_TO
 
 
-def quant_prepare(x_TI: torch.Tensor, bits: int, zero: bool) -> torch.Tensor:
-    """Rows as the products with quantised weights take them, uint8 [T, bytes]."""
+def quant_prepare(x_TI: torch.Tensor, bits: int, zero: bool, *, room: int = 0) -> torch.Tensor:
+    """Rows as the products with quantised weights take them, uint8 [T, bytes], or with unset rows up to `room`."""
     from ivl.model.kernel_quant import token_bytes
 
     rows, width = x_TI.shape
-    tokens = torch.empty(rows, token_bytes(bits, width), dtype=torch.uint8)
+    tokens = torch.empty(max(rows, room), token_bytes(bits, width), dtype=torch.uint8)
     pointers = (x_TI.data_ptr(), tokens.data_ptr())
     _run("quant_prepare", (bits, int(zero), width), x_TI.numel(), *pointers, rows, x_TI.stride(0))
     return tokens
