@@ -6,9 +6,9 @@ import asyncio
 import logging
 import socket
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import h11
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -51,11 +51,30 @@ def open_socket(config: ServeConfig, keys: Sequence[str]) -> socket.socket:
 
 
 def run(
-    service: Service, config: ServeConfig, listener: socket.socket, *, keys: Sequence[str] = (), load_seconds: float = 0
+    service: Service,
+    config: ServeConfig,
+    listener: socket.socket,
+    *,
+    keys: Sequence[str] = (),
+    load_seconds: float = 0,
+    page_of: Path | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT; then running replies have shutdown_timeout to end. A second SIGINT ends at once."""
+    """Serve until SIGTERM or SIGINT; then running replies have shutdown_timeout to end. A second SIGINT ends at once.
+
+    page_of: directory of the model, if there is to be a page at / (the `web` extra).
+
+    Raises:
+        InputError: if the page is wanted and gradio is not installed.
+    """
     log.info("loaded", extra={"fields": {"model": config.names[0], "seconds": round(load_seconds, 2), "keys": len(keys)}})
-    make_server(create_app(service, config, keys=keys), service, config).run(sockets=[listener])
+    app = create_app(service, config, keys=keys)
+    if page_of is not None:
+        try:
+            from ivl.serve.page import add_page
+        except ImportError as error:
+            raise InputError(f'the page needs gradio: pip install "ivl[web]" ({error})') from error
+        add_page(app, service, config, page_of)
+    make_server(app, service, config).run(sockets=[listener])
 
 
 def make_server(app: FastAPI, service: Service, config: ServeConfig) -> Server:
@@ -97,29 +116,31 @@ class _Connection(H11Protocol):
     """A connection that is dropped when its client takes too long: to send headers, to read, or to be there at all."""
 
     limits: ServeConfig
+    refused = False
     _headers_due: asyncio.TimerHandle | None = None
     _reading_due: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         if len(self.connections) > self.limits.max_connections:
+            self.refused = True
             transport.write(_too_many())
-            transport.close()
+            transport.write_eof()
+            self.loop.call_later(1.0, transport.abort)  # not at once: what was sent and not read would reset the connection
             return
         if (found := transport.get_extra_info("socket")) is not None:
             _notice_absence(found, self.limits.write_timeout)
         self._await_headers()
 
+    def data_received(self, data: bytes) -> None:
+        if not self.refused:
+            super().data_received(data)
+
     def handle_events(self) -> None:
         super().handle_events()
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop("_headers_due")
-        elif self.conn.their_state is h11.IDLE and self._headers_due is None:
-            self._await_headers()
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        if self.conn.trailing_data[0]:
+        elif self.conn.trailing_data[0] and self._headers_due is None:  # a further request has begun
             self._await_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
