@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+import ivl
+from tests.serve.servers import KEY, running
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -18,8 +23,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(place: Path, name: str, *arguments: str) -> str:
-    command = [sys.executable, str(EXAMPLES / name), *arguments]
-    done = subprocess.run(command, cwd=place, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    command = ["sh" if name.endswith(".sh") else sys.executable, str(EXAMPLES / name), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "IVL_API_KEY": KEY}
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -65,6 +71,32 @@ def test_preference_from_any_engine(place: Path) -> None:
     assert (place / "runs/preference-example/pairs/report.html").exists()
 
 
+@pytest.fixture(scope="module")
+def server(place: Path) -> Generator[str]:
+    """The address of a live server of a model that own_model_from_config.py builds; a picture lies in the place."""
+    run(place, "own_model_from_config.py", "served")
+    Image.new("RGB", (56, 28), "red").save(place / "red.png")
+    with running(ivl.load(place / "served").engine) as live:
+        yield live.url
+
+
+def test_openai_client(place: Path, server: str) -> None:
+    lines = run(place, "serve_openai_client.py", f"{server}/v1", "red.png").splitlines()
+    assert lines[0].split() == ["model:", "tiny"] and any(line.startswith("stream: ") for line in lines)
+    assert "prompt tokens)" in "".join(lines) and lines[-1].startswith("refused: 403 ") and "data: URLs" in lines[-1]
+
+
+def test_curl(place: Path, server: str) -> None:
+    out = run(place, "serve_curl.sh", "red.png", server)
+    assert out.startswith("model: tiny\n") and '"chat.completion"' in out and out.rstrip().endswith("data: [DONE]")
+
+
+def test_langchain(place: Path, server: str) -> None:
+    out = run(place, "serve_langchain.py", "red.png", f"{server}/v1")
+    replies = [line.partition(":")[2].strip() for line in out.splitlines() if line.startswith(("one:", "batch:"))]
+    assert len(replies) == 4 and replies[0] == replies[1] != ""
+
+
 def test_all_are_tested() -> None:
     tested = Path(__file__).read_text()
-    assert all(f'"{path.name}"' in tested for path in EXAMPLES.glob("*.py"))
+    assert all(f'"{path.name}"' in tested for path in EXAMPLES.iterdir() if path.suffix in (".py", ".sh"))
