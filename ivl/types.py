@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
     import torch
@@ -193,6 +193,25 @@ class Prompt:
     tile_ids_R: torch.Tensor
 
 
+GuideKind = Literal["json", "json_schema", "regex", "choice", "grammar"]
+
+
+@dataclass(frozen=True)
+class Guide:
+    """What a reply must look like, from its first character to its last."""
+
+    kind: GuideKind
+    """json: any JSON object. json_schema, regex, grammar (Lark), choice: as `value` says."""
+    value: str = ""
+    """The schema, the pattern, the grammar, or a JSON list of the choices."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(GuideKind):
+            raise ValueError(f"a guide is one of {', '.join(get_args(GuideKind))}, got {self.kind!r}")
+        if (self.kind == "json") == bool(self.value):
+            raise ValueError(f"a guide of kind {self.kind} {'takes no' if self.value else 'needs a'} value")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How tokens are chosen. The defaults are greedy decoding."""
@@ -205,12 +224,25 @@ class SamplingParams:
     """Keep the smallest set of tokens whose probability reaches this, in (0, 1]."""
     top_k: int = 0
     """Keep this many most likely tokens; 0 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens at least this times as likely as the most likely one, in [0, 1]; 0 keeps all."""
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative scores of tokens already seen; 1 is off."""
+    """Divides positive and multiplies negative scores of tokens of prompt and reply; 1 is off."""
+    presence_penalty: float = 0.0
+    """Taken off the scores of tokens that the reply has; 0 is off."""
+    frequency_penalty: float = 0.0
+    """Taken off the scores of tokens of the reply for every time they came; 0 is off."""
     stop: tuple[str, ...] = ()
     """Generation ends before any of these strings."""
     seed: int | None = None
     """Makes sampling repeatable, whatever else is in the batch."""
+    logprobs: int | None = None
+    """Report the log-probability of every token, and of so many of the most likely ones; None reports nothing. They are the
+    model's own, before penalties, temperature and guide."""
+    ignore_eos: bool = False
+    """Go on after end tokens, to max_new_tokens: for measurements."""
+    guide: Guide | None = None
+    """What the reply must look like."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -223,6 +255,22 @@ class SamplingParams:
             raise ValueError(f"top_k must be >= 0, got {self.top_k}")
         if self.repetition_penalty <= 0:
             raise ValueError(f"repetition_penalty must be > 0, got {self.repetition_penalty}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise ValueError(f"{name} must be in [-2, 2], got {getattr(self, name)}")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise ValueError(f"logprobs must be >= 0, got {self.logprobs}")
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Log-probability of a sampled token, and (token, log-probability) of the most likely ones, best first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -232,3 +280,4 @@ class TextDelta:
     text: str
     token: int | None = None
     finish_reason: FinishReason | None = None
+    logprob: TokenLogprob | None = None

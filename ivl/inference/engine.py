@@ -18,10 +18,11 @@ from typing import Protocol
 import torch
 
 from ivl.errors import InputError
+from ivl.inference.guide import Guides, Words
 from ivl.inference.prompt import NamedPrompt
 from ivl.inference.request import Reply, Request, Timings
 from ivl.inference.runner import Runner
-from ivl.inference.sampling import Sampler
+from ivl.inference.sampling import Chosen, Sampler
 from ivl.inference.scheduler import Scheduler
 from ivl.inference.text import Decoder, TextStream
 from ivl.inference.vision import VisionEncoder, tile_cost, tile_key
@@ -40,7 +41,7 @@ TILES_AHEAD = 64
 """`generate` prepares conversations until so many tiles wait, or as many requests as may run."""
 
 
-class Tokens(Protocol):
+class Tokens(Words, Protocol):
     def stream(self) -> Decoder: ...
 
 
@@ -115,6 +116,7 @@ class Engine:
         )
         self.runner = Runner(model, self.cache, self.vision)
         self.eos = frozenset(model.config.eos_token_ids)
+        self.guides = Guides(processor.tokenizer, vocab_size=decoder.vocab_size, eos=self.eos)
         self.num_steps = self.num_new_tokens = 0
 
     # Requests in and out
@@ -164,7 +166,7 @@ class Engine:
                 limit=limit,
                 blocks=count,
                 whole=whole,
-                sampler=Sampler(each, ids, decoder.vocab_size),
+                sampler=Sampler(each, ids, decoder.vocab_size, each.guide and self.guides.matcher(each.guide)),
                 text=TextStream(self.processor.tokenizer.stream(), each.stop),
                 prepare=time.perf_counter() - started,
             )
@@ -256,7 +258,7 @@ class Engine:
         if not plan.requests:
             return
         try:
-            tokens = self.runner.run(plan)
+            chosen = self.runner.run(plan)
         except BaseException:  # half-written sequences cannot go on, whatever stopped the run
             for request in plan.requests:
                 self.cancel(request)
@@ -265,25 +267,29 @@ class Engine:
         self.num_steps += 1
         now = time.perf_counter()
         sampling = [piece.request for piece in plan.pieces if piece.samples]
-        for request, token in zip(sampling, tokens, strict=True):
-            self._accept(request, token, now)
+        for request, each in zip(sampling, chosen, strict=True):
+            self._accept(request, each, now)
 
-    def _accept(self, request: Request, token: int, now: float) -> None:
-        """Record a sampled token, and finish the request at an end token, a stop string or its limit."""
+    def _accept(self, request: Request, chosen: Chosen, now: float) -> None:
+        """Record a sampled token, and finish the request at an end token, a stop string, the end of its guide or its limit."""
+        token = chosen.token
         self.num_new_tokens += 1
         request.tokens.append(token)
         request.first_token_at = request.first_token_at or now
         request.last_token_at = now
-        if token in self.eos:
+        if token in self.eos and not request.sampler.params.ignore_eos:
             request.finish_reason, text = "stop", request.text.flush()
         else:
             text = request.text.push(token)
             if request.text.stopped:
                 request.finish_reason = "stop"
+            elif chosen.complete:
+                request.finish_reason = "stop"
+                text += request.text.flush()
             elif len(request.tokens) == request.limit:
                 request.finish_reason = "length"
                 text += request.text.flush()
-        request.deltas.append(TextDelta(text, token, request.finish_reason))
+        request.deltas.append(TextDelta(text, token, request.finish_reason, chosen.logprob))
         if request.finish_reason is not None:
             self.scheduler.remove(request)
 

@@ -11,7 +11,7 @@ from ivl.inference.prompt import NamedPrompt
 from ivl.inference.sampling import Sampler
 from ivl.inference.text import TextStream
 from ivl.model.cache import Sequence
-from ivl.types import FinishReason, TextDelta
+from ivl.types import FinishReason, TextDelta, TokenLogprob
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,8 @@ class Reply:
     """Prompt tokens found in the cache."""
     tiles: int
     timings: Timings
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Of each token, if asked for."""
 
 
 @dataclass(eq=False)
@@ -107,6 +109,7 @@ class Request:
             num_cached=self.num_cached,
             tiles=self.num_tiles,
             timings=self.timings(),
+            logprobs=tuple(delta.logprob for delta in self.deltas if delta.logprob is not None),
         )
 
     def timings(self) -> Timings:

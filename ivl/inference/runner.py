@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from ivl.inference.sampling import choose
+from ivl.inference.sampling import Chosen, choose
 from ivl.inference.scheduler import Piece, Plan
 from ivl.inference.vision import VisionEncoder
 from ivl.model.cache import PagedCache
@@ -19,7 +19,7 @@ class Runner:
         self.cache = cache
         self.encoder = encoder
 
-    def run(self, plan: Plan) -> list[int]:
+    def run(self, plan: Plan) -> list[Chosen]:
         """Encode the planned tiles, compute the planned pieces in one forward call, and choose a token for each that
         samples, in order."""
         started = time.perf_counter()
@@ -40,7 +40,7 @@ class Runner:
         for request, key in plan.wanted:
             request.encoded[key] = encoded[key]
 
-    def _forward(self, pieces: list[Piece]) -> list[int]:
+    def _forward(self, pieces: list[Piece]) -> list[Chosen]:
         device = self.model.device
         step = self.cache.step([piece.request.sequence for piece in pieces], tuple(piece.count for piece in pieces))
         hidden_TD = self.model(_tokens(pieces).to(device), step.layout, _vision(pieces), step)

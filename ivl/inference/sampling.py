@@ -2,45 +2,87 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass
+
 import torch
 
 from ivl.errors import InputError
-from ivl.types import SamplingParams
+from ivl.inference.guide import Matcher
+from ivl.types import SamplingParams, TokenLogprob
 
 TOP_P_CANDIDATES = 1024
 """Top-p looks at this many best tokens first and sorts the whole vocabulary only if they do not suffice."""
 
 
-class Sampler:
-    """What one request needs to choose tokens. seen_V marks the tokens of prompt and reply for the repetition penalty."""
+@dataclass(frozen=True)
+class Chosen:
+    """A token; complete says that by its guide nothing may follow."""
 
-    def __init__(self, params: SamplingParams, prompt: list[int], vocab_size: int) -> None:
+    token: int
+    logprob: TokenLogprob | None = None
+    complete: bool = False
+
+
+class Sampler:
+    """What one request needs to choose tokens.
+
+    seen_V marks the tokens of prompt and reply, counts has those of the reply, both only where a penalty asks for them.
+    """
+
+    def __init__(self, params: SamplingParams, prompt: list[int], vocab_size: int, matcher: Matcher | None = None) -> None:
         self.params = params
-        self.greedy = params.temperature == 0 and params.repetition_penalty == 1
+        self.matcher = matcher
+        self.by_count = params.presence_penalty != 0 or params.frequency_penalty != 0
+        self.counts: Counter[int] = Counter()
+        self.greedy = params.temperature == 0 and params.repetition_penalty == 1 and not self.by_count and matcher is None
         self.generator = generator(params.seed) if params.temperature > 0 else None
         self.seen_V: torch.Tensor | None = None
         if params.repetition_penalty != 1:
             self.seen_V = torch.zeros(vocab_size, dtype=torch.bool)
             self.seen_V[prompt] = True
 
+    def choose(self, logits_V: torch.Tensor, best: int) -> Chosen:
+        """The next token; best is the one with the highest score."""
+        token = best if self.greedy else self.pick(logits_V)
+        logprob = None if self.params.logprobs is None else scores(logits_V, token, self.params.logprobs)
+        return Chosen(token, logprob, self.matcher is not None and self.matcher.advance(token))
+
     def pick(self, logits_V: torch.Tensor) -> int:
-        """Penalty, temperature, top-k, top-p, in this order; then one uniform number chooses."""
+        """Guide, penalties, temperature, top-k, top-p, min-p, in this order; then one uniform number chooses."""
         logits_V = logits_V.float().cpu()
+        if self.matcher is not None:
+            logits_V = logits_V.masked_fill(~self.matcher.allowed(), -torch.inf)
         if self.seen_V is not None:
             penalty = self.params.repetition_penalty
             penalised_V = torch.where(logits_V > 0, logits_V / penalty, logits_V * penalty)
             logits_V = torch.where(self.seen_V, penalised_V, logits_V)
+        if self.counts:
+            ids, counts = torch.tensor(list(self.counts)), torch.tensor(list(self.counts.values()), dtype=torch.float32)
+            penalties = self.params.presence_penalty + self.params.frequency_penalty * counts
+            logits_V = logits_V.index_add(0, ids, -penalties)
         token = int(logits_V.argmax()) if self.params.temperature == 0 else self._draw(logits_V / self.params.temperature)
         if self.seen_V is not None:
             self.seen_V[token] = True
+        if self.by_count:
+            self.counts[token] += 1
         return token
 
     def _draw(self, logits_V: torch.Tensor) -> int:
         uniform = torch.rand((), generator=self.generator, dtype=torch.float64)
-        kept, ids = candidates(logits_V, self.params.top_k, self.params.top_p)
+        kept, ids = candidates(logits_V, self.params.top_k, self.params.top_p, self.params.min_p)
         cumulative = kept.double().cumsum(0)
         at = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True).clamp(max=len(kept) - 1))
         return at if ids is None else int(ids[at])
+
+
+def scores(logits_V: torch.Tensor, token: int, num_top: int) -> TokenLogprob:
+    """Log-probabilities of a token and of the num_top most likely ones, by the model's own scores."""
+    logits_V = logits_V.float()
+    total = logits_V.logsumexp(0)
+    best, ids = logits_V.topk(min(num_top, len(logits_V)))
+    top = tuple(zip(ids.tolist(), (best - total).tolist(), strict=True))
+    return TokenLogprob(token, float(logits_V[token] - total), top)
 
 
 def generator(seed: int | None) -> torch.Generator:
@@ -53,14 +95,18 @@ def generator(seed: int | None) -> torch.Generator:
     return numbers
 
 
-def candidates(logits_V: torch.Tensor, top_k: int, top_p: float) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Probabilities that survive top-k and top-p, and their token ids; ids is None when all survive, in token order.
+def candidates(
+    logits_V: torch.Tensor, top_k: int, top_p: float, min_p: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Probabilities that survive top-k, top-p and min-p, and their token ids; ids is None when all are there, in token order.
 
-    Top-p keeps the smallest set of most likely tokens whose probability, after top-k, reaches it.
+    Top-p keeps the smallest set of most likely tokens whose probability, after top-k, reaches it; min-p those at least so
+    many times as likely as the most likely one.
     """
     size = len(logits_V)
     if (top_k == 0 or top_k >= size) and top_p == 1:
-        return logits_V.softmax(0), None
+        probabilities = logits_V.softmax(0)
+        return torch.where(probabilities < min_p * probabilities.max(), 0, probabilities) if min_p else probabilities, None
     if 0 < top_k < size:
         best, ids = logits_V.topk(top_k)
         probabilities = best.softmax(0)
@@ -71,11 +117,11 @@ def candidates(logits_V: torch.Tensor, top_k: int, top_p: float) -> tuple[torch.
             best, ids = logits_V.sort(descending=True)
             probabilities = best.softmax(0)
     before = probabilities.double().cumsum(0) - probabilities
-    count = max(1, int((before < top_p).sum()))
+    count = max(1, int(((before < top_p) & (probabilities >= min_p * probabilities[0])).sum()))
     return probabilities[:count], ids[:count]
 
 
-def choose(logits_SV: torch.Tensor, samplers: list[Sampler]) -> list[int]:
+def choose(logits_SV: torch.Tensor, samplers: list[Sampler]) -> list[Chosen]:
     """The next token of each sequence.
 
     Raises:
@@ -85,7 +131,4 @@ def choose(logits_SV: torch.Tensor, samplers: list[Sampler]) -> list[int]:
     if not best_S.isfinite().all():
         raise InputError(f"the model's scores are not finite in {logits_SV.dtype}: check the checkpoint, or use float32")
     tokens = tokens_S.tolist()
-    for row, sampler in enumerate(samplers):
-        if not sampler.greedy:
-            tokens[row] = sampler.pick(logits_SV[row])
-    return tokens
+    return [sampler.choose(logits_SV[row], tokens[row]) for row, sampler in enumerate(samplers)]

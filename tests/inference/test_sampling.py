@@ -59,7 +59,7 @@ def test_greedy_and_sampled_requests_share_a_batch() -> None:
     sampled = SamplingParams(temperature=1.0, seed=5)
     alone = Sampler(sampled, [], 50).pick(logits[1])
     greedy = [Sampler(SamplingParams(), [], 50) for _ in range(2)]
-    tokens = choose(logits, [greedy[0], Sampler(sampled, [], 50), greedy[1]])
+    tokens = [each.token for each in choose(logits, [greedy[0], Sampler(sampled, [], 50), greedy[1]])]
     assert tokens == [int(logits[0].argmax()), alone, int(logits[2].argmax())]
 
 

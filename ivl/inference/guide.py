@@ -1,0 +1,116 @@
+"""Constrained decoding: which tokens may come next so that the reply is JSON, one of some choices, ... (llguidance)."""
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+
+from ivl.errors import InputError
+from ivl.types import Guide
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+MAX_WORDS = 400
+"""Characters of llguidance's own words that an error repeats: they quote the schema."""
+JSON_OPTIONS = {"whitespace_pattern": r"[ \n]{1,32}"}
+"""Blanks between the parts of JSON; without a limit a model may write nothing else."""
+
+
+class Words(Protocol):
+    """What guides need of a Tokenizer."""
+
+    def __len__(self) -> int: ...
+    def encode(self, text: str) -> list[int]: ...
+    def token_bytes(self, token_id: int) -> bytes: ...
+    def is_control(self, token_id: int) -> bool: ...
+
+
+class Guides:
+    """Matchers over one vocabulary, which is read when the first is asked for. Safe in any thread."""
+
+    def __init__(self, tokenizer: Words, *, vocab_size: int, eos: frozenset[int]) -> None:
+        self.tokenizer, self.vocab_size, self.eos = tokenizer, vocab_size, eos
+        self._lock = threading.Lock()
+        self._vocabulary: LLTokenizer | None = None
+
+    def matcher(self, guide: Guide) -> Matcher:
+        """A fresh matcher.
+
+        Raises:
+            InputError: if the guide cannot be followed, or llguidance is not installed.
+        """
+        try:
+            import llguidance
+        except ImportError as error:
+            raise InputError('constrained replies need llguidance: pip install "ivl[guide]"') from error
+        try:
+            found = llguidance.LLMatcher(self._read(), _grammar(guide), log_level=0)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"the {guide.kind} cannot be read: {str(error)[:MAX_WORDS]}") from error
+        if found.is_error():
+            raise InputError(f"the {guide.kind} cannot be followed: {found.get_error()[:MAX_WORDS]}")
+        return Matcher(found, self.vocab_size)
+
+    def _read(self) -> LLTokenizer:
+        from llguidance import LLTokenizer, TokenizerWrapper
+
+        with self._lock:
+            if self._vocabulary is None:
+                wrapper = TokenizerWrapper(_Vocabulary(self.tokenizer, self.eos))
+                self._vocabulary = LLTokenizer(wrapper, n_vocab=self.vocab_size, eos_token=sorted(self.eos))
+            return self._vocabulary
+
+
+class Matcher:
+    """How far one reply has come."""
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
+        self.matcher, self.vocab_size = matcher, vocab_size
+
+    def allowed(self) -> torch.Tensor:
+        """Which tokens may come next, bool [V]; end tokens where the reply may end."""
+        bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
+        return torch.from_numpy(np.unpackbits(bits, bitorder="little")[: self.vocab_size].astype(bool))
+
+    def advance(self, token: int) -> bool:
+        """Take the chosen token; whether the reply is complete, so that nothing may follow."""
+        self.matcher.consume_token(token)
+        if self.matcher.is_error():
+            raise InputError(f"the guide is too complex to follow: {self.matcher.get_error()[:MAX_WORDS]}")
+        return self.matcher.is_stopped()
+
+
+class _Vocabulary:
+    """The tokenizer as llguidance asks for it."""
+
+    def __init__(self, tokenizer: Words, eos: frozenset[int]) -> None:
+        self.eos_token_id = min(eos)
+        self.bos_token_id = None
+        self.tokens = [tokenizer.token_bytes(i) for i in range(len(tokenizer))]
+        self.special_token_ids = [i for i in range(len(tokenizer)) if tokenizer.is_control(i)]
+        self._encode = tokenizer.encode
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return self._encode(text.decode(errors="replace") if isinstance(text, bytes) else text)
+
+
+def _grammar(guide: Guide) -> str:
+    from llguidance import LLMatcher
+
+    if guide.kind == "json":
+        return LLMatcher.grammar_from_json_schema({"type": "object"}, overrides=JSON_OPTIONS)  # type: ignore[arg-type]
+    if guide.kind == "json_schema":
+        return LLMatcher.grammar_from_json_schema(guide.value, overrides=JSON_OPTIONS)  # type: ignore[arg-type]
+    if guide.kind == "regex":
+        return LLMatcher.grammar_from_regex(guide.value)
+    if guide.kind == "grammar":
+        return LLMatcher.grammar_from_lark(guide.value)
+    choices = json.loads(guide.value)
+    if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and c for c in choices):
+        raise ValueError("choices are a JSON list of texts, none of them empty")
+    return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices))
