@@ -1,6 +1,6 @@
 """Random weights of the InternVL2.5-1B shape in the format of every peer: `python -m benchmarks.peers.files KIND`.
 
-qwen2 (transformers, bfloat16)   ivl (ours, with ivl-int8, ivl-int4 and ivl-w8a8 made of it)
+qwen2 (transformers, bfloat16)   ivl (ours, with ivl-int8, ivl-int4 and ivl-w8a8 made of it; ivl-nano, ivl-hf, ivl-hf-nano for throughput)
 ov-bf16, ov-int8, ov-int4 (OpenVINO IR by optimum-intel; int4 in groups of 128, symmetric)   ov-vision, ov-vision-w8a8
 gguf-bf16 (`ivl convert`), gguf-int8 (Q8_0), gguf-int4 (Q4_0)
 Speed does not depend on the values, so each side draws its own.
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.install import FILES, PYTHON
-from ivl.config import published_config
+from ivl.config import ModelConfig, published_config
 
 SIZE = "1B"
 
@@ -48,7 +48,11 @@ def qwen2(out: Path, _: str) -> None:
 
 def ours(out: Path, width: str) -> None:
     """With the real vocabulary where the `dashscope` wheel is installed, for the time to the first token."""
-    if width:
+    if width in ("hf", "hf-nano"):
+        source = FILES / ("ivl-nano" if width == "hf-nano" else "ivl")
+        subprocess.run([sys.executable, "-m", "ivl", "convert", source, out, "--to", "transformers"], check=True)
+        return
+    if width not in ("", "nano"):
         option = "--quantize-vision" if width == "w8a8" else "--quantize"
         subprocess.run([sys.executable, "-m", "ivl", "convert", FILES / "ivl", out, option, width], check=True)
         return
@@ -62,15 +66,23 @@ def ours(out: Path, width: str) -> None:
     from ivl.processing.tokenizer import Tokenizer
 
     torch.set_default_dtype(torch.bfloat16)
-    config = published_config(SIZE)
+    config = published_config(SIZE) if not width else nano_config()
     model = VLM(config).eval()
     model.init_weights()
     save_model(model, out)
+    if width:
+        return
     found = importlib.util.find_spec("dashscope")
     if found is not None and found.origin is not None:
         tokenizer = Tokenizer.load(Path(found.origin).parent / "resources")
         tokenizer.add_special()
         Processor(config, tokenizer).save(out)
+
+
+def nano_config() -> ModelConfig:
+    from ivl.recipes.nano import architecture
+
+    return architecture()
 
 
 def openvino(out: Path, kind: str) -> None:
@@ -116,8 +128,9 @@ def openvino_vision(out: Path, *, quantised: bool) -> None:
 
 
 def gguf(out: Path, width: str) -> None:
-    if width == "bf16":
-        subprocess.run([sys.executable, "-m", "ivl", "convert", FILES / "ivl", out, "--to", "gguf"], check=True)
+    if width in ("bf16", "nano"):
+        source = FILES / ("ivl" if width == "bf16" else "ivl-nano")
+        subprocess.run([sys.executable, "-m", "ivl", "convert", source, out, "--to", "gguf"], check=True)
         return
     out.mkdir(parents=True, exist_ok=True)
     import llama_cpp

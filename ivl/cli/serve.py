@@ -11,6 +11,7 @@ import tyro
 
 from ivl.api import Dtype, load
 from ivl.errors import InputError
+from ivl.model.checkpoint import resolve
 from ivl.serve.auth import load_keys
 from ivl.serve.config import ServeConfig
 from ivl.serve.run import open_socket, run, set_up_log
@@ -29,6 +30,7 @@ def main(
     /,
     *,
     config: Annotated[ServeConfig, tyro.conf.arg(name="")] = ServeConfig(),  # noqa: B008  (frozen)
+    web: bool = False,
     key_file: Path | None = None,
     dtype: Dtype = "auto",
     device: str = "auto",
@@ -41,6 +43,7 @@ def main(
 
     Args:
         model: A model directory or hub id.
+        web: Also a page at / to talk with the model in a browser.
         key_file: File of API keys, one a line. IVL_API_KEYS may hold more, with commas between them.
         dtype: Type of the weights; auto is the stored one where the processor computes in it well, else float32.
         device: cpu, cuda, or auto.
@@ -56,5 +59,7 @@ def main(
     started = time.perf_counter()
     options = {"max_context": max_context, "max_cache_tokens": max_cache_tokens, "max_batch_tokens": max_batch_tokens}
     given = {key: value for key, value in options.items() if value is not None}
-    loaded = load(model, dtype=dtype, device=device, max_tiles=max_tiles, max_sequences=config.max_running, **given)
-    run(Service(loaded.engine, config), config, listener, keys=keys, load_seconds=time.perf_counter() - started)
+    directory = resolve(model)
+    loaded = load(directory, dtype=dtype, device=device, max_tiles=max_tiles, max_sequences=config.max_running, **given)
+    service, seconds = Service(loaded.engine, config), time.perf_counter() - started
+    run(service, config, listener, keys=keys, load_seconds=seconds, page_of=directory if web else None)

@@ -23,7 +23,8 @@ BYTES = ir.VectorType(I8, 64)
 HEAD = 3 * 64
 ROW_BLOCK, COLUMN_BLOCK = 4, 2
 """Weight rows and tokens multiplied together."""
-PREFETCH = 8192
+
+PREFETCH = 4096
 """Bytes ahead."""
 TOP = 32512
 """Largest 16-bit input: h is then 127 at most."""
@@ -200,7 +201,7 @@ def _sums8(e: Emitter, w_rows: list[Value], tokens: list[Value], width: int, *, 
             at = e.b.mul(inner.index, e.int(64))
             if fetch:
                 for row in w_rows:
-                    e.prefetch(e.at(row, I8, e.b.add(at, e.int(min(PREFETCH, ROW_BLOCK * width)))))
+                    e.prefetch(e.at(row, I8, e.b.add(at, e.int(PREFETCH))))
             inner.carry(step(at, e.b.add(e.b.mul(inner.index, e.int(128)), e.int(HEAD)), 64, inner.values))
         sums = inner.values
     if width % 64:
@@ -252,7 +253,7 @@ def _sums4(
     if width >= 128:
         with e.loop(e.int(0), e.int(width // 128), 1, *sums) as inner:
             if fetch:
-                ahead = e.int(min(PREFETCH, ROW_BLOCK * width // 2))
+                ahead = e.int(PREFETCH)
                 for row in w_rows:
                     e.prefetch(e.at(row, I8, e.b.add(e.b.mul(inner.index, e.int(64)), ahead)))
             inner.carry(step(inner.index, 128, inner.values))

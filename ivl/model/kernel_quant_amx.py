@@ -13,6 +13,8 @@ from ivl.model.kernel_quant import BYTES, HEAD, step_bytes, step_of, weight_byte
 
 ROWS = 2 * TILE
 TILE_BYTES = 1024
+AHEAD = 4096
+"""Bytes ahead that are fetched."""
 HALVES = ir.VectorType(I16, LANES)
 
 
@@ -222,6 +224,8 @@ def quant_few(e: Emitter, bits: int, groups: int, zero: int, width: int, num_tok
                 at = e.b.mul(inner.index, e.int(64))
                 left = [e.at(w, I8, e.b.add(e.b.mul(row_ids[part * TILE], e.int(size)), at)) for part in range(2)]
                 base = e.b.add(e.b.mul(inner.index, e.int(32)), e.int(body))
+                for row in row_ids:
+                    e.prefetch(e.at(w, I8, e.b.add(e.b.mul(row, e.int(size)), e.b.add(at, e.int(AHEAD)))))
                 products(left, size, [word(base), word(e.b.add(base, e.int(TILE)))])
             store_tiles()
             offsets = [added(part * TILE, TILE, e.int(0)) for part in range(2)]
@@ -240,7 +244,7 @@ def quant_few(e: Emitter, bits: int, groups: int, zero: int, width: int, num_tok
             zero_rows = [e.at(zeros, I8, e.b.mul(row, e.int(groups))) for row in row_ids]
             with e.loop(e.int(0), e.int(width // 128), 1) as inner:
                 for r, row in enumerate(w_rows):
-                    e.prefetch(e.at(row, I8, e.b.add(e.b.mul(inner.index, e.int(64)), e.int(ROWS * size))))
+                    e.prefetch(e.at(row, I8, e.b.add(e.b.mul(inner.index, e.int(64)), e.int(AHEAD))))
                     both = e.read(BYTES, row, I8, e.b.mul(inner.index, e.int(64)))
                     shifted = e.b.bitcast(e.b.lshr(e.b.bitcast(both, I32S), e.ints(4)), BYTES)
                     e.write(e.b.and_(both, mask), nibbles, I8, e.int(r * 64))

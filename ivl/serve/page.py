@@ -20,6 +20,7 @@ from ivl.processing.chat import user
 from ivl.processing.image import load_image
 from ivl.processing.processor import Processor
 from ivl.serve.config import ServeConfig
+from ivl.serve.examples import read_examples
 from ivl.serve.inspect import check_image, check_video
 from ivl.serve.limits import MediaConfig
 from ivl.serve.service import Service, Stream
@@ -216,12 +217,19 @@ def tally(stream: Stream) -> str:
     return " · ".join(parts)
 
 
-def mount(app: FastAPI, page: gr.Blocks, config: ServeConfig, files: Path) -> None:
+def add_page(app: FastAPI, service: Service, config: ServeConfig, directory: Path) -> None:
     """Puts the page at /, behind the same guard as every route: with keys, browsers ask for one as password.
 
-    files: the model's directory, whose example pictures are shown."""
+    directory: the model's, whose examples are shown.
+
+    Raises:
+        InputError: if the examples cannot be read.
+    """
+    title = config.names[0] if config.names else directory.name
+    page = build_page(service, service.processor, title=title, media=config.media, examples=read_examples(directory))
+    pictures = str((directory / "examples").resolve())
     theme = Default(font=SYSTEM_FONTS, font_mono=("ui-monospace", "monospace"))  # nothing is fetched elsewhere
     gr.mount_gradio_app(
-        app, page, path="/", max_file_size=config.media.max_video_bytes, allowed_paths=[str(files / "examples")],
+        app, page, path="/", max_file_size=config.media.max_video_bytes, allowed_paths=[pictures],
         show_error=False, ssr_mode=False, enable_monitoring=False, mcp_server=False, theme=theme, css=CSS, footer_links=[],
     )  # fmt: skip
