@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from ivl.errors import InputError
 from ivl.model.checkpoint.gguf import GgufVocabulary
-from ivl.processing.gguf import tokenizer_from_gguf
+from ivl.processing.gguf import gguf_vocabulary, tokenizer_from_gguf
 from ivl.processing.tokenizer import Tokenizer
 from ivl.processing.vocabulary import train_bpe
 
@@ -19,7 +20,7 @@ TEXTS = [
     "A red square stands beside a blue circle.", "12 of 345 are green; isn't that 6789?", "  two  spaces\n\n\tand tabs ",
     "naïve café, 北京 and 🙂", "<|im_end|> is only text here", "",
 ]  # fmt: skip
-NORMAL, UNKNOWN, CONTROL, UNUSED, BYTE = 1, 2, 3, 5, 6
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
 def described(kind: str, tokens: list[str], types: list[int], **more: object) -> GgufVocabulary:
@@ -84,6 +85,58 @@ def test_sentencepiece(tmp_path: Path) -> None:
         for text in TEXTS:
             assert words.encode(text) == original.encode(text) == oracle.encode(text)
             assert words.decode(words.encode(text)) == text
+
+
+@pytest.mark.parametrize("pre", ["qwen2", "llama-bpe", "gpt-2", "smollm"])
+def test_a_byte_level_tokenizer_is_described_and_comes_back(pre: str) -> None:
+    words = tokenizer_from_gguf(byte_level(pre)[1])
+    words.add_special()
+    found = gguf_vocabulary(words, eos=words.id("<|im_end|>"))
+    assert found.pre == pre
+    kinds = {token: kind for token, kind in zip(found.tokens, found.types, strict=True) if kind != NORMAL}
+    assert kinds["<|im_end|>"] == kinds["<IMG_CONTEXT>"] == CONTROL and kinds["<box>"] == USER_DEFINED
+    again = tokenizer_from_gguf(found)
+    for text in [*TEXTS, "<ref>it</ref><box>[[1, 2, 3, 4]]</box> <IMG_CONTEXT>"]:
+        assert again.encode(text) == words.encode(text)
+
+
+def test_a_sentencepiece_tokenizer_is_described_and_comes_back(tmp_path: Path) -> None:
+    import sentencepiece
+
+    for prefix in (True, False):
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(TEXTS * 20), model_writer=model, model_type="bpe", vocab_size=330, byte_fallback=True,
+            add_dummy_prefix=prefix, remove_extra_whitespaces=False, normalization_rule_name="identity", minloglevel=2,
+            hard_vocab_limit=False,
+        )  # fmt: skip
+        (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+        words = Tokenizer.load(tmp_path)
+        words.add_special(("<|im_start|>", "<|im_end|>"))
+        words.add_special()
+        found = gguf_vocabulary(words, eos=words.id("<|im_end|>"))
+        assert (found.kind, found.bos, found.add_bos, found.add_space_prefix) == ("llama", 1, True, prefix)
+        assert found.types[0] == UNKNOWN and found.types[3:259] == [BYTE] * 256
+        again = tokenizer_from_gguf(found)
+        assert again.bos == words.bos
+        for text in TEXTS:
+            assert again.encode(text) == words.encode(text)
+
+
+def test_what_gguf_cannot_say_is_refused() -> None:
+    def changed(path: str, value: object) -> Tokenizer:
+        data = json.loads(tokenizer_from_gguf(byte_level()[1]).backend.to_str())
+        part, _, key = path.rpartition(".")
+        (data[part] if part else data)[key] = value
+        return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(data)))
+
+    for tokenizer, message in (
+        (changed("normalizer", {"type": "Lowercase"}), "does not normalise"),
+        (changed("pre_tokenizer.pretokenizers", []), "no name"),
+        (changed("model.ignore_merges", True), "no name"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            gguf_vocabulary(tokenizer, eos=0)
 
 
 def test_a_saved_one_is_the_same(tmp_path: Path) -> None:
