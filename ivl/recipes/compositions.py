@@ -1,10 +1,10 @@
 """Questions that take several easy-vqa pictures at once, answered with short written reasoning: what nano-mpo learns from.
 
-<image> <image> <image> what color is not red?
+<image> <image> <image> what color is the shape, last to first?
 red
 blue
 teal
-Final answer: blue teal
+Final answer: teal blue red
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ MIN_PICTURES, MAX_PICTURES = 2, 4
 
 
 def compositions(split: Split, count: int, *, seed: int, prefix: str) -> list[dict[str, Any]]:
-    """Rows {id, image: [paths], question, answer, reasoning, mistake}: a mistake is a wrong answer that careless people give,
-    or the right one where the pictures leave no room for it. The pictures are those of the official split whose colour its
+    """Rows {id, image: [paths], question, answer, reasoning, mistake}: the mistake is the answer of who
+    reads the colours but not the question. The pictures are those of the official split whose colour its
     own questions tell."""
     described = {image: text.split()[0] for image, text in easy_vqa.captions(easy_vqa.rows(split)).items()}
     images, rng = sorted(described), random.Random(f"{seed} {split}")
@@ -30,10 +30,10 @@ def compositions(split: Split, count: int, *, seed: int, prefix: str) -> list[di
         palette = rng.sample(COLOURS, 3)  # few colours, or hardly any would come twice
         chosen = rng.sample([image for image in images if described[image] in palette], rng.randint(MIN_PICTURES, MAX_PICTURES))
         colours = [described[image] for image in chosen]
-        question, answer, mistake = rng.choice(KINDS)(colours, rng)
+        question, answer = rng.choice(KINDS)(colours)
         rows.append({
-            "id": f"{prefix}-{number}", "image": chosen, "question": question, "answer": answer,
-            "reasoning": "\n".join(colours), "mistake": mistake,
+            "id": f"{prefix}-{number}", "image": chosen, "question": question, "answer": " ".join(answer),
+            "reasoning": "\n".join(colours), "mistake": " ".join(colours),
         })  # fmt: skip
     return rows
 
@@ -57,23 +57,18 @@ def training_row(row: dict[str, Any]) -> dict[str, Any]:
     return {"id": row["id"], "image": row["image"], "conversations": turns}
 
 
-Posed = tuple[str, str, str]
-"""Question, answer, mistake."""
+def _reversed(colours: list[str]) -> tuple[str, list[str]]:
+    return "what color is the shape, last to first?", colours[::-1]
 
 
-def _reversed(colours: list[str], rng: random.Random) -> Posed:
-    return "what color is the shape, last to first?", " ".join(reversed(colours)), " ".join(colours)
+def _exchanged(colours: list[str]) -> tuple[str, list[str]]:
+    return "what color is the shape, first and last exchanged?", [colours[-1], *colours[1:-1], colours[0]]
 
 
-def _different(colours: list[str], rng: random.Random) -> Posed:
-    return "what color is there?", " ".join(dict.fromkeys(colours)), " ".join(colours)
+def _rotated(colours: list[str]) -> tuple[str, list[str]]:
+    return "what color is the shape, last one first?", [colours[-1], *colours[:-1]]
 
 
-def _without(colours: list[str], rng: random.Random) -> Posed:
-    unwanted = rng.choice(colours)
-    others = [colour for colour in colours if colour != unwanted]
-    return f"what color is not {unwanted}?", " ".join(others) or "no", " ".join(dict.fromkeys(colours))
-
-
-KINDS: tuple[Callable[[list[str], random.Random], Posed], ...] = (_reversed, _different, _without)
-"""Answers of several words, which nobody guesses: a right answer means that the pictures were seen."""
+KINDS: tuple[Callable[[list[str]], tuple[str, list[str]]], ...] = (_reversed, _exchanged, _rotated)
+"""Answers of several words, which nobody guesses: a right answer means that the pictures were seen. A right answer is never
+a part of a wrong one, or its pairs would be left out (spec 6.1)."""
