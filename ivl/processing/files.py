@@ -45,7 +45,7 @@ def write(directory: Path, config: ModelConfig, tokenizer: Tokenizer, tiling: Ti
         "image_std": list(PIXEL_STD),
     }
     tiles = {"crop_to_patches": tiling.dynamic, "min_patches": tiling.min_tiles, "max_patches": tiling.max_tiles}
-    write_json(directory / "preprocessor_config.json", {**pixels, "image_processor_type": "GotOcr2ImageProcessor", **tiles})
+    write_json(directory / "preprocessor_config.json", {**pixels, "image_processor_type": "GotOcr2ImageProcessorFast", **tiles})
     write_json(
         directory / "video_preprocessor_config.json",
         {**pixels, "video_processor_type": "InternVLVideoProcessor", "do_sample_frames": False},
