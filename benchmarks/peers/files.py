@@ -1,6 +1,7 @@
 """Random weights of the InternVL2.5-1B shape in the format of every peer: `python -m benchmarks.peers.files KIND`.
 
-qwen2 (transformers, bfloat16)   ivl (ours, with ivl-int8, ivl-int4 and ivl-w8a8 made of it; ivl-nano, ivl-hf, ivl-hf-nano for throughput)
+qwen2 (transformers, bfloat16)   ivl (ours, with ivl-int8, ivl-int4 and ivl-w8a8 made of it)
+ivl-nano, gguf-nano, ivl-hf, ivl-hf-nano (transformers' dialect) for throughput
 ov-bf16, ov-int8, ov-int4 (OpenVINO IR by optimum-intel; int4 in groups of 128, symmetric)   ov-vision, ov-vision-w8a8
 gguf-bf16 (`ivl convert`), gguf-int8 (Q8_0), gguf-int4 (Q4_0)
 Speed does not depend on the values, so each side draws its own.
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.install import FILES, PYTHON
+from benchmarks.peers.install import FILES, PYTHON, ROOT
 from ivl.config import ModelConfig, published_config
 
 SIZE = "1B"
@@ -63,7 +64,7 @@ def ours(out: Path, width: str) -> None:
     from ivl.model.checkpoint import save_model
     from ivl.model.vlm import VLM
     from ivl.processing.processor import Processor
-    from ivl.processing.tokenizer import Tokenizer
+    from ivl.processing.tokenizer import Tokenizer, train_tokenizer
 
     torch.set_default_dtype(torch.bfloat16)
     config = published_config(SIZE) if not width else nano_config()
@@ -71,6 +72,8 @@ def ours(out: Path, width: str) -> None:
     model.init_weights()
     save_model(model, out)
     if width:
+        tokenizer = train_tokenizer((ROOT / "README.md").read_text().splitlines(), config.decoder.vocab_size)
+        Processor(config, tokenizer).save(out)
         return
     found = importlib.util.find_spec("dashscope")
     if found is not None and found.origin is not None:

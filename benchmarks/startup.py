@@ -1,0 +1,45 @@
+"""From the command to the first token: `python -m benchmarks.startup [MODEL]`.
+
+`ivl chat MODEL -p hi --max-new-tokens 1` and `python -c "import torch"` take turns, files cached; the difference of the
+medians is what ivl, the weights and the prompt cost. Without MODEL it is the 1B with random weights and the real vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+
+from benchmarks.peers.install import FILES, ROOT
+
+TARGET = 1.5
+"""Seconds more than importing torch."""
+
+
+def seconds(command: list[str]) -> float:
+    started = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("model", nargs="?", default=str(FILES / "ivl"))
+    parser.add_argument("--repeats", type=int, default=7)
+    args = parser.parse_args()
+    if args.model == str(FILES / "ivl"):
+        FILES.mkdir(parents=True, exist_ok=True)
+        subprocess.run([sys.executable, "-m", "benchmarks.peers.files", "ivl"], check=True, cwd=ROOT)
+    chat = [sys.executable, "-m", "ivl", "chat", args.model, "-p", "hi", "--max-new-tokens", "1"]
+    torch = [sys.executable, "-c", "import torch"]
+    seconds(chat)  # files into the page cache
+    times = [(seconds(torch), seconds(chat)) for _ in range(args.repeats)]
+    imported, first = (statistics.median(column) for column in zip(*times, strict=True))
+    print(f"import torch {imported:.2f} s, first token {first:.2f} s: {first - imported:.2f} s more (target {TARGET} s)")
+    print("all: " + ", ".join(f"{chat - torch:.2f}" for torch, chat in times))
+
+
+if __name__ == "__main__":
+    main()
