@@ -14,7 +14,7 @@ from ivl.model.kernel_attention import attention
 from ivl.model.kernel_decode import decode_attention
 from ivl.model.kernel_emitter import F32, I16, I32, LANES, TILE, Emitter
 from ivl.model.kernel_quant import quant_linear, quant_prepare, quant_unpack
-from ivl.model.kernel_quant_amx import quant_few, quant_matmul
+from ivl.model.kernel_quant_amx import quant_few, quant_matmul, quant_round, quant_rounded
 from ivl.model.kernel_rows import bias_at, norm_row, swiglu_row
 
 ROW_BLOCK, COLUMN_BLOCK = 4, 4
@@ -148,6 +148,8 @@ KERNELS: dict[str, Callable[..., None]] = {
     "quant_linear": quant_linear,
     "quant_matmul": quant_matmul,
     "quant_prepare": quant_prepare,
+    "quant_round": quant_round,
+    "quant_rounded": quant_rounded,
     "quant_unpack": quant_unpack,
 }
 _compiling = threading.Lock()

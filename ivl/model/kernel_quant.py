@@ -130,7 +130,8 @@ def quant_unpack(e: Emitter, bits: int, groups: int, zero: int, width: int) -> N
                 e.store_small(out_row, at, (even, odd))
 
 
-def _prepare(e: Emitter, x: Value, token: Value, bits: int, zero: bool, width: int) -> None:
+def row_scale(e: Emitter, x: Value, width: int, top_value: int) -> tuple[Value, Value]:
+    """What a row is divided by so that its largest element becomes top_value, and one over it in every lane."""
     nothing = e.splat(0.0)
     with e.loop(e.int(0), e.int(width), 2 * LANES, nothing, nothing) as column:
         top, bad = column.values
@@ -140,10 +141,14 @@ def _prepare(e: Emitter, x: Value, token: Value, bits: int, zero: bool, width: i
         column.carry([top, bad])
     largest = e.greatest(column.values[0])
     # What is infinite or no number makes the scale no number, and so every outcome.
-    scale = e.b.fadd(e.b.fmul(largest, ir.Constant(F32, 1 / TOP)), e.total(column.values[1]))
+    scale = e.b.fadd(e.b.fmul(largest, ir.Constant(F32, 1 / top_value)), e.total(column.values[1]))
     positive = e.b.fcmp_ordered(">", largest, ir.Constant(F32, 0.0))
-    inverse = e.b.select(positive, e.b.fdiv(ir.Constant(F32, float(TOP)), largest), ir.Constant(F32, 0.0))
-    factor = e.splat(inverse)
+    inverse = e.b.select(positive, e.b.fdiv(ir.Constant(F32, float(top_value)), largest), ir.Constant(F32, 0.0))
+    return scale, e.splat(inverse)
+
+
+def _prepare(e: Emitter, x: Value, token: Value, bits: int, zero: bool, width: int) -> None:
+    scale, factor = row_scale(e, x, width, TOP)
     steps = -(-width // step_of(bits))
     if width % step_of(bits):  # what the last step lacks is zero
         last = e.int(HEAD + (steps - 1) * step_bytes(bits))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from llvmlite import ir
 
 from ivl.model.kernel_emitter import F32, F32S, I8, I16, I32, I32S, LANES, TILE, Emitter, Value
-from ivl.model.kernel_quant import BYTES, HEAD, step_bytes, step_of, weight_bytes
+from ivl.model.kernel_quant import BYTES, HEAD, row_scale, step_bytes, step_of, weight_bytes
 
 ROWS = 2 * TILE
 TILE_BYTES = 1024
@@ -69,6 +69,86 @@ def quant_matmul(e: Emitter, bits: int, groups: int, zero: int, width: int, heig
                     at = e.b.add(e.b.mul(line.index, e.int(ROWS)), e.int(part * TILE))
                     total = e.read(F32S, corner, F32, at)
                     total = e.fma(total, factors[part], offsets[part]) if factors else e.b.fadd(total, offsets[part])
+                    short = e.b.trunc(e.b.lshr(e.rounded(total), e.ints(16)), HALVES)
+                    e.write(short, y, I16, e.b.add(out, e.int(part * TILE)))
+    e.tiles_done()
+
+
+def quant_round(e: Emitter, width: int) -> None:
+    """Rows of bfloat16 to 8 bits: int8 [width], then scale (float32) and -128 times the sum (int32) in 64 bytes."""
+    x, out, rows, x_stride = e.pointer(1), e.pointer(2, I8), e.argument(3), e.argument(4)
+    with e.claimed(rows, 1) as (start, stop), e.loop(start, stop, 1) as row:
+        source, target = e.at(x, I16, e.b.mul(row.index, x_stride)), e.at(out, I8, e.b.mul(row.index, e.int(width + 64)))
+        scale, factor = row_scale(e, source, width, 127)
+        with e.loop(e.int(0), e.int(width), 2 * LANES, e.ints(0)) as column:
+            even, odd = (
+                e.b.fptosi(e.call("llvm.rint.v16f32", F32S, e.b.fmul(half, factor)), I32S)
+                for half in e.load(source, column.index)
+            )
+            both = e.b.or_(e.b.and_(even, e.ints(255)), e.b.shl(odd, e.ints(8)))
+            e.write(e.b.trunc(both, HALVES), target, I8, column.index)
+            column.carry([e.b.add(column.values[0], e.b.add(even, odd))])
+        total = e.call("llvm.vector.reduce.add.v16i32", I32, column.values[0])
+        end = e.at(target, I8, e.int(width))
+        e.b.store(scale, e.at(end, F32, e.int(0)))
+        e.b.store(e.b.mul(total, ir.Constant(I32, -128)), e.at(end, I32, e.int(1)))
+
+
+def quant_rounded(e: Emitter, width: int, height: int, together: int) -> None:
+    """y[t, r] = sum_i x[t, i] w[r, i] + bias[r] for tokens from quant_round and weights of 8 bits; sums are exact."""
+    scratch = e.thread_scratch(1, 2, 3)
+    x, w, scales, biases, y = e.pointer(4, I8), e.pointer(5, I8), e.pointer(6), e.pointer(7, F32), e.pointer(8)
+    rows, tokens = e.argument(9), e.argument(10)
+    size, steps, block = width + 64, -(-width // 64), together * height
+    sums, inputs, weights = [0, 1, 2, 3][: 2 * together], [4, 5][:together], (6, 7)
+    _tile_shapes(e, [(height, 64)] * 6 + [(TILE, 64)] * 2)
+    corner = e.b.alloca(I32, size=e.int(block * ROWS))
+    corner.align = 64
+    with e.claimed(rows, ROWS) as (start, stop), e.loop(start, stop, ROWS) as outer:
+        first = e.smaller(outer.index, e.b.sub(rows, e.int(ROWS)))
+        for part in range(2):
+            w_rows = [e.at(w, I8, e.b.mul(e.b.add(first, e.int(part * TILE + r)), e.int(width))) for r in range(TILE)]
+
+            def some(number: Value, count: int, w_rows: list[Value] = w_rows, part: int = part) -> None:
+                at = e.b.mul(number, e.int(64))
+                words = _transposed(e, [e.b.bitcast(weight_bytes(e, row, at, count), I32S) for row in w_rows])
+                for j, word in enumerate(words):
+                    place = e.b.add(e.b.mul(number, e.int(2 * TILE_BYTES)), e.int(part * TILE_BYTES + j * 64))
+                    e.write(word, scratch, I8, place)
+
+            if width >= 64:
+                with e.loop(e.int(0), e.int(width // 64), 1) as number:
+                    some(number.index, 64)
+            if width % 64:
+                some(e.int(width // 64), width % 64)
+        offsets = [e.read(F32S, biases, F32, e.b.add(first, e.int(part * TILE))) for part in range(2)]
+        factors = [_floats(e, scales, e.b.add(first, e.int(part * TILE))) for part in range(2)]
+        with e.loop(e.int(0), tokens, block) as column:
+            token = e.smaller(column.index, e.b.sub(tokens, e.int(block)))
+            x_tiles = [e.at(x, I8, e.b.mul(e.b.add(token, e.int(n * height)), e.int(size))) for n in range(together)]
+            for tile in sums:
+                e.tile_zero(tile)
+            with e.loop(e.int(0), e.int(steps), 1) as inner:
+                place = e.at(scratch, I8, e.b.mul(inner.index, e.int(2 * TILE_BYTES)))
+                for tile, start_x in zip(inputs, x_tiles, strict=True):
+                    e.tile_load(tile, e.at(start_x, I8, e.b.mul(inner.index, e.int(64))), e.int(size))
+                for part, tile in enumerate(weights):
+                    e.tile_load(tile, e.at(place, I8, e.int(part * TILE_BYTES)), e.int(64))
+                for n, tile in enumerate(sums):
+                    numbers = (tile, inputs[n // 2], weights[n % 2])
+                    e.call("llvm.x86.tdpbsud", ir.VoidType(), *(ir.Constant(I8, number) for number in numbers))
+            for n, tile in enumerate(sums):
+                e.tile_store(tile, e.at(corner, I32, e.int(n // 2 * height * ROWS + n % 2 * TILE)), e.int(4 * ROWS))
+            with e.loop(e.int(0), e.int(block), 1) as line:
+                number = e.b.add(token, line.index)
+                end = e.at(x, I8, e.b.add(e.b.mul(number, e.int(size)), e.int(width)))
+                scale = e.splat(e.b.load(e.at(end, F32, e.int(0)), typ=F32))
+                offset = e.int_splat(e.b.load(e.at(end, I32, e.int(1)), typ=I32))
+                out = e.b.add(e.b.mul(number, rows), first)
+                for part in range(2):
+                    at = e.b.add(e.b.mul(line.index, e.int(ROWS)), e.int(part * TILE))
+                    total = e.b.sitofp(e.b.add(e.read(I32S, corner, I32, at), offset), F32S)
+                    total = e.fma(e.b.fmul(total, scale), factors[part], offsets[part])
                     short = e.b.trunc(e.b.lshr(e.rounded(total), e.ints(16)), HALVES)
                     e.write(short, y, I16, e.b.add(out, e.int(part * TILE)))
     e.tiles_done()

@@ -204,6 +204,27 @@ def quant_matmul(
     return y_TO
 
 
+def quant_rounded(
+    x_TI: torch.Tensor, weight: torch.Tensor, scale_O1: torch.Tensor, bias_O: torch.Tensor | None
+) -> torch.Tensor:
+    """x @ weight^T + bias with x rounded to 8 bits by row, for weights of 8 bits, on matrix tiles."""
+    from ivl.model.kernel_quant_amx import scratch_bytes
+
+    assert has_tiles()  # asks the system for permission, too
+    (tokens, width), out = x_TI.shape, len(weight)
+    rounded = torch.empty(tokens, width + 64, dtype=torch.uint8)
+    _run("quant_round", (width,), x_TI.numel(), x_TI.data_ptr(), rounded.data_ptr(), tokens, x_TI.stride(0))
+    y_TO = x_TI.new_empty(tokens, out)
+    bias = torch.zeros(out) if bias_O is None else bias_O.float()
+    room = scratch_bytes(width + 32)
+    scratch = torch.empty(torch.get_num_threads() * room + 64, dtype=torch.uint8)
+    aligned = -(-scratch.data_ptr() // 64) * 64
+    pointers = (rounded.data_ptr(), weight.data_ptr(), scale_O1.data_ptr(), bias.data_ptr(), y_TO.data_ptr())
+    kind = (width, min(tokens, 16), 2 if tokens >= 32 else 1)
+    _run("quant_rounded", kind, out * width, 0, aligned, room, *pointers, out, tokens)
+    return y_TO
+
+
 def quant_prepare(x_TI: torch.Tensor, bits: int, zero: bool, *, room: int = 0) -> torch.Tensor:
     """Rows as the products with quantised weights take them, uint8 [T, bytes], or with unset rows up to `room`."""
     from ivl.model.kernel_quant import token_bytes

@@ -93,7 +93,10 @@ class QuantLinear(nn.Module):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         x_TI = input.reshape(-1, self.in_features)
         if self.scheme.activations:
-            y_TO = self._round_inputs(x_TI)
+            if kernels.quant_usable(x_TI, self.scale, self.in_features) and kernels.has_tiles():
+                y_TO = kernels.quant_rounded(x_TI, self.weight, self.scale, self.bias)
+            else:
+                y_TO = self._round_inputs(x_TI)
         elif not self.has_kernel(x_TI):
             y_TO = self._by_panels(x_TI)
         elif len(x_TI) > 1 and kernels.has_tiles():
