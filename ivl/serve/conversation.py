@@ -14,7 +14,7 @@ from ivl.serve.config import ServeConfig
 from ivl.serve.media import MediaGateway
 from ivl.serve.problems import Problem
 from ivl.serve.protocol import AnyPart, ChatMessage, ChatRequest, CompletionRequest, ImagePart, Sampling, TextPart, VideoPart
-from ivl.types import Conversation, ImageRef, Message, Part, Prompt, SamplingParams, Text, VideoRef
+from ivl.types import Conversation, Guide, ImageRef, Message, Part, Prompt, SamplingParams, Text, VideoRef
 
 
 async def conversation(messages: Sequence[ChatMessage], config: ServeConfig, gateway: MediaGateway) -> Conversation:
@@ -141,7 +141,6 @@ def params(body: Sampling, config: ServeConfig) -> list[SamplingParams]:
         "ignore_eos": body.ignore_eos,
         "guide": guide(body, config) if isinstance(body, ChatRequest) else None,
     }
-    options = {k: v for k, v in options.items() if k in SamplingParams.__dataclass_fields__}
     try:
         return [SamplingParams(**options, seed=_seed(body.seed, number)) for number in range(body.n)]
     except ValueError as error:
@@ -152,13 +151,11 @@ def _seed(seed: int | None, number: int) -> int | None:
     return None if seed is None else (seed + number) % (1 << 63)
 
 
-def guide(body: ChatRequest, config: ServeConfig) -> Any:
+def guide(body: ChatRequest, config: ServeConfig) -> Guide | None:
     """What the reply must look like, None if anything goes."""
     form = body.response_format
     if form is None or form.type == "text":
         return None
-    from ivl.types import Guide
-
     if form.json_schema is None:
         return Guide("json")
     schema = json.dumps(form.json_schema.schema_, ensure_ascii=False)

@@ -157,14 +157,13 @@ def now() -> int:
 
 def scores(deltas: Sequence[TextDelta], tokenizer: Tokenizer) -> Scores | None:
     """Log probabilities of the tokens of a piece of reply; control tokens say nothing and are left out."""
-    found = [each for delta in deltas if (each := getattr(delta, "logprob", None)) is not None]
     content = [
         TokenScore(
             **_named(tokenizer, each.token, each.logprob),
             top_logprobs=[Alternative(**_named(tokenizer, token, value)) for token, value in each.top],
         )
-        for each in found
-        if not tokenizer.is_control(each.token)
+        for delta in deltas
+        if (each := delta.logprob) is not None and not tokenizer.is_control(each.token)
     ]
     return Scores(content=content) if content else None
 

@@ -231,7 +231,7 @@ class Service:
         finally:
             self._coming -= len(params)
         self.check_size(requests[0])
-        if not self.ready:
+        if self._stopped.done():
             raise stopping()
         ready = ready or asyncio.Event()
         streams = [Stream(self, request, ready) for request in requests]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator
-from dataclasses import fields
 from typing import Any
 
 import openai
@@ -14,9 +13,6 @@ from ivl.inference.engine import Engine
 from ivl.types import ImageRef, SamplingParams
 from tests.inference.fakes import ask, picture
 from tests.serve.servers import KEY, Running, data_url, engine, running, says
-
-HAS_GUIDES = "guide" in {field.name for field in fields(SamplingParams)}
-HAS_LOGPROBS = "logprobs" in {field.name for field in fields(SamplingParams)}
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +103,6 @@ def test_models(client: openai.OpenAI) -> None:
         client.models.retrieve("other")
 
 
-@pytest.mark.skipif(not HAS_LOGPROBS, reason="no log probabilities in this engine")
 def test_logprobs(client: openai.OpenAI) -> None:
     body = says("what?", logprobs=True, top_logprobs=3)
     reply = chat(client, **body).choices[0]
@@ -123,7 +118,6 @@ def test_logprobs(client: openai.OpenAI) -> None:
     assert len(old.tokens) == len(old.token_logprobs) == 4 and all(len(top) <= 2 for top in old.top_logprobs)
 
 
-@pytest.mark.skipif(not HAS_GUIDES, reason="no guided decoding in this engine")
 def test_json(client: openai.OpenAI) -> None:
     schema = {"type": "object", "properties": {"red": {"type": "boolean"}}, "required": ["red"], "additionalProperties": False}
     form = {"type": "json_schema", "json_schema": {"name": "colour", "schema": schema, "strict": True}}
