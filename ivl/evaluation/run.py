@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ivl.errors import InputError
-from ivl.evaluation.task import Example, Task
+from ivl.evaluation.curve import curve
+from ivl.evaluation.task import Example, Method, Task
 from ivl.generators import Generator, answers_of
+from ivl.inference.scaling import Candidate, Rater, choose, rate, sample
 from ivl.journal import write_whole
+from ivl.processing.prompts import reasoned
 from ivl.scoring import wilson
+from ivl.types import Conversation, SamplingParams
 
 PACKAGES = ("ivl", "torch", "tokenizers", "pillow", "easy-vqa")
 """Versions noted in a report."""
@@ -33,7 +38,10 @@ class Prediction:
     group: str
     answers: tuple[str, ...]
     prediction: str
+    """The reply that counts."""
     score: float
+    samples: tuple[Candidate, ...] = ()
+    """All replies, where there is more than the text of one to tell."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +54,9 @@ class Progress:
     """The metric so far."""
 
 
+ONE_REPLY = Method()
+
+
 def evaluate(
     task: Task,
     generator: Generator,
@@ -55,25 +66,36 @@ def evaluate(
     fingerprint: str = "",
     limit: int | None = None,
     batch_size: int = 512,
+    params: SamplingParams | None = None,
+    method: Method = ONE_REPLY,
+    judge: Rater | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Answer a task's first `limit` examples and return the report.
 
     predictions: jsonl file, continued if it exists; model and fingerprint say whose predictions they are.
     batch_size: most examples asked, and saved, at a time.
+    params: in place of the task's; what is sampled follows from their seed (0 if none) and the example's id.
+    method: how often a question is asked and which reply counts. judge: who rates replies, if the method has one.
 
     Raises:
         InputError: if the file holds predictions of something else, or an example cannot be answered.
     """
+    if (method.select == "judge" and method.samples > 1) != (judge is not None):
+        raise InputError(f"a judge is needed to select by judge, and then only; got select {method.select!r}, judge {judge}")
     examples = list(islice(task.examples(), limit))
     if not examples:
         raise InputError(f"task {task.name} has no examples")
-    params = {**asdict(task.params), "stop": list(task.params.stop)}
-    store = Predictions(predictions, {"task": task.name, "model": model, "fingerprint": fingerprint, "params": params})
+    asking = _Asking(task, generator, params or task.params, method, judge)
+    settings = {**asdict(asking.params), "stop": list(asking.params.stop)}
+    about = {"task": task.name, "model": model, "fingerprint": fingerprint, "params": settings}
+    if method != ONE_REPLY:
+        about["method"] = asdict(method)
+    store = Predictions(predictions, about)
     wanted = {example.id: example for example in examples}
     if len(wanted) != len(examples):
         raise InputError(f"task {task.name} gives {len(examples)} examples but only {len(wanted)} different ids")
-    done = {p.id: _rescored(task, wanted[p.id], p) for p in store.read() if p.id in wanted}
+    done = {p.id: asking.rescored(wanted[p.id], p) for p in store.read() if p.id in wanted}
     resumed, total = len(done), sum(p.score for p in done.values())
     todo = iter([example for example in examples if example.id not in done])
     size = min(FIRST_BATCH, batch_size)
@@ -81,10 +103,9 @@ def evaluate(
         while batch := list(islice(todo, size)):
             started = time.monotonic()
             try:
-                texts = answers_of(generator, [example.conversation for example in batch], task.params)
+                new = asking.answered(batch)
             except InputError as error:
                 raise InputError(f"task {task.name}, examples {batch[0].id} to {batch[-1].id}: {error}") from error
-            new = [_prediction(task, example, text) for example, text in zip(batch, texts, strict=True)]
             store.append(new)
             done.update((p.id, p) for p in new)
             total += sum(p.score for p in new)
@@ -102,20 +123,78 @@ def evaluate(
         "metric": task.metric,
         **summary([p.score for p in done.values()]),
         "by_type": {group: summary(scores) for group, scores in sorted(by_type.items())},
+        **({} if method == ONE_REPLY else {"method": asdict(method), "samples": asking.about([*done.values()])}),
         "model": model,
-        "params": params,
+        "params": settings,
         "versions": versions(),
     }
 
 
-def _prediction(task: Task, example: Example, text: str) -> Prediction:
-    score = task.score(text, example.answers)
-    return Prediction(id=example.id, group=example.group, answers=example.answers, prediction=text, score=score)
+@dataclass(frozen=True)
+class _Asking:
+    """From examples to predictions."""
 
+    task: Task
+    generator: Generator
+    params: SamplingParams
+    method: Method
+    judge: Rater | None
 
-def _rescored(task: Task, example: Example, saved: Prediction) -> Prediction:
-    """A saved prediction under the scoring rule of today."""
-    return _prediction(task, example, saved.prediction)
+    def answered(self, examples: list[Example]) -> list[Prediction]:
+        asked = [self.conversation(example) for example in examples]
+        if self.method == ONE_REPLY:
+            texts = answers_of(self.generator, asked, [self.seeded(example) for example in examples])
+            return [self.prediction(example, text) for example, text in zip(examples, texts, strict=True)]
+        found = sample(
+            self.generator,
+            asked,
+            [self.seeded(example) for example in examples],
+            self.method.samples,
+            style=self.method.style,
+            likelihood=self.method.select == "likelihood" or self.method.likelihood,
+        )
+        if self.judge is not None:
+            found = rate(self.judge, asked, found)
+        return [self.selected(example, tuple(some)) for example, some in zip(examples, found, strict=True)]
+
+    def conversation(self, example: Example) -> Conversation:
+        return reasoned(example.conversation, self.method.style) if self.method.instruct else example.conversation
+
+    def seeded(self, example: Example) -> SamplingParams:
+        """Other random numbers for every example, and the same on every run."""
+        if self.params.temperature == 0:
+            return self.params
+        digest = hashlib.sha256(f"{self.params.seed or 0} {example.id}".encode()).digest()
+        return replace(self.params, seed=int.from_bytes(digest[:4], "little") >> 2)
+
+    def prediction(self, example: Example, text: str, samples: tuple[Candidate, ...] = ()) -> Prediction:
+        score = self.task.score(text, example.answers)
+        return Prediction(
+            id=example.id, group=example.group, answers=example.answers, prediction=text, score=score, samples=samples
+        )
+
+    def selected(self, example: Example, samples: tuple[Candidate, ...]) -> Prediction:
+        chosen = samples[choose(samples, self.method.select)]
+        return replace(self.prediction(example, chosen.text, samples), score=self.worth(chosen, example.answers))
+
+    def worth(self, candidate: Candidate, answers: tuple[str, ...]) -> float:
+        return 0.0 if candidate.answer is None else self.task.score(candidate.answer, answers)
+
+    def rescored(self, example: Example, saved: Prediction) -> Prediction:
+        """A saved prediction under the rules of today."""
+        return self.selected(example, saved.samples) if saved.samples else self.prediction(example, saved.prediction)
+
+    def about(self, predictions: list[Prediction]) -> dict[str, Any]:
+        """The metric for fewer replies, and how many replies had nothing to give."""
+        samples = [p.samples for p in predictions]
+        every = [candidate for some in samples for candidate in some]
+        scores = [[self.worth(c, p.answers) for c in p.samples] for p in predictions]
+        return {
+            "replies": len(every),
+            "without_answer": sum(c.answer is None for c in every),
+            "without_rating": sum(c.rating is None for c in every) if self.judge is not None else None,
+            "curve": [asdict(point) for point in curve(samples, scores, self.method.select)],
+        }
 
 
 def summary(scores: list[float]) -> dict[str, Any]:
@@ -173,15 +252,16 @@ class Predictions:
     def _prediction(self, line: bytes, number: int) -> Prediction:
         row = self._parse(line, number)
         try:
-            return Prediction(**{**row, "answers": tuple(row["answers"])})
+            samples = tuple(Candidate(**each) for each in row.get("samples", ()))
+            return Prediction(**{**row, "answers": tuple(row["answers"]), "samples": samples})
         except (KeyError, TypeError) as error:
             raise InputError(f"{self.path}:{number}: not a prediction ({error}); delete the file to start again") from error
 
     def _check(self, found: dict[str, Any]) -> None:
-        for key, value in self.about.items():
-            if found.get(key) != value:
+        for key in {**self.about, **found}:
+            if found.get(key) != self.about.get(key):
                 raise InputError(
-                    f"{self.path}: holds predictions with {key} {found.get(key)!r}, this run has {value!r}; "
+                    f"{self.path}: holds predictions with {key} {found.get(key)!r}, this run has {self.about.get(key)!r}; "
                     "delete the file or name another with --predictions"
                 )
 
@@ -196,7 +276,8 @@ class Predictions:
         self.file.close()
 
     def append(self, predictions: Iterable[Prediction]) -> None:
-        self._write(asdict(prediction) for prediction in predictions)
+        rows = map(asdict, predictions)
+        self._write({key: value for key, value in row.items() if key != "samples" or value} for row in rows)
 
     def _write(self, rows: Iterable[dict[str, Any]]) -> None:
         self.file.write(b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ivl.errors import InputError, nearest
-from ivl.preference.prompts import Domain, Language, Style, ask
+from ivl.processing.prompts import Domain, Language, Style, ask
 from ivl.processing.chat import user
 from ivl.scoring import Mode, mode_for
 from ivl.types import Conversation, ImageRef, Message, Text

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Literal
 
-Style = Literal["direct", "final_answer", "boxed", "think"]
+from ivl.scoring import Style
+from ivl.types import Conversation, Text
+
 Language = Literal["en", "zh"]
 Domain = Literal["science", "visual", "grounded"]
 
@@ -32,6 +35,8 @@ REASON: dict[tuple[Style, Language], str] = {
     ("think", "zh"): "请先在 <think> 与 </think> 之间思考，再在 <answer> 与 </answer> 之间只写答案。",
 }
 
+CHINESE = re.compile("[\u4e00-\u9fff]")
+
 INSTRUCTIONS: dict[Domain, str] = {
     "science": "Begin with the background knowledge that the question rests on, then reason from it to the answer.",
     "visual": "Begin with what the picture shows that matters here, such as its text and figures, then reason from it.",
@@ -47,3 +52,15 @@ def ask(question: str, style: Style, language: Language = "en", domain: Domain |
     if style != "direct":
         extra.append(REASON[style, language])
     return "\n".join([text, *extra])
+
+
+def reasoned(conversation: Conversation, style: Style) -> Conversation:
+    """The conversation with its last text asked so, in Chinese where that text is Chinese."""
+    *before, last = conversation
+    at = max((n for n, part in enumerate(last.content) if isinstance(part, Text)), default=None)
+    if at is None:
+        return conversation
+    text = last.text
+    parts = list(last.content)
+    parts[at] = Text(ask(parts[at].text, style, "zh" if CHINESE.search(text) else "en"))
+    return (*before, replace(last, content=tuple(parts)))

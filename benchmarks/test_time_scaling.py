@@ -1,0 +1,175 @@
+"""What several replies to a question bring: `python -m benchmarks.test_time_scaling --model DIR [--questions FILE]`.
+
+nano reasons about two to four pictures of easy-vqa's test split. Every question is asked 16 times at each temperature, and
+the same replies give the accuracy of majority voting and of the most likely reply for 1, 2, 4, 8 and 16 of them (means over
+random subsets; 95% intervals by resampling the questions), beside greedy decoding and beside a judge that is always right, the
+limit of any choice among the replies. Replies are kept in --out; a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import ivl
+from ivl import pages
+from ivl.evaluation.curve import Point, by_size, draw, interval
+from ivl.evaluation.run import evaluate, versions
+from ivl.evaluation.task import Example, Method
+from ivl.inference.scaling import Candidate
+from ivl.model.checkpoint.files import fingerprint
+from ivl.progress import counting
+from ivl.recipes.alignment import ASKED, GREEDY, write_rows
+from ivl.recipes.compositions import compositions
+from ivl.scoring import exact_match
+from ivl.types import SamplingParams
+
+SEED = 9
+"""As in ivl.recipes.alignment.held_out: the same questions."""
+COLOURS = {"vote": "#1f77b4", "likelihood": "#ff7f0e", "always right": "#7f7f7f"}
+
+
+@dataclass(frozen=True)
+class Compositions:
+    """Questions about several pictures, as a task; a reply ends with its answer."""
+
+    rows: list[dict[str, Any]]
+    name: str = "compositions"
+    metric: str = "exact_match"
+    params: SamplingParams = GREEDY
+
+    def examples(self) -> Iterator[Example]:
+        for row in self.rows:
+            asked = ivl.ask("<image>\n" * len(row["image"]) + row["question"], *row["image"])
+            yield Example(id=row["id"], conversation=asked, answers=(row["answer"],), group=row["question"])
+
+    def score(self, prediction: str, answers: tuple[str, ...]) -> float:
+        return exact_match(prediction, answers)
+
+
+def read_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
+    if options.questions:
+        return [json.loads(line) for line in options.questions.read_text().splitlines()][: options.count]
+    rows = compositions("test", options.count, seed=SEED, prefix="test")
+    return [{key: row[key] for key in ASKED} for row in rows]
+
+
+def replies(options: argparse.Namespace, task: Compositions, engine: Any, temperature: float) -> list[dict[str, Any]]:
+    """The predictions of all questions; one greedy reply at temperature 0."""
+    path = options.out / f"replies-{temperature:g}.jsonl"
+    method = Method(style="final_answer", instruct=False, samples=options.samples if temperature else 1, likelihood=True)
+    with counting(on=True, lasting=True) as bar:
+        shown = bar.add_task(f"temperature {temperature:g}", total=len(task.rows), note="")
+        report = evaluate(
+            task,
+            engine,
+            model=str(options.model),
+            predictions=path,
+            fingerprint=fingerprint(options.model),
+            params=replace(task.params, temperature=temperature),
+            method=method,
+            batch_size=64,
+            on_progress=lambda p: bar.update(shown, completed=p.done, note=f"{p.value:.1%}"),
+        )
+    print(temperature, {key: report["samples"][key] for key in ("replies", "without_answer")})
+    return [json.loads(line) for line in path.read_text().splitlines()[1:]]
+
+
+def curves(task: Compositions, found: list[dict[str, Any]]) -> dict[str, dict[int, np.ndarray]]:
+    """By way of choosing and number of replies: the expected score of each question."""
+    samples = [[Candidate(**each) for each in row["samples"]] for row in found]
+    scores = [
+        [0.0 if c.answer is None else task.score(c.answer, tuple(row["answers"])) for c in some]
+        for some, row in zip(samples, found, strict=True)
+    ]
+    rated = [
+        [replace(c, rating=s) for c, s in zip(some, each, strict=True)] for some, each in zip(samples, scores, strict=True)
+    ]
+    return {
+        "vote": by_size(samples, scores, "vote"),
+        "likelihood": by_size(samples, scores, "likelihood"),
+        "always right": by_size(rated, scores, "judge"),
+    }
+
+
+def point(size: int, values: np.ndarray) -> Point:
+    return Point(samples=size, value=float(values.mean()), ci95=interval(values))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--model", type=Path, default=Path("runs/preference-effect/sft/model"))
+    parser.add_argument(
+        "--questions", type=Path, help="rows {id, image, question, answer}; by default made from the test split"
+    )
+    parser.add_argument("--count", type=int, default=400, help="questions")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.7, 1.0])
+    parser.add_argument("--out", type=Path, default=Path("runs/test-time-scaling"))
+    options = parser.parse_args()
+    task = Compositions(read_rows(options))
+    write_rows(options.out / "questions.jsonl", task.rows)
+    engine = ivl.load(options.model).engine
+    greedy = curves(task, replies(options, task, engine, 0.0))["vote"][1]
+    result: dict[str, Any] = {
+        "model": str(options.model), "questions": len(task.rows), "greedy": asdict(point(1, greedy)), "versions": versions(),
+        "temperatures": {},
+    }  # fmt: skip
+    for temperature in options.temperatures:
+        found = curves(task, replies(options, task, engine, temperature))
+        result["temperatures"][f"{temperature:g}"] = {
+            way: [
+                {**asdict(point(size, values)), "over_greedy": [float((values - greedy).mean()), *interval(values - greedy)]}
+                for size, values in sizes.items()
+            ]
+            for way, sizes in found.items()
+        }
+    (options.out / "result.json").write_text(json.dumps(result, indent=2))
+    show(result)
+    plot([result], options.out / "test_time_scaling.png")
+    print(f"{options.out / 'result.json'}, {options.out / 'test_time_scaling.png'}")
+
+
+def show(result: dict[str, Any]) -> None:
+    interval_of: Callable[[list[float]], str] = lambda pair: f"{100 * pair[0]:.1f} to {100 * pair[1]:.1f}"
+    greedy = result["greedy"]
+    table = Table("temperature", "taken", "replies", "right, %", "95%", "over greedy", "95%")
+    table.add_row("0", "greedy", "1", f"{100 * greedy['value']:.1f}", interval_of(greedy["ci95"]), "", "")
+    for temperature, ways in result["temperatures"].items():
+        for way, points in ways.items():
+            for p in points:
+                over, *rest = p["over_greedy"]
+                table.add_row(
+                    temperature, way, str(p["samples"]), f"{100 * p['value']:.1f}", interval_of(p["ci95"]),
+                    f"{100 * over:+.1f}", interval_of(rest),
+                )  # fmt: skip
+    Console().print(table)
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """A row for each model, a column for each temperature."""
+    columns = len(results[0]["temperatures"])
+    figure, grid = pages.pyplot().subplots(
+        len(results), columns, figsize=(4.5 * columns, 3.2 * len(results)), layout="constrained", sharey="row", squeeze=False
+    )
+    for row, result in zip(grid, results, strict=True):
+        for axes, (temperature, ways) in zip(row, result["temperatures"].items(), strict=True):
+            for way, points in ways.items():
+                chosen = [Point(samples=p["samples"], value=p["value"], ci95=tuple(p["ci95"])) for p in points]
+                draw(axes, chosen, way, COLOURS[way])
+            axes.axhline(100 * result["greedy"]["value"], color="#333", linestyle="--", linewidth=1, label="greedy")
+            axes.set_title(f"{result.get('title', '')} temperature {temperature}".strip())
+        row[0].legend()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

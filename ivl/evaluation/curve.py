@@ -1,0 +1,70 @@
+"""The metric against the number of replies to a question, from one sampling of the largest number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ivl.inference.scaling import Candidate, Select, choose
+
+MOST_SUBSETS, FEWEST_SUBSETS, CHOICES = 200, 10, 100_000
+"""Random subsets of each question's replies: so many, but about so many choices in all."""
+RESAMPLED = 2000
+"""Resamplings of the questions, for the interval."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    samples: int
+    value: float
+    ci95: tuple[float, float]
+
+
+def curve(samples: Sequence[Sequence[Candidate]], scores: Sequence[Sequence[float]], select: Select) -> list[Point]:
+    """The mean score of the reply that is selected from 1, 2, 4, ... and all replies."""
+    found = by_size(samples, scores, select)
+    return [Point(samples=size, value=float(means.mean()), ci95=interval(means)) for size, means in found.items()]
+
+
+def by_size(samples: Sequence[Sequence[Candidate]], scores: Sequence[Sequence[float]], select: Select) -> dict[int, np.ndarray]:
+    """For 1, 2, 4, ... and all replies: the expected score of each question [Q], over random subsets of its replies."""
+    most = min(map(len, samples))
+    sizes = sorted({2**k for k in range(most.bit_length()) if 2**k <= most} | {most})
+    return {size: np.array([_expected(c, s, size, select, len(samples)) for c, s in zip(samples, scores, strict=True)])
+            for size in sizes}  # fmt: skip
+
+
+def _expected(candidates: Sequence[Candidate], scores: Sequence[float], size: int, select: Select, questions: int) -> float:
+    if size == 1:
+        return float(np.mean(scores))
+    if size == len(candidates) or min(scores) == max(scores):
+        return scores[choose(candidates, select)]
+    rng = np.random.default_rng(size)
+    subsets = min(MOST_SUBSETS, max(FEWEST_SUBSETS, CHOICES // questions))
+    total = 0.0
+    for _ in range(subsets):
+        some = rng.permutation(len(candidates))[:size]
+        total += scores[some[choose([candidates[at] for at in some], select)]]
+    return total / subsets
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """95% of the means of resampled questions: the bootstrap."""
+    rng = np.random.default_rng(0)
+    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLED)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def draw(axes: Any, points: Sequence[Point], label: str, colour: str | None = None) -> None:
+    """A line with its interval as a band, on matplotlib axes."""
+    sizes, values = [p.samples for p in points], [100 * p.value for p in points]
+    (line,) = axes.plot(sizes, values, "o-", label=label, color=colour)
+    low, high = ([100 * p.ci95[side] for p in points] for side in (0, 1))
+    axes.fill_between(sizes, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.set(xlabel="replies to a question", ylabel="right, %")
