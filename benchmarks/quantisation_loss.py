@@ -28,22 +28,20 @@ from ivl.evaluation.tasks import TASKS
 from ivl.model.checkpoint.gguf import Gguf
 from ivl.model.checkpoint.model_dir import fill
 from ivl.model.decoder import Decoder
-from ivl.model.quantized import Scheme, quantize, quantize_layers, quantized_layers
+from ivl.model.quantized import Scheme, Schemes, quantize, quantize_layers, quantized_layers
 from ivl.processing.gguf import tokenizer_from_gguf
 from ivl.types import Layout
 from tests.packages import smollm2_gguf
 
 PACKAGES = ("tyro", "huggingface_hub", "safetensors", "transformers", "pydantic", "rich", "pytest", "numba", "pillow", "torch")
 WINDOW = 512
-SCHEMES = {
-    "bf16": None,
-    "int8": Scheme(bits=8),
-    **{
-        f"int4 g{group}{'' if symmetric else ' zero point'}": Scheme(bits=4, group=group, symmetric=symmetric)
-        for group in (128, 64, 32)
-        for symmetric in (True, False)
-    },
-}
+INT8 = Scheme(bits=8)
+SCHEMES = {"bf16": Schemes(), "int8": Schemes(language=INT8, head=INT8)}
+for group in (128, 64, 32):
+    for symmetric in (True, False):
+        int4 = Scheme(bits=4, group=group, symmetric=symmetric)
+        SCHEMES[f"{int4.name}"] = Schemes(language=int4, head=INT8)
+SCHEMES["int4 g32, head too"] = Schemes(language=Scheme(bits=4, group=32), head=Scheme(bits=4, group=32))
 
 
 def language_model() -> tuple[Decoder, Gguf]:
@@ -55,11 +53,11 @@ def language_model() -> tuple[Decoder, Gguf]:
     return decoder, file
 
 
-def quantize_in_place(model: nn.Module, scheme: Scheme) -> None:
+def quantize_in_place(model: nn.Module, schemes: Schemes) -> None:
     matrices = {path: m.weight.detach() for path, m in model.named_modules() if isinstance(m, nn.Linear)}
-    quantize_layers(model, lambda path, layer: scheme)
+    quantize_layers(model, lambda path, layer: schemes.of(f"decoder.{path}"))
     for path, layer in quantized_layers(model).items():
-        layer.weight, layer.scale, layer.zero = quantize(matrices[path], scheme)
+        layer.weight, layer.scale, layer.zero = quantize(matrices[path], layer.scheme)
 
 
 @torch.inference_mode()
@@ -76,13 +74,13 @@ def on_text(num_windows: int) -> list[dict]:
     windows = list(tokens[: len(tokens) // WINDOW * WINDOW].split(WINDOW))
     windows = windows[:: max(len(windows) // num_windows, 1)][:num_windows]
     rows, base = [], []
-    for name, scheme in SCHEMES.items():
+    for name, schemes in SCHEMES.items():
         model, _ = language_model()
-        if scheme and any(layer.in_features % (scheme.group or 1) for layer in model.modules() if isinstance(layer, nn.Linear)):
-            rows.append({"name": name, "note": f"width {model.config.width} is no multiple of the group"})
+        try:
+            quantize_in_place(model, schemes)
+        except ValueError as error:  # the group does not divide its width
+            rows.append({"name": name, "note": str(error)})
             continue
-        if scheme:
-            quantize_in_place(model, scheme)
         found = log_probs(model, windows)
         base = base or found
         nll = kl = same = 0.0
@@ -99,15 +97,11 @@ def on_text(num_windows: int) -> list[dict]:
 
 def on_task(source: str, task: str, limit: int | None) -> list[dict]:
     rows = []
-    schemes = {
-        **{name: (scheme, None) for name, scheme in SCHEMES.items()},
-        "W8A8 ViT": (None, Scheme(bits=8, activations=True)),
-    }
-    for name, (language, vision) in schemes.items():
+    for name, schemes in {**SCHEMES, "W8A8 ViT": Schemes(vision=Scheme(bits=8, activations=True))}.items():
         with tempfile.TemporaryDirectory() as directory:
             target = Path(directory) / "model"
             try:
-                convert(source, target, dtype=torch.bfloat16, language=language, vision=vision)
+                convert(source, target, dtype=torch.bfloat16, schemes=schemes)
             except ivl.InputError as error:
                 rows.append({"name": name, "note": str(error)})
                 continue

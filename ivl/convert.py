@@ -22,7 +22,7 @@ from ivl.model.checkpoint.gguf_write import STORAGE, write_language, write_visio
 from ivl.model.checkpoint.keymaps import Dialect, key_map
 from ivl.model.checkpoint.model_dir import empty_model, open_weights, read, tensors_of
 from ivl.model.checkpoint.quantization import quantization_json, quantized_entries, weight_shapes
-from ivl.model.quantized import Scheme, quantize, quantize_layers, quantized_layers, unpacked
+from ivl.model.quantized import Scheme, Schemes, quantize, quantize_layers, quantized_layers, unpacked
 from ivl.processing.chat import template_of
 from ivl.processing.files import jinja
 from ivl.processing.gguf import gguf_vocabulary
@@ -38,8 +38,7 @@ def convert(
     *,
     to: Dialect | None = None,
     dtype: torch.dtype | None = None,
-    language: Scheme | None = None,
-    vision: Scheme | None = None,
+    schemes: Schemes | None = None,
     force: bool = False,
     weights_only: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -53,8 +52,7 @@ def convert(
     Args:
         to: dialect to write; None keeps that of the source.
         dtype: of the written weights; None keeps that of the source. Integers stay integers.
-        language: quantise the linear layers of the language model, head included, in this way.
-        vision: quantise those of the ViT.
+        schemes: quantise linear layers in these ways.
         force: replace the target if it is a model directory.
         weights_only: do not ask for, and do not write, tokenizer and preprocessor files.
 
@@ -71,10 +69,10 @@ def convert(
     processor = None if weights_only else Processor.load(directory)
     ours = {entry.ours: entry for entry in entries}
     theirs = key_map(model, to)
-    quantizer = Quantizer(model, lambda name: read(ours[name], weights), language, vision)
-    if language or vision:
+    quantizer = Quantizer(model, lambda name: read(ours[name], weights), schemes or Schemes())
+    if schemes and schemes.named():
         theirs = quantized_entries(model, theirs)
-        config_json["quantization_config"] = quantization_json(language, vision)
+        config_json["quantization_config"] = quantization_json(schemes)
     with new_directory(target, force=force) as out:
         write_shards(
             out,
@@ -91,7 +89,7 @@ def convert(
             processor.save(out)
         losses = sorted(quantizer.losses, key=lambda loss: -loss.error)
         if losses:
-            write_json(out / "quantization.json", _report(losses, language, vision))
+            write_json(out / "quantization.json", _report(losses))
         write_json(out / "config.json", config_json)
     return losses
 
@@ -113,11 +111,9 @@ class Quantizer:
         InputError: if a layer does not fit its scheme.
     """
 
-    def __init__(
-        self, model: nn.Module, read: Callable[[str], torch.Tensor], language: Scheme | None, vision: Scheme | None
-    ) -> None:
+    def __init__(self, model: nn.Module, read: Callable[[str], torch.Tensor], schemes: Schemes) -> None:
         def scheme_of(path: str, layer: nn.Linear) -> Scheme | None:
-            scheme = {"decoder": language, "vision": vision}.get(path.partition(".")[0])
+            scheme = schemes.of(path)
             try:
                 if scheme:
                     scheme.groups(layer.in_features)
@@ -157,13 +153,9 @@ class Quantizer:
         return {"weight": weight, "scale": scale, **({} if zero is None else {"zero": zero})}
 
 
-def _report(losses: list[Loss], language: Scheme | None, vision: Scheme | None) -> dict[str, Any]:
-    return {
-        "language": language.name if language else None,
-        "vision": vision.name if vision else None,
-        "error": "norm of the difference of the weights, as a share of their norm; worst layers first",
-        "layers": [asdict(loss) for loss in losses],
-    }
+def _report(losses: list[Loss]) -> dict[str, Any]:
+    meaning = "norm of the difference of the weights, as a share of their norm; worst layers first"
+    return {"error": meaning, "layers": [asdict(loss) for loss in losses]}
 
 
 def convert_to_gguf(

@@ -27,8 +27,9 @@ def run_convert(
     to: Literal["keep", "internvl_chat", "transformers", "gguf"] = "keep",
     dtype: Literal["keep", "bfloat16", "float16", "float32", "q8_0"] = "keep",
     quantize: Literal["no", "int8", "int4"] = "no",
-    group_size: Literal[32, 64, 128] = 64,
+    group_size: Literal[32, 64, 128] = 32,
     zero_point: Flag = False,
+    quantize_head: Literal["int8", "int4"] = "int8",
     quantize_vision: Literal["no", "w8a8"] = "no",
     force: Flag = False,
     weights_only: Flag = False,
@@ -42,10 +43,11 @@ def run_convert(
         to: Dialect to write: that of the original repository, that of transformers, or the two GGUF files of llama.cpp;
             keep is that of the source.
         dtype: Type of the written weights; q8_0 (8 bits) is for gguf.
-        quantize: Weights of the language model, output head included, as integers: int8 with a scale per row, or int4 with
-            a scale per group. Embeddings keep their type.
+        quantize: Weights of the language model as integers: int8 with a scale per row, or int4 with a scale per group.
+            Embeddings keep their type.
         group_size: Input elements that share a scale of int4.
         zero_point: Give int4 groups a zero point, too.
+        quantize_head: The output head beside int4; in 4 bits it is read faster and loses most of all layers.
         quantize_vision: Weights of the ViT in 8 bits, its activations rounded to 8 bits per token as they come.
         force: Replace dst if it is a model directory.
         weights_only: Leave out tokenizer and preprocessor files.
@@ -53,18 +55,20 @@ def run_convert(
     """
     from ivl import convert as operation
     from ivl.errors import InputError
-    from ivl.model.quantized import Scheme
+    from ivl.model.quantized import Scheme, Schemes
 
     if max_shard_gb <= 0:
         raise InputError(f"--max-shard-gb is {max_shard_gb}, must be above 0")
-    language = None
-    if quantize != "no":
-        language = Scheme(bits=8) if quantize == "int8" else Scheme(bits=4, group=group_size, symmetric=not zero_point)
     if zero_point and quantize != "int4":
         raise InputError("--zero-point is for --quantize int4")
-    vision = None if quantize_vision == "no" else Scheme(bits=8, activations=True)
+    int8, int4 = Scheme(bits=8), Scheme(bits=4, group=group_size, symmetric=not zero_point)
+    schemes = Schemes(
+        language={"no": None, "int8": int8, "int4": int4}[quantize],
+        head=None if quantize == "no" else int4 if quantize == "int4" and quantize_head == "int4" else int8,
+        vision=None if quantize_vision == "no" else Scheme(bits=8, activations=True),
+    )
     if to == "gguf":
-        if language or vision:
+        if schemes.named():
             raise InputError("--quantize is not for --to gguf, which has formats of its own: --dtype q8_0")
         if weights_only:
             raise InputError("--weights-only is not for --to gguf: llama.cpp needs the tokenizer in the file")
@@ -82,8 +86,7 @@ def run_convert(
             dst,
             to=None if to == "keep" else to,
             dtype=operation.DTYPES.get(dtype),
-            language=language,
-            vision=vision,
+            schemes=schemes,
             force=force,
             weights_only=weights_only,
             max_shard_bytes=int(max_shard_gb * 1e9),
@@ -92,8 +95,8 @@ def run_convert(
     if not losses:
         print(f"{dst}: {'' if to == 'keep' else f'{to} '}model written")
         return
-    names = " and ".join(f"{scheme.name} {part}" for part, scheme in (("language model", language), ("ViT", vision)) if scheme)
-    print(f"{dst}: {names} written; of {len(losses)} layers these lost most (share of the weights' norm; quantization.json):")
+    names = ", ".join(f"{name} {scheme.name}" for name, scheme in schemes.named().items())
+    print(f"{dst}: written with {names}; of {len(losses)} layers these lost most (share of the weights; quantization.json):")
     for loss in losses[:5]:
         print(f"  {loss.error:7.3%}  {loss.layer}")
 

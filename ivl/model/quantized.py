@@ -68,6 +68,26 @@ class Scheme:
         return f"{'W8A8' if self.activations else f'int{self.bits}'}{group}{'' if self.symmetric else ' zero point'}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Schemes:
+    """Of the linear layers of the decoder, of its output head and of the ViT; None leaves them as they are."""
+
+    language: Scheme | None = None
+    head: Scheme | None = None
+    vision: Scheme | None = None
+
+    def of(self, path: str) -> Scheme | None:
+        """The scheme of the linear layer at a path of the model."""
+        if path == "decoder.head":
+            return self.head
+        return {"decoder": self.language, "vision": self.vision}.get(path.partition(".")[0])
+
+    def named(self) -> dict[str, Scheme]:
+        """What is quantised, by its name for people."""
+        parts = {"language model": self.language, "output head": self.head, "ViT": self.vision}
+        return {name: scheme for name, scheme in parts.items() if scheme}
+
+
 class QuantLinear(nn.Module):
     """y_TO = x_TI @ weight_OI^T + bias_O with a quantised weight; inference only. The interface of `linear.Linear`.
 

@@ -55,12 +55,12 @@ def ask(question: str, style: Style, language: Language = "en", domain: Domain |
 
 
 def reasoned(conversation: Conversation, style: Style) -> Conversation:
-    """The conversation with its last text asked so, in Chinese where that text is Chinese."""
+    """The conversation with its last text asked so, in Chinese where the last turn is Chinese."""
     *before, last = conversation
-    at = max((n for n, part in enumerate(last.content) if isinstance(part, Text)), default=None)
-    if at is None:
-        return conversation
-    text = last.text
+    language = "zh" if CHINESE.search(last.text) else "en"
     parts = list(last.content)
-    parts[at] = Text(ask(parts[at].text, style, "zh" if CHINESE.search(text) else "en"))
-    return (*before, replace(last, content=tuple(parts)))
+    for at in reversed(range(len(parts))):
+        if isinstance(part := parts[at], Text):
+            parts[at] = Text(ask(part.text, style, language))
+            return (*before, replace(last, content=tuple(parts)))
+    return (*before, replace(last, content=(*parts, Text(ask("", style, language)))))

@@ -19,7 +19,7 @@ from ivl.model.checkpoint import load_model, save_model
 from ivl.model.checkpoint.keymaps import Entry
 from ivl.model.linear import RMSNorm, product, swiglu
 from ivl.model.lora import add_lora
-from ivl.model.quantized import QuantLinear, Scheme, quantize, quantized_layers, unpacked
+from ivl.model.quantized import QuantLinear, Scheme, Schemes, quantize, quantized_layers, unpacked
 from ivl.types import Layout
 from tests.model.checkpoints import random_model, tiny_like
 
@@ -115,21 +115,21 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_converted_loaded_and_saved_again_in_both_dialects(source: Path, tmp_path: Path, to: str, scheme: Scheme) -> None:
     if to == "transformers" and json.loads((source / "config.json").read_text())["ps_version"] == "v1":
         pytest.skip("no such form")
-    losses = convert(source, tmp_path / "q", to=to, language=scheme, weights_only=True)  # type: ignore[arg-type]
+    schemes = Schemes(language=scheme, head=INT8)
+    losses = convert(source, tmp_path / "q", to=to, schemes=schemes, weights_only=True)  # type: ignore[arg-type]
     plain, model = load_model(source, dtype=torch.float32), load_model(tmp_path / "q")
     assert model.dtype is torch.bfloat16
     layers, parameters = quantized_layers(model), dict(plain.named_parameters())
     assert set(layers) == {path for path, m in plain.decoder.named_modules(prefix="decoder") if isinstance(m, torch.nn.Linear)}
     for path, layer in layers.items():
         matrix = parameters[f"{path}.weight"].detach()
-        wanted = quantize(matrix, scheme)
-        found = (layer.weight, layer.scale, layer.zero)
-        assert all(
-            a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in zip(found, wanted, strict=True)
-        )
+        assert layer.scheme == (INT8 if path == "decoder.head" else scheme)
+        wanted = quantize(matrix, layer.scheme)
+        pairs = zip((layer.weight, layer.scale, layer.zero), wanted, strict=True)
+        assert all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs), path
         assert layer.parts == plain.get_submodule(path).parts
         loss = next(loss for loss in losses if loss.layer == path)
-        error = (unpacked(*wanted[:1], wanted[1].float(), wanted[2], scheme) - matrix).norm() / matrix.norm()
+        error = (unpacked(wanted[0], wanted[1].float(), wanted[2], layer.scheme) - matrix).norm() / matrix.norm()
         assert loss.error == pytest.approx(float(error), rel=1e-4)
     assert [row["layer"] for row in json.loads((tmp_path / "q" / "quantization.json").read_text())["layers"]] == [
         loss.layer for loss in losses
@@ -142,9 +142,9 @@ def test_converted_loaded_and_saved_again_in_both_dialects(source: Path, tmp_pat
 
 
 def test_the_whole_model_computes_nearly_the_same(source: Path, tmp_path: Path) -> None:
-    convert(source, tmp_path / "q", language=INT8, vision=W8A8, weights_only=True)
+    convert(source, tmp_path / "q", schemes=Schemes(language=INT8, head=INT8, vision=W8A8), weights_only=True)
     plain, model = (load_model(path, dtype=torch.float32) for path in (source, tmp_path / "q"))
-    assert len(quantized_layers(model)) == 9 + 8
+    assert len(quantized_layers(model)) == 9 + 8  # of decoder and ViT
     tokens, layout = torch.arange(20), Layout(new_lens=(20,), past_lens=(0,))
     tiles = torch.randint(0, 256, (2, 28, 28, 3), dtype=torch.uint8)
     with torch.inference_mode():
@@ -155,7 +155,7 @@ def test_the_whole_model_computes_nearly_the_same(source: Path, tmp_path: Path) 
 
 
 def test_what_changes_weights_refuses(source: Path, tmp_path: Path) -> None:
-    convert(source, tmp_path / "q", language=INT8, weights_only=True)
+    convert(source, tmp_path / "q", schemes=Schemes(language=INT8), weights_only=True)
     with pytest.raises(InputError, match="is quantised"):
         load_model(tmp_path / "q", quantized=False)
     with pytest.raises(InputError, match="is quantised"):
@@ -163,7 +163,7 @@ def test_what_changes_weights_refuses(source: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="quantised"):
         add_lora(load_model(tmp_path / "q"), LoraConfig(targets=("decoder",)))
     with pytest.raises(InputError, match="--group-size"):
-        convert(source, tmp_path / "other", language=Scheme(bits=4, group=128), weights_only=True)
+        convert(source, tmp_path / "other", schemes=Schemes(language=Scheme(bits=4, group=128)), weights_only=True)
     assert not (tmp_path / "other").exists()
     with pytest.raises(InputError, match="is quantised"):
         merge(tmp_path / "q", tmp_path, tmp_path / "merged")
@@ -183,7 +183,7 @@ def test_what_changes_weights_refuses(source: Path, tmp_path: Path) -> None:
     ],
 )
 def test_foreign_schemes_are_refused_by_name(source: Path, tmp_path: Path, change: dict, message: str) -> None:
-    convert(source, tmp_path / "q", language=INT8, weights_only=True)
+    convert(source, tmp_path / "q", schemes=Schemes(language=INT8), weights_only=True)
     path = tmp_path / "q" / "config.json"
     config = json.loads(path.read_text())
     config["quantization_config"] |= change

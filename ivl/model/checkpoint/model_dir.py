@@ -89,7 +89,7 @@ def save_model(
         raise InputError(f"the model has parameters that no checkpoint holds: {listing(extra)}; merge LoRA adapters first")
     config = to_json(model.config, dialect, str(dtype).removeprefix("torch."))
     if quantized_layers(model):
-        config["quantization_config"] = quantization_json(*schemes_of(model))
+        config["quantization_config"] = quantization_json(schemes_of(model))
     directory.mkdir(parents=True, exist_ok=True)
     write_shards(
         directory,

@@ -16,29 +16,40 @@ from torch import nn
 from ivl.errors import InputError
 from ivl.model.checkpoint.files import Weights
 from ivl.model.checkpoint.keymaps import Entry
-from ivl.model.quantized import QuantLinear, Scheme, quantize_layers, quantized_layers
+from ivl.model.quantized import QuantLinear, Scheme, Schemes, quantize_layers, quantized_layers
 
 METHOD = "compressed-tensors"
 PACKED, INTS, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
-_LANGUAGE_TARGETS = ["re:.*language_model.*(proj|wqkv|wo|w1|w2|w3|output|lm_head)$", "re:^lm_head$"]
-_VISION_TARGETS = ["re:.*(vision_model|vision_tower).*(qkv|proj|q_proj|k_proj|v_proj|projection_layer|fc1|fc2)$"]
-_VISION = ("re:.*vision_model.*", "re:.*vision_tower.*")
-_PROJECTOR = ("re:.*mlp1.*", "re:.*multi_modal_projector.*")
+_TARGETS = {
+    "head": ["re:.*lm_head$", "re:.*language_model.output$"],
+    "vision": ["re:.*(vision_model|vision_tower).*"],
+    "language": ["Linear"],
+}
+"""The first that fits a layer counts; the general one is last."""
+_IGNORED = {
+    "head": ["re:.*lm_head$", "re:.*language_model.output$"],
+    "vision": ["re:.*vision_model.*", "re:.*vision_tower.*"],
+    "language": ["re:.*language_model.*layers.*"],
+}
+_PROJECTOR = ["re:.*mlp1.*", "re:.*multi_modal_projector.*"]
 
 
-def quantization_json(language: Scheme | None, vision: Scheme | None) -> dict[str, Any]:
-    """`quantization_config` of config.json for the schemes of the language model and of the ViT."""
-    parts = [(scheme, targets) for scheme, targets in ((language, _LANGUAGE_TARGETS), (vision, _VISION_TARGETS)) if scheme]
-    groups = {f"group_{number}": _group_json(scheme, targets) for number, (scheme, targets) in enumerate(parts)}
-    if len(parts) == 1 and language is not None:
-        groups["group_0"]["targets"] = ["Linear", "re:.*lm_head$"]
+def quantization_json(schemes: Schemes) -> dict[str, Any]:
+    """`quantization_config` of config.json."""
+    groups, ignored = {}, list(_PROJECTOR)
+    for part, targets in _TARGETS.items():
+        scheme = getattr(schemes, part)
+        if scheme:
+            groups[f"group_{len(groups)}"] = _group_json(scheme, targets)
+        else:
+            ignored += _IGNORED[part]
     formats = {group["format"] for group in groups.values()}
     return {
         "quant_method": METHOD,
         "format": formats.pop() if len(formats) == 1 else MIXED,
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": [*(() if vision else _VISION), *_PROJECTOR],
+        "ignore": ignored,
         "kv_cache_scheme": None,
     }
 
@@ -182,19 +193,19 @@ def weight_shapes(model: nn.Module, entries: Sequence[Entry]) -> dict[str, torch
     }
 
 
-def schemes_of(model: nn.Module) -> tuple[Scheme | None, Scheme | None]:
-    """The schemes of the language model and of the ViT, for `quantization_json`.
+def schemes_of(model: nn.Module) -> Schemes:
+    """The schemes of a model's parts.
 
     Raises:
         InputError: if layers of a part differ, which is not written.
     """
-    found: dict[str, set[Scheme | None]] = {"decoder": set(), "vision": set()}
+    found: dict[str, set[Scheme | None]] = {"head": set(), "language": set(), "vision": set()}
     for path, layer in model.named_modules():
-        part = path.partition(".")[0]
-        if part in found and isinstance(layer, nn.Linear | QuantLinear):
+        part = "head" if path == "decoder.head" else {"decoder": "language", "vision": "vision"}.get(path.partition(".")[0])
+        if part and isinstance(layer, nn.Linear | QuantLinear):
             found[part].add(layer.scheme if isinstance(layer, QuantLinear) else None)
     for part, schemes in found.items():
         if len(schemes) > 1:
             names = ", ".join(sorted("unquantised" if scheme is None else scheme.name for scheme in schemes))
-            raise InputError(f"the layers of the {part} are quantised in different ways ({names}); this cannot be written")
-    return found["decoder"].pop(), found["vision"].pop()
+            raise InputError(f"layers of the {part} part are quantised in different ways ({names}); this cannot be written")
+    return Schemes(**{part: schemes.pop() for part, schemes in found.items()})
