@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ivl.errors import InputError, nearest
-from ivl.processing.prompts import Domain, Language, Style, ask
 from ivl.processing.chat import user
+from ivl.processing.prompts import Domain, Language, Style, ask
 from ivl.scoring import Mode, mode_for
 from ivl.types import Conversation, ImageRef, Message, Text
 
