@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +29,8 @@ MAX_SHARD_BYTES = 5_000_000_000
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INTEGERS = {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
 """Of quantised weights."""
+MAX_PIECES, MAX_READ = 512, 256 << 20
+"""Pieces and bytes read by one call; systems take 1,024 pieces and 2 GB at most."""
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
 
@@ -65,6 +70,8 @@ class Source(Protocol):
 
     def get(self, name: str) -> torch.Tensor: ...
 
+    def fill(self, pairs: Iterable[tuple[str, torch.Tensor]]) -> None: ...
+
 
 class Weights:
     """The tensors of a directory: names, shapes and dtypes at once, data mapped from the file when asked for.
@@ -88,6 +95,7 @@ class Weights:
         self.dtypes: dict[str, torch.dtype] = {}
         self._places: dict[str, tuple[Path, str]] = {}
         self._open: tuple[Path, Any] | None = None
+        self._starts: dict[Path, dict[str, int]] = {}
         index = directory / INDEX
         listed = _read_index(index) if index.exists() else None
         for file_name in [WEIGHTS] if listed is None else sorted(set(listed.values())):
@@ -128,6 +136,34 @@ class Weights:
         path, stored = self._places[name]
         return self._handle(path).get_tensor(stored)
 
+    def fill(self, pairs: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Copy tensors into memory that is there. What needs no conversion is read straight from the files by several
+        threads, without Python's lock: nothing is mapped on the way, and other work goes on beside it.
+
+        Raises:
+            InputError: if a file cannot be read to its end.
+        """
+        spans: dict[Path, list[tuple[int, memoryview]]] = {}
+        for name, ours in pairs:
+            path, stored = self._places[name]
+            plain = ours.device.type == "cpu" and ours.is_contiguous() and ours.dtype == self.dtypes[name]
+            if plain and sys.byteorder == "little" and hasattr(os, "preadv"):
+                memory = ours.detach().view(-1).view(torch.uint8).numpy().data
+                spans.setdefault(path, []).append((self._offsets(path)[stored], memory))
+            else:
+                ours.copy_(self.get(name))
+        for path, wanted in spans.items():
+            _read_spans(path, sorted(wanted, key=lambda span: span[0]))
+
+    def _offsets(self, path: Path) -> dict[str, int]:
+        """Where the data of every tensor begin; safetensors has checked the header."""
+        if path not in self._starts:
+            with path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(size))
+            self._starts[path] = {name: 8 + size + at["data_offsets"][0] for name, at in header.items() if "dtype" in at}
+        return self._starts[path]
+
     def alias(self, name: str, source: str) -> None:
         """Let a tensor be read under one more name."""
         for table in (self.shapes, self.dtypes, self._places):
@@ -143,6 +179,45 @@ class Weights:
             if self.dtypes[name] in counts:
                 counts[self.dtypes[name]] += math.prod(shape)
         return max(counts, key=lambda dtype: counts[dtype])
+
+
+def _read_spans(path: Path, spans: list[tuple[int, memoryview]]) -> None:
+    """Read pieces of a file, (offset, memory) in order of offset, in as many threads as there are processors, four at most."""
+    threads = min(4, os.cpu_count() or 1)
+    share = -(-sum(len(memory) for _, memory in spans) // threads)
+    parts: list[list[tuple[int, memoryview]]] = [[] for _ in range(threads)]
+    done = 0
+    for offset, memory in spans:
+        while memory:
+            part = done // share
+            piece = memory[: share * (part + 1) - done]
+            parts[part].append((offset, piece))
+            offset, memory, done = offset + len(piece), memory[len(piece) :], done + len(piece)
+    try:
+        with path.open("rb", buffering=0) as file, ThreadPoolExecutor(threads) as pool:
+            list(pool.map(lambda part: _read_part(file.fileno(), part), parts))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error}; fetch it again") from None
+
+
+def _read_part(file: int, spans: list[tuple[int, memoryview]]) -> None:
+    """Pieces that lie in a row are read by one call."""
+    at = 0
+    while at < len(spans):
+        start, run, length = spans[at][0], [], 0
+        while at < len(spans) and len(run) < MAX_PIECES and length < MAX_READ and spans[at][0] == start + length:
+            run.append(spans[at][1])
+            length += len(spans[at][1])
+            at += 1
+        while run:
+            count = os.preadv(file, run, start)
+            if not count:
+                raise OSError("the file ends too early")
+            start += count
+            while run and count >= len(run[0]):
+                count -= len(run.pop(0))
+            if run:
+                run[0] = run[0][count:]
 
 
 def listing(names: Sequence[str], limit: int = 8) -> str:

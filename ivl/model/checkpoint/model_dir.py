@@ -164,13 +164,14 @@ def untie(entries: Sequence[Entry], weights: Weights, ours: str = "") -> None:
 @torch.no_grad()
 def fill(parameters: Mapping[str, torch.Tensor], entries: Sequence[Entry], weights: Source) -> None:
     """Copy the weights of every entry into our parameters, converting dtype and device."""
+    plain: list[tuple[str, torch.Tensor]] = []
     for entry in entries:
         ours = parameters[entry.ours]
         if entry.groups is not None or entry.form != "same":
             ours.copy_(read(entry, weights))
-            continue
-        for part, name in zip(entry.split(ours), entry.theirs, strict=True):  # views, so this fills ours
-            part.copy_(weights.get(name))
+        else:
+            plain += zip(entry.theirs, entry.split(ours), strict=True)  # views, so filling them fills ours
+    weights.fill(plain)
 
 
 def read(entry: Entry, weights: Source) -> torch.Tensor:
