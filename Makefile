@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 help:
 	@echo "make quickstart   train a small InternVL2.5 on real data, evaluate it, write a report (minutes)"
 	@echo "make test         lint, types, import layers and all tests"
-	@echo "make bench        speed and memory beside transformers"
+	@echo "make bench        speed and memory beside transformers, llama.cpp and OpenVINO (an hour)"
 	@echo "make install      set up $(VENV) with everything (the others do it when needed)"
 
 install: $(VENV)/.installed
@@ -33,9 +33,12 @@ check: install
 
 bench: install
 	$(BIN)/python -m benchmarks.against_transformers
+	$(BIN)/python -m benchmarks.against_peers
+	$(BIN)/python -m benchmarks.throughput
+	$(BIN)/python -m benchmarks.startup
 
 wheel: install
 	$(BIN)/python -m build --wheel
 
 clean:
-	rm -rf $(VENV) build dist runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-peers build dist runs .pytest_cache .ruff_cache .hypothesis
