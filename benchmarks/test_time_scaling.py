@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ def read_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
 def replies(options: argparse.Namespace, task: Compositions, engine: Any, temperature: float) -> list[dict[str, Any]]:
     """The predictions of all questions; one greedy reply at temperature 0."""
     path = options.out / f"replies-{temperature:g}.jsonl"
-    method = Method(style="final_answer", instruct=False, samples=options.samples if temperature else 1, likelihood=True)
+    method = Method(style="final_answer", samples=options.samples if temperature else 1, likelihood=True)
     with counting(on=True, lasting=True) as bar:
         shown = bar.add_task(f"temperature {temperature:g}", total=len(task.rows), note="")
         report = evaluate(
@@ -139,7 +139,9 @@ def main() -> None:
 
 
 def show(result: dict[str, Any]) -> None:
-    interval_of: Callable[[list[float]], str] = lambda pair: f"{100 * pair[0]:.1f} to {100 * pair[1]:.1f}"
+    def interval_of(pair: list[float]) -> str:
+        return f"{100 * pair[0]:.1f} to {100 * pair[1]:.1f}"
+
     greedy = result["greedy"]
     table = Table("temperature", "taken", "replies", "right, %", "95%", "over greedy", "95%")
     table.add_row("0", "greedy", "1", f"{100 * greedy['value']:.1f}", interval_of(greedy["ci95"]), "", "")

@@ -40,7 +40,7 @@ class Method:
 
     style: Style = "direct"
     """How a reply shows its answer; only the answer is scored."""
-    instruct: bool = True
+    instruct: bool = False
     """Ask for that style; a model that was trained to reason so needs no asking."""
     samples: int = 1
     select: Select = "vote"

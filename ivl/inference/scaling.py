@@ -11,11 +11,13 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 from ivl.errors import InputError
 from ivl.generators import Answer, Generator, answers_of, replies_of
 from ivl.scoring import Style, extract, normalise
+from ivl.scoring.spelling import wording
 from ivl.types import Conversation, Guide, Message, SamplingParams, Text
 
 Select = Literal["vote", "likelihood", "judge"]
@@ -112,14 +114,14 @@ def mean_logprob(reply: Answer) -> float:
 def vote(candidates: Sequence[Candidate], same: Callable[[str, str], bool] | None = None) -> Vote:
     """The answer that most replies give; of several, the one that came first (self-consistency, arXiv 2203.11171).
 
-    Answers count as one if they are after `ivl.scoring.normalise`, or by `same`, such as `ivl.scoring.correct`.
+    Answers count as one if they have the same wording (`two dogs.` and `2 dogs`), or by `same`, such as `ivl.scoring.correct`.
     """
     first: dict[str, int] = {}
     votes: dict[str, int] = {}
     for index, candidate in enumerate(candidates):
         if candidate.answer is None:
             continue
-        key = normalise(candidate.answer)
+        key = _key(candidate.answer)
         if key not in first and same is not None:
             key = next((known for known, at in first.items() if same(candidate.answer, candidates[at].answer or "")), key)
         first.setdefault(key, index)
@@ -129,6 +131,11 @@ def vote(candidates: Sequence[Candidate], same: Callable[[str, str], bool] | Non
         return Vote(index=0, votes=0, abstained=abstained)
     winner = max(votes, key=lambda key: (votes[key], -first[key]))
     return Vote(index=first[winner], votes=votes[winner], abstained=abstained)
+
+
+@lru_cache(1 << 16)
+def _key(answer: str) -> str:
+    return wording(answer) or normalise(answer)  # the choice A is an article, too
 
 
 def best_of(candidates: Sequence[Candidate], by: Literal["likelihood", "judge"]) -> int:

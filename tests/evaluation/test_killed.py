@@ -40,9 +40,7 @@ def test_e1_twenty_kills_change_nothing(tmp_path: Path) -> None:
     common = [model, "--task", "easy-vqa", "--limit", str(EXAMPLES), "--batch-size", "8", "--out"]
     whole, killed = tmp_path / "whole.json", tmp_path / "killed.json"
     predictions = tmp_path / "killed.predictions.jsonl"
-    evaluate(
-        [model, "--task", "easy-vqa", "--limit", "1", "--out", str(tmp_path / "first.json")]
-    )  # for its imports
+    evaluate([model, "--task", "easy-vqa", "--limit", "1", "--out", str(tmp_path / "first.json")])  # for its imports
     assert os.waitpid(in_a_child([*common, str(whole)]), 0)[1] == 0
     rng = random.Random(0)
     for _ in range(KILLS):

@@ -1,0 +1,182 @@
+"""Several replies to a question: all are kept, one counts, fewer are scored from the same, and a kill changes nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ivl.cli.eval import evaluate as command
+from ivl.errors import InputError
+from ivl.evaluation.curve import by_size, curve, interval
+from ivl.evaluation.run import evaluate
+from ivl.evaluation.task import Example, Method
+from ivl.generators import Said
+from ivl.inference.scaling import Candidate
+from ivl.scoring import exact_match
+from ivl.types import Conversation, Message, SamplingParams, Text
+from tests.inference.fakes import tiny_directory
+
+VOTED = Method(style="final_answer", samples=8)
+NUM = 40
+
+
+class Sums:
+    name, metric, params = "sums", "exact_match", SamplingParams(max_new_tokens=64, temperature=1.0)
+
+    def examples(self) -> Iterator[Example]:
+        for n in range(NUM):
+            yield Example(id=f"sum-{n}", conversation=(Message("user", (Text(f"{n}+1"),)),), answers=(str(n + 1),))
+
+    def score(self, prediction: str, answers: tuple[str, ...]) -> float:
+        return exact_match(prediction, answers)
+
+
+class Unsure:
+    """Right three times of five, and otherwise wrong in many ways or without an answer: what voting is for."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.texts: list[str] = []
+
+    def stream(self, prompt: Conversation, params: SamplingParams) -> Iterator[object]:
+        raise NotImplementedError
+
+    def generate(self, conversations: Sequence[Conversation], params: Sequence[SamplingParams]) -> list[Said]:
+        self.asked += len(conversations)
+        self.texts += [conversation[-1].text for conversation in conversations]
+        return [self._reply(c[-1].text, p) for c, p in zip(conversations, params, strict=True)]
+
+    def _reply(self, text: str, params: SamplingParams) -> Said:
+        n, rng = int(text.split("+")[0]), random.Random(params.seed)
+        drawn = rng.random()
+        if drawn > 0.9:
+            return Said("hm\nhm\nno idea", "stop")
+        return Said(f"well\n{n} and one\nFinal answer: {n + 1 if drawn < 0.6 else rng.randrange(1000)}", "stop")
+
+
+def run(path: Path, generator: Unsure | None = None, **options: object) -> dict:
+    settings = {"model": "m", "predictions": path, "batch_size": 7, "method": VOTED, **options}
+    return evaluate(Sums(), generator or Unsure(), **settings)
+
+
+def test_voting_is_better_and_everything_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    report = run(path)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert rows[0]["method"]["samples"] == 8 and all(len(row["samples"]) == 8 for row in rows[1:])
+    assert len({sample["text"] for row in rows[1:] for sample in row["samples"]}) > 60
+    points = report["samples"]["curve"]
+    assert [p["samples"] for p in points] == [1, 2, 4, 8]
+    assert points[-1]["value"] == report["value"] > points[0]["value"] + 0.15
+    assert all(p["ci95"][0] <= p["value"] <= p["ci95"][1] for p in points)
+    every = [sample for row in rows[1:] for sample in row["samples"]]
+    assert report["samples"]["replies"] == len(every) == 8 * NUM
+    assert report["samples"]["without_answer"] == sum(sample["answer"] is None for sample in every) > 0
+    assert report["method"]["select"] == "vote" and report["samples"]["without_rating"] is None
+
+
+def test_a_file_cut_anywhere_is_completed(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.jsonl"
+    expected, data = run(whole), whole.read_bytes()
+    for cut in [*range(0, 400, 133), *random.Random(0).sample(range(400, len(data)), 6), len(data)]:
+        path, generator = tmp_path / "cut.jsonl", Unsure()
+        path.write_bytes(data[:cut])
+        assert run(path, generator) == expected and path.read_bytes() == data
+        assert generator.asked == 8 * (NUM - max(0, data[:cut].count(b"\n") - 1))
+
+
+def test_another_method_is_another_run(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    run(path)
+    for other in (replace(VOTED, samples=4), Method(), replace(VOTED, style="boxed")):
+        with pytest.raises(InputError, match="holds predictions with method"):
+            run(path, method=other)
+    with pytest.raises(InputError, match=r"this run has \{.*'temperature': 0.5"):
+        run(path, params=SamplingParams(max_new_tokens=64, temperature=0.5))
+    run(tmp_path / "one.jsonl", method=replace(VOTED, samples=1))
+    with pytest.raises(InputError, match="at temperature 0 all 8"):
+        run(tmp_path / "q.jsonl", params=SamplingParams())
+
+
+def test_other_seeds_give_other_replies_and_examples_differ(tmp_path: Path) -> None:
+    one, two = (
+        run(tmp_path / f"{seed}.jsonl", params=SamplingParams(temperature=1.0, max_new_tokens=64, seed=seed)) for seed in (0, 1)
+    )
+    assert one["samples"]["without_answer"] != two["samples"]["without_answer"] or one["value"] != two["value"]
+
+
+def test_a_judge_chooses_and_is_needed_to(tmp_path: Path) -> None:
+    method = Method(style="final_answer", samples=8, select="judge", judge="knows")
+
+    def knows(conversation: Conversation, reply: str) -> float:
+        n = int(conversation[-1].text.split("+")[0])
+        return 10.0 if reply.endswith(f": {n + 1}") else 1.0
+
+    report = run(tmp_path / "p.jsonl", method=method, judge=knows)
+    assert report["value"] >= 0.95 and report["samples"]["without_rating"] == 0
+    for wrong in ({"method": method}, {"judge": knows}):
+        with pytest.raises(InputError, match="a judge is needed"):
+            run(tmp_path / "q.jsonl", **wrong)
+
+
+def test_questions_are_put_so_only_if_asked(tmp_path: Path) -> None:
+    plain, asking = Unsure(), Unsure()
+    run(tmp_path / "a.jsonl", plain, limit=3)
+    run(tmp_path / "b.jsonl", asking, limit=3, method=replace(VOTED, instruct=True))
+    assert plain.texts[0] == "0+1" and asking.texts[0].startswith("0+1\n") and "Final answer:" in asking.texts[0]
+
+
+def test_the_curve_is_the_expectation_over_subsets() -> None:
+    """With two kinds of wrong replies and votes of 1, 2 and all, expectations are known."""
+    scores = [[1.0, 1.0, 0.0, 0.0]] * 50
+    samples = [[Candidate(text=a, answer=a) for a in ("x", "x", "y", "z")]] * 50
+    found = by_size(samples, scores, "vote")
+    assert found[1].mean() == 0.5 and found[4].mean() == 1.0
+    # Of six pairs one is right twice, four are half right and the first of the two is taken.
+    assert found[2].mean() == pytest.approx(0.5, abs=0.07)
+    assert [p.samples for p in curve([s[:3] for s in samples], [s[:3] for s in scores], "vote")] == [1, 2, 3]
+    low, high = interval(np.array([0.0, 1.0] * 200))
+    assert low == pytest.approx(0.45, abs=0.01) and high == pytest.approx(0.55, abs=0.01)
+
+
+def test_the_command_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("easy_vqa")
+    model, out = str(tiny_directory(tmp_path / "model")), tmp_path / "report.json"
+    common = [model, "--limit", "6", "--samples", "4", "--out", str(out), "--max-new-tokens", "8"]
+    command([*common, "--select", "likelihood", "--temperature", "1.0"])
+    report, printed = json.loads(out.read_text()), capsys.readouterr().out
+    assert [p["samples"] for p in report["samples"]["curve"]] == [1, 2, 4] and "4 replies, likelihood" in printed
+    assert report["params"]["temperature"] == 1.0 and report["params"]["seed"] == 0
+    assert "data:image/png" in out.with_suffix(".html").read_text()
+    with pytest.raises(InputError, match="holds predictions with params"):
+        command([*common, "--select", "likelihood"])
+    command([*common, "--cot", "--fresh"])
+    report = json.loads(out.read_text())
+    assert report["method"]["style"] == "final_answer" and report["samples"]["without_answer"] == 24 and report["value"] == 0
+    pytest.importorskip("llguidance")
+    command([*common, "--select", "judge", "--judge-model", model, "--fresh"])
+    report = json.loads(out.read_text())
+    assert report["samples"]["without_rating"] == 0 and model in report["method"]["judge"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--samples", "0"], "at least 1 reply"),
+        (["--samples", "4", "--select", "judge"], "needs --samples of 2 or more and one of"),
+        (["--samples", "4", "--judge-model", "m"], "else no judge"),
+        (["--samples", "4", "--select", "judge", "--judge-url", "http://x/v1"], "--judge-url needs --judge-url-model"),
+        (["--temperature", "-1"], "temperature must be >= 0"),
+        (["--samples", "2", "--temperature", "0"], "at temperature 0 all 2 replies are the same"),
+        (["--samples", "2", "--max-new-tokens", "0"], "max_new_tokens must be >= 1"),
+    ],
+)
+def test_bad_options_are_refused_before_a_model_is_loaded(options: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        command(["no-model", *options])
