@@ -107,7 +107,7 @@ def on_task(source: str, task: str, limit: int | None) -> list[dict]:
                 continue
             model = ivl.load(str(target))
             report = evaluate(
-                TASKS[task](), model.engine, model=name, predictions=Path(directory) / "answers.jsonl", limit=limit
+                TASKS[task][0], model.engine, model=name, predictions=Path(directory) / "answers.jsonl", limit=limit
             )
         rows.append({"name": name, "task": task, "value": report["value"], "ci95": report["ci95"], "n": report["n"]})
         print(f"{name:20} {task} {report['value']:.2%} of {report['n']}", flush=True)

@@ -80,7 +80,8 @@ def _to_form(ours: torch.Tensor, form: Form) -> torch.Tensor:
     if form == "signed":
         return (ours ^ 128).view(torch.int8)
     padded = torch.nn.functional.pad(ours, (0, 0, 0, -len(ours) % 8)).unflatten(0, (-1, 4, 2))
-    return (padded[:, :, 0] | padded[:, :, 1] << 4).transpose(1, 2).contiguous().view(torch.int32).squeeze(-1)
+    octets = (padded[:, :, 0] | padded[:, :, 1] << 4).transpose(1, 2)
+    return octets.reshape(-1).view(torch.int32).view(octets.shape[:2])
 
 
 def _from_form(theirs: torch.Tensor, form: Form, rows: int) -> torch.Tensor:
@@ -88,7 +89,7 @@ def _from_form(theirs: torch.Tensor, form: Form, rows: int) -> torch.Tensor:
         return theirs.contiguous().view(torch.uint8)
     if form == "signed":
         return theirs.view(torch.uint8) ^ 128
-    octets = theirs.contiguous().unsqueeze(-1).view(torch.uint8).transpose(1, 2)
+    octets = theirs.reshape(-1).view(torch.uint8).view(*theirs.shape, 4).transpose(1, 2)
     return torch.stack([octets & 15, octets >> 4], dim=2).flatten(0, 2)[:rows]
 
 
