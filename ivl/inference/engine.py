@@ -283,8 +283,8 @@ class Engine:
             text = request.text.push(token)
             if request.text.stopped:
                 request.finish_reason = "stop"
-            elif chosen.complete:
-                request.finish_reason = "stop"
+            elif chosen.end is not None:
+                request.finish_reason = chosen.end
                 text += request.text.flush()
             elif len(request.tokens) == request.limit:
                 request.finish_reason = "length"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import threading
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
 from ivl.errors import InputError
-from ivl.types import Guide
+from ivl.types import FinishReason, Guide
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -19,6 +20,12 @@ MAX_WORDS = 400
 """Characters of llguidance's own words that an error repeats: they quote the schema."""
 JSON_OPTIONS = {"whitespace_pattern": r"[ \n]{1,32}"}
 """Blanks between the parts of JSON; without a limit a model may write nothing else."""
+
+
+MOST_TRIES = 200
+"""Parts of a schema that are looked at for the one at fault."""
+NAMED, LISTED = ("properties", "patternProperties", "$defs", "definitions"), ("anyOf", "oneOf", "allOf", "prefixItems")
+"""Keywords of JSON Schema whose value holds schemas by name, or a list of them."""
 
 
 class Words(Protocol):
@@ -49,12 +56,32 @@ class Guides:
         except ImportError as error:
             raise InputError('constrained replies need llguidance: pip install "ivl[guide]"') from error
         try:
-            found = llguidance.LLMatcher(self._read(), _grammar(guide), log_level=0)
+            grammar = _grammar(guide)
         except (ValueError, TypeError) as error:
             raise InputError(f"the {guide.kind} cannot be read: {str(error)[:MAX_WORDS]}") from error
-        if found.is_error():
-            raise InputError(f"the {guide.kind} cannot be followed: {found.get_error()[:MAX_WORDS]}")
+        found = llguidance.LLMatcher(self._read(), grammar, log_level=0)
+        if words := _trouble(found):
+            place = f" at {self._place(guide)}" if guide.kind == "json_schema" else ""
+            raise InputError(f"the {guide.kind} cannot be followed{place}: {words}")
         return Matcher(found, self.vocab_size)
+
+    def _place(self, guide: Guide) -> str:
+        """A JSON pointer to the smallest part of a schema that cannot be followed by itself; `#` is the whole."""
+        from llguidance import LLMatcher
+
+        schema = part = json.loads(guide.value)
+        shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+        pointer, tries = "#", 0
+        while True:
+            for where, child in _parts(part):
+                grammar = _grammar(Guide("json_schema", json.dumps(shared | child)))
+                if _trouble(LLMatcher(self._read(), grammar, log_level=0)):
+                    pointer, part = f"{pointer}/{where}", child
+                    break
+                if (tries := tries + 1) == MOST_TRIES:
+                    return pointer
+            else:
+                return pointer
 
     def _read(self) -> LLTokenizer:
         from llguidance import LLTokenizer, TokenizerWrapper
@@ -73,16 +100,17 @@ class Matcher:
         self.matcher, self.vocab_size = matcher, vocab_size
 
     def allowed(self) -> torch.Tensor:
-        """Which tokens may come next, bool [V]; end tokens where the reply may end."""
+        """Which tokens may come next, bool [V]; end tokens where the reply may end, or cannot go on."""
         bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
         return torch.from_numpy(np.unpackbits(bits, bitorder="little")[: self.vocab_size].astype(bool))
 
-    def advance(self, token: int) -> bool:
-        """Take the chosen token; whether the reply is complete, so that nothing may follow."""
+    def advance(self, token: int) -> FinishReason | None:
+        """Take the chosen token. "stop": the reply is complete, nothing may follow. "length": a limit of llguidance's on the
+        complexity of what is being matched; the reply is cut there."""
         self.matcher.consume_token(token)
         if self.matcher.is_error():
-            raise InputError(f"the guide is too complex to follow: {self.matcher.get_error()[:MAX_WORDS]}")
-        return self.matcher.is_stopped()
+            return "length"
+        return "stop" if self.matcher.is_stopped() else None
 
 
 class _Vocabulary:
@@ -99,6 +127,27 @@ class _Vocabulary:
         return self._encode(text.decode(errors="replace") if isinstance(text, bytes) else text)
 
 
+def _trouble(matcher: LLMatcher) -> str:
+    """Why no reply can begin, empty if one can."""
+    if not matcher.is_error():
+        matcher.compute_bitmask()
+    words = matcher.get_error().split("\n<state>")[0].strip() if matcher.is_error() else ""
+    return "there is no text that it allows" if words.startswith("NoExtension") else words[:MAX_WORDS]
+
+
+def _parts(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Schemas within a schema, with the end of their pointer."""
+    for key, value in schema.items():
+        inner = {key: value}
+        if key in NAMED and isinstance(value, dict):
+            inner = {f"{key}/{name}": each for name, each in value.items()}
+        elif key in LISTED and isinstance(value, list):
+            inner = {f"{key}/{number}": each for number, each in enumerate(value)}
+        elif key not in ("items", "additionalProperties"):
+            continue
+        yield from ((where, each) for where, each in inner.items() if isinstance(each, dict))
+
+
 def _grammar(guide: Guide) -> str:
     from llguidance import LLMatcher
 
@@ -113,4 +162,9 @@ def _grammar(guide: Guide) -> str:
     choices = json.loads(guide.value)
     if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and c for c in choices):
         raise ValueError("choices are a JSON list of texts, none of them empty")
-    return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices))
+    return LLMatcher.grammar_from_lark("start: " + " | ".join(map(_quoted, choices)))
+
+
+def _quoted(text: str) -> str:
+    """A text as Lark writes it; DEL, which JSON leaves alone, may not stand there."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

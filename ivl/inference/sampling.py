@@ -9,7 +9,7 @@ import torch
 
 from ivl.errors import InputError
 from ivl.inference.guide import Matcher
-from ivl.types import SamplingParams, TokenLogprob
+from ivl.types import FinishReason, SamplingParams, TokenLogprob
 
 TOP_P_CANDIDATES = 1024
 """Top-p looks at this many best tokens first and sorts the whole vocabulary only if they do not suffice."""
@@ -17,11 +17,11 @@ TOP_P_CANDIDATES = 1024
 
 @dataclass(frozen=True)
 class Chosen:
-    """A token; complete says that by its guide nothing may follow."""
+    """A token; end says that by its guide nothing follows, and why."""
 
     token: int
     logprob: TokenLogprob | None = None
-    complete: bool = False
+    end: FinishReason | None = None
 
 
 class Sampler:
@@ -46,7 +46,7 @@ class Sampler:
         """The next token; best is the one with the highest score."""
         token = best if self.greedy else self.pick(logits_V)
         logprob = None if self.params.logprobs is None else scores(logits_V, token, self.params.logprobs)
-        return Chosen(token, logprob, self.matcher is not None and self.matcher.advance(token))
+        return Chosen(token, logprob, self.matcher and self.matcher.advance(token))
 
     def pick(self, logits_V: torch.Tensor) -> int:
         """Guide, penalties, temperature, top-k, top-p, min-p, in this order; then one uniform number chooses."""
