@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from ivl.api import Dtype, load, medium
 from ivl.errors import InputError
-from ivl.types import ImageRef, SamplingParams, VideoRef
+from ivl.types import Guide, ImageRef, SamplingParams, VideoRef
 
 if TYPE_CHECKING:
     from ivl.api import Chat
@@ -36,9 +38,16 @@ def run(
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
+    min_p: float = 0.0,
     repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
     stop: tuple[str, ...] = (),
     seed: int | None = None,
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    json_schema: Path | None = None,
+    choice: tuple[str, ...] = (),
+    regex: str | None = None,
     max_tiles: int | None = None,
     frames: int = 8,
     dtype: Dtype = "auto",
@@ -56,9 +65,16 @@ def run(
         temperature: 0 takes the most likely token; above 0 samples.
         top_p: Sample from the smallest set of tokens that has this probability.
         top_k: Sample from this many most likely tokens; 0 is all.
+        min_p: Sample from tokens at least this times as likely as the most likely one; 0 is all.
         repetition_penalty: Above 1 makes tokens that have occurred less likely.
+        presence_penalty: Above 0 makes tokens that the reply has less likely.
+        frequency_penalty: The same for every time that they came.
         stop: End the reply before any of these strings.
         seed: Makes sampling repeatable.
+        json: The reply is a JSON object.
+        json_schema: The reply is JSON that this schema, a file, allows.
+        choice: The reply is one of these.
+        regex: The reply matches this pattern, from its first character to its last.
         max_tiles: Tiles an image may be cut into (more sees finer detail and takes longer).
         frames: Frames taken from a video.
         dtype: Type of the weights; auto is the stored one where the processor computes in it well (bfloat16 needs
@@ -68,8 +84,9 @@ def run(
     """
     try:
         params = SamplingParams(
-            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
-            repetition_penalty=repetition_penalty, stop=stop, seed=seed,
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
+            repetition_penalty=repetition_penalty, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
+            stop=stop, seed=seed, guide=guide_of(json, json_schema, choice, regex),
         )  # fmt: skip
     except ValueError as error:
         raise InputError(str(error)) from error
@@ -110,15 +127,36 @@ def run(
         interact(lambda: loaded.start(system=system), answer, find, refs)
 
 
+def guide_of(any_json: bool, schema: Path | None, choices: tuple[str, ...], regex: str | None) -> Guide | None:
+    """The one guide that was asked for."""
+    given = [any_json, schema is not None, bool(choices), regex is not None]
+    if sum(given) > 1:
+        raise InputError("give one of --json, --json-schema, --choice and --regex: a reply has one form")
+    if any_json:
+        return Guide("json")
+    if schema is not None:
+        try:
+            text = schema.read_text(encoding="utf-8")
+            json.loads(text)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{schema}: not a schema that can be read ({error})") from error
+        return Guide("json_schema", text)
+    if choices:
+        return Guide("choice", json.dumps(choices))
+    return Guide("regex", regex) if regex is not None else None
+
+
 def describe(conversation: Chat) -> str:
     """Times and speeds of the last reply."""
     request = conversation.request
     assert request is not None
-    t, num_prompt, num_new = request.timings(), request.num_prompt, len(request.tokens)
+    t, num_new, num_cached = request.timings(), len(request.tokens), request.num_cached
+    num_read = request.num_prompt - num_cached
     speed = f" = {(num_new - 1) / t.decode:,.1f} tokens/s" if num_new > 1 and t.decode > 0 else ""
+    reading = f" = {num_read / t.prefill:,.0f} tokens/s" if t.prefill > 0 else ""
     return (
-        f"prepare {t.prepare:.2f} s | vision {t.vision:.2f} s ({request.num_tiles} tiles) | "
-        f"prefill {t.prefill:.2f} s ({num_prompt} tokens = {num_prompt / t.prefill:,.0f} tokens/s) | "
+        f"prepare {t.prepare:.2f} s | queue {t.queue:.2f} s | vision {t.vision:.2f} s ({request.num_tiles} tiles) | "
+        f"prefill {t.prefill:.2f} s ({num_read} tokens{reading}; {num_cached} cached) | "
         f"decode {t.decode:.2f} s ({num_new} tokens{speed})"
     )
 

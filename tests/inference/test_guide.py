@@ -1,0 +1,261 @@
+"""Guided replies are what their guide says, whatever the model is and whatever else is in the batch."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("llguidance")
+from llguidance import LLMatcher, LLParserLimits
+
+from ivl.errors import InputError
+from ivl.inference import guide as guide_module
+from ivl.inference.engine import Engine
+from ivl.inference.guide import Guides, Matcher
+from ivl.model.vlm import VLM
+from ivl.processing.processor import Processor
+from ivl.processing.tokenizer import Tokenizer, train_tokenizer
+from ivl.types import Guide, SamplingParams
+from tests.conftest import tiny_config
+from tests.inference.fakes import ask, assert_idle, enliven
+
+CHOICES = (
+    "red",
+    "red and blue",
+    "红色",
+    "红",
+    "🎉👍🏽",
+    "🇨🇭",
+    'say "no"',
+    "a\\b",
+    "two\nlines",
+    "\x7f\x01",
+    "/x/",
+    "<|im_end|>",
+    "<IMG_CONTEXT>",
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(
+        ['what colour is the shape? {"red": "green", "blue": [true, false, null, 12, -3.5]} 红色 🎉'] * 3, 320
+    )
+
+
+@pytest.fixture(scope="module")
+def engine(tokenizer: Tokenizer) -> Engine:
+    config = replace(
+        tiny_config(),
+        decoder=replace(tiny_config().decoder, vocab_size=len(tokenizer) + 5, max_positions=2000),
+        image_token_id=tokenizer.id("<IMG_CONTEXT>"), eos_token_ids=(tokenizer.id("<|im_end|>"), tokenizer.id("<|endoftext|>")),
+        system_message="",
+    )  # fmt: skip
+    torch.manual_seed(1)
+    model = VLM(config).eval()
+    model.init_weights()
+    enliven(model)
+    return Engine(model, Processor(config, tokenizer), max_cache_tokens=32768, block_size=16)
+
+
+def schema(rng: random.Random, depth: int = 0) -> dict[str, Any]:
+    """A small schema of any of the common keywords; its texts are short, so that random ones end."""
+    kinds = ["string", "pattern", "integer", "number", "boolean", "null", "enum", "const"]
+    if depth < 3:
+        kinds += 3 * ["object", "array"] + ["anyOf", "ref"]
+    kind = rng.choice(kinds)
+    if kind == "string":
+        return {"type": "string", "minLength": rng.randint(0, 2), "maxLength": rng.randint(2, 6)}
+    if kind == "pattern":
+        return {"type": "string", "pattern": rng.choice(["^[a-f]{2,4}$", "^(红|绿)色$", "^\\d{4}-\\d{2}$"])}
+    if kind == "integer":
+        return {"type": "integer", "minimum": (low := rng.randint(-50, 50)), "maximum": low + rng.randint(0, 2000)}
+    if kind == "number":
+        return {"type": "number", "minimum": 0, "maximum": 10}
+    if kind == "enum":
+        return {"enum": rng.sample(["red", "红色", "🎉", 3, None, True, 'a"b'], 3)}
+    if kind == "const":
+        return {"const": rng.choice(["x", 7, {"a": [1]}])}
+    if kind == "object":
+        names = rng.sample(["name", "colour", "数", "b c"], rng.randint(0, 3))
+        return {
+            "type": "object", "properties": {name: schema(rng, depth + 1) for name in names},
+            "required": [name for name in names if rng.random() < 0.7], "additionalProperties": False,
+        }  # fmt: skip
+    if kind == "array":
+        low = rng.randint(0, 2)
+        return {"type": "array", "items": schema(rng, depth + 1), "minItems": low, "maxItems": low + rng.randint(0, 2)}
+    if kind == "ref":
+        return {"$ref": "#/$defs/leaf"}
+    return {"anyOf": [schema(rng, depth + 1), schema(rng, depth + 1)]}
+
+
+def fits(value: Any, rule: dict[str, Any]) -> bool:
+    """Whether a value follows a schema, by plain definitions."""
+    if "$ref" in rule:
+        return value in ("leaf", "叶")
+    if "anyOf" in rule:
+        return any(fits(value, each) for each in rule["anyOf"])
+    if "enum" in rule or "const" in rule:
+        return any(type(value) is type(each) and value == each for each in rule.get("enum", [rule.get("const")]))
+    if rule["type"] == "object":
+        known = rule["properties"]
+        return (
+            isinstance(value, dict) and set(rule["required"]) <= set(value) <= set(known)
+            and all(fits(each, known[name]) for name, each in value.items())
+        )  # fmt: skip
+    if rule["type"] == "array":
+        whole = isinstance(value, list) and rule["minItems"] <= len(value) <= rule["maxItems"]
+        return whole and all(fits(each, rule["items"]) for each in value)
+    if rule["type"] == "string":
+        if not isinstance(value, str):
+            return False
+        return (
+            bool(re.search(rule["pattern"], value))
+            if "pattern" in rule
+            else rule["minLength"] <= len(value) <= rule["maxLength"]
+        )
+    if rule["type"] in ("integer", "number"):
+        kinds = (int,) if rule["type"] == "integer" else (int, float)
+        return isinstance(value, kinds) and not isinstance(value, bool) and rule["minimum"] <= value <= rule["maximum"]
+    return isinstance(value, bool) if rule["type"] == "boolean" else value is None
+
+
+def schemas(count: int) -> list[dict[str, Any]]:
+    return [{**schema(random.Random(seed)), "$defs": {"leaf": {"enum": ["leaf", "叶"]}}} for seed in range(count)]
+
+
+def test_replies_follow_forty_schemas(engine: Engine) -> None:
+    rules = schemas(40)
+    params = [
+        SamplingParams(max_new_tokens=1500, temperature=1.0, seed=n, guide=Guide("json_schema", json.dumps(rule)))
+        for n, rule in enumerate(rules)
+    ]
+    replies = engine.generate([ask("what colour?")] * len(rules), params)
+    for rule, reply in zip(rules, replies, strict=True):
+        assert reply.finish_reason == "stop", rule
+        assert fits(json.loads(reply.text), rule), (rule, reply.text)
+    assert_idle(engine)
+
+
+def test_guides_of_every_kind_and_requests_without_do_not_disturb_each_other(engine: Engine) -> None:
+    sampled = SamplingParams(max_new_tokens=300, temperature=1.0)
+    grammar = 'start: pair ("," pair)*\npair: /[a-c]{1,3}/ "=" /[0-9]/'
+    guides = [
+        None, Guide("json"), Guide("choice", json.dumps(CHOICES)), None, Guide("regex", "[a-f]{3}(红|🎉)?"),
+        Guide("grammar", grammar), Guide("json_schema", '{"type": "integer"}'),
+    ]  # fmt: skip
+    params = [
+        replace(sampled, seed=n, guide=guide, temperature=n % 2, presence_penalty=0.5 * (n % 3))
+        for n in range(3)
+        for guide in guides
+    ]
+    asked = [ask(f"question {n}") for n in range(len(params))]
+    together = engine.generate(asked, params)
+    alone = [engine.generate([question], each)[0] for question, each in zip(asked, params, strict=True)]
+    assert [reply.text for reply in together] == [reply.text for reply in alone]
+    checks = {
+        "json": lambda text: isinstance(json.loads(text), dict), "choice": lambda text: text in CHOICES,
+        "regex": lambda text: re.fullmatch("[a-f]{3}(红|🎉)?", text),
+        "grammar": lambda text: re.fullmatch("[a-c]{1,3}=[0-9](,[a-c]{1,3}=[0-9])*", text),
+        "json_schema": lambda text: isinstance(json.loads(text), int),
+    }  # fmt: skip
+    for each, reply in zip(params, together, strict=True):
+        if each.guide is not None and reply.finish_reason == "stop":
+            assert checks[each.guide.kind](reply.text), (each.guide, reply.text)
+    whole = [reply.finish_reason == "stop" for each, reply in zip(params, together, strict=True) if each.guide]
+    assert sum(whole) >= 0.7 * len(whole)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_single_choice_is_said_to_the_letter(engine: Engine, choice: str) -> None:
+    params = SamplingParams(temperature=1.0, guide=Guide("choice", json.dumps([choice])))
+    (reply,) = engine.generate([ask("which?")], params)
+    assert (reply.text, reply.finish_reason) == (choice, "stop")
+
+
+def test_every_choice_can_be_said(engine: Engine) -> None:
+    guide = Guide("choice", json.dumps(CHOICES))
+    params = [SamplingParams(temperature=30.0, seed=n, guide=guide) for n in range(150)]
+    said = {reply.text for reply in engine.generate([ask("which?")] * len(params), params)}
+    assert said <= set(CHOICES) and len(said) > 8
+
+
+def test_control_tokens_are_never_allowed_and_end_tokens_where_the_reply_may_end(tokenizer: Tokenizer) -> None:
+    ends = frozenset([tokenizer.id("<|im_end|>"), tokenizer.id("<|endoftext|>")])
+    guides = Guides(tokenizer, vocab_size=len(tokenizer) + 5, eos=ends)
+    matcher = guides.matcher(Guide("regex", "(?s:.{2,})"))
+    for step in range(4):
+        allowed = matcher.allowed()
+        assert allowed.shape == (len(tokenizer) + 5,) and not allowed[len(tokenizer) :].any()
+        control = {n for n in range(len(tokenizer)) if tokenizer.is_control(n)}
+        assert {n for n in control if allowed[n]} == (ends if step >= 2 else set())
+        assert allowed[tokenizer.id("<box>")]  # grounding markers are text
+        assert matcher.advance(tokenizer.encode("x")[0]) is None
+    assert matcher.advance(min(ends)) == "stop"
+
+
+def test_a_reply_that_is_cut_says_so_and_ends_are_not_needed_where_nothing_can_follow(engine: Engine) -> None:
+    long = SamplingParams(max_new_tokens=5, guide=Guide("regex", "(ab){100}"))
+    (reply,) = engine.generate([ask("go")], long)
+    assert reply.finish_reason == "length" and ("ab" * 100).startswith(reply.text) and reply.text
+    (reply,) = engine.generate([ask("go")], replace(long, max_new_tokens=500, ignore_eos=True))
+    assert reply.finish_reason == "stop" and reply.text == "ab" * 100
+
+
+def test_a_guide_that_becomes_too_complex_cuts_its_own_reply_only(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    hard = Guide("regex", "(a|b)*a(a|b){30}c")
+    plain = SamplingParams(max_new_tokens=12, temperature=1.0, seed=1)
+    (expected,) = engine.generate([ask("go")], plain)
+    with monkeypatch.context() as patch:
+
+        def limited(self: Guides, guide: Guide) -> Matcher:
+            limits = LLParserLimits(max_lexer_states=20)
+            return Matcher(LLMatcher(self._read(), guide_module._grammar(guide), log_level=0, limits=limits), self.vocab_size)
+
+        patch.setattr(Guides, "matcher", limited)
+        params = [replace(plain, max_new_tokens=200, guide=hard), plain]
+        cut, other = engine.generate([ask("go")] * 2, params)
+    assert cut.finish_reason == "length" and re.fullmatch("[ab]*", cut.text) and len(cut.tokens) < 200
+    assert other.text == expected.text
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize(
+    ("guide", "words"),
+    [
+        (Guide("json_schema", "{"), "json_schema cannot be read"),
+        (Guide("json_schema", "[1]"), "json_schema cannot be read"),
+        (Guide("json_schema", '{"type": "text"}'), "at #: Invalid type: text"),
+        (
+            Guide("json_schema", '{"properties": {"a": {"anyOf": [{}, {"items": {"type": "text"}}]}}}'),
+            "at #/properties/a/anyOf/1/items: Invalid type: text",
+        ),
+        (Guide("json_schema", '{"properties": {"a": {"$ref": "#/$defs/b"}}, "$defs": {"b": {"type": 3}}}'), "at #/"),
+        (Guide("json_schema", '{"type": "integer", "minimum": 5, "maximum": 3}'), "greater than maximum"),
+        (Guide("json_schema", '{"$ref": "#"}'), "no text that it allows"),
+        (Guide("regex", "(a"), "unclosed group"),
+        (Guide("regex", r"[^\s\S]"), "no text that it allows"),
+        (Guide("grammar", "start: foo"), "unknown name"),
+        (Guide("choice", "red"), "choice cannot be read"),
+        (Guide("choice", "[]"), "JSON list of texts"),
+        (Guide("choice", '["a", 3]'), "JSON list of texts"),
+    ],
+)
+def test_guides_that_cannot_be_followed_are_refused_with_the_place(engine: Engine, guide: Guide, words: str) -> None:
+    with pytest.raises(InputError, match=f"{guide.kind} cannot be .*") as caught:
+        engine.prepare(ask("which?"), SamplingParams(guide=guide))
+    assert words in str(caught.value) and len(str(caught.value)) < 600 and "<state>" not in str(caught.value)
+
+
+def test_a_huge_schema_at_fault_is_refused_in_short_time(tokenizer: Tokenizer) -> None:
+    wide = {"properties": {f"p{n}": {"type": "string"} for n in range(500)} | {"last": {"type": "text"}}}
+    guides = Guides(tokenizer, vocab_size=len(tokenizer), eos=frozenset([tokenizer.id("<|im_end|>")]))
+    with pytest.raises(InputError, match="at #: Invalid type"):
+        guides.matcher(Guide("json_schema", json.dumps(wide)))
