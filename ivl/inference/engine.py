@@ -278,7 +278,7 @@ class Engine:
         request.first_token_at = request.first_token_at or now
         request.last_token_at = now
         if token in self.eos and not request.sampler.params.ignore_eos:
-            request.finish_reason, text = "stop", request.text.flush()
+            request.finish_reason, text = chosen.end or "stop", request.text.flush()
         else:
             text = request.text.push(token)
             if request.text.stopped:

@@ -53,7 +53,7 @@ def tokenizer() -> Tokenizer:
 def engine(tokenizer: Tokenizer) -> Engine:
     config = replace(
         tiny_config(),
-        decoder=replace(tiny_config().decoder, vocab_size=len(tokenizer) + 5, max_positions=2000),
+        decoder=replace(tiny_config().decoder, vocab_size=len(tokenizer), max_positions=2000),
         image_token_id=tokenizer.id("<IMG_CONTEXT>"), eos_token_ids=(tokenizer.id("<|im_end|>"), tokenizer.id("<|endoftext|>")),
         system_message="",
     )  # fmt: skip
