@@ -114,7 +114,12 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.7, 1.0])
     parser.add_argument("--out", type=Path, default=Path("runs/test-time-scaling"))
+    parser.add_argument("--plot", type=Path, nargs="+", metavar="DIR", help="draw these finished runs as one figure in --out")
     options = parser.parse_args()
+    if options.plot:
+        results = [json.loads((run / "result.json").read_text()) | {"title": f"{run.name},"} for run in options.plot]
+        plot(results, options.out / "test_time_scaling.png")
+        return
     task = Compositions(read_rows(options))
     write_rows(options.out / "questions.jsonl", task.rows)
     engine = ivl.load(options.model).engine
