@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -61,10 +60,14 @@ def load(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    with ThreadPoolExecutor(1) as pool:  # a large vocabulary takes about as long to read as a small model's weights
-        reading = pool.submit(Processor.load, directory)
-        model = load_model(directory, dtype=None if wanted == "auto" else wanted, device=device)
-        processor = reading.result()
+    read: list[Processor] = []
+    model = load_model(
+        directory,
+        dtype=None if wanted == "auto" else wanted,
+        device=device,
+        meanwhile=lambda: read.append(Processor.load(directory)),  # a large vocabulary takes about as long as the weights
+    )
+    (processor,) = read
     if max_tiles is not None:
         tiling = processor.tiling
         processor.tiling = replace(tiling, max_tiles=max_tiles, min_tiles=min(tiling.min_tiles, max_tiles))

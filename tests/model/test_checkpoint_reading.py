@@ -22,7 +22,7 @@ def stored(tmp_path):
 
 def test_all_and_some(stored, monkeypatch):
     directory, tensors = stored
-    for pieces, bytes_each in ((512, 1 << 28), (3, 1 << 28), (512, 100)):
+    for pieces, bytes_each in ((1024, 1 << 30), (3, 1 << 30), (1024, 100)):
         monkeypatch.setattr(files, "MAX_PIECES", pieces)
         monkeypatch.setattr(files, "MAX_READ", bytes_each)
         for names in (list(tensors), list(tensors)[::3], ["t5", "t5"]):

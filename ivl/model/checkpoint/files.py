@@ -8,6 +8,7 @@ import math
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,7 +30,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INTEGERS = {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
 """Of quantised weights."""
-MAX_PIECES, MAX_READ = 512, 256 << 20
+MAX_PIECES, MAX_READ = 1024, 1 << 30
 """Pieces and bytes read by one call; systems take 1,024 pieces and 2 GB at most."""
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
@@ -70,7 +71,7 @@ class Source(Protocol):
 
     def get(self, name: str) -> torch.Tensor: ...
 
-    def fill(self, pairs: Iterable[tuple[str, torch.Tensor]]) -> None: ...
+    def fill(self, pairs: Iterable[tuple[str, torch.Tensor]], meanwhile: Callable[[], object] = bool) -> None: ...
 
 
 class Weights:
@@ -136,14 +137,15 @@ class Weights:
         path, stored = self._places[name]
         return self._handle(path).get_tensor(stored)
 
-    def fill(self, pairs: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def fill(self, pairs: Iterable[tuple[str, torch.Tensor]], meanwhile: Callable[[], object] = bool) -> None:
         """Copy tensors into memory that is there. What needs no conversion is read straight from the files by several
-        threads, without Python's lock: nothing is mapped on the way, and other work goes on beside it.
+        threads, without Python's lock: nothing is mapped on the way, and `meanwhile` is done beside it.
 
         Raises:
             InputError: if a file cannot be read to its end.
         """
         spans: dict[Path, list[tuple[int, memoryview]]] = {}
+        others: list[tuple[str, torch.Tensor]] = []
         for name, ours in pairs:
             path, stored = self._places[name]
             plain = ours.device.type == "cpu" and ours.is_contiguous() and ours.dtype == self.dtypes[name]
@@ -151,9 +153,20 @@ class Weights:
                 memory = ours.detach().view(-1).view(torch.uint8).numpy().data
                 spans.setdefault(path, []).append((self._offsets(path)[stored], memory))
             else:
+                others.append((name, ours))
+        threads = min(4, os.cpu_count() or 1)
+        with ThreadPoolExecutor(threads) as pool:
+            parts = [(path, part) for path, wanted in spans.items() for part in _shared_out(wanted, threads)]
+            reading = [pool.submit(_read_part, path, part) for path, part in parts]
+            time.sleep(0.001)  # they are in the system's hands before Python's lock may be taken for long
+            meanwhile()
+            for name, ours in others:
                 ours.copy_(self.get(name))
-        for path, wanted in spans.items():
-            _read_spans(path, sorted(wanted, key=lambda span: span[0]))
+            for (path, _), done in zip(parts, reading, strict=True):
+                try:
+                    done.result()
+                except OSError as error:
+                    raise InputError(f"{path}: cannot be read: {error}; fetch it again") from None
 
     def _offsets(self, path: Path) -> dict[str, int]:
         """Where the data of every tensor begin; safetensors has checked the header."""
@@ -181,43 +194,45 @@ class Weights:
         return max(counts, key=lambda dtype: counts[dtype])
 
 
-def _read_spans(path: Path, spans: list[tuple[int, memoryview]]) -> None:
-    """Read pieces of a file, (offset, memory) in order of offset, in as many threads as there are processors, four at most."""
-    threads = min(4, os.cpu_count() or 1)
-    share = -(-sum(len(memory) for _, memory in spans) // threads)
-    parts: list[list[tuple[int, memoryview]]] = [[] for _ in range(threads)]
+def _shared_out(spans: list[tuple[int, memoryview]], count: int) -> list[list[tuple[int, memoryview]]]:
+    """Pieces of a file, (offset, memory), in order of offset and in parts of equal size."""
+    share = max(1, -(-sum(len(memory) for _, memory in spans) // count))
+    parts: list[list[tuple[int, memoryview]]] = [[] for _ in range(count)]
     done = 0
-    for offset, memory in spans:
+    for offset, memory in sorted(spans, key=lambda span: span[0]):
         while memory:
             part = done // share
-            piece = memory[: share * (part + 1) - done]
+            piece = memory[: min(share * (part + 1) - done, MAX_READ)]
             parts[part].append((offset, piece))
             offset, memory, done = offset + len(piece), memory[len(piece) :], done + len(piece)
-    try:
-        with path.open("rb", buffering=0) as file, ThreadPoolExecutor(threads) as pool:
-            list(pool.map(lambda part: _read_part(file.fileno(), part), parts))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error}; fetch it again") from None
+    return [part for part in parts if part]
 
 
-def _read_part(file: int, spans: list[tuple[int, memoryview]]) -> None:
-    """Pieces that lie in a row are read by one call."""
-    at = 0
-    while at < len(spans):
-        start, run, length = spans[at][0], [], 0
-        while at < len(spans) and len(run) < MAX_PIECES and length < MAX_READ and spans[at][0] == start + length:
-            run.append(spans[at][1])
-            length += len(spans[at][1])
-            at += 1
-        while run:
-            count = os.preadv(file, run, start)
-            if not count:
-                raise OSError("the file ends too early")
-            start += count
-            while run and count >= len(run[0]):
-                count -= len(run.pop(0))
-            if run:
-                run[0] = run[0][count:]
+def _read_part(path: Path, spans: list[tuple[int, memoryview]]) -> None:
+    """Read pieces of a file; those that lie in a row are read by one call."""
+    with path.open("rb", buffering=0) as file:
+        at = 0
+        while at < len(spans):
+            (start, first), run = spans[at], [spans[at][1]]
+            length, at = len(first), at + 1
+            while at < len(spans) and len(run) < MAX_PIECES and spans[at][0] == start + length:
+                if length + len(spans[at][1]) > MAX_READ:
+                    break
+                run.append(spans[at][1])
+                length, at = length + len(spans[at][1]), at + 1
+            _read_run(file.fileno(), start, run)
+
+
+def _read_run(file: int, start: int, run: list[memoryview]) -> None:
+    while run:
+        count = os.preadv(file, run, start)
+        if not count:
+            raise OSError("the file ends too early")
+        start += count
+        while run and count >= len(run[0]):
+            count -= len(run.pop(0))
+        if run:
+            run[0] = run[0][count:]
 
 
 def listing(names: Sequence[str], limit: int = 8) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,8 +129,9 @@ class Gguf:
         kinds = {self._kinds[name].name for name, shape in self.shapes.items() if len(shape) > 1}
         return _EXACT.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
 
-    def fill(self, pairs: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def fill(self, pairs: Iterable[tuple[str, torch.Tensor]], meanwhile: Callable[[], object] = bool) -> None:
         """Copy tensors into memory that is there, converting dtype and device."""
+        meanwhile()
         for name, ours in pairs:
             ours.copy_(self.get(name))
 

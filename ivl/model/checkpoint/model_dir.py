@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -42,6 +42,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     quantized: bool = True,
+    meanwhile: Callable[[], object] = bool,
 ) -> VLM:
     """A model in eval mode from a directory or hub id, in either dialect.
 
@@ -51,6 +52,7 @@ def load_model(
     Args:
         dtype: of the parameters; None keeps that of most of the stored weights.
         quantized: accept a quantised model; where weights are to be changed, it is refused.
+        meanwhile: called while weights are being read, which needs little of Python.
 
     Raises:
         InputError: if the model cannot be found, or its files do not describe exactly one model; nothing is allocated then.
@@ -59,7 +61,7 @@ def load_model(
     model = empty_model(load_config(directory))
     weights, entries = open_weights(directory, model, quantized=quantized)
     allocate(model.to(dtype or weights.main_dtype), device)
-    fill(tensors_of(model), entries, weights)
+    fill(tensors_of(model), entries, weights, meanwhile)
     return model.eval()
 
 
@@ -162,7 +164,9 @@ def untie(entries: Sequence[Entry], weights: Weights, ours: str = "") -> None:
 
 
 @torch.no_grad()
-def fill(parameters: Mapping[str, torch.Tensor], entries: Sequence[Entry], weights: Source) -> None:
+def fill(
+    parameters: Mapping[str, torch.Tensor], entries: Sequence[Entry], weights: Source, meanwhile: Callable[[], object] = bool
+) -> None:
     """Copy the weights of every entry into our parameters, converting dtype and device."""
     plain: list[tuple[str, torch.Tensor]] = []
     for entry in entries:
@@ -171,7 +175,7 @@ def fill(parameters: Mapping[str, torch.Tensor], entries: Sequence[Entry], weigh
             ours.copy_(read(entry, weights))
         else:
             plain += zip(entry.theirs, entry.split(ours), strict=True)  # views, so filling them fills ours
-    weights.fill(plain)
+    weights.fill(plain, meanwhile)
 
 
 def read(entry: Entry, weights: Source) -> torch.Tensor:
