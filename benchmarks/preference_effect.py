@@ -36,12 +36,13 @@ def main() -> None:
     parser.add_argument("--start", type=Path, default=Path(nano.RUN) / "model", help="model of the quickstart")
     parser.add_argument("--out", type=Path, default=Path("runs/preference-effect"))
     parser.add_argument("--sft-steps", type=int, default=300)
-    parser.add_argument("--steps", type=int, default=60, help="steps of every method")
+    parser.add_argument("--steps", type=int, default=50, help="steps of every method")
     parser.add_argument("--questions", type=int, default=1000, help="questions sampled")
     parser.add_argument("--replies", type=int, default=8, help="replies to each")
     parser.add_argument("--held-out", type=int, default=1000, help="test questions")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--lr", type=float, default=5e-5)
+    parser.add_argument("--beta", type=float, default=nano.BETA, help="of every preference loss")
     parser.add_argument("--only", default="", help="one method, to look at a setting")
     args = parser.parse_args()
     if not args.start.exists():
@@ -111,11 +112,12 @@ def chosen_rows(pairs: Path, to: Path) -> None:
 def configuration(method: str, seed: int, args: argparse.Namespace, sft: Path, pairs: Path, dropout: Path) -> TrainConfig:
     base = nano.mpo()
     name = method.lower().replace(" ", "-").replace(",", "")
-    data = replace(base.data, mixture=str((dropout if "Dropout" in method else pairs) / "pairs.jsonl"))
+    origin = dropout if "Dropout" in method else pairs
+    data = replace(base.data, mixture=str(origin / "pairs.jsonl"))
     config = replace(
         base, name=f"{name}-{seed}", out_dir=str(args.out / f"{name}-{seed}"), model=str(sft), num_steps=args.steps, seed=seed,
         data=data, optim=replace(base.optim, lr=args.lr), log_every=20,
-        preference=PreferenceConfig(reference_dir=str(args.out / f"reference-{Path(data.mixture).parent.name}")),
+        preference=PreferenceConfig(beta=args.beta, reference_dir=str(args.out / f"reference-{origin.name}")),
     )  # fmt: skip
     if method == "DPO alone":
         return replace(config, preference=replace(config.preference, sigmoid=1.0, bco=0.0, generation=0.0))

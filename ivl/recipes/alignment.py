@@ -16,7 +16,7 @@ from ivl.types import SamplingParams
 CARELESS = 0.45
 """Share of the supervised rows that carry the mistake. The model learns the mistake nearly as well as the answer; its own
 replies, checked against answers known to be right, tell the two apart."""
-SAMPLED = SamplingParams(temperature=1.0, max_new_tokens=64)
+SAMPLED = SamplingParams(temperature=0.7, top_p=0.95, max_new_tokens=64)
 GREEDY = SamplingParams(max_new_tokens=64)
 ASKED = ("id", "image", "question", "answer")
 
