@@ -3,7 +3,9 @@
 nano reasons about two to four pictures of easy-vqa's test split. Every question is asked 16 times at each temperature, and
 the same replies give the accuracy of majority voting and of the most likely reply for 1, 2, 4, 8 and 16 of them (means over
 random subsets; 95% intervals by resampling the questions), beside greedy decoding and beside a judge that is always right, the
-limit of any choice among the replies. Replies are kept in --out; a run that was stopped goes on.
+limit of any choice among the replies. --judge names a second model, such as one trained on preferences: then the reply that is
+the most likely under it is measured too, beside its own greedy replies. Replies are kept in --out; a run that was stopped
+goes on.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from ivl import pages
 from ivl.evaluation.curve import Point, by_size, draw, interval
 from ivl.evaluation.run import evaluate, versions
 from ivl.evaluation.task import Example, Method
-from ivl.inference.scaling import Candidate
+from ivl.inference.scaling import Candidate, Reader, rate
 from ivl.model.checkpoint.files import fingerprint
 from ivl.progress import counting
 from ivl.recipes.alignment import ASKED, GREEDY, write_rows
@@ -34,7 +36,7 @@ from ivl.types import SamplingParams
 
 SEED = 9
 """As in ivl.recipes.alignment.held_out: the same questions."""
-COLOURS = {"vote": "#1f77b4", "likelihood": "#ff7f0e", "always right": "#7f7f7f"}
+COLOURS = {"vote": "#1f77b4", "likelihood": "#ff7f0e", "judge": "#2ca02c", "always right": "#7f7f7f"}
 
 
 @dataclass(frozen=True)
@@ -62,18 +64,20 @@ def read_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     return [{key: row[key] for key in ASKED} for row in rows]
 
 
-def replies(options: argparse.Namespace, task: Compositions, engine: Any, temperature: float) -> list[dict[str, Any]]:
+def replies(
+    options: argparse.Namespace, task: Compositions, engine: Any, temperature: float, name: str = "", model: Path | None = None
+) -> list[dict[str, Any]]:
     """The predictions of all questions; one greedy reply at temperature 0."""
-    path = options.out / f"replies-{temperature:g}.jsonl"
+    path, model = options.out / f"{name}replies-{temperature:g}.jsonl", model or options.model
     method = Method(style="final_answer", samples=options.samples if temperature else 1, likelihood=True)
     with counting(on=True, lasting=True) as bar:
         shown = bar.add_task(f"temperature {temperature:g}", total=len(task.rows), note="")
         report = evaluate(
             task,
             engine,
-            model=str(options.model),
+            model=str(model),
             predictions=path,
-            fingerprint=fingerprint(options.model),
+            fingerprint=fingerprint(model),
             params=replace(task.params, temperature=temperature),
             method=method,
             batch_size=64,
@@ -83,7 +87,7 @@ def replies(options: argparse.Namespace, task: Compositions, engine: Any, temper
     return [json.loads(line) for line in path.read_text().splitlines()[1:]]
 
 
-def curves(task: Compositions, found: list[dict[str, Any]]) -> dict[str, dict[int, np.ndarray]]:
+def curves(task: Compositions, found: list[dict[str, Any]], judge: Any = None) -> dict[str, dict[int, np.ndarray]]:
     """By way of choosing and number of replies: the expected score of each question."""
     samples = [[Candidate(**each) for each in row["samples"]] for row in found]
     scores = [
@@ -93,11 +97,16 @@ def curves(task: Compositions, found: list[dict[str, Any]]) -> dict[str, dict[in
     rated = [
         [replace(c, rating=s) for c, s in zip(some, each, strict=True)] for some, each in zip(samples, scores, strict=True)
     ]
-    return {
+    ways = {
         "vote": by_size(samples, scores, "vote"),
         "likelihood": by_size(samples, scores, "likelihood"),
         "always right": by_size(rated, scores, "judge"),
     }
+    if judge is not None:
+        asked = {example.id: example.conversation for example in task.examples()}
+        read = rate(Reader(judge), [asked[row["id"]] for row in found], samples)
+        ways["judge"] = by_size(read, scores, "judge")
+    return ways
 
 
 def point(size: int, values: np.ndarray) -> Point:
@@ -114,6 +123,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.7, 1.0])
     parser.add_argument("--out", type=Path, default=Path("runs/test-time-scaling"))
+    parser.add_argument("--judge", type=Path, help="a second model")
     parser.add_argument("--plot", type=Path, nargs="+", metavar="DIR", help="draw these finished runs as one figure in --out")
     options = parser.parse_args()
     if options.plot:
@@ -123,13 +133,19 @@ def main() -> None:
     task = Compositions(read_rows(options))
     write_rows(options.out / "questions.jsonl", task.rows)
     engine = ivl.load(options.model).engine
+    judge = ivl.load(options.judge).engine if options.judge else None
     greedy = curves(task, replies(options, task, engine, 0.0))["vote"][1]
     result: dict[str, Any] = {
         "model": str(options.model), "questions": len(task.rows), "greedy": asdict(point(1, greedy)), "versions": versions(),
         "temperatures": {},
     }  # fmt: skip
+    if judge is not None:
+        own = curves(task, replies(options, task, judge, 0.0, "judge-", options.judge))["vote"][1]
+        result["judge_greedy"] = asdict(point(1, own)) | {
+            "over_greedy": [float((own - greedy).mean()), *interval(own - greedy)]
+        }
     for temperature in options.temperatures:
-        found = curves(task, replies(options, task, engine, temperature))
+        found = curves(task, replies(options, task, engine, temperature), judge)
         result["temperatures"][f"{temperature:g}"] = {
             way: [
                 {**asdict(point(size, values)), "over_greedy": [float((values - greedy).mean()), *interval(values - greedy)]}
@@ -150,6 +166,10 @@ def show(result: dict[str, Any]) -> None:
     greedy = result["greedy"]
     table = Table("temperature", "taken", "replies", "right, %", "95%", "over greedy", "95%")
     table.add_row("0", "greedy", "1", f"{100 * greedy['value']:.1f}", interval_of(greedy["ci95"]), "", "")
+    if own := result.get("judge_greedy"):
+        over, *rest = own["over_greedy"]
+        ends = [f"{100 * own['value']:.1f}", interval_of(own["ci95"]), f"{100 * over:+.1f}", interval_of(rest)]
+        table.add_row("0", "judge's greedy", "1", *ends)
     for temperature, ways in result["temperatures"].items():
         for way, points in ways.items():
             for p in points:
@@ -173,8 +193,10 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
                 chosen = [Point(samples=p["samples"], value=p["value"], ci95=tuple(p["ci95"])) for p in points]
                 draw(axes, chosen, way, COLOURS[way])
             axes.axhline(100 * result["greedy"]["value"], color="#333", linestyle="--", linewidth=1, label="greedy")
+            if own := result.get("judge_greedy"):
+                axes.axhline(100 * own["value"], color=COLOURS["judge"], linestyle=":", linewidth=1, label="judge's own greedy")
             axes.set_title(f"{result.get('title', '')} temperature {temperature}".strip())
-        row[0].legend()
+    grid[0][0].legend()
     figure.savefig(path, dpi=110)
 
 

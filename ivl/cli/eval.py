@@ -16,7 +16,7 @@ from ivl.scoring import Style
 
 if TYPE_CHECKING:
     from ivl.evaluation.run import Progress
-    from ivl.inference.scaling import Judge
+    from ivl.inference.scaling import Judge, Reader
     from ivl.types import SamplingParams
 
 SAMPLED, REASONED = 0.7, 1024
@@ -48,6 +48,7 @@ def run(
     judge_model: str | None = None,
     judge_url: str | None = None,
     judge_url_model: str | None = None,
+    judge_by: Literal["rating", "likelihood"] = "rating",
     max_tiles: int | None = None,
     dtype: Dtype = "auto",
     device: str = "auto",
@@ -78,6 +79,8 @@ def run(
         judge_model: Directory or hub id of the model that rates replies.
         judge_url: Or an OpenAI-compatible endpoint; its key is taken from OPENAI_API_KEY.
         judge_url_model: Name of the judge at the endpoint.
+        judge_by: Ask the judge for a rating, or take how likely the reply is under --judge-model, such as a model trained on
+            preferences.
         max_tiles: Tiles an image may be cut into; by default what the checkpoint says.
         dtype: Type of the weights; auto is the stored one where the processor computes in it well.
         device: cpu, cuda, or auto.
@@ -100,6 +103,8 @@ def run(
     judging = [name for name in (judge_model, judge_url) if name]
     if len(judging) != (select == "judge") or (select == "judge" and samples < 2):
         raise InputError("--select judge needs --samples of 2 or more and one of --judge-model and --judge-url; else no judge")
+    if judge_by == "likelihood" and not judge_model:
+        raise InputError("--judge-by likelihood needs --judge-model: an endpoint does not tell how likely a given reply is")
     asked = style or ("final_answer" if cot else "direct")
     params = sampling(chosen.params, asked, samples, temperature=temperature, top_p=top_p, seed=seed, limit=max_new_tokens)
     if predictions is None:
@@ -119,7 +124,7 @@ def run(
         from ivl.pages import pyplot
 
         pyplot()  # a missing library should not show after hours of sampling
-    judge, judge_name = connect_judge(judge_model, judge_url, judge_url_model) if judging else (None, "")
+    judge, judge_name = connect_judge(judge_model, judge_url, judge_url_model, judge_by) if judging else (None, "")
     method = Method(style=asked, instruct=cot, samples=samples, select=select, judge=judge_name)
     loaded = load(model, dtype=dtype, device=device, max_tiles=max_tiles)
     directory = resolve(model)
@@ -171,12 +176,14 @@ def sampling(
     return replace(changed, seed=seed) if changed.temperature > 0 else changed
 
 
-def connect_judge(model: str | None, url: str | None, url_model: str | None) -> tuple[Judge, str]:
+def connect_judge(model: str | None, url: str | None, url_model: str | None, by: str) -> tuple[Judge | Reader, str]:
     """A judge and its name. One that runs here can only answer with a number."""
     from ivl.cli.generators import connect
-    from ivl.inference.scaling import GUIDED_RATING, RATING, Judge
+    from ivl.inference.scaling import GUIDED_RATING, RATING, Judge, Reader
 
     generator, name = connect(model, url, url_model)
+    if by == "likelihood":
+        return Reader(generator), f"likelihood under {name}"
     return Judge(generator, GUIDED_RATING if model else RATING), name
 
 

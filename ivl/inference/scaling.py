@@ -56,7 +56,15 @@ class Judge:
     params: SamplingParams = RATING
 
 
-Rater = Judge | Callable[[Conversation, str], float]
+@dataclass(frozen=True)
+class Reader:
+    """Another model that runs here and rates a reply by the mean log-probability per token that it gives it itself, such as one
+    trained on preferences."""
+
+    generator: Generator
+
+
+Rater = Judge | Reader | Callable[[Conversation, str], float]
 """A model, or a function of a conversation and a reply."""
 
 
@@ -158,8 +166,8 @@ def choose(candidates: Sequence[Candidate], select: Select) -> int:
 def rate(
     judge: Rater, conversations: Sequence[Conversation], candidates: Sequence[Sequence[Candidate]]
 ) -> list[list[Candidate]]:
-    """The candidates with their ratings; None where a judging model's reply has no number from 0 to 10. Equal replies to a
-    question are rated once."""
+    """The candidates with their ratings; None where a judge's reply has no number from 0 to 10, or a reader has nothing to
+    read. Equal replies to a question are rated once."""
     pairs = {
         (number, candidate.text): conversation
         for number, (conversation, some) in enumerate(zip(conversations, candidates, strict=True))
@@ -170,10 +178,25 @@ def rate(
 
 
 def _ratings(judge: Rater, pairs: list[tuple[Conversation, str]]) -> list[float | None]:
+    if isinstance(judge, Reader):
+        return _read(judge.generator, pairs)
     if not isinstance(judge, Judge):
         return [float(judge(conversation, text)) for conversation, text in pairs]
     said = answers_of(judge.generator, [judged(conversation, text) for conversation, text in pairs], judge.params)
     return [rating_of(text) for text in said]
+
+
+def _read(generator: Generator, pairs: list[tuple[Conversation, str]]) -> list[float | None]:
+    """A guide that allows one reply only makes the engine say it, and tell how likely it was. An empty reply has no rating."""
+    said = [(conversation, text) for conversation, text in pairs if text]
+    params = [
+        SamplingParams(
+            max_new_tokens=len(text.encode()) + 1, guide=Guide("choice", json.dumps([text], ensure_ascii=False)), logprobs=0
+        )
+        for _, text in said
+    ]
+    replies = iter(replies_of(generator, [conversation for conversation, _ in said], params))
+    return [mean_logprob(next(replies)) if text else None for _, text in pairs]
 
 
 def judged(conversation: Conversation, reply: str) -> Conversation:

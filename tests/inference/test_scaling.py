@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import ivl
 from ivl.errors import InputError
 from ivl.generators import Said
-from ivl.inference.scaling import GUIDED_RATING, Candidate, Judge, Vote, best_of, judged, rate, rating_of, sample, vote
+from ivl.inference.scaling import GUIDED_RATING, Candidate, Judge, Reader, Vote, best_of, judged, rate, rating_of, sample, vote
 from ivl.processing.prompts import reasoned
 from ivl.scoring import correct, normalise
 from ivl.types import Conversation, ImageRef, Message, SamplingParams, Text, TextDelta
@@ -147,6 +147,20 @@ def test_a_local_judge_can_only_say_a_number(directory: Path) -> None:
     some = [[Candidate(text=text, answer=text) for text in ("red", "blue", "a circle")]]
     (rated,) = rate(Judge(ivl.load(directory).engine, GUIDED_RATING), [question("what colour?")], some)
     assert all(c.rating is not None and 0 <= c.rating <= 10 for c in rated)
+
+
+def test_a_reader_tells_how_likely_it_would_have_said_the_reply(directory: Path) -> None:
+    pytest.importorskip("llguidance")
+    engine, asked = ivl.load(directory).engine, question("what colour?", ImageRef(picture(1)))
+    own = engine.generate([asked], SamplingParams(max_new_tokens=200, logprobs=0))[0].text.strip("\ufffd")[:9]
+    texts = ("red", "a 蓝 🦊", "two\nlines", "", own)
+    (rated,) = rate(Reader(engine), [asked], [[Candidate(text=text, answer=text) for text in texts]])
+    assert rated[3].rating is None and all(c.rating is not None and c.rating < 0 for c in rated if c.text)
+    token = engine.processor.tokenizer
+    ids = token.encode("red")
+    first = engine.generate([asked], SamplingParams(max_new_tokens=1, logprobs=300))[0].logprobs[0]
+    if len(ids) == 1:
+        assert dict(first.top)[ids[0]] < 0
 
 
 def test_reasoning_is_asked_for_after_the_pictures_in_the_language_of_the_question() -> None:
