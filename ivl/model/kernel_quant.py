@@ -76,7 +76,7 @@ def quant_linear(e: Emitter, bits: int, groups: int, zero: int, width: int, num_
                 swiglu_row(e, row, made, e.int(width))
             row = made
         x = e.b.alloca(I8, size=e.int(token_size))
-        x.align = 64
+        x.align = 64  # type: ignore[misc]
         _prepare(e, row, x, bits, bool(zero), width)
     added = e.pointer(10) if plus else None
     zeros = e.pointer(4, I8) if zero else None

@@ -35,7 +35,7 @@ def quant_matmul(e: Emitter, bits: int, groups: int, zero: int, width: int, heig
     _tile_shapes(e, [(height, 64)] * 6 + [(TILE, 64)] * 2)
     block = together * height
     corner = e.b.alloca(F32, size=e.int(block * ROWS))
-    corner.align = 64
+    corner.align = 64  # type: ignore[misc]
     with e.claimed(rows, ROWS) as (start, stop), e.loop(start, stop, ROWS) as outer:
         first = e.smaller(outer.index, e.b.sub(rows, e.int(ROWS)))
         for part in range(2):
@@ -103,7 +103,7 @@ def quant_rounded(e: Emitter, width: int, height: int, together: int) -> None:
     sums, inputs, weights = [0, 1, 2, 3][: 2 * together], [4, 5][:together], (6, 7)
     _tile_shapes(e, [(height, 64)] * 6 + [(TILE, 64)] * 2)
     corner = e.b.alloca(I32, size=e.int(block * ROWS))
-    corner.align = 64
+    corner.align = 64  # type: ignore[misc]
     with e.claimed(rows, ROWS) as (start, stop), e.loop(start, stop, ROWS) as outer:
         first = e.smaller(outer.index, e.b.sub(rows, e.int(ROWS)))
         for part in range(2):
@@ -255,11 +255,11 @@ def quant_few(e: Emitter, bits: int, groups: int, zero: int, width: int, num_tok
     sums = [(0, 1), (2, 3)]
     _tile_shapes(e, [(TILE, 64)] * 4 + [(TILE, step)] * 2 + [(step // 4, 64)] * 2)
     corners = e.b.alloca(I32, size=e.int(4 * TILE * TILE))
-    corners.align = 64
+    corners.align = 64  # type: ignore[misc]
     nibbles = e.b.alloca(I8, size=e.int(4 * TILE_BYTES))
-    nibbles.align = 64
+    nibbles.align = 64  # type: ignore[misc]
     sums_at = e.b.alloca(F32, size=e.int(ROWS * TILE))
-    sums_at.align = 64
+    sums_at.align = 64  # type: ignore[misc]
     body = HEAD // 4
 
     def word(row: Value) -> Value:
@@ -289,8 +289,8 @@ def quant_few(e: Emitter, bits: int, groups: int, zero: int, width: int, num_tok
     def added(first: int, count: int, base: Value) -> Value:
         total = e.ints(0) if bits == 8 or not zero else e.splat(0.0)
         for n in range(first, first + count):
-            term = e.read(total.type, word(e.b.add(base, e.int(n))), I32, e.int(0))
-            total = e.b.fadd(total, term) if total.type == F32S else e.b.add(total, term)
+            term = e.read(total.type, word(e.b.add(base, e.int(n))), I32, e.int(0))  # type: ignore[union-attr]
+            total = e.b.fadd(total, term) if total.type == F32S else e.b.add(total, term)  # type: ignore[union-attr]
         return total
 
     with e.claimed(rows, ROWS) as (start, stop), e.loop(start, stop, ROWS) as outer:

@@ -163,7 +163,7 @@ class QuantLinear(nn.Module):
         scale_T1 = (x_TI.float().abs().amax(dim=-1, keepdim=True) / 127).clamp_min(1e-30)
         q_TI = (x_TI.float() / scale_T1).round_().to(torch.int8)
         signed_OI = (self.weight ^ 128).view(torch.int8)
-        sums_TO = torch._int_mm(q_TI, signed_OI.t()) if x_TI.is_cpu else q_TI.float() @ signed_OI.float().t()
+        sums_TO = torch.ops.aten._int_mm(q_TI, signed_OI.t()) if x_TI.is_cpu else q_TI.float() @ signed_OI.float().t()
         y_TO = sums_TO.float().mul_(scale_T1).mul_(self.scale.float().t())
         if self.bias is not None:
             y_TO += self.bias
