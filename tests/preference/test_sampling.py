@@ -13,9 +13,9 @@ from PIL import Image
 from ivl.errors import InputError
 from ivl.journal import Journal, read_journal
 from ivl.preference.pairs import join
-from ivl.processing.prompts import ask
 from ivl.preference.questions import load_sources, read_questions
 from ivl.preference.sampling import continue_without_images, first_words, sample
+from ivl.processing.prompts import ask
 from ivl.types import Conversation, ImageRef, SamplingParams
 
 
