@@ -79,9 +79,13 @@ def product(
     if len(x_TI) == 1 and (norm or before in (None, swiglu)):
         if isinstance(layer, QuantLinear) and layer.has_kernel(x_TI):
             return layer.product(x_TI, norm=norm, gated=before is swiglu, plus=plus)
-        if type(layer) is Linear and layer.in_features % 32 == 0 and layer.out_features >= kernels.MIN_OUT:
-            if kernels.usable(x_TI, layer.weight):
-                return kernels.linear(x_TI, layer.weight, layer.bias, norm=norm, gated=before is swiglu, plus=plus)
+        if (
+            type(layer) is Linear
+            and layer.in_features % 32 == 0
+            and layer.out_features >= kernels.MIN_OUT
+            and kernels.usable(x_TI, layer.weight)
+        ):
+            return kernels.linear(x_TI, layer.weight, layer.bias, norm=norm, gated=before is swiglu, plus=plus)
     y_TO = layer(x_TI if before is None else before(x_TI))
     return y_TO if plus is None else plus + y_TO
 

@@ -121,7 +121,7 @@ class Talk:
         shown = session.shown = [*before, *asked]
         try:
             yield View(chat=[*shown, _says("…")], status="Looking …", tiles=tiles_of(prompt.tiles_GSSC), taken=True)
-            async for said, ended in growing(stream):
+            async for said, ended in growing(stream):  # noqa: B007 - the last value counts
                 if turn != session.turn:
                     return
                 yield View(chat=[*shown, _says(as_markdown(said))], status=tally(stream))
