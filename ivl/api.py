@@ -65,6 +65,7 @@ def load(
         directory,
         dtype=None if wanted == "auto" else wanted,
         device=device,
+        map_embeddings=True,
         meanwhile=lambda: read.append(Processor.load(directory)),  # a large vocabulary takes about as long as the weights
     )
     (processor,) = read

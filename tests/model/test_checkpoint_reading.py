@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from ivl.errors import InputError
-from ivl.model.checkpoint import files
+from ivl.model.checkpoint import files, load_model, save_model
 from ivl.model.checkpoint.files import WEIGHTS, Weights
+from tests.model.checkpoints import random_model, tiny_like
 
 
 @pytest.fixture
@@ -48,3 +49,16 @@ def test_a_file_cut_meanwhile(stored):
         file.truncate((directory / WEIGHTS).stat().st_size - 40)
     with pytest.raises(InputError, match="ends too early"):
         weights.fill((name, torch.empty_like(tensor)) for name, tensor in tensors.items())
+
+
+def test_embeddings_in_their_file(tmp_path):
+    model = random_model(tiny_like("1B"))
+    save_model(model, tmp_path)
+    mapped, copied = (load_model(tmp_path, map_embeddings=mapped) for mapped in (True, False))
+    assert all(torch.equal(a, b) for a, b in zip(mapped.parameters(), copied.parameters(), strict=True))
+    with torch.no_grad():  # the file keeps what it has
+        mapped.decoder.embeddings.weight.zero_()
+    save_model(mapped, tmp_path / "other")
+    assert torch.equal(load_model(tmp_path).decoder.embeddings.weight, model.decoder.embeddings.weight)
+    half = load_model(tmp_path, map_embeddings=True, dtype=torch.bfloat16)
+    assert half.decoder.embeddings.weight.dtype == torch.bfloat16

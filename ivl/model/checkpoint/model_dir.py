@@ -42,16 +42,18 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     quantized: bool = True,
+    map_embeddings: bool = False,
     meanwhile: Callable[[], object] = bool,
 ) -> VLM:
     """A model in eval mode from a directory or hub id, in either dialect.
 
-    Weights are mapped from their files and converted on the way; at most one shard is held beyond the model. Quantised
-    weights stay what they are.
+    Weights are read into place, or mapped from their files where they are converted; at most one shard is held beyond the
+    model. Quantised weights stay what they are.
 
     Args:
         dtype: of the parameters; None keeps that of most of the stored weights.
         quantized: accept a quantised model; where weights are to be changed, it is refused.
+        map_embeddings: leave the embedding table in its file where that is possible: only rows that are used take memory.
         meanwhile: called while weights are being read, which needs little of Python.
 
     Raises:
@@ -61,6 +63,11 @@ def load_model(
     model = empty_model(load_config(directory))
     weights, entries = open_weights(directory, model, quantized=quantized)
     allocate(model.to(dtype or weights.main_dtype), device)
+    table = model.decoder.embeddings
+    (name,) = next(entry.theirs for entry in entries if entry.ours == "decoder.embeddings.weight")
+    if map_embeddings and table.weight.device.type == "cpu" and table.weight.dtype == weights.dtypes[name]:
+        table.weight = torch.nn.Parameter(weights.get(name))
+        entries = [entry for entry in entries if entry.ours != "decoder.embeddings.weight"]
     fill(tensors_of(model), entries, weights, meanwhile)
     return model.eval()
 
