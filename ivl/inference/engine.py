@@ -166,7 +166,7 @@ class Engine:
                 limit=limit,
                 blocks=count,
                 whole=whole,
-                sampler=Sampler(each, ids, decoder.vocab_size, each.guide and self.guides.matcher(each.guide)),
+                sampler=Sampler(each, ids, each.guide and self.guides.matcher(each.guide)),
                 text=TextStream(self.processor.tokenizer.stream(), each.stop),
                 prepare=time.perf_counter() - started,
             )

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from ivl.errors import InputError
 from ivl.inference.guide import Matcher
 from ivl.types import FinishReason, SamplingParams, TokenLogprob
-
-TOP_P_CANDIDATES = 1024
-"""Top-p looks at this many best tokens first and sorts the whole vocabulary only if they do not suffice."""
 
 
 @dataclass(frozen=True)
@@ -27,20 +25,17 @@ class Chosen:
 class Sampler:
     """What one request needs to choose tokens.
 
-    seen_V marks the tokens of prompt and reply, counts has those of the reply, both only where a penalty asks for them.
+    seen has the tokens of prompt and reply once each, counts those of the reply, both only where a penalty asks for them.
     """
 
-    def __init__(self, params: SamplingParams, prompt: list[int], vocab_size: int, matcher: Matcher | None = None) -> None:
+    def __init__(self, params: SamplingParams, prompt: list[int], matcher: Matcher | None = None) -> None:
         self.params = params
         self.matcher = matcher
         self.by_count = params.presence_penalty != 0 or params.frequency_penalty != 0
         self.counts: Counter[int] = Counter()
         self.greedy = params.temperature == 0 and params.repetition_penalty == 1 and not self.by_count and matcher is None
         self.generator = generator(params.seed) if params.temperature > 0 else None
-        self.seen_V: torch.Tensor | None = None
-        if params.repetition_penalty != 1:
-            self.seen_V = torch.zeros(vocab_size, dtype=torch.bool)
-            self.seen_V[prompt] = True
+        self.seen = torch.tensor(prompt, dtype=torch.long).unique() if params.repetition_penalty != 1 else None
 
     def choose(self, logits_V: torch.Tensor, best: int) -> Chosen:
         """The next token; best is the one with the highest score."""
@@ -53,17 +48,16 @@ class Sampler:
         logits_V = logits_V.float().cpu()
         if self.matcher is not None:
             logits_V = logits_V.masked_fill(~self.matcher.allowed(), -torch.inf)
-        if self.seen_V is not None:
-            penalty = self.params.repetition_penalty
-            penalised_V = torch.where(logits_V > 0, logits_V / penalty, logits_V * penalty)
-            logits_V = torch.where(self.seen_V, penalised_V, logits_V)
+        if self.seen is not None:
+            old, penalty = logits_V[self.seen], self.params.repetition_penalty
+            logits_V = logits_V.index_copy(0, self.seen, torch.where(old > 0, old / penalty, old * penalty))
         if self.counts:
             ids, counts = torch.tensor(list(self.counts)), torch.tensor(list(self.counts.values()), dtype=torch.float32)
             penalties = self.params.presence_penalty + self.params.frequency_penalty * counts
             logits_V = logits_V.index_add(0, ids, -penalties)
         token = int(logits_V.argmax()) if self.params.temperature == 0 else self._draw(logits_V / self.params.temperature)
-        if self.seen_V is not None:
-            self.seen_V[token] = True
+        if self.seen is not None and token not in self.seen:
+            self.seen = torch.cat([self.seen, torch.tensor([token])])
         if self.by_count:
             self.counts[token] += 1
         return token
@@ -72,7 +66,8 @@ class Sampler:
         uniform = torch.rand((), generator=self.generator, dtype=torch.float64)
         kept, ids = candidates(logits_V, self.params.top_k, self.params.top_p, self.params.min_p)
         cumulative = kept.double().cumsum(0)
-        at = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True).clamp(max=len(kept) - 1))
+        last = int(torch.searchsorted(cumulative, cumulative[-1]))  # those behind it have probability 0
+        at = min(last, int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True)))
         return at if ids is None else int(ids[at])
 
 
@@ -103,22 +98,20 @@ def candidates(
     Top-p keeps the smallest set of most likely tokens whose probability, after top-k, reaches it; min-p those at least so
     many times as likely as the most likely one.
     """
-    size = len(logits_V)
-    if (top_k == 0 or top_k >= size) and top_p == 1:
-        probabilities = logits_V.softmax(0)
-        return torch.where(probabilities < min_p * probabilities.max(), 0, probabilities) if min_p else probabilities, None
-    if 0 < top_k < size:
-        best, ids = logits_V.topk(top_k)
-        probabilities = best.softmax(0)
-    else:
-        best, ids = logits_V.topk(min(TOP_P_CANDIDATES, size))
-        probabilities = (best - logits_V.logsumexp(0)).exp()
-        if probabilities.double().sum() < top_p and len(best) < size:
-            best, ids = logits_V.sort(descending=True)
-            probabilities = best.softmax(0)
-    before = probabilities.double().cumsum(0) - probabilities
-    count = max(1, int(((before < top_p) & (probabilities >= min_p * probabilities[0])).sum()))
-    return probabilities[:count], ids[:count]
+    ids = None
+    if 0 < top_k < len(logits_V):
+        logits_V, ids = logits_V.topk(top_k)
+    probabilities = logits_V.softmax(0)
+    if top_p < 1:  # by numpy, which sorts a vocabulary twenty times as fast as torch and partitions it faster still
+        falling = np.sort(probabilities.numpy())[::-1]
+        count = int(np.searchsorted(np.cumsum(falling, dtype=np.float64), top_p)) + 1
+        if count < len(falling):
+            kept = torch.from_numpy(np.sort(np.argpartition(probabilities.numpy(), -count)[-count:]))
+            probabilities, ids = probabilities[kept], kept if ids is None else ids[kept]
+    if min_p > 0:
+        kept = (probabilities >= min_p * probabilities.max()).nonzero()[:, 0]
+        probabilities, ids = probabilities[kept], kept if ids is None else ids[kept]
+    return probabilities, ids
 
 
 def choose(logits_SV: torch.Tensor, samplers: list[Sampler]) -> list[Chosen]:
