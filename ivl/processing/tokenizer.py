@@ -44,7 +44,9 @@ class Tokenizer:
         self._refresh()
 
     def _refresh(self) -> None:
-        self._special = {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
+        added = self.backend.get_added_tokens_decoder()
+        self._added = frozenset(added)
+        self._special = {i for i, token in added.items() if token.special}
         self._markers = {token: found for token in GROUNDING if (found := self.backend.token_to_id(token)) is not None}
         self._split = re.compile(f"({'|'.join(map(re.escape, self._markers))})") if self._markers else None
 
@@ -142,8 +144,7 @@ class Tokenizer:
             token = self.backend.id_to_token(token_id)
             if token is None:
                 raise InputError(f"token id {token_id} is outside the vocabulary of {len(self)}")
-            added = token_id in self.backend.get_added_tokens_decoder()
-            self._bytes[token_id] = token.encode() if added else vocabulary.piece_bytes(token, self._style)
+            self._bytes[token_id] = token.encode() if token_id in self._added else vocabulary.piece_bytes(token, self._style)
         return self._bytes[token_id]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
