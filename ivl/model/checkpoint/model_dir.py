@@ -176,13 +176,20 @@ def fill(
 ) -> None:
     """Copy the weights of every entry into our parameters, converting dtype and device."""
     plain: list[tuple[str, torch.Tensor]] = []
+    signed: list[torch.Tensor] = []
     for entry in entries:
         ours = parameters[entry.ours]
-        if entry.groups is not None or entry.form != "same":
+        if entry.groups is not None or entry.form == "zeros":
             ours.copy_(read(entry, weights))
-        else:
-            plain += zip(entry.theirs, entry.split(ours), strict=True)  # views, so filling them fills ours
+            continue
+        stored = {"words": torch.int32, "signed": torch.int8}.get(entry.form, ours.dtype)  # our bytes, but for their sign
+        parts = ours.split(entry.rows) if entry.rows else (ours,)  # views, so filling them fills ours
+        plain += zip(entry.theirs, (part if stored == ours.dtype else part.view(stored) for part in parts), strict=True)
+        if entry.form == "signed":
+            signed.append(ours)
     weights.fill(plain, meanwhile)
+    for ours in signed:
+        ours ^= 128
 
 
 def read(entry: Entry, weights: Source) -> torch.Tensor:
