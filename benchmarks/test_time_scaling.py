@@ -113,6 +113,11 @@ def point(size: int, values: np.ndarray) -> Point:
     return Point(samples=size, value=float(values.mean()), ci95=interval(values))
 
 
+def gain(values: np.ndarray, base: np.ndarray) -> list[float]:
+    """Mean difference over the same questions, and its interval."""
+    return [float((values - base).mean()), *interval(values - base)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--model", type=Path, default=Path("runs/preference-effect/sft/model"))
@@ -135,20 +140,20 @@ def main() -> None:
     engine = ivl.load(options.model).engine
     judge = ivl.load(options.judge).engine if options.judge else None
     greedy = curves(task, replies(options, task, engine, 0.0))["vote"][1]
+    own: np.ndarray | None = None
     result: dict[str, Any] = {
         "model": str(options.model), "questions": len(task.rows), "greedy": asdict(point(1, greedy)), "versions": versions(),
         "temperatures": {},
     }  # fmt: skip
     if judge is not None:
         own = curves(task, replies(options, task, judge, 0.0, "judge-", options.judge))["vote"][1]
-        result["judge_greedy"] = asdict(point(1, own)) | {
-            "over_greedy": [float((own - greedy).mean()), *interval(own - greedy)]
-        }
+        result["judge_greedy"] = asdict(point(1, own)) | {"over_greedy": gain(own, greedy)}
     for temperature in options.temperatures:
         found = curves(task, replies(options, task, engine, temperature), judge)
         result["temperatures"][f"{temperature:g}"] = {
             way: [
-                {**asdict(point(size, values)), "over_greedy": [float((values - greedy).mean()), *interval(values - greedy)]}
+                {**asdict(point(size, values)), "over_greedy": gain(values, greedy)}
+                | ({"over_judge": gain(values, own)} if own is not None else {})
                 for size, values in sizes.items()
             ]
             for way, sizes in found.items()
@@ -196,7 +201,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
             if own := result.get("judge_greedy"):
                 axes.axhline(100 * own["value"], color=COLOURS["judge"], linestyle=":", linewidth=1, label="judge's own greedy")
             axes.set_title(f"{result.get('title', '')} temperature {temperature}".strip())
-    grid[0][0].legend()
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     figure.savefig(path, dpi=110)
 
 
