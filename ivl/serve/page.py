@@ -34,16 +34,19 @@ MATHS = [
     for left, right in (("$$", "$$"), ("\\[", "\\]"), ("\\(", "\\)"))
 ]
 CSS = """
-.gradio-container { max-width: 60rem !important; margin: auto; padding: .75rem !important }
-footer { display: none !important }
-#chat { height: calc(100dvh - 19rem) !important; min-height: 16rem }
+.gradio-container { max-width: 60rem !important; margin: auto; padding: .5rem !important }
+.gradio-container > .main { padding: .25rem !important }
+footer, #chat [aria-label=Clear], #chat [aria-label=Share], #tiles [aria-label=Share] { display: none !important }
+#chat { height: calc(100dvh - 24rem) !important; min-height: 20rem }
 #chat img, #chat video { max-height: 14rem; width: auto; max-width: 100%; object-fit: contain }
 #chat .placeholder { padding: 1rem; text-align: center }
-#status { min-height: 1.5rem; padding: 0 .25rem; font-size: .8rem; opacity: .8 }
-#status p { margin: 0; overflow-wrap: anywhere }
+#status { min-height: 1.5rem; padding: 0 .25rem }
+#status p { margin: 0; font-size: .85rem; overflow-wrap: anywhere }
 #title h1 { font-size: 1.1rem; margin: 0; overflow-wrap: anywhere }
 #examples .gallery-item { padding: .25rem .5rem; font-size: .85rem }
 #examples .gallery-item img { width: 2.5rem; height: 2.5rem; object-fit: cover }
+#tiles .grid-wrap { max-height: none; min-height: 0 }
+#tiles .grid-container { grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)) }
 """
 
 

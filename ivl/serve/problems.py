@@ -22,7 +22,7 @@ class Problem(HTTPException):
     ) -> None:
         headers = {} if retry_after is None else {"Retry-After": str(max(1, round(retry_after)))}
         if status == 401:
-            headers["WWW-Authenticate"] = 'Basic realm="ivl", Bearer'  # browsers ask their user only for Basic
+            headers["WWW-Authenticate"] = 'Basic realm="ivl"'  # what browsers know, and no second scheme
         super().__init__(status, message, headers)
         self.message, self.param, self.code = message, param, code
 

@@ -29,6 +29,8 @@ from ivl.types import VIDEO_SUFFIXES, Conversation, ImageRef, Message, SamplingP
 UPDATES_PER_SECOND = 20
 """The page is redrawn at most so often."""
 MAX_TILES_SHOWN = 64
+LARGEST_DRAWN = 1600
+"""Pixels a side of a picture with boxes; a page has no use for more."""
 _CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
 
 
@@ -196,7 +198,9 @@ class Talk:
         if not groundings or not images:
             return []
         path = self.uploads / f"{secrets.token_hex(16)}.webp"
-        draw_boxes(load_image(images[-1]), groundings).save(path, quality=90)
+        image = load_image(images[-1])
+        image.thumbnail((LARGEST_DRAWN, LARGEST_DRAWN))
+        draw_boxes(image, groundings).save(path, quality=90)
         phrases = ", ".join(grounding.phrase for grounding in groundings if grounding.phrase)
         return [{"role": "assistant", "content": {"path": str(path), "alt_text": f"boxes: {phrases}"}}]
 

@@ -44,13 +44,18 @@ def says(text: str, *images: str, **options: Any) -> dict[str, Any]:
 class Running:
     """A server in a thread: its address, its service and a way to stop it as SIGTERM does."""
 
-    def __init__(self, engine: Engine, config: ServeConfig, keys: tuple[str, ...]) -> None:
+    def __init__(self, engine: Engine, config: ServeConfig, keys: tuple[str, ...], page_of: Path | None = None) -> None:
         config = replace(config, max_running=engine.scheduler.max_sequences)
         self.service = Service(engine, config)
         listener = open_socket(config, keys)
         self.address = listener.getsockname()
         self.url = f"http://127.0.0.1:{self.address[1]}"
-        self.server = make_server(create_app(self.service, config, keys=keys), self.service, config)
+        app = create_app(self.service, config, keys=keys)
+        if page_of is not None:
+            from ivl.serve.page import add_page
+
+            add_page(app, self.service, config, page_of)
+        self.server = make_server(app, self.service, config)
         self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve(sockets=[listener])), daemon=True)
         self.thread.start()
         while not self.server.started:
@@ -61,8 +66,10 @@ class Running:
 
 
 @contextmanager
-def running(engine: Engine, config: ServeConfig = CONFIG, keys: tuple[str, ...] = (KEY,)) -> Generator[Running]:
-    server = Running(engine, config, keys)
+def running(
+    engine: Engine, config: ServeConfig = CONFIG, keys: tuple[str, ...] = (KEY,), page_of: Path | None = None
+) -> Generator[Running]:
+    server = Running(engine, config, keys, page_of)
     try:
         yield server
     finally:
