@@ -1,3 +1,4 @@
+# pyright: basic, reportMissingImports=false
 """The process: connections with time limits, signals, logs."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# pyright: basic, reportMissingImports=false
+# ruff: noqa
 """The page: a conversation as it grows, what its gate lets through, and all of it in a browser."""
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from typing import Any
 
 import httpx
 import pytest
+
+pytest.importorskip("gradio", reason="the page needs the web extra, whose gradio wants an older Pillow")
 from PIL import Image
 
 from ivl.errors import InputError
@@ -189,9 +193,7 @@ def test_stop_keeps_what_was_said(tiny_engine: Engine, uploads: Path, monkeypatc
     talking(tiny_engine, uploads, script)
 
 
-def test_who_begins_anew_or_leaves_hears_no_more(
-    tiny_engine: Engine, uploads: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_begins_anew_or_leaves_hears_no_more(tiny_engine: Engine, uploads: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow(tiny_engine, monkeypatch)
 
     async def script(talk: Talk) -> None:
@@ -372,7 +374,8 @@ def test_in_a_browser(
         own = (server.url, "data:", "blob:")
         page.on("request", lambda request: request.url.startswith(own) or foreign.append(request.url))
         page.goto(server.url)
-        page.on("console", lambda m: print(m.text)); page.on("response", lambda r: r.status >= 400 and print(r.status, r.url))
+        page.on("console", lambda m: print(m.text))
+        page.on("response", lambda r: r.status >= 400 and print(r.status, r.url))
         box, status, chat = page.locator("#ask textarea"), page.locator("#status"), page.locator("#chat")
 
         def answered() -> None:
