@@ -98,7 +98,7 @@ def questions(tokenizer: Tokenizer, seed: int = 0) -> list[Question]:
     found = []
     for _ in range(NUM_QUESTIONS):
         at = rng.randrange(len(words) - 400)
-        text = tokenizer.decode(words[at : at + rng.randint(20, 400)]).replace("�", "").strip()
+        text = tokenizer.decode(words[at : at + rng.randint(20, 400)]).replace("�", "").replace("<", "(").strip()
         found.append(Question(text, tuple(rng.sample(pictures, rng.randint(0, 3)))))
     return found
 
@@ -155,8 +155,8 @@ async def ask(session: aiohttp.ClientSession, url: str, body: dict[str, Any], st
                 if "error" in event:
                     return 500, ""
                 for choice in event["choices"]:
-                    text += choice["delta"].get("content") or ""
-                    done = done or choice["finish_reason"] is not None
+                    text += choice.get("delta", {}).get("content") or ""
+                    done = done or choice.get("finish_reason") is not None
         return (200 if done else 599), text
 
 
