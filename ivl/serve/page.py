@@ -43,6 +43,8 @@ footer, #chat [aria-label=Clear], #chat [aria-label=Share], #tiles [aria-label=S
 #chat .placeholder { padding: 1rem; text-align: center }
 #status { min-height: 1.5rem; padding: 0 .25rem }
 #status p { margin: 0; font-size: .85rem; overflow-wrap: anywhere }
+.gradio-container:has(#status .running) #ask .submit-button { display: none }
+.gradio-container:not(:has(#status .running)) #ask .stop-button { display: none }
 #title h1 { font-size: 1.1rem; margin: 0; overflow-wrap: anywhere }
 #examples .gallery-item { padding: .25rem .5rem; font-size: .85rem }
 #examples .gallery-item img { width: 2.5rem; height: 2.5rem; object-fit: cover }
@@ -66,7 +68,7 @@ def build_page(talk: Talk, *, title: str, examples: list[dict[str, Any]]) -> gr.
         # "image" and "video" are gradio's words for every such type; what is taken is decided by content.
         box = gr.MultimodalTextbox(
             show_label=False, file_count="multiple", file_types=["image", "video"], placeholder="Ask about the pictures",
-            submit_btn=True, autofocus=True, elem_id="ask", max_plain_text_length=10 * talk.config.max_text_chars,
+            submit_btn=True, stop_btn=True, autofocus=True, elem_id="ask", max_plain_text_length=10 * talk.config.max_text_chars,
         )  # fmt: skip
         if examples:
             rows = [[example] for example in examples]
@@ -79,31 +81,24 @@ def build_page(talk: Talk, *, title: str, examples: list[dict[str, Any]]) -> gr.
             )
 
         async def ask(sent: dict[str, Any] | None, session: Session, *values: Any) -> AsyncIterator[tuple[Any, ...]]:
-            sent, running = sent or {}, None
-            settings = read_controls(*values)
-            async for view in talk.ask(sent.get("text") or "", sent.get("files") or [], session, settings):
-                new: dict[str, Any] = {}  # of the box; left alone otherwise, since its visitor may be writing
-                if view.running != running:
-                    running = view.running
-                    new = {"submit_btn": not running, "stop_btn": running}
-                if view.taken is not None:
-                    new["value"] = None if view.taken else sent
-                changed = (view.chat, view.status, view.tiles)
-                yield (
-                    gr.MultimodalTextbox(**new) if new else gr.skip(), session,
-                    *(gr.skip() if value is None else value for value in changed),
-                )  # fmt: skip
+            sent = sent or {}
+            async for view in talk.ask(sent.get("text") or "", sent.get("files") or [], session, read_controls(*values)):
+                # The box is changed as seldom as can be: its visitor may be writing, and the browser mixes up quick changes.
+                text = gr.skip() if view.taken is None else gr.MultimodalTextbox(value=None if view.taken else sent)
+                line = f'<span class="{"running" if view.running else "idle"}">{view.status}</span>'
+                rest = (gr.skip() if value is None else value for value in (view.chat, view.tiles))
+                yield text, session, line, *rest
 
         def restart(session: Session) -> tuple[Any, ...]:
             session.clear()
-            return gr.MultimodalTextbox(submit_btn=True, stop_btn=False), [], "", []
+            return [], "", []
 
-        gr.on(
-            [box.submit], ask, [box, session, *controls], [box, session, chat, status, tiles],
+        box.submit(
+            ask, [box, session, *controls], [box, session, status, chat, tiles],
             api_visibility="private", concurrency_limit=None, show_progress="hidden",
         )  # fmt: skip
         box.stop(Session.stop, [session], None, api_visibility="private", show_progress="hidden")
-        clear.click(restart, [session], [box, chat, status, tiles], api_visibility="private", show_progress="hidden")
+        clear.click(restart, [session], [chat, status, tiles], api_visibility="private", show_progress="hidden")
     page.queue(default_concurrency_limit=None, api_open=False)
     return page
 

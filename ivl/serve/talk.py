@@ -80,8 +80,9 @@ class Settings:
 class View:
     """What changes on the page; None stays as it is."""
 
+    status: str
+    """Markdown in one line."""
     chat: list[dict[str, Any]] | None = None
-    status: str | None = None
     tiles: list[tuple[Image.Image, str]] | None = None
     taken: bool | None = None
     """True: the question is in the chat, so its box can be emptied. False: it goes back into the box."""
