@@ -40,6 +40,7 @@ CSS = """
 footer, #chat [aria-label=Clear], #chat [aria-label=Share], #tiles [aria-label=Share] { display: none !important }
 #chat { height: calc(100dvh - 24rem) !important; min-height: 20rem }
 #chat img, #chat video { max-height: 14rem; width: auto; max-width: 100%; object-fit: contain }
+#chat .message { overflow-wrap: anywhere }
 #chat .placeholder { padding: 1rem; text-align: center }
 #status { min-height: 1.5rem; padding: 0 .25rem }
 #status p { margin: 0; font-size: .85rem; overflow-wrap: anywhere }
@@ -68,7 +69,8 @@ def build_page(talk: Talk, *, title: str, examples: list[dict[str, Any]]) -> gr.
         # "image" and "video" are gradio's words for every such type; what is taken is decided by content.
         box = gr.MultimodalTextbox(
             show_label=False, file_count="multiple", file_types=["image", "video"], placeholder="Ask about the pictures",
-            submit_btn=True, stop_btn=True, autofocus=True, elem_id="ask", max_plain_text_length=10 * talk.config.max_text_chars,
+            submit_btn=True, stop_btn=True, autofocus=True, elem_id="ask",
+            max_plain_text_length=10 * talk.config.max_text_chars,  # longer text would become a file
         )  # fmt: skip
         if examples:
             rows = [[example] for example in examples]
