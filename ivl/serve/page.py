@@ -35,7 +35,8 @@ MATHS = [
     for left, right in (("$$", "$$"), ("\\[", "\\]"), ("\\(", "\\)"))
 ]
 CSS = """
-.gradio-container { width: 100%; max-width: min(60rem, 100vw) !important; min-width: 0; margin: auto; padding: .5rem !important }
+.gradio-container { width: 100%; min-width: 0; max-width: min(60rem, 100vw) !important }
+.gradio-container { margin: auto; padding: .5rem !important }
 .gradio-container > .main { padding: .25rem !important }
 footer, #chat [aria-label=Clear], #chat [aria-label=Share], #tiles [aria-label=Share] { display: none !important }
 #chat { height: calc(100dvh - 24rem) !important; min-height: 20rem }
