@@ -43,6 +43,7 @@ def quickstart(out: Path) -> dict[str, Any]:
     from ivl.evaluation.run import evaluate, write_report
     from ivl.evaluation.tasks import find
     from ivl.recipes.report import write_page
+    from ivl.serve.examples import write_examples
 
     if not (out / "data" / "done").exists():
         prepare(out)
@@ -50,6 +51,7 @@ def quickstart(out: Path) -> dict[str, Any]:
     shutil.rmtree(out / "model", ignore_errors=True)
     shutil.copytree(Path(STAGES[-1]().run_dir) / "model", out / "model")
 
+    write_examples(out / "model", [(row.question, [Path(row.image)]) for row in example_rows()])
     print("\nevaluating on the official test split")
     predictions = out / "predictions.jsonl"
     predictions.unlink(missing_ok=True)
@@ -194,6 +196,14 @@ def train_stage(config: TrainConfig, is_main: bool) -> None:
 
 def example_image() -> str:
     return easy_vqa.rows("test")[0].image
+
+
+def example_rows() -> list[easy_vqa.Row]:
+    """A question about each of the first pictures of the test split: what the server's page offers first."""
+    first: dict[str, easy_vqa.Row] = {}
+    for row in easy_vqa.rows("test"):
+        first.setdefault(row.image, row)
+    return list(first.values())[:6]
 
 
 if __name__ == "__main__":
