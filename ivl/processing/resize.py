@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -46,7 +47,7 @@ def kernels_wanted() -> bool:
 @cache
 def available() -> bool:
     """Whether kernels can be built here and give Pillow's pixels."""
-    return _columns_may_go_first() is not None
+    return _rule() is not None
 
 
 def tiles(image_YXC: np.ndarray, size: int, columns: int, rows: int, *, thumbnail: bool) -> np.ndarray:
@@ -56,7 +57,9 @@ def tiles(image_YXC: np.ndarray, size: int, columns: int, rows: int, *, thumbnai
     out_GSSC = np.empty((sum(c * r for c, r in grids), size, size, 3), np.uint8)
     parts = [out_GSSC[: columns * rows], out_GSSC[columns * rows :]]
     height, width = image_YXC.shape[:2]
-    upright = [columns_first(width, height, c * size, r * size) and bool(_columns_may_go_first()) for c, r in grids]
+    columns_first = _rule()
+    assert columns_first is not None
+    upright = [columns_first(width, height, c * size, r * size) for c, r in grids]
     if not any(upright):
         _across_then_down(image_YXC, grids, parts)
         return out_GSSC
@@ -68,9 +71,18 @@ def tiles(image_YXC: np.ndarray, size: int, columns: int, rows: int, *, thumbnai
     return out_GSSC
 
 
-def columns_first(width: int, height: int, new_width: int, new_height: int) -> bool:
-    """Whether Pillow, from version 13 on, does the columns first: where that saves much."""
+Rule = Callable[[int, int, int, int], bool]
+"""Whether Pillow does the columns first, by the old and the new width and height."""
+
+
+def columns_first_where_it_saves(width: int, height: int, new_width: int, new_height: int) -> bool:
+    """From Pillow 13 on."""
     return height > new_height and height - new_height > 2 * (width - new_width)
+
+
+def columns_first_of_strips(width: int, height: int, new_width: int, new_height: int) -> bool:
+    """Before Pillow 13."""
+    return height > 100 * width and height > new_height
 
 
 def _across_then_down(image_YXC: np.ndarray, grids: list[tuple[int, int]], out: list[np.ndarray]) -> None:
@@ -185,18 +197,19 @@ def scratch(sizes: list[int]) -> list[int]:
 
 
 @cache
-def _columns_may_go_first() -> bool | None:
+def _rule() -> Rule | None:
     """Which passes Pillow does first, seen from its pixels: sums are rounded in between, so the order shows. None if
-    kernels cannot be built, or its pixels are neither."""
+    kernels cannot be built, or its pixels follow neither rule."""
     if not kernels_wanted():
         return None
     try:
         _kernels()
     except ImportError:  # no llvmlite for this platform
         return None
-    rows_only, both = True, True
-    # Width, height, grid: enlarged, shrunk, and on both sides of the line where columns begin to go first.
-    for width, height, c, r in ((61, 75, 1, 1), (20, 25, 2, 2), (61, 75, 3, 1), (84, 57, 2, 1), (84, 86, 2, 1), (84, 84, 2, 1)):
+    rules = [columns_first_where_it_saves, columns_first_of_strips]
+    # Width, height, grid: enlarged, shrunk, and on both sides of the lines where columns begin to go first.
+    shapes = ((61, 75, 1, 1), (20, 25, 2, 2), (61, 75, 3, 1), (84, 57, 2, 1), (84, 86, 2, 1), (84, 84, 2, 1))
+    for width, height, c, r in (*shapes, (6, 600, 1, 1), (6, 601, 1, 1)):
         noise_YXC = np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)
         grid, shape = (c, r), (c * r, 28, 28, 3)
         resized = np.asarray(Image.fromarray(noise_YXC).resize((28 * c, 28 * r), Image.Resampling.BICUBIC))
@@ -204,6 +217,5 @@ def _columns_may_go_first() -> bool | None:
         found, turned = np.empty(shape, np.uint8), np.empty(shape, np.uint8)
         _across_then_down(noise_YXC, [grid], [found])
         _down_then_across(noise_YXC, grid, turned)
-        rows_only &= np.array_equal(found, wanted)
-        both &= np.array_equal(turned if columns_first(width, height, 28 * c, 28 * r) else found, wanted)
-    return True if both else False if rows_only else None
+        rules = [rule for rule in rules if np.array_equal(turned if rule(width, height, 28 * c, 28 * r) else found, wanted)]
+    return rules[0] if rules else None
