@@ -1,4 +1,3 @@
-# pyright: basic, reportMissingImports=false
 """A page to talk with the model: pictures and videos in, streamed replies, tiles and boxes to look at (gradio)."""
 
 from __future__ import annotations

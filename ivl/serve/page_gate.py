@@ -1,4 +1,3 @@
-# pyright: basic, reportMissingImports=false
 """What of gradio can be reached: the few routes that the page uses, from itself only, and no file but those sent to it.
 
 gradio answers many more (API documents, monitoring, a proxy, downloads of addresses and copies of local files named in events,

@@ -1,4 +1,3 @@
-# pyright: basic, reportMissingImports=false
 """The process: connections with time limits, signals, logs."""
 
 from __future__ import annotations

@@ -6,11 +6,14 @@ import asyncio
 import base64
 import io
 import threading
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 import ivl
 from ivl.inference.engine import Engine
@@ -76,3 +79,16 @@ def running(
         server.terminate()
         server.thread.join(20)
         assert not server.thread.is_alive()
+
+
+def slow(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 30 ms or more, so that there is time to stop one."""
+    step = engine.step
+    monkeypatch.setattr(engine, "step", lambda: (time.sleep(0.03), step()))
+
+
+def saved(uploads: Path, seed: int, name: str = "", **options: Any) -> str:
+    """A picture as a file in uploads."""
+    path = uploads / (name or f"{seed}.png")
+    picture(seed).save(path, **options)
+    return str(path)

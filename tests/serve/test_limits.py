@@ -17,6 +17,7 @@ import pytest
 from ivl.inference.engine import Engine
 from ivl.types import ImageRef, SamplingParams
 from tests.inference.fakes import ask, assert_idle, picture
+from tests.serve import servers
 from tests.serve.servers import CONFIG, KEY, Running, data_url, engine, running, says
 
 CHAT = "/v1/chat/completions"
@@ -38,9 +39,7 @@ def server(tiny_engine: Engine) -> Generator[Running]:
 
 @pytest.fixture
 def slow(server: Running, tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Running:
-    """Steps of at least 30 ms, so that a request lasts."""
-    step = tiny_engine.step
-    monkeypatch.setattr(tiny_engine, "step", lambda: (time.sleep(0.03), step()))
+    servers.slow(tiny_engine, monkeypatch)
     return server
 
 
