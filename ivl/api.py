@@ -7,7 +7,6 @@ print(model.chat("What colour is the shape?", "picture.png"))
 
 from __future__ import annotations
 
-import re
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ivl.errors import InputError
-from ivl.types import VIDEO_SUFFIXES, Conversation, ImageRef, Message, Part, SamplingParams, Text, VideoRef
+from ivl.types import VIDEO_SUFFIXES, Conversation, ImageRef, Message, SamplingParams, Text, VideoRef
 
 if TYPE_CHECKING:
     import torch
@@ -160,18 +159,10 @@ def user(text: str, *media: Medium) -> Message:
     Raises:
         InputError: for media that are not there, or marks that do not match them in number.
     """
+    from ivl.processing import chat
+
     refs = [medium(m) for m in media]
-    pieces = re.split("<image>|<video>", text)
-    if len(pieces) == 1 and refs:
-        numbered = len(refs) > 1 and all(isinstance(ref, ImageRef) for ref in refs)
-        labels = [f"Image-{n}: " if numbered else "" for n in range(1, len(refs) + 1)]
-        pieces = [labels[0], *(f"\n{label}" for label in labels[1:]), f"\n{text}"]
-    if len(pieces) - 1 != len(refs):
-        raise InputError(f"the text marks {len(pieces) - 1} places for media but {len(refs)} media were given")
-    parts: list[Part] = [Text(pieces[0])]
-    for ref, piece in zip(refs, pieces[1:], strict=True):
-        parts += [ref, Text(piece)]
-    return Message("user", tuple(part for part in parts if part != Text("")))
+    return chat.user(chat.marked(text, refs), *refs)
 
 
 def medium(source: Medium) -> ImageRef | VideoRef:

@@ -83,7 +83,7 @@ def test_marks_take_the_media_in_order() -> None:
     assert ivl.ask("Compare.", a, b)[0].content == (text("Image-1: "), a, text("\nImage-2: "), b, text("\nCompare."))
     assert ivl.ask("Is <image> like <image>?", a, b)[0].content == (text("Is "), a, text(" like "), b, text("?"))
     assert ivl.ask("What?", ivl.VideoRef("v"))[0].content == (ivl.VideoRef("v"), text("\nWhat?"))
-    with pytest.raises(ivl.InputError, match="marks 2 places for media but 1 media"):
+    with pytest.raises(ivl.InputError, match="2 <image> or <video> marks but 1 media"):
         ivl.ask("Is <image> like <image>?", a)
 
 

@@ -194,6 +194,17 @@ def user(text: str, *media: ImageRef | VideoRef) -> Message:
     return Message("user", tuple(part for part in parts if part != Text("")))
 
 
+def marked(text: str, media: Sequence[ImageRef | VideoRef]) -> str:
+    """The text with marks of its media: its own if it has any, else all of them first, each on a line of its own, several
+    images as `Image-1: <image>`, `Image-2: <image>` (spec 2.4)."""
+    if "<image>" in text or "<video>" in text:
+        return text
+    marks = ["<video>" if isinstance(ref, VideoRef) else "<image>" for ref in media]
+    if len(marks) > 1 and "<video>" not in marks:
+        marks = [f"Image-{n}: {mark}" for n, mark in enumerate(marks, 1)]
+    return "".join(f"{mark}\n" for mark in marks) + text
+
+
 def check(conversation: Conversation, num_tiles: Sequence[int], *, reply: bool) -> None:
     """Raises InputError unless turns alternate (system first, then user), replies say something, and media are users'."""
     if not conversation or all(message.role == "system" for message in conversation):

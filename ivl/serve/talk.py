@@ -15,7 +15,7 @@ from PIL import Image
 
 from ivl.errors import InputError
 from ivl.processing.boxes import draw_boxes, parse_boxes
-from ivl.processing.chat import user
+from ivl.processing.chat import marked, user
 from ivl.processing.image import load_image
 from ivl.serve.answers import known
 from ivl.serve.config import ServeConfig
@@ -145,17 +145,13 @@ class Talk:
             yield View(chat=session.shown, status=line, taken=False if failed else None, running=False)
 
     def message(self, text: str, files: list[Path], settings: Settings) -> Message:
-        """Files are checked as those of any request are; several pictures are named by number (spec 3.2)."""
+        """Files are checked as those of any request are."""
         if not text and not files:
             raise InputError("ask something first")
         if len(text) > self.config.max_text_chars:
             raise InputError(f"{len(text):,} characters of text, the limit is {self.config.max_text_chars:,}")
         found = [self.medium(file, settings) for file in files]
-        kinds = ["<video>" if isinstance(ref, VideoRef) else "<image>" for ref in found]
-        if len(kinds) > 1 and "<video>" not in kinds:
-            kinds = [f"Image-{n}: {mark}" for n, mark in enumerate(kinds, 1)]
-        marks = "" if "<image>" in text or "<video>" in text else "".join(f"{kind}\n" for kind in kinds)
-        return user(marks + text, *found)
+        return user(marked(text, found), *found)
 
     def medium(self, file: Path, settings: Settings) -> ImageRef | VideoRef:
         """Raises InputError for what cannot be read safely, or was never sent."""
