@@ -78,7 +78,7 @@ def methods(args: argparse.Namespace) -> list[str]:
 
 
 def supervised(args: argparse.Namespace) -> Path:
-    data = alignment.write_reasoning(args.out / "reasoning.jsonl", 64 * args.sft_steps)
+    data = alignment.write_reasoning(args.out / "reasoning.jsonl", args.sft_steps)
     base = nano.reason()
     return trained(
         replace(

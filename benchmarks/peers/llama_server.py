@@ -11,7 +11,7 @@ import llama_cpp as c
 from llama_cpp import mtmd_cpp as mtmd
 
 from benchmarks.peers.inputs import tokens
-from benchmarks.peers.llama_side import silent
+from benchmarks.peers.llama_side import decode, opened
 from benchmarks.peers.serve import picture
 from benchmarks.throughput import Ask
 
@@ -31,13 +31,7 @@ class Slot:
 
 class Server:
     def __init__(self, directory: Path, size: str, threads: int) -> None:
-        c.llama_log_set(silent, ctypes.c_void_p(0))
-        mtmd.mtmd_helper_log_set(silent, ctypes.c_void_p(0))
-        self.model = c.llama_model_load_from_file(str(directory / "model.gguf").encode(), c.llama_model_default_params())
-        params = c.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_seq_max, params.kv_unified = CONTEXT, BATCH, SLOTS, True
-        params.n_threads = params.n_threads_batch = threads
-        self.context = c.llama_init_from_model(self.model, params)
+        self.model, self.context = opened(directory / "model.gguf", threads, context=CONTEXT, batch=BATCH, sequences=SLOTS)
         self.memory = c.llama_get_memory(self.context)
         self.sampler = c.llama_sampler_init_greedy()
         self.words = c.llama_vocab_n_tokens(c.llama_model_get_vocab(self.model)) - 20
@@ -51,7 +45,7 @@ class Server:
         while waiting or slots:
             while waiting and free:
                 slots.append(self.begin(waiting.popleft(), free.pop()))
-            self.call([(slot.token, slot.position, slot.number, True) for slot in slots])
+            decode(self.context, [(slot.token, slot.position, slot.number, True) for slot in slots])
             for row, slot in enumerate(slots):
                 slot.token, slot.position, slot.left = self.sample(row), slot.position + 1, slot.left - 1
                 done += 1
@@ -65,7 +59,7 @@ class Server:
         """Reads the prompt but its last token, which goes with everybody's next step."""
         position = self.show(ask, number) if ask.images else 0
         words = (tokens(ask.seed, ask.text) % self.words).tolist()
-        self.call([(token, position + i, number, False) for i, token in enumerate(words[:-1])])
+        decode(self.context, [(token, position + i, number, False) for i, token in enumerate(words[:-1])])
         return Slot(number, ask.new, position + len(words) - 1, words[-1])
 
     def show(self, ask: Ask, number: int) -> int:
@@ -96,16 +90,6 @@ class Server:
         for bitmap in bitmaps:
             mtmd.mtmd_bitmap_free(bitmap)
         return after.value
-
-    def call(self, rows: list[tuple[int, int, int, bool]]) -> None:
-        batch = c.llama_batch_init(len(rows), 0, 1)
-        batch.n_tokens = len(rows)
-        for i, (token, position, sequence, wanted) in enumerate(rows):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, position, 1, wanted
-            batch.seq_id[i][0] = sequence
-        if c.llama_decode(self.context, batch):
-            raise RuntimeError("llama_decode failed")
-        c.llama_batch_free(batch)
 
     def sample(self, row: int) -> int:
         return c.llama_sampler_sample(self.sampler, self.context, row)

@@ -6,6 +6,7 @@ import ctypes
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import llama_cpp as c
@@ -23,40 +24,45 @@ def silent(level: int, text: bytes, data: Any) -> None:
     """llama.cpp tells much."""
 
 
+def opened(path: Path, threads: int, *, context: int, batch: int, sequences: int) -> tuple[Any, Any]:
+    """A model and a context of so many tokens, silent."""
+    c.llama_log_set(silent, ctypes.c_void_p(0))
+    mtmd.mtmd_helper_log_set(silent, ctypes.c_void_p(0))
+    model = c.llama_model_load_from_file(str(path).encode(), c.llama_model_default_params())
+    params = c.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_seq_max, params.kv_unified = context, batch, sequences, True
+    params.n_threads = params.n_threads_batch = threads
+    return model, c.llama_init_from_model(model, params)
+
+
+def decode(context: Any, rows: list[tuple[int, int, int, bool]]) -> None:
+    """One call for (token, position, sequence, wanted) rows."""
+    batch = c.llama_batch_init(len(rows), 0, 1)
+    batch.n_tokens = len(rows)
+    for i, (token, position, sequence, wanted) in enumerate(rows):
+        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, position, 1, wanted
+        batch.seq_id[i][0] = sequence
+    if c.llama_decode(context, batch):
+        raise RuntimeError("llama_decode failed")
+    c.llama_batch_free(batch)
+
+
 @dataclass
 class Side:
     width: str
     threads: int = 2
 
     def __post_init__(self) -> None:
-        c.llama_log_set(silent, ctypes.c_void_p(0))
-        mtmd.mtmd_helper_log_set(silent, ctypes.c_void_p(0))
         path = FILES / f"gguf-{self.width}" / "model.gguf"
-        self.model = c.llama_model_load_from_file(str(path).encode(), c.llama_model_default_params())
-        params = c.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_seq_max = CONTEXT, CONTEXT, 8
-        params.n_threads = params.n_threads_batch = self.threads
-        params.kv_unified = True
-        self.context = c.llama_init_from_model(self.model, params)
+        self.model, self.context = opened(path, self.threads, context=CONTEXT, batch=CONTEXT, sequences=8)
         self.sampler = c.llama_sampler_init_greedy()
         self.memory = c.llama_get_memory(self.context)
-
-    def run(self, rows: list[tuple[int, int, int, bool]]) -> None:
-        """One call for (token, position, sequence, wanted) rows."""
-        batch = c.llama_batch_init(len(rows), 0, 1)
-        batch.n_tokens = len(rows)
-        for i, (token, position, sequence, wanted) in enumerate(rows):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, position, 1, wanted
-            batch.seq_id[i][0] = sequence
-        if c.llama_decode(self.context, batch):
-            raise RuntimeError("llama_decode failed")
-        c.llama_batch_free(batch)
 
     def read(self, batch: int, number: int) -> None:
         c.llama_memory_clear(self.memory, True)
         for sequence in range(batch):
             ids = tokens(sequence, number).tolist()
-            self.run([(token, i, sequence, i == number - 1) for i, token in enumerate(ids)])
+            decode(self.context, [(token, i, sequence, i == number - 1) for i, token in enumerate(ids)])
 
     def prefill(self, number: int) -> Callable[[], float]:
         def run() -> float:
@@ -73,7 +79,7 @@ class Side:
             ids = [1] * batch
             started = time.perf_counter()
             for step in range(steps):
-                self.run([(token, context + step, sequence, True) for sequence, token in enumerate(ids)])
+                decode(self.context, [(token, context + step, sequence, True) for sequence, token in enumerate(ids)])
                 ids = [c.llama_sampler_sample(self.sampler, self.context, i) for i in range(batch)]
             return time.perf_counter() - started
 

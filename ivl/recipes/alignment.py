@@ -16,14 +16,16 @@ from ivl.types import SamplingParams
 CARELESS = 0.45
 """Share of the supervised rows that carry the mistake. The model learns the mistake nearly as well as the answer; its own
 replies, checked against answers known to be right, tell the two apart."""
+ROWS_PER_STEP = 64
+"""About what the packs of a step of nano-reason hold: no row comes twice."""
 SAMPLED = SamplingParams(temperature=0.7, top_p=0.95, max_new_tokens=64)
 GREEDY = SamplingParams(max_new_tokens=64)
 ASKED = ("id", "image", "question", "answer")
 
 
-def write_reasoning(path: Path, count: int) -> Path:
-    """Supervised rows, reference format."""
-    rows = compositions("train", count, seed=1, prefix="sft")
+def write_reasoning(path: Path, num_steps: int) -> Path:
+    """Supervised rows for so many steps, reference format."""
+    rows = compositions("train", ROWS_PER_STEP * num_steps, seed=1, prefix="sft")
     return write_rows(path, map(training_row, careless(rows, CARELESS, seed=1)))
 
 

@@ -77,9 +77,8 @@ def quickstart(out: Path) -> dict[str, Any]:
 def align(out: Path) -> dict[str, Any]:
     """Questions about several pictures: careless supervised data, then MPO on the model's own checked replies."""
     print("\npreference: questions about several pictures, answered with reasoning", flush=True)
-    rows_per_step = 64
     reason, mpo = nano.reason(), nano.mpo()
-    alignment.write_reasoning(Path(reason.data.mixture), rows_per_step * (reason.num_steps or 0))
+    alignment.write_reasoning(Path(reason.data.mixture), reason.num_steps or 0)
     stages = train((nano.reason,))
     start = Path(reason.run_dir) / "model"
     began = time.monotonic()

@@ -57,21 +57,29 @@ def test_byte_level_bpe() -> None:
         assert words.decode(words.encode(text)) == text
 
 
+def sentencepiece_model(folder: Path, *, prefix: bool) -> bytes:
+    """Trained and written as tokenizer.model; prefix puts a space before the first word."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 20), model_writer=model, model_type="bpe", vocab_size=330, byte_fallback=True,
+        add_dummy_prefix=prefix, remove_extra_whitespaces=False, normalization_rule_name="identity", minloglevel=2,
+        hard_vocab_limit=False,
+    )  # fmt: skip
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return model.getvalue()
+
+
 def test_sentencepiece(tmp_path: Path) -> None:
     """As InternLM2 and LLaMA 2: pieces with scores, byte fallback, a space before the first word or none."""
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2
 
     for prefix in (True, False):
-        model = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(TEXTS * 20), model_writer=model, model_type="bpe", vocab_size=330, byte_fallback=True,
-            add_dummy_prefix=prefix, remove_extra_whitespaces=False, normalization_rule_name="identity", minloglevel=2,
-            hard_vocab_limit=False,
-        )  # fmt: skip
-        (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+        model = sentencepiece_model(tmp_path, prefix=prefix)
         original = Tokenizer.load(tmp_path)
-        proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())  # type: ignore[attr-defined]
+        proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
         vocabulary = described(
             "llama",
             [piece.piece for piece in proto.pieces],
@@ -81,7 +89,7 @@ def test_sentencepiece(tmp_path: Path) -> None:
         )  # fmt: skip
         words = tokenizer_from_gguf(vocabulary)
         assert words.bos == 1
-        oracle = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+        oracle = sentencepiece.SentencePieceProcessor(model_proto=model)
         for text in TEXTS:
             assert words.encode(text) == original.encode(text) == oracle.encode(text)
             assert words.decode(words.encode(text)) == text
@@ -101,16 +109,9 @@ def test_a_byte_level_tokenizer_is_described_and_comes_back(pre: str) -> None:
 
 
 def test_a_sentencepiece_tokenizer_is_described_and_comes_back(tmp_path: Path) -> None:
-    import sentencepiece
 
     for prefix in (True, False):
-        model = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(TEXTS * 20), model_writer=model, model_type="bpe", vocab_size=330, byte_fallback=True,
-            add_dummy_prefix=prefix, remove_extra_whitespaces=False, normalization_rule_name="identity", minloglevel=2,
-            hard_vocab_limit=False,
-        )  # fmt: skip
-        (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+        sentencepiece_model(tmp_path, prefix=prefix)
         words = Tokenizer.load(tmp_path)
         words.add_special(("<|im_start|>", "<|im_end|>"))
         words.add_special()
