@@ -33,6 +33,11 @@ BUSY = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 """Answers that another try may change."""
 REFUSING = frozenset({400, 413, 422})
 """Answers about this one conversation: too long, or against the server's rules."""
+DEFAULTS = SamplingParams()
+SENT = ("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "stop", "seed")
+"""Settings by the names that servers know."""
+LOCAL = ("guide", "logprobs", "ignore_eos")
+"""Settings that servers take in too many forms, or not at all."""
 MIME = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
 
 
@@ -184,16 +189,21 @@ class RemoteGenerator:
         time.sleep(min(wait, MAX_WAIT))
 
     def _body(self, prompt: Conversation, params: SamplingParams) -> dict[str, Any]:
-        """Settings at their defaults are not sent: not every server knows top_k, seed or repetition_penalty."""
+        """Settings at their defaults are not sent: not every server knows top_k, seed or repetition_penalty.
+
+        Raises:
+            InputError: for settings that only a model run here follows.
+        """
+        if local := [name for name in LOCAL if getattr(params, name) != getattr(DEFAULTS, name)]:
+            raise InputError(f"{self.url}: {', '.join(local)} cannot be asked of an endpoint; run the model here")
         body: dict[str, Any] = {
             "model": self.model,
             "messages": [{"role": message.role, "content": _content(message)} for message in prompt],
             "max_tokens": params.max_new_tokens,
             "temperature": params.temperature,
         }
-        default = SamplingParams()
-        for name in ("top_p", "top_k", "repetition_penalty", "stop", "seed"):
-            if getattr(params, name) != getattr(default, name):
+        for name in SENT:
+            if getattr(params, name) != getattr(DEFAULTS, name):
                 body[name] = getattr(params, name)
         return body
 

@@ -20,7 +20,7 @@ from ivl.errors import InputError
 from ivl.generators import BatchGenerator, Refused, answers_of
 from ivl.inference import remote
 from ivl.inference.remote import RemoteGenerator
-from ivl.types import ImageRef, Message, SamplingParams, Text
+from ivl.types import Guide, ImageRef, Message, SamplingParams, Text
 
 GREEDY = SamplingParams(max_new_tokens=8)
 
@@ -143,6 +143,13 @@ def test_what_is_sent(server: Stub, tmp_path: Path) -> None:
     first, second, text = user["content"]
     assert base64.b64decode(first["image_url"]["url"].removeprefix("data:image/png;base64,")) == path.read_bytes()
     assert second["image_url"]["url"].startswith("data:image/png;base64,") and text == {"type": "text", "text": "what?"}
+
+
+@pytest.mark.parametrize("options", [{"guide": Guide("json")}, {"logprobs": 0}, {"ignore_eos": True}])
+def test_what_an_endpoint_cannot_be_asked_is_refused(server: Stub, options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"{next(iter(options))} cannot be asked of an endpoint"):
+        make(server).generate([ask("hello")], SamplingParams(**options))
+    assert not server.requests
 
 
 @pytest.mark.parametrize(
