@@ -8,53 +8,28 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.partner import Partner
 from benchmarks.tasks import DECODE_STEPS, SIZE, Task, tasks
 from ivl.config import published_config
 
 SIDES = ("ours", "theirs")
 
 
-class Worker:
-    """A benchmark process; its standard error is ours."""
-
-    def __init__(self, side: str, task: str, threads: int, decode_steps: int) -> None:
-        command = [sys.executable, "-m", "benchmarks.worker", side, task, str(threads), str(decode_steps)]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TRANSFORMERS_VERBOSITY": "error"}
+def started(side: str, task: str, threads: int, decode_steps: int) -> Partner:
+    environment = {
+        "OMP_NUM_THREADS": str(threads), "TRANSFORMERS_VERBOSITY": "error",
         # ivl asks torch for huge pages when it is imported first; their side must not get that from our import.
-        environment["THP_MEM_ALLOC_ENABLE"] = "0" if side == "theirs" else "1"
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-            cwd=Path(__file__).parents[1],
-        )  # fmt: skip
-
-    def answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        raise RuntimeError(f"benchmark process ended with code {self.process.wait()}: {self.process.args}")
-
-    def run(self) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-        return self.answer()
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        "THP_MEM_ALLOC_ENABLE": "0" if side == "theirs" else "1",
+    }  # fmt: skip
+    return Partner("-m", "benchmarks.worker", side, task, str(threads), str(decode_steps), environment=environment)
 
 
 Runs = list[dict[str, dict[str, Any]]]
@@ -62,10 +37,10 @@ Runs = list[dict[str, dict[str, Any]]]
 
 def together(task: Task, threads: int, repeats: int, decode_steps: int) -> Runs:
     """Both sides stay loaded and run by turns."""
-    workers: dict[str, Worker] = {}
+    workers: dict[str, Partner] = {}
     try:
         for side in SIDES:  # one after the other: building both at once would need both peaks
-            workers[side] = Worker(side, task.name, threads, decode_steps)
+            workers[side] = started(side, task.name, threads, decode_steps)
             workers[side].answer()
         return [{side: workers[side].run() for side in SIDES} for _ in range(repeats)]
     finally:
@@ -79,7 +54,7 @@ def in_turns(task: Task, threads: int, repeats: int, decode_steps: int, runs_eac
     for _ in range(-(-repeats // runs_each)):
         turn: dict[str, list[dict[str, Any]]] = {}
         for side in SIDES:
-            worker = Worker(side, task.name, threads, decode_steps)
+            worker = started(side, task.name, threads, decode_steps)
             try:
                 worker.answer()
                 turn[side] = [worker.run() for _ in range(runs_each)]
@@ -105,7 +80,7 @@ def measure(task: Task, threads: int, repeats: int, decode_steps: int) -> dict[s
 
 
 def measure_limits(threads: int) -> dict[str, float]:
-    worker = Worker("limits", "", threads, 0)
+    worker = started("limits", "", threads, 0)
     try:
         return worker.answer()
     finally:

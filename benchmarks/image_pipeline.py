@@ -25,7 +25,6 @@ import os
 import random
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,6 +35,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+
+from benchmarks.partner import Partner
 
 SIDES = ("ours", "reference", "transformers")
 SIZES = {"0.3 MP": (640, 480), "1.1 MP": (1280, 853), "1.9 MP": (1600, 1200), "3.1 MP": (2048, 1536), "12 MP": (4032, 3024)}
@@ -190,33 +191,15 @@ def processor_time() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-class Side:
-    def __init__(self, name: str) -> None:
-        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.image_pipeline", "--serve", name]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-        # As wherever ivl is imported first, which is not so here (see ivl/__init__.py); off is torch's own setting.
-        environment["THP_MEM_ALLOC_ENABLE"] = "1" if name == "ours" else "0"
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=Path(__file__).parents[1]
-        )
-
-    def run(self, task: dict[str, Any]) -> dict[str, Any]:
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps(task) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the process ended with code {self.process.wait()}: {self.process.args}")
-        return json.loads(line)
-
-    def close(self) -> None:
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait()
+def started(side: str) -> Partner:
+    environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    # As wherever ivl is imported first, which is not so here (see ivl/__init__.py); off is torch's own setting.
+    environment["THP_MEM_ALLOC_ENABLE"] = "1" if side == "ours" else "0"
+    return Partner("-m", "benchmarks.image_pipeline", "--serve", side, environment=environment)
 
 
 def measure(sizes: list[str], tiles: list[int], rounds: int, seconds: float) -> Iterator[dict[str, Any]]:
-    sides = {name: Side(name) for name in SIDES}
+    sides = {name: started(name) for name in SIDES}
     with tempfile.TemporaryDirectory() as folder:
         photographs = make_photographs(Path(folder))
         photographs["12 MP"] = photographs["12 MP"][:4]
@@ -225,12 +208,12 @@ def measure(sizes: list[str], tiles: list[int], rounds: int, seconds: float) -> 
                 for jpeg in (False, True):
                     task = {"paths": photographs[size], "tiles": max_tiles, "jpeg": jpeg}
                     for _ in range(2):  # the first warms up
-                        first = {name: side.run(task) for name, side in sides.items()}
+                        first = {name: side.run(json.dumps(task)) for name, side in sides.items()}
                     assert len({answer["tiles"] for answer in first.values()}) == 1, first
                     # The fastest side sees as many photographs as take it a while; the same number for all.
                     count = max(1, min(40, round(seconds / first["ours"]["seconds"])))
                     task["paths"] = photographs[size] * (1 + count)
-                    runs = [{name: side.run(task) for name, side in sides.items()} for _ in range(rounds)]
+                    runs = [{name: side.run(json.dumps(task)) for name, side in sides.items()} for _ in range(rounds)]
                     for run, (name, base) in itertools.product(runs, first.items()):  # leaves out the start of the workers
                         run[name] = {what: value - base[what] for what, value in run[name].items()}
                     num = len(photographs[size])

@@ -17,10 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -29,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.mpo_sides import Job, make_pairs
+from benchmarks.partner import Partner
 
 SIDES = ("ours", "trl")
 SPEED, MEMORY = 2.0, 0.7
@@ -37,51 +35,27 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3}
 """Greatest relative difference of losses."""
 
 
-class Side:
-    """A benchmark process; what it writes besides answers goes to our standard error if it fails."""
-
-    def __init__(self, side: str, job: str, threads: int, tuned: bool = False) -> None:
-        environment = {
-            **os.environ, "OMP_NUM_THREADS": str(threads), "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1",
-            # ivl's own settings, which TRL's side must not get from an import, but may be given.
-            "THP_MEM_ALLOC_ENABLE": "0" if side == "trl" and not tuned else "1",
-        }  # fmt: skip
-        if side == "trl" and tuned:
-            environment |= {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.mpo_sides", side, str(threads), job],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment,
-            cwd=Path(__file__).parents[1],
-        )  # fmt: skip
-
-    def answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith('{"'):
-                return json.loads(line)
-        self.log.seek(0)
-        raise RuntimeError(f"{' '.join(self.process.args[2:4])} ended with {self.process.wait()}:\n{self.log.read()}")  # type: ignore[index]
-
-    def run(self) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-        return self.answer()
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
+def started(side: str, job: str, threads: int, tuned: bool = False) -> Partner:
+    """What a side writes besides answers is shown if it fails."""
+    environment = {
+        "OMP_NUM_THREADS": str(threads), "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1",
+        # ivl's own settings, which TRL's side must not get from an import, but may be given.
+        "THP_MEM_ALLOC_ENABLE": "0" if side == "trl" and not tuned else "1",
+    }  # fmt: skip
+    if side == "trl" and tuned:
+        environment |= {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+    log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+    return Partner("-m", "benchmarks.mpo_sides", side, str(threads), job, environment=environment, log=log)
 
 
 def play(job: Job, threads: int, tuned: bool = False) -> dict[str, Any]:
     """Seconds of every round, peak memory and losses of both sides."""
     text = json.dumps(dataclasses.asdict(job))
-    sides: dict[str, Side] = {}
+    sides: dict[str, Partner] = {}
     found: dict[str, Any] = {side: {"seconds": []} for side in SIDES}
     try:
         for side in SIDES:
-            sides[side] = Side(side, text, threads, tuned)
+            sides[side] = started(side, text, threads, tuned)
             sides[side].answer()
         for number in range(job.rounds):
             for side in SIDES if number % 2 else SIDES[::-1]:
@@ -92,7 +66,8 @@ def play(job: Job, threads: int, tuned: bool = False) -> dict[str, Any]:
             found[side] |= sides[side].answer()
     finally:
         for one in sides.values():
-            one.close()
+            one.process.kill()  # a failed side leaves the other waiting
+            one.process.wait()
     return found
 
 
@@ -160,7 +135,7 @@ def main() -> None:
     args = parser.parse_args()
     console, result = Console(width=100), {}
     with tempfile.TemporaryDirectory() as folder:
-        model = Side("model", f"{folder}/model", args.threads)
+        model = started("model", f"{folder}/model", args.threads)
         result["parameters"] = model.answer()
         model.process.wait()
         job = Job(
