@@ -13,7 +13,7 @@ import pytest
 from ivl.scoring import ACCEPT, COMPARER, Mode, verify
 
 CASES = [json.loads(line) for line in (Path(__file__).parent / "cases.jsonl").read_text(encoding="utf-8").splitlines()]
-SLOWEST, ALL = 1.0, 10.0
+SLOWEST, ALL = 5.0, 30.0
 """Seconds: guards against hanging."""
 
 

