@@ -53,14 +53,14 @@ def pair_up(journal: Path, out: Path) -> None:
     write_report(out, build_pairs(journal, out, limit=4))
 
 
-def held_out(model: Path, count: int, folder: Path) -> dict[str, Any]:
-    """Accuracy on questions about pictures of the test split, greedy; the share of malformed replies, of replies that repeat
+def held_out(model: Path, count: int, folder: Path, *, seed: int = 9) -> dict[str, Any]:
+    """Accuracy on questions (seed draws them) about pictures of the test split, greedy; the share of malformed replies, of replies that repeat
     until they are cut off, and of replies whose reasoning is right."""
     from ivl.api import load
     from ivl.preference.grading import grade
     from ivl.preference.questions import Source, read_questions
 
-    rows = compositions("test", count, seed=9, prefix="test")
+    rows = compositions("test", count, seed=seed, prefix="test")
     path = write_rows(folder / "test.jsonl", ({key: row[key] for key in ASKED} for row in rows))
     source = Source(name="test", questions=str(path), instruct=False)
     questions = list(read_questions((source,)))
