@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=1000, help="questions sampled")
     parser.add_argument("--replies", type=int, default=8, help="replies to each")
     parser.add_argument("--held-out", type=int, default=2000, help="test questions")
-    parser.add_argument("--held-out-seed", type=int, default=10, help="which; settings were picked with 9, and 10 never looked at")
+    parser.add_argument("--held-out-seed", type=int, default=10, help="settings were picked with 9, never 10")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--lr", type=float, default=5e-5)
     parser.add_argument("--beta", type=float, default=nano.BETA, help="of every preference loss")

@@ -54,8 +54,8 @@ def pair_up(journal: Path, out: Path) -> None:
 
 
 def held_out(model: Path, count: int, folder: Path, *, seed: int = 9) -> dict[str, Any]:
-    """Accuracy on questions (seed draws them) about pictures of the test split, greedy; the share of malformed replies, of replies that repeat
-    until they are cut off, and of replies whose reasoning is right."""
+    """Accuracy on questions about pictures of the test split, drawn by the seed, greedy; the share of malformed replies, of
+    replies that repeat until they are cut off, and of replies whose reasoning is right."""
     from ivl.api import load
     from ivl.preference.grading import grade
     from ivl.preference.questions import Source, read_questions
