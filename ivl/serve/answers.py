@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 from starlette.responses import Response
@@ -105,8 +105,8 @@ class Answer:
                     for number, delta in news:
                         said[number].append(delta)
         finally:
-            self._note()
-        named = {"id": self.id, "created": self.created, "model": self.model, "usage": self.usage()}
+            self.note.facts |= facts(self.streams, self.body.n, self.note.arrived)
+        named = {"id": self.id, "created": self.created, "model": self.model, "usage": usage(self.streams, self.body.n)}
         texts = ["".join(delta.text for delta in deltas) for deltas in said]
         reasons: list[FinishReason] = [deltas[-1].finish_reason or "stop" for deltas in said]
         if self.chat:
@@ -149,7 +149,7 @@ class Answer:
                     if out:
                         yield out
             if self.body.wants_usage:
-                yield self._data([], self.usage())
+                yield self._data([], usage(self.streams, self.body.n))
         except Exception as error:
             problem = known(error)
             if problem.status_code == 500 and not isinstance(error, Problem):
@@ -157,7 +157,7 @@ class Answer:
             self.note.facts["problem"] = problem.code
             yield b"data: " + problem.body + b"\n\n"
         finally:
-            self._note()
+            self.note.facts |= facts(self.streams, self.body.n, self.note.arrived)
         yield DONE
 
     def _event(self, deltas: Sequence[TextDelta], number: int, offset: int, *, opening: bool = False) -> bytes:
@@ -188,29 +188,30 @@ class Answer:
     def _text_scores(self, deltas: Sequence[TextDelta], offset: int) -> replies.TextScores | None:
         return replies.text_scores(deltas, self.tokenizer, offset, top=bool(getattr(self.body, "logprobs", None)))
 
-    def usage(self) -> replies.Usage:
-        """A prompt counts once, however many replies it has."""
-        firsts = [stream.request for stream in self.streams[:: self.body.n]]
-        new = sum(len(stream.request.tokens) for stream in self.streams)
-        return replies.usage(sum(r.num_prompt for r in firsts), new, sum(r.num_cached for r in firsts))
 
-    def _note(self) -> None:
-        """Counts and times for the log."""
-        requests, usage = [stream.request for stream in self.streams], self.usage()
-        started = [stream.started_at for stream in self.streams if stream.started_at is not None]
-        self.note.facts |= {
-            "prompt_tokens": usage.prompt_tokens,
-            "cached_tokens": usage.prompt_tokens_details.cached_tokens,
-            "new_tokens": usage.completion_tokens,
-            "tiles": sum(request.num_tiles for request in requests[:: self.body.n]),
-            "replies": len(requests),
-            "finish": [request.finish_reason or "none" for request in requests],
-            "prepare_s": round(requests[0].prepare, 4),
-            "queue_s": round(max(request.queue for request in requests), 4),
-            "seconds": round(time.perf_counter() - self.note.arrived, 4),
-        }
-        if started:
-            self.note.facts["first_token_s"] = round(min(started) - self.note.arrived, 4)
+def facts(streams: Sequence[Stream], n: int, arrived: float) -> dict[str, Any]:
+    """Counts and times of n replies to each prompt, for the log and for metrics. arrived: time.perf_counter()."""
+    requests, counts = [stream.request for stream in streams], usage(streams, n)
+    started = [stream.started_at for stream in streams if stream.started_at is not None]
+    found = {
+        "prompt_tokens": counts.prompt_tokens,
+        "cached_tokens": counts.prompt_tokens_details.cached_tokens,
+        "new_tokens": counts.completion_tokens,
+        "tiles": sum(request.num_tiles for request in requests[::n]),
+        "replies": len(requests),
+        "finish": [request.finish_reason or "none" for request in requests],
+        "prepare_s": round(requests[0].prepare, 4),
+        "queue_s": round(max(request.queue for request in requests), 4),
+        "seconds": round(time.perf_counter() - arrived, 4),
+    }
+    return found | ({"first_token_s": round(min(started) - arrived, 4)} if started else {})
+
+
+def usage(streams: Sequence[Stream], n: int) -> replies.Usage:
+    """A prompt counts once, however many replies it has."""
+    firsts = [stream.request for stream in streams[::n]]
+    new = sum(len(stream.request.tokens) for stream in streams)
+    return replies.usage(sum(r.num_prompt for r in firsts), new, sum(r.num_cached for r in firsts))
 
 
 def known(error: Exception) -> Problem:

@@ -74,7 +74,10 @@ def create_app(
         async with service:
             yield
 
-    app = FastAPI(title="ivl", summary="InternVL2.5 behind OpenAI's interface", lifespan=lifespan)
+    app = FastAPI(
+        title="ivl", summary="InternVL2.5 behind OpenAI's interface", lifespan=lifespan,
+        docs_url=None, redoc_url=None,  # they would run scripts of another site beside the key
+    )  # fmt: skip
     metrics = Metrics(service)
     app.state.service, app.state.config, app.state.metrics = service, config, metrics
     app.state.gateway = gateway or MediaGateway(config.media)
@@ -85,6 +88,7 @@ def create_app(
         fields.setdefault("seconds", round(time.perf_counter() - note.arrived, 4))
         log.info("request", extra={"fields": fields})
 
+    app.state.finished = finished
     app.add_middleware(Guard, config=config, keys=Keys(tuple(keys)), finished=finished)
     app.add_exception_handler(HTTPException, _http_problem)
     app.add_exception_handler(InputError, _input_problem)
@@ -125,7 +129,7 @@ def _add_routes(app: FastAPI, service: Service, config: ServeConfig) -> None:
         params = conversation.params(body, config)
 
         async def submit() -> list[Stream]:
-            asked = await conversation.conversation(body.messages, config, gateway)
+            asked = await conversation.conversation(body.messages, config, gateway, request.scope["ivl.hold"])
             body.messages.clear()  # they may be large, and a stream may be long
             return await service.submit_all(asked, params)
 
@@ -165,7 +169,7 @@ def _add_routes(app: FastAPI, service: Service, config: ServeConfig) -> None:
                 text = body.prompt or ""
                 conversation.check_text([text], config, "prompt")
                 return await service.away(lambda: tokenizer.encode(text))
-            ready = await conversation.conversation(body.messages, config, gateway)
+            ready = await conversation.conversation(body.messages, config, gateway, request.scope["ivl.hold"])
             return await service.away(lambda: service.processor.prompt(ready).tokens_T.tolist())
 
         found = await within(request, ids())

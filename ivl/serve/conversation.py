@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,10 @@ from ivl.serve.protocol import AnyPart, ChatMessage, ChatRequest, CompletionRequ
 from ivl.types import Conversation, Guide, ImageRef, Message, Part, Prompt, SamplingParams, Text, VideoRef
 
 
-async def conversation(messages: Sequence[ChatMessage], config: ServeConfig, gateway: MediaGateway) -> Conversation:
-    """The messages with their media fetched and checked.
+async def conversation(
+    messages: Sequence[ChatMessage], config: ServeConfig, gateway: MediaGateway, hold: Callable[[int], None]
+) -> Conversation:
+    """The messages with their media fetched and checked. hold: told the size of what was fetched; may refuse it.
 
     Raises:
         Problem: for too much of something.
@@ -29,7 +31,7 @@ async def conversation(messages: Sequence[ChatMessage], config: ServeConfig, gat
     for message in messages:
         for part in message.content:
             if not isinstance(part, str | TextPart):
-                fetches.append(asyncio.ensure_future(_fetch(part, config, gateway)))
+                fetches.append(asyncio.ensure_future(_fetch(part, config, gateway, hold)))
     try:
         media = iter(await asyncio.gather(*fetches))
     finally:
@@ -71,12 +73,18 @@ def check_text(texts: Sequence[str], config: ServeConfig, param: str) -> None:
         raise Problem(400, message, param=param, code="context_length_exceeded")
 
 
-async def _fetch(part: AnyPart, config: ServeConfig, gateway: MediaGateway) -> ImageRef | VideoRef:
+async def _fetch(part: AnyPart, config: ServeConfig, gateway: MediaGateway, hold: Callable[[int], None]) -> ImageRef | VideoRef:
     if isinstance(part, ImagePart):
         image = part.image_url
-        return await gateway.image(image.url, max_tiles=1 if image.detail == "low" else image.max_dynamic_patch)
-    assert isinstance(part, VideoPart)
-    return await gateway.video(part.video_url.url, num_frames=part.video_url.num_frames or min(8, config.max_frames))
+        url, most = image.url, 1 if image.detail == "low" else image.max_dynamic_patch
+        found: ImageRef | VideoRef = await gateway.image(url, max_tiles=most)
+    else:
+        assert isinstance(part, VideoPart)
+        url, frames = part.video_url.url, part.video_url.num_frames or min(8, config.max_frames)
+        found = await gateway.video(url, num_frames=frames)
+    if url[:5].lower() != "data:" and isinstance(found.source, bytes):  # a data: URL was counted with the body
+        hold(len(found.source))
+    return found
 
 
 def prompt(text: str | list[int], config: ServeConfig, processor: Processor) -> Prompt:

@@ -60,7 +60,7 @@ class Guard:
             return await send({"type": "websocket.close", "code": 1008})
         note = scope["ivl"] = Note()
         body = _Body(self, receive, expects=b"expect" in headers)
-        scope["ivl.release"] = body.release
+        scope["ivl.hold"], scope["ivl.release"] = body.hold, body.release
         out = _Out(send, body, note)
         try:
             if (problem := self._refusal(scope, headers) or self._size(headers)) is not None:
@@ -118,17 +118,26 @@ class _Body:
             raise Problem(408, message, code="timeout") from None
         if message["type"] == "http.disconnect":
             raise ClientGone
-        self._guard.held_bytes += (size := len(message.get("body", b"")))
-        self.num_bytes += size
-        if self.num_bytes > config.max_body_bytes:
+        size = len(message.get("body", b""))
+        if self.num_bytes + size > config.max_body_bytes:
             raise self._guard.too_large()
-        if self._guard.held_bytes > config.max_held_bytes:
-            raise Problem(429, "too much is being sent at this time: try again later", code="busy", retry_after=5)
+        self.hold(size)
         self.complete = not message.get("more_body", False)
         return message
 
+    def hold(self, size: int) -> None:
+        """Count what this request has in memory now: its body, and media that were fetched for it.
+
+        Raises:
+            Problem: 429 if all requests together hold too much.
+        """
+        self._guard.held_bytes += size
+        self.num_bytes += size
+        if self._guard.held_bytes > self._guard.config.max_held_bytes:
+            raise Problem(429, "too much is being sent at this time: try again later", code="busy", retry_after=5)
+
     def release(self) -> None:
-        """The body is read and parsed; what it says is bounded by other limits."""
+        """The request is prepared, or over; what it became is bounded by other limits."""
         self._guard.held_bytes -= self.num_bytes
         self.num_bytes = 0
 

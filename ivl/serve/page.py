@@ -147,7 +147,7 @@ def add_page(app: FastAPI, service: Service, config: ServeConfig, directory: Pat
         atexit.register(shutil.rmtree, os.environ[DIRECTORY], ignore_errors=True)
     uploads = Path(get_upload_folder())
     title = config.names[0] if config.names else directory.name
-    page = build_page(Talk(service, config, uploads), title=title, examples=examples)
+    page = build_page(Talk(service, config, uploads, app.state.finished), title=title, examples=examples)
     theme = Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))  # nothing is fetched elsewhere
     inner = FastAPI(openapi_url=None)
     gr.mount_gradio_app(

@@ -6,7 +6,7 @@ import asyncio
 import re
 import secrets
 import weakref
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from ivl.errors import InputError
 from ivl.processing.boxes import draw_boxes, parse_boxes
 from ivl.processing.chat import marked, user
 from ivl.processing.image import load_image
-from ivl.serve.answers import known
+from ivl.serve.answers import facts, known
 from ivl.serve.config import ServeConfig
-from ivl.serve.guard import log
+from ivl.serve.guard import Note, log
 from ivl.serve.inspect import check_image, check_video
 from ivl.serve.limits import MediaError
 from ivl.serve.problems import Problem
@@ -90,10 +90,13 @@ class View:
 
 
 class Talk:
-    """Questions to one service. uploads: where files that visitors sent are, and pictures with boxes are put."""
+    """Questions to one service. uploads: where files that visitors sent are, and pictures with boxes are put. finished: told
+    about every reply, as about requests."""
 
-    def __init__(self, service: Service, config: ServeConfig, uploads: Path) -> None:
-        self.service, self.config, self.uploads = service, config, uploads.resolve()
+    def __init__(
+        self, service: Service, config: ServeConfig, uploads: Path, finished: Callable[[Note], None] = lambda note: None
+    ) -> None:
+        self.service, self.config, self.uploads, self.finished = service, config, uploads.resolve(), finished
         self.sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
     async def ask(self, text: str, files: list[str], session: Session, settings: Settings) -> AsyncIterator[View]:
@@ -102,6 +105,7 @@ class Talk:
         self.sessions.add(session)
         session.turn += 1
         turn, session.stopped = session.turn, False
+        note = Note(route="page", status=499)
         yield View(status="Reading …")
         try:
             message = await asyncio.to_thread(self.message, text.strip(), [Path(file) for file in files], settings)
@@ -128,11 +132,13 @@ class Talk:
                 if turn != session.turn:
                     return
                 yield View(chat=[*shown, _says(as_markdown(said))], status=tally(stream))
-            line = f"{tally(stream)}{ENDINGS.get(ended, '')}"
+            line, note.status = f"{tally(stream)}{ENDINGS.get(ended, '')}", 200
         except Exception as error:
-            line, failed = _warning(error), not said
+            line, failed, note.status = _warning(error), not said, known(error).status_code
         finally:  # a visitor who leaves closes this generator
             stream.cancel()
+            note.facts |= facts([stream], 1, note.arrived)
+            self.finished(note)
             if turn == session.turn:
                 session.stream = None
                 if failed:

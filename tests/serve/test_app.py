@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -16,7 +17,10 @@ import pytest
 from ivl.inference.engine import Engine
 from ivl.serve.app import create_app
 from ivl.serve.guard import JSONLines
+from ivl.serve.media import MediaGateway
 from ivl.serve.service import Service
+from ivl.types import ImageRef
+from tests.inference.fakes import picture
 from tests.serve.servers import CONFIG, KEY, data_url, engine, says
 
 CHAT = "/v1/chat/completions"
@@ -54,7 +58,7 @@ def test_no_route_but_health_opens_without_a_key(tiny_engine: Engine) -> None:
     async def walk() -> None:
         async with client_of(tiny_engine, key=None) as client:
             paths = {getattr(route, "path", "/") for route in client.app.routes}  # type: ignore[attr-defined]
-            assert {CHAT, "/metrics", "/docs", "/openapi.json", "/ready"} <= paths
+            assert {CHAT, "/metrics", "/openapi.json", "/ready"} <= paths
             for path in [*paths, "/", "/none", "//health", "/health/", "/health%2f", "/HEALTH", "/.//health"]:
                 for method in ("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS"):
                     for headers in ({}, {"Authorization": "Bearer x"}, {"Authorization": "Basic Og=="}):
@@ -72,7 +76,7 @@ def test_every_key_opens(tiny_engine: Engine) -> None:
     async def walk() -> None:
         for key in (KEY, "another-key-0123456789"):
             async with client_of(tiny_engine, keys=(KEY, "another-key-0123456789"), key=key) as client:
-                for path in ("/v1/models", "/ready", "/metrics", "/openapi.json", "/docs"):
+                for path in ("/v1/models", "/ready", "/metrics", "/openapi.json"):
                     assert (await client.get(path)).status_code == 200
 
     run(walk)
@@ -178,6 +182,27 @@ def test_metrics_count(tiny_engine: Engine) -> None:
                 assert line in text
             for name in ("vision_hits", "vision_misses", "prefix_hit_tokens", "new_tokens", "steps"):
                 assert f"\nivl_{name}_total " in text
+
+    run(walk)
+
+
+def test_fetched_media_count_as_held_until_they_are_prepared(tiny_engine: Engine, monkeypatch: Any) -> None:
+    file = io.BytesIO()
+    picture(1).save(file, "png")
+    size = len(file.getvalue())
+
+    async def fetched(self: MediaGateway, url: str, *, max_tiles: int | None = None) -> ImageRef:
+        return ImageRef(file.getvalue(), max_tiles)
+
+    monkeypatch.setattr(MediaGateway, "image", fetched)
+
+    async def walk() -> None:
+        async with client_of(tiny_engine, max_held_bytes=2 * size) as client:
+            for count, status in ((2, 429), (1, 200), (2, 429), (1, 200)):
+                response = await client.post(CHAT, json=says("what?", *["http://good.example/x.png"] * count))
+                assert response.status_code == status
+                if status == 429:
+                    assert error_of(response)["code"] == "busy"
 
     run(walk)
 

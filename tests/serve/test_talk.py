@@ -15,6 +15,7 @@ from PIL import Image
 from ivl.errors import InputError
 from ivl.inference.engine import Engine
 from ivl.serve.examples import read_examples, write_examples
+from ivl.serve.guard import Note
 from ivl.serve.service import Service
 from ivl.serve.talk import Session, Settings, Talk, View, as_markdown
 from ivl.types import ImageRef, Message, SamplingParams, Text, VideoRef
@@ -80,6 +81,18 @@ def test_a_conversation_is_what_the_engine_would_say(tiny_engine: Engine, upload
         await all_of(talk.ask("and now?", [], session, SETTINGS))
         assert [message.text for message in session.messages[1::2]] == [first.text.strip(), second.text.strip()]
         assert [row["role"] for row in session.shown] == ["user", "user", "user", "assistant", "user", "assistant"]
+
+    talking(tiny_engine, uploads, script)
+
+
+def test_replies_on_the_page_are_counted(tiny_engine: Engine, uploads: Path) -> None:
+    async def script(talk: Talk) -> None:
+        notes: list[Note] = []
+        talk.finished = notes.append
+        await all_of(talk.ask("what?", [saved(uploads, 1)], Session(), SETTINGS))
+        (note,) = notes
+        assert (note.route, note.status, note.facts["tiles"]) == ("page", 200, 1)
+        assert 0 < note.facts["first_token_s"] <= note.facts["seconds"] and note.facts["new_tokens"] > 0
 
     talking(tiny_engine, uploads, script)
 
