@@ -1,8 +1,8 @@
 """How soon a killed server is back: `python -m benchmarks.serve_restart [MODEL]`.
 
 `ivl serve` is killed by signal 9 while it answers and started again, some times over. What a restart costs is from the start
-until /ready says yes, less the seconds of loading by its own log; importing torch, timed beside it, is most of it. Without MODEL
-it is nano with random weights.
+until /ready says yes, less the seconds of loading by its own log; importing torch, timed beside it, is most of it. Without
+MODEL it is nano with random weights.
 """
 
 from __future__ import annotations
