@@ -198,7 +198,7 @@ class Engine:
         try:
             while request.deltas or request.finish_reason is None:
                 if request.cancelled:
-                    raise RuntimeError("the request was cancelled")
+                    raise request.failure or RuntimeError("the request was cancelled")
                 if not request.deltas:
                     self.step()
                 while request.deltas:
@@ -225,6 +225,9 @@ class Engine:
                         active[len(active) + len(replies)] = request
                         self.add(request)
                 self.step()
+                for number, request in active.items():
+                    if request.failure is not None:
+                        raise InputError(f"conversation {number}: {request.failure}")
                 for number in [n for n, request in active.items() if request.finish_reason is not None]:
                     replies[number] = active.pop(number).reply()
         finally:
@@ -268,7 +271,12 @@ class Engine:
         now = time.perf_counter()
         sampling = [piece.request for piece in plan.pieces if piece.samples]
         for request, each in zip(sampling, chosen, strict=True):
-            self._accept(request, each, now)
+            if each is not None:
+                self._accept(request, each, now)
+                continue
+            self.cancel(request)  # alone: the others' scores are their own
+            dtype = self.model.dtype
+            request.failure = InputError(f"the model's scores are not finite in {dtype}: check the checkpoint, or use float32")
 
     def _accept(self, request: Request, chosen: Chosen, now: float) -> None:
         """Record a sampled token, and finish the request at an end token, a stop string, the end of its guide or its limit."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ivl.errors import InputError
 from ivl.inference.prompt import NamedPrompt
 from ivl.inference.sampling import Sampler
 from ivl.inference.text import TextStream
@@ -67,6 +68,8 @@ class Request:
     deltas: deque[TextDelta] = field(default_factory=deque)
     finish_reason: FinishReason | None = None
     cancelled: bool = False
+    failure: InputError | None = None
+    """Why the engine cancelled it, if that was the model's fault."""
     num_cached: int = 0
     encoded: dict[bytes, torch.Tensor] = field(default_factory=dict)
     """Vision tokens of tiles that are about to be read, whatever the encoder forgets."""

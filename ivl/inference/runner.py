@@ -19,9 +19,9 @@ class Runner:
         self.cache = cache
         self.encoder = encoder
 
-    def run(self, plan: Plan) -> list[Chosen]:
+    def run(self, plan: Plan) -> list[Chosen | None]:
         """Encode the planned tiles, compute the planned pieces in one forward call, and choose a token for each that
-        samples, in order."""
+        samples, in order; None where the scores are not finite."""
         started = time.perf_counter()
         if plan.tiles:
             self._encode(plan)
@@ -40,7 +40,7 @@ class Runner:
         for request, key in plan.wanted:
             request.encoded[key] = encoded[key]
 
-    def _forward(self, pieces: list[Piece]) -> list[Chosen]:
+    def _forward(self, pieces: list[Piece]) -> list[Chosen | None]:
         device = self.model.device
         step = self.cache.step([piece.request.sequence for piece in pieces], tuple(piece.count for piece in pieces))
         hidden_TD = self.model(_tokens(pieces).to(device), step.layout, _vision(pieces), step)

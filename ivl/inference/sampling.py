@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ivl.errors import InputError
 from ivl.inference.guide import Matcher
 from ivl.types import FinishReason, SamplingParams, TokenLogprob
 
@@ -114,14 +113,9 @@ def candidates(
     return probabilities, ids
 
 
-def choose(logits_SV: torch.Tensor, samplers: list[Sampler]) -> list[Chosen]:
-    """The next token of each sequence.
-
-    Raises:
-        InputError: if a sequence has no finite best score, as with a damaged checkpoint or a type that overflows.
-    """
+def choose(logits_SV: torch.Tensor, samplers: list[Sampler]) -> list[Chosen | None]:
+    """The next token of each sequence; None where no best score is finite, as with a damaged checkpoint or a type that
+    overflows."""
     best_S, tokens_S = logits_SV.max(-1)
-    if not best_S.isfinite().all():
-        raise InputError(f"the model's scores are not finite in {logits_SV.dtype}: check the checkpoint, or use float32")
-    tokens = tokens_S.tolist()
-    return [sampler.choose(logits_SV[row], tokens[row]) for row, sampler in enumerate(samplers)]
+    finite, tokens = best_S.isfinite().tolist(), tokens_S.tolist()
+    return [sampler.choose(logits_SV[row], tokens[row]) if finite[row] else None for row, sampler in enumerate(samplers)]

@@ -337,6 +337,8 @@ class Service:
             if request.finish_reason is not None or request.cancelled:
                 del self._live[stream]
             lost = request.cancelled and request.finish_reason is None
+            if request.failure is not None:
+                log.error("reply failed", exc_info=request.failure)
             if deltas or lost:
                 news.append((stream, deltas, internal() if lost else None))
         if news:

@@ -7,12 +7,13 @@ from dataclasses import replace
 from itertools import islice
 
 import pytest
+import torch
 
 from ivl.errors import InputError
 from ivl.inference.engine import Engine, Reply
 from ivl.model.vlm import VLM
 from ivl.types import Conversation, ImageRef, SamplingParams
-from tests.inference.fakes import FakeProcessor, ask, assert_idle, lively_model, picture, tiny_engine
+from tests.inference.fakes import FIRST_CHARACTER, FakeProcessor, ask, assert_idle, lively_model, picture, tiny_engine
 
 
 @pytest.fixture
@@ -115,6 +116,25 @@ def test_an_interrupted_run_frees_its_blocks(lively: VLM, monkeypatch: pytest.Mo
             next(stream)
     assert_idle(shared)
     assert shared.generate([ask("hello")])[0].text == tiny_engine(lively).generate([ask("hello")])[0].text
+
+
+def test_scores_that_are_not_finite_end_one_reply_alone(lively: VLM) -> None:
+    params = SamplingParams(max_new_tokens=20)
+    expected = tiny_engine(lively).generate([ask("hello"), ask("there")], params)
+    shared = tiny_engine(lively, max_cache_tokens=160)  # so that blocks are used again
+    lively.decoder.embeddings.weight.data[ord("~") - FIRST_CHARACTER] = torch.nan
+    others = [shared.submit(ask(text), params) for text in ("hello", "there")]
+    broken = shared.submit(ask("~~~~ and a question"), params)
+    with pytest.raises(InputError, match="not finite in torch.float32"):
+        list(shared.follow(broken))
+    for request, reply in zip(others, expected, strict=True):
+        assert "".join(delta.text for delta in shared.follow(request)) == reply.text
+    assert_idle(shared)
+    with pytest.raises(InputError, match="conversation 1: the model's scores"):
+        shared.generate([ask("hello"), ask("~")], params)
+    assert_idle(shared)
+    again = shared.generate([ask("hello"), ask("there"), ask("more")], params)
+    assert [reply.text for reply in again[:2]] == [reply.text for reply in expected]
 
 
 def test_stop_strings_end_the_text_and_are_not_in_it(lively: VLM) -> None:
