@@ -125,7 +125,7 @@ def test_scores_that_are_not_finite_end_one_reply_alone(lively: VLM) -> None:
     lively.decoder.embeddings.weight.data[ord("~") - FIRST_CHARACTER] = torch.nan
     others = [shared.submit(ask(text), params) for text in ("hello", "there")]
     broken = shared.submit(ask("~~~~ and a question"), params)
-    with pytest.raises(InputError, match="not finite in torch.float32"):
+    with pytest.raises(InputError, match="not finite in"):
         list(shared.follow(broken))
     for request, reply in zip(others, expected, strict=True):
         assert "".join(delta.text for delta in shared.follow(request)) == reply.text

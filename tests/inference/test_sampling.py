@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ivl.errors import InputError
 from ivl.inference.sampling import Sampler, candidates, choose
 from ivl.types import SamplingParams
 
