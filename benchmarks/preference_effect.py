@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=5e-5)
     parser.add_argument("--beta", type=float, default=nano.BETA, help="of every preference loss")
     parser.add_argument("--only", default="", help="one method, to look at a setting")
+    parser.add_argument("--why", action="store_true", help="two more, to tell what comes of the loss and what of the data")
     args = parser.parse_args()
     if not args.start.exists():
         raise SystemExit(f"{args.start}: no model; run `make quickstart` first, or name one with --start")
@@ -75,6 +76,8 @@ def experiment(args: argparse.Namespace) -> None:
 
 def methods(args: argparse.Namespace) -> list[str]:
     every = ["MPO", "DPO alone", "SFT on chosen", "MPO, Dropout-NTP"]
+    if args.why:
+        every += ["Generation alone", "MPO, twice the steps"]
     return [method for method in every if method == args.only or not args.only]
 
 
@@ -122,6 +125,10 @@ def configuration(method: str, seed: int, args: argparse.Namespace, sft: Path, p
     )  # fmt: skip
     if method == "DPO alone":
         return replace(config, preference=replace(config.preference, sigmoid=1.0, bco=0.0, generation=0.0))
+    if method == "Generation alone":  # supervised training on the chosen replies, at MPO's pace: rejected ones fill half a pack
+        return replace(config, preference=replace(config.preference, sigmoid=0.0, bco=0.0))
+    if method == "MPO, twice the steps":  # as many chosen replies as "SFT on chosen" sees
+        return replace(config, num_steps=2 * args.steps)
     if method == "SFT on chosen":
         return replace(config, objective="next_token", data=replace(data, mixture=str(args.out / "chosen.jsonl")))
     return config

@@ -242,7 +242,8 @@ def main(
             subprocess.run(
                 [sys.executable, "-m", "ivl", "convert", str(directory), str(theirs), "--to", "transformers"], check=True
             )
-            command = ["transformers", "serve", str(theirs), "--port", str(port + 1), "--host", "127.0.0.1", "--device", "cpu"]
+            program = str(Path(sys.executable).with_name("transformers"))
+            command = [program, "serve", str(theirs), "--port", str(port + 1), "--host", "127.0.0.1", "--device", "cpu"]
             command += ["--continuous-batching"] if peer_continuous_batching else []
             server = serve(command, url, Path(folder) / "log", peer_path)
             try:
