@@ -171,6 +171,10 @@ def serve(side: str) -> None:
     """Answer each line of standard input, a task, with a line of its times."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
+    if side == "ours":
+        from ivl.model.memory import keep_freed_memory
+
+        keep_freed_memory()  # as every training run does
     load = {"ours": ours, "reference": reference, "transformers": transformers}[side]
     for line in sys.stdin:
         task = json.loads(line)

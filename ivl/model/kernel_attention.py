@@ -10,6 +10,7 @@ from __future__ import annotations
 from llvmlite import ir
 
 from ivl.model.kernel_emitter import F32, F32S, I8, I16, I32, I32S, LANES, TILE, Emitter, Value
+from ivl.model.kernel_rows import transposed
 
 BLOCK = 2 * TILE
 """Keys that meet as pairs: the first tile's keys in the even halves of 32 bits, the second's in the odd ones."""
@@ -43,7 +44,7 @@ def attention(e: Emitter, head_size: int, causal: int) -> None:
     row_size = e.b.add(all_keys, e.int(ROW_GAP))
     probs = e.at(scores, I8, e.b.mul(row_size, e.int(4 * QUERIES)))
     outcome = e.at(probs, I8, e.b.mul(row_size, e.int(2 * QUERIES)))
-    e.tiles([4 * TILE] * 8)
+    e.tiles([(TILE, 4 * TILE)] * 8)
     with e.claimed(num_heads, 1) as (first, stop), e.loop(first, stop, 1) as head:
         kv_head = e.b.udiv(head.index, group)
         _pack_keys(e, e.at(keys, I16, e.b.mul(kv_head, k_head)), k_token, num_keys, packed_k, head_size)
@@ -81,24 +82,11 @@ def _pack_keys(e: Emitter, keys: Value, stride: Value, num_keys: Value, packed: 
             ids = [e.b.add(block.index, e.int(tile * TILE + row)) for row in range(TILE)]
             rows = [e.at(keys, I16, e.b.mul(e.smaller(i, e.b.sub(num_keys, e.int(1))), stride)) for i in ids]
             for step in range(steps):
-                vectors = _transposed(e, [e.read(I32S, row, I16, e.int(2 * LANES * step)) for row in rows])
+                vectors = transposed(e, [e.read(I32S, row, I16, e.int(2 * LANES * step)) for row in rows])
                 tile_index = e.b.add(e.b.mul(e.b.udiv(block.index, e.int(TILE)), e.int(steps)), e.int(tile * steps + step))
                 target = e.at(packed, I32, e.b.mul(tile_index, e.int(PAIR_TILE)))
                 for i, vector in enumerate(vectors):
                     e.write(vector, target, I32, e.int(i * TILE))
-
-
-def _transposed(e: Emitter, rows: list[Value]) -> list[Value]:
-    """A 16 x 16 matrix of 32-bit elements, transposed by swapping ever smaller off-diagonal blocks."""
-    rows = list(rows)
-    for size in (8, 4, 2, 1):
-        upper = ir.Constant(I32S, [lane if not lane & size else LANES + lane - size for lane in range(LANES)])
-        lower = ir.Constant(I32S, [lane + size if not lane & size else LANES + lane for lane in range(LANES)])
-        for i in range(LANES):
-            if not i & size:
-                a, b = rows[i], rows[i + size]
-                rows[i], rows[i + size] = e.b.shuffle_vector(a, b, upper), e.b.shuffle_vector(a, b, lower)
-    return rows
 
 
 def _pack_values(e: Emitter, values: Value, stride: Value, num_keys: Value, packed: Value, head_size: int) -> None:

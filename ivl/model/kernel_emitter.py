@@ -66,11 +66,12 @@ class Emitter:
         return self.b.bitcast(pointer, I8.as_pointer())
 
     # Matrix tiles (AMX): up to 8 registers of 16 rows of at most 64 bytes
-    def tiles(self, row_bytes: list[int]) -> None:
-        """Describe the tiles of this thread: palette 1, first row 0, bytes per row, number of rows."""
-        widths = row_bytes + [0] * (16 - len(row_bytes))
-        heights = [TILE] * len(row_bytes) + [0] * (16 - len(row_bytes))
-        layout = bytes([1] + [0] * 15) + b"".join(width.to_bytes(2, "little") for width in widths) + bytes(heights)
+    def tiles(self, shapes: list[tuple[int, int]]) -> None:
+        """Describe the tiles of this thread: rows and bytes per row of each. Palette 1, first row 0."""
+        rows, widths = ([shape[i] for shape in shapes] for i in (0, 1))
+        unused = 16 - len(shapes)
+        layout = bytes([1] + [0] * 15) + b"".join(width.to_bytes(2, "little") for width in widths + [0] * unused)
+        layout += bytes(rows + [0] * unused)
         kind = ir.ArrayType(I8, len(layout))
         place = self.b.alloca(kind)
         self.b.store(ir.Constant(kind, bytearray(layout)), place, align=1)
@@ -130,6 +131,17 @@ class Emitter:
 
     def write(self, value: Value, pointer: Value, element: ir.Type, index: Value) -> None:
         self.b.store(value, self.b.bitcast(self.at(pointer, element, index), value.type.as_pointer()), align=2)
+
+    def gather(self, table: Value, indices: Value) -> Value:
+        """16 of a table's 32-bit integers, by their indices."""
+        longs = ir.VectorType(I64, LANES)
+        base = self.b.insert_element(ir.Constant(longs, ir.Undefined), self.b.ptrtoint(table, I64), ir.Constant(I32, 0))
+        base = self.b.shuffle_vector(base, ir.Constant(longs, ir.Undefined), ir.Constant(I32S, [0] * LANES))
+        offsets = self.b.shl(self.b.zext(indices, longs), ir.Constant(longs, [2] * LANES))
+        places = self.b.inttoptr(self.b.add(base, offsets), ir.VectorType(I32.as_pointer(), LANES))
+        flags = ir.Constant(ir.VectorType(ir.IntType(1), LANES), [1] * LANES)
+        name = "llvm.masked.gather.v16i32.v16p0"
+        return self.call(name, I32S, places, ir.Constant(I32, 4), flags, ir.Constant(I32S, ir.Undefined))
 
     def load(self, pointer: Value, index: Value) -> Pair:
         """Even and odd elements of 32 bfloat16."""

@@ -9,13 +9,14 @@ from collections.abc import Callable
 from functools import cache
 
 import llvmlite.binding as llvm
+from llvmlite import ir
 
 from ivl.model.kernel_attention import attention
 from ivl.model.kernel_decode import decode_attention
-from ivl.model.kernel_emitter import F32, I16, I32, LANES, TILE, Emitter
+from ivl.model.kernel_emitter import F32, I8, I16, I32, I32S, LANES, TILE, Emitter
 from ivl.model.kernel_quant import quant_linear, quant_prepare, quant_unpack
 from ivl.model.kernel_quant_amx import quant_few, quant_matmul, quant_round, quant_rounded
-from ivl.model.kernel_rows import bias_at, norm_row, swiglu_row
+from ivl.model.kernel_rows import bias_at, norm_row, swiglu_row, transposed
 
 ROW_BLOCK, COLUMN_BLOCK = 4, 4
 """Weight rows and input rows multiplied together: their sums fill half of the vector registers."""
@@ -65,39 +66,55 @@ def _linear(e: Emitter, num_columns: int, before: str = "", plus: bool = False) 
                 e.store_one(e.at(y, I16, index), total)
 
 
-def _linear_amx(e: Emitter, num_columns: int) -> None:
+def _linear_amx(e: Emitter, num_columns: int, before: str = "", plus: bool = False) -> None:
     """The same on a processor with matrix tiles (AMX), where even 16 columns cost no more than reading the weight.
 
     One step multiplies two tiles of 16 weight rows by 32 elements, straight from the weight, with one tile of pairs of
-    inputs, x_pairs[i / 2, column].
+    inputs, pairs[i / 2, column], which every thread lays out for itself.
     """
-    x_pairs, w, y = e.pointer(1, I32), e.pointer(2), e.pointer(4)
-    bias_address, width, rows = (e.argument(i) for i in (3, 5, 6))
+    scratch = e.thread_scratch(1, 2, 3)
+    x, w, y = e.pointer(4), e.pointer(5), e.pointer(7)
+    bias_address, width, rows, x_stride = (e.argument(i) for i in (6, 8, 9, 10))
+    pairs = e.b.bitcast(scratch, I32.as_pointer())
+    x_rows = [e.at(x, I16, e.b.mul(x_stride, e.int(c))) for c in range(num_columns)]
+    if before:
+        for c, row in enumerate(x_rows):
+            x_rows[c] = e.at(scratch, I16, e.b.add(e.b.mul(width, e.int(num_columns + c)), e.int(2 * LANES)))
+            norm_row(e, row, e.pointer(11), x_rows[c], width, e.argument(12))
+    with e.loop(e.int(0), width, 2 * LANES) as column:
+        vectors = [e.read(I32S, row, I16, column.index) for row in x_rows]
+        start = e.b.mul(e.b.lshr(column.index, e.int(1)), e.int(num_columns))
+        for p, vector in enumerate(transposed(e, vectors + [e.ints(0)] * (LANES - num_columns))):
+            # What is written beyond a row of pairs is overwritten by the next.
+            e.write(vector, pairs, I32, e.b.add(start, e.int(p * num_columns)))
+    added = e.pointer(13) if plus else None
     row_bytes, pair_bytes = e.b.mul(width, e.int(2)), e.int(4 * num_columns)
-    sums, weights, inputs = (0, 1), (2, 3), 4
-    e.tiles([4 * num_columns] * 2 + [2 * LANES * 2] * 2 + [4 * num_columns])
     block = 2 * TILE
-    scratch = e.b.alloca(F32, size=block * num_columns)
+    sums, weights, inputs = (0, 1), (2, 3), 4
+    e.tiles([(TILE, 4 * num_columns)] * 2 + [(TILE, 64)] * 2 + [(TILE, 4 * num_columns)])
+    corner = e.b.alloca(F32, size=block * num_columns)
     with e.claimed(rows, block) as (start, stop), e.loop(start, stop, block) as outer:
         first = e.smaller(outer.index, e.b.sub(rows, e.int(block)))
-        w_tiles = [e.at(w, I16, e.b.mul(e.b.add(first, e.int(part)), width)) for part in (0, TILE)]
+        w_block = e.at(w, I16, e.b.mul(first, width))
         for tile in sums:
             e.tile_zero(tile)
         with e.loop(e.int(0), width, 2 * LANES) as inner:
-            pairs = e.at(x_pairs, I32, e.b.mul(e.b.lshr(inner.index, e.int(1)), e.int(num_columns)))
-            e.tile_load(inputs, pairs, pair_bytes)
-            for target, weight, tile in zip(sums, weights, w_tiles, strict=True):
-                e.tile_load(weight, e.at(tile, I16, inner.index), row_bytes)
+            e.tile_load(inputs, e.at(pairs, I32, e.b.mul(e.b.lshr(inner.index, e.int(1)), e.int(num_columns))), pair_bytes)
+            for part, (target, weight) in enumerate(zip(sums, weights, strict=True)):
+                place = e.b.add(e.b.mul(width, e.int(part * TILE)), inner.index)
+                e.tile_load(weight, e.at(w_block, I16, place), row_bytes)
                 e.tile_product(target, weight, inputs)
         for part, tile in enumerate(sums):
-            corner = e.at(scratch, F32, e.int(part * TILE * num_columns))
-            e.tile_store(tile, corner, pair_bytes)
+            e.tile_store(tile, e.at(corner, F32, e.int(part * TILE * num_columns)), pair_bytes)
         with e.loop(e.int(0), e.int(block), 1) as row:
-            row_id, source = e.b.add(first, row.index), e.at(scratch, F32, e.b.mul(row.index, e.int(num_columns)))
+            row_id, source = e.b.add(first, row.index), e.at(corner, F32, e.b.mul(row.index, e.int(num_columns)))
             bias = bias_at(e, bias_address, row_id)
             for c in range(num_columns):
                 value = e.b.fadd(e.b.load(e.at(source, F32, e.int(c)), typ=F32), bias)
-                e.store_one(e.at(y, I16, e.b.add(e.b.mul(rows, e.int(c)), row_id)), value)
+                place = e.b.add(e.b.mul(rows, e.int(c)), row_id)
+                if added is not None:
+                    value = e.b.fadd(value, e.load_one(e.at(added, I16, place)))
+                e.store_one(e.at(y, I16, place), value)
     e.tiles_done()
 
 
@@ -136,9 +153,29 @@ def _rotate(e: Emitter) -> None:
             e.store(row, other, (turned[0][1], turned[1][1]))
 
 
+def _normalise(e: Emitter, size: int) -> None:
+    """out[g, c, p] = table[c, tiles[g, p, c]]: bytes of three colours to numbers of `size` bytes, whose bits the table has."""
+    tiles, out, table = e.pointer(1, I8), e.pointer(2, I8), e.pointer(3, I32)
+    count, pixels = e.argument(4), e.argument(5)
+    part, whole = ir.VectorType(I8, LANES), ir.VectorType(ir.IntType(8 * size), LANES)
+    with e.claimed(count, LANES) as (start, stop), e.loop(start, stop, LANES) as pixel:
+        source = e.b.mul(pixel.index, e.int(3))
+        first, second, third = (e.read(part, tiles, I8, e.b.add(source, e.int(n * LANES))) for n in range(3))
+        both = e.b.shuffle_vector(first, second, ir.Constant(ir.VectorType(I32, 2 * LANES), list(range(2 * LANES))))
+        rest = e.b.shuffle_vector(third, third, ir.Constant(ir.VectorType(I32, 2 * LANES), list(range(2 * LANES))))
+        tile, place = e.b.udiv(pixel.index, pixels), e.b.urem(pixel.index, pixels)
+        for c in range(3):
+            order = ir.Constant(I32S, [c + 3 * lane for lane in range(LANES)])
+            bytes_of_colour = e.b.shuffle_vector(both, rest, order)
+            bits = e.gather(table, e.b.add(e.b.zext(bytes_of_colour, I32S), e.ints(256 * c)))
+            target = e.b.add(e.b.mul(e.b.add(e.b.mul(tile, e.int(3)), e.int(c)), pixels), place)
+            e.write(e.b.trunc(bits, whole) if size < 4 else bits, out, ir.IntType(8 * size), target)
+
+
 KERNELS: dict[str, Callable[..., None]] = {
     "linear": _linear,
     "linear_amx": _linear_amx,
+    "normalise": _normalise,
     "rms_norm": _rms_norm,
     "swiglu": _swiglu,
     "rotate": _rotate,

@@ -10,6 +10,7 @@ from llvmlite import ir
 
 from ivl.model.kernel_emitter import F32, F32S, I8, I16, I32, I32S, LANES, TILE, Emitter, Value
 from ivl.model.kernel_quant import BYTES, HEAD, row_scale, step_bytes, step_of, weight_bytes
+from ivl.model.kernel_rows import transposed
 
 ROWS = 2 * TILE
 TILE_BYTES = 1024
@@ -32,7 +33,7 @@ def quant_matmul(e: Emitter, bits: int, groups: int, zero: int, width: int, heig
     row_bytes, x_bytes = width * bits // 8, e.b.mul(x_stride, e.int(2))
     sums, inputs, weights = [0, 1, 2, 3][: 2 * together], [4, 5][:together], (6, 7)
     # Sums and inputs have a row for each token, weights one for each pair of elements.
-    _tile_shapes(e, [(height, 64)] * 6 + [(TILE, 64)] * 2)
+    e.tiles([(height, 64)] * 6 + [(TILE, 64)] * 2)
     block = together * height
     corner = e.b.alloca(F32, size=e.int(block * ROWS))
     corner.align = 64  # type: ignore[misc]
@@ -101,7 +102,7 @@ def quant_rounded(e: Emitter, width: int, height: int, together: int) -> None:
     rows, tokens = e.argument(9), e.argument(10)
     size, steps, block = width + 64, -(-width // 64), together * height
     sums, inputs, weights = [0, 1, 2, 3][: 2 * together], [4, 5][:together], (6, 7)
-    _tile_shapes(e, [(height, 64)] * 6 + [(TILE, 64)] * 2)
+    e.tiles([(height, 64)] * 6 + [(TILE, 64)] * 2)
     corner = e.b.alloca(I32, size=e.int(block * ROWS))
     corner.align = 64  # type: ignore[misc]
     with e.claimed(rows, ROWS) as (start, stop), e.loop(start, stop, ROWS) as outer:
@@ -111,7 +112,7 @@ def quant_rounded(e: Emitter, width: int, height: int, together: int) -> None:
 
             def some(number: Value, count: int, w_rows: list[Value] = w_rows, part: int = part) -> None:
                 at = e.b.mul(number, e.int(64))
-                words = _transposed(e, [e.b.bitcast(weight_bytes(e, row, at, count), I32S) for row in w_rows])
+                words = transposed(e, [e.b.bitcast(weight_bytes(e, row, at, count), I32S) for row in w_rows])
                 for j, word in enumerate(words):
                     place = e.b.add(e.b.mul(number, e.int(2 * TILE_BYTES)), e.int(part * TILE_BYTES + j * 64))
                     e.write(word, scratch, I8, place)
@@ -154,16 +155,6 @@ def quant_rounded(e: Emitter, width: int, height: int, together: int) -> None:
     e.tiles_done()
 
 
-def _tile_shapes(e: Emitter, shapes: list[tuple[int, int]]) -> None:
-    """Describe the 8 tiles of this thread: rows and bytes per row of each."""
-    widths = b"".join(width.to_bytes(2, "little") for _, width in shapes)
-    layout = bytes([1] + [0] * 15) + widths + bytes(16) + bytes(height for height, _ in shapes) + bytes(8)
-    kind = ir.ArrayType(I8, len(layout))
-    place = e.b.alloca(kind)
-    e.b.store(ir.Constant(kind, bytearray(layout)), place, align=1)
-    e.call("llvm.x86.ldtilecfg", ir.VoidType(), e.bytes(place))
-
-
 def _unpack(
     e: Emitter, out: Value, w_rows: list[Value], scales: Value, zeros: Value | None, places: list[Value], bits: int,
     groups: int, width: int,
@@ -174,7 +165,7 @@ def _unpack(
 
     def some(number: Value, size: int) -> None:
         words = [e.b.bitcast(weight_bytes(e, row, e.b.mul(number, e.int(64)), size * bits // 8), I32S) for row in w_rows]
-        words = _transposed(e, words)
+        words = transposed(e, words)
         factor = offset = None
         for j in range(size // per_lane):
             if bits == 4 and j % (group // 8) == 0:
@@ -226,21 +217,6 @@ def _floats(e: Emitter, source: Value, index: Value) -> Value:
     return e.b.bitcast(e.b.shl(e.b.zext(e.read(HALVES, source, I16, index), I32S), e.ints(16)), F32S)
 
 
-def _transposed(e: Emitter, rows: list[Value]) -> list[Value]:
-    """16 vectors of 16 lanes, lane i of vector j becoming lane j of vector i."""
-    for distance in (1, 2, 4, 8):
-        new = list(rows)
-        for i in range(LANES):
-            if i & distance:
-                continue
-            low = [lane if not lane & distance else LANES + lane - distance for lane in range(LANES)]
-            high = [lane + distance if not lane & distance else LANES + lane for lane in range(LANES)]
-            for at, order in ((i, low), (i + distance, high)):
-                new[at] = e.b.shuffle_vector(rows[i], rows[i + distance], ir.Constant(I32S, order))
-        rows = new
-    return rows
-
-
 def quant_few(e: Emitter, bits: int, groups: int, zero: int, width: int, num_tokens: int) -> None:
     """y[t, r] of at most 16 tokens, with integer tiles: 16 weight rows times the bytes h and l of 16 tokens.
 
@@ -253,7 +229,7 @@ def quant_few(e: Emitter, bits: int, groups: int, zero: int, width: int, num_tok
     step = 64 if bits == 8 else group // 2  # bytes of a weight row in a tile
     token_scales = e.read(F32S, x, I32, e.int(32 * TILE))
     sums = [(0, 1), (2, 3)]
-    _tile_shapes(e, [(TILE, 64)] * 4 + [(TILE, step)] * 2 + [(step // 4, 64)] * 2)
+    e.tiles([(TILE, 64)] * 4 + [(TILE, step)] * 2 + [(step // 4, 64)] * 2)
     corners = e.b.alloca(I32, size=e.int(4 * TILE * TILE))
     corners.align = 64  # type: ignore[misc]
     nibbles = e.b.alloca(I8, size=e.int(4 * TILE_BYTES))
@@ -354,7 +330,7 @@ def quant_few(e: Emitter, bits: int, groups: int, zero: int, width: int, num_tok
         for part in range(2):
             bias = e.read(F32S, biases, F32, e.b.add(first, e.int(part * TILE)))
             outs = [e.b.fmul(total, token_scales) for total in found[part * TILE : (part + 1) * TILE]]
-            for t, total in enumerate(_transposed(e, outs)[:num_tokens]):
+            for t, total in enumerate(transposed(e, outs)[:num_tokens]):
                 short = e.b.trunc(e.b.lshr(e.rounded(e.b.fadd(total, bias)), e.ints(16)), HALVES)
                 e.write(short, y, I16, e.b.add(e.b.mul(rows, e.int(t)), e.b.add(first, e.int(part * TILE))))
     e.tiles_done()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from ivl.model.kernel_emitter import F32, I16, I32, I64, LANES, Emitter, Value
+from ivl.model.kernel_emitter import F32, I16, I32, I32S, I64, LANES, Emitter, Value
 
 
 def bias_at(e: Emitter, address: Value, row: Value) -> Value:
@@ -36,3 +36,18 @@ def swiglu_row(e: Emitter, gate_row: Value, y_row: Value, width: Value) -> None:
             e.b.fdiv(e.b.fmul(g, u), e.b.fadd(e.splat(1.0), e.exp(e.b.fneg(g)))) for g, u in zip(gates, ups, strict=True)
         )
         e.store(y_row, column.index, (even, odd))
+
+
+def transposed(e: Emitter, rows: list[Value]) -> list[Value]:
+    """16 vectors of 16 lanes, lane i of vector j becoming lane j of vector i."""
+    for distance in (1, 2, 4, 8):
+        new = list(rows)
+        for i in range(LANES):
+            if i & distance:
+                continue
+            low = [lane if not lane & distance else LANES + lane - distance for lane in range(LANES)]
+            high = [lane + distance if not lane & distance else LANES + lane for lane in range(LANES)]
+            for at, order in ((i, low), (i + distance, high)):
+                new[at] = e.b.shuffle_vector(rows[i], rows[i + distance], ir.Constant(I32S, order))
+        rows = new
+    return rows

@@ -100,21 +100,25 @@ def linear(
     """x @ weight^T + bias for at most MAX_ROWS rows. One row goes through vectors, which keep up with the memory better;
     more go through matrix tiles where there are any, and a row's result does not depend on how many they are.
 
-    A single row may pass an RMS norm (weight, eps) or a SwiGLU gate before, and have `plus` added after, at no cost.
+    Rows may pass an RMS norm (weight, eps) or a SwiGLU gate before, and have `plus` added after: a single one at no cost,
+    more only where there are tiles.
     """
     x_TI = x.reshape(-1, x.shape[-1])
     rows, (out, width) = len(x_TI), weight_OI.shape
+    if rows > 1 and gated:
+        x_TI, gated = swiglu(x_TI), False
     y_TO = x.new_empty(rows, out)
     bias = 0 if bias_O is None else bias_O.data_ptr()
-    name, shape = "linear", (rows,)
-    if rows > 1 and has_tiles():
-        name, x_TI = "linear_amx", x_TI.contiguous().view(torch.int32).t().contiguous()
-    elif norm is not None or gated or plus is not None:
-        shape = (rows, "norm" if norm is not None else "gate" if gated else "", plus is not None)
     norm_pointer, eps = (0, 0) if norm is None else (norm[0].data_ptr(), _bits(norm[1]))
     extra = (norm_pointer, eps, 0 if plus is None else plus.data_ptr())
-    pointers = (x_TI.data_ptr(), weight_OI.data_ptr(), bias, y_TO.data_ptr())
-    _run(name, shape, out * width, *pointers, width, out, x_TI.stride(0), *extra)
+    shape = (rows, "norm" if norm is not None else "gate" if gated else "", plus is not None)
+    pointers = (x_TI.data_ptr(), weight_OI.data_ptr(), bias, y_TO.data_ptr(), width, out, x_TI.stride(0), *extra)
+    if rows > 1 and has_tiles():
+        room = 2 * (2 * width * rows + 32)  # the rows in pairs, and normalised
+        scratch = torch.empty(torch.get_num_threads() * room, dtype=torch.uint8)
+        _run("linear_amx", shape, out * width, 0, scratch.data_ptr(), room, *pointers)
+    else:
+        _run("linear", shape, out * width, *pointers)
     return y_TO.view(*x.shape[:-1], out)
 
 
@@ -246,6 +250,20 @@ def quant_unpack(weight: torch.Tensor, scale_OG: torch.Tensor, zero_OG: torch.Te
     return matrix
 
 
+def looked_up(tiles_GSSC: torch.Tensor, table_CV: torch.Tensor) -> torch.Tensor | None:
+    """The entries of a table of 3 colours by 256 values, [G, 3, size, size] in its dtype; None where there is no kernel."""
+    pixels, size = tiles_GSSC[0, :, :, 0].numel(), table_CV.element_size()
+    if not (tiles_GSSC.is_cpu and tiles_GSSC.is_contiguous() and pixels % 16 == 0 and size in (2, 4)):
+        return None
+    if _address("normalise", size) is None:
+        return None
+    out_GCYX = table_CV.new_empty(len(tiles_GSSC), 3, *tiles_GSSC.shape[1:3])
+    bits_CV = table_CV.contiguous().view(torch.int32 if size == 4 else torch.int16).to(torch.int32)
+    pointers = (tiles_GSSC.data_ptr(), out_GCYX.data_ptr(), bits_CV.data_ptr())
+    _run("normalise", (size,), out_GCYX.numel(), *pointers, len(tiles_GSSC) * pixels, pixels)
+    return out_GCYX
+
+
 def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension; rounded once, at the end."""
     x_TD = x.reshape(-1, x.shape[-1])
@@ -327,8 +345,9 @@ def decode_attention(
     room = scratch_bytes(group, size, longest)
     scratch = torch.empty(torch.get_num_threads() * room, dtype=torch.uint8)
     tensors = (qkv_SXH, cos_S1H, sin_S1H, keys_LKH, values_LKH, out_SNH, table_SB, past_S)
+    kind = (size, group, block_size, int(has_tiles() and block_size % 16 == 0))
     _run(
-        "decode_attention", (size, group, block_size), num_seqs * num_all * longest * size, 0, scratch.data_ptr(), room,
+        "decode_attention", kind, num_seqs * num_all * longest * size, 0, scratch.data_ptr(), room,
         *(x.data_ptr() for x in tensors), num_seqs, num_kv_heads, qkv_SXH.stride(0), table_SB.stride(0),
     )  # fmt: skip
     return out_SNH

@@ -73,17 +73,18 @@ def product(
     before: Callable[[torch.Tensor], torch.Tensor] | None = None,
     plus: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """layer(before(x)) + plus, where `before` is an RMSNorm or swiglu. A single token of bfloat16 at inference on a CPU is
-    one kernel: what is done around the product would cost more in calls than in work."""
+    """layer(before(x)) + plus, where `before` is an RMSNorm or swiglu. A few tokens of bfloat16 at inference on a CPU take
+    one or two kernels: what is done around the product would cost more in calls than in work."""
     norm = (before.weight, before.eps) if isinstance(before, RMSNorm) and before.eps is not None else None
-    if len(x_TI) == 1 and (norm or before in (None, swiglu)):
-        if isinstance(layer, QuantLinear) and layer.has_kernel(x_TI):
+    if len(x_TI) <= kernels.MAX_ROWS and (norm or before in (None, swiglu)):
+        if isinstance(layer, QuantLinear) and len(x_TI) == 1 and layer.has_kernel(x_TI):
             return layer.product(x_TI, norm=norm, gated=before is swiglu, plus=plus)
         if (
             type(layer) is Linear
             and layer.in_features % 32 == 0
             and layer.out_features >= kernels.MIN_OUT
             and kernels.usable(x_TI, layer.weight)
+            and (len(x_TI) == 1 or kernels.has_tiles())
         ):
             return kernels.linear(x_TI, layer.weight, layer.bias, norm=norm, gated=before is swiglu, plus=plus)
     y_TO = layer(x_TI if before is None else before(x_TI))

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ivl.config import ModelConfig
+from ivl.model import kernels
 from ivl.model.cache import CacheStep
 from ivl.model.decoder import Decoder
 from ivl.model.linear import in_chunks
@@ -22,6 +23,12 @@ PIXEL_STD = (0.229, 0.224, 0.225)
 def normalise(tiles_GSSC: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """uint8 RGB tiles [G, size, size, 3] to normalised pixels [G, 3, size, size] (ImageNet mean and deviation)."""
     mean, std = (torch.tensor(x, device=tiles_GSSC.device).view(3, 1, 1) for x in (PIXEL_MEAN, PIXEL_STD))
+    if tiles_GSSC.dtype is torch.uint8 and len(tiles_GSSC):  # a colour has 256 values: the kernel looks them up
+        values_CV = torch.arange(256, dtype=torch.float32).expand(3, 256)
+        table_CV = values_CV.div(255).sub(mean.cpu()[:, 0]).div(std.cpu()[:, 0]).to(dtype)
+        found = kernels.looked_up(tiles_GSSC, table_CV)
+        if found is not None:
+            return found
     # Channels apart first: the sums are then over long rows, and in place.
     pixels_GCYX = tiles_GSSC.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     return pixels_GCYX.div_(255).sub_(mean).div_(std).to(dtype)
