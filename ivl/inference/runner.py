@@ -10,6 +10,7 @@ from ivl.inference.sampling import Chosen, choose
 from ivl.inference.scheduler import Piece, Plan
 from ivl.inference.vision import VisionEncoder
 from ivl.model.cache import PagedCache
+from ivl.model.replay import Replays
 from ivl.model.vlm import VLM
 
 
@@ -18,6 +19,7 @@ class Runner:
         self.model = model
         self.cache = cache
         self.encoder = encoder
+        self.replays = Replays(model.decoder, cache)
 
     def run(self, plan: Plan) -> list[Chosen | None]:
         """Encode the planned tiles, compute the planned pieces in one forward call, and choose a token for each that
@@ -43,7 +45,11 @@ class Runner:
     def _forward(self, pieces: list[Piece]) -> list[Chosen | None]:
         device = self.model.device
         step = self.cache.step([piece.request.sequence for piece in pieces], tuple(piece.count for piece in pieces))
-        hidden_TD = self.model(_tokens(pieces).to(device), step.layout, _vision(pieces), step)
+        x_TD = self.model.embed(_tokens(pieces).to(device), _vision(pieces))
+        if step.layout.num_decoding == len(pieces):
+            hidden_TD = self.replays.run(x_TD, step)
+        else:
+            hidden_TD = self.model.decoder(x_TD, step.layout, step)
         sampling = [number for number, piece in enumerate(pieces) if piece.samples]
         if not sampling:
             return []

@@ -124,9 +124,22 @@ class CacheStep:
 
     def decode(self, layer: int, qkv_SXH: torch.Tensor, cos_S1H: torch.Tensor, sin_S1H: torch.Tensor) -> torch.Tensor:
         """Rotary positions, writing and attention of one new token per sequence in one kernel; returns out_SNH."""
-        keys, values, size = self.store.keys[layer], self.store.values[layer], self.store.block_size
         longest = max(self.layout.total_lens)
-        return kernels.decode_attention(qkv_SXH, cos_S1H, sin_S1H, keys, values, self._table_SB, self._past_S, size, longest)
+        return self.attention(layer, qkv_SXH, cos_S1H, sin_S1H, self.table_SB, self.past_S, longest)
+
+    def attention(
+        self,
+        layer: int,
+        qkv_SXH: torch.Tensor,
+        cos_S1H: torch.Tensor,
+        sin_S1H: torch.Tensor,
+        table_SB: torch.Tensor,
+        past_S: torch.Tensor,
+        longest: int,
+    ) -> torch.Tensor:
+        """`decode` with the places and lengths given."""
+        keys, values, size = self.store.keys[layer], self.store.values[layer], self.store.block_size
+        return kernels.decode_attention(qkv_SXH, cos_S1H, sin_S1H, keys, values, table_SB, past_S, size, longest)
 
     def read(self, layer: int, seq: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one sequence, [past + new, K, H] each; views where its blocks lie in a row."""
@@ -140,7 +153,7 @@ class CacheStep:
 
     def read_all(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of all sequences, [S, L, K, H] each, padded to whole blocks of the longest: see mask_SL."""
-        keys, values = (self._gather(x[layer], self._table_SB.flatten()) for x in (self.store.keys, self.store.values))
+        keys, values = (self._gather(x[layer], self.table_SB.flatten()) for x in (self.store.keys, self.store.values))
         return keys.unflatten(0, (len(self.blocks), -1)), values.unflatten(0, (len(self.blocks), -1))
 
     @cached_property
@@ -159,14 +172,14 @@ class CacheStep:
         return torch.arange(longest, device=lens_S1.device) < lens_S1
 
     @cached_property
-    def _table_SB(self) -> torch.Tensor:
+    def table_SB(self) -> torch.Tensor:
         """Blocks of every sequence, each padded to the longest with its own last block."""
         longest = max(map(len, self.blocks))
         padded = [block for blocks in self.blocks for block in blocks + blocks[-1:] * (longest - len(blocks))]
         return torch.tensor(padded, device=self.store.keys.device).view(-1, longest)
 
     @cached_property
-    def _past_S(self) -> torch.Tensor:
+    def past_S(self) -> torch.Tensor:
         return torch.tensor(self.layout.past_lens, device=self.store.keys.device)
 
     def _gather(self, slots_XKH: torch.Tensor, blocks_B: torch.Tensor) -> torch.Tensor:

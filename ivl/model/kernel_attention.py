@@ -68,9 +68,7 @@ def attention(e: Emitter, head_size: int, causal: int) -> None:
                 target = e.at(out, I16, e.b.mul(e.b.add(start, row.index), out_token))
                 for part in range(0, head_size, LANES):
                     place = e.b.add(e.b.mul(row.index, e.int(head_size)), e.int(part))
-                    bits = e.rounded(e.b.fmul(e.read(F32S, outcome, F32, place), scale))
-                    short = e.b.trunc(e.b.lshr(bits, e.ints(16)), ir.VectorType(I16, LANES))
-                    e.write(short, target, I16, e.int(part))
+                    e.store_floats(target, e.int(part), e.b.fmul(e.read(F32S, outcome, F32, place), scale))
     e.tiles_done()
 
 

@@ -19,7 +19,7 @@ from llvmlite import ir
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 LANES = 16
 TILE = 16
-F32S, I32S = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+F32S, I32S, I16S = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(I16, LANES)
 Value = Any
 Pair = tuple[Value, Value]
 
@@ -154,6 +154,14 @@ class Emitter:
         even = self.b.lshr(self.rounded(value[0]), self.ints(16))
         odd = self.b.and_(self.rounded(value[1]), self.ints(-65536))
         self.write(self.b.or_(even, odd), pointer, I16, index)
+
+    def floats(self, pointer: Value, index: Value) -> Value:
+        """16 bfloat16 in their order."""
+        return self.b.bitcast(self.b.shl(self.b.zext(self.read(I16S, pointer, I16, index), I32S), self.ints(16)), F32S)
+
+    def store_floats(self, pointer: Value, index: Value, value: Value) -> None:
+        """16 float32 as bfloat16, in their order."""
+        self.write(self.b.trunc(self.b.lshr(self.rounded(value), self.ints(16)), I16S), pointer, I16, index)
 
     def store_one(self, pointer: Value, value: Value) -> None:
         bits = self.b.lshr(self.rounded(value), ir.Constant(I32, 16))

@@ -13,10 +13,10 @@ from llvmlite import ir
 
 from ivl.model.kernel_attention import attention
 from ivl.model.kernel_decode import decode_attention
-from ivl.model.kernel_emitter import F32, I8, I16, I32, I32S, LANES, TILE, Emitter
+from ivl.model.kernel_emitter import F32, F32S, I8, I16, I32, I32S, I64, LANES, TILE, Emitter
 from ivl.model.kernel_quant import quant_linear, quant_prepare, quant_unpack
 from ivl.model.kernel_quant_amx import quant_few, quant_matmul, quant_round, quant_rounded
-from ivl.model.kernel_rows import bias_at, norm_row, swiglu_row, transposed
+from ivl.model.kernel_rows import bias_at, bias_vector, norm_row, swiglu_row, transposed
 
 ROW_BLOCK, COLUMN_BLOCK = 4, 4
 """Weight rows and input rows multiplied together: their sums fill half of the vector registers."""
@@ -92,7 +92,7 @@ def _linear_amx(e: Emitter, num_columns: int, before: str = "", plus: bool = Fal
     block = 2 * TILE
     sums, weights, inputs = (0, 1), (2, 3), 4
     e.tiles([(TILE, 4 * num_columns)] * 2 + [(TILE, 64)] * 2 + [(TILE, 4 * num_columns)])
-    corner = e.b.alloca(F32, size=block * num_columns)
+    corner = e.b.alloca(F32, size=block * num_columns + LANES)  # the last rows are read beyond their end
     with e.claimed(rows, block) as (start, stop), e.loop(start, stop, block) as outer:
         first = e.smaller(outer.index, e.b.sub(rows, e.int(block)))
         w_block = e.at(w, I16, e.b.mul(first, width))
@@ -106,15 +106,15 @@ def _linear_amx(e: Emitter, num_columns: int, before: str = "", plus: bool = Fal
                 e.tile_product(target, weight, inputs)
         for part, tile in enumerate(sums):
             e.tile_store(tile, e.at(corner, F32, e.int(part * TILE * num_columns)), pair_bytes)
-        with e.loop(e.int(0), e.int(block), 1) as row:
-            row_id, source = e.b.add(first, row.index), e.at(corner, F32, e.b.mul(row.index, e.int(num_columns)))
-            bias = bias_at(e, bias_address, row_id)
-            for c in range(num_columns):
-                value = e.b.fadd(e.b.load(e.at(source, F32, e.int(c)), typ=F32), bias)
-                place = e.b.add(e.b.mul(rows, e.int(c)), row_id)
+        for part in range(2):
+            place = e.b.add(first, e.int(part * TILE))
+            lines = [e.read(F32S, corner, F32, e.int((part * TILE + row) * num_columns)) for row in range(TILE)]
+            bias = bias_vector(e, bias_address, place)
+            for c, total in enumerate(transposed(e, [e.b.bitcast(line, I32S) for line in lines])[:num_columns]):
+                total = e.b.fadd(e.b.bitcast(total, F32S), bias)
                 if added is not None:
-                    value = e.b.fadd(value, e.load_one(e.at(added, I16, place)))
-                e.store_one(e.at(y, I16, place), value)
+                    total = e.b.fadd(total, e.floats(added, e.b.add(e.b.mul(rows, e.int(c)), place)))
+                e.store_floats(y, e.b.add(e.b.mul(rows, e.int(c)), place), total)
     e.tiles_done()
 
 
@@ -172,10 +172,34 @@ def _normalise(e: Emitter, size: int) -> None:
             e.write(e.b.trunc(bits, whole) if size < 4 else bits, out, ir.IntType(8 * size), target)
 
 
+def _replay(e: Emitter) -> None:
+    """Recorded calls, each of an address, its arguments, threads, and whether argument 1 is a counter that begins at 0."""
+    entries, count, parallel = e.pointer(0, I64), e.argument(1), e.argument(2)
+    place = I8.as_pointer()
+    kernel = ir.FunctionType(ir.VoidType(), [I64.as_pointer()])
+    team = ir.FunctionType(ir.VoidType(), [place, place, I32, I32])
+    with e.loop(e.int(0), count, 1) as call:
+        fields = [e.b.load(e.at(entries, I64, e.b.add(e.b.mul(call.index, e.int(4)), e.int(n))), typ=I64) for n in range(4)]
+        address, arguments, threads, counts_threads = fields
+        pointer = e.b.inttoptr(arguments, I64.as_pointer())
+        e.b.store(e.int(0), pointer)
+        second = e.at(pointer, I64, e.int(1))
+        kept = e.b.load(second, typ=I64)
+        e.b.store(e.b.select(e.b.icmp_signed("!=", counts_threads, e.int(0)), e.int(0), kept), second)
+        with e.b.if_else(e.b.icmp_signed("==", threads, e.int(1))) as (alone, together):
+            with alone:
+                e.b.call(e.b.inttoptr(address, kernel.as_pointer()), [pointer])
+            with together:
+                where = [e.b.inttoptr(value, place) for value in (address, arguments)]
+                numbers = [e.b.trunc(threads, I32), ir.Constant(I32, 0)]
+                e.b.call(e.b.inttoptr(parallel, team.as_pointer()), [*where, *numbers])
+
+
 KERNELS: dict[str, Callable[..., None]] = {
     "linear": _linear,
     "linear_amx": _linear_amx,
     "normalise": _normalise,
+    "replay": _replay,
     "rms_norm": _rms_norm,
     "swiglu": _swiglu,
     "rotate": _rotate,

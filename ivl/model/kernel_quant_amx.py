@@ -9,8 +9,8 @@ from __future__ import annotations
 from llvmlite import ir
 
 from ivl.model.kernel_emitter import F32, F32S, I8, I16, I32, I32S, LANES, TILE, Emitter, Value
-from ivl.model.kernel_quant import BYTES, HEAD, row_scale, step_bytes, step_of, weight_bytes
-from ivl.model.kernel_rows import transposed
+from ivl.model.kernel_quant import BYTES, HEAD, row_scale, step_bytes, step_of, token_bytes, weight_bytes
+from ivl.model.kernel_rows import bias_vector, transposed
 
 ROWS = 2 * TILE
 TILE_BYTES = 1024
@@ -48,7 +48,7 @@ def quant_matmul(e: Emitter, bits: int, groups: int, zero: int, width: int, heig
         offsets = [e.read(F32S, biases, F32, e.b.add(first, e.int(part * TILE))) for part in range(2)]
         factors = None
         if bits == 8:
-            factors = [_floats(e, scales, e.b.add(first, e.int(part * TILE))) for part in range(2)]
+            factors = [e.floats(scales, e.b.add(first, e.int(part * TILE))) for part in range(2)]
         with e.loop(e.int(0), tokens, block) as column:
             token = e.smaller(column.index, e.b.sub(tokens, e.int(block)))
             x_tiles = [e.at(x, I16, e.b.mul(e.b.add(token, e.int(n * height)), x_stride)) for n in range(together)]
@@ -70,8 +70,7 @@ def quant_matmul(e: Emitter, bits: int, groups: int, zero: int, width: int, heig
                     at = e.b.add(e.b.mul(line.index, e.int(ROWS)), e.int(part * TILE))
                     total = e.read(F32S, corner, F32, at)
                     total = e.fma(total, factors[part], offsets[part]) if factors else e.b.fadd(total, offsets[part])
-                    short = e.b.trunc(e.b.lshr(e.rounded(total), e.ints(16)), HALVES)
-                    e.write(short, y, I16, e.b.add(out, e.int(part * TILE)))
+                    e.store_floats(y, e.b.add(out, e.int(part * TILE)), total)
     e.tiles_done()
 
 
@@ -123,7 +122,7 @@ def quant_rounded(e: Emitter, width: int, height: int, together: int) -> None:
             if width % 64:
                 some(e.int(width // 64), width % 64)
         offsets = [e.read(F32S, biases, F32, e.b.add(first, e.int(part * TILE))) for part in range(2)]
-        factors = [_floats(e, scales, e.b.add(first, e.int(part * TILE))) for part in range(2)]
+        factors = [e.floats(scales, e.b.add(first, e.int(part * TILE))) for part in range(2)]
         with e.loop(e.int(0), tokens, block) as column:
             token = e.smaller(column.index, e.b.sub(tokens, e.int(block)))
             x_tiles = [e.at(x, I8, e.b.mul(e.b.add(token, e.int(n * height)), e.int(size))) for n in range(together)]
@@ -150,8 +149,7 @@ def quant_rounded(e: Emitter, width: int, height: int, together: int) -> None:
                     at = e.b.add(e.b.mul(line.index, e.int(ROWS)), e.int(part * TILE))
                     total = e.b.sitofp(e.b.add(e.read(I32S, corner, I32, at), offset), F32S)
                     total = e.fma(e.b.fmul(total, scale), factors[part], offsets[part])
-                    short = e.b.trunc(e.b.lshr(e.rounded(total), e.ints(16)), HALVES)
-                    e.write(short, y, I16, e.b.add(out, e.int(part * TILE)))
+                    e.store_floats(y, e.b.add(out, e.int(part * TILE)), total)
     e.tiles_done()
 
 
@@ -212,18 +210,21 @@ def _affine(e: Emitter, scales: Value, zeros: Value | None, places: list[Value])
     return factor, e.b.fneg(e.b.fmul(factor, middle))
 
 
-def _floats(e: Emitter, source: Value, index: Value) -> Value:
-    """16 bfloat16 in their order."""
-    return e.b.bitcast(e.b.shl(e.b.zext(e.read(HALVES, source, I16, index), I32S), e.ints(16)), F32S)
-
-
-def quant_few(e: Emitter, bits: int, groups: int, zero: int, width: int, num_tokens: int) -> None:
+def quant_few(e: Emitter, bits: int, groups: int, zero: int, width: int, num_tokens: int, plus: int) -> None:
     """y[t, r] of at most 16 tokens, with integer tiles: 16 weight rows times the bytes h and l of 16 tokens.
 
-    Tokens come as kernel_quant prepares them, transposed: x[word, token] in words of 4 bytes. Sums of a group are exact.
+    Tokens come as kernel_quant prepares them; every thread transposes them for itself, x[word, token] in words of 4 bytes.
+    Sums of a group are exact.
     """
-    x, w, scales, zeros = e.pointer(1, I32), e.pointer(2, I8), e.pointer(3), e.pointer(4, I8)
-    biases, y, rows = e.pointer(5, F32), e.pointer(6), e.argument(7)
+    x = e.b.bitcast(e.thread_scratch(1, 2, 3), I32.as_pointer())
+    tokens, w, scales, zeros = e.pointer(4, I32), e.pointer(5, I8), e.pointer(6), e.pointer(7, I8)
+    bias_address, y, rows = e.argument(8), e.pointer(9), e.argument(10)
+    added_to = e.pointer(11) if plus else None
+    words = token_bytes(bits, width) // 4
+    with e.loop(e.int(0), e.int(words), LANES) as column:
+        lines = [e.read(I32S, tokens, I32, e.b.add(column.index, e.int(t * words))) for t in range(num_tokens)]
+        for n, line in enumerate(transposed(e, lines + [e.ints(0)] * (LANES - num_tokens))):
+            e.write(line, x, I32, e.b.mul(e.b.add(column.index, e.int(n)), e.int(TILE)))
     size = width * bits // 8
     group = width // groups
     step = 64 if bits == 8 else group // 2  # bytes of a weight row in a tile
@@ -328,9 +329,10 @@ def quant_few(e: Emitter, bits: int, groups: int, zero: int, width: int, num_tok
                         e.write(e.fma(term, scale, total), sums_at, F32, e.int(r * TILE))
             found = [e.read(F32S, sums_at, F32, e.int(r * TILE)) for r in range(ROWS)]
         for part in range(2):
-            bias = e.read(F32S, biases, F32, e.b.add(first, e.int(part * TILE)))
+            bias = bias_vector(e, bias_address, e.b.add(first, e.int(part * TILE)))
             outs = [e.b.fmul(total, token_scales) for total in found[part * TILE : (part + 1) * TILE]]
             for t, total in enumerate(transposed(e, outs)[:num_tokens]):
-                short = e.b.trunc(e.b.lshr(e.rounded(e.b.fadd(total, bias)), e.ints(16)), HALVES)
-                e.write(short, y, I16, e.b.add(e.b.mul(rows, e.int(t)), e.b.add(first, e.int(part * TILE))))
+                place = e.b.add(e.b.mul(rows, e.int(t)), e.b.add(first, e.int(part * TILE)))
+                total = e.b.fadd(total, bias)
+                e.store_floats(y, place, total if added_to is None else e.b.fadd(total, e.floats(added_to, place)))
     e.tiles_done()

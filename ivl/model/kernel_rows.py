@@ -14,6 +14,13 @@ def bias_at(e: Emitter, address: Value, row: Value) -> Value:
     return e.b.select(given, e.load_one(e.b.inttoptr(source, I16.as_pointer())), ir.Constant(F32, 0.0))
 
 
+def bias_vector(e: Emitter, address: Value, row: Value) -> Value:
+    """bias[row : row + 16] as float32, or zeros where there is no bias."""
+    given = e.b.icmp_signed("!=", address, e.int(0))
+    source = e.b.select(given, e.b.add(address, e.b.mul(row, e.int(2))), e.b.ptrtoint(e.function.args[0], I64))
+    return e.b.select(given, e.floats(e.b.inttoptr(source, I16.as_pointer()), e.int(0)), e.splat(0.0))
+
+
 def norm_row(e: Emitter, x_row: Value, weight: Value, y_row: Value, width: Value, eps_bits: Value) -> None:
     eps = e.b.bitcast(e.b.trunc(eps_bits, I32), F32)
     with e.loop(e.int(0), width, 2 * LANES, e.splat(0.0), e.splat(0.0)) as squares:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
-from functools import cache
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from functools import cache, cached_property
 
 import torch
 
@@ -80,12 +82,53 @@ def _run(name: str, shape: tuple[int | str, ...], work: int, *arguments: int) ->
     address = _address(name, *shape)
     assert address is not None
     packed = (ctypes.c_int64 * (1 + len(arguments)))(0, *arguments)
-    threads = torch.get_num_threads() if work > GRAIN else 1
     run = _parallel()
+    threads = torch.get_num_threads() if work > GRAIN and run is not None else 1
+    if (calls := getattr(_recording, "calls", None)) is not None:
+        calls.add(address, packed, threads, counts_threads=arguments[0] == 0)
+        return
     if threads > 1 and run is not None:
         run(address, ctypes.addressof(packed), threads, 0)
     else:
         _KernelPointer(address)(ctypes.addressof(packed))
+
+
+class Calls:
+    """Kernel calls of a thread, written down instead of made, to be made any number of times by one native call."""
+
+    def __init__(self) -> None:
+        self.entries: list[int] = []
+        self.arguments: list[ctypes.Array[ctypes.c_int64]] = []
+
+    @classmethod
+    @contextmanager
+    def recorded(cls) -> Generator[Calls, None, None]:
+        """The calls that would be made within."""
+        _recording.calls = calls = cls()
+        try:
+            yield calls
+        finally:
+            _recording.calls = None
+
+    def add(self, address: int, packed: ctypes.Array[ctypes.c_int64], threads: int, *, counts_threads: bool) -> None:
+        """counts_threads: argument 1 is a counter, too."""
+        self.arguments.append(packed)
+        self.entries += [address, ctypes.addressof(packed), threads, int(counts_threads)]
+
+    def run(self) -> None:
+        address = _address("replay")
+        assert address is not None
+        entries, parallel = self._packed
+        packed = (ctypes.c_int64 * 3)(ctypes.addressof(entries), len(self.arguments), parallel)
+        _KernelPointer(address)(ctypes.addressof(packed))
+
+    @cached_property
+    def _packed(self) -> tuple[ctypes.Array[ctypes.c_int64], int]:
+        parallel = ctypes.cast(_parallel(), ctypes.c_void_p).value or 0  # type: ignore[arg-type]
+        return (ctypes.c_int64 * len(self.entries))(*self.entries), parallel
+
+
+_recording = threading.local()
 
 
 def linear(
@@ -175,6 +218,37 @@ def quant_linear(
     return y_TO
 
 
+def quant_few(
+    x_TI: torch.Tensor,
+    weight: torch.Tensor,
+    scale_OG: torch.Tensor,
+    zero_OG: torch.Tensor | None,
+    bias_O: torch.Tensor | None,
+    *,
+    plus: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x @ weight^T + bias + plus for 2 to 16 rows, on matrix tiles."""
+    assert has_tiles()  # asks the system for permission, too
+    width, (out, groups) = x_TI.shape[1], scale_OG.shape
+    bits = 8 * weight.shape[1] // width
+    tokens = quant_prepare(x_TI, bits, zero_OG is not None)
+    y_TO = x_TI.new_empty(len(x_TI), out)
+    room = 16 * tokens.shape[1]
+    scratch = torch.empty(torch.get_num_threads() * room, dtype=torch.uint8)
+    tensors = (zero_OG, bias_O)
+    pointers = (weight.data_ptr(), scale_OG.data_ptr(), *(0 if t is None else t.data_ptr() for t in tensors), y_TO.data_ptr())
+    _run(
+        "quant_few", (bits, groups, int(zero_OG is not None), width, len(x_TI), int(plus is not None)), out * width,
+        0, scratch.data_ptr(), room, tokens.data_ptr(), *pointers, out, 0 if plus is None else plus.data_ptr(),
+    )  # fmt: skip
+    return y_TO
+
+
+def takes_few(tokens: int, width: int, bits: int) -> bool:
+    """Whether `quant_few` is for these."""
+    return 1 < tokens <= MAX_ROWS and width % (512 // bits) == 0 and has_tiles()
+
+
 def quant_matmul(
     x_TI: torch.Tensor,
     weight: torch.Tensor,
@@ -190,12 +264,6 @@ def quant_matmul(
     bits = 8 * weight.shape[1] // width
     y_TO = x_TI.new_empty(tokens, out)
     bias = torch.zeros(out) if bias_O is None else bias_O.float()
-    if tokens <= 16 and width % (512 // bits) == 0:
-        prepared = quant_prepare(x_TI, bits, zero_OG is not None, room=16).view(torch.int32).t().contiguous()
-        zero = 0 if zero_OG is None else zero_OG.data_ptr()
-        pointers = (prepared.data_ptr(), weight.data_ptr(), scale_OG.data_ptr(), zero, bias.data_ptr(), y_TO.data_ptr())
-        _run("quant_few", (bits, groups, int(zero_OG is not None), width, tokens), out * width, *pointers, out)
-        return y_TO
     room = scratch_bytes(width)
     scratch = torch.empty(torch.get_num_threads() * room + 64, dtype=torch.uint8)
     aligned = -(-scratch.data_ptr() // 64) * 64
@@ -229,12 +297,12 @@ def quant_rounded(
     return y_TO
 
 
-def quant_prepare(x_TI: torch.Tensor, bits: int, zero: bool, *, room: int = 0) -> torch.Tensor:
-    """Rows as the products with quantised weights take them, uint8 [T, bytes], or with unset rows up to `room`."""
+def quant_prepare(x_TI: torch.Tensor, bits: int, zero: bool) -> torch.Tensor:
+    """Rows as the products with quantised weights take them, uint8 [T, bytes]."""
     from ivl.model.kernel_quant import token_bytes
 
     rows, width = x_TI.shape
-    tokens = torch.empty(max(rows, room), token_bytes(bits, width), dtype=torch.uint8)
+    tokens = torch.empty(rows, token_bytes(bits, width), dtype=torch.uint8)
     pointers = (x_TI.data_ptr(), tokens.data_ptr())
     _run("quant_prepare", (bits, int(zero), width), x_TI.numel(), *pointers, rows, x_TI.stride(0))
     return tokens

@@ -79,6 +79,8 @@ def product(
     if len(x_TI) <= kernels.MAX_ROWS and (norm or before in (None, swiglu)):
         if isinstance(layer, QuantLinear) and len(x_TI) == 1 and layer.has_kernel(x_TI):
             return layer.product(x_TI, norm=norm, gated=before is swiglu, plus=plus)
+        if isinstance(layer, QuantLinear) and layer.takes_few(x_TI):
+            return layer.few(x_TI if before is None else before(x_TI), plus=plus)
         if (
             type(layer) is Linear
             and layer.in_features % 32 == 0

@@ -119,6 +119,8 @@ class QuantLinear(nn.Module):
                 y_TO = self._round_inputs(x_TI)
         elif not self.has_kernel(x_TI):
             y_TO = self._by_panels(x_TI)
+        elif self.takes_few(x_TI):
+            y_TO = self.few(x_TI)
         elif len(x_TI) > 1 and kernels.has_tiles():
             y_TO = kernels.quant_matmul(x_TI, self.weight, self.scale, self.zero, self.bias)
         else:
@@ -140,6 +142,14 @@ class QuantLinear(nn.Module):
     ) -> torch.Tensor:
         """A few rows by our kernel; a single one may be normalised or gated before, and have something added after."""
         return kernels.quant_linear(x_TI, self.weight, self.scale, self.zero, self.bias, norm=norm, gated=gated, plus=plus)
+
+    def takes_few(self, x_TI: torch.Tensor) -> bool:
+        """Whether `few` takes these rows, or as many of its own width."""
+        return self.has_kernel(x_TI) and kernels.takes_few(len(x_TI), self.in_features, self.scheme.bits)
+
+    def few(self, x_TI: torch.Tensor, *, plus: torch.Tensor | None = None) -> torch.Tensor:
+        """2 to 16 rows by our kernel, on matrix tiles; something may be added after."""
+        return kernels.quant_few(x_TI, self.weight, self.scale, self.zero, self.bias, plus=plus)
 
     def matrix(self) -> torch.Tensor:
         """The weight as numbers, [out, in], in the dtype of the scales."""

@@ -27,8 +27,8 @@ def model() -> VLM:
 def computed(model: VLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tokens of each forward call."""
     counts: list[int] = []
-    forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda tokens, *rest: counts.append(len(tokens)) or forward(tokens, *rest))
+    embed = model.embed
+    monkeypatch.setattr(model, "embed", lambda tokens, *rest: counts.append(len(tokens)) or embed(tokens, *rest))
     return counts
 
 

