@@ -13,7 +13,7 @@ from ivl.model.kernel_emitter import F32, F32S, I8, I16, I32, I32S, LANES, TILE,
 from ivl.model.kernel_rows import transposed
 
 BLOCK = 2 * TILE
-"""Keys that meet as pairs: the first tile's keys in the even halves of 32 bits, the second's in the odd ones."""
+"""Keys whose probabilities meet their values together, in pairs."""
 QUERIES = 2 * TILE
 """Queries that share every load of keys and values."""
 PAIR_TILE = TILE * TILE
@@ -88,11 +88,11 @@ def _pack_keys(e: Emitter, keys: Value, stride: Value, num_keys: Value, packed: 
 
 
 def _pack_values(e: Emitter, values: Value, stride: Value, num_keys: Value, packed: Value, head_size: int) -> None:
-    """Tiles [key block, H / 16] of pairs of keys: row i has key i in the even halves, key 16 + i in the odd ones."""
+    """Tiles [key block, H / 16] of pairs of keys: row i has key 2 i in the even halves, key 2 i + 1 in the odd ones."""
     shorts, last = ir.VectorType(I16, LANES), e.b.sub(num_keys, e.int(1))
     with e.loop(e.int(0), num_keys, BLOCK) as block, e.loop(e.int(0), e.int(TILE), 1) as row:
-        first = e.b.add(block.index, row.index)
-        ids = (e.smaller(first, last), e.smaller(e.b.add(first, e.int(TILE)), last))
+        first = e.b.add(block.index, e.b.mul(row.index, e.int(2)))
+        ids = (e.smaller(first, last), e.smaller(e.b.add(first, e.int(1)), last))
         even_row, odd_row = (e.at(values, I16, e.b.mul(i, stride)) for i in ids)
         for part in range(head_size // TILE):
             even, odd = (e.b.zext(e.read(shorts, r, I16, e.int(part * TILE)), I32S) for r in (even_row, odd_row))
@@ -151,9 +151,9 @@ def _softmax(e: Emitter, row: Value, limit: Value, row_size: Value, scores: Valu
     scale = head_size**-0.5 * 1.4426950408889634  # powers of two are cheaper than of e
     minus_top = e.splat(e.b.fmul(top, ir.Constant(F32, -scale)))
     with e.loop(e.int(0), limit, BLOCK, e.splat(0.0), e.splat(0.0)) as block:
-        even, odd = (e.small_exp2(e.fma(score(block.index, part), e.splat(scale), minus_top)) for part in range(2))
-        block.carry([e.b.fadd(block.values[0], even), e.b.fadd(block.values[1], odd)])
-        e.store_small(probs, e.b.add(offset, block.index), (even, odd))
+        pair = [e.small_exp2(e.fma(score(block.index, part), e.splat(scale), minus_top)) for part in range(2)]
+        block.carry([e.b.fadd(total, part) for total, part in zip(block.values, pair, strict=True)])
+        e.write(e.narrowed(*pair), probs, I16, e.b.add(offset, block.index))
     return e.total(e.b.fadd(*block.values))
 
 

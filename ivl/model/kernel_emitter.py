@@ -24,6 +24,19 @@ Value = Any
 Pair = tuple[Value, Value]
 
 
+class _BFloat(ir.Type):
+    """LLVM's bfloat, which llvmlite does not know; only to be cast."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
 class Emitter:
     """One kernel under construction. Vectors hold LANES float32."""
 
@@ -200,17 +213,20 @@ class Emitter:
         power = self.b.shl(self.b.add(self.b.fptosi(n, I32S), self.ints(127)), self.ints(23))
         return self.b.fmul(y, self.b.bitcast(power, F32S))
 
+    # With AVX-512 only
     def small_exp2(self, x: Value) -> Value:
-        """2^x for x <= 0 to 1e-4, enough for what is rounded to bfloat16; no smaller than 2^-126. NaN goes through."""
-        x = self.b.select(self.b.fcmp_ordered("<", x, self.splat(-126.0)), self.splat(-126.0), x)
-        # Added to 1.5 * 2^23, a number's integer part lands in the lowest bits.
-        shifted = self.b.fadd(x, self.splat(12582912.0))
-        r = self.b.fsub(x, self.b.fsub(shifted, self.splat(12582912.0)))
-        y = self.splat(0.0551716527)
-        for coefficient in (0.2426111209, 0.6932609885, 0.9999280737):
+        """2^x to 1e-4, enough for what is rounded to bfloat16; 0 far below. NaN goes through."""
+        every, as_set, to_floor = ir.Constant(I16, -1), ir.Constant(I32, 4), ir.Constant(I32, 9)
+        r = self.call("llvm.x86.avx512.mask.reduce.ps.512", F32S, x, to_floor, x, every, as_set)  # x less its whole part
+        y = self.splat(0.07802351)
+        for coefficient in (0.22606783, 0.69583369, 0.99992516):
             y = self.fma(y, r, self.splat(coefficient))
-        power = self.b.shl(self.b.bitcast(shifted, I32S), self.ints(23))
-        return self.b.bitcast(self.b.add(self.b.bitcast(y, I32S), power), F32S)
+        return self.call("llvm.x86.avx512.mask.scalef.ps.512", F32S, y, x, y, every, as_set)
+
+    def narrowed(self, low: Value, high: Value) -> Value:
+        """32 float32 as 32 bfloat16 in their order, as 16 words."""
+        short = self.call("llvm.x86.avx512bf16.cvtne2ps2bf16.512", ir.VectorType(_BFloat(), 2 * LANES), high, low)
+        return self.b.bitcast(short, I32S)
 
     def store_small(self, pointer: Value, index: Value, value: Pair) -> None:
         """store for numbers within [0, 1]: ties are rounded up and nothing overflows."""
