@@ -23,6 +23,8 @@ MIN_OUT = 32
 """Fewest output features of a linear kernel."""
 MIN_QUERIES, MAX_KEYS = 64, 16384
 """Where the attention kernel pays: fewer queries read keys more than they compute, more keys outgrow the caches."""
+PANEL_BYTES = 3 << 19
+"""Of inputs in 8 bits that stay in the second-level cache while all of a weight passes."""
 MAX_GROUP = 16
 """Query heads of one key head that the decoding kernel is unrolled for."""
 GRAIN = 32768
@@ -291,9 +293,11 @@ def quant_rounded(
     room = scratch_bytes(width + 32)
     scratch = torch.empty(torch.get_num_threads() * room + 64, dtype=torch.uint8)
     aligned = -(-scratch.data_ptr() // 64) * 64
-    pointers = (rounded.data_ptr(), weight.data_ptr(), scale_O1.data_ptr(), bias.data_ptr(), y_TO.data_ptr())
-    kind = (width, min(tokens, 16), 2 if tokens >= 32 else 1)
-    _run("quant_rounded", kind, out * width, 0, aligned, room, *pointers, out, tokens)
+    panels = -(-rounded.numel() // PANEL_BYTES)
+    for part, y_part in zip(rounded.tensor_split(panels), y_TO.tensor_split(panels), strict=True):
+        kind = (width, min(len(part), 16), 2 if len(part) >= 32 else 1)
+        pointers = (part.data_ptr(), weight.data_ptr(), scale_O1.data_ptr(), bias.data_ptr(), y_part.data_ptr())
+        _run("quant_rounded", kind, out * width, 0, aligned, room, *pointers, out, len(part))
     return y_TO
 
 
