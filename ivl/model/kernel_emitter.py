@@ -172,10 +172,6 @@ class Emitter:
         """16 bfloat16 in their order."""
         return self.b.bitcast(self.b.shl(self.b.zext(self.read(I16S, pointer, I16, index), I32S), self.ints(16)), F32S)
 
-    def store_floats(self, pointer: Value, index: Value, value: Value) -> None:
-        """16 float32 as bfloat16, in their order."""
-        self.write(self.b.trunc(self.b.lshr(self.rounded(value), self.ints(16)), I16S), pointer, I16, index)
-
     def store_one(self, pointer: Value, value: Value) -> None:
         bits = self.b.lshr(self.rounded(value), ir.Constant(I32, 16))
         self.b.store(self.b.trunc(bits, I16), pointer)
@@ -213,7 +209,7 @@ class Emitter:
         power = self.b.shl(self.b.add(self.b.fptosi(n, I32S), self.ints(127)), self.ints(23))
         return self.b.fmul(y, self.b.bitcast(power, F32S))
 
-    # With AVX-512 only
+    # Where there are tiles, there are these instructions of AVX-512
     def small_exp2(self, x: Value) -> Value:
         """2^x to 1e-4, enough for what is rounded to bfloat16; 0 far below. NaN goes through."""
         every, as_set, to_floor = ir.Constant(I16, -1), ir.Constant(I32, 4), ir.Constant(I32, 9)
@@ -222,6 +218,11 @@ class Emitter:
         for coefficient in (0.22606783, 0.69583369, 0.99992516):
             y = self.fma(y, r, self.splat(coefficient))
         return self.call("llvm.x86.avx512.mask.scalef.ps.512", F32S, y, x, y, every, as_set)
+
+    def store_floats(self, pointer: Value, index: Value, value: Value) -> None:
+        """16 float32 as bfloat16, in their order."""
+        short = self.call("llvm.x86.avx512bf16.cvtneps2bf16.512", ir.VectorType(_BFloat(), LANES), value)
+        self.write(self.b.bitcast(short, I16S), pointer, I16, index)
 
     def narrowed(self, low: Value, high: Value) -> Value:
         """32 float32 as 32 bfloat16 in their order, as 16 words."""

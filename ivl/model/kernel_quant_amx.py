@@ -10,7 +10,7 @@ from llvmlite import ir
 
 from ivl.model.kernel_emitter import F32, F32S, I8, I16, I32, I32S, LANES, TILE, Emitter, Value
 from ivl.model.kernel_quant import BYTES, HEAD, row_scale, step_bytes, step_of, token_bytes, weight_bytes
-from ivl.model.kernel_rows import bias_vector, transposed
+from ivl.model.kernel_rows import bias_vector, gelu, transposed
 
 ROWS = 2 * TILE
 TILE_BYTES = 1024
@@ -94,11 +94,13 @@ def quant_round(e: Emitter, width: int) -> None:
         e.b.store(e.b.mul(total, ir.Constant(I32, -128)), e.at(end, I32, e.int(1)))
 
 
-def quant_rounded(e: Emitter, width: int, height: int, together: int) -> None:
-    """y[t, r] = sum_i x[t, i] w[r, i] + bias[r] for tokens from quant_round and weights of 8 bits; sums are exact."""
+def quant_rounded(e: Emitter, width: int, height: int, together: int, after: str) -> None:
+    """y[t, r] = sum_i x[t, i] w[r, i] + bias[r] for tokens from quant_round and weights of 8 bits; sums are exact. `after`:
+    "gelu" of it, "add" for plus[t, r] + factor[r] times it, or nothing."""
     scratch = e.thread_scratch(1, 2, 3)
     x, w, scales, biases, y = e.pointer(4, I8), e.pointer(5, I8), e.pointer(6), e.pointer(7, F32), e.pointer(8)
     rows, tokens = e.argument(9), e.argument(10)
+    plus, factor = (e.pointer(11), e.pointer(12)) if after == "add" else (None, None)
     size, steps, block = width + 64, -(-width // 64), together * height
     sums, inputs, weights = [0, 1, 2, 3][: 2 * together], [4, 5][:together], (6, 7)
     e.tiles([(height, 64)] * 6 + [(TILE, 64)] * 2)
@@ -149,7 +151,13 @@ def quant_rounded(e: Emitter, width: int, height: int, together: int) -> None:
                     at = e.b.add(e.b.mul(line.index, e.int(ROWS)), e.int(part * TILE))
                     total = e.b.sitofp(e.b.add(e.read(I32S, corner, I32, at), offset), F32S)
                     total = e.fma(e.b.fmul(total, scale), factors[part], offsets[part])
-                    e.store_floats(y, e.b.add(out, e.int(part * TILE)), total)
+                    place = e.b.add(out, e.int(part * TILE))
+                    if after == "gelu":
+                        total = gelu(e, total)
+                    elif plus is not None:
+                        scaled = e.floats(factor, e.b.add(first, e.int(part * TILE)))
+                        total = e.fma(total, scaled, e.floats(plus, place))
+                    e.store_floats(y, place, total)
     e.tiles_done()
 
 

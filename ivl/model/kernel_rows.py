@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from ivl.model.kernel_emitter import F32, I16, I32, I32S, I64, LANES, Emitter, Value
+from ivl.model.kernel_emitter import F32, F32S, I16, I32, I32S, I64, LANES, Emitter, Value
 
 
 def bias_at(e: Emitter, address: Value, row: Value) -> Value:
@@ -43,6 +43,22 @@ def swiglu_row(e: Emitter, gate_row: Value, y_row: Value, width: Value) -> None:
             e.b.fdiv(e.b.fmul(g, u), e.b.fadd(e.splat(1.0), e.exp(e.b.fneg(g)))) for g, u in zip(gates, ups, strict=True)
         )
         e.store(y_row, column.index, (even, odd))
+
+
+def gelu(e: Emitter, x: Value) -> Value:
+    """x times the share of a normal distribution below x, with AVX-512. The share below -|x| is a polynomial of 1 / (1 + p |x|)
+    times e^(-x^2 / 2) (Abramowitz and Stegun, 7.1.26), to 1e-4 of itself where it matters in bfloat16."""
+    size = e.b.bitcast(e.b.and_(e.b.bitcast(x, I32S), e.ints(0x7FFFFFFF)), F32S)
+    size = e.b.select(e.b.fcmp_ordered(">", size, e.splat(100.0)), e.splat(100.0), size)  # infinity times 0 is no number
+    below = e.fma(size, e.splat(0.3275911 * 0.5**0.5), e.splat(1.0))
+    t = e.call("llvm.x86.avx512.rcp14.ps.512", F32S, below, below, ir.Constant(I16, -1))
+    y = e.splat(0.5 * 1.061405429)
+    for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        y = e.fma(y, t, e.splat(0.5 * coefficient))
+    power = e.small_exp2(e.b.fmul(e.b.fmul(size, size), e.splat(-0.5 * 1.4426950408889634)))
+    tail = e.b.fmul(e.b.fmul(e.b.fmul(y, t), power), size)
+    positive = e.b.select(e.b.fcmp_ordered("<", x, e.splat(0.0)), e.splat(0.0), x)
+    return e.b.fsub(positive, tail)
 
 
 def transposed(e: Emitter, rows: list[Value]) -> list[Value]:

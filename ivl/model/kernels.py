@@ -279,9 +279,17 @@ def quant_matmul(
 
 
 def quant_rounded(
-    x_TI: torch.Tensor, weight: torch.Tensor, scale_O1: torch.Tensor, bias_O: torch.Tensor | None
+    x_TI: torch.Tensor,
+    weight: torch.Tensor,
+    scale_O1: torch.Tensor,
+    bias_O: torch.Tensor | None,
+    *,
+    gelu: bool = False,
+    plus_TO: torch.Tensor | None = None,
+    factor_O: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x @ weight^T + bias with x rounded to 8 bits by row, for weights of 8 bits, on matrix tiles."""
+    """x @ weight^T + bias with x rounded to 8 bits by row, for weights of 8 bits, on matrix tiles; `gelu` of it, or
+    plus + factor times it."""
     from ivl.model.kernel_quant_amx import scratch_bytes
 
     assert has_tiles()  # asks the system for permission, too
@@ -293,11 +301,14 @@ def quant_rounded(
     room = scratch_bytes(width + 32)
     scratch = torch.empty(torch.get_num_threads() * room + 64, dtype=torch.uint8)
     aligned = -(-scratch.data_ptr() // 64) * 64
+    after = "gelu" if gelu else "" if plus_TO is None else "add"
+    added = y_TO if plus_TO is None else plus_TO.contiguous()
+    factor = 0 if factor_O is None else factor_O.data_ptr()
     panels = -(-rounded.numel() // PANEL_BYTES)
-    for part, y_part in zip(rounded.tensor_split(panels), y_TO.tensor_split(panels), strict=True):
-        kind = (width, min(len(part), 16), 2 if len(part) >= 32 else 1)
+    for part, y_part, plus in zip(*(t.tensor_split(panels) for t in (rounded, y_TO, added)), strict=True):
+        kind = (width, min(len(part), 16), 2 if len(part) >= 32 else 1, after)
         pointers = (part.data_ptr(), weight.data_ptr(), scale_O1.data_ptr(), bias.data_ptr(), y_part.data_ptr())
-        _run("quant_rounded", kind, out * width, 0, aligned, room, *pointers, out, len(part))
+        _run("quant_rounded", kind, out * width, 0, aligned, room, *pointers, out, len(part), plus.data_ptr(), factor)
     return y_TO
 
 

@@ -113,10 +113,7 @@ class QuantLinear(nn.Module):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         x_TI = input.reshape(-1, self.in_features)
         if self.scheme.activations:
-            if kernels.quant_usable(x_TI, self.scale, self.in_features) and kernels.has_tiles():
-                y_TO = kernels.quant_rounded(x_TI, self.weight, self.scale, self.bias)
-            else:
-                y_TO = self._round_inputs(x_TI)
+            y_TO = self.rounded(x_TI) if self.takes_rounded(x_TI) else self._round_inputs(x_TI)
         elif not self.has_kernel(x_TI):
             y_TO = self._by_panels(x_TI)
         elif self.takes_few(x_TI):
@@ -150,6 +147,19 @@ class QuantLinear(nn.Module):
     def few(self, x_TI: torch.Tensor, *, plus: torch.Tensor | None = None) -> torch.Tensor:
         """2 to 16 rows by our kernel, on matrix tiles; something may be added after."""
         return kernels.quant_few(x_TI, self.weight, self.scale, self.zero, self.bias, plus=plus)
+
+    def takes_rounded(self, x: torch.Tensor) -> bool:
+        """Whether `rounded` takes these inputs."""
+        return self.scheme.activations and kernels.quant_usable(x, self.scale, self.in_features) and kernels.has_tiles()
+
+    def rounded(
+        self, x: torch.Tensor, *, gelu: bool = False, plus: torch.Tensor | None = None, factor_O: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """y of inputs rounded to 8 bits, by our kernel; `gelu` of it, or plus + factor * y."""
+        x_TI, shape = x.reshape(-1, self.in_features), (*x.shape[:-1], self.out_features)
+        plus_TO = None if plus is None else plus.reshape(-1, self.out_features)
+        y_TO = kernels.quant_rounded(x_TI, self.weight, self.scale, self.bias, gelu=gelu, plus_TO=plus_TO, factor_O=factor_O)
+        return y_TO.view(shape)
 
     def matrix(self) -> torch.Tensor:
         """The weight as numbers, [out, in], in the dtype of the scales."""

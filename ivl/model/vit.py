@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from ivl.config import VisionConfig
 from ivl.model.attention import attend_all
 from ivl.model.linear import Linear, RMSNorm
+from ivl.model.quantized import QuantLinear
 
 POSITION_STD = 0.1
 """The reference draws class token and positions from N(0, 1), which drowns the patches of a ViT that is small or untrained."""
@@ -23,6 +24,13 @@ def make_norm(config: VisionConfig) -> nn.Module:
 def gelu(x: torch.Tensor) -> torch.Tensor:
     """Exact GELU; overwrites x when no gradient is wanted."""
     return F.gelu(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
+
+
+def activated(layer: nn.Module, x_GPD: torch.Tensor) -> torch.Tensor:
+    """gelu(layer(x)), [G, P, M]."""
+    if isinstance(layer, QuantLinear) and layer.takes_rounded(x_GPD):
+        return layer.rounded(x_GPD, gelu=True)
+    return gelu(layer(x_GPD))
 
 
 class VisionEmbeddings(nn.Module):
@@ -67,10 +75,11 @@ class VisionAttention(nn.Module):
         self.out = Linear(width, width, bias=True)
 
     def forward(self, x_GPD: torch.Tensor) -> torch.Tensor:
+        """What the heads see, [G, P, D]; `out` is left to the layer, which adds it."""
         q, k, v = self.qkv(x_GPD).chunk(3, dim=-1)
         q, k = self.q_norm(q), self.k_norm(k)
         heads = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k, v))
-        return self.out(attend_all(*heads).flatten(2))
+        return attend_all(*heads).flatten(2)
 
 
 class VisionLayer(nn.Module):
@@ -86,8 +95,14 @@ class VisionLayer(nn.Module):
         self.scale2 = nn.Parameter(torch.empty(config.width))
 
     def forward(self, x_GPD: torch.Tensor) -> torch.Tensor:
-        x_GPD = torch.addcmul(x_GPD, self.drop(self.attention(self.norm1(x_GPD))), self.scale1)
-        return torch.addcmul(x_GPD, self.drop(self.fc2(gelu(self.fc1(self.norm2(x_GPD))))), self.scale2)
+        x_GPD = self.residual(x_GPD, self.attention.out, self.attention(self.norm1(x_GPD)), self.scale1)
+        return self.residual(x_GPD, self.fc2, activated(self.fc1, self.norm2(x_GPD)), self.scale2)
+
+    def residual(self, x_GPD: torch.Tensor, layer: nn.Module, y_GPI: torch.Tensor, scale_D: torch.Tensor) -> torch.Tensor:
+        """x + scale * layer(y), in training with drop path."""
+        if isinstance(layer, QuantLinear) and layer.takes_rounded(y_GPI):
+            return layer.rounded(y_GPI, plus=x_GPD, factor_O=scale_D)
+        return torch.addcmul(x_GPD, self.drop(layer(y_GPI)), scale_D)
 
     def drop(self, branch_GPD: torch.Tensor) -> torch.Tensor:
         """Drop path: zero the whole branch of a tile with probability drop_path, rescale the rest."""

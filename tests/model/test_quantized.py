@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn import functional as F
 
 from ivl.compose import merge
 from ivl.config import LoraConfig
@@ -257,6 +258,25 @@ def test_every_way_of_computing_gives_nearly_the_same(scheme: Scheme, monkeypatc
     for other in ways[:2]:
         for a, b in zip(other, ways[2], strict=True):
             assert float((a - b).norm() / b.norm()) < 6e-3
+
+
+@needs_kernels
+@torch.inference_mode()
+@pytest.mark.skipif(not kernels.has_tiles(), reason="no matrix tiles on this processor")
+@pytest.mark.parametrize("tokens", [1, 33, 700])
+def test_what_follows_a_rounded_product_may_be_done_in_it(tokens: int) -> None:
+    """GELU and the residual, over one and over several panels of tokens: to what rounding in between costs."""
+    layer = layer_of(3 * normal(96, 4096) / 64, W8A8, 2 * normal(96).bfloat16())
+    x, plus, factor = normal(2, tokens, 4096, seed=1).bfloat16(), normal(2, tokens, 96).bfloat16(), normal(96).bfloat16()
+    plain = layer(x)
+    assert torch.equal(plain[1], layer(x[1]))
+    for fused, wanted in (
+        (layer.rounded(x, gelu=True), F.gelu(plain.double())),
+        (layer.rounded(x, plus=plus, factor_O=factor), plus + factor.double() * plain),
+    ):
+        assert fused.shape == plain.shape
+        assert float((fused - wanted).norm() / wanted.norm()) < 4e-3
+        assert float(((fused - wanted).abs() / (wanted.abs() + 1)).max()) < 2e-2
 
 
 @needs_kernels
