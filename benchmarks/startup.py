@@ -1,12 +1,14 @@
 """From the command to the first token: `python -m benchmarks.startup [MODEL]`.
 
-`ivl chat MODEL -p hi --max-new-tokens 1` and `python -c "import torch"` take turns, files cached; the difference of the
-medians is what ivl, the weights and the prompt cost. Without MODEL it is the 1B with random weights and the real vocabulary.
+`ivl chat MODEL -p hi --max-new-tokens 1` and `python -c "import torch; print(...)"` take turns, files cached, each timed until
+it writes; the difference of the medians is what ivl, the weights and the prompt cost. Without MODEL it is the 1B with random
+weights and the real vocabulary.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -19,9 +21,18 @@ TARGET = 1.5
 
 
 def seconds(command: list[str]) -> float:
-    started = time.perf_counter()
-    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
-    return time.perf_counter() - started
+    """Until the first output that is no blank."""
+    started, seconds = time.perf_counter(), None
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT) as process:
+        assert process.stdout is not None
+        while chunk := os.read(process.stdout.fileno(), 4096):
+            if seconds is None and chunk.strip():
+                seconds = time.perf_counter() - started
+    if process.returncode or seconds is None:
+        raise SystemExit(
+            f"{' '.join(command)} ended with code {process.returncode} and {'no' if seconds is None else 'some'} output"
+        )
+    return seconds
 
 
 def main() -> None:
@@ -33,7 +44,7 @@ def main() -> None:
         FILES.mkdir(parents=True, exist_ok=True)
         subprocess.run([sys.executable, "-m", "benchmarks.peers.files", "ivl"], check=True, cwd=ROOT)
     chat = [sys.executable, "-m", "ivl", "chat", args.model, "-p", "hi", "--max-new-tokens", "1"]
-    torch = [sys.executable, "-c", "import torch"]
+    torch = [sys.executable, "-c", "import torch; print(torch.__version__, flush=True)"]
     seconds(chat)  # files into the page cache
     times = [(seconds(torch), seconds(chat)) for _ in range(args.repeats)]
     imported, first = (statistics.median(column) for column in zip(*times, strict=True))

@@ -8,11 +8,12 @@ print(model.chat("What colour is the shape?", "picture.png"))
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ivl import reservation
 from ivl.errors import InputError
 from ivl.types import VIDEO_SUFFIXES, Conversation, ImageRef, Message, SamplingParams, Text, VideoRef
 
@@ -47,6 +48,13 @@ def load(
     Raises:
         InputError: if the model cannot be found or read.
     """
+    with reservation.begun(Path(name)) if device in ("auto", "cpu") and dtype == "auto" else nullcontext():
+        return _load(name, dtype, device, max_tiles, engine_options)
+
+
+def _load(
+    name: str | Path, dtype: Dtype | torch.dtype, device: str, max_tiles: int | None, engine_options: dict[str, int]
+) -> Model:
     import torch
 
     from ivl.inference.engine import Engine

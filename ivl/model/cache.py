@@ -10,6 +10,7 @@ import torch
 from ivl.config import DecoderConfig
 from ivl.model import kernels
 from ivl.model.blocks import BlockPool
+from ivl.model.memory import small_pages
 from ivl.types import Layout
 
 
@@ -44,8 +45,7 @@ class PagedCache:
         self.block_size = block_size
         self.num_blocks = -(-num_tokens // block_size)
         shape = (config.num_layers, self.num_blocks * block_size, config.num_kv_heads, config.head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.keys, self.values = (small_pages(torch.empty(shape, dtype=dtype, device=device)) for _ in range(2))
         self.pool = BlockPool(self.num_blocks)
 
     def blocks_needed(self, sequence: Sequence, num_new: int) -> int:

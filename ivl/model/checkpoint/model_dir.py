@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ivl import reservation
 from ivl.config import ModelConfig
 from ivl.errors import InputError
 from ivl.model.checkpoint.config_json import dialect_of, load_config, tied
@@ -62,10 +63,12 @@ def load_model(
     directory = resolve(name_or_dir)
     model = empty_model(load_config(directory))
     weights, entries = open_weights(directory, model, quantized=quantized)
-    allocate(model.to(dtype or weights.main_dtype), device)
+    model = model.to(dtype or weights.main_dtype)
     table = model.decoder.embeddings
     (name,) = next(entry.theirs for entry in entries if entry.ours == "decoder.embeddings.weight")
-    if map_embeddings and table.weight.device.type == "cpu" and table.weight.dtype == weights.dtypes[name]:
+    mapped = map_embeddings and torch.device(device).type == "cpu" and table.weight.dtype == weights.dtypes[name]
+    allocate(model, device, unused=table if mapped else None)
+    if mapped:
         table.weight = torch.nn.Parameter(weights.get(name))
         entries = [entry for entry in entries if entry.ours != "decoder.embeddings.weight"]
     fill(tensors_of(model), entries, weights, meanwhile)
@@ -125,14 +128,24 @@ def tensors_of(model: VLM) -> dict[str, torch.Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def allocate(model: torch.nn.Module, device: torch.device | str) -> None:
-    """Give a model on the meta device memory, not yet written. As `to_empty`, which imports sympy (0.7 s) for it."""
+def allocate(model: torch.nn.Module, device: torch.device | str, *, unused: torch.nn.Module | None = None) -> None:
+    """Give a model on the meta device memory, not yet written: what was reserved if there is such, but not for the module whose
+    weights will not be used. As `to_empty`, which imports sympy (0.7 s) for it."""
+    reserved = reservation.claim()
     for module in model.modules():
+        ahead = reserved if module is not unused and torch.device(device).type == "cpu" else None
         for name, parameter in module.named_parameters(recurse=False):
-            memory = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-            setattr(module, name, torch.nn.Parameter(memory, parameter.requires_grad))
+            setattr(module, name, torch.nn.Parameter(_memory(parameter, device, ahead), parameter.requires_grad))
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
+            setattr(module, name, _memory(buffer, device, ahead))
+    if reserved is not None:
+        reserved.finish()
+
+
+def _memory(like: torch.Tensor, device: torch.device | str, reserved: reservation.Reservation | None) -> torch.Tensor:
+    if reserved is not None and (taken := reserved.take(like.nbytes)) is not None:
+        return torch.frombuffer(taken, dtype=like.dtype).view(like.shape)
+    return torch.empty(like.shape, dtype=like.dtype, device=device)
 
 
 def open_weights(directory: Path, model: VLM, *, quantized: bool = False) -> tuple[Weights, list[Entry]]:
