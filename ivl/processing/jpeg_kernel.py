@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from ivl.model.kernel_emitter import F32, F32S, I8, I32, I32S, I64, LANES, Emitter, Value
+from ivl.model.kernels.emitter import F32, F32S, I8, I32, I32S, I64, LANES, Emitter, Value
 from ivl.processing.pixel_kernels import clipped, floats, load_bytes, shuffle, store_bytes, transposed
 
 BLOCK = 8

@@ -1,4 +1,4 @@
-"""Kernels on 8-bit pixels, in the assembler of the model's (see ivl/model/kernel_emitter.py).
+"""Kernels on 8-bit pixels, in the assembler of the model's (see ivl/model/kernels/emitter.py).
 
 Numbers are whole throughout. Where they fit into the 24 bits that a float32 holds exactly they are added and multiplied as
 floats, which processors do twice as fast as with 32-bit integers.
@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 from llvmlite import ir
 
-from ivl.model.kernel_emitter import F32, F32S, I8, I32, I32S, I64, LANES, Emitter, Value
-from ivl.model.kernel_ir import finish
+from ivl.model.kernels.build import finish
+from ivl.model.kernels.emitter import F32, F32S, I8, I32, I32S, I64, LANES, Emitter, Value
 
 I8S = ir.VectorType(I8, LANES)
 SEGMENT = 64

@@ -17,7 +17,7 @@ from tests.conftest import tiny_config
 
 BF16 = torch.bfloat16
 pytestmark = pytest.mark.skipif(
-    kernels._parallel() is None or kernels._address("rms_norm") is None, reason="no kernels on this platform"
+    kernels.parallel() is None or kernels.address_of("rms_norm") is None, reason="no kernels on this platform"
 )
 
 

@@ -20,7 +20,7 @@ from ivl.model.replay import SHORTEST, Replays, Workspace
 from tests.conftest import tiny_config
 
 pytestmark = pytest.mark.skipif(
-    kernels._parallel() is None or kernels._address("rms_norm") is None, reason="no kernels on this platform"
+    kernels.parallel() is None or kernels.address_of("rms_norm") is None, reason="no kernels on this platform"
 )
 LENS = (5, SHORTEST - 3, 1, 40)
 """Prompts, one of which grows past the shortest length that calls are made for."""

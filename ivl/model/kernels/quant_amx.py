@@ -1,4 +1,4 @@
-"""Products of several tokens with quantised weights on matrix tiles (AMX). See kernel_emitter.py for the terms.
+"""Products of several tokens with quantised weights on matrix tiles (AMX). See emitter.py for the terms.
 
 A thread unpacks 32 rows of the weight to bfloat16, laid out as the tiles want it, and multiplies them with all tokens while
 they are in its cache. In 8 bits the integers themselves are unpacked, without loss, and the scale is applied to the sums.
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from ivl.model.kernel_emitter import F32, F32S, I8, I16, I32, I32S, LANES, TILE, Emitter, Value
-from ivl.model.kernel_quant import BYTES, HEAD, row_scale, step_bytes, step_of, token_bytes, weight_bytes
-from ivl.model.kernel_rows import bias_vector, gelu, transposed
+from ivl.model.kernels.emitter import F32, F32S, I8, I16, I32, I32S, LANES, TILE, Emitter, Value
+from ivl.model.kernels.quant import BYTES, HEAD, row_scale, step_bytes, step_of, token_bytes, weight_bytes
+from ivl.model.kernels.rows import bias_vector, gelu, transposed
 
 ROWS = 2 * TILE
 TILE_BYTES = 1024
@@ -221,7 +221,7 @@ def _affine(e: Emitter, scales: Value, zeros: Value | None, places: list[Value])
 def quant_few(e: Emitter, bits: int, groups: int, zero: int, width: int, num_tokens: int, plus: int) -> None:
     """y[t, r] of at most 16 tokens, with integer tiles: 16 weight rows times the bytes h and l of 16 tokens.
 
-    Tokens come as kernel_quant prepares them; every thread transposes them for itself, x[word, token] in words of 4 bytes.
+    Tokens come as quant.py prepares them; every thread transposes them for itself, x[word, token] in words of 4 bytes.
     Sums of a group are exact.
     """
     x = e.b.bitcast(e.thread_scratch(1, 2, 3), I32.as_pointer())

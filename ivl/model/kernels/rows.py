@@ -1,10 +1,10 @@
-"""What several kernels do with a row: its norm, its gate, the bias of an output. See kernel_emitter.py for the terms."""
+"""What several kernels do with a row: its norm, its gate, the bias of an output. See emitter.py for the terms."""
 
 from __future__ import annotations
 
 from llvmlite import ir
 
-from ivl.model.kernel_emitter import F32, F32S, I16, I32, I32S, I64, LANES, Emitter, Value
+from ivl.model.kernels.emitter import F32, F32S, I16, I32, I32S, I64, LANES, Emitter, Value
 
 
 def bias_at(e: Emitter, address: Value, row: Value) -> Value:

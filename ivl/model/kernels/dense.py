@@ -1,22 +1,11 @@
-"""The kernels of kernels.py, and how one is compiled."""
+"""Products of a few rows, norms, gates, rotary positions and pixels. See emitter.py for the terms."""
 
 from __future__ import annotations
 
-import ctypes
-import sys
-import threading
-from collections.abc import Callable
-from functools import cache
-
-import llvmlite.binding as llvm
 from llvmlite import ir
 
-from ivl.model.kernel_attention import attention
-from ivl.model.kernel_decode import decode_attention
-from ivl.model.kernel_emitter import F32, F32S, I8, I16, I32, I32S, I64, LANES, TILE, Emitter
-from ivl.model.kernel_quant import quant_linear, quant_prepare, quant_unpack
-from ivl.model.kernel_quant_amx import quant_few, quant_matmul, quant_round, quant_rounded
-from ivl.model.kernel_rows import bias_at, bias_vector, norm_row, swiglu_row, transposed
+from ivl.model.kernels.emitter import F32, F32S, I8, I16, I32, I32S, I64, LANES, TILE, Emitter
+from ivl.model.kernels.rows import bias_at, bias_vector, norm_row, swiglu_row, transposed
 
 ROW_BLOCK, COLUMN_BLOCK = 4, 4
 """Weight rows and input rows multiplied together: their sums fill half of the vector registers."""
@@ -24,7 +13,7 @@ PREFETCH = 8192
 """Elements ahead."""
 
 
-def _linear(e: Emitter, num_columns: int, before: str = "", plus: bool = False) -> None:
+def linear(e: Emitter, num_columns: int, before: str = "", plus: bool = False) -> None:
     """y[c, r] = sum_i x[c, i] w[r, i] + bias[r] for num_columns input rows c.
 
     A single input row may be normalised or gated `before`, by every thread for itself, and something added to the outcome.
@@ -66,7 +55,7 @@ def _linear(e: Emitter, num_columns: int, before: str = "", plus: bool = False) 
                 e.store_one(e.at(y, I16, index), total)
 
 
-def _linear_amx(e: Emitter, num_columns: int, before: str = "", plus: bool = False) -> None:
+def linear_amx(e: Emitter, num_columns: int, before: str = "", plus: bool = False) -> None:
     """The same on a processor with matrix tiles (AMX), where even 16 columns cost no more than reading the weight.
 
     One step multiplies two tiles of 16 weight rows by 32 elements, straight from the weight, with one tile of pairs of
@@ -118,7 +107,7 @@ def _linear_amx(e: Emitter, num_columns: int, before: str = "", plus: bool = Fal
     e.tiles_done()
 
 
-def _rms_norm(e: Emitter) -> None:
+def rms_norm(e: Emitter) -> None:
     x, weight, y = (e.pointer(i) for i in (1, 2, 3))
     rows, width, stride = (e.argument(i) for i in (4, 5, 6))
     with e.claimed(rows, 1) as (start, stop), e.loop(start, stop, 1) as row:
@@ -126,7 +115,7 @@ def _rms_norm(e: Emitter) -> None:
         norm_row(e, x_row, weight, y_row, width, e.argument(7))
 
 
-def _swiglu(e: Emitter) -> None:
+def swiglu(e: Emitter) -> None:
     x, y = e.pointer(1), e.pointer(2)
     rows, width, stride = (e.argument(i) for i in (3, 4, 5))
     with e.claimed(rows, 1) as (start, stop), e.loop(start, stop, 1) as row:
@@ -134,7 +123,7 @@ def _swiglu(e: Emitter) -> None:
         swiglu_row(e, gate_row, y_row, width)
 
 
-def _rotate(e: Emitter) -> None:
+def rotate(e: Emitter) -> None:
     x, cos, sin = e.pointer(1), e.pointer(2, F32), e.pointer(3, F32)
     tokens, heads, size, token_stride, head_stride = (e.argument(i) for i in (4, 5, 6, 7, 8))
     half = e.b.lshr(size, e.int(1))
@@ -153,7 +142,7 @@ def _rotate(e: Emitter) -> None:
             e.store(row, other, (turned[0][1], turned[1][1]))
 
 
-def _normalise(e: Emitter, size: int) -> None:
+def normalise(e: Emitter, size: int) -> None:
     """out[g, c, p] = table[c, tiles[g, p, c]]: bytes of three colours to numbers of `size` bytes, whose bits the table has."""
     tiles, out, table = e.pointer(1, I8), e.pointer(2, I8), e.pointer(3, I32)
     count, pixels = e.argument(4), e.argument(5)
@@ -172,7 +161,7 @@ def _normalise(e: Emitter, size: int) -> None:
             e.write(e.b.trunc(bits, whole) if size < 4 else bits, out, ir.IntType(8 * size), target)
 
 
-def _replay(e: Emitter) -> None:
+def replay(e: Emitter) -> None:
     """Recorded calls, each of an address, its arguments, threads, and whether argument 1 is a counter that begins at 0."""
     entries, count, parallel = e.pointer(0, I64), e.argument(1), e.argument(2)
     place = I8.as_pointer()
@@ -193,58 +182,3 @@ def _replay(e: Emitter) -> None:
                 where = [e.b.inttoptr(value, place) for value in (address, arguments)]
                 numbers = [e.b.trunc(threads, I32), ir.Constant(I32, 0)]
                 e.b.call(e.b.inttoptr(parallel, team.as_pointer()), [*where, *numbers])
-
-
-KERNELS: dict[str, Callable[..., None]] = {
-    "linear": _linear,
-    "linear_amx": _linear_amx,
-    "normalise": _normalise,
-    "replay": _replay,
-    "rms_norm": _rms_norm,
-    "swiglu": _swiglu,
-    "rotate": _rotate,
-    "attention": attention,
-    "decode_attention": decode_attention,
-    "quant_few": quant_few,
-    "quant_linear": quant_linear,
-    "quant_matmul": quant_matmul,
-    "quant_prepare": quant_prepare,
-    "quant_round": quant_round,
-    "quant_rounded": quant_rounded,
-    "quant_unpack": quant_unpack,
-}
-_compiling = threading.Lock()
-_engines: list[llvm.ExecutionEngine] = []  # own the machine code; it lives as long as the process
-
-
-@cache
-def has_amx() -> bool:
-    """Whether this process may use matrix tiles of bfloat16; Linux wants to be asked first."""
-    if sys.platform != "linux" or not llvm.get_host_cpu_features().get("amx-bf16", False):
-        return False
-    request_permission, tile_data = 0x1023, 18
-    return ctypes.CDLL(None).syscall(158, request_permission, tile_data) == 0  # arch_prctl
-
-
-def compile_kernel(name: str, *shape: int | str) -> int:
-    """Machine address of the named kernel, specialised to the given shape."""
-    emitter = Emitter(name)
-    KERNELS[name](emitter, *shape)
-    return finish(emitter)
-
-
-def finish(emitter: Emitter) -> int:
-    """Machine address of what was emitted."""
-    with _compiling:
-        llvm.initialize_native_target()
-        llvm.initialize_native_asmprinter()
-        emitter.b.ret_void()
-        module = llvm.parse_assembly(str(emitter.module))
-        module.verify()
-        target = llvm.Target.from_default_triple()
-        cpu, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
-        machine = target.create_target_machine(cpu=cpu, features=features, opt=3)
-        engine = llvm.create_mcjit_compiler(module, machine)
-        engine.finalize_object()
-        _engines.append(engine)
-        return engine.get_function_address("kernel")

@@ -2,20 +2,20 @@
 
 A product of few rows is bound by reading the weight; torch reads it at about half the speed of memory. RMSNorm, SwiGLU
 and rotary positions are chains of passes in torch and one pass here. The kernels are written in LLVM's portable vector
-instructions (see kernel_ir.py), compiled by llvmlite in milliseconds at first use, and run on torch's own OpenMP threads.
+instructions (see build.py), compiled by llvmlite in milliseconds at first use, and run on torch's own OpenMP threads.
 Sums are float32. Whether a tensor qualifies is asked with `usable`; everything else stays with torch.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
-import threading
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
-from functools import cache, cached_property
+from functools import cache
 
 import torch
+
+from ivl.model.kernels.calls import Calls, address_of, parallel, run
+
+__all__ = ["Calls", "parallel"]
 
 MAX_ROWS = 16
 """Up to here a product is bound by reading its weight; beyond, torch's matrix products are faster."""
@@ -27,43 +27,14 @@ PANEL_BYTES = 3 << 19
 """Of inputs in 8 bits that stay in the second-level cache while all of a weight passes."""
 MAX_GROUP = 16
 """Query heads of one key head that the decoding kernel is unrolled for."""
-GRAIN = 32768
-"""Elements of work below which a second thread costs more than it brings."""
-
-_KernelPointer = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-
-@cache
-def _parallel() -> Callable[[int, int, int, int], None] | None:
-    """GOMP_parallel(function, argument, num_threads, flags) of the OpenMP runtime that torch has loaded, if it has one."""
-    for name in ("libgomp.so.1", "libiomp5.so", "libomp.so"):
-        try:
-            run = ctypes.CDLL(name, mode=os.RTLD_NOLOAD).GOMP_parallel
-        except (AttributeError, OSError):
-            continue
-        run.argtypes, run.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
-        return run
-    return None
-
-
-@cache
-def _address(name: str, *shape: int | str) -> int | None:
-    """Machine address of a kernel specialised to a shape, or None where kernels cannot be built."""
-    if os.environ.get("IVL_KERNELS") == "0" or _parallel() is None:
-        return None
-    try:
-        from ivl.model import kernel_ir
-    except ImportError:  # no llvmlite for this platform
-        return None
-    return kernel_ir.compile_kernel(name, *shape)
 
 
 @cache
 def has_tiles() -> bool:
     """Whether there are matrix tiles, and this process may use them."""
-    from ivl.model import kernel_ir
+    from ivl.model.kernels import build
 
-    return kernel_ir.has_amx()
+    return build.has_amx()
 
 
 def usable(x: torch.Tensor, weight: torch.Tensor | None = None) -> bool:
@@ -75,62 +46,8 @@ def usable(x: torch.Tensor, weight: torch.Tensor | None = None) -> bool:
         and (weight is None or (weight.dtype is torch.bfloat16 and weight.is_contiguous()))
         and x.shape[-1] % 32 == 0
         and x.stride(-1) == 1
-        and _address("rms_norm") is not None
+        and address_of("rms_norm") is not None
     )
-
-
-def _run(name: str, shape: tuple[int | str, ...], work: int, *arguments: int) -> None:
-    """Call a kernel with 64-bit arguments. Argument 0 is added: the counter from which threads claim their share."""
-    address = _address(name, *shape)
-    assert address is not None
-    packed = (ctypes.c_int64 * (1 + len(arguments)))(0, *arguments)
-    run = _parallel()
-    threads = torch.get_num_threads() if work > GRAIN and run is not None else 1
-    if (calls := getattr(_recording, "calls", None)) is not None:
-        calls.add(address, packed, threads, counts_threads=arguments[0] == 0)
-        return
-    if threads > 1 and run is not None:
-        run(address, ctypes.addressof(packed), threads, 0)
-    else:
-        _KernelPointer(address)(ctypes.addressof(packed))
-
-
-class Calls:
-    """Kernel calls of a thread, written down instead of made, to be made any number of times by one native call."""
-
-    def __init__(self) -> None:
-        self.entries: list[int] = []
-        self.arguments: list[ctypes.Array[ctypes.c_int64]] = []
-
-    @classmethod
-    @contextmanager
-    def recorded(cls) -> Generator[Calls, None, None]:
-        """The calls that would be made within."""
-        _recording.calls = calls = cls()
-        try:
-            yield calls
-        finally:
-            _recording.calls = None
-
-    def add(self, address: int, packed: ctypes.Array[ctypes.c_int64], threads: int, *, counts_threads: bool) -> None:
-        """counts_threads: argument 1 is a counter, too."""
-        self.arguments.append(packed)
-        self.entries += [address, ctypes.addressof(packed), threads, int(counts_threads)]
-
-    def run(self) -> None:
-        address = _address("replay")
-        assert address is not None
-        entries, parallel = self._packed
-        packed = (ctypes.c_int64 * 3)(ctypes.addressof(entries), len(self.arguments), parallel)
-        _KernelPointer(address)(ctypes.addressof(packed))
-
-    @cached_property
-    def _packed(self) -> tuple[ctypes.Array[ctypes.c_int64], int]:
-        parallel = ctypes.cast(_parallel(), ctypes.c_void_p).value or 0  # type: ignore[arg-type]
-        return (ctypes.c_int64 * len(self.entries))(*self.entries), parallel
-
-
-_recording = threading.local()
 
 
 def linear(
@@ -161,9 +78,9 @@ def linear(
     if rows > 1 and has_tiles():
         room = 2 * (2 * width * rows + 32)  # the rows in pairs, and normalised
         scratch = torch.empty(torch.get_num_threads() * room, dtype=torch.uint8)
-        _run("linear_amx", shape, out * width, 0, scratch.data_ptr(), room, *pointers)
+        run("linear_amx", shape, out * width, 0, scratch.data_ptr(), room, *pointers)
     else:
-        _run("linear", shape, out * width, *pointers)
+        run("linear", shape, out * width, *pointers)
     return y_TO.view(*x.shape[:-1], out)
 
 
@@ -175,9 +92,9 @@ def _bits(number: float) -> int:
 
 @cache
 def _has_vnni() -> bool:
-    from ivl.model import kernel_quant
+    from ivl.model.kernels import quant
 
-    return kernel_quant.has_vnni()
+    return quant.has_vnni()
 
 
 def quant_usable(x: torch.Tensor, scale_OG: torch.Tensor, group: int) -> bool:
@@ -213,7 +130,7 @@ def quant_linear(
     kind = (bits, groups, int(zero_OG is not None), width)
     if len(x_TI) > 1:
         x_TI = quant_prepare(x_TI, bits, zero_OG is not None)
-    _run(
+    run(
         "quant_linear", (*kind, len(y_TO), before, int(plus is not None)), out * width, x_TI.data_ptr(), *weights,
         y_TO.data_ptr(), out, norm_pointer, eps, 0 if plus is None else plus.data_ptr(),
     )  # fmt: skip
@@ -239,7 +156,7 @@ def quant_few(
     scratch = torch.empty(torch.get_num_threads() * room, dtype=torch.uint8)
     tensors = (zero_OG, bias_O)
     pointers = (weight.data_ptr(), scale_OG.data_ptr(), *(0 if t is None else t.data_ptr() for t in tensors), y_TO.data_ptr())
-    _run(
+    run(
         "quant_few", (bits, groups, int(zero_OG is not None), width, len(x_TI), int(plus is not None)), out * width,
         0, scratch.data_ptr(), room, tokens.data_ptr(), *pointers, out, 0 if plus is None else plus.data_ptr(),
     )  # fmt: skip
@@ -259,7 +176,7 @@ def quant_matmul(
     bias_O: torch.Tensor | None,
 ) -> torch.Tensor:
     """x @ weight^T + bias for several rows, on matrix tiles."""
-    from ivl.model.kernel_quant_amx import scratch_bytes
+    from ivl.model.kernels.quant_amx import scratch_bytes
 
     assert has_tiles()  # asks the system for permission, too
     (tokens, width), (out, groups) = x_TI.shape, scale_OG.shape
@@ -271,7 +188,7 @@ def quant_matmul(
     aligned = -(-scratch.data_ptr() // 64) * 64
     kind = (bits, groups, int(zero_OG is not None), width, min(tokens, 16), 2 if tokens >= 32 else 1)
     pointers = (x_TI.data_ptr(), weight.data_ptr(), scale_OG.data_ptr(), 0 if zero_OG is None else zero_OG.data_ptr())
-    _run(
+    run(
         "quant_matmul", kind, out * width, 0, aligned, room, *pointers, bias.data_ptr(), y_TO.data_ptr(),
         out, tokens, x_TI.stride(0),
     )  # fmt: skip
@@ -290,12 +207,12 @@ def quant_rounded(
 ) -> torch.Tensor:
     """x @ weight^T + bias with x rounded to 8 bits by row, for weights of 8 bits, on matrix tiles; `gelu` of it, or
     plus + factor times it."""
-    from ivl.model.kernel_quant_amx import scratch_bytes
+    from ivl.model.kernels.quant_amx import scratch_bytes
 
     assert has_tiles()  # asks the system for permission, too
     (tokens, width), out = x_TI.shape, len(weight)
     rounded = torch.empty(tokens, width + 64, dtype=torch.uint8)
-    _run("quant_round", (width,), x_TI.numel(), x_TI.data_ptr(), rounded.data_ptr(), tokens, x_TI.stride(0))
+    run("quant_round", (width,), x_TI.numel(), x_TI.data_ptr(), rounded.data_ptr(), tokens, x_TI.stride(0))
     y_TO = x_TI.new_empty(tokens, out)
     bias = torch.zeros(out) if bias_O is None else bias_O.float()
     room = scratch_bytes(width + 32)
@@ -308,18 +225,18 @@ def quant_rounded(
     for part, y_part, plus in zip(*(t.tensor_split(panels) for t in (rounded, y_TO, added)), strict=True):
         kind = (width, min(len(part), 16), 2 if len(part) >= 32 else 1, after)
         pointers = (part.data_ptr(), weight.data_ptr(), scale_O1.data_ptr(), bias.data_ptr(), y_part.data_ptr())
-        _run("quant_rounded", kind, out * width, 0, aligned, room, *pointers, out, len(part), plus.data_ptr(), factor)
+        run("quant_rounded", kind, out * width, 0, aligned, room, *pointers, out, len(part), plus.data_ptr(), factor)
     return y_TO
 
 
 def quant_prepare(x_TI: torch.Tensor, bits: int, zero: bool) -> torch.Tensor:
     """Rows as the products with quantised weights take them, uint8 [T, bytes]."""
-    from ivl.model.kernel_quant import token_bytes
+    from ivl.model.kernels.quant import token_bytes
 
     rows, width = x_TI.shape
     tokens = torch.empty(rows, token_bytes(bits, width), dtype=torch.uint8)
     pointers = (x_TI.data_ptr(), tokens.data_ptr())
-    _run("quant_prepare", (bits, int(zero), width), x_TI.numel(), *pointers, rows, x_TI.stride(0))
+    run("quant_prepare", (bits, int(zero), width), x_TI.numel(), *pointers, rows, x_TI.stride(0))
     return tokens
 
 
@@ -329,7 +246,7 @@ def quant_unpack(weight: torch.Tensor, scale_OG: torch.Tensor, zero_OG: torch.Te
     matrix = scale_OG.new_empty(out, width)
     pointers = (weight.data_ptr(), scale_OG.data_ptr(), 0 if zero_OG is None else zero_OG.data_ptr(), matrix.data_ptr())
     kind = (8 * weight.shape[1] // width, groups, int(zero_OG is not None), width)
-    _run("quant_unpack", kind, matrix.numel(), *pointers, out)
+    run("quant_unpack", kind, matrix.numel(), *pointers, out)
     return matrix
 
 
@@ -338,12 +255,12 @@ def looked_up(tiles_GSSC: torch.Tensor, table_CV: torch.Tensor) -> torch.Tensor 
     pixels, size = tiles_GSSC[0, :, :, 0].numel(), table_CV.element_size()
     if not (tiles_GSSC.is_cpu and tiles_GSSC.is_contiguous() and pixels % 16 == 0 and size in (2, 4)):
         return None
-    if _address("normalise", size) is None:
+    if address_of("normalise", size) is None:
         return None
     out_GCYX = table_CV.new_empty(len(tiles_GSSC), 3, *tiles_GSSC.shape[1:3])
     bits_CV = table_CV.contiguous().view(torch.int32 if size == 4 else torch.int16).to(torch.int32)
     pointers = (tiles_GSSC.data_ptr(), out_GCYX.data_ptr(), bits_CV.data_ptr())
-    _run("normalise", (size,), out_GCYX.numel(), *pointers, len(tiles_GSSC) * pixels, pixels)
+    run("normalise", (size,), out_GCYX.numel(), *pointers, len(tiles_GSSC) * pixels, pixels)
     return out_GCYX
 
 
@@ -352,7 +269,7 @@ def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tenso
     x_TD = x.reshape(-1, x.shape[-1])
     y_TD = x.new_empty(x_TD.shape)
     pointers = (x_TD.data_ptr(), weight_D.data_ptr(), y_TD.data_ptr())
-    _run("rms_norm", (), x.numel(), *pointers, len(x_TD), x.shape[-1], x_TD.stride(0), _bits(eps))
+    run("rms_norm", (), x.numel(), *pointers, len(x_TD), x.shape[-1], x_TD.stride(0), _bits(eps))
     return y_TD.view(x.shape)
 
 
@@ -360,7 +277,7 @@ def swiglu(gate_up_TM: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up of [gate | up] rows, [T, 2 M] to [T, M]."""
     rows, width = len(gate_up_TM), gate_up_TM.shape[-1] // 2
     y_TM = gate_up_TM.new_empty(rows, width)
-    _run("swiglu", (), y_TM.numel(), gate_up_TM.data_ptr(), y_TM.data_ptr(), rows, width, gate_up_TM.stride(0))
+    run("swiglu", (), y_TM.numel(), gate_up_TM.data_ptr(), y_TM.data_ptr(), rows, width, gate_up_TM.stride(0))
     return y_TM
 
 
@@ -368,7 +285,7 @@ def rotate_(x_TNH: torch.Tensor, cos_TH: torch.Tensor, sin_TH: torch.Tensor) -> 
     """Rotary positions applied in place to every head of x_TNH; cos and sin are float32, their halves equal."""
     tokens, heads, size = x_TNH.shape
     pointers = (x_TNH.data_ptr(), cos_TH.data_ptr(), sin_TH.data_ptr())
-    _run("rotate", (), x_TNH.numel(), *pointers, tokens, heads, size, x_TNH.stride(0), x_TNH.stride(1))
+    run("rotate", (), x_TNH.numel(), *pointers, tokens, heads, size, x_TNH.stride(0), x_TNH.stride(1))
     return x_TNH
 
 
@@ -385,7 +302,7 @@ def attention_usable(q_TNH: torch.Tensor, num_keys: int) -> bool:
 
 def attention(q_TNH: torch.Tensor, k_LKH: torch.Tensor, v_LKH: torch.Tensor, *, causal: bool) -> torch.Tensor:
     """Attention of one sequence, [T, N, H]; with causal, the T queries are the last of the L tokens."""
-    from ivl.model.kernel_attention import scratch_bytes
+    from ivl.model.kernels.attention_amx import scratch_bytes
 
     assert has_tiles()  # asks the system for permission, too
     (num_queries, num_heads, size), num_keys = q_TNH.shape, len(k_LKH)
@@ -394,7 +311,7 @@ def attention(q_TNH: torch.Tensor, k_LKH: torch.Tensor, v_LKH: torch.Tensor, *, 
     scratch = torch.empty(torch.get_num_threads() * room + 64, dtype=torch.uint8)
     aligned = -(-scratch.data_ptr() // 64) * 64
     tensors = (q_TNH, k_LKH, v_LKH, out_TNH)
-    _run(
+    run(
         "attention", (size, int(causal)), out_TNH.numel() * num_keys, 0, *(x.data_ptr() for x in tensors), aligned, room,
         num_queries, num_keys, num_heads, num_heads // k_LKH.shape[1], *(s for x in tensors for s in x.stride()[:2]),
     )  # fmt: skip
@@ -418,7 +335,7 @@ def decode_attention(
 ) -> torch.Tensor:
     """One new token per sequence: queries and keys are turned to their positions, keys and values written to the paged
     cache, and attention taken over all of it. Positions count up to `longest`. Returns out_SNH."""
-    from ivl.model.kernel_decode import scratch_bytes
+    from ivl.model.kernels.decode import scratch_bytes
 
     num_seqs, num_all, size = qkv_SXH.shape
     num_kv_heads = keys_LKH.shape[1]
@@ -429,7 +346,7 @@ def decode_attention(
     scratch = torch.empty(torch.get_num_threads() * room, dtype=torch.uint8)
     tensors = (qkv_SXH, cos_S1H, sin_S1H, keys_LKH, values_LKH, out_SNH, table_SB, past_S)
     kind = (size, group, block_size, int(has_tiles() and block_size % 16 == 0))
-    _run(
+    run(
         "decode_attention", kind, num_seqs * num_all * longest * size, 0, scratch.data_ptr(), room,
         *(x.data_ptr() for x in tensors), num_seqs, num_kv_heads, qkv_SXH.stride(0), table_SB.stride(0),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Attention of one new token per sequence over a paged cache, for any processor. See kernel_emitter.py for the terms.
+"""Attention of one new token per sequence over a paged cache, for any processor. See emitter.py for the terms.
 
 A thread takes one key/value head of one sequence: it turns the new key and the queries to their position, stores key and
 value in the cache, and reads every key and every value once for all query heads that share them. Sums are float32.
@@ -11,8 +11,8 @@ from functools import partial
 
 from llvmlite import ir
 
-from ivl.model import kernel_decode_amx
-from ivl.model.kernel_emitter import F32, F32S, I16, I64, LANES, Emitter, Pair, Value
+from ivl.model.kernels import decode_amx
+from ivl.model.kernels.emitter import F32, F32S, I16, I64, LANES, Emitter, Pair, Value
 
 HIDDEN = -3e38
 HEADS_AT_ONCE = 4
@@ -21,7 +21,7 @@ HEADS_AT_ONCE = 4
 
 def scratch_bytes(group: int, head_size: int, longest: int) -> int:
     """What one thread needs, in whole lines of the cache: with vectors its queries and their scores, float32."""
-    most = max(4 * group * (head_size + longest + LANES), kernel_decode_amx.scratch_bytes(head_size, longest))
+    most = max(4 * group * (head_size + longest + LANES), decode_amx.scratch_bytes(head_size, longest))
     return -(-most // 64) * 64
 
 
@@ -35,7 +35,7 @@ def decode_attention(e: Emitter, head_size: int, group: int, block_size: int, ti
     num_heads = e.b.mul(num_kv_heads, e.int(group))
     slot_size = e.b.mul(num_kv_heads, e.int(head_size))
     if tiles:
-        kernel_decode_amx.tile_shapes(e, group)
+        decode_amx.tile_shapes(e, group)
     with e.claimed(e.b.mul(num_seqs, num_kv_heads), 1) as (start, stop), e.loop(start, stop, 1) as item:
         seq, head = e.b.udiv(item.index, num_kv_heads), e.b.urem(item.index, num_kv_heads)
         past = e.b.load(e.at(pasts, I64, seq), typ=I64)
@@ -60,7 +60,7 @@ def decode_attention(e: Emitter, head_size: int, group: int, block_size: int, ti
         queries = [head_at(e.b.add(e.b.mul(head, e.int(group)), e.int(member))) for member in range(group)]
         pairs = [_rotated(e, q, turn, head_size) for q in queries]
         out = e.at(outs, I16, e.b.mul(e.b.add(e.b.mul(seq, num_heads), e.b.mul(head, e.int(group))), e.int(head_size)))
-        attend = kernel_decode_amx.attend if tiles else _attend
+        attend = decode_amx.attend if tiles else _attend
         length = e.b.add(past, e.int(1))
         attend(e, scratch, pairs, partial(slot, keys), partial(slot, values), slot_size, length, head_size, out)
     if tiles:
@@ -78,7 +78,7 @@ def _attend(
     head_size: int,
     out: Value,
 ) -> None:
-    """What kernel_decode_amx.attend does, with vectors."""
+    """What decode_amx.attend does, with vectors."""
     group = len(queries)
     for member, q in enumerate(queries):
         for part, vector in enumerate(vector for pair in q for vector in pair):

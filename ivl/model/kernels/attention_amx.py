@@ -1,4 +1,4 @@
-"""Attention of many queries on a processor with matrix tiles (AMX). See kernel_emitter.py for the terms.
+"""Attention of many queries on a processor with matrix tiles (AMX). See emitter.py for the terms.
 
 32 queries at a time see all their keys: scores, then softmax, then values. Their scores fit into the second-level cache
 for any sensible length, so nothing is rescaled on the way. Scores and sums are float32; probabilities are rounded to
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from ivl.model.kernel_emitter import F32, F32S, I8, I16, I32, I32S, LANES, TILE, Emitter, Value
-from ivl.model.kernel_rows import transposed
+from ivl.model.kernels.emitter import F32, F32S, I8, I16, I32, I32S, LANES, TILE, Emitter, Value
+from ivl.model.kernels.rows import transposed
 
 BLOCK = 2 * TILE
 """Keys whose probabilities meet their values together, in pairs."""

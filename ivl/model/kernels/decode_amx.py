@@ -1,4 +1,4 @@
-"""One query token against the keys and values of its sequence, on matrix tiles (AMX). See kernel_emitter.py for the terms.
+"""One query token against the keys and values of its sequence, on matrix tiles (AMX). See emitter.py for the terms.
 
 16 keys lie in a tile as they lie in the cache, and meet the queries of all heads that share them; so a vector holds one
 position's scores for 16 heads. Probabilities are rounded to bfloat16 before they meet the values, as in torch's own kernel.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ivl.model.kernel_emitter import F32, F32S, I16, I32, I32S, LANES, TILE, Emitter, Pair, Value
-from ivl.model.kernel_rows import transposed
+from ivl.model.kernels.emitter import F32, F32S, I16, I32, I32S, LANES, TILE, Emitter, Pair, Value
+from ivl.model.kernels.rows import transposed
 
 HIDDEN = -3e38
 CHUNK = 2 * TILE

@@ -1,4 +1,4 @@
-"""Products with quantised weights, for x86-64 with VNNI. See kernel_emitter.py for the terms.
+"""Products with quantised weights, for x86-64 with VNNI. See emitter.py for the terms.
 
 Inputs become integers of 16 bits with one scale per token, which loses less than their own bfloat16: x = s (256 h + l), h
 and l of 8 bits. VNNI then multiplies unsigned weight bytes with h and with l, sums are exact, and what the weights' offset
@@ -16,8 +16,8 @@ import sys
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-from ivl.model.kernel_emitter import F32, F32S, I8, I16, I32, I32S, LANES, Emitter, Value
-from ivl.model.kernel_rows import bias_at, norm_row, swiglu_row
+from ivl.model.kernels.emitter import F32, F32S, I8, I16, I32, I32S, LANES, Emitter, Value
+from ivl.model.kernels.rows import bias_at, norm_row, swiglu_row
 
 BYTES = ir.VectorType(I8, 64)
 HEAD = 3 * 64
