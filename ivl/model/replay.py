@@ -49,7 +49,6 @@ class Program:
     inputs: Inputs
     calls: kernels.Calls
     out_SD: torch.Tensor
-    kept: list[torch.Tensor]
 
 
 class Replays:
@@ -127,7 +126,7 @@ class Replays:
                 x_SD = layer(x_SD, factors, step.layout, step, number)
             allowed.workspace = self.workspaces[len(self.decoder.layers) % 2].rewound()
             out_SD = self.decoder.norm(x_SD)
-        return Program(inputs, calls, out_SD, allowed.kept)
+        return Program(inputs, calls, out_SD)
 
 
 class _FixedStep(CacheStep):
@@ -141,7 +140,7 @@ class _FixedStep(CacheStep):
 
 
 class Workspace:
-    """Memory handed out piece by piece and, once rewound, from the start again."""
+    """Memory handed out piece by piece and, once rewound, from the start again. It stays in place: calls know addresses."""
 
     def __init__(self) -> None:
         self.chunks: list[torch.Tensor] = []
@@ -167,7 +166,6 @@ class _KernelsOnly(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.workspace = Workspace()
-        self.kept: list[torch.Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> torch.Tensor:
         kwargs = kwargs or {}
@@ -177,11 +175,8 @@ class _KernelsOnly(TorchDispatchMode):
         elif func is torch.ops.aten.empty.memory_format:
             (shape,), dtype = args, kwargs.get("dtype") or torch.get_default_dtype()
         elif func.is_view:
-            self.kept += [out] if isinstance(out := func(*args, **kwargs), torch.Tensor) else out
-            return out
+            return func(*args, **kwargs)
         else:
             raise NotRepeatable(str(func))
         number = torch.Size(shape).numel()
-        out = self.workspace.take(number * dtype.itemsize)[: number * dtype.itemsize].view(dtype).view(shape)
-        self.kept.append(out)
-        return out
+        return self.workspace.take(number * dtype.itemsize)[: number * dtype.itemsize].view(dtype).view(shape)

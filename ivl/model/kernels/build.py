@@ -41,8 +41,9 @@ _engines: list[llvm.ExecutionEngine] = []  # own the machine code; it lives as l
 
 @cache
 def has_amx() -> bool:
-    """Whether this process may use matrix tiles of bfloat16; Linux wants to be asked first."""
-    if sys.platform != "linux" or not llvm.get_host_cpu_features().get("amx-bf16", False):
+    """Whether this process may use matrix tiles of bfloat16, and AVX-512 beside them; Linux wants to be asked first."""
+    features = llvm.get_host_cpu_features()
+    if sys.platform != "linux" or not all(features.get(name, False) for name in ("amx-bf16", "avx512dq", "avx512bf16")):
         return False
     request_permission, tile_data = 0x1023, 18
     return ctypes.CDLL(None).syscall(158, request_permission, tile_data) == 0  # arch_prctl
