@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from ivl.model import kernels
+from ivl.model import kernels, replay
 from ivl.model.cache import PagedCache, Sequence
 from ivl.model.decoder import Decoder, DecoderLayer
 from ivl.model.linear import RMSNorm
@@ -38,7 +38,8 @@ def quantised(bits: int) -> Callable[[Decoder], None]:
 
 
 @pytest.fixture
-def decoder() -> Decoder:
+def decoder(monkeypatch: pytest.MonkeyPatch) -> Decoder:
+    monkeypatch.setattr(replay, "PATIENCE", 0)
     torch.manual_seed(0)
     config = replace(tiny_config().decoder, width=128, mlp_width=256, num_heads=4, num_kv_heads=2, head_dim=64)
     made = Decoder(config).eval()

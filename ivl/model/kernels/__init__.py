@@ -76,9 +76,10 @@ def linear(
     shape = (rows, "norm" if norm is not None else "gate" if gated else "", plus is not None)
     pointers = (x_TI.data_ptr(), weight_OI.data_ptr(), bias, y_TO.data_ptr(), width, out, x_TI.stride(0), *extra)
     if rows > 1 and has_tiles():
-        room = 2 * (2 * width * rows + 32)  # the rows in pairs, and normalised
+        columns = 8 if rows <= 8 else MAX_ROWS
+        room = 2 * (2 * width * columns + 32)  # the rows in pairs, and normalised
         scratch = torch.empty(torch.get_num_threads() * room, dtype=torch.uint8)
-        run("linear_amx", shape, out * width, 0, scratch.data_ptr(), room, *pointers)
+        run("linear_amx", (columns, *shape[1:]), out * width, 0, scratch.data_ptr(), room, *pointers, rows)
     else:
         run("linear", shape, out * width, *pointers)
     return y_TO.view(*x.shape[:-1], out)
@@ -157,8 +158,8 @@ def quant_few(
     tensors = (zero_OG, bias_O)
     pointers = (weight.data_ptr(), scale_OG.data_ptr(), *(0 if t is None else t.data_ptr() for t in tensors), y_TO.data_ptr())
     run(
-        "quant_few", (bits, groups, int(zero_OG is not None), width, len(x_TI), int(plus is not None)), out * width,
-        0, scratch.data_ptr(), room, tokens.data_ptr(), *pointers, out, 0 if plus is None else plus.data_ptr(),
+        "quant_few", (bits, groups, int(zero_OG is not None), width, int(plus is not None)), out * width,
+        0, scratch.data_ptr(), room, tokens.data_ptr(), *pointers, out, 0 if plus is None else plus.data_ptr(), len(x_TI),
     )  # fmt: skip
     return y_TO
 

@@ -61,15 +61,16 @@ def attend(
         for tile in SUMS:
             e.tile_zero(tile)
         with e.loop(e.int(0), room, CHUNK) as chunk:
-            for i in range(TILE):
-                places = [e.smaller(e.b.add(chunk.index, e.int(i + part * TILE)), last) for part in range(2)]
-                rows = [value_at(place) for place in places]
+            with e.loop(e.int(0), e.int(TILE), 1) as i:
+                both = [e.b.add(e.b.add(chunk.index, i.index), e.int(part * TILE)) for part in range(2)]
+                rows = [value_at(e.smaller(place, last)) for place in both]
                 for part in range(2):
                     first, second = (e.read(I32S, row, I16, e.int(half + part * 2 * LANES)) for row in rows)
                     even = e.b.or_(e.b.and_(first, e.ints(0xFFFF)), e.b.shl(second, e.ints(16)))
                     odd = e.b.or_(e.b.lshr(first, e.ints(16)), e.b.and_(second, e.ints(-65536)))
                     for n, vector in enumerate((even, odd)):
-                        e.write(vector, values, I32, e.int((2 * part + n) * TILE_WORDS + i * TILE))
+                        at = e.b.add(e.b.mul(i.index, e.int(TILE)), e.int((2 * part + n) * TILE_WORDS))
+                        e.write(vector, values, I32, at)
             e.tile_load(PROBS, e.at(probs, I32, e.b.mul(chunk.index, e.int(TILE // 2))), e.int(64))
             for n, tile in enumerate(SUMS):
                 e.tile_load(MEMORY, e.at(values, I32, e.int(n * TILE_WORDS)), e.int(64))
@@ -113,14 +114,14 @@ def _probabilities(
     with e.loop(length, e.b.add(room, e.int(1)), 1) as position:  # one more than there are, so that there is one
         e.write(e.splat(HIDDEN), scores, F32, e.b.mul(position.index, e.int(TILE)))
     with e.loop(e.int(0), room, CHUNK, e.splat(0.0)) as chunk:
-        total, words = chunk.values[0], []
-        for i in range(TILE):
-            pair = []
-            for part in range(2):
-                s = score(e.b.add(chunk.index, e.int(i + part * TILE)))
-                pair.append(e.small_exp2(e.fma(s, e.splat(scale), minus_top)))
-            total = e.b.fadd(total, e.b.fadd(*pair))
-            words.append(_words(e, (pair[0], pair[1])))
+        with e.loop(e.int(0), e.int(TILE), 1, chunk.values[0]) as i:
+            both = [e.b.add(e.b.add(chunk.index, i.index), e.int(part * TILE)) for part in range(2)]
+            pair = [e.small_exp2(e.fma(score(place), e.splat(scale), minus_top)) for place in both]
+            i.carry([e.b.fadd(i.values[0], e.b.fadd(*pair))])
+            # In place of the first score, which is read.
+            e.write(_words(e, (pair[0], pair[1])), scores, I32, e.b.mul(both[0], e.int(TILE)))
+        total = i.values[0]
+        words = [e.read(I32S, scores, I32, e.b.mul(e.b.add(chunk.index, e.int(i)), e.int(TILE))) for i in range(TILE)]
         for member, vector in enumerate(transposed(e, words)[:group]):
             e.write(vector, probs, I32, e.b.add(e.b.mul(chunk.index, e.int(TILE // 2)), e.int(member * TILE)))
         chunk.carry([total])

@@ -56,20 +56,24 @@ def linear(e: Emitter, num_columns: int, before: str = "", plus: bool = False) -
 
 
 def linear_amx(e: Emitter, num_columns: int, before: str = "", plus: bool = False) -> None:
-    """The same on a processor with matrix tiles (AMX), where even 16 columns cost no more than reading the weight.
+    """The same on a processor with matrix tiles (AMX), where even 16 columns cost no more than reading the weight. There may be
+    fewer input rows than columns: every number of them compiled for itself would take longer than it saves.
 
     One step multiplies two tiles of 16 weight rows by 32 elements, straight from the weight, with one tile of pairs of
     inputs, pairs[i / 2, column], which every thread lays out for itself.
     """
     scratch = e.thread_scratch(1, 2, 3)
     x, w, y = e.pointer(4), e.pointer(5), e.pointer(7)
-    bias_address, width, rows, x_stride = (e.argument(i) for i in (6, 8, 9, 10))
+    bias_address, width, rows, x_stride, given = (e.argument(i) for i in (6, 8, 9, 10, 14))
     pairs = e.b.bitcast(scratch, I32.as_pointer())
-    x_rows = [e.at(x, I16, e.b.mul(x_stride, e.int(c))) for c in range(num_columns)]
     if before:
-        for c, row in enumerate(x_rows):
-            x_rows[c] = e.at(scratch, I16, e.b.add(e.b.mul(width, e.int(num_columns + c)), e.int(2 * LANES)))
-            norm_row(e, row, e.pointer(11), x_rows[c], width, e.argument(12))
+        normed = e.at(scratch, I16, e.b.add(e.b.mul(width, e.int(num_columns)), e.int(2 * LANES)))
+        with e.loop(e.int(0), given, 1) as row:
+            source, target = e.at(x, I16, e.b.mul(x_stride, row.index)), e.at(normed, I16, e.b.mul(width, row.index))
+            norm_row(e, source, e.pointer(11), target, width, e.argument(12))
+        x, x_stride = normed, width
+    columns = [e.smaller(e.int(c), e.b.sub(given, e.int(1))) for c in range(num_columns)]
+    x_rows = [e.at(x, I16, e.b.mul(x_stride, column)) for column in columns]
     with e.loop(e.int(0), width, 2 * LANES) as column:
         vectors = [e.read(I32S, row, I16, column.index) for row in x_rows]
         start = e.b.mul(e.b.lshr(column.index, e.int(1)), e.int(num_columns))
@@ -100,10 +104,11 @@ def linear_amx(e: Emitter, num_columns: int, before: str = "", plus: bool = Fals
             lines = [e.read(F32S, corner, F32, e.int((part * TILE + row) * num_columns)) for row in range(TILE)]
             bias = bias_vector(e, bias_address, place)
             for c, total in enumerate(transposed(e, [e.b.bitcast(line, I32S) for line in lines])[:num_columns]):
-                total = e.b.fadd(e.b.bitcast(total, F32S), bias)
-                if added is not None:
-                    total = e.b.fadd(total, e.floats(added, e.b.add(e.b.mul(rows, e.int(c)), place)))
-                e.store_floats(y, e.b.add(e.b.mul(rows, e.int(c)), place), total)
+                with e.b.if_then(e.b.icmp_signed(">", given, e.int(c))):
+                    total = e.b.fadd(e.b.bitcast(total, F32S), bias)
+                    if added is not None:
+                        total = e.b.fadd(total, e.floats(added, e.b.add(e.b.mul(rows, e.int(c)), place)))
+                    e.store_floats(y, e.b.add(e.b.mul(rows, e.int(c)), place), total)
     e.tiles_done()
 
 

@@ -218,7 +218,7 @@ def _affine(e: Emitter, scales: Value, zeros: Value | None, places: list[Value])
     return factor, e.b.fneg(e.b.fmul(factor, middle))
 
 
-def quant_few(e: Emitter, bits: int, groups: int, zero: int, width: int, num_tokens: int, plus: int) -> None:
+def quant_few(e: Emitter, bits: int, groups: int, zero: int, width: int, plus: int) -> None:
     """y[t, r] of at most 16 tokens, with integer tiles: 16 weight rows times the bytes h and l of 16 tokens.
 
     Tokens come as quant.py prepares them; every thread transposes them for itself, x[word, token] in words of 4 bytes.
@@ -227,11 +227,12 @@ def quant_few(e: Emitter, bits: int, groups: int, zero: int, width: int, num_tok
     x = e.b.bitcast(e.thread_scratch(1, 2, 3), I32.as_pointer())
     tokens, w, scales, zeros = e.pointer(4, I32), e.pointer(5, I8), e.pointer(6), e.pointer(7, I8)
     bias_address, y, rows = e.argument(8), e.pointer(9), e.argument(10)
-    added_to = e.pointer(11) if plus else None
+    added_to, given = e.pointer(11) if plus else None, e.argument(12)
     words = token_bytes(bits, width) // 4
+    starts = [e.b.mul(e.smaller(e.int(t), e.b.sub(given, e.int(1))), e.int(words)) for t in range(LANES)]
     with e.loop(e.int(0), e.int(words), LANES) as column:
-        lines = [e.read(I32S, tokens, I32, e.b.add(column.index, e.int(t * words))) for t in range(num_tokens)]
-        for n, line in enumerate(transposed(e, lines + [e.ints(0)] * (LANES - num_tokens))):
+        lines = [e.read(I32S, tokens, I32, e.b.add(column.index, start)) for start in starts]
+        for n, line in enumerate(transposed(e, lines)):
             e.write(line, x, I32, e.b.mul(e.b.add(column.index, e.int(n)), e.int(TILE)))
     size = width * bits // 8
     group = width // groups
@@ -339,8 +340,9 @@ def quant_few(e: Emitter, bits: int, groups: int, zero: int, width: int, num_tok
         for part in range(2):
             bias = bias_vector(e, bias_address, e.b.add(first, e.int(part * TILE)))
             outs = [e.b.fmul(total, token_scales) for total in found[part * TILE : (part + 1) * TILE]]
-            for t, total in enumerate(transposed(e, outs)[:num_tokens]):
-                place = e.b.add(e.b.mul(rows, e.int(t)), e.b.add(first, e.int(part * TILE)))
-                total = e.b.fadd(total, bias)
-                e.store_floats(y, place, total if added_to is None else e.b.fadd(total, e.floats(added_to, place)))
+            for t, total in enumerate(transposed(e, outs)):
+                with e.b.if_then(e.b.icmp_signed(">", given, e.int(t))):
+                    place = e.b.add(e.b.mul(rows, e.int(t)), e.b.add(first, e.int(part * TILE)))
+                    total = e.b.fadd(total, bias)
+                    e.store_floats(y, place, total if added_to is None else e.b.fadd(total, e.floats(added_to, place)))
     e.tiles_done()
