@@ -209,6 +209,11 @@ class Emitter:
         power = self.b.shl(self.b.add(self.b.fptosi(n, I32S), self.ints(127)), self.ints(23))
         return self.b.fmul(y, self.b.bitcast(power, F32S))
 
+    def store_small(self, pointer: Value, index: Value, value: Pair) -> None:
+        """store for numbers within [0, 1]: ties are rounded up and nothing overflows."""
+        even, odd = (self.b.add(self.b.bitcast(x, I32S), self.ints(0x8000)) for x in value)
+        self.write(self.b.or_(self.b.lshr(even, self.ints(16)), self.b.and_(odd, self.ints(-65536))), pointer, I16, index)
+
     # Where there are tiles, there are these instructions of AVX-512
     def small_exp2(self, x: Value) -> Value:
         """2^x to 1e-4, enough for what is rounded to bfloat16; 0 far below. NaN goes through."""
@@ -228,11 +233,6 @@ class Emitter:
         """32 float32 as 32 bfloat16 in their order, as 16 words."""
         short = self.call("llvm.x86.avx512bf16.cvtne2ps2bf16.512", ir.VectorType(_BFloat(), 2 * LANES), high, low)
         return self.b.bitcast(short, I32S)
-
-    def store_small(self, pointer: Value, index: Value, value: Pair) -> None:
-        """store for numbers within [0, 1]: ties are rounded up and nothing overflows."""
-        even, odd = (self.b.add(self.b.bitcast(x, I32S), self.ints(0x8000)) for x in value)
-        self.write(self.b.or_(self.b.lshr(even, self.ints(16)), self.b.and_(odd, self.ints(-65536))), pointer, I16, index)
 
     # Control flow
     @contextmanager
