@@ -62,7 +62,7 @@ def begun(directory: Path) -> Generator[None, None, None]:
             sizes = [size for path in sorted(directory.glob("*.safetensors")) for size in _tensor_sizes(path)]
             if sizes and sum(sizes) < _available() // 2:
                 _pending.append(Reservation(sizes))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass  # whoever reads the weights will say what is wrong
     try:
         yield

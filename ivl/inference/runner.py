@@ -46,10 +46,7 @@ class Runner:
         device = self.model.device
         step = self.cache.step([piece.request.sequence for piece in pieces], tuple(piece.count for piece in pieces))
         x_TD = self.model.embed(_tokens(pieces).to(device), _vision(pieces))
-        if step.layout.num_decoding == len(pieces):
-            hidden_TD = self.replays.run(x_TD, step)
-        else:
-            hidden_TD = self.model.decoder(x_TD, step.layout, step)
+        hidden_TD = self.replays.run(x_TD, step)
         sampling = [number for number, piece in enumerate(pieces) if piece.samples]
         if not sampling:
             return []

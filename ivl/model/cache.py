@@ -124,22 +124,11 @@ class CacheStep:
 
     def decode(self, layer: int, qkv_SXH: torch.Tensor, cos_S1H: torch.Tensor, sin_S1H: torch.Tensor) -> torch.Tensor:
         """Rotary positions, writing and attention of one new token per sequence in one kernel; returns out_SNH."""
-        longest = max(self.layout.total_lens)
-        return self.attention(layer, qkv_SXH, cos_S1H, sin_S1H, self.table_SB, self.past_S, longest)
-
-    def attention(
-        self,
-        layer: int,
-        qkv_SXH: torch.Tensor,
-        cos_S1H: torch.Tensor,
-        sin_S1H: torch.Tensor,
-        table_SB: torch.Tensor,
-        past_S: torch.Tensor,
-        longest: int,
-    ) -> torch.Tensor:
-        """`decode` with the places and lengths given."""
-        keys, values, size = self.store.keys[layer], self.store.values[layer], self.store.block_size
-        return kernels.decode_attention(qkv_SXH, cos_S1H, sin_S1H, keys, values, table_SB, past_S, size, longest)
+        store = self.store
+        return kernels.decode_attention(
+            qkv_SXH, cos_S1H, sin_S1H, store.keys[layer], store.values[layer], self.table_SB, self.past_S, store.block_size,
+            self.longest,
+        )  # fmt: skip
 
     def read(self, layer: int, seq: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one sequence, [past + new, K, H] each; views where its blocks lie in a row."""
@@ -177,6 +166,11 @@ class CacheStep:
         longest = max(map(len, self.blocks))
         padded = [block for blocks in self.blocks for block in blocks + blocks[-1:] * (longest - len(blocks))]
         return torch.tensor(padded, device=self.store.keys.device).view(-1, longest)
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, or a bound of it."""
+        return max(self.layout.total_lens)
 
     @cached_property
     def past_S(self) -> torch.Tensor:

@@ -55,7 +55,7 @@ class Program:
 
 
 class Replays:
-    """Steps of a decoder on a cache where every sequence has one new token. Forward hooks of its modules are not called."""
+    """Steps of a decoder on a cache, repeated where every sequence has one new token; forward hooks are not called then."""
 
     def __init__(self, decoder: Decoder, cache: PagedCache) -> None:
         self.decoder = decoder
@@ -69,10 +69,11 @@ class Replays:
 
     def run(self, x_SD: torch.Tensor, step: CacheStep) -> torch.Tensor:
         """What decoder(x_SD, step.layout, step) returns, the same to the last bit."""
-        if len(x_SD) > kernels.MAX_ROWS or not kernels.usable(x_SD):
+        num_seqs = len(step.layout.new_lens)
+        if len(x_SD) != num_seqs or num_seqs > kernels.MAX_ROWS or not kernels.usable(x_SD):
             return self.decoder(x_SD, step.layout, step)
         self._forget_if_changed()
-        longest = max(max(step.layout.total_lens), SHORTEST)
+        longest = max(step.longest, SHORTEST)
         key = (len(x_SD), 1 << (longest - 1).bit_length(), torch.get_num_threads())
         if key not in self.programs:
             self.seen[key] += 1
@@ -97,12 +98,14 @@ class Replays:
 
     def _forget_if_changed(self) -> None:
         """The calls hold addresses of weights. Moved, replaced or adapted ones have others."""
-        modules = self._modules()
-        if self._made_for != [id(x) for x in modules] + [weight.data_ptr() for weight in self._weights]:
+        if self._made_for != self._places():
             self.programs.clear()
             self.seen.clear()
             self._weights = [*self.decoder.parameters(), *self.decoder.buffers()]
-            self._made_for = [id(x) for x in modules] + [weight.data_ptr() for weight in self._weights]
+            self._made_for = self._places()
+
+    def _places(self) -> list[int]:
+        return [*map(id, self._modules()), *(weight.data_ptr() for weight in self._weights)]
 
     def _modules(self) -> list[nn.Module | None]:
         return [module for layer in self.decoder.layers for module in layer._modules.values()]
@@ -124,7 +127,8 @@ class Replays:
             table_SB=torch.zeros(num_seqs, -(-longest // size), dtype=torch.long),
             past_S=torch.zeros(num_seqs, dtype=torch.long),
         )
-        step = _FixedStep(self.cache, inputs, longest)
+        step = CacheStep(self.cache, Layout((1,) * num_seqs, (0,) * num_seqs), [()] * num_seqs)
+        step.table_SB, step.past_S, step.longest = inputs.table_SB, inputs.past_S, longest
         factors = (inputs.cos_S1H, inputs.sin_S1H)
         with kernels.Calls.recorded() as calls, _KernelsOnly() as allowed:
             x_SD = inputs.x_SD
@@ -135,16 +139,6 @@ class Replays:
             allowed.workspace = self.workspaces[len(self.decoder.layers) % 2].rewound()
             out_SD = self.decoder.norm(x_SD)
         return Program(inputs, calls, out_SD)
-
-
-class _FixedStep(CacheStep):
-    def __init__(self, store: PagedCache, inputs: Inputs, longest: int) -> None:
-        num_seqs = len(inputs.past_S)
-        super().__init__(store, Layout((1,) * num_seqs, (0,) * num_seqs), [()] * num_seqs)
-        self.inputs, self.longest = inputs, longest
-
-    def decode(self, layer: int, qkv_SXH: torch.Tensor, cos_S1H: torch.Tensor, sin_S1H: torch.Tensor) -> torch.Tensor:
-        return self.attention(layer, qkv_SXH, cos_S1H, sin_S1H, self.inputs.table_SB, self.inputs.past_S, self.longest)
 
 
 class Workspace:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import nn
 
@@ -22,16 +24,21 @@ PIXEL_STD = (0.229, 0.224, 0.225)
 
 def normalise(tiles_GSSC: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """uint8 RGB tiles [G, size, size, 3] to normalised pixels [G, 3, size, size] (ImageNet mean and deviation)."""
-    mean, std = (torch.tensor(x, device=tiles_GSSC.device).view(3, 1, 1) for x in (PIXEL_MEAN, PIXEL_STD))
     if tiles_GSSC.dtype is torch.uint8 and len(tiles_GSSC):  # a colour has 256 values: the kernel looks them up
-        values_CV = torch.arange(256, dtype=torch.float32).expand(3, 256)
-        table_CV = values_CV.div(255).sub(mean.cpu()[:, 0]).div(std.cpu()[:, 0]).to(dtype)
-        found = kernels.looked_up(tiles_GSSC, table_CV)
+        found = kernels.looked_up(tiles_GSSC, _normalised_values(dtype))
         if found is not None:
             return found
+    mean, std = (torch.tensor(x, device=tiles_GSSC.device).view(3, 1, 1) for x in (PIXEL_MEAN, PIXEL_STD))
     # Channels apart first: the sums are then over long rows, and in place.
     pixels_GCYX = tiles_GSSC.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     return pixels_GCYX.div_(255).sub_(mean).div_(std).to(dtype)
+
+
+@cache
+def _normalised_values(dtype: torch.dtype) -> torch.Tensor:
+    """What each byte of each colour becomes, [3, 256]."""
+    mean_C1, std_C1 = (torch.tensor(x).unsqueeze(1) for x in (PIXEL_MEAN, PIXEL_STD))
+    return torch.arange(256, dtype=torch.float32).expand(3, 256).div(255).sub(mean_C1).div(std_C1).to(dtype)
 
 
 class VLM(nn.Module):

@@ -6,7 +6,6 @@ value in the cache, and reads every key and every value once for all query heads
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 from llvmlite import ir
@@ -61,8 +60,8 @@ def decode_attention(e: Emitter, head_size: int, group: int, block_size: int, ti
         pairs = [_rotated(e, q, turn, head_size) for q in queries]
         out = e.at(outs, I16, e.b.mul(e.b.add(e.b.mul(seq, num_heads), e.b.mul(head, e.int(group))), e.int(head_size)))
         attend = decode_amx.attend if tiles else _attend
-        length = e.b.add(past, e.int(1))
-        attend(e, scratch, pairs, partial(slot, keys), partial(slot, values), slot_size, length, head_size, out)
+        stored = decode_amx.Stored(partial(slot, keys), partial(slot, values), slot_size, e.b.add(past, e.int(1)))
+        attend(e, scratch, pairs, stored, head_size, out)
     if tiles:
         e.tiles_done()
 
@@ -71,14 +70,12 @@ def _attend(
     e: Emitter,
     scratch: Value,
     queries: list[list[Pair]],
-    key_at: Callable[[Value], Value],
-    value_at: Callable[[Value], Value],
-    slot_size: Value,
-    length: Value,
+    stored: decode_amx.Stored,
     head_size: int,
     out: Value,
 ) -> None:
     """What decode_amx.attend does, with vectors."""
+    key_at, value_at, _, length = stored
     group = len(queries)
     for member, q in enumerate(queries):
         for part, vector in enumerate(vector for pair in q for vector in pair):

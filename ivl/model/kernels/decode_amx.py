@@ -7,6 +7,7 @@ position's scores for 16 heads. Probabilities are rounded to bfloat16 before the
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from ivl.model.kernels.emitter import F32, F32S, I16, I32, I32S, LANES, TILE, Emitter, Pair, Value
 from ivl.model.kernels.rows import transposed
@@ -17,6 +18,15 @@ CHUNK = 2 * TILE
 TILE_WORDS = TILE * TILE
 SUMS, SCORES, PROBS, MEMORY, QUERIES = (0, 1, 2, 3), 4, 5, 6, 7
 """Tiles. MEMORY holds keys, later values."""
+
+
+class Stored(NamedTuple):
+    """Keys and values of a sequence: where a position's row is, rows being slot_size elements apart within 16 positions."""
+
+    key_at: Callable[[Value], Value]
+    value_at: Callable[[Value], Value]
+    slot_size: Value
+    length: Value
 
 
 def scratch_bytes(head_size: int, longest: int) -> int:
@@ -33,15 +43,12 @@ def attend(
     e: Emitter,
     scratch: Value,
     queries: list[list[Pair]],
-    key_at: Callable[[Value], Value],
-    value_at: Callable[[Value], Value],
-    slot_size: Value,
-    length: Value,
+    stored: Stored,
     head_size: int,
     out: Value,
 ) -> None:
-    """out[member, H] = softmax(q . k / sqrt(H)) v. queries: of every member, its pairs of 32 elements; key_at and value_at
-    point at a position's row, slot_size elements apart within 16 positions."""
+    """out[member, H] = softmax(q . k / sqrt(H)) v. queries: of every member, its pairs of 32 elements."""
+    key_at, value_at, slot_size, length = stored
     group, steps = len(queries), head_size // (2 * LANES)
     words = e.b.bitcast(scratch, I32.as_pointer())
     room = e.b.and_(e.b.add(length, e.int(CHUNK - 1)), e.int(-CHUNK))

@@ -9,16 +9,21 @@ from ivl.model.kernels.emitter import F32, F32S, I16, I32, I32S, I64, LANES, Emi
 
 def bias_at(e: Emitter, address: Value, row: Value) -> Value:
     """bias[row] as float32, or 0 where there is no bias."""
-    given = e.b.icmp_signed("!=", address, e.int(0))
-    source = e.b.select(given, e.b.add(address, e.b.mul(row, e.int(2))), e.b.ptrtoint(e.function.args[0], I64))
-    return e.b.select(given, e.load_one(e.b.inttoptr(source, I16.as_pointer())), ir.Constant(F32, 0.0))
+    given, pointer = _bias_pointer(e, address, row)
+    return e.b.select(given, e.load_one(pointer), ir.Constant(F32, 0.0))
 
 
 def bias_vector(e: Emitter, address: Value, row: Value) -> Value:
     """bias[row : row + 16] as float32, or zeros where there is no bias."""
+    given, pointer = _bias_pointer(e, address, row)
+    return e.b.select(given, e.floats(pointer, e.int(0)), e.splat(0.0))
+
+
+def _bias_pointer(e: Emitter, address: Value, row: Value) -> tuple[Value, Value]:
+    """Whether there is a bias, and where to read: without one, from what is there anyway, the arguments."""
     given = e.b.icmp_signed("!=", address, e.int(0))
     source = e.b.select(given, e.b.add(address, e.b.mul(row, e.int(2))), e.b.ptrtoint(e.function.args[0], I64))
-    return e.b.select(given, e.floats(e.b.inttoptr(source, I16.as_pointer()), e.int(0)), e.splat(0.0))
+    return given, e.b.inttoptr(source, I16.as_pointer())
 
 
 def norm_row(e: Emitter, x_row: Value, weight: Value, y_row: Value, width: Value, eps_bits: Value) -> None:
