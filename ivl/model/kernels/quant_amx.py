@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from ivl.model.kernels.emitter import F32, F32S, I8, I16, I32, I32S, LANES, TILE, Emitter, Value
+from ivl.model.kernels.emitter import F32, F32S, I8, I16, I16S, I32, I32S, LANES, TILE, Emitter, Value
 from ivl.model.kernels.quant import BYTES, HEAD, row_scale, step_bytes, step_of, token_bytes, weight_bytes
 from ivl.model.kernels.rows import bias_vector, gelu, transposed
 
@@ -16,7 +16,6 @@ ROWS = 2 * TILE
 TILE_BYTES = 1024
 AHEAD = 4096
 """Bytes ahead that are fetched."""
-HALVES = ir.VectorType(I16, LANES)
 
 
 def scratch_bytes(width: int) -> int:
@@ -86,7 +85,7 @@ def quant_round(e: Emitter, width: int) -> None:
                 for half in e.load(source, column.index)
             )
             both = e.b.or_(e.b.and_(even, e.ints(255)), e.b.shl(odd, e.ints(8)))
-            e.write(e.b.trunc(both, HALVES), target, I8, column.index)
+            e.write(e.b.trunc(both, I16S), target, I8, column.index)
             column.carry([e.b.add(column.values[0], e.b.add(even, odd))])
         total = e.call("llvm.vector.reduce.add.v16i32", I32, column.values[0])
         end = e.at(target, I8, e.int(width))
