@@ -21,9 +21,9 @@ import tyro
 from benchmarks.engine_prefix import Codes
 from ivl.inference.engine import Engine, Request
 from ivl.model.vlm import VLM
-from ivl.progress import counting
 from ivl.recipes.nano import architecture
 from ivl.types import Conversation, Message, Prompt, SamplingParams, Text
+from ivl.utils.progress import counting
 
 LEVEL_AFTER = 500
 GROWTH = 1.05

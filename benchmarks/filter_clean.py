@@ -20,7 +20,7 @@ from typing import Literal
 import skimage
 
 from benchmarks.filter_structured import MAKERS
-from ivl.data import easy_vqa
+from ivl.evaluation.tasks import easy_vqa_rows as easy_vqa
 from ivl.types import ImageRef, Message, Record, Text
 
 Split = Literal["tune", "held-out"]

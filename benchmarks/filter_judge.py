@@ -16,13 +16,13 @@ import torch
 
 from benchmarks.filter_clean import streams
 from ivl.api import Model, load
-from ivl.compose import compose
-from ivl.data.filters.judge import Judge, JudgeConfig, Quality
+from ivl.checkpoint import save_model
+from ivl.checkpoint.compose import compose
+from ivl.filters.judge import Judge, JudgeConfig, Quality
 from ivl.generators import answers_of
-from ivl.model.checkpoint import save_model
 from ivl.types import Layout, Message, Record, SamplingParams, Text
-from tests.model.checkpoints import random_model, tiny_like
-from tests.packages import smollm2_gguf
+from tests.helpers.checkpoints import random_model, tiny_like
+from tests.helpers.packages import smollm2_gguf
 
 
 def off_topic(records: list[Record], seed: int) -> list[Record]:

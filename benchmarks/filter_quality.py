@@ -21,9 +21,9 @@ from rich.progress import track
 from benchmarks.filter_clean import SHARES, streams
 from benchmarks.filter_copies import DUPLICATES
 from benchmarks.filter_faults import EXTRA, KINDS, Edit, last_answer, with_answer
-from ivl.data.filters.duplicates import Duplicates
-from ivl.data.filters.repetition import Repetition
-from ivl.data.filters.rules import Garbled, Language, Leaks, Length, Markup, RepeatedLines, Rule, Runs, Truncated
+from ivl.filters.duplicates import Duplicates
+from ivl.filters.repetition import Repetition
+from ivl.filters.rules import Garbled, Language, Leaks, Length, Markup, RepeatedLines, Rule, Runs, Truncated
 from ivl.types import Record
 
 NUM_CLEAN, NUM_FAULTS = 5000, 500

@@ -70,11 +70,12 @@ def make_photographs(folder: Path, count: int = 8) -> dict[str, list[str]]:
 
 def ours(paths: list[str], max_tiles: int, jpeg: bool) -> Iterator[torch.Tensor]:
     from ivl.config import TilingConfig
+    from ivl.cpu import resize
     from ivl.data.config import DataConfig
     from ivl.data.loader import Loader
-    from ivl.processing import degrade, resize
+    from ivl.processing import degrade
     from ivl.processing.processor import Processor
-    from tests.data.world import processor  # a real tokenizer, if a small one
+    from tests.helpers.mixtures import processor  # a real tokenizer, if a small one
 
     resize.available(), degrade.available()  # compiled once, before the worker is forked
     folder = Path(paths[0]).parent
@@ -172,7 +173,7 @@ def serve(side: str) -> None:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     if side == "ours":
-        from ivl.model.memory import keep_freed_memory
+        from ivl.cpu.memory import keep_freed_memory
 
         keep_freed_memory()  # as every training run does
     load = {"ours": ours, "reference": reference, "transformers": transformers}[side]

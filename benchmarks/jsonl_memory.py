@@ -21,7 +21,7 @@ import tyro
 
 from ivl.data.config import DataConfig
 from ivl.data.loader import Loader
-from tests.data.world import processor, turns
+from tests.helpers.mixtures import processor, turns
 
 MB = 1 << 20
 

@@ -113,13 +113,13 @@ def peak_bytes() -> int:
 
 
 def ours(job: Job) -> None:
+    from ivl.checkpoint import load_model
+    from ivl.cpu.memory import keep_freed_memory
     from ivl.data.config import DataConfig
-    from ivl.model.checkpoint import load_model
-    from ivl.model.memory import keep_freed_memory
+    from ivl.preference.objective import PreferenceObjective, frozen, reply_log_probs
+    from ivl.preference.reference import FileReference
     from ivl.train.config import OptimConfig, PreferenceConfig, Stage, TrainConfig
     from ivl.train.loop import train
-    from ivl.train.pairs import PreferenceObjective, frozen, reply_log_probs
-    from ivl.train.reference import FileReference
     from ivl.train.stage import apply_stage
     from ivl.types import Batch
 
@@ -270,8 +270,8 @@ def trl(job: Job) -> None:
 def write_model(directory: str) -> None:
     """InternVL2.5-1B in small, in transformers' format: of the parameters of ViT, decoder layers and head together these have
     39%, 44% and 17% (the 1B's: 38%, 45% and 17%), so each part has its share of a step; a tile has the 1B's 256 tokens."""
+    from ivl.checkpoint import save_model
     from ivl.config import DecoderConfig, ModelConfig, VisionConfig
-    from ivl.model.checkpoint import save_model
     from ivl.model.vlm import VLM
 
     config = ModelConfig(

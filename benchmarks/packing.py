@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 
 from ivl.data.packing import Packer
-from tests.data.reference_packing import reference_packs
+from tests.helpers.reference_packing import reference_packs
 
 TOKENS_PER_TILE = 256
 

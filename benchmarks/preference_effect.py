@@ -18,14 +18,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ivl import pages
 from ivl.api import load
 from ivl.errors import InputError
 from ivl.preference.pairs import read_pairs
 from ivl.preference.sampling import continue_without_images
 from ivl.recipes import alignment, nano
 from ivl.train.config import PreferenceConfig, TrainConfig
-from ivl.train.distributed import spawn
+from ivl.train.world import spawn
+from ivl.utils import html as pages
 
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """Quantiles of Student's distribution for the interval of a mean of so many runs."""
@@ -144,7 +144,7 @@ def trained(config: TrainConfig) -> Path:
 
 
 def _run(config: TrainConfig) -> None:
-    from ivl.train.run import run
+    from ivl.runs.run import run
 
     run(config)
 

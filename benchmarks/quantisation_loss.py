@@ -22,16 +22,16 @@ import tyro
 from torch import nn
 
 import ivl
-from ivl.convert import convert
+from ivl.checkpoint.convert import convert
+from ivl.checkpoint.gguf import Gguf
+from ivl.checkpoint.gguf_tokenizer import tokenizer_from_gguf
+from ivl.checkpoint.model_dir import fill
 from ivl.evaluation.run import evaluate
 from ivl.evaluation.tasks import TASKS
-from ivl.model.checkpoint.gguf import Gguf
-from ivl.model.checkpoint.model_dir import fill
 from ivl.model.decoder import Decoder
-from ivl.model.quantized import Scheme, Schemes, quantize, quantize_layers, quantized_layers
-from ivl.processing.gguf import tokenizer_from_gguf
+from ivl.quant.layers import Scheme, Schemes, quantize, quantize_layers, quantized_layers
 from ivl.types import Layout
-from tests.packages import smollm2_gguf
+from tests.helpers.packages import smollm2_gguf
 
 PACKAGES = ("tyro", "huggingface_hub", "safetensors", "transformers", "pydantic", "rich", "pytest", "numba", "pillow", "torch")
 WINDOW = 512

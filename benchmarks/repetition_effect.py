@@ -19,19 +19,19 @@ from typing import Any
 
 import ivl
 from ivl.config import ModelConfig
-from ivl.data import easy_vqa
 from ivl.data.config import DataConfig
-from ivl.data.easy_vqa import COLOURS, SHAPES
-from ivl.data.filters.chain import load_chain
-from ivl.data.filters.repetition import Repetition
-from ivl.data.filters.run import run as run_filter
-from ivl.data.rows import write_jsonl
+from ivl.evaluation.scoring import wilson
+from ivl.evaluation.tasks import easy_vqa_rows as easy_vqa
+from ivl.evaluation.tasks.easy_vqa_rows import COLOURS, SHAPES
+from ivl.filters.chain import load_chain
+from ivl.filters.repetition import Repetition
+from ivl.filters.run import run as run_filter
+from ivl.formats.rows import write_jsonl
 from ivl.processing.tokenizer import Tokenizer, train_tokenizer
 from ivl.recipes import nano
 from ivl.recipes.quickstart import turns
-from ivl.scoring import wilson
+from ivl.runs.run import run
 from ivl.train.config import OptimConfig, Stage, TrainConfig
-from ivl.train.run import run
 from ivl.types import Message, Record, SamplingParams, Text
 
 DETECTOR = Repetition()

@@ -19,7 +19,7 @@ import tyro
 from ivl.data.config import DataConfig
 from ivl.data.loader import Loader
 from ivl.data.mixture import Mixture
-from tests.data.world import picture, processor, turns
+from tests.helpers.mixtures import picture, processor, turns
 
 
 def write_mixture(folder: Path, rows: int) -> Path:

@@ -24,8 +24,8 @@ import tyro
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
 
-from ivl.progress import counting
-from tests.serve.servers import KEY, data_url, engine, running
+from ivl.utils.progress import counting
+from tests.helpers.servers import KEY, data_url, engine, running
 
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 SLOW = 20.0

@@ -34,13 +34,13 @@ import tyro
 from PIL import Image
 
 import ivl
-from ivl.model.checkpoint import save_model
+from ivl.checkpoint import save_model
 from ivl.model.vlm import VLM
 from ivl.processing.processor import Processor
 from ivl.processing.tokenizer import Tokenizer, train_tokenizer
 from ivl.recipes.nano import architecture
 from ivl.types import ImageRef, Message, SamplingParams, Text
-from tests.inference.fakes import enliven
+from tests.helpers.engines import enliven
 
 NEW_TOKENS = 32
 NUM_QUESTIONS = 200

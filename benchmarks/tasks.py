@@ -129,8 +129,8 @@ def _train_samples(config: ModelConfig) -> list[tuple[torch.Tensor, torch.Tensor
 
 
 def _ours(kind: str, number: int, decode_steps: int) -> Callable[[], Any]:
+    from ivl.cpu.memory import keep_freed_memory
     from ivl.model.cache import PagedCache, Sequence
-    from ivl.model.memory import keep_freed_memory
     from ivl.model.vlm import VLM
     from ivl.train.objectives import sft_objective
     from ivl.types import Batch, Layout

@@ -22,17 +22,17 @@ from rich.console import Console
 from rich.table import Table
 
 import ivl
-from ivl import pages
+from ivl.checkpoint.files import fingerprint
 from ivl.evaluation.curve import Point, by_size, draw, interval
 from ivl.evaluation.run import evaluate, versions
+from ivl.evaluation.scoring import exact_match
 from ivl.evaluation.task import Example, Method
-from ivl.inference.scaling import Candidate, Reader, rate
-from ivl.model.checkpoint.files import fingerprint
-from ivl.progress import counting
+from ivl.evaluation.voting import Candidate, Reader, rate
 from ivl.recipes.alignment import ASKED, GREEDY, write_rows
 from ivl.recipes.compositions import compositions
-from ivl.scoring import exact_match
 from ivl.types import SamplingParams
+from ivl.utils import html as pages
+from ivl.utils.progress import counting
 
 SEED = 9
 """As in ivl.recipes.alignment.held_out: the same questions."""

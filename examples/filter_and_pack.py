@@ -16,15 +16,15 @@ from pathlib import Path
 
 from own_training_recipe import COLOURS, SHAPES, draw, recipe
 
-from ivl.data.filters.chain import load_chain
-from ivl.data.filters.run import run as run_filter
-from ivl.data.inspect import inspect
 from ivl.data.loader import Loader
-from ivl.data.rows import write_jsonl
-from ivl.data.stats import Stats
+from ivl.datasets.inspect import inspect
+from ivl.datasets.stats import Stats
+from ivl.filters.chain import load_chain
+from ivl.filters.run import run as run_filter
+from ivl.formats.rows import write_jsonl
 from ivl.processing.processor import Processor
 from ivl.processing.tokenizer import Tokenizer
-from ivl.train.run import run
+from ivl.runs.run import run
 
 RUN = Path("runs/examples/filter-and-pack")
 CHAIN = {"stages": [{"use": "length"}, {"use": "repetition"}, {"use": "leaks"}, {"use": "garbled"}, {"use": "duplicates"}]}

@@ -17,11 +17,11 @@ from own_model_from_config import build
 from own_training_recipe import draw, write_data
 
 import ivl
-from ivl.compose import merge
+from ivl.checkpoint.compose import merge
 from ivl.config import LoraConfig
 from ivl.data.config import DataConfig
+from ivl.runs.run import run
 from ivl.train.config import OptimConfig, Stage, TrainConfig
-from ivl.train.run import run
 
 RUN = Path("runs/examples/lora")
 

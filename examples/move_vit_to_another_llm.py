@@ -14,8 +14,8 @@ import torch
 from own_model_from_config import build
 
 import ivl
-from ivl.compose import compose
-from ivl.model.checkpoint import load_model
+from ivl.checkpoint import load_model
+from ivl.checkpoint.compose import compose
 
 RUN = Path("runs/examples/move-vit")
 

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 import ivl
+from ivl.checkpoint import save_model
 from ivl.config import DecoderConfig, ModelConfig, TilingConfig, VisionConfig
-from ivl.model.checkpoint import save_model
 from ivl.model.vlm import VLM
 from ivl.processing.processor import Processor
 from ivl.processing.tokenizer import Tokenizer, train_tokenizer

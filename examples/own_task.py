@@ -17,8 +17,8 @@ from PIL import Image
 
 import ivl
 from ivl.evaluation.run import evaluate, write_report
+from ivl.evaluation.scoring import exact_match
 from ivl.evaluation.task import Example
-from ivl.scoring import exact_match
 
 RUN = Path("runs/examples/own-task")
 

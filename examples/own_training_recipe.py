@@ -81,7 +81,7 @@ def main() -> None:
     import shutil
 
     import ivl
-    from ivl.train.run import run
+    from ivl.runs.run import run
 
     shutil.rmtree(RUN, ignore_errors=True)
     model = ivl.load(run(recipe()))

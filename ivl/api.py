@@ -57,8 +57,8 @@ def _load(
 ) -> Model:
     import torch
 
+    from ivl.checkpoint import load_model, resolve
     from ivl.inference.engine import Engine
-    from ivl.model.checkpoint import load_model, resolve
     from ivl.processing.processor import Processor
 
     if max_tiles is not None and max_tiles < 1:

@@ -12,7 +12,7 @@ import pytest
 
 import ivl
 from ivl.cli.chat import chat as chat_command
-from tests.inference.fakes import picture, tiny_directory
+from tests.helpers.engines import picture, tiny_directory
 
 SHORT = {"max_new_tokens": 12}
 

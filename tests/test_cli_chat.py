@@ -10,7 +10,7 @@ import pytest
 
 from ivl.cli.chat import chat
 from ivl.errors import InputError
-from tests.inference.fakes import tiny_directory
+from tests.helpers.engines import tiny_directory
 
 SCHEMA = {
     "type": "object",

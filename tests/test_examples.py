@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import ivl
-from tests.serve.servers import KEY, running
+from tests.helpers.servers import KEY, running
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from ivl import reservation
-from ivl.model.checkpoint import load_model
+from ivl.checkpoint import load_model
 from ivl.reservation import Reservation
-from tests.inference.fakes import tiny_directory
+from tests.helpers.engines import tiny_directory
 
 needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux only")
 LOAD = """

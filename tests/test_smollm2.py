@@ -7,19 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from ivl.compose import compose
+from ivl.checkpoint import load_model, save_model
+from ivl.checkpoint.compose import compose
+from ivl.checkpoint.gguf import Gguf
+from ivl.checkpoint.gguf_tokenizer import tokenizer_from_gguf
+from ivl.checkpoint.model_dir import fill
 from ivl.config import SPECIAL_TOKENS
-from ivl.model.checkpoint import load_model, save_model
-from ivl.model.checkpoint.gguf import Gguf
-from ivl.model.checkpoint.model_dir import fill
 from ivl.model.decoder import Decoder
 from ivl.model.vlm import VLM
-from ivl.processing.gguf import tokenizer_from_gguf
 from ivl.processing.processor import Processor
 from ivl.processing.tokenizer import Tokenizer
 from ivl.types import ImageRef, Layout, Message, Text
-from tests.model.checkpoints import random_model, tiny_like
-from tests.packages import smollm2_gguf
+from tests.helpers.checkpoints import random_model, tiny_like
+from tests.helpers.packages import smollm2_gguf
 
 IDS = {
     "Hello, we can use": [19556, 28, 392, 416, 722],

@@ -61,7 +61,7 @@ def ours(out: Path, width: str) -> None:
 
     import torch
 
-    from ivl.model.checkpoint import save_model
+    from ivl.checkpoint import save_model
     from ivl.model.vlm import VLM
     from ivl.processing.processor import Processor
     from ivl.processing.tokenizer import Tokenizer, train_tokenizer

@@ -46,8 +46,8 @@ def ids(ask: Ask, config: Any) -> list[int]:
 def ours(size: str, threads: int) -> Callable[[list[Ask]], int]:
     import torch
 
+    from ivl.checkpoint import load_model
     from ivl.inference.engine import Engine
-    from ivl.model.checkpoint import load_model
     from ivl.types import Message, Prompt, SamplingParams, Text
 
     torch.set_num_threads(threads)
@@ -83,7 +83,7 @@ def transformers(size: str, threads: int) -> Callable[[list[Ask]], int]:
     import torch
     from transformers import GenerationConfig, InternVLForConditionalGeneration
 
-    from ivl.model.checkpoint import load_config
+    from ivl.checkpoint import load_config
     from ivl.model.vlm import normalise
 
     torch.set_num_threads(threads)

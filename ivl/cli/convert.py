@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 if TYPE_CHECKING:
-    from ivl.model.checkpoint.files import Progress
+    from ivl.checkpoint.files import Progress
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Dialect = Literal["internvl_chat", "transformers"]
@@ -53,9 +53,9 @@ def run_convert(
         weights_only: Leave out tokenizer and preprocessor files.
         max_shard_gb: Largest weights file, in GB.
     """
-    from ivl import convert as operation
+    from ivl.checkpoint import convert as operation
     from ivl.errors import InputError
-    from ivl.model.quantized import Scheme, Schemes
+    from ivl.quant.layers import Scheme, Schemes
 
     if max_shard_gb <= 0:
         raise InputError(f"--max-shard-gb is {max_shard_gb}, must be above 0")
@@ -128,8 +128,8 @@ def run_compose(
         seed: Of every drawn number.
         force: Replace out if it is a model directory.
     """
-    from ivl import compose as operation
-    from ivl.convert import DTYPES, new_directory
+    from ivl.checkpoint import compose as operation
+    from ivl.checkpoint.convert import DTYPES, new_directory
 
     with _progress(f"writing {out}") as progress, new_directory(out, force=force) as part:
         operation.compose(vit, llm, projector, part, seed=seed, dtype=DTYPES.get(dtype), dialect=to, progress=progress)
@@ -155,8 +155,8 @@ def run_merge(
         out: Directory to write.
         force: Replace out if it is a model directory.
     """
-    from ivl import compose as operation
-    from ivl.convert import new_directory
+    from ivl.checkpoint import compose as operation
+    from ivl.checkpoint.convert import new_directory
 
     with new_directory(out, force=force) as part:
         operation.merge(model, adapter, part)

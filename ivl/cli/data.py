@@ -11,14 +11,14 @@ import tyro
 
 from ivl.data.config import DataConfig
 from ivl.errors import InputError
-from ivl.progress import counting
+from ivl.utils.progress import counting
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from ivl.data.inspect import Watch
     from ivl.data.records import DataError
-    from ivl.data.stats import Stats
+    from ivl.datasets.inspect import Watch
+    from ivl.datasets.stats import Stats
 
 
 def main(args: list[str]) -> None:
@@ -52,8 +52,8 @@ def validate(
         workers: Processes that look at rows; 0 looks in this one.
         as_json: Print one JSON object a line instead: each problem, then the summary.
     """
-    from ivl.data.inspect import kind_of
-    from ivl.data.stats import Stats, total
+    from ivl.datasets.inspect import kind_of
+    from ivl.datasets.stats import Stats, total
 
     done: list[Stats] = []
     for found in _inspect(mixture, root, format, model, workers):
@@ -97,8 +97,8 @@ def stats(
     """
     from rich.console import Console
 
-    from ivl.data.stats import Stats
-    from ivl.data.stats_report import tables, write_report
+    from ivl.datasets.stats import Stats
+    from ivl.datasets.stats_report import tables, write_report
 
     found = [each for each in _inspect(mixture, root, format, model, workers, languages=True) if isinstance(each, Stats)]
     console = Console()
@@ -114,11 +114,11 @@ def _inspect(
     mixture: str, root: str | None, format: str | None, model: str | None, workers: int, *, languages: bool = False
 ) -> Iterator[DataError | InputError | Stats]:
     """What there is to find, with a progress bar while standard error is a terminal."""
-    from ivl.data.inspect import inspect
+    from ivl.datasets.inspect import inspect
 
     processor = None
     if model:
-        from ivl.model.checkpoint import resolve
+        from ivl.checkpoint import resolve
         from ivl.processing.processor import Processor
 
         processor = Processor.load(resolve(model))

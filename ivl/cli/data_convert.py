@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ivl.progress import counting
+from ivl.utils.progress import counting
 
 Formats = Literal[
     "jsonl", "json", "parquet", "arrow", "webdataset", "reference", "openai", "sharegpt", "swift", "finevision"
@@ -39,7 +39,7 @@ def convert(
         on_error: refuse stops at a bad row; skip leaves it out, prints it and counts it.
         overwrite: Replace DST if it exists.
     """
-    from ivl.data.convert import convert as run
+    from ivl.datasets.convert import convert as run
 
     with counting() as bar:
         task = bar.add_task(target.name, total=None, note="")

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from ivl.errors import InputError
-from ivl.progress import counting
+from ivl.utils.progress import counting
 
 if TYPE_CHECKING:
-    from ivl.data.filters.chain import Chain
-    from ivl.data.filters.judge import Judge
-    from ivl.data.filters.run import Progress
+    from ivl.filters.chain import Chain
+    from ivl.filters.judge import Judge
+    from ivl.filters.run import Progress
 
 
 def filter_data(
@@ -58,8 +58,8 @@ def filter_data(
         ray: Address of a Ray cluster that computes instead, or `local` for one on this machine.
         fresh: Forget what an earlier run left in OUT, but not what the judge said.
     """
-    from ivl.data.filters.chain import load_chain
-    from ivl.data.filters.run import run
+    from ivl.filters.chain import load_chain
+    from ivl.filters.run import run
 
     chain = load_chain(config)
     if mixture is None or out is None:
@@ -88,7 +88,7 @@ def _judge(
     chain: Chain, judge: str | None, url: str | None, model: str | None, key: str, concurrency: int, cache: Path
 ) -> Judge:
     from ivl.cli.generators import connect
-    from ivl.data.filters.judge import Judge
+    from ivl.filters.judge import Judge
 
     if (judge is None) == (url is None) or (url is None) != (model is None):
         raise InputError("name one judge: either --judge DIR, or --judge-url ENDPOINT with --judge-model NAME")

@@ -8,13 +8,13 @@ import tyro
 
 from ivl.data.config import DataConfig, Weighting
 from ivl.errors import InputError
-from ivl.progress import counting
+from ivl.utils.progress import counting
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ivl.data.estimate import PackEstimate
     from ivl.data.loader import Loader
+    from ivl.datasets.estimate import PackEstimate
 
 
 def pack(
@@ -61,8 +61,8 @@ def pack(
     """
     from rich.console import Console
 
+    from ivl.checkpoint import resolve
     from ivl.data.loader import Loader
-    from ivl.model.checkpoint import resolve
     from ivl.processing.processor import Processor
 
     if not dry_run:

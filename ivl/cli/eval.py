@@ -12,11 +12,11 @@ import tyro
 
 from ivl.api import Dtype
 from ivl.errors import InputError
-from ivl.scoring import Style
+from ivl.evaluation.scoring import Style
 
 if TYPE_CHECKING:
     from ivl.evaluation.run import Progress
-    from ivl.inference.scaling import Judge, Reader
+    from ivl.evaluation.voting import Judge, Reader
     from ivl.types import SamplingParams
 
 SAMPLED, REASONED = 0.7, 1024
@@ -114,14 +114,14 @@ def run(
         predictions.unlink(missing_ok=True)
 
     from ivl.api import load
+    from ivl.checkpoint import resolve
+    from ivl.checkpoint.files import fingerprint
     from ivl.evaluation.report import write_page
     from ivl.evaluation.run import evaluate, write_report
     from ivl.evaluation.task import Method
-    from ivl.model.checkpoint import resolve
-    from ivl.model.checkpoint.files import fingerprint
 
     if samples > 1 and out:
-        from ivl.pages import pyplot
+        from ivl.utils.html import pyplot
 
         pyplot()  # a missing library should not show after hours of sampling
     judge, judge_name = connect_judge(judge_model, judge_url, judge_url_model, judge_by) if judging else (None, "")
@@ -179,7 +179,7 @@ def sampling(
 def connect_judge(model: str | None, url: str | None, url_model: str | None, by: str) -> tuple[Judge | Reader, str]:
     """A judge and its name. One that runs here can only answer with a number."""
     from ivl.cli.generators import connect
-    from ivl.inference.scaling import GUIDED_RATING, RATING, Judge, Reader
+    from ivl.evaluation.voting import GUIDED_RATING, RATING, Judge, Reader
 
     generator, name = connect(model, url, url_model)
     if by == "likelihood":

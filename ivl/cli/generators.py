@@ -20,13 +20,13 @@ def connect(
         raise InputError("give either --model DIR, or --url ENDPOINT with --url-model NAME")
     if model is not None:
         from ivl.api import load
-        from ivl.model.checkpoint import resolve
-        from ivl.model.checkpoint.files import fingerprint
+        from ivl.checkpoint import resolve
+        from ivl.checkpoint.files import fingerprint
 
         return load(model).engine, f"{model} {fingerprint(resolve(model))}"
     if url is None or not url_model:
         raise InputError("--url needs --url-model, the name that the endpoint knows the model by")
-    from ivl.inference.remote import RemoteGenerator
+    from ivl.generators.remote import RemoteGenerator
 
     key = os.environ.get(key_variable)
     return RemoteGenerator(url, model=url_model, api_key=key, concurrency=concurrency), f"{url} {url_model}"

@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from ivl.preference.sampling import Progress
-from ivl.progress import counting
+from ivl.utils.progress import counting
 
 
 def main(args: list[str]) -> None:
@@ -115,9 +115,9 @@ def dropout(
         chunk: Replies continued together and saved as one.
     """
     from ivl.cli.generators import connect
-    from ivl.journal import read_journal
     from ivl.preference import sampling
     from ivl.types import SamplingParams
+    from ivl.utils.jsonl import read_journal
 
     total = per_question * sum(1 for _ in read_journal(replies)[1])
     generator, name = connect(model, url, url_model, concurrency=concurrency)

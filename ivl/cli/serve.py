@@ -10,8 +10,8 @@ from typing import Annotated
 import tyro
 
 from ivl.api import Dtype, load
+from ivl.checkpoint import resolve
 from ivl.errors import InputError
-from ivl.model.checkpoint import resolve
 from ivl.serve.auth import load_keys
 from ivl.serve.config import ServeConfig
 from ivl.serve.run import open_socket, run, set_up_log

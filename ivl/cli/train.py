@@ -39,7 +39,7 @@ def train(args: list[str]) -> None:
         return
     resume, args = _take_resume(args)
     if resume is not None:
-        from ivl.train.run import load_train_config, run_dir_of
+        from ivl.runs.run import load_train_config, run_dir_of
 
         run_dir = run_dir_of(resume)
         start, name = dataclasses.replace(load_train_config(run_dir), out_dir=str(run_dir)), f"--resume {resume}"
@@ -59,11 +59,11 @@ def train(args: list[str]) -> None:
         data = dataclasses.replace(config.data, mixture=options.val_mixture, root=None, epochs=1)
         config = dataclasses.replace(config, val_data=data)
     if options.dry_run:
-        from ivl.train.plan import make_plan
+        from ivl.runs.plan import make_plan
 
         print(make_plan(config).describe(config))
         return
-    from ivl.train.run import run
+    from ivl.runs.run import run
 
     final = run(config, resume=resume is not None, allow_changed=options.allow_changed)
     if os.environ.get("RANK", "0") == "0":  # once, however many processes

@@ -22,9 +22,8 @@ import torch
 
 from ivl.data.config import DataConfig
 from ivl.data.mixture import Draw, Mixture
-from ivl.data.records import DataError, Kind
 from ivl.data.transport import Parcel, receive, send
-from ivl.errors import InputError
+from ivl.errors import DataError, DataFault, InputError
 from ivl.processing.image import MAX_PIXELS, load_image
 from ivl.processing.processor import Processor, SampleOptions
 from ivl.processing.video import load_frames
@@ -42,7 +41,7 @@ class Dropped:
     """What came of a bad row."""
 
     source: str
-    kind: Kind
+    kind: DataFault
     problem: str
 
     @property

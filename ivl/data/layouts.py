@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ivl.data.media import MARK
 from ivl.data.pairs import from_conversations
-from ivl.data.problems import DataError
+from ivl.errors import DataError
 from ivl.types import Conversation, ImageRef, Message, Record, Text, VideoRef
 
 Written = Literal["reference", "openai", "sharegpt", "swift"]

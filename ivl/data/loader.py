@@ -15,9 +15,9 @@ from ivl.data.batch import collate
 from ivl.data.config import DataConfig
 from ivl.data.elastic import deal
 from ivl.data.encode import Cache, Cut, Dropped, Encoder, Result, encoding
-from ivl.data.estimate import PackEstimate, estimate
 from ivl.data.mixture import Draw, Mixture, load_mixture
 from ivl.data.packing import Buffer, Packer
+from ivl.datasets.estimate import PackEstimate, estimate
 from ivl.errors import InputError
 from ivl.processing.processor import Processor
 from ivl.types import Batch, Sample
@@ -189,7 +189,7 @@ class Loader:
         self._backlog = deque(backlog)
 
     def estimate_packs(self, sample_rows: int = 64, *, watch: Callable[[], None] | None = None) -> PackEstimate:
-        """Encode some random rows, draw an epoch's lengths from them, and pack those; see ivl.data.estimate.
+        """Encode some random rows, draw an epoch's lengths from them, and pack those; see ivl.datasets.estimate.
 
         watch is called after each row.
         """

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ivl.data.problems import DataError, short
+from ivl.errors import DataError, short
 from ivl.types import ImageRef, Part, Role, Text, VideoRef
 
 Medium = Literal["image", "video"]

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ivl.data.config import Weighting
-from ivl.data.rows import FORMATS, container_of, open_rows
 from ivl.errors import InputError, nearest
+from ivl.formats.rows import FORMATS, container_of, open_rows
 from ivl.types import Record
 
 MAX_REPEAT = 4
@@ -38,7 +38,7 @@ class DatasetSpec:
     length: int | None = None
     """For information only."""
     format: str | None = None
-    """How the rows are read, one of ivl.data.rows.FORMATS; None looks."""
+    """How the rows are read, one of ivl.formats.rows.FORMATS; None looks."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.annotation, str) or not self.annotation or not isinstance(self.root, str):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ivl.data.problems import DataError, short
+from ivl.errors import DataError, short
 
 
 def is_pair(row: dict[str, Any]) -> bool:

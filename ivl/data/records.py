@@ -14,10 +14,10 @@ from typing import Any, Literal
 from ivl.data.layouts import from_record
 from ivl.data.media import RowMedia, Slot
 from ivl.data.pairs import as_conversations, is_pair
-from ivl.data.problems import DataError, Kind, short
+from ivl.errors import DataError, short
 from ivl.types import Conversation, Message, Part, Record, Role, Text
 
-__all__ = ["DataError", "Kind", "Layout", "describe", "from_record", "parse_row", "to_record"]
+__all__ = ["DataError", "Layout", "describe", "from_record", "parse_row", "to_record"]
 
 Layout = Literal["reference", "openai", "sharegpt", "swift", "finevision"]
 """How a row says its turns and media."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ivl.inference.scaling import Candidate, Select, choose
+from ivl.evaluation.voting import Candidate, Select, choose
 
 MOST_SUBSETS, FEWEST_SUBSETS, CHOICES = 200, 10, 100_000
 """Random subsets of each question's replies: so many, but about so many choices in all."""

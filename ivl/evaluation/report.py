@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ivl import pages
 from ivl.evaluation.curve import Point, draw
-from ivl.journal import write_whole
+from ivl.utils import html as pages
+from ivl.utils.files import write_atomic
 
 
 def write_page(path: Path, report: dict[str, Any]) -> None:
@@ -33,7 +33,7 @@ def write_page(path: Path, report: dict[str, Any]) -> None:
         "<h2>Replies</h2>",
         pages.table(["what", "how many"], counts),
     )
-    write_whole(path, pages.page(f"{report['task']}: several replies to a question", *sections))
+    write_atomic(path, pages.page(f"{report['task']}: several replies to a question", *sections))
 
 
 def _figures(value: float, ci95: tuple[float, float] | list[float]) -> tuple[str, str]:

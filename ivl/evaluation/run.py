@@ -16,13 +16,13 @@ from typing import Any
 
 from ivl.errors import InputError
 from ivl.evaluation.curve import curve
+from ivl.evaluation.prompts import reasoned
+from ivl.evaluation.scoring import wilson
 from ivl.evaluation.task import Example, Method, Task
+from ivl.evaluation.voting import Candidate, Rater, choose, rate, sample
 from ivl.generators import Generator, answers_of
-from ivl.inference.scaling import Candidate, Rater, choose, rate, sample
-from ivl.journal import write_whole
-from ivl.processing.prompts import reasoned
-from ivl.scoring import wilson
 from ivl.types import Conversation, SamplingParams
+from ivl.utils.files import write_atomic
 
 PACKAGES = ("ivl", "torch", "tokenizers", "pillow", "easy-vqa")
 """Versions noted in a report."""
@@ -288,4 +288,4 @@ class Predictions:
 def write_report(path: Path, report: dict[str, Any]) -> None:
     """The report as JSON; a reader sees the whole file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(path, json.dumps(report, indent=2, ensure_ascii=False) + "\n")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ivl.errors import InputError
-from ivl.inference.scaling import Select
-from ivl.scoring import Style
+from ivl.evaluation.scoring import Style
+from ivl.evaluation.voting import Select
 from ivl.types import Conversation, SamplingParams
 
 

@@ -17,6 +17,7 @@ from typing import Protocol
 
 import torch
 
+from ivl.cpu.memory import keep_freed_memory
 from ivl.errors import InputError
 from ivl.inference.guide import Guides, Words
 from ivl.inference.prompt import NamedPrompt
@@ -27,7 +28,6 @@ from ivl.inference.scheduler import Scheduler
 from ivl.inference.text import Decoder, TextStream
 from ivl.inference.vision import VisionEncoder, tile_cost, tile_key
 from ivl.model.cache import PagedCache
-from ivl.model.memory import keep_freed_memory
 from ivl.model.vlm import VLM
 from ivl.types import Conversation, Prompt, SamplingParams, TextDelta
 

@@ -6,11 +6,11 @@ import time
 
 import torch
 
+from ivl.cpu.replay import Replays
 from ivl.inference.sampling import Chosen, choose
 from ivl.inference.scheduler import Piece, Plan
 from ivl.inference.vision import VisionEncoder
 from ivl.model.cache import PagedCache
-from ivl.model.replay import Replays
 from ivl.model.vlm import VLM
 
 

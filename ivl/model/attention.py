@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from ivl.model import kernels
+from ivl.cpu import kernels
 from ivl.model.cache import CacheStep
 from ivl.types import Layout
 

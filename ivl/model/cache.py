@@ -8,9 +8,9 @@ from functools import cached_property
 import torch
 
 from ivl.config import DecoderConfig
-from ivl.model import kernels
+from ivl.cpu import kernels
+from ivl.cpu.memory import small_pages
 from ivl.model.blocks import BlockPool
-from ivl.model.memory import small_pages
 from ivl.types import Layout
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ivl.config import DecoderConfig
-from ivl.model import kernels
+from ivl.cpu import kernels
 from ivl.model.attention import attend
 from ivl.model.cache import CacheStep
 from ivl.model.linear import Linear, RMSNorm, in_chunks, product, swiglu

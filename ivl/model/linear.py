@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ivl.model import kernels
-from ivl.model.quantized import QuantLinear
+from ivl.cpu import kernels
+from ivl.quant.layers import QuantLinear
 
 
 class Linear(nn.Linear):

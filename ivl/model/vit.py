@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from ivl.config import VisionConfig
 from ivl.model.attention import attend_all
 from ivl.model.linear import Linear, RMSNorm
-from ivl.model.quantized import QuantLinear
+from ivl.quant.layers import QuantLinear
 
 POSITION_STD = 0.1
 """The reference draws class token and positions from N(0, 1), which drowns the patches of a ViT that is small or untrained."""

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ivl.config import ModelConfig
-from ivl.model import kernels
+from ivl.cpu import kernels
 from ivl.model.cache import CacheStep
 from ivl.model.decoder import Decoder
 from ivl.model.linear import in_chunks

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ivl.evaluation.scoring import ACCEPT, extract, fix_answer, verify
 from ivl.preference.questions import Source
-from ivl.scoring import ACCEPT, extract, fix_answer, verify
 
 
 @dataclass(frozen=True)

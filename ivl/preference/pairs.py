@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ivl.errors import InputError
-from ivl.journal import read_journal, write_whole
+from ivl.evaluation.scoring import COMPARER
 from ivl.preference.grading import Grade, grade
 from ivl.preference.questions import Source
-from ivl.scoring import COMPARER
+from ivl.utils.files import write_atomic
+from ivl.utils.jsonl import read_journal
 
 Kind = Literal["correctness", "format", "dropout"]
 MAX_PAIRS, MAX_PAIRS_HUGE, HUGE = 15, 3, 500_000
@@ -171,7 +172,7 @@ def build_pairs(
             tally.with_pairs += bool(pairs)
             on_progress(done, total)
     meta = {name.removesuffix(".jsonl"): {"annotation": name, "root": "", "data_augment": False} for name in written}
-    write_whole(out / "meta.json", json.dumps(meta, indent=2))
+    write_atomic(out / "meta.json", json.dumps(meta, indent=2))
     return tallies
 
 

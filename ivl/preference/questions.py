@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ivl.errors import InputError, nearest
+from ivl.evaluation.prompts import Domain, Language, Style, ask
+from ivl.evaluation.scoring import Mode, mode_for
 from ivl.processing.chat import user
-from ivl.processing.prompts import Domain, Language, Style, ask
-from ivl.scoring import Mode, mode_for
 from ivl.types import Conversation, ImageRef, Message, Text
 
 
@@ -36,7 +36,7 @@ class Source:
     domain: Domain | None = None
     """Adds the instruction for questions without a checked answer (Dropout-NTP)."""
     mode: Mode = "auto"
-    """How answers are compared, by ivl.scoring.verify; `load_sources` goes by the name where none is given."""
+    """How answers are compared, by ivl.evaluation.scoring.verify; `load_sources` goes by the name where none is given."""
     max_tiles: int | None = None
     """Tiles of an image; None takes the model's."""
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ivl import pages
 from ivl.preference.pairs import Tally, as_json, read_pairs
+from ivl.utils import html as pages
 
 NUM_SAMPLES = 24
 """Pairs shown."""

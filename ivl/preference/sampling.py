@@ -11,9 +11,9 @@ from typing import Any
 
 from ivl.errors import InputError
 from ivl.generators import Generator, replies_of
-from ivl.journal import Journal, read_journal
 from ivl.preference.questions import Question, Source, fingerprint, read_questions
 from ivl.types import Conversation, SamplingParams
+from ivl.utils.jsonl import Journal, read_journal
 
 PARAMS = SamplingParams(temperature=1.0, top_k=50, max_new_tokens=4096)
 """The published settings (spec 6.1)."""

@@ -8,7 +8,7 @@ from functools import cache, lru_cache
 import numpy as np
 from PIL import Image
 
-from ivl.processing import resize
+from ivl.cpu import resize
 
 _STEP = 32
 
@@ -85,7 +85,7 @@ def _tables(quality: int) -> list[np.ndarray]:
 
 @cache
 def _kernel() -> int:
-    from ivl.processing import jpeg_kernel, pixel_kernels
+    from ivl.cpu import jpeg_kernel, pixel_kernels
 
     assert jpeg_kernel.STEP == _STEP
     return pixel_kernels.build("jpeg", jpeg_kernel.degraded)

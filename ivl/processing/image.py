@@ -14,8 +14,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ivl.config import TilingConfig
+from ivl.cpu import resize
 from ivl.errors import InputError
-from ivl.processing import resize
 from ivl.types import ImageRef
 
 MAX_PIXELS = 178_956_970

@@ -10,9 +10,10 @@ from typing import Literal
 import torch
 from PIL.Image import Image
 
+from ivl.checkpoint import processor_files as files
 from ivl.config import ModelConfig, TilingConfig
 from ivl.errors import InputError
-from ivl.processing import chat, files, image, video
+from ivl.processing import chat, image, video
 from ivl.processing.augment import Augmentation, corrupt
 from ivl.processing.degrade import jpeg_
 from ivl.processing.tokenizer import PLACEHOLDER, Tokenizer
@@ -82,7 +83,7 @@ class Processor:
     @classmethod
     def load(cls, directory: str | Path) -> Processor:
         """Reads config.json and the tokenizer of a model directory of either dialect."""
-        from ivl.model.checkpoint import load_config
+        from ivl.checkpoint import load_config
 
         return cls(load_config(directory), Tokenizer.load(directory))
 

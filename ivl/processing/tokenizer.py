@@ -15,9 +15,9 @@ from typing import Any
 
 import tokenizers
 
+from ivl.checkpoint import vocabulary
 from ivl.config import SPECIAL_TOKENS
 from ivl.errors import InputError
-from ivl.processing import vocabulary
 
 IMAGE_START, IMAGE_END, PLACEHOLDER = SPECIAL_TOKENS[:3]
 GROUNDING = SPECIAL_TOKENS[3:]

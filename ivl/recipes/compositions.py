@@ -13,8 +13,8 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from ivl.data import easy_vqa
-from ivl.data.easy_vqa import COLOURS, Split
+from ivl.evaluation.tasks import easy_vqa_rows as easy_vqa
+from ivl.evaluation.tasks.easy_vqa_rows import COLOURS, Split
 
 MIN_PICTURES, MAX_PICTURES = 2, 4
 

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ivl.data import easy_vqa
 from ivl.errors import InputError
+from ivl.evaluation.tasks import easy_vqa_rows as easy_vqa
 from ivl.recipes import alignment, nano
 from ivl.train.config import TrainConfig
 
@@ -157,7 +157,7 @@ def turns(question: str, answer: str) -> list[dict[str, str]]:
 
 def train(recipes: tuple[Recipe, ...]) -> list[dict[str, Any]]:
     """Train stages one after another, or go on with them; what each took."""
-    from ivl.train.distributed import spawn
+    from ivl.train.world import spawn
 
     spawn(train_stages, (recipes,), nano.RANKS)
     return [json.loads((Path(recipe().run_dir) / RECORD).read_text()) for recipe in recipes]
@@ -178,7 +178,7 @@ def train_stages(recipes: tuple[Recipe, ...]) -> None:
 
 def train_stage(config: TrainConfig, is_main: bool) -> None:
     """Train one stage or go on with it, and leave a record of what it took."""
-    from ivl.train.run import run
+    from ivl.runs.run import run
 
     began = time.monotonic()
     if not (Path(config.run_dir) / "model").exists():

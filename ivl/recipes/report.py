@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ivl import pages
-from ivl.data import easy_vqa
+from ivl.evaluation.tasks import easy_vqa_rows as easy_vqa
+from ivl.utils import html as pages
 
 NUM_EXAMPLES = 24
 STYLE = ".grid img { height: 6rem; image-rendering: pixelated; display: block; border: 1px solid #ddd }"

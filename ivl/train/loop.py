@@ -14,12 +14,12 @@ from torch import nn
 
 from ivl.errors import InputError
 from ivl.train.config import TrainConfig
-from ivl.train.distributed import World, in_step, is_sharded, whole
 from ivl.train.metrics import Board, MetricsLog, Screen, peak_memory_gb
 from ivl.train.objectives import Objective, flip_tiles, sft_objective
 from ivl.train.optim import Optimizer, lr_factor
 from ivl.train.stage import set_modes, trainable
 from ivl.train.state import load_trainer, save_checkpoint
+from ivl.train.world import World, in_step, is_sharded, whole
 from ivl.types import Batch
 
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 
 from ivl.model.vlm import VLM
-from ivl.train.distributed import is_sharded
 from ivl.train.losses import linear_cross_entropy
+from ivl.train.world import is_sharded
 from ivl.types import Batch, Loss
 
 Objective = Callable[[VLM, Batch], Loss]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ivl.train.config import OptimConfig
-from ivl.train.distributed import part_of, whole
+from ivl.train.world import part_of, whole
 
 
 class Optimizer:

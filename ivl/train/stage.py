@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ivl.errors import InputError
-from ivl.model.lora import add_lora, lora_parameters
+from ivl.lora.layers import add_lora, lora_parameters
 from ivl.model.vlm import VLM
 from ivl.train.config import Stage, TrainConfig
 

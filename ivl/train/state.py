@@ -24,8 +24,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ivl.errors import InputError
-from ivl.journal import sync
-from ivl.train.distributed import World
+from ivl.train.world import World
+from ivl.utils.files import sync
 
 MARKER = "COMPLETE"
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from ivl.data.config import DataConfig
 from ivl.data.elastic import deal
 from ivl.data.loader import Loader
-from ivl.data.rows import write_jsonl
+from ivl.formats.rows import write_jsonl
 from tests.data.test_loader import loader
-from tests.data.world import make_rows, processor, same, turns
+from tests.helpers.mixtures import make_rows, processor, same, turns
 
 EPOCHS = 3
 

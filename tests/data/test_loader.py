@@ -20,11 +20,11 @@ from ivl.data.encode import Encoder
 from ivl.data.loader import Loader
 from ivl.data.mixture import Draw
 from ivl.data.records import DataError
-from ivl.data.rows import write_jsonl
 from ivl.errors import InputError
+from ivl.formats.rows import write_jsonl
 from ivl.types import Sample
 from tests.data.test_records import json_values
-from tests.data.world import make_file, make_rows, picture, processor, same, turns
+from tests.helpers.mixtures import make_file, make_rows, picture, processor, same, turns
 
 NUM_ROWS = 60
 

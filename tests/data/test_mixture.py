@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ivl.data.mixture import DatasetSpec, Mixture, Permutation, load_mixture, weighted
-from ivl.data.rows import write_jsonl
 from ivl.errors import InputError
-from tests.data.world import turns
+from ivl.formats.rows import write_jsonl
+from tests.helpers.mixtures import turns
 
 
 def rows_file(path, count):

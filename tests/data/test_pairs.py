@@ -8,8 +8,8 @@ from ivl.data.config import DataConfig
 from ivl.data.layouts import from_record
 from ivl.data.loader import Loader
 from ivl.data.records import DataError, to_record
-from ivl.data.rows import write_jsonl
-from tests.data.world import picture, processor, turns
+from ivl.formats.rows import write_jsonl
+from tests.helpers.mixtures import picture, processor, turns
 
 PAIR = {"id": "p", "question": "what is this", "chosen": "a red circle", "rejected": "a square"}
 

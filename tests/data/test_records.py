@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ivl.data.records import DataError, to_record
 from ivl.types import ImageRef, Message, Text, VideoRef
-from tests.data.world import turns
+from tests.helpers.mixtures import turns
 
 ROOT = Path("/media")
 

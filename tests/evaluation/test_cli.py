@@ -9,7 +9,7 @@ import pytest
 
 from ivl.cli.eval import evaluate
 from ivl.errors import InputError
-from tests.inference.fakes import tiny_directory
+from tests.helpers.engines import tiny_directory
 
 
 def test_eval_writes_report_and_predictions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ivl.cli.eval import evaluate
-from tests.inference.fakes import tiny_directory
+from tests.helpers.engines import tiny_directory
 
 KILLS, EXAMPLES = 20, 320
 

@@ -16,9 +16,9 @@ import pytest
 
 from ivl.errors import InputError
 from ivl.evaluation.run import Progress, evaluate, write_report
+from ivl.evaluation.scoring import exact_match, wilson
 from ivl.evaluation.task import Example
 from ivl.evaluation.tasks import TASKS, find
-from ivl.scoring import exact_match, wilson
 from ivl.types import Conversation, Message, SamplingParams, Text, TextDelta
 
 
@@ -164,7 +164,7 @@ def test_easy_vqa_is_the_official_test_split() -> None:
 
 def test_training_asks_what_evaluation_asks() -> None:
     pytest.importorskip("easy_vqa")
-    from ivl.data import easy_vqa
+    from ivl.evaluation.tasks import easy_vqa_rows as easy_vqa
 
     for row, example in zip(easy_vqa.rows("test")[:50], find("easy-vqa").examples(), strict=False):
         trained = easy_vqa.conversation(row, answered=True)

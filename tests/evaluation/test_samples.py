@@ -15,12 +15,12 @@ from ivl.cli.eval import evaluate as command
 from ivl.errors import InputError
 from ivl.evaluation.curve import by_size, curve, interval
 from ivl.evaluation.run import evaluate
+from ivl.evaluation.scoring import exact_match
 from ivl.evaluation.task import Example, Method
+from ivl.evaluation.voting import Candidate
 from ivl.generators import Said
-from ivl.inference.scaling import Candidate
-from ivl.scoring import exact_match
 from ivl.types import Conversation, Message, SamplingParams, Text
-from tests.inference.fakes import tiny_directory
+from tests.helpers.engines import tiny_directory
 
 VOTED = Method(style="final_answer", samples=8)
 NUM = 40

@@ -13,7 +13,7 @@ from ivl.errors import InputError
 from ivl.inference.engine import Engine, Reply
 from ivl.model.vlm import VLM
 from ivl.types import Conversation, ImageRef, SamplingParams
-from tests.inference.fakes import FIRST_CHARACTER, FakeProcessor, ask, assert_idle, lively_model, picture, tiny_engine
+from tests.helpers.engines import FIRST_CHARACTER, FakeProcessor, ask, assert_idle, lively_model, picture, tiny_engine
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 from ivl.inference.engine import Engine, Request
 from ivl.model.vlm import VLM
 from ivl.types import Conversation, ImageRef, Message, SamplingParams, Text
-from tests.inference.fakes import ask, assert_idle, lively_model, picture, tiny_engine
+from tests.helpers.engines import ask, assert_idle, lively_model, picture, tiny_engine
 from tests.inference.test_engine import MIXED, requests
 
 IMAGES = tuple(ImageRef(picture(n), 3) for n in range(4))

@@ -23,7 +23,7 @@ from ivl.processing.processor import Processor
 from ivl.processing.tokenizer import Tokenizer, train_tokenizer
 from ivl.types import Guide, SamplingParams
 from tests.conftest import tiny_config
-from tests.inference.fakes import ask, assert_idle, enliven
+from tests.helpers.engines import ask, assert_idle, enliven
 
 CHOICES = (
     "red",

@@ -10,11 +10,11 @@ from PIL import Image
 
 from ivl.data.mixture import Mixture, load_mixture
 from ivl.errors import InputError
-from ivl.journal import Journal
+from ivl.evaluation.scoring import COMPARER
 from ivl.preference.pairs import Tally, build_pairs, correctness_pairs
 from ivl.preference.questions import Source
 from ivl.preference.report import write_report
-from ivl.scoring import COMPARER
+from ivl.utils.jsonl import Journal
 
 
 def reply(answer: str, *, reason: str = "one\ntwo", finish: str = "stop") -> dict:

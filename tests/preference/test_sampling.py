@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 
 from ivl.errors import InputError
-from ivl.journal import Journal, read_journal
+from ivl.evaluation.prompts import ask
 from ivl.preference.pairs import join
 from ivl.preference.questions import load_sources, read_questions
 from ivl.preference.sampling import continue_without_images, first_words, sample
-from ivl.processing.prompts import ask
 from ivl.types import Conversation, ImageRef, SamplingParams
+from ivl.utils.jsonl import Journal, read_journal
 
 
 @dataclass(frozen=True)

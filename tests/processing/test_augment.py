@@ -13,7 +13,7 @@ from ivl.data.config import DataConfig
 from ivl.data.loader import Loader
 from ivl.processing.augment import CORRUPTIONS, Augmentation, corrupt
 from ivl.processing.image import tile_image
-from tests.data import world
+from tests.helpers import mixtures as world
 
 SMOOTH = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)).resize((160, 120))
 

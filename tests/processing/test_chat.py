@@ -12,7 +12,7 @@ from ivl.errors import InputError
 from ivl.processing.chat import INTERNVL2_5_SYSTEM, OLDER_SYSTEM, TEMPLATES, render, user
 from ivl.processing.tokenizer import train_tokenizer
 from ivl.types import ImageRef, Message, Text, VideoRef
-from tests.processing.conftest import CORPUS
+from tests.helpers.processors import CORPUS
 
 TOKENIZER = train_tokenizer(CORPUS, 400)
 TOKENIZER.add_special(["<|end|>", "<|user|>", "<|system|>", "<|assistant|>"])

@@ -16,7 +16,7 @@ from ivl.processing.chat import render, user
 from ivl.processing.image import tile_image
 from ivl.processing.processor import Processor, SampleOptions
 from ivl.types import IGNORE, ImageRef, Message, Record, Text, VideoRef
-from tests.processing.conftest import processor_for
+from tests.helpers.processors import processor_for
 
 
 def says(text: str) -> Message:
@@ -220,7 +220,7 @@ def test_tokenizer_of_another_model_is_refused(tokenizer):
 
 @pytest.mark.parametrize("dialect", ["internvl_chat", "transformers"])
 def test_saved_and_loaded_beside_a_model(tokenizer, images, tmp_path, dialect):
-    from ivl.model.checkpoint import save_model
+    from ivl.checkpoint import save_model
     from ivl.model.vlm import VLM
 
     ours = processor_for(tokenizer, "plain-chatml", max_tiles=6, min_tiles=2)

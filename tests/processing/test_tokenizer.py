@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ivl.checkpoint.vocabulary import QWEN_ADDED, _letters_of_bytes
 from ivl.config import SPECIAL_TOKENS
 from ivl.errors import InputError
 from ivl.processing.tokenizer import GROUNDING, Tokenizer, train_tokenizer
-from ivl.processing.vocabulary import QWEN_ADDED, _letters_of_bytes
-from tests.processing.conftest import CORPUS
+from tests.helpers.processors import CORPUS
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *SPECIAL_TOKENS[:3])
 plain = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]))

@@ -22,7 +22,7 @@ from ivl.processing.chat import TEMPLATES
 from ivl.processing.processor import Processor
 from ivl.processing.tokenizer import train_tokenizer
 from ivl.types import ImageRef, Message, Text
-from tests.processing.conftest import processor_for
+from tests.helpers.processors import processor_for
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers")

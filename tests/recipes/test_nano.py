@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("easy_vqa")
 
-from ivl.data import easy_vqa
+from ivl.evaluation.tasks import easy_vqa_rows as easy_vqa
 from ivl.recipes import nano
 from ivl.recipes.quickstart import STAGES, prepare
 
@@ -36,8 +36,8 @@ def test_a_negated_question_states_its_words_when_answered_no() -> None:
 
 
 def test_every_stage_runs_on_what_the_stage_before_left(tmp_path, monkeypatch) -> None:
-    from ivl.model.checkpoint import load_model
-    from ivl.train.run import run
+    from ivl.checkpoint import load_model
+    from ivl.runs.run import run
 
     monkeypatch.chdir(tmp_path)
     prepare(tmp_path / nano.RUN)

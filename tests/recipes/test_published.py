@@ -9,7 +9,7 @@ from ivl.config import SIZES
 from ivl.errors import InputError
 from ivl.recipes import find
 from ivl.recipes.published import RECIPES, STAGES
-from ivl.train.plan import make_plan
+from ivl.runs.plan import make_plan
 
 PARTS = {
     "stage1": ("projector",),

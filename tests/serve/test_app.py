@@ -20,8 +20,8 @@ from ivl.serve.guard import JSONLines
 from ivl.serve.media import MediaGateway
 from ivl.serve.service import Service
 from ivl.types import ImageRef
-from tests.inference.fakes import picture
-from tests.serve.servers import CONFIG, KEY, data_url, engine, says
+from tests.helpers.engines import picture
+from tests.helpers.servers import CONFIG, KEY, data_url, engine, says
 
 CHAT = "/v1/chat/completions"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.serve_fuzz import fuzz
-from tests.serve.servers import engine, running
+from tests.helpers.servers import engine, running
 
 
 def test_no_random_request_is_answered_with_5xx(tmp_path: Path) -> None:

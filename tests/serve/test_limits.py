@@ -17,9 +17,9 @@ import pytest
 from ivl.inference.engine import Engine
 from ivl.serve.service import Stream
 from ivl.types import ImageRef, SamplingParams
-from tests.inference.fakes import ask, assert_idle, picture
-from tests.serve import servers
-from tests.serve.servers import CONFIG, KEY, Running, data_url, engine, running, says
+from tests.helpers import servers
+from tests.helpers.engines import ask, assert_idle, picture
+from tests.helpers.servers import CONFIG, KEY, Running, data_url, engine, running, says
 
 CHAT = "/v1/chat/completions"
 HEADERS = {"Authorization": f"Bearer {KEY}"}

@@ -14,8 +14,8 @@ from ivl.processing.image import load_image, load_pixels, tile_image
 from ivl.processing.video import load_frames
 from ivl.serve.media import MediaConfig, MediaError, MediaGateway
 from ivl.types import ImageRef, VideoRef
-from tests.serve import samples
-from tests.serve.samples import data_url
+from tests.helpers import media as samples
+from tests.helpers.media import data_url
 
 
 def image(url: str, **limits: object) -> ImageRef:

@@ -11,8 +11,8 @@ import pytest
 
 from ivl.inference.engine import Engine
 from ivl.types import ImageRef, SamplingParams
-from tests.inference.fakes import ask, picture
-from tests.serve.servers import KEY, Running, data_url, engine, running, says
+from tests.helpers.engines import ask, picture
+from tests.helpers.servers import KEY, Running, data_url, engine, running, says
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ import pytest
 from ivl.inference.engine import Engine
 from ivl.serve.examples import write_examples
 from ivl.types import SamplingParams
-from tests.inference.fakes import assert_idle, picture
-from tests.serve.servers import KEY, Running, engine, running, saved, slow
+from tests.helpers.engines import assert_idle, picture
+from tests.helpers.servers import KEY, Running, engine, running, saved, slow
 
 pytest.importorskip("gradio", reason="the page needs gradio")
 CHROMIUM = shutil.which("chromium")

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.inference.fakes import tiny_directory
+from tests.helpers.engines import tiny_directory
 
 CHILD = """
 import json, os, sys, time
@@ -154,7 +154,7 @@ REFUSED = {
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """All in one process that knows the good model, and reports what the interpreter's audit events say of the others."""
-    from tests.serve.samples import encoded
+    from tests.helpers.media import encoded
 
     root = tmp_path_factory.mktemp("models")
     good = tiny_directory(root / "good")

@@ -13,7 +13,7 @@ import pytest
 from ivl.serve import fetch
 from ivl.serve.fetch import Fetcher, is_public
 from ivl.serve.media import MediaConfig, MediaError, MediaGateway
-from tests.serve import samples
+from tests.helpers import media as samples
 
 IMAGE = samples.encoded("PNG")
 HERE, INSIDE = "127.0.0.1", "127.0.0.2"

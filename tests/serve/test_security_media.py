@@ -20,8 +20,8 @@ from ivl.errors import InputError
 from ivl.processing.image import load_pixels
 from ivl.processing.video import load_frames
 from ivl.serve.media import MediaConfig, MediaError, MediaGateway
-from tests.serve import samples
-from tests.serve.samples import data_url
+from tests.helpers import media as samples
+from tests.helpers.media import data_url
 
 ROUNDS = int(os.environ.get("IVL_FUZZ", "5000"))
 """Bad images and bad addresses; a fifth as many bad videos."""

@@ -14,8 +14,8 @@ from ivl.serve.config import ServeConfig
 from ivl.serve.problems import Problem
 from ivl.serve.service import Service, follow
 from ivl.types import ImageRef, SamplingParams
-from tests.inference.fakes import ask, assert_idle, picture
-from tests.serve.servers import engine
+from tests.helpers.engines import ask, assert_idle, picture
+from tests.helpers.servers import engine
 
 SHORT, LONG = SamplingParams(max_new_tokens=8), SamplingParams(max_new_tokens=400, seed=0, temperature=1.0)
 

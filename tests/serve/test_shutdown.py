@@ -18,8 +18,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.inference.fakes import tiny_directory
-from tests.serve.servers import KEY, data_url, says
+from tests.helpers.engines import tiny_directory
+from tests.helpers.servers import KEY, data_url, says
 
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 CHAT = "/v1/chat/completions"

@@ -19,8 +19,8 @@ from ivl.serve.guard import Note
 from ivl.serve.service import Service
 from ivl.serve.talk import Session, Settings, Talk, View, as_markdown
 from ivl.types import ImageRef, Message, SamplingParams, Text, VideoRef
-from tests.inference.fakes import assert_idle, picture
-from tests.serve.servers import CONFIG, engine, saved, slow
+from tests.helpers.engines import assert_idle, picture
+from tests.helpers.servers import CONFIG, engine, saved, slow
 
 SETTINGS = Settings(params=SamplingParams(max_new_tokens=12), max_tiles=3, num_frames=2)
 LONG = replace(SETTINGS, params=SamplingParams(max_new_tokens=300, ignore_eos=True))

@@ -9,12 +9,12 @@ import pytest
 from safetensors.torch import load_file
 
 from ivl.data.config import DataConfig
+from ivl.runs.run import run
 from ivl.train import loop
 from ivl.train.config import OptimConfig, Stage, TrainConfig
 from ivl.train.loop import Evaluator
-from ivl.train.run import run
-from tests.data.world import make_file, processor
-from tests.train.ranks import on_ranks
+from tests.helpers.mixtures import make_file, processor
+from tests.helpers.ranks import on_ranks
 
 ROWS, EPOCHS = 40, 2
 

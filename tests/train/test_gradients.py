@@ -11,14 +11,14 @@ from ivl.data.config import DataConfig
 from ivl.data.loader import Loader
 from ivl.model.vlm import VLM
 from ivl.train.config import OptimConfig
-from ivl.train.distributed import World, start_world, stop_world
 from ivl.train.loop import BatchList, train
 from ivl.train.objectives import forward_batch
 from ivl.train.optim import Optimizer
+from ivl.train.world import World, start_world, stop_world
 from ivl.types import Batch
-from tests.data.world import make_file, processor
-from tests.train.conftest import tiny_train
-from tests.train.ranks import on_ranks
+from tests.helpers.mixtures import make_file, processor
+from tests.helpers.ranks import on_ranks
+from tests.helpers.training import tiny_train
 
 AVERAGINGS = ("token", "sample", "square")
 Gradients = dict[str, torch.Tensor]

@@ -14,14 +14,14 @@ from ivl.config import LoraConfig
 from ivl.errors import InputError
 from ivl.model.vlm import VLM
 from ivl.train.config import OptimConfig, Stage
-from ivl.train.distributed import World
 from ivl.train.loop import BatchList, Evaluator, train
 from ivl.train.objectives import sft_objective
 from ivl.train.optim import Optimizer
 from ivl.train.stage import apply_stage
+from ivl.train.world import World
 from ivl.types import IGNORE, Batch, Layout, Loss
 from tests.conftest import tiny_config
-from tests.train.conftest import tiny_batch, tiny_train
+from tests.helpers.training import tiny_batch, tiny_train
 
 
 def new_model(config, seed: int = 0) -> VLM:

@@ -8,7 +8,7 @@ from ivl.train.config import OptimConfig, Stage
 from ivl.train.optim import Optimizer, decays, is_hidden_matrix, lr_factor
 from ivl.train.stage import apply_stage, check_start, count_by_part, trainable
 from tests.conftest import tiny_config
-from tests.train.conftest import tiny_train
+from tests.helpers.training import tiny_train
 
 
 def staged(**changes) -> VLM:

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import torch
 
+from ivl.runs.run import build_model, load_model, save_model
 from ivl.train import state
 from ivl.train.config import OptimConfig, Stage
-from ivl.train.distributed import World
 from ivl.train.loop import BatchList, train
 from ivl.train.metrics import MetricsLog
-from ivl.train.run import build_model, load_model, save_model
 from ivl.train.stage import apply_stage
+from ivl.train.world import World
 from tests.conftest import tiny_config
-from tests.train.conftest import tiny_batch, tiny_train
+from tests.helpers.training import tiny_batch, tiny_train
 
 STEPS, KILLS = 40, 20
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ivl.data import easy_vqa
+from ivl.evaluation.scoring import exact_match
 from ivl.evaluation.task import Example
-from ivl.scoring import exact_match
+from ivl.evaluation.tasks import easy_vqa_rows as easy_vqa
 from ivl.types import SamplingParams
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."

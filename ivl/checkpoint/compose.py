@@ -1,0 +1,340 @@
+"""Model directories out of other model directories: compose one from parts, merge an adapter into one.
+
+Composing is how progressive scaling works: a ViT trained beside a small language model moves to a larger one (spec 4.5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ivl.checkpoint import load_config, load_model, resolve, save_model
+from ivl.checkpoint.config_json import Section, decoder_from, dialect_of, family_of, tied, vision_from
+from ivl.checkpoint.config_write import generation_json, to_json
+from ivl.checkpoint.files import Progress, Source, Weights, check_entries, read_json, write_json, write_shards
+from ivl.checkpoint.gguf import Gguf
+from ivl.checkpoint.gguf_tokenizer import tokenizer_from_gguf
+from ivl.checkpoint.keymaps import Dialect, Entry, decoder_map, key_map, vision_map
+from ivl.checkpoint.model_dir import empty_model, open_weights, read, untie
+from ivl.config import SPECIAL_TOKENS, DecoderConfig, ModelConfig, VisionConfig, published_config
+from ivl.errors import InputError
+from ivl.lora.layers import load_adapter, merge_lora
+from ivl.model.decoder import Decoder
+from ivl.model.projector import Projector
+from ivl.model.vit import VisionTransformer
+from ivl.processing.processor import Processor
+from ivl.processing.tokenizer import Tokenizer, token_text
+
+CHATML = ("<|im_start|>", "<|im_end|>")
+NEW_ROW_STD = 0.02
+"""Deviation of embedding rows that no checkpoint has (spec 1.3)."""
+_DEFAULTS = published_config("1B")
+"""Tiling, layer, template and pixel shuffle of parts that are no InternVL and say nothing about them."""
+_INTERNVL = ("internvl_chat", "internvl")
+_VISION_ALONE: dict[str, Dialect] = {"intern_vit_6b": "internvl_chat", "internvl_vision": "transformers"}
+
+Tensors = dict[str, Callable[[], torch.Tensor]]
+"""Our parameter names and how to get each."""
+
+
+def compose(
+    vit: str | Path,
+    llm: str | Path,
+    projector: str | Path | None,
+    out: str | Path,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    dialect: Dialect = "internvl_chat",
+    progress: Progress | None = None,
+) -> ModelConfig:
+    """Write a complete model made of a ViT, a language model and a projector.
+
+    The special tokens that the language model lacks are added to its tokenizer; the vocabulary becomes exactly that of the
+    tokenizer (spec 1.3, 11): embedding rows that exist are kept, others are drawn with deviation 0.02; the output rows of
+    added tokens are the mean of all rows before them. Weights are streamed, one shard at a time.
+
+    Args:
+        vit: an InternViT or an InternVL, directory or hub id.
+        llm: a Qwen2.5, InternLM2.5, LLaMA-shaped or InternVL model, directory or hub id; or a GGUF file.
+        projector: an InternVL to take it from; None draws a fresh one.
+        seed: of every drawn number.
+        dtype: of the written weights; None is the narrowest that holds every part unchanged.
+
+    Raises:
+        InputError: if a part is unreadable, parts do not fit each other, or out is one of the sources.
+    """
+    seeing = _vision_part(resolve(vit))
+    speaking = _language_part(llm)
+    parts = [seeing, speaking]
+    tokenizer, added = _extended(speaking.tokenizer, speaking.decoder.vocab_size, llm)
+    sees, speaks = seeing.whole or _DEFAULTS, speaking.whole or _DEFAULTS
+    chat_end = tokenizer.id(CHATML[1])
+    config = ModelConfig(
+        vision=seeing.vision,
+        decoder=replace(speaking.decoder, vocab_size=len(tokenizer)),
+        tiling=replace(sees.tiling, tile_size=seeing.vision.image_size),
+        image_token_id=tokenizer.id(SPECIAL_TOKENS[2]),
+        eos_token_ids=speaking.eos_ids if chat_end in speaking.eos_ids else (chat_end, *speaking.eos_ids),
+        pad_token_id=speaking.pad_id,
+        bos_token_id=tokenizer.bos,
+        select_layer=sees.select_layer,
+        pixel_shuffle=sees.pixel_shuffle,
+        template=speaks.template,
+        system_message=speaks.system_message,
+    )
+    tensors = {**seeing.tensors, **_resized(speaking.tensors, config.decoder, added, seed)}
+    if projector is None:
+        tensors |= _fresh_projector(config, seed)
+    else:
+        joining = _projector_part(resolve(projector), config)
+        parts.append(joining)
+        tensors |= joining.tensors
+    target = _not_a_source(out, *(part.place for part in parts))
+    dtype = dtype or _widest([part.dtype for part in parts])
+    described = to_json(config, dialect, str(dtype).removeprefix("torch."))
+    target.mkdir(parents=True, exist_ok=True)
+    model = empty_model(config)
+    write_shards(
+        target,
+        key_map(model, dialect),
+        dict(model.named_parameters()),
+        lambda entry: tensors[entry.ours](),
+        dtype=dtype,
+        progress=progress,
+    )
+    write_json(target / "generation_config.json", generation_json(config))
+    write_json(target / "config.json", described)
+    Processor(config, tokenizer).save(target)
+    return config
+
+
+def merge(model: str | Path, adapter: str | Path, out: str | Path) -> None:
+    """Fold a LoRA adapter into its model and write a directory that needs neither, in the model's dialect.
+
+    Raises:
+        InputError: if the model or the adapter is unreadable, or they do not fit each other.
+    """
+    directory = resolve(model)
+    target = _not_a_source(out, directory, Path(adapter))
+    merged = load_model(directory, quantized=False)
+    processor = Processor.load(directory)
+    load_adapter(merged, adapter)
+    merge_lora(merged)
+    save_model(merged, target, dialect=dialect_of(directory))
+    processor.save(target)
+
+
+def _not_a_source(out: str | Path, *sources: Path) -> Path:
+    """Weights are mapped from their files while others are written, so no source may be written over."""
+    for source in sources:
+        if Path(out).resolve() == (source.parent if source.is_file() else source).resolve():
+            raise InputError(f"{out}: is also a source; name a new directory")
+    return Path(out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """Something to take tensors from."""
+
+    place: Path
+    dtype: torch.dtype
+    tensors: Tensors
+    whole: ModelConfig | None = None
+    """The InternVL model it is a part of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _VisionPart(_Part):
+    vision: VisionConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LanguagePart(_Part):
+    decoder: DecoderConfig
+    tokenizer: Tokenizer
+    eos_ids: tuple[int, ...]
+    pad_id: int | None
+
+
+def _tensors(entries: Sequence[Entry], weights: Source, ours: str = "") -> Tensors:
+    """Entries whose parameter name starts with `ours`."""
+    return {e.ours: lambda e=e: read(e, weights) for e in entries if e.ours.startswith(ours)}
+
+
+def _checked(module: nn.Module, entries: Sequence[Entry], weights: Source, prefix: str) -> Tensors:
+    """Tensors of a part that is a checkpoint of its own, after comparing names and shapes."""
+    check_entries(entries, {f"{prefix}{name}": p.shape for name, p in module.named_parameters()}, weights)
+    return _tensors(entries, weights)
+
+
+def _top(directory: Path) -> Section:
+    return Section(read_json(directory / "config.json"), str(directory / "config.json"))
+
+
+def _whole(directory: Path, ours: str) -> tuple[_Part, ModelConfig]:
+    """One part of an InternVL directory; the whole directory is checked."""
+    config = load_config(directory)
+    weights, entries = open_weights(directory, empty_model(config))
+    tensors = _tensors(entries, weights, ours)
+    return _Part(place=directory, dtype=weights.main_dtype, tensors=tensors, whole=config), config
+
+
+def _vision_part(directory: Path) -> _VisionPart:
+    top = _top(directory)
+    kind = top.get("model_type")
+    if kind in _INTERNVL:
+        part, config = _whole(directory, "vision.")
+        return _VisionPart(**vars(part), vision=config.vision)
+    if kind not in _VISION_ALONE:
+        known = ", ".join((*_VISION_ALONE, *_INTERNVL))
+        raise InputError(f"{top.place}: model_type is {kind!r}; a ViT comes from one of {known}")
+    config = vision_from(top)
+    with torch.device("meta"):
+        module = VisionTransformer(config)
+    weights = Weights(directory)
+    tensors = _checked(module, vision_map(module, _VISION_ALONE[kind], ours="vision."), weights, "vision.")
+    return _VisionPart(place=directory, dtype=weights.main_dtype, tensors=tensors, vision=config)
+
+
+def _language_part(llm: str | Path) -> _LanguagePart:
+    if str(llm).endswith(".gguf"):
+        return _gguf_part(Path(llm).expanduser())
+    directory = resolve(llm)
+    top = _top(directory)
+    tokenizer = Tokenizer.load(directory)
+    if top.get("model_type") in _INTERNVL:
+        part, whole = _whole(directory, "decoder.")
+        ends = {"eos_ids": whole.eos_token_ids, "pad_id": whole.pad_token_id}
+        return _LanguagePart(**vars(part), **ends, decoder=whole.decoder, tokenizer=tokenizer)
+    config = decoder_from(top, family_of(top))
+    with torch.device("meta"):
+        module = Decoder(config)
+    weights = Weights(directory)
+    entries = decoder_map(module, internlm2=config.family == "internlm2", ours="decoder.")
+    if tied(directory):
+        untie(entries, weights, "decoder.")
+    return _LanguagePart(
+        place=directory,
+        dtype=weights.main_dtype,
+        tensors=_checked(module, entries, weights, "decoder."),
+        decoder=config,
+        tokenizer=tokenizer,
+        eos_ids=_eos_ids(directory),
+        pad_id=_pad_id(tokenizer),
+    )
+
+
+def _gguf_part(path: Path) -> _LanguagePart:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    file = Gguf(path)
+    with torch.device("meta"):
+        module = Decoder(file.config)
+    entries = [replace(entry, ours=f"decoder.{entry.ours}") for entry in file.key_map(module)]
+    words = file.vocabulary()
+    tokenizer = tokenizer_from_gguf(words)
+    return _LanguagePart(
+        place=path,
+        dtype=file.main_dtype,
+        tensors=_checked(module, entries, file, "decoder."),
+        decoder=file.config,
+        tokenizer=tokenizer,
+        eos_ids=() if words.eos is None else (words.eos,),
+        pad_id=_pad_id(tokenizer),
+    )
+
+
+def _pad_id(tokenizer: Tokenizer) -> int | None:
+    text = token_text(tokenizer.config.get("pad_token"))
+    return None if text is None else tokenizer.id(text)
+
+
+def _eos_ids(directory: Path) -> tuple[int, ...]:
+    """Where the language model alone ends a reply: generation_config.json, else config.json."""
+    for name in ("generation_config.json", "config.json"):
+        if (directory / name).exists():
+            value = read_json(directory / name).get("eos_token_id")
+            if value is None:
+                continue
+            ids = tuple(i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int))
+            if not ids:
+                raise InputError(f"{directory / name}: eos_token_id is {value!r}, expected an id or a list of ids")
+            return ids
+    return ()
+
+
+def _projector_part(directory: Path, config: ModelConfig) -> _Part:
+    """The projector of an InternVL directory, if it joins the two parts.
+
+    Raises:
+        InputError: with both shapes, if it does not.
+    """
+    kind = _top(directory).get("model_type")
+    if kind not in _INTERNVL:
+        raise InputError(
+            f"{directory}: model_type is {kind!r}; a projector comes from an InternVL model ({', '.join(_INTERNVL)})"
+        )
+    part, theirs = _whole(directory, "projector.")
+    have = (4 * theirs.vision.width, theirs.decoder.width)
+    need = (4 * config.vision.width, config.decoder.width)
+    if have != need:
+        raise InputError(
+            f"{directory}: its projector maps {have[0]} to {have[1]} numbers, but these parts need {need[0]} to {need[1]}; "
+            "leave the projector out to start a fresh one"
+        )
+    if theirs.pixel_shuffle != config.pixel_shuffle:
+        raise InputError(
+            f"{directory}: its projector reads pixel shuffle {theirs.pixel_shuffle}, the ViT's is {config.pixel_shuffle}"
+        )
+    return part
+
+
+def _fresh_projector(config: ModelConfig, seed: int) -> Tensors:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = Projector(config.vision.width, config.decoder.width)
+        module.init_weights()
+    return {f"projector.{name}": lambda p=p: p.detach() for name, p in module.named_parameters()}
+
+
+def _extended(tokenizer: Tokenizer, num_rows: int, place: str | Path) -> tuple[Tokenizer, int]:
+    """The tokenizer with every special token, and how many were added."""
+    if len(tokenizer) > num_rows:
+        raise InputError(f"{place}: the tokenizer has {len(tokenizer)} tokens but the model only {num_rows} rows")
+    before = len(tokenizer)
+    missing = [token for token in (*CHATML, *SPECIAL_TOKENS) if token not in tokenizer]
+    added = tokenizer.add_special(missing)
+    got = [tokenizer.id(token) for token in missing]
+    if got != list(range(before, before + added)):
+        raise InputError(f"{place}: the vocabulary of {before} tokens has gaps: new tokens get the ids {got}")
+    return tokenizer, added
+
+
+def _resized(tensors: Tensors, config: DecoderConfig, added: int, seed: int) -> Tensors:
+    """The decoder's tensors with embedding and head of config.vocab_size rows, the last `added` of them new tokens."""
+    size = config.vocab_size
+
+    def embeddings() -> torch.Tensor:
+        stored = tensors["decoder.embeddings.weight"]()[:size]
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randn(size - len(stored), config.width, generator=generator) * NEW_ROW_STD
+        return torch.cat([stored, drawn.to(stored.dtype)])
+
+    def head() -> torch.Tensor:
+        known = tensors["decoder.head.weight"]()[: size - added]
+        mean = known.float().mean(0, keepdim=True).to(known.dtype)
+        return torch.cat([known, mean.expand(added, -1)])
+
+    return {**tensors, "decoder.embeddings.weight": embeddings, "decoder.head.weight": head}
+
+
+def _widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    widest = dtypes[0]
+    for dtype in dtypes[1:]:
+        widest = torch.promote_types(widest, dtype)
+    return widest

@@ -1,0 +1,201 @@
+"""The tokenizer that a GGUF file carries, as a Tokenizer, and back."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+
+from ivl.checkpoint.gguf import GgufVocabulary
+from ivl.checkpoint.vocabulary import QWEN_PATTERN, decoding_style, merges_from_scores
+from ivl.errors import InputError
+from ivl.processing.tokenizer import GROUNDING, Tokenizer, token_text
+
+LLAMA3_PATTERN = QWEN_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+# Names that GGUF files give to the rule that cuts text before merging.
+_QWEN = ("qwen2", "deepseek-r1-qwen")
+_LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
+_GPT2 = ("gpt-2", "mpt", "olmo", "jais")
+_SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+
+
+def tokenizer_from_gguf(vocabulary: GgufVocabulary) -> Tokenizer:
+    """Byte-level BPE (kind gpt2) or SentencePiece BPE (kind llama). Unused entries that pad the end are left out.
+
+    Raises:
+        InputError: for another kind of vocabulary or an unknown cutting rule; a guess would encode text wrongly in silence.
+    """
+    size = len(vocabulary.tokens)
+    while size and vocabulary.types[size - 1] == UNUSED:
+        size -= 1
+    tokens = vocabulary.tokens[:size]
+    ids = {token: i for i, token in enumerate(tokens)}
+    if len(ids) < size:
+        raise InputError(f"the GGUF vocabulary of {size} tokens has {size - len(ids)} of them twice")
+    if vocabulary.kind == "gpt2":
+        backend = _byte_level(vocabulary, ids)
+    elif vocabulary.kind == "llama":
+        backend = _sentencepiece(vocabulary, ids)
+    else:
+        raise InputError(f"the GGUF vocabulary is of kind {vocabulary.kind!r}; supported are 'gpt2' and 'llama'")
+    for token, kind in zip(tokens, vocabulary.types, strict=False):
+        if kind in (CONTROL, USER_DEFINED):
+            special = kind == CONTROL
+            add = backend.add_special_tokens if special else backend.add_tokens
+            add([AddedToken(token, special=special, normalized=False)])
+    special_ids = {"bos_token": vocabulary.bos, "eos_token": vocabulary.eos, "pad_token": vocabulary.pad}
+    config = {key: tokens[i] for key, i in special_ids.items() if i is not None and i < size}
+    add_bos = vocabulary.add_bos and "bos_token" in config
+    if add_bos:
+        bos = config["bos_token"]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, ids[bos])]
+        )
+    return Tokenizer(backend, config={**config, "add_bos_token": add_bos})
+
+
+def _byte_level(vocabulary: GgufVocabulary, ids: dict[str, int]) -> tokenizers.Tokenizer:
+    pre = vocabulary.pre
+    merges = []
+    for merge in vocabulary.merges:
+        left, _, right = merge.partition(" ")
+        merges.append((left, right))
+    backend = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=merges, ignore_merges=pre in _LLAMA3))
+    if pre in _QWEN:
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = _cutting(pre)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _cutting(pre: str) -> pre_tokenizers.PreTokenizer:
+    """The rule of that name."""
+    if pre in _QWEN + _LLAMA3:
+        cut = pre_tokenizers.Split(tokenizers.Regex(QWEN_PATTERN if pre in _QWEN else LLAMA3_PATTERN), "isolated")
+        steps = [cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    elif pre in _GPT2:
+        steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+    elif pre in _SINGLE_DIGITS:
+        steps = [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    else:
+        known = ", ".join(_QWEN + _LLAMA3 + _GPT2 + _SINGLE_DIGITS)
+        raise InputError(f"the GGUF tokenizer cuts text by the rule {pre!r}; known are {known}")
+    return pre_tokenizers.Sequence(steps)
+
+
+def _sentencepiece(vocabulary: GgufVocabulary, ids: dict[str, int]) -> tokenizers.Tokenizer:
+    if not vocabulary.scores:
+        raise InputError("the GGUF vocabulary is SentencePiece but has no scores (tokenizer.ggml.scores)")
+    rows = zip(vocabulary.tokens, vocabulary.types, vocabulary.scores, strict=True)
+    scores = {token: score for token, kind, score in rows if kind == NORMAL}
+    unknown = None if vocabulary.unknown is None else vocabulary.tokens[vocabulary.unknown]
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab=ids, merges=merges_from_scores(scores, ids), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    spaces = normalizers.Replace(" ", "▁")
+    undo: list[decoders.Decoder] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if vocabulary.add_space_prefix:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces])
+        undo.append(decoders.Strip(" ", 1, 0))
+    else:
+        backend.normalizer = spaces
+    backend.decoder = decoders.Sequence(undo)
+    return backend
+
+
+def gguf_vocabulary(tokenizer: Tokenizer, *, eos: int, pad: int | None = None) -> GgufVocabulary:
+    """What a GGUF file says of a tokenizer, so that llama.cpp encodes as it does.
+
+    Control tokens stay beyond the reach of text, the grounding markers can be written in it, as with our tokenizer. llama.cpp
+    does not normalise, so text for it should be in NFC where ours composes it.
+
+    Raises:
+        InputError: if GGUF has no words for the tokenizer; a guess would encode text wrongly in silence.
+    """
+    data = json.loads(tokenizer.backend.to_str())
+    if data["model"]["type"] != "BPE":
+        raise InputError(f"GGUF files hold BPE vocabularies, this one is {data['model']['type']}")
+    ids: dict[str, int] = {**data["model"]["vocab"], **{token["content"]: token["id"] for token in data["added_tokens"]}}
+    tokens = [f"[UNUSED{i}]" for i in range(max(ids.values()) + 1)]
+    types = [UNUSED] * len(tokens)
+    for token, i in ids.items():
+        tokens[i], types[i] = token, NORMAL
+    style, space_prefix = decoding_style(tokenizer.backend)
+    byte_level = style == "bytes"
+    unknown = None if byte_level else ids.get(data["model"]["unk_token"] or "")
+    if not byte_level:
+        types = [BYTE if _is_byte(token) else kind for token, kind in zip(tokens, types, strict=True)]
+    for token in data["added_tokens"]:
+        control = token["special"] and token["content"] not in GROUNDING
+        if not control and (token["lstrip"] or token["rstrip"] or token["single_word"]):
+            raise InputError(f"GGUF cannot say that the token {token['content']!r} swallows spaces or is a whole word")
+        types[token["id"]] = CONTROL if control else USER_DEFINED
+    if unknown is not None:
+        types[unknown] = UNKNOWN
+    merges = [tuple(pair) for pair in data["model"]["merges"]]
+    bos = token_text(tokenizer.config.get("bos_token"))
+    return GgufVocabulary(
+        kind="gpt2" if byte_level else "llama",
+        pre=_name_of_cutting(data) if byte_level else "default",
+        tokens=tokens,
+        types=types,
+        scores=[] if byte_level else _scores(data, merges, tokens),
+        merges=[" ".join(pair) for pair in merges] if byte_level else [],
+        bos=tokenizer.bos if bos is None else ids.get(bos),
+        eos=eos,
+        pad=pad,
+        unknown=unknown,
+        add_bos=tokenizer.bos is not None,
+        add_space_prefix=space_prefix,
+    )
+
+
+def _is_byte(token: str) -> bool:
+    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+
+
+def _name_of_cutting(data: dict[str, Any]) -> str:
+    """The name of the rule by which a byte-level tokenizer cuts text."""
+    normal = data["normalizer"]
+    if normal is not None and _steps(normal, "normalizers") not in ([], [{"type": "NFC"}]):
+        raise InputError(f"llama.cpp does not normalise text as this tokenizer does: {json.dumps(normal)[:200]}")
+    found = _steps(data["pre_tokenizer"] or {"type": "Sequence", "pretokenizers": []}, "pretokenizers")
+    for pre in (_QWEN[0], _LLAMA3[0], _GPT2[0], _SINGLE_DIGITS[0]):
+        empty = tokenizers.Tokenizer(models.BPE())
+        empty.pre_tokenizer = _cutting(pre)
+        known = _steps(json.loads(empty.to_str())["pre_tokenizer"], "pretokenizers")
+        if found == known and bool(data["model"].get("ignore_merges")) == (pre in _LLAMA3):
+            return pre
+    raise InputError(f"llama.cpp has no name for the rule by which this tokenizer cuts text: {json.dumps(found)[:300]}")
+
+
+def _steps(part: dict[str, Any], inside: str) -> list[dict[str, Any]]:
+    """The steps of a part of tokenizer.json, without what changes no id."""
+    if part["type"] == "Sequence":
+        return [step for inner in part[inside] for step in _steps(inner, inside)]
+    return [{key: value for key, value in part.items() if key != "trim_offsets"}]
+
+
+def _scores(data: dict[str, Any], merges: list[tuple[str, ...]], tokens: list[str]) -> list[float]:
+    """SentencePiece scores that give the order of the merges: the sooner a piece is merged, the higher."""
+    normal = _steps(data["normalizer"], "normalizers") if data["normalizer"] else []
+    strange = [step for step in normal if step["type"] not in ("Prepend", "Replace")]
+    if strange or data["pre_tokenizer"]:
+        raise InputError(
+            f"GGUF has no words for how this tokenizer prepares text: {json.dumps(strange or data['pre_tokenizer'])[:300]}"
+        )
+    ranks: dict[str, int] = {}
+    last = None
+    for left, right in merges:
+        piece = left + right
+        if piece in ranks and piece != last:
+            raise InputError(f"the merges into {piece!r} do not follow one another, which no score of the piece can say")
+        ranks.setdefault(piece, len(ranks))
+        last = piece
+    return [-float(ranks.get(token, len(ranks))) for token in tokens]

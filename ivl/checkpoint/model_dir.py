@@ -1,0 +1,210 @@
+"""A model directory in memory and back: VLM to and from config.json and safetensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from ivl import reservation
+from ivl.checkpoint.config_json import dialect_of, load_config, tied
+from ivl.checkpoint.config_write import generation_json, to_json
+from ivl.checkpoint.files import (
+    MAX_SHARD_BYTES,
+    Progress,
+    Source,
+    Weights,
+    check_entries,
+    listing,
+    read_json,
+    write_json,
+    write_shards,
+)
+from ivl.checkpoint.hub import resolve
+from ivl.checkpoint.keymaps import Dialect, Entry, current_name, key_map
+from ivl.checkpoint.quantization import (
+    adopt,
+    quantization_json,
+    quantized_entries,
+    rounds_activations,
+    schemes_of,
+    weight_shapes,
+)
+from ivl.config import ModelConfig
+from ivl.errors import InputError
+from ivl.model.vlm import VLM
+from ivl.quant.layers import quantized_layers
+
+
+def load_model(
+    name_or_dir: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    quantized: bool = True,
+    map_embeddings: bool = False,
+    meanwhile: Callable[[], object] = bool,
+) -> VLM:
+    """A model in eval mode from a directory or hub id, in either dialect.
+
+    Weights are read into place, or mapped from their files where they are converted; at most one shard is held beyond the
+    model. Quantised weights stay what they are.
+
+    Args:
+        dtype: of the parameters; None keeps that of most of the stored weights.
+        quantized: accept a quantised model; where weights are to be changed, it is refused.
+        map_embeddings: leave the embedding table in its file where that is possible: only rows that are used take memory.
+        meanwhile: called while weights are being read, which needs little of Python.
+
+    Raises:
+        InputError: if the model cannot be found, or its files do not describe exactly one model; nothing is allocated then.
+    """
+    directory = resolve(name_or_dir)
+    model = empty_model(load_config(directory))
+    weights, entries = open_weights(directory, model, quantized=quantized)
+    model = model.to(dtype or weights.main_dtype)
+    table = model.decoder.embeddings
+    (name,) = next(entry.theirs for entry in entries if entry.ours == "decoder.embeddings.weight")
+    mapped = map_embeddings and torch.device(device).type == "cpu" and table.weight.dtype == weights.dtypes[name]
+    allocate(model, device, unused=table if mapped else None)
+    if mapped:
+        table.weight = torch.nn.Parameter(weights.get(name))
+        entries = [entry for entry in entries if entry.ours != "decoder.embeddings.weight"]
+    fill(tensors_of(model), entries, weights, meanwhile)
+    return model.eval()
+
+
+def save_model(
+    model: VLM,
+    out_dir: str | Path,
+    *,
+    dialect: Dialect = "internvl_chat",
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Progress | None = None,
+) -> None:
+    """Write config.json, generation_config.json and the weights; the tokenizer's files are the processor's matter.
+
+    Args:
+        dtype: of the written weights; None keeps the model's.
+
+    Raises:
+        InputError: if the dialect cannot express the model, or the model carries LoRA adapters.
+    """
+    dtype = dtype or model.dtype
+    directory = Path(out_dir)
+    tensors = tensors_of(model)
+    entries = quantized_entries(model, key_map(empty_model(model.config), dialect))
+    extra = sorted(tensors.keys() - {entry.ours for entry in entries})
+    if extra:
+        raise InputError(f"the model has parameters that no checkpoint holds: {listing(extra)}; merge LoRA adapters first")
+    config = to_json(model.config, dialect, str(dtype).removeprefix("torch."))
+    if quantized_layers(model):
+        config["quantization_config"] = quantization_json(schemes_of(model))
+    directory.mkdir(parents=True, exist_ok=True)
+    write_shards(
+        directory,
+        entries,
+        tensors,
+        lambda entry: tensors[entry.ours].detach(),
+        dtype=dtype,
+        extra=weight_shapes(model, entries),
+        max_shard_bytes=max_shard_bytes,
+        progress=progress,
+    )
+    write_json(directory / "generation_config.json", generation_json(model.config))
+    write_json(directory / "config.json", config)
+
+
+def empty_model(config: ModelConfig) -> VLM:
+    """The model on the meta device: every name and shape, no memory."""
+    with torch.device("meta"):
+        return VLM(config)
+
+
+def tensors_of(model: VLM) -> dict[str, torch.Tensor]:
+    """Everything that a checkpoint holds: parameters, and the buffers of quantised layers."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def allocate(model: torch.nn.Module, device: torch.device | str, *, unused: torch.nn.Module | None = None) -> None:
+    """Give a model on the meta device memory, not yet written: what was reserved if there is such, but not for the module whose
+    weights will not be used. As `to_empty`, which imports sympy (0.7 s) for it."""
+    reserved = reservation.claim()
+    for module in model.modules():
+        ahead = reserved if module is not unused and torch.device(device).type == "cpu" else None
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(_memory(parameter, device, ahead), parameter.requires_grad))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, _memory(buffer, device, ahead))
+    if reserved is not None:
+        reserved.finish()
+
+
+def _memory(like: torch.Tensor, device: torch.device | str, reserved: reservation.Reservation | None) -> torch.Tensor:
+    if reserved is not None and (taken := reserved.take(like.nbytes)) is not None:
+        return torch.frombuffer(taken, dtype=like.dtype).view(like.shape)
+    return torch.empty(like.shape, dtype=like.dtype, device=device)
+
+
+def open_weights(directory: Path, model: VLM, *, quantized: bool = False) -> tuple[Weights, list[Entry]]:
+    """The weights of a directory and the entries that map them to the model, checked to fit each other.
+
+    quantized: accept quantised weights; the (empty) model then gets the layers for them.
+
+    Raises:
+        InputError: listing missing, unexpected and misshapen tensors, or if the weights are quantised and may not be.
+    """
+    dialect = dialect_of(directory)
+    entries = key_map(model, dialect)
+    config = read_json(directory / "config.json").get("quantization_config")
+    if config is not None and not quantized:
+        raise InputError(
+            f"{directory}: is quantised, which is for inference only; to train, merge, convert or compose take the model that "
+            "it was made from"
+        )
+    rename = current_name if dialect == "transformers" else str
+    weights = Weights(directory, rename, integers=config is not None)
+    if tied(directory):
+        untie(entries, weights, "decoder.")
+    if config is not None:
+        activations = rounds_activations(str(directory / "config.json"), config)
+        entries = adopt(model, entries, weights, activations)
+    check_entries(entries, {name: tensor.shape for name, tensor in tensors_of(model).items()}, weights)
+    return weights, entries
+
+
+def untie(entries: Sequence[Entry], weights: Weights, ours: str = "") -> None:
+    """Let a checkpoint without an output head give its embedding table for one."""
+    names = {entry.ours: entry.theirs[0] for entry in entries}
+    head, embeddings = names[f"{ours}head.weight"], names[f"{ours}embeddings.weight"]
+    if head not in weights.shapes and embeddings in weights.shapes:
+        weights.alias(head, embeddings)
+
+
+@torch.no_grad()
+def fill(
+    parameters: Mapping[str, torch.Tensor], entries: Sequence[Entry], weights: Source, meanwhile: Callable[[], object] = bool
+) -> None:
+    """Copy the weights of every entry into our parameters, converting dtype and device."""
+    plain: list[tuple[str, torch.Tensor]] = []
+    signed: list[torch.Tensor] = []
+    for entry in entries:
+        ours = parameters[entry.ours]
+        if entry.groups is not None or entry.form == "zeros":
+            ours.copy_(read(entry, weights))
+            continue
+        stored = {"words": torch.int32, "signed": torch.int8}.get(entry.form, ours.dtype)  # our bytes, but for their sign
+        parts = ours.split(entry.rows) if entry.rows else (ours,)  # views, so filling them fills ours
+        plain += zip(entry.theirs, (part if stored == ours.dtype else part.view(stored) for part in parts), strict=True)
+        if entry.form == "signed":
+            signed.append(ours)
+    weights.fill(plain, meanwhile)
+    for ours in signed:
+        ours ^= 128
+
+
+def read(entry: Entry, weights: Source) -> torch.Tensor:
+    """Our parameter for an entry, as stored."""
+    return entry.join([weights.get(name) for name in entry.theirs])

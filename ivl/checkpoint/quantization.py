@@ -1,0 +1,211 @@
+"""Quantised weights in a model directory: the compressed-tensors layout, which vLLM and transformers read.
+
+A layer's own tensors say how it is stored: `weight_packed` (words of 4 or 8 bit integers) with `weight_scale` and perhaps
+`weight_zero_point`, or `weight` in int8 with `weight_scale`. `quantization_config` says the same and whether activations
+are rounded, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ivl.checkpoint.files import Weights
+from ivl.checkpoint.keymaps import Entry
+from ivl.errors import InputError
+from ivl.quant.layers import QuantLinear, Scheme, Schemes, quantize_layers, quantized_layers
+
+METHOD = "compressed-tensors"
+PACKED, INTS, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
+_TARGETS = {
+    "head": ["re:.*lm_head$", "re:.*language_model.output$"],
+    "vision": ["re:.*(vision_model|vision_tower).*"],
+    "language": ["Linear"],
+}
+"""The first that fits a layer counts; the general one is last."""
+_IGNORED = {
+    "head": ["re:.*lm_head$", "re:.*language_model.output$"],
+    "vision": ["re:.*vision_model.*", "re:.*vision_tower.*"],
+    "language": ["re:.*language_model.*layers.*"],
+}
+_PROJECTOR = ["re:.*mlp1.*", "re:.*multi_modal_projector.*"]
+
+
+def quantization_json(schemes: Schemes) -> dict[str, Any]:
+    """`quantization_config` of config.json."""
+    groups, ignored = {}, list(_PROJECTOR)
+    for part, targets in _TARGETS.items():
+        scheme = getattr(schemes, part)
+        if scheme:
+            groups[f"group_{len(groups)}"] = _group_json(scheme, targets)
+        else:
+            ignored += _IGNORED[part]
+    formats = {group["format"] for group in groups.values()}
+    return {
+        "quant_method": METHOD,
+        "format": formats.pop() if len(formats) == 1 else MIXED,
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": ignored,
+        "kv_cache_scheme": None,
+    }
+
+
+def _group_json(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+    common = {"num_bits": 8, "type": "int", "symmetric": True, "actorder": None, "block_structure": None}
+    weights = {
+        **common,
+        "num_bits": scheme.bits,
+        "symmetric": scheme.symmetric,
+        "strategy": "channel" if scheme.group is None else "group",
+        "group_size": scheme.group,
+        "dynamic": False,
+        "observer": "minmax",
+    }
+    inputs = {**common, "strategy": "token", "group_size": None, "dynamic": True, "observer": None}
+    return {
+        "format": INTS if scheme.activations else PACKED,
+        "targets": targets,
+        "weights": weights,
+        "input_activations": inputs if scheme.activations else None,
+        "output_activations": None,
+    }
+
+
+def rounds_activations(place: str, config: Any) -> bool:
+    """Whether layers stored in plain int8 round their input per token, by a `quantization_config`.
+
+    Raises:
+        InputError: if it asks for a computation that is not supported.
+    """
+
+    def refuse(what: str, value: object, expected: str) -> None:
+        raise InputError(f"{place}: quantization_config: {what} is {value!r}; expected {expected}")
+
+    if not isinstance(config, dict):
+        raise InputError(f"{place}: quantization_config is {config!r}, expected an object")
+    if config.get("quant_method") != METHOD:
+        refuse("quant_method", config.get("quant_method"), f"{METHOD!r}; convert the original model with --quantize")
+    if config.get("kv_cache_scheme") is not None:
+        refuse("kv_cache_scheme", config["kv_cache_scheme"], "null")
+    groups = config.get("config_groups")
+    if not isinstance(groups, dict) or not groups or not all(isinstance(group, dict) for group in groups.values()):
+        refuse("config_groups", groups, "an object of groups")
+    assert isinstance(groups, dict)
+    found: dict[bool, str] = {}
+    for name, group in groups.items():
+        kind = group.get("format") or config.get("format")
+        if kind not in (PACKED, INTS):
+            refuse(f"format of {name}", kind, f"{PACKED} or {INTS}")
+        weights, inputs = group.get("weights"), group.get("input_activations")
+        if not isinstance(weights, dict) or weights.get("type") != "int" or weights.get("num_bits") not in (4, 8):
+            refuse(f"weights of {name}", weights, "integers of 4 or 8 bits")
+        if group.get("output_activations") is not None:
+            refuse(f"output_activations of {name}", group["output_activations"], "null")
+        if inputs is not None:
+            wanted = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+            if not isinstance(inputs, dict) or any(inputs.get(key) != value for key, value in wanted.items()) or kind == PACKED:
+                refuse(f"input_activations of {name}", inputs, f"null, or {wanted} in format {INTS}")
+        if kind == INTS:
+            found[inputs is not None] = name
+    if len(found) > 1:
+        raise InputError(f"{place}: quantization_config: {' and '.join(found.values())} differ in input_activations")
+    return found.get(True) is not None
+
+
+def adopt(model: nn.Module, entries: Sequence[Entry], weights: Weights, activations: bool) -> list[Entry]:
+    """Give an empty model the quantised layers that a checkpoint has, and return its entries for them.
+
+    activations: whether layers stored in plain int8 round their input.
+
+    Raises:
+        InputError: if a layer's tensors do not make up a known scheme.
+    """
+    stored = {entry.ours: entry.theirs for entry in entries}
+
+    def scheme_of(path: str, layer: nn.Linear) -> Scheme | None:
+        schemes = {_stored_scheme(name, layer.in_features, weights, activations) for name in stored[f"{path}.weight"]}
+        if len(schemes) > 1:
+            names = ", ".join(stored[f"{path}.weight"])
+            raise InputError(f"{weights.directory}: {names} are computed together but are quantised in different ways")
+        return schemes.pop()
+
+    quantize_layers(model, scheme_of)
+    return quantized_entries(model, entries)
+
+
+def _stored_scheme(name: str, width: int, weights: Weights, activations: bool) -> Scheme | None:
+    """The scheme of a checkpoint's layer, from the names and shapes of its tensors."""
+    packed, scale, zero = f"{name}_packed", f"{name}_scale", f"{name}_zero_point"
+    in_words = packed in weights.shapes
+    if not in_words and weights.dtypes.get(name) is not torch.int8:
+        return None
+    if len(weights.shapes.get(scale, ())) != 2:
+        raise InputError(f"{weights.directory}: {scale} is {weights.shapes.get(scale)}, expected a matrix of scales")
+    groups = weights.shapes[scale][1]
+    shape = weights.shapes[packed if in_words else name]
+    bits = shape[-1] * 32 / width if in_words else 8
+    if bits not in (4, 8) or groups < 1 or width % groups:
+        raise InputError(
+            f"{weights.directory}: {name}: {list(shape)} integers and {groups} scales a row for {width} inputs; expected "
+            "words of 4 or 8 bits and a whole number of inputs for each scale"
+        )
+    group = None if groups == 1 and (bits == 8 or activations) else width // groups
+    try:
+        return Scheme(bits=4 if bits == 4 else 8, group=group, symmetric=zero not in weights.shapes,
+                      activations=activations and not in_words)  # fmt: skip
+    except ValueError as error:
+        raise InputError(f"{weights.directory}: {name}: {error}") from None
+
+
+def quantized_entries(model: nn.Module, entries: Sequence[Entry]) -> list[Entry]:
+    """Entries of an ordinary model, with those of its quantised layers' weights in place of the matrices'."""
+    layers = quantized_layers(model)
+    found: list[Entry] = []
+    for entry in entries:
+        path, _, leaf = entry.ours.rpartition(".")
+        layer = layers.get(path)
+        if layer is None or leaf != "weight":
+            found.append(entry)
+            continue
+        rows, groups = entry.rows, entry.groups
+        in_words = not layer.scheme.activations
+        names = tuple(f"{name}_packed" for name in entry.theirs) if in_words else entry.theirs
+        found.append(Entry(entry.ours, names, rows, groups, "words" if in_words else "signed"))
+        found.append(Entry(f"{path}.scale", tuple(f"{name}_scale" for name in entry.theirs), rows, groups))
+        if layer.zero is not None:
+            names = tuple(f"{name}_zero_point" for name in entry.theirs)
+            found.append(Entry(f"{path}.zero", names, rows or (layer.out_features,), groups, "zeros"))
+    return found
+
+
+def weight_shapes(model: nn.Module, entries: Sequence[Entry]) -> dict[str, torch.Tensor]:
+    """`weight_shape` of every packed tensor: rows and columns of the matrix before it was packed."""
+    layers = quantized_layers(model)
+    return {
+        f"{name.removesuffix('_packed')}_shape": torch.tensor([shape[0], layers[entry.ours.rpartition(".")[0]].in_features])
+        for entry in entries
+        if entry.form == "words"
+        for name, shape in zip(entry.theirs, entry.shapes(layers[entry.ours.rpartition(".")[0]].weight.shape), strict=True)
+    }
+
+
+def schemes_of(model: nn.Module) -> Schemes:
+    """The schemes of a model's parts.
+
+    Raises:
+        InputError: if layers of a part differ, which is not written.
+    """
+    found: dict[str, set[Scheme | None]] = {"head": set(), "language": set(), "vision": set()}
+    for path, layer in model.named_modules():
+        part = "head" if path == "decoder.head" else {"decoder": "language", "vision": "vision"}.get(path.partition(".")[0])
+        if part and isinstance(layer, nn.Linear | QuantLinear):
+            found[part].add(layer.scheme if isinstance(layer, QuantLinear) else None)
+    for part, schemes in found.items():
+        if len(schemes) > 1:
+            names = ", ".join(sorted("unquantised" if scheme is None else scheme.name for scheme in schemes))
+            raise InputError(f"layers of the {part} part are quantised in different ways ({names}); this cannot be written")
+    return Schemes(**{part: schemes.pop() for part, schemes in found.items()})

@@ -1,0 +1,178 @@
+"""Attention of many queries on a processor with matrix tiles (AMX). See emitter.py for the terms.
+
+32 queries at a time see all their keys: scores, then softmax, then values. Their scores fit into the second-level cache
+for any sensible length, so nothing is rescaled on the way. Scores and sums are float32; probabilities are rounded to
+bfloat16 before they meet the values, as in torch's own kernel.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+
+from ivl.cpu.kernels.emitter import F32, F32S, I8, I16, I32, I32S, LANES, TILE, Emitter, Value
+from ivl.cpu.kernels.rows import transposed
+
+BLOCK = 2 * TILE
+"""Keys whose probabilities meet their values together, in pairs."""
+QUERIES = 2 * TILE
+"""Queries that share every load of keys and values."""
+PAIR_TILE = TILE * TILE
+"""32-bit elements of a tile."""
+ROW_GAP = 32
+"""Elements between rows of scores, lest rows of a power of two all meet in the same few lines of the cache."""
+HIDDEN = -3e38
+
+
+def scratch_bytes(num_keys: int, head_size: int) -> int:
+    """What one thread needs: packed keys and values of a head, scores and probabilities of 32 queries, their outcome."""
+    keys = -(-num_keys // BLOCK) * BLOCK
+    return keys * head_size * 4 + (keys + ROW_GAP) * QUERIES * 6 + QUERIES * head_size * 4 + 1024
+
+
+def attention(e: Emitter, head_size: int, causal: int) -> None:
+    """out[q, n] = softmax(q . k / sqrt(H)) v for every query head n; with causal, the last query sees the last key."""
+    scratch = e.thread_scratch(1, 6, 7)
+    num_queries, num_keys, num_heads, group = (e.argument(i) for i in (8, 9, 10, 11))
+    queries, keys, values, outs = (e.pointer(i) for i in (2, 3, 4, 5))
+    (q_token, q_head), (k_token, k_head), (v_token, v_head), (out_token, out_head) = (
+        (e.argument(i), e.argument(i + 1)) for i in (12, 14, 16, 18)
+    )
+    all_keys = e.b.and_(e.b.add(num_keys, e.int(BLOCK - 1)), e.int(-BLOCK))
+    half = e.b.mul(all_keys, e.int(2 * head_size))
+    packed_k, packed_v = scratch, e.at(scratch, I8, half)
+    scores = e.at(packed_v, I8, half)
+    row_size = e.b.add(all_keys, e.int(ROW_GAP))
+    probs = e.at(scores, I8, e.b.mul(row_size, e.int(4 * QUERIES)))
+    outcome = e.at(probs, I8, e.b.mul(row_size, e.int(2 * QUERIES)))
+    e.tiles([(TILE, 4 * TILE)] * 8)
+    with e.claimed(num_heads, 1) as (first, stop), e.loop(first, stop, 1) as head:
+        kv_head = e.b.udiv(head.index, group)
+        _pack_keys(e, e.at(keys, I16, e.b.mul(kv_head, k_head)), k_token, num_keys, packed_k, head_size)
+        _pack_values(e, e.at(values, I16, e.b.mul(kv_head, v_head)), v_token, num_keys, packed_v, head_size)
+        q = e.at(queries, I16, e.b.mul(head.index, q_head))
+        out = e.at(outs, I16, e.b.mul(head.index, out_head))
+        with e.loop(e.int(0), num_queries, QUERIES) as block:
+            # The last block moves back to end with the last query.
+            start = e.smaller(block.index, e.b.sub(num_queries, e.int(QUERIES)))
+            seen = e.b.add(e.b.sub(num_keys, num_queries), start) if causal else e.b.sub(num_keys, e.int(1))
+            limit = e.smaller(e.b.add(seen, e.int(QUERIES)), num_keys)
+            _scores(e, e.at(q, I16, e.b.mul(start, q_token)), q_token, packed_k, scores, limit, row_size, head_size)
+            _hide(e, seen, bool(causal), limit, row_size, scores)
+            sums = e.at(outcome, F32, e.int(QUERIES * head_size))
+            with e.loop(e.int(0), e.int(QUERIES), 1) as row:
+                total = _softmax(e, row.index, limit, row_size, scores, probs, head_size)
+                e.b.store(total, e.at(sums, F32, row.index))
+            _weighted_values(e, probs, packed_v, outcome, limit, row_size, head_size)
+            with e.loop(e.int(0), e.int(QUERIES), 1) as row:
+                scale = e.splat(e.b.fdiv(ir.Constant(F32, 1.0), e.b.load(e.at(sums, F32, row.index), typ=F32)))
+                target = e.at(out, I16, e.b.mul(e.b.add(start, row.index), out_token))
+                for part in range(0, head_size, LANES):
+                    place = e.b.add(e.b.mul(row.index, e.int(head_size)), e.int(part))
+                    e.store_floats(target, e.int(part), e.b.fmul(e.read(F32S, outcome, F32, place), scale))
+    e.tiles_done()
+
+
+def _pack_keys(e: Emitter, keys: Value, stride: Value, num_keys: Value, packed: Value, head_size: int) -> None:
+    """Tiles [key tile, H / 32] of pairs along the head: row i, column j has elements 2 i and 2 i + 1 of key j."""
+    steps = head_size // (2 * LANES)
+    with e.loop(e.int(0), num_keys, BLOCK) as block:
+        for tile in range(2):
+            ids = [e.b.add(block.index, e.int(tile * TILE + row)) for row in range(TILE)]
+            rows = [e.at(keys, I16, e.b.mul(e.smaller(i, e.b.sub(num_keys, e.int(1))), stride)) for i in ids]
+            for step in range(steps):
+                vectors = transposed(e, [e.read(I32S, row, I16, e.int(2 * LANES * step)) for row in rows])
+                tile_index = e.b.add(e.b.mul(e.b.udiv(block.index, e.int(TILE)), e.int(steps)), e.int(tile * steps + step))
+                target = e.at(packed, I32, e.b.mul(tile_index, e.int(PAIR_TILE)))
+                for i, vector in enumerate(vectors):
+                    e.write(vector, target, I32, e.int(i * TILE))
+
+
+def _pack_values(e: Emitter, values: Value, stride: Value, num_keys: Value, packed: Value, head_size: int) -> None:
+    """Tiles [key block, H / 16] of pairs of keys: row i has key 2 i in the even halves, key 2 i + 1 in the odd ones."""
+    shorts, last = ir.VectorType(I16, LANES), e.b.sub(num_keys, e.int(1))
+    with e.loop(e.int(0), num_keys, BLOCK) as block, e.loop(e.int(0), e.int(TILE), 1) as row:
+        first = e.b.add(block.index, e.b.mul(row.index, e.int(2)))
+        ids = (e.smaller(first, last), e.smaller(e.b.add(first, e.int(1)), last))
+        even_row, odd_row = (e.at(values, I16, e.b.mul(i, stride)) for i in ids)
+        for part in range(head_size // TILE):
+            even, odd = (e.b.zext(e.read(shorts, r, I16, e.int(part * TILE)), I32S) for r in (even_row, odd_row))
+            place = e.b.add(e.b.mul(block.index, e.int(head_size // 2)), e.b.mul(row.index, e.int(TILE)))
+            pairs = e.b.or_(even, e.b.shl(odd, e.ints(16)))
+            e.write(pairs, packed, I32, e.b.add(place, e.int(part * PAIR_TILE)))
+
+
+def _scores(
+    e: Emitter, q: Value, q_stride: Value, packed_k: Value, scores: Value, limit: Value, row_size: Value, head_size: int
+) -> None:
+    """scores[32, keys] of 32 queries with all keys below limit, in whole blocks: two tiles by two."""
+    steps = head_size // (2 * LANES)
+    q_bytes, row_bytes, tile_bytes = e.b.mul(q_stride, e.int(2)), e.b.mul(row_size, e.int(4)), e.int(4 * TILE)
+    q_tiles = [e.at(q, I16, e.b.mul(q_stride, e.int(part * TILE))) for part in range(2)]
+    with e.loop(e.int(0), limit, BLOCK) as block:
+        k_tiles = e.at(packed_k, I32, e.b.mul(block.index, e.int(head_size // 2)))
+        for tile in range(4):
+            e.tile_zero(tile)
+        for step in range(steps):
+            for part in range(2):
+                e.tile_load(4 + part, e.at(q_tiles[part], I16, e.int(2 * LANES * step)), q_bytes)
+                e.tile_load(6 + part, e.at(k_tiles, I32, e.int((part * steps + step) * PAIR_TILE)), tile_bytes)
+            for tile in range(4):
+                e.tile_product(tile, 4 + tile // 2, 6 + tile % 2)
+        for tile in range(4):
+            row = e.at(scores, F32, e.b.mul(row_size, e.int(tile // 2 * TILE)))
+            e.tile_store(tile, e.at(row, F32, e.b.add(block.index, e.int(tile % 2 * TILE))), row_bytes)
+
+
+def _hide(e: Emitter, seen: Value, causal: bool, limit: Value, row_size: Value, scores: Value) -> None:
+    """Scores of keys that a query does not see become very small. Only the last two blocks have such keys."""
+    lanes = ir.Constant(I32S, list(range(LANES)))
+    start = e.b.and_(seen, e.int(-BLOCK))
+    with e.loop(e.int(0), e.int(QUERIES), 1) as row, e.loop(start, limit, BLOCK) as block:
+        last = e.int_splat(e.b.trunc(e.b.add(seen, row.index) if causal else seen, I32))
+        for part in range(2):
+            index = e.b.add(block.index, e.int(part * TILE))
+            place = e.b.add(e.b.mul(row.index, row_size), index)
+            visible = e.b.icmp_signed("<=", e.b.add(e.int_splat(e.b.trunc(index, I32)), lanes), last)
+            e.write(e.b.select(visible, e.read(F32S, scores, F32, place), e.splat(HIDDEN)), scores, F32, place)
+
+
+def _softmax(e: Emitter, row: Value, limit: Value, row_size: Value, scores: Value, probs: Value, head_size: int) -> Value:
+    """probs[row] = exp((scores[row] - their maximum) / sqrt(H)). Returns their sum."""
+    offset = e.b.mul(row, row_size)
+
+    def score(block: Value, part: int) -> Value:
+        return e.read(F32S, scores, F32, e.b.add(e.b.add(offset, block), e.int(part * TILE)))
+
+    with e.loop(e.int(0), limit, BLOCK, e.splat(HIDDEN), e.splat(HIDDEN)) as block:
+        pairs = ((score(block.index, part), top) for part, top in enumerate(block.values))
+        tops = [e.larger(s, top) for s, top in pairs]
+        block.carry(tops)
+    top = e.greatest(e.larger(tops[0], tops[1]))
+    scale = head_size**-0.5 * 1.4426950408889634  # powers of two are cheaper than of e
+    minus_top = e.splat(e.b.fmul(top, ir.Constant(F32, -scale)))
+    with e.loop(e.int(0), limit, BLOCK, e.splat(0.0), e.splat(0.0)) as block:
+        pair = [e.small_exp2(e.fma(score(block.index, part), e.splat(scale), minus_top)) for part in range(2)]
+        block.carry([e.b.fadd(total, part) for total, part in zip(block.values, pair, strict=True)])
+        e.write(e.narrowed(*pair), probs, I16, e.b.add(offset, block.index))
+    return e.total(e.b.fadd(*block.values))
+
+
+def _weighted_values(
+    e: Emitter, probs: Value, packed_v: Value, outcome: Value, limit: Value, row_size: Value, head_size: int
+) -> None:
+    """outcome[32, H] = probs @ values, two tiles by two."""
+    row_bytes, out_bytes = e.b.mul(row_size, e.int(2)), e.int(4 * head_size)
+    p_tiles = [e.at(probs, I16, e.b.mul(row_size, e.int(part * TILE))) for part in range(2)]
+    for pair in range(0, head_size // TILE, 2):
+        for tile in range(4):
+            e.tile_zero(tile)
+        with e.loop(e.int(0), limit, BLOCK) as block:
+            v_tiles = e.at(packed_v, I32, e.b.mul(block.index, e.int(head_size // 2)))
+            for part in range(2):
+                e.tile_load(4 + part, e.at(p_tiles[part], I16, block.index), row_bytes)
+                e.tile_load(6 + part, e.at(v_tiles, I32, e.int((pair + part) * PAIR_TILE)), e.int(4 * TILE))
+            for tile in range(4):
+                e.tile_product(tile, 4 + tile // 2, 6 + tile % 2)
+        for tile in range(4):
+            place = tile // 2 * TILE * head_size + (pair + tile % 2) * TILE
+            e.tile_store(tile, e.at(outcome, F32, e.int(place)), out_bytes)

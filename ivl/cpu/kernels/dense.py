@@ -1,0 +1,189 @@
+"""Products of a few rows, norms, gates, rotary positions and pixels. See emitter.py for the terms."""
+
+from __future__ import annotations
+
+from llvmlite import ir
+
+from ivl.cpu.kernels.emitter import F32, F32S, I8, I16, I32, I32S, I64, LANES, TILE, Emitter
+from ivl.cpu.kernels.rows import bias_at, bias_vector, norm_row, swiglu_row, transposed
+
+ROW_BLOCK, COLUMN_BLOCK = 4, 4
+"""Weight rows and input rows multiplied together: their sums fill half of the vector registers."""
+PREFETCH = 8192
+"""Elements ahead."""
+
+
+def linear(e: Emitter, num_columns: int, before: str = "", plus: bool = False) -> None:
+    """y[c, r] = sum_i x[c, i] w[r, i] + bias[r] for num_columns input rows c.
+
+    A single input row may be normalised or gated `before`, by every thread for itself, and something added to the outcome.
+    """
+    x, w, y = e.pointer(1), e.pointer(2), e.pointer(4)
+    bias_address, width, rows, x_stride = (e.argument(i) for i in (3, 5, 6, 7))
+    if before:
+        prepared = e.b.alloca(I16, size=width)
+        if before == "norm":
+            norm_row(e, x, e.pointer(8), prepared, width, e.argument(9))
+        else:
+            swiglu_row(e, x, prepared, width)
+        x = prepared
+    added = e.pointer(10) if plus else None
+    ahead = e.smaller(e.b.mul(width, e.int(ROW_BLOCK)), e.int(PREFETCH))
+    with e.claimed(rows, ROW_BLOCK) as (start, stop), e.loop(start, stop, ROW_BLOCK) as outer:
+        # The last block moves back to end with the last row; rows met twice get the same value twice.
+        first = e.smaller(outer.index, e.b.sub(rows, e.int(ROW_BLOCK)))
+        row_ids = [e.b.add(first, e.int(r)) for r in range(ROW_BLOCK)]
+        w_rows = [e.at(w, I16, e.b.mul(row, width)) for row in row_ids]
+        for block in range(0, num_columns, COLUMN_BLOCK):
+            columns = range(block, min(block + COLUMN_BLOCK, num_columns))
+            x_rows = [e.at(x, I16, e.b.mul(x_stride, e.int(c))) for c in columns]
+            cells = [(r, c) for r in range(ROW_BLOCK) for c in range(len(columns))]
+            with e.loop(e.int(0), width, 2 * LANES, *[e.splat(0.0) for _ in cells]) as inner:
+                if block == 0:
+                    for row in w_rows:
+                        e.prefetch(e.at(row, I16, e.b.add(inner.index, ahead)))
+                x_pairs = [e.load(row, inner.index) for row in x_rows]
+                w_pairs = [e.load(row, inner.index) for row in w_rows]
+                sums = [e.fma(w_pairs[r][0], x_pairs[c][0], s) for (r, c), s in zip(cells, inner.values, strict=True)]
+                inner.carry([e.fma(w_pairs[r][1], x_pairs[c][1], s) for (r, c), s in zip(cells, sums, strict=True)])
+            biases = [bias_at(e, bias_address, row) for row in row_ids]
+            for (r, c), s in zip(cells, inner.values, strict=True):
+                index = e.b.add(e.b.mul(rows, e.int(block + c)), row_ids[r])
+                total = e.b.fadd(e.total(s), biases[r])
+                if added is not None:
+                    total = e.b.fadd(total, e.load_one(e.at(added, I16, row_ids[r])))
+                e.store_one(e.at(y, I16, index), total)
+
+
+def linear_amx(e: Emitter, num_columns: int, before: str = "", plus: bool = False) -> None:
+    """The same on a processor with matrix tiles (AMX), where even 16 columns cost no more than reading the weight. There may be
+    fewer input rows than columns: every number of them compiled for itself would take longer than it saves.
+
+    One step multiplies two tiles of 16 weight rows by 32 elements, straight from the weight, with one tile of pairs of
+    inputs, pairs[i / 2, column], which every thread lays out for itself.
+    """
+    scratch = e.thread_scratch(1, 2, 3)
+    x, w, y = e.pointer(4), e.pointer(5), e.pointer(7)
+    bias_address, width, rows, x_stride, given = (e.argument(i) for i in (6, 8, 9, 10, 14))
+    pairs = e.b.bitcast(scratch, I32.as_pointer())
+    if before:
+        normed = e.at(scratch, I16, e.b.add(e.b.mul(width, e.int(num_columns)), e.int(2 * LANES)))
+        with e.loop(e.int(0), given, 1) as row:
+            source, target = e.at(x, I16, e.b.mul(x_stride, row.index)), e.at(normed, I16, e.b.mul(width, row.index))
+            norm_row(e, source, e.pointer(11), target, width, e.argument(12))
+        x, x_stride = normed, width
+    columns = [e.smaller(e.int(c), e.b.sub(given, e.int(1))) for c in range(num_columns)]
+    x_rows = [e.at(x, I16, e.b.mul(x_stride, column)) for column in columns]
+    with e.loop(e.int(0), width, 2 * LANES) as column:
+        vectors = [e.read(I32S, row, I16, column.index) for row in x_rows]
+        start = e.b.mul(e.b.lshr(column.index, e.int(1)), e.int(num_columns))
+        for p, vector in enumerate(transposed(e, vectors + [e.ints(0)] * (LANES - num_columns))):
+            # What is written beyond a row of pairs is overwritten by the next.
+            e.write(vector, pairs, I32, e.b.add(start, e.int(p * num_columns)))
+    added = e.pointer(13) if plus else None
+    row_bytes, pair_bytes = e.b.mul(width, e.int(2)), e.int(4 * num_columns)
+    block = 2 * TILE
+    sums, weights, inputs = (0, 1), (2, 3), 4
+    e.tiles([(TILE, 4 * num_columns)] * 2 + [(TILE, 64)] * 2 + [(TILE, 4 * num_columns)])
+    corner = e.b.alloca(F32, size=block * num_columns + LANES)  # the last rows are read beyond their end
+    with e.claimed(rows, block) as (start, stop), e.loop(start, stop, block) as outer:
+        first = e.smaller(outer.index, e.b.sub(rows, e.int(block)))
+        w_block = e.at(w, I16, e.b.mul(first, width))
+        for tile in sums:
+            e.tile_zero(tile)
+        with e.loop(e.int(0), width, 2 * LANES) as inner:
+            e.tile_load(inputs, e.at(pairs, I32, e.b.mul(e.b.lshr(inner.index, e.int(1)), e.int(num_columns))), pair_bytes)
+            for part, (target, weight) in enumerate(zip(sums, weights, strict=True)):
+                place = e.b.add(e.b.mul(width, e.int(part * TILE)), inner.index)
+                e.tile_load(weight, e.at(w_block, I16, place), row_bytes)
+                e.tile_product(target, weight, inputs)
+        for part, tile in enumerate(sums):
+            e.tile_store(tile, e.at(corner, F32, e.int(part * TILE * num_columns)), pair_bytes)
+        for part in range(2):
+            place = e.b.add(first, e.int(part * TILE))
+            lines = [e.read(F32S, corner, F32, e.int((part * TILE + row) * num_columns)) for row in range(TILE)]
+            bias = bias_vector(e, bias_address, place)
+            for c, total in enumerate(transposed(e, [e.b.bitcast(line, I32S) for line in lines])[:num_columns]):
+                with e.b.if_then(e.b.icmp_signed(">", given, e.int(c))):
+                    total = e.b.fadd(e.b.bitcast(total, F32S), bias)
+                    if added is not None:
+                        total = e.b.fadd(total, e.floats(added, e.b.add(e.b.mul(rows, e.int(c)), place)))
+                    e.store_floats(y, e.b.add(e.b.mul(rows, e.int(c)), place), total)
+    e.tiles_done()
+
+
+def rms_norm(e: Emitter) -> None:
+    x, weight, y = (e.pointer(i) for i in (1, 2, 3))
+    rows, width, stride = (e.argument(i) for i in (4, 5, 6))
+    with e.claimed(rows, 1) as (start, stop), e.loop(start, stop, 1) as row:
+        x_row, y_row = e.at(x, I16, e.b.mul(row.index, stride)), e.at(y, I16, e.b.mul(row.index, width))
+        norm_row(e, x_row, weight, y_row, width, e.argument(7))
+
+
+def swiglu(e: Emitter) -> None:
+    x, y = e.pointer(1), e.pointer(2)
+    rows, width, stride = (e.argument(i) for i in (3, 4, 5))
+    with e.claimed(rows, 1) as (start, stop), e.loop(start, stop, 1) as row:
+        gate_row, y_row = e.at(x, I16, e.b.mul(row.index, stride)), e.at(y, I16, e.b.mul(row.index, width))
+        swiglu_row(e, gate_row, y_row, width)
+
+
+def rotate(e: Emitter) -> None:
+    x, cos, sin = e.pointer(1), e.pointer(2, F32), e.pointer(3, F32)
+    tokens, heads, size, token_stride, head_stride = (e.argument(i) for i in (4, 5, 6, 7, 8))
+    half = e.b.lshr(size, e.int(1))
+    with e.claimed(tokens, 1) as (start, stop), e.loop(start, stop, 1) as token, e.loop(e.int(0), heads, 1) as head:
+        row = e.at(x, I16, e.b.add(e.b.mul(token.index, token_stride), e.b.mul(head.index, head_stride)))
+        factors = e.b.mul(token.index, size)
+        with e.loop(e.int(0), half, 2 * LANES) as column:
+            other = e.b.add(column.index, half)
+            firsts, seconds = e.load(row, column.index), e.load(row, other)
+            place = e.b.add(factors, column.index)
+            coss, sins = e.deinterleaved(cos, place), e.deinterleaved(sin, place)
+            turned = []
+            for first, second, c, s in zip(firsts, seconds, coss, sins, strict=True):
+                turned.append((e.fma(first, c, e.b.fneg(e.b.fmul(second, s))), e.fma(second, c, e.b.fmul(first, s))))
+            e.store(row, column.index, (turned[0][0], turned[1][0]))
+            e.store(row, other, (turned[0][1], turned[1][1]))
+
+
+def normalise(e: Emitter, size: int) -> None:
+    """out[g, c, p] = table[c, tiles[g, p, c]]: bytes of three colours to numbers of `size` bytes, whose bits the table has."""
+    tiles, out, table = e.pointer(1, I8), e.pointer(2, I8), e.pointer(3, I32)
+    count, pixels = e.argument(4), e.argument(5)
+    part, whole = ir.VectorType(I8, LANES), ir.VectorType(ir.IntType(8 * size), LANES)
+    with e.claimed(count, LANES) as (start, stop), e.loop(start, stop, LANES) as pixel:
+        source = e.b.mul(pixel.index, e.int(3))
+        first, second, third = (e.read(part, tiles, I8, e.b.add(source, e.int(n * LANES))) for n in range(3))
+        both = e.b.shuffle_vector(first, second, ir.Constant(ir.VectorType(I32, 2 * LANES), list(range(2 * LANES))))
+        rest = e.b.shuffle_vector(third, third, ir.Constant(ir.VectorType(I32, 2 * LANES), list(range(2 * LANES))))
+        tile, place = e.b.udiv(pixel.index, pixels), e.b.urem(pixel.index, pixels)
+        for c in range(3):
+            order = ir.Constant(I32S, [c + 3 * lane for lane in range(LANES)])
+            bytes_of_colour = e.b.shuffle_vector(both, rest, order)
+            bits = e.gather(table, e.b.add(e.b.zext(bytes_of_colour, I32S), e.ints(256 * c)))
+            target = e.b.add(e.b.mul(e.b.add(e.b.mul(tile, e.int(3)), e.int(c)), pixels), place)
+            e.write(e.b.trunc(bits, whole) if size < 4 else bits, out, ir.IntType(8 * size), target)
+
+
+def replay(e: Emitter) -> None:
+    """Recorded calls, each of an address, its arguments, threads, and whether argument 1 is a counter that begins at 0."""
+    entries, count, parallel = e.pointer(0, I64), e.argument(1), e.argument(2)
+    place = I8.as_pointer()
+    kernel = ir.FunctionType(ir.VoidType(), [I64.as_pointer()])
+    team = ir.FunctionType(ir.VoidType(), [place, place, I32, I32])
+    with e.loop(e.int(0), count, 1) as call:
+        fields = [e.b.load(e.at(entries, I64, e.b.add(e.b.mul(call.index, e.int(4)), e.int(n))), typ=I64) for n in range(4)]
+        address, arguments, threads, counts_threads = fields
+        pointer = e.b.inttoptr(arguments, I64.as_pointer())
+        e.b.store(e.int(0), pointer)
+        second = e.at(pointer, I64, e.int(1))
+        kept = e.b.load(second, typ=I64)
+        e.b.store(e.b.select(e.b.icmp_signed("!=", counts_threads, e.int(0)), e.int(0), kept), second)
+        with e.b.if_else(e.b.icmp_signed("==", threads, e.int(1))) as (alone, together):
+            with alone:
+                e.b.call(e.b.inttoptr(address, kernel.as_pointer()), [pointer])
+            with together:
+                where = [e.b.inttoptr(value, place) for value in (address, arguments)]
+                numbers = [e.b.trunc(threads, I32), ir.Constant(I32, 0)]
+                e.b.call(e.b.inttoptr(parallel, team.as_pointer()), [*where, *numbers])

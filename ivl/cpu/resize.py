@@ -1,0 +1,221 @@
+"""Bicubic resizing straight into tiles, with the very pixels that Pillow gives, several times as fast.
+
+Pillow resizes 8-bit images in two passes, rows and then columns. A pixel is a weighted sum in whole numbers: weights are
+fractions of 2^22, the sum is rounded and clipped to 0..255 after each pass. The same is done here by two kernels that the
+processor's vector units like (pixel_kernels.py). Once per process the outcome is compared with Pillow's: the order of the
+passes is taken from there, since versions differ; and where the pixels are not the same, or no kernel can be built
+(IVL_KERNELS=0, no llvmlite), Pillow itself does the work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+SUPPORT = 2.0
+"""Reach of the bicubic filter, in pixels of the smaller of both images."""
+SHIFT, DIGIT = 22, 8
+MAX_TAPS = 500
+"""With more source pixels to a sum than this, its digits could leave the 24 bits of a float32."""
+MIN_WIDTH = 6
+"""Fewest pixels of a row: 16 bytes are read at a time."""
+KEPT_BYTES = 64 << 20
+"""Scratch memory above this is not kept for the next image."""
+
+_Kernel = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_memory = threading.local()
+
+
+def resizable(width: int, height: int, size: int) -> bool:
+    """Whether `tiles` takes an image of this size to tiles of this size."""
+    longest = max(width, height)
+    return width >= MIN_WIDTH and 3 * size >= 64 and 2 * SUPPORT * longest / size + 3 < MAX_TAPS and available()
+
+
+def kernels_wanted() -> bool:
+    """IVL_KERNELS=0 leaves everything to Pillow."""
+    return os.environ.get("IVL_KERNELS") != "0"
+
+
+@cache
+def available() -> bool:
+    """Whether kernels can be built here and give Pillow's pixels."""
+    return _rule() is not None
+
+
+def tiles(image_YXC: np.ndarray, size: int, columns: int, rows: int, *, thumbnail: bool) -> np.ndarray:
+    """uint8 RGB [height, width, 3] to uint8 [rows * columns (+ 1), size, size, 3]: the image resized to the grid, cut row by
+    row, and the whole of it as the last tile. Rows of the image must be contiguous. Ask `resizable` first."""
+    grids = [(columns, rows), (1, 1)] if thumbnail else [(columns, rows)]
+    out_GSSC = np.empty((sum(c * r for c, r in grids), size, size, 3), np.uint8)
+    parts = [out_GSSC[: columns * rows], out_GSSC[columns * rows :]]
+    height, width = image_YXC.shape[:2]
+    columns_first = _rule()
+    assert columns_first is not None
+    upright = [columns_first(width, height, c * size, r * size) for c, r in grids]
+    if not any(upright):
+        _across_then_down(image_YXC, grids, parts)
+        return out_GSSC
+    for grid, part, first in zip(grids, parts, upright, strict=False):
+        if first:
+            _down_then_across(image_YXC, grid, part)
+        else:
+            _across_then_down(image_YXC, [grid], [part])
+    return out_GSSC
+
+
+Rule = Callable[[int, int, int, int], bool]
+"""Whether Pillow does the columns first, by the old and the new width and height."""
+
+
+def columns_first_where_it_saves(width: int, height: int, new_width: int, new_height: int) -> bool:
+    """From Pillow 13 on."""
+    return height > new_height and height - new_height > 2 * (width - new_width)
+
+
+def columns_first_of_strips(width: int, height: int, new_width: int, new_height: int) -> bool:
+    """Before Pillow 13."""
+    return height > 100 * width and height > new_height
+
+
+def _across_then_down(image_YXC: np.ndarray, grids: list[tuple[int, int]], out: list[np.ndarray]) -> None:
+    """Resize to one or two grids of tiles at once."""
+    (height, width), size = image_YXC.shape[:2], out[0].shape[1]
+    strides = [3 * size * c for c, _ in grids]
+    wide = _rows_resized(image_YXC.ctypes.data, image_YXC.strides[0], width, height, [c * size for c, _ in grids])
+    for (c, r), stride, source, tiles_GSSC in zip(grids, strides, wide, out, strict=False):
+        table = weights(height, r * size)
+        call(_kernels()[1], source, stride, tiles_GSSC.ctypes.data, r * size, c, size, 3 * size, *table.pointers())
+
+
+def _down_then_across(image_YXC: np.ndarray, grid: tuple[int, int], out_GSSC: np.ndarray) -> None:
+    (height, width), size, (c, r) = image_YXC.shape[:2], out_GSSC.shape[1], grid
+    # A segment of the kernel may be longer than a short row, so short rows get some room to the right.
+    room = max(3 * width, 64)
+    source_YB = np.ascontiguousarray(image_YXC).reshape(height, 3 * width)
+    if room > 3 * width:
+        source_YB = np.pad(source_YB, ((0, 0), (0, room - 3 * width)))
+    low_YB = np.empty((r * size, room), np.uint8)
+    table = weights(height, r * size)
+    call(_kernels()[1], source_YB.ctypes.data, room, low_YB.ctypes.data, r * size, 1, r * size, room, *table.pointers())
+    (address,) = _rows_resized(low_YB.ctypes.data, room, width, r * size, [c * size])
+    resized = np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_uint8)), (r, size, c, size, 3))
+    out_GSSC[:] = resized.swapaxes(1, 2).reshape(out_GSSC.shape)
+
+
+def _rows_resized(address: int, stride: int, width: int, num_rows: int, new_widths: list[int]) -> list[int]:
+    """Addresses of the rows at each new width, one after another in this thread's scratch memory."""
+    needed = [64 * 3 * width, *(3 * w * num_rows for w in new_widths), *(3 * w * 16 for w in new_widths)]
+    turned, *buffers = scratch(needed)
+    wide, laid = buffers[: len(new_widths)], buffers[len(new_widths) :]
+    arguments = [address, stride, 3 * width, num_rows, turned]
+    tables = [weights(width, w) for w in new_widths]  # kept here: the kernel has bare addresses
+    for w, table, to, by in zip(new_widths, tables, wide, laid, strict=True):
+        arguments += [to, 3 * w, w, by, *table.pointers()]
+    call(_kernels()[0][len(new_widths) - 1], *arguments)
+    return wide
+
+
+class Weights(NamedTuple):
+    """For each of n places out, where its source pixels start, how many they are, and their weights in two digits [n, taps]."""
+
+    starts: np.ndarray
+    counts: np.ndarray
+    high: np.ndarray
+    low: np.ndarray
+
+    def pointers(self) -> tuple[int, int, int, int, int]:
+        return (
+            self.starts.ctypes.data, self.counts.ctypes.data, self.high.shape[1], self.high.ctypes.data, self.low.ctypes.data,
+        )  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def weights(length: int, new_length: int) -> Weights:
+    """Bicubic weights (a = -0.5), wider than the filter's own reach when shrinking; computed in float64 as Pillow does."""
+    scale = length / new_length
+    wide = max(scale, 1.0)
+    reach = SUPPORT * wide
+    centres = (np.arange(new_length) + 0.5) * scale
+    starts = np.maximum((centres - reach + 0.5).astype(np.int64), 0)
+    counts = np.minimum((centres + reach + 0.5).astype(np.int64), length) - starts
+    taps_KN = np.arange(counts.max())[:, None]
+    weights_KN = np.where(taps_KN < counts, _bicubic((taps_KN + starts - centres + 0.5) * (1 / wide)), 0.0)
+    total_N = np.zeros(new_length)
+    for row in weights_KN:  # one after another: the order decides the last bit
+        total_N += row
+    weights_KN /= np.where(total_N == 0, 1.0, total_N)
+    whole_NK = np.trunc(weights_KN * (1 << SHIFT) + np.copysign(0.5, weights_KN)).astype(np.int64).T
+    high_NK = (whole_NK + (1 << DIGIT - 1)) >> DIGIT
+    low_NK = whole_NK - (high_NK << DIGIT)
+    return Weights(starts, counts, *(np.ascontiguousarray(digit, np.float32) for digit in (high_NK, low_NK)))
+
+
+def _bicubic(x: np.ndarray) -> np.ndarray:
+    x = np.abs(x)
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = (((x - 5) * x + 8) * x - 4) * -0.5
+    return np.where(x < 1, near, np.where(x < 2, far, 0.0))
+
+
+@cache
+def _kernels() -> tuple[tuple[int, int], int]:
+    """Addresses of the horizontal kernels for one and two targets, and of the vertical one."""
+    from ivl.cpu import pixel_kernels as k
+
+    assert (k.SHIFT, k.DIGIT) == (SHIFT, DIGIT)
+    return (k.build("across_1", k.across, 1), k.build("across_2", k.across, 2)), k.build("down", k.down)
+
+
+def call(address: int, *arguments: int) -> None:
+    """Without the interpreter's lock."""
+    packed = (ctypes.c_int64 * (1 + len(arguments)))(0, *arguments)  # named, to live through the call
+    _Kernel(address)(ctypes.addressof(packed))
+
+
+def scratch(sizes: list[int]) -> list[int]:
+    """Addresses of scratch memory of this thread, 64-byte aligned; good until asked again."""
+    room = sum(-(-size // 64) * 64 for size in sizes) + 64
+    memory = getattr(_memory, "kept", None)
+    if memory is None or len(memory) < room:
+        memory = _memory.kept = np.empty(room, np.uint8)
+        if room > KEPT_BYTES:
+            del _memory.kept
+            _memory.last = memory  # lives until the next image
+    at, addresses = -(-memory.ctypes.data // 64) * 64, []
+    for size in sizes:
+        addresses.append(at)
+        at += -(-size // 64) * 64
+    return addresses
+
+
+@cache
+def _rule() -> Rule | None:
+    """Which passes Pillow does first, seen from its pixels: sums are rounded in between, so the order shows. None if
+    kernels cannot be built, or its pixels follow neither rule."""
+    if not kernels_wanted():
+        return None
+    try:
+        _kernels()
+    except ImportError:  # no llvmlite for this platform
+        return None
+    rules = [columns_first_where_it_saves, columns_first_of_strips]
+    # Width, height, grid: enlarged, shrunk, and on both sides of the lines where columns begin to go first.
+    shapes = ((61, 75, 1, 1), (20, 25, 2, 2), (61, 75, 3, 1), (84, 57, 2, 1), (84, 86, 2, 1), (84, 84, 2, 1))
+    for width, height, c, r in (*shapes, (6, 600, 1, 1), (6, 601, 1, 1)):
+        noise_YXC = np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)
+        grid, shape = (c, r), (c * r, 28, 28, 3)
+        resized = np.asarray(Image.fromarray(noise_YXC).resize((28 * c, 28 * r), Image.Resampling.BICUBIC))
+        wanted = resized.reshape(r, 28, c, 28, 3).swapaxes(1, 2).reshape(shape)
+        found, turned = np.empty(shape, np.uint8), np.empty(shape, np.uint8)
+        _across_then_down(noise_YXC, [grid], [found])
+        _down_then_across(noise_YXC, grid, turned)
+        rules = [rule for rule in rules if np.array_equal(turned if rule(width, height, 28 * c, 28 * r) else found, wanted)]
+    return rules[0] if rules else None

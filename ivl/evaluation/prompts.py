@@ -1,0 +1,66 @@
+"""How questions are put so that a reply reasons first and ends with an answer that can be found (spec 6.1, 6.2)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Literal
+
+from ivl.evaluation.scoring import Style
+from ivl.types import Conversation, Text
+
+Language = Literal["en", "zh"]
+Domain = Literal["science", "visual", "grounded"]
+
+SHORT_ANSWER = re.compile(
+    r"\s*(?:Answer the question (?:using|with) a single word or phrase\.?"
+    r"|Answer with the option's letter from the given choices directly\.?"
+    r"|Please answer directly with a single word or number\.?"
+    r"|请直接回答选项字母。?|请用单个词或短语回答(?:问题)?。?)\s*$"
+)
+"""Requests for a bare answer, which would contradict the request to reason."""
+
+REASON: dict[tuple[Style, Language], str] = {
+    ("final_answer", "en"): (
+        "Work the question out step by step before you answer. Close with a line of its own that reads "
+        '"Final answer: ..." and holds nothing but the answer.'
+    ),
+    ("final_answer", "zh"): "请先逐步推理，再作答。最后单独一行写出“最终答案：……”，该行只写答案。",
+    ("boxed", "en"): (
+        "Work the question out step by step before you answer. Close with a line that reads "
+        "Answer: \\boxed{...} and holds the answer alone."
+    ),
+    ("boxed", "zh"): "请先逐步推理，再作答。最后一行写出 答案：\\boxed{……}，括号内只写答案。",
+    ("think", "en"): ("First think inside <think> and </think>, then give the answer alone inside <answer> and </answer>."),
+    ("think", "zh"): "请先在 <think> 与 </think> 之间思考，再在 <answer> 与 </answer> 之间只写答案。",
+}
+
+CHINESE = re.compile("[\u4e00-\u9fff]")
+
+INSTRUCTIONS: dict[Domain, str] = {
+    "science": "Begin with the background knowledge that the question rests on, then reason from it to the answer.",
+    "visual": "Begin with what the picture shows that matters here, such as its text and figures, then reason from it.",
+    "grounded": "Name the objects that you rely on and where in the picture they are, then answer.",
+}
+"""Asked of questions without a checked answer, by the kind of picture (spec 6.2)."""
+
+
+def ask(question: str, style: Style, language: Language = "en", domain: Domain | None = None) -> str:
+    """The question as the model gets it. `direct` leaves it as it is, instruction aside."""
+    text = question if style == "direct" else SHORT_ANSWER.sub("", question)
+    extra = [INSTRUCTIONS[domain]] if domain else []
+    if style != "direct":
+        extra.append(REASON[style, language])
+    return "\n".join([text, *extra])
+
+
+def reasoned(conversation: Conversation, style: Style) -> Conversation:
+    """The conversation with its last text asked so, in Chinese where the last turn is Chinese."""
+    *before, last = conversation
+    language = "zh" if CHINESE.search(last.text) else "en"
+    parts = list(last.content)
+    for at in reversed(range(len(parts))):
+        if isinstance(part := parts[at], Text):
+            parts[at] = Text(ask(part.text, style, language))
+            return (*before, replace(last, content=tuple(parts)))
+    return (*before, replace(last, content=(*parts, Text(ask("", style, language)))))

@@ -1,0 +1,213 @@
+"""Numbers with their units, in digits or in words, compared with a tolerance. Values are exact fractions."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from ivl.evaluation.scoring.spelling import ARTICLES, bare, without_left_side
+from ivl.evaluation.scoring.units import conversion, unit_of
+
+TOLERANCE = 1e-3
+"""Relative (spec 6.1)."""
+_MOST_DIGITS, _MOST_EXPONENT = 60, 300
+
+_SMALL = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
+    "nineteen"
+)
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+_ENGLISH = {word: n for n, word in enumerate(_SMALL.split())} | {word: 10 * n for n, word in enumerate(_TENS.split(), 2)}
+_SCALES = {
+    "thousand": 10**3, "million": 10**6, "millions": 10**6, "billion": 10**9, "billions": 10**9, "trillion": 10**12,
+    "dozen": 12, "mn": 10**6, "bn": 10**9, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9,
+    "千": 10**3, "万": 10**4, "百万": 10**6, "千万": 10**7, "亿": 10**8,
+}  # fmt: skip
+_PARTS = {"half": Fraction(1, 2)} | {
+    word + plural: Fraction(1, n) for word, n in (("third", 3), ("quarter", 4)) for plural in ("", "s")
+}
+_NUMBER = re.compile(
+    r"(?P<sign>[+-]? ?)(?P<money>[$€£¥])? ?"
+    r"(?:(?P<whole>\d+)? ?(?:\\[dtc]?frac ?\{ ?(?P<up>-?\d+(?:\.\d+)?) ?\} ?\{ ?(?P<down>-?\d+(?:\.\d+)?) ?\})"
+    r"|\\[dtc]?frac(?P<digit_up>\d)(?P<digit_down>\d)"
+    r"|(?:(?P<mixed>\d+) )?(?P<over>\d+(?:\.\d+)?) ?/ ?(?P<under>\d+(?:\.\d+)?)(?![\d.])"
+    r"|(?P<power>10) ?\^ ?(?P<exponent>[+-]?\d+|\{ ?[+-]?\d+ ?\}|\([+-]?\d+\))"
+    r"|(?P<digits>\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d+)?|\d{1,3}(?: \d{3})+(?! ?\d)(?:\.\d+)?|\d{1,3}(?:'\d{3})+(?!\d)(?:\.\d+)?"
+    r"|\d+(?:\.\d*)?|\.\d+)"
+    r"(?:[eE](?P<e>[+-]?\d+)(?!\w)| ?(?:×|x|\*|·|⋅|\\times|\\cdot) ?10 ?\^ ?(?P<ten>[+-]?\d+|\{ ?[+-]?\d+ ?\}|\([+-]?\d+\)))?)"
+)
+_SCALE = re.compile(r"百万|千万|[千万亿]|(?:dozen|thousand|[mb]illions?|trillion|mn|bn|[kKMB])(?![A-Za-z/])")
+_ABOUT = re.compile(
+    r"(?:#|no\.? ?(?=\d)|about|approximately|approx\.?|around|roughly|nearly|almost|≈|~|大约|约为|约|\\approx) *", re.IGNORECASE
+)
+_MINUS = re.compile(r"(?:minus|negative|负) *", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantity:
+    value: Fraction
+    unit: str = ""
+    """A known unit or other words; empty if none is named. With `percent`, the sign's own number is the value."""
+    percent: bool = False
+    integer: bool = False
+    """Written in digits without a point, fraction or exponent."""
+    places: int = 0
+    """Digits behind the point."""
+    scale: int = 1
+    """What a word such as million multiplied it with."""
+    year: bool = False
+    """Four digits from 1500 to 2099 and nothing else."""
+
+
+def quantity(text: str) -> Quantity | None:
+    """The number that a text is, None if it is more or something else (a range, a list, a formula, a variable)."""
+    text = bare(text).removesuffix("左右")
+    if len(text) > 120 or re.fullmatch(r"(?:1\d|20)\d0'?s", text):  # 1990s is a decade
+        return None
+    text = text[found.end() :] if (found := _ABOUT.match(text)) else text
+    text = re.sub(r"^(\d+) and (?=\d+/\d+)", r"\1 ", re.sub(r"^(?:a|one)(?= dozen)", "1", text, flags=re.IGNORECASE))
+    if found := _MINUS.match(text):
+        inner = _unsigned(text[found.end() :])
+        return inner and replace(inner, value=-inner.value, year=False)
+    return _unsigned(text)
+
+
+def _unsigned(text: str) -> Quantity | None:
+    if found := re.match(r"百分之(.+)", text):
+        inner = _unsigned(found[1])
+        return inner and replace(inner, percent=True)
+    read = _digits(text) or _english(text) or _chinese(text)
+    if read is None:
+        return None
+    value, integer, places, rest = read
+    spaced, rest = rest[:1] == " ", rest.strip()
+    scale, money = 1, re.match(r"[+-]? ?([$€£¥])", text)
+    if (found := _SCALE.match(rest)) and not (spaced and not money and found[0] in "kKMB"):
+        scale, rest = _SCALES[found[0].lower() if len(found[0]) > 1 else found[0]], rest[found.end() :].strip()
+    number = Quantity(value=value * scale, integer=integer, places=places, scale=scale)
+    if found := re.match(r"(?:%|percent(?:age)?|per cent|pct)(?![A-Za-z])(?: points?)?", rest):
+        return replace(number, percent=True) if re.fullmatch(r"(?: of(?: [^\W\d_]+){1,4})?", rest[found.end() :]) else None
+    unit = unit_of(rest, spaced=spaced)
+    if unit is None or (money and conversion(money[1], unit) is None):
+        return None
+    if not unit and money:
+        unit = money[1]
+    return replace(number, unit=unit, year=not unit and bool(re.fullmatch(r"1[5-9]\d\d|20\d\d", text)))
+
+
+def _digits(text: str) -> tuple[Fraction, bool, int, str] | None:
+    """Value, whether it is an integer in digits, decimal places, and the text behind it."""
+    if not (found := _NUMBER.match(text)):
+        return None
+    part = found.groupdict()
+    sign, rest = -1 if "-" in part["sign"] else 1, text[found.end() :]
+    if any(len(value or "") > _MOST_DIGITS for value in part.values()):
+        return None
+    up, down = part["up"] or part["digit_up"] or part["over"], part["down"] or part["digit_down"] or part["under"]
+    if up:
+        if not Fraction(down):
+            return None
+        return sign * (Fraction(part["whole"] or part["mixed"] or 0) + Fraction(up) / Fraction(down)), False, 0, rest
+    exponent = part["exponent"] or part["e"] or part["ten"]
+    power = int(exponent.strip("{}() ")) if exponent else 0
+    if abs(power) > _MOST_EXPONENT:
+        return None
+    digits = re.sub("[, ']", "", part["digits"] or "1").rstrip(".")
+    places = len(digits.partition(".")[2])
+    return sign * Fraction(digits) * Fraction(10) ** power, not exponent and not places, 0 if exponent else places, rest
+
+
+def _english(text: str) -> tuple[Fraction, bool, int, str] | None:
+    if (
+        (found := re.match(r"(.+) and (?:a|one) (half|quarter)(?![a-z])", text))
+        and (whole := _english(found[1]))
+        and not whole[3].strip()
+    ):
+        return whole[0] + _PARTS[found[2]], False, 0, text[found.end() :]
+    words = text.replace("-", " ").split()
+    total, current, read = 0, 0, 0
+    for word in (word.lower() for word in words):
+        if word in _ENGLISH:
+            current += _ENGLISH[word]
+        elif word == "hundred" and 0 < current < 10:
+            current *= 100
+        elif word in ("thousand", "million", "billion") and current:
+            total, current = total + current * _SCALES[word], 0
+        elif not (word == "and" and read and words[read - 1].lower() in ("hundred", "thousand")):
+            break
+        read += 1
+    if words and words[read - 1 : read + 1] and read < len(words) and words[read].lower() in _PARTS and total + current < 10:
+        return Fraction(total + current or 1) * _PARTS[words[read].lower()], False, 0, " " + " ".join(words[read + 1 :])
+    if len(words) == 2 and words[0].lower() in ARTICLES and words[1].lower() in _PARTS:
+        return _PARTS[words[1].lower()], False, 0, ""
+    if not read or words[read - 1].lower() == "and":
+        return None
+    return Fraction(total + current), True, 0, " " + " ".join(words[read:])
+
+
+_CHINESE = {character: n for n, character in enumerate("零一二三四五六七八九")} | {"两": 2, "〇": 0}
+_CHINESE_SCALES = {"十": 10, "百": 100, "千": 1000}
+
+
+def _chinese(text: str) -> tuple[Fraction, bool, int, str] | None:
+    if found := re.match("([零〇一二两三四五六七八九十百千万亿]{1,12})分之([零〇一二两三四五六七八九十百千万亿]{1,12})$", text):
+        down = chinese_integer(found[1])
+        return (Fraction(chinese_integer(found[2]), down), False, 0, "") if down else None
+    if not (found := re.match("[零〇一二两三四五六七八九十百千万亿]{1,20}", text)) or found[0][0] in "百千万亿":
+        return None
+    return Fraction(chinese_integer(found[0])), True, 0, text[found.end() :]
+
+
+def chinese_integer(text: str) -> int:
+    """The value of 一百零五 or 二〇二〇."""
+    for mark, scale in (("亿", 10**8), ("万", 10**4)):
+        if mark in text:
+            high, _, low = text.partition(mark)
+            return (chinese_integer(high) or 1) * scale + chinese_integer(low)
+    if not set(text) & set(_CHINESE_SCALES):
+        return int("".join(str(_CHINESE[character]) for character in text) or 0)
+    total = digit = 0
+    for character in text:
+        if character in _CHINESE_SCALES:
+            total, digit = total + (digit or 1) * _CHINESE_SCALES[character], 0
+        else:
+            digit = _CHINESE[character]
+    return total + digit
+
+
+def same_quantity(prediction: Quantity, truth: Quantity, *, tolerance: float = TOLERANCE, relaxed: bool = False) -> bool:
+    """Equal up to the tolerance, a share of the truth; integers exactly, and known units converted.
+
+    A unit or percent sign that only one side has is taken as understood. relaxed: the tolerance also holds for integers
+    other than years, as charts need it (spec 6.1), and millions may be understood from an axis.
+    """
+    if (factor := conversion(prediction.unit, truth.unit)) is None:
+        return False
+    value = prediction.value * factor
+    values = {value}
+    if prediction.percent != truth.percent:
+        values.add(value / 100 if prediction.percent else value * 100)
+    if relaxed and 1 in (prediction.scale, truth.scale):
+        values.add(value * truth.scale / prediction.scale)
+    return any(_close(each, prediction, truth, Fraction(tolerance), relaxed) for each in values)
+
+
+def _close(value: Fraction, prediction: Quantity, truth: Quantity, tolerance: Fraction, relaxed: bool) -> bool:
+    if value == truth.value:
+        return True
+    if (relaxed and truth.year) or (not relaxed and prediction.integer and truth.integer and value.denominator == 1):
+        return False
+    if abs(value - truth.value) <= tolerance * abs(truth.value):
+        return True
+    finer = prediction.places > truth.places or not (prediction.places or prediction.integer)
+    return truth.places >= 2 and finer and round(value, truth.places) == truth.value
+
+
+def quantities(prediction: str, truth: str) -> tuple[Quantity, Quantity] | None:
+    """Both as numbers, None unless both are; `x = 5` is 5 unless the other names another unknown."""
+    (left, said), (expected_left, meant) = without_left_side(bare(prediction)), without_left_side(bare(truth))
+    if left and expected_left and left != expected_left:
+        return None
+    a, b = quantity(said), quantity(meant)
+    return (a, b) if a and b else None

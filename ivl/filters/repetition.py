@@ -1,0 +1,138 @@
+"""Repetition without a model: repeated n-grams, loops of any period, compression (spec 9.1; the reference's own 10-gram check,
+ratio 0.4, is switched off there)."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from ivl.filters.text import answers_text
+from ivl.filters.verdict import Verdict
+from ivl.types import Record
+
+_EAST = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+_TOKEN = re.compile(rf"[{_EAST}]|(?:(?![{_EAST}])[^\W_]){{1,40}}|[^\w\s]|_")
+"""A word, a character of a script without spaces, or a mark."""
+_NO_WORDS = re.compile(r"https?://\S+|<box>[^<]*</box>")
+_TABLE_ROW = re.compile(r"^[ \t]*\|[^\n]*\|[ \t]*$", re.MULTILINE)
+_PERIODS = 6
+"""How many of the commonest distances between equal n-grams are tried as the period of a loop."""
+_MISMATCH = 1.6
+"""What a token that breaks a loop takes away from its length; a loop may differ in every fourth word or so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repetition:
+    """Answers that repeat themselves. The score is the worst measure in units of its limit: above 1 the row is dropped.
+
+    Lists, tables, code and verses with a refrain stay below the limits: numbers and marks weigh little, and a loop must come
+    round several times.
+    """
+
+    name: ClassVar[str] = "repetition"
+    ngram: int = 10
+    max_ngrams: float = 0.4
+    """Share of n-grams that were seen before in the same answer."""
+    min_loop_words: float = 14.0
+    """Repeated words (or Chinese characters) that make a loop; numbers count 0.2, marks 0.05."""
+    min_rounds: float = 3.0
+    """How often the loop must come round in all."""
+    min_area: float = 100.0
+    """Least product of the two, so that what comes round a few times must be long."""
+    max_compression: float = 8.0
+    """Characters per byte of zlib, for answers of 400 bytes and more."""
+
+    def __post_init__(self) -> None:
+        if self.ngram < 2:
+            raise ValueError(f"ngram must be >= 2, got {self.ngram}")
+        if not 0 < self.max_ngrams < 1:
+            raise ValueError(f"max_ngrams must be between 0 and 1, got {self.max_ngrams}")
+
+    def __call__(self, record: Record) -> Verdict:
+        worst, reason = 0.0, ""
+        for answer in answers_text(record):
+            for score, what in self.measures(answer):
+                if score > worst:
+                    worst, reason = score, what
+        return Verdict(worst <= 1, reason if worst > 1 else "", worst)
+
+    def measures(self, text: str) -> list[tuple[float, str]]:
+        """Each measure of one answer in units of its limit, and what it says if above 1."""
+        found = []
+        plain = _NO_WORDS.sub(" ", text)
+        ids, weights = _numbered(_TOKEN.findall(plain.casefold()))
+        if len(ids) >= 2 * self.ngram:
+            found.append((_share_seen(ids, weights, self.ngram) / self.max_ngrams, f"repeated {self.ngram}-grams"))
+        untabled = _TABLE_ROW.sub("", plain)  # rows may differ in little; equal rows are seen by their n-grams
+        if len(untabled) < len(plain):
+            ids, weights = _numbered(_TOKEN.findall(untabled.casefold()))
+        found.append((self._loop(ids, weights), "loop of words"))
+        found.append((self._loop(*_characters(plain)), "loop of characters"))
+        data = text.encode("utf-8", "replace")
+        if len(data) >= 400:
+            found.append((len(data) / len(zlib.compress(data, 6)) / self.max_compression, "compresses too well"))
+        return found
+
+    def _loop(self, ids: np.ndarray, weights: np.ndarray) -> float:
+        """Repeated words of the best loop in units of `min_loop_words`, less if it comes round less than `min_rounds` times."""
+        best = 0.0
+        for period in _periods(ids):
+            same = ids[period:] == ids[:-period]
+            gain = np.where(same, weights[period:], -_MISMATCH * np.maximum(weights[period:], 0.5))
+            total = np.concatenate(([0.0], np.cumsum(gain)))
+            low = np.minimum.accumulate(total)
+            end = int(np.argmax(total - low))
+            start = int(np.flatnonzero(total[: end + 1] == low[end])[-1])
+            words = float(total[end] - low[end])
+            rounds = 1 + (end - start) / period
+            best = max(best, min(words / self.min_loop_words, rounds / self.min_rounds, words * rounds / self.min_area))
+        return best
+
+
+def _characters(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """The characters of long stretches without a space, each stretch ended by what nothing equals."""
+    long = re.findall(rf"[^\s{_EAST}\u2500-\u259f]{{40,}}", text)
+    ids, weights = _numbered([char for stretch in long for char in stretch])
+    ends = np.cumsum([len(stretch) for stretch in long], dtype=np.int64)
+    return np.insert(ids, ends, -1 - np.arange(len(long))), np.insert(weights * 0.4, ends, 10.0)
+
+
+def _numbered(tokens: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    numbers: dict[str, int] = {}
+    ids = np.array([numbers.setdefault(token, len(numbers)) for token in tokens], dtype=np.int64)
+    each = np.array([1.0 if any(map(str.isalpha, token)) else 0.2 if token.isdigit() else 0.05 for token in numbers])
+    return ids, each[ids] if tokens else np.zeros(0)
+
+
+def _ngrams(ids: np.ndarray, n: int) -> np.ndarray:
+    """A number for each n-gram, equal for equal ones (64 bit, by a fixed polynomial)."""
+    size = max(0, len(ids) - n + 1)
+    hashed = np.zeros(size, dtype=np.uint64)
+    for k in range(n):
+        hashed = hashed * np.uint64(0x9E3779B97F4A7C15) + (ids[k : k + size].astype(np.uint64) + np.uint64(1))
+        hashed ^= hashed >> np.uint64(29)
+    return hashed
+
+
+def _share_seen(ids: np.ndarray, weights: np.ndarray, n: int) -> float:
+    """Share of n-grams seen before; only those count that have words in them, half or more."""
+    total = np.concatenate(([0.0], np.cumsum(weights)))
+    ngrams = _ngrams(ids, n)[total[n:] - total[:-n] >= n / 2]
+    return 1 - len(np.unique(ngrams)) / len(ngrams) if len(ngrams) > n else 0.0
+
+
+def _periods(ids: np.ndarray) -> list[int]:
+    """The commonest distances between an n-gram and the one equal to it before, for pairs, triples and eights."""
+    found: list[int] = []
+    for n in (2, 4, 8):
+        grams = _ngrams(ids, n)
+        order = np.argsort(grams, kind="stable")
+        again = grams[order[1:]] == grams[order[:-1]]
+        distances, counts = np.unique((order[1:] - order[:-1])[again], return_counts=True)
+        ranked = np.lexsort((distances, -counts))[:_PERIODS]
+        found += [int(d) for d in distances[ranked] if d not in found]
+    return found

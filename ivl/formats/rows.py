@@ -1,0 +1,133 @@
+"""Random access to the rows of a data set, whatever file or folder holds them.
+
+The container is found by what the file holds; rows are then read by their own keys (see ivl.data.records), so that one file
+may mix them. Both can be forced by naming a format.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from ivl.data.records import Layout
+from ivl.errors import InputError
+from ivl.formats.base import Rows, Shards
+from ivl.formats.text import TextRows
+
+CONTAINERS = ("jsonl", "json", "parquet", "arrow", "webdataset")
+FORMATS = (*CONTAINERS, *get_args(Layout))
+"""What `open_rows` may be told: how the file is built, or what its rows must be."""
+
+SUFFIXES = {".jsonl": "jsonl", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
+BOM = b"\xef\xbb\xbf"
+
+
+def open_rows(path: str | Path, *, format: str | None = None) -> Rows:
+    """Open a file or a folder of rows: jsonl, JSON array, parquet, a saved HF data set, webdataset tar.
+
+    Args:
+        format: one of FORMATS. A container (`parquet`) is how the file is built; a layout (`sharegpt`) is what every row must
+            be, and decides where a row could be read in two ways. None looks.
+
+    Raises:
+        InputError: if the file is missing, empty, damaged or of no known kind.
+    """
+    path = Path(path)
+    if format is not None and format not in FORMATS:
+        raise InputError(f"{path}: format must be one of {', '.join(FORMATS)}, got {format!r}")
+    rows = _open(path, format if format in CONTAINERS else container_of(path))
+    if format in get_args(Layout):
+        rows.layout = cast(Layout, format)
+    return rows
+
+
+def container_of(path: str | Path) -> str:
+    """How a file or folder is built, one of CONTAINERS, by what it holds.
+
+    Raises:
+        InputError: if it cannot be read, is compressed as a whole, or is a folder of no or several kinds of rows.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _container_of_folder(path)
+    try:
+        with path.open("rb") as file:
+            head = file.read(4096)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from None
+    if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
+        raise InputError(f"{path}: is compressed, which leaves no random access to its rows; unpack it first")
+    if head.startswith(b"PAR1") or path.suffix == ".parquet":
+        return "parquet"
+    if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")) or path.suffix == ".arrow":
+        return "arrow"
+    if head[257:262] == b"ustar" or path.suffix == ".tar":
+        return "webdataset"
+    return "json" if head.removeprefix(BOM).lstrip()[:1] == b"[" else "jsonl"
+
+
+def _container_of_folder(folder: Path) -> str:
+    if (folder / "dataset_dict.json").is_file():
+        splits = sorted(each.name for each in folder.iterdir() if each.is_dir())
+        raise InputError(f"{folder}: holds the splits {', '.join(splits)}; name one of these folders")
+    if (folder / "state.json").is_file():
+        return "arrow"
+    kinds = sorted({SUFFIXES[path.suffix] for path in _files(folder)} - {"json"})
+    if len(kinds) != 1:
+        raise InputError(
+            f"{folder}: has files of {' and '.join(kinds) or 'no known kind of'} rows; name a file or folder of one"
+        )
+    return kinds[0]
+
+
+def _open(path: Path, container: str) -> Rows:
+    if not path.is_dir():
+        return _open_file(path, container)
+    if container == "arrow" and (path / "state.json").is_file():
+        from ivl.formats.table import saved_files
+
+        files = saved_files(path)
+    else:
+        files = [file for file in _files(path) if SUFFIXES[file.suffix] == container]
+    shards = [_open_file(file, container) for file in files]
+    if not shards:
+        raise InputError(f"{path}: has no file of {container} rows")
+    return shards[0] if len(shards) == 1 else Shards(shards)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Files that may hold rows, at any depth, in order of their names; hidden ones are left alone."""
+    found = (path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+
+
+def _open_file(path: Path, container: str) -> Rows:
+    match container:
+        case "parquet":
+            from ivl.formats.table import ParquetRows
+
+            return ParquetRows(path)
+        case "arrow":
+            from ivl.formats.table import ArrowRows
+
+            return ArrowRows(path)
+        case "webdataset":
+            from ivl.formats.tar import TarRows
+
+            return TarRows(path)
+        case "json":
+            return TextRows(path, "json")
+        case _:
+            return TextRows(path, "jsonl")
+
+
+def write_jsonl(rows: Iterable[dict[str, Any]], path: str | Path) -> Path:
+    """Write rows as UTF-8 jsonl, one object per line; returns the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return path

@@ -1,0 +1,180 @@
+"""Log-probabilities of the reference model without a second model: from a file made before training, or with adapters off."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from ivl.data.encode import media
+from ivl.data.loader import Loader
+from ivl.data.records import DataError
+from ivl.errors import InputError
+from ivl.lora.layers import adapters_disabled, lora_parameters
+from ivl.model.vlm import VLM
+from ivl.preference.objective import check_pairs, reply_log_probs
+from ivl.train.config import Precision
+from ivl.train.loop import to_device
+from ivl.train.stage import set_modes
+from ivl.train.world import World, is_sharded, whole
+from ivl.types import IGNORE, Batch, Layout, VideoRef
+from ivl.utils.jsonl import Journal, read_journal
+from ivl.utils.progress import counting
+
+NOT_DATA = frozenset(("num_workers", "prefetch", "start_method", "cache_samples", "epochs", "shuffle", "mixture", "root"))
+"""Fields of DataConfig on which a pair's log-probability does not depend, or that the rows' own fingerprint covers."""
+PAIRS_A_CHUNK = 64
+"""Pairs written at a time."""
+
+
+def adapters_off(model: VLM, batch: Batch) -> torch.Tensor:
+    """The model without its LoRA adapters, in eval mode."""
+    model.eval()
+    try:
+        with adapters_disabled(model):
+            return reply_log_probs(model, batch).log_probs_S
+    finally:
+        set_modes(model)
+
+
+class FileReference:
+    """Log-probabilities by data set and `file:line` of their pair."""
+
+    def __init__(self, pairs: dict[tuple[str, str], tuple[float, float]]) -> None:
+        self.pairs = pairs
+
+    @classmethod
+    def read(cls, *directories: Path) -> FileReference:
+        """Raises InputError if one of them holds no finished log-probabilities."""
+        pairs: dict[tuple[str, str], tuple[float, float]] = {}
+        for directory in directories:
+            files, done, ranks = sorted(directory.glob("rank-*.jsonl")), 0, 0
+            for file in files:
+                about, rows = read_journal(file)
+                ranks = about["ranks"]
+                for _, row in rows:
+                    if "source" in row:
+                        pairs[row["dataset"], row["source"]] = row["chosen"], row["rejected"]
+                    done += bool(row.get("done"))
+            if not files or not len(files) == done == ranks:
+                raise InputError(f"{directory}: no finished log-probabilities of the reference model; start the run afresh")
+        return cls(pairs)
+
+    def __call__(self, model: VLM, batch: Batch) -> torch.Tensor:
+        keys = list(zip(batch.datasets, batch.sources, strict=True))
+        for dataset, source in keys:
+            if (dataset, source) not in self.pairs:
+                raise ValueError(f"{source}: the reference model was not asked about this pair; did the data change?")
+        return torch.tensor([x for key in keys for x in self.pairs[key]], device=batch.tokens_T.device)
+
+
+def precompute(model: VLM, data: Loader, directory: Path, *, precision: Precision, weights: str, world: World) -> None:
+    """Go through an epoch of the data and write directory/rank-R.jsonl; goes on where an interrupted pass ended.
+
+    The file belongs to these weights, data and precision, and is refused by others; one that is finished is kept, whatever the
+    number of ranks. A kill costs at most PAIRS_A_CHUNK pairs.
+
+    Raises:
+        InputError: for data whose samples have random parts (JPEG degradation, video), which have no fixed log-probability;
+            for a directory that belongs to something else.
+    """
+    _check_fixed(data)
+    about = {
+        "kind": "reference", "weights": weights, "data": data.mixture.fingerprint(), "precision": precision,
+        "options": {k: v for k, v in asdict(data.config).items() if k not in NOT_DATA},
+    }  # fmt: skip
+    if _is_finished(directory, about):
+        return
+    path = directory / f"rank-{world.rank}.jsonl"
+    model.eval()
+    with Journal(path, about | {"ranks": world.size}) as journal, torch.no_grad():
+        done, last = 0, {}
+        for _, last in read_journal(path)[1]:
+            done += "source" in last
+        if last and not last.get("done"):
+            data.restore(last["position"])
+        found: list[dict] = []
+        with counting(on=world.is_main, lasting=True) as bar:
+            task = bar.add_task("reference log-probabilities", total=len(data.mixture) // world.size, completed=done, note="")
+            for batch in () if last.get("done") else _in_company(model, iter(data), world):
+                if batch is not None:
+                    check_pairs(batch)
+                with torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                    sums_S = reply_log_probs(model, to_device(batch or _nothing(model), world.device)).log_probs_S
+                if batch is None:
+                    continue
+                names = zip(batch.datasets, batch.sources, batch.ids, sums_S.view(-1, 2).tolist(), strict=True)
+                found += [{"dataset": d, "source": s, "id": i, "chosen": c, "rejected": r} for d, s, i, (c, r) in names]
+                if len(found) >= PAIRS_A_CHUNK:
+                    journal.add([*found, {"position": data.state()}])
+                    done, found = done + len(found), []
+                bar.update(task, completed=done + len(found))
+        if not last.get("done"):
+            journal.add([*found, {"done": True, "pairs": done + len(found)}])
+    if is_sharded(model):
+        model.reshard()  # type: ignore[operator]  # without a backward pass the outermost parameters stay gathered
+    set_modes(model)
+    world.barrier()
+
+
+def _is_finished(directory: Path, about: dict) -> bool:
+    """Whether any number of ranks has finished this very file."""
+    try:
+        FileReference.read(directory)
+    except InputError:
+        return False
+    found = read_journal(directory / "rank-0.jsonl")[0]
+    return {**found, "ranks": None} == {**json.loads(json.dumps(about)), "ranks": None}
+
+
+def _in_company(model: VLM, batches: Iterator[Batch], world: World) -> Iterator[Batch | None]:
+    """The batches. Ranks that share shards go through the model together: after them None, while another rank has some."""
+    if not is_sharded(model):
+        yield from batches
+        return
+    while True:
+        batch = next(batches, None)
+        if world.all(batch is None):
+            return
+        yield batch
+
+
+def _nothing(model: VLM) -> Batch:
+    """A batch that trains nothing, to go through the model with."""
+    size = model.config.vision.image_size
+    token = torch.tensor(model.config.eos_token_ids[:1])
+    tiles = torch.zeros(0, size, size, 3, dtype=torch.uint8)
+    none = torch.zeros(0, dtype=torch.int64)
+    return Batch(token, torch.tensor([IGNORE]), torch.zeros(1), tiles, none, Layout.packed((1,)))
+
+
+def weights_hash(model: VLM) -> str:
+    """Of every parameter, by name and content, LoRA adapters aside. All ranks of a sharded model call this together."""
+    digest, adapters = hashlib.blake2b(digest_size=16), lora_parameters(model)
+    for name, parameter in model.named_parameters():
+        if name in adapters:
+            continue
+        value = whole(parameter.detach()).cpu().contiguous()
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _check_fixed(data: Loader) -> None:
+    remedy = "set preference.reference to model, or turn it off"
+    for number, spec in enumerate(data.mixture.specs):
+        if spec.data_augment:
+            raise InputError(
+                f"dataset {spec.name!r}: data_augment changes images at random, which a file cannot follow; {remedy}"
+            )
+        for row in range(len(data.mixture.files[number])):
+            try:
+                record = data.mixture.record(number, row)
+            except DataError:
+                continue  # the loader deals with it, by its own policy
+            if any(isinstance(ref, VideoRef) for ref in media(record)):
+                raise InputError(f"{record.source}: frames of a video are drawn at random; {remedy}")

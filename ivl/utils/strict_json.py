@@ -1,0 +1,109 @@
+"""Strict reading of JSON: files, and dataclasses whose keys and types are checked by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ivl.errors import InputError, nearest
+
+T = TypeVar("T")
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        InputError: if the file is not there, or is not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except RecursionError:
+        raise InputError(f"{path}: not valid JSON (nested too deep)") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+
+
+def from_json(kind: type[T], values: Any, where: str, extra: Iterable[str] = ()) -> T:
+    """A dataclass from a JSON object, the inverse of dataclasses.asdict; fields may be dataclasses themselves.
+
+    Args:
+        where: the place, such as `chain.json: stage 2`; every error starts with it.
+        extra: further keys that the object may have, which are left to the caller.
+
+    Raises:
+        InputError: for an unknown key (with the nearest known one), a missing key, a value of another type, or one that the
+            dataclass refuses.
+    """
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}  # type: ignore[arg-type]
+    extra = tuple(extra)
+    if not isinstance(values, dict):
+        raise InputError(f"{where}: must be an object, got {values!r}")
+    for key in values:
+        if key not in fields and key not in extra:
+            raise InputError(f"{where}: unknown key {key!r}; {nearest(key, [*fields, *extra], 'keys')}")
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise InputError(f"{where}: {name} is missing")
+    try:
+        return kind(**{k: _value(hints[k], v, f"{where}: {k}") for k, v in values.items() if k in fields})
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """The value as its field holds it: lists as tuples, objects as dataclasses where the hint names one."""
+    if not _fits(value, hint):
+        name = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+        raise InputError(f"{where} must be {name}, got {value!r}")
+    choices = typing.get_args(hint) if _is_union(hint) else (hint,)
+    if isinstance(value, dict):
+        for choice in choices:
+            if dataclasses.is_dataclass(choice):
+                return from_json(typing.cast(type, choice), value, where)
+    if isinstance(value, list):
+        for choice in choices:
+            if typing.get_origin(choice) is tuple:
+                inner = typing.get_args(choice)
+                return tuple(_value(inner[min(n, len(inner) - 1)] if inner[-1] is not ... else inner[0], each, f"{where}[{n}]")
+                             for n, each in enumerate(value))  # fmt: skip
+    return value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if _is_union(hint):
+        return any(_fits(value, choice) for choice in inner)
+    if origin is typing.Literal:
+        return value in inner
+    if origin is tuple or origin is list:
+        elements = value if isinstance(value, list | tuple) else None
+        if elements is None:
+            return False
+        if origin is tuple and inner[-1] is not ...:
+            return len(elements) == len(inner) and all(map(_fits, elements, inner))
+        return all(_fits(each, inner[0]) for each in elements)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(each, inner[1]) for each in value.values())
+    if dataclasses.is_dataclass(hint):
+        return isinstance(value, dict)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)

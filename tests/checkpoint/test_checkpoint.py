@@ -1,0 +1,253 @@
+"""Laws of checkpoints: names and shapes of the published models, and nothing lost on any way there and back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from ivl.checkpoint import load_config, load_model, save_model
+from ivl.checkpoint.config_write import generation_json, to_json
+from ivl.checkpoint.files import Weights, write_json
+from ivl.checkpoint.keymaps import Dialect, Entry, key_map
+from ivl.checkpoint.model_dir import empty_model
+from ivl.config import SIZES, ModelConfig, TilingConfig, published_config
+from ivl.errors import InputError
+from ivl.model.vlm import VLM
+from tests.helpers.checkpoints import random_model, same_weights, tiny_like
+
+DIALECTS: tuple[Dialect, ...] = ("internvl_chat", "transformers")
+
+
+def names_and_shapes(model: VLM, dialect: Dialect) -> dict[str, tuple[int, ...]]:
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    entries = key_map(model, dialect)
+    assert [entry.ours for entry in entries] == list(shapes), "every parameter once"
+    pairs = [pair for e in entries for pair in zip(e.theirs, e.shapes(shapes[e.ours]), strict=True)]
+    assert len(dict(pairs)) == len(pairs), "every tensor once"
+    return dict(pairs)
+
+
+def expected_internvl_chat(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Spec 1.5, written out."""
+    v, d = config.vision, config.decoder
+    h, m, w, i = v.width, v.mlp_width, d.width, d.mlp_width
+    q, kv = d.num_heads * d.head_dim, d.num_kv_heads * d.head_dim
+    e = "vision_model.embeddings."
+    found: dict[str, tuple[int, ...]] = {
+        f"{e}class_embedding": (1, 1, h), f"{e}position_embedding": (1, 1025, h), f"{e}patch_embedding.weight": (h, 3, 14, 14),
+        f"{e}patch_embedding.bias": (h,), "mlp1.0.weight": (4 * h,), "mlp1.0.bias": (4 * h,), "mlp1.1.weight": (w, 4 * h),
+        "mlp1.1.bias": (w,), "mlp1.3.weight": (w, w), "mlp1.3.bias": (w,), "language_model.model.norm.weight": (w,),
+    }  # fmt: skip
+    for n in range(v.num_layers):
+        p = f"vision_model.encoder.layers.{n}."
+        found |= {
+            f"{p}attn.qkv.weight": (3 * h, h), f"{p}attn.proj.weight": (h, h), f"{p}attn.proj.bias": (h,), f"{p}ls1": (h,),
+            f"{p}ls2": (h,), f"{p}mlp.fc1.weight": (m, h), f"{p}mlp.fc1.bias": (m,), f"{p}mlp.fc2.weight": (h, m),
+            f"{p}mlp.fc2.bias": (h,), f"{p}norm1.weight": (h,), f"{p}norm2.weight": (h,),
+        }  # fmt: skip
+        if v.qk_norm:
+            found |= {f"{p}attn.q_norm.weight": (h,), f"{p}attn.k_norm.weight": (h,)}
+        else:
+            found |= {f"{p}attn.qkv.bias": (3 * h,), f"{p}norm1.bias": (h,), f"{p}norm2.bias": (h,)}
+    internlm2 = d.family == "internlm2"
+    found[f"language_model.{'output' if internlm2 else 'lm_head'}.weight"] = (d.vocab_size, w)
+    found[f"language_model.model.{'tok_embeddings' if internlm2 else 'embed_tokens'}.weight"] = (d.vocab_size, w)
+    for n in range(d.num_layers):
+        p = f"language_model.model.layers.{n}."
+        if internlm2:
+            found |= {
+                f"{p}attention.wqkv.weight": (q + 2 * kv, w), f"{p}attention.wo.weight": (w, q),
+                f"{p}feed_forward.w1.weight": (i, w), f"{p}feed_forward.w3.weight": (i, w),
+                f"{p}feed_forward.w2.weight": (w, i), f"{p}attention_norm.weight": (w,), f"{p}ffn_norm.weight": (w,),
+            }  # fmt: skip
+            continue
+        a = f"{p}self_attn."
+        found |= {
+            f"{a}q_proj.weight": (q, w), f"{a}k_proj.weight": (kv, w), f"{a}v_proj.weight": (kv, w), f"{a}q_proj.bias": (q,),
+            f"{a}k_proj.bias": (kv,), f"{a}v_proj.bias": (kv,), f"{a}o_proj.weight": (w, q), f"{p}mlp.gate_proj.weight": (i, w),
+            f"{p}mlp.up_proj.weight": (i, w), f"{p}mlp.down_proj.weight": (w, i), f"{p}input_layernorm.weight": (w,),
+            f"{p}post_attention_layernorm.weight": (w,),
+        }  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_internvl_chat_names_and_shapes_are_those_of_the_spec(size: str) -> None:
+    config = published_config(size)
+    assert names_and_shapes(empty_model(config), "internvl_chat") == expected_internvl_chat(config)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_transformers_names_and_shapes_are_those_of_the_library(size: str) -> None:
+    from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+    config = published_config(size)
+    with torch.device("meta"):
+        library = InternVLForConditionalGeneration(InternVLConfig(**to_json(config, "transformers", "bfloat16")))
+    expected = {name: tuple(tensor.shape) for name, tensor in library.state_dict().items()}
+    assert names_and_shapes(empty_model(config), "transformers") == expected
+
+
+def test_wqkv_rows_are_queries_key_value_by_group() -> None:
+    """The golden rows of spec 10, for the 8B: 32 query heads, 8 groups, head size 128."""
+    entry = Entry("qkv", ("wqkv",), groups=(8, 4, 128))
+    ours = torch.arange(6144).unsqueeze(1)  # all queries, then all keys, then all values
+    (theirs,) = entry.split(ours)
+    rows = theirs.squeeze(1).tolist()
+    assert rows[:512] == list(range(512)), "query heads 0-3"
+    assert rows[512:640] == list(range(4096, 4224)), "key head 0"
+    assert rows[640:768] == list(range(5120, 5248)), "value head 0"
+    assert rows[768:1280] == list(range(512, 1024)), "query heads 4-7"
+    assert torch.equal(entry.join([theirs]), ours)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("size", SIZES)
+def test_published_configurations_survive_both_dialects(size: str, dialect: Dialect, tmp_path: Path) -> None:
+    config = published_config(size)
+    write_json(tmp_path / "config.json", to_json(config, dialect, "bfloat16"))
+    write_json(tmp_path / "generation_config.json", generation_json(config))
+    assert load_config(tmp_path) == config
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_every_field_survives_but_drop_path(dialect: Dialect, tmp_path: Path) -> None:
+    config = tiny_like("2B")
+    config = replace(
+        config, select_layer=-2, template="plain-chatml", system_message="Hallo", eos_token_ids=(91, 92, 7),
+        pixel_shuffle="v1" if dialect == "internvl_chat" else "v2", pad_token_id=None,
+        tiling=TilingConfig(tile_size=28, min_tiles=2, max_tiles=7, thumbnail=False, dynamic=False),
+        vision=replace(config.vision, norm_eps=1e-5, drop_path=0.4),
+        decoder=replace(config.decoder, rope_dynamic_factor=2.5, rope_theta=5e7, max_positions=77, norm_eps=3e-5),
+    )  # fmt: skip
+    write_json(tmp_path / "config.json", to_json(config, dialect, "bfloat16"))
+    write_json(tmp_path / "generation_config.json", generation_json(config))
+    assert load_config(tmp_path) == replace(config, vision=replace(config.vision, drop_path=0.0))
+
+
+def test_pixel_shuffle_v1_is_refused_where_it_cannot_be_expressed() -> None:
+    with pytest.raises(InputError, match="v1 cannot be written"):
+        to_json(replace(tiny_like("1B"), pixel_shuffle="v1"), "transformers", "bfloat16")
+
+
+def test_published_files_are_understood_without_keys_of_ours(tmp_path: Path) -> None:
+    """The original repositories tell the placeholder's id in tokenizer files and the end of a reply nowhere in config.json."""
+    for size in ("1B", "8B"):
+        config = published_config(size)
+        written = to_json(config, "internvl_chat", "bfloat16")
+        for key in ("image_token_id", "eos_token_id", "pad_token_id", "bos_token_id"):
+            del written[key]
+        written["llm_config"]["eos_token_id"] = 2
+        write_json(tmp_path / "config.json", written)
+        end = config.eos_token_ids[0]
+        write_json(tmp_path / "added_tokens.json", {"<IMG_CONTEXT>": config.image_token_id, "<|im_end|>": end})
+        assert load_config(tmp_path) == config
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_weights_survive_bit_for_bit(size: str, dialect: Dialect, tmp_path: Path) -> None:
+    model = random_model(tiny_like(size))
+    save_model(model, tmp_path, dialect=dialect, max_shard_bytes=40_000)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    loaded = load_model(tmp_path)
+    assert loaded.config == model.config and not loaded.training
+    assert same_weights(model, loaded)
+
+
+def test_one_shard_replaces_many(tmp_path: Path) -> None:
+    model = random_model(tiny_like("2B"))
+    save_model(model, tmp_path, max_shard_bytes=40_000)
+    save_model(model, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]
+    save_model(model, tmp_path, max_shard_bytes=40_000)
+    assert not (tmp_path / "model.safetensors").exists() and same_weights(load_model(tmp_path), model)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs a list of mapped files")
+def test_one_shard_is_open_at_a_time(tmp_path: Path) -> None:
+    save_model(random_model(tiny_like("1B")), tmp_path, max_shard_bytes=40_000)
+    weights = Weights(tmp_path)
+    mapped = set()
+    for name in weights.shapes:
+        weights.get(name)
+        maps = {
+            line.split("/")[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line
+        }
+        assert len(maps) <= 1
+        mapped |= maps
+    assert len(mapped) > 3
+
+
+def test_dtype_is_kept_or_converted(tmp_path: Path) -> None:
+    model = random_model(tiny_like("4B"))
+    save_model(model, tmp_path, dtype=torch.bfloat16)
+    kept, wide = load_model(tmp_path), load_model(tmp_path, dtype=torch.float32)
+    assert {p.dtype for p in kept.parameters()} == {torch.bfloat16} == {p.dtype for p in model.to(torch.bfloat16).parameters()}
+    assert {p.dtype for p in wide.parameters()} == {torch.float32}
+    assert same_weights(kept, model) and same_weights(wide, model.float())
+
+
+def test_the_model_does_not_depend_on_its_file(tmp_path: Path) -> None:
+    model = random_model(tiny_like("1B"))
+    save_model(model, tmp_path)
+    loaded = load_model(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(bytes(file.stat().st_size))  # in place: a mapping would see zeros
+    assert same_weights(model, loaded)
+
+
+@pytest.mark.parametrize("size", ("1B", "26B"))
+def test_older_unprefixed_names_are_read(size: str, tmp_path: Path) -> None:
+    model = random_model(tiny_like(size))
+    save_model(model, tmp_path, dialect="transformers")
+    older = {
+        "lm_head.": "language_model.lm_head.", "model.language_model.": "language_model.model.",
+        "model.vision_tower.": "vision_tower.", "model.multi_modal_projector.": "multi_modal_projector.",
+    }  # fmt: skip
+    tensors = {}
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        lead = next(new for new in older if name.startswith(new))
+        tensors[older[lead] + name.removeprefix(lead)] = tensor
+    assert not any(name.startswith(("model.", "lm_head")) for name in tensors)
+    tensors["language_model.model.rotary_emb.inv_freq"] = torch.ones(4)  # follows from the configuration
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert same_weights(model, load_model(tmp_path))
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_tied_checkpoint_is_untied(dialect: Dialect, tmp_path: Path) -> None:
+    model = random_model(tiny_like("1B"))
+    model.decoder.head.weight.data = model.decoder.embeddings.weight.data.clone()
+    save_model(model, tmp_path, dialect=dialect)
+    file = tmp_path / "model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if "lm_head" not in name}, file)
+    with pytest.raises(InputError, match=r"1 missing: .*lm_head"):
+        load_model(tmp_path)
+    write_json(tmp_path / "config.json", json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": True})
+    loaded = load_model(tmp_path)
+    assert same_weights(model, loaded)
+    assert loaded.decoder.head.weight.data_ptr() != loaded.decoder.embeddings.weight.data_ptr()
+
+
+def test_files_say_that_they_are_torch_tensors(tmp_path: Path) -> None:
+    save_model(random_model(tiny_like("1B")), tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as handle:
+        assert handle.metadata() == {"format": "pt"}
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_model_with_adapters_is_not_saved_without_them(tmp_path: Path) -> None:
+    from ivl.config import LoraConfig
+    from ivl.lora.layers import add_lora
+
+    model = random_model(tiny_like("1B"))
+    add_lora(model, LoraConfig(rank=2))
+    with pytest.raises(InputError, match="merge LoRA adapters first"):
+        save_model(model, tmp_path)

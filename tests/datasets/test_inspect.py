@@ -1,0 +1,111 @@
+import io
+import json
+import tarfile
+
+import pytest
+
+from ivl.cli import data as cli
+from ivl.data.config import DataConfig
+from ivl.datasets.inspect import Stats, inspect
+from tests.data.test_loader import DIRT, soil
+from tests.helpers.mixtures import make_file, picture, processor, turns
+
+
+@pytest.fixture(scope="module")
+def dirty(tmp_path_factory):
+    return soil(tmp_path_factory.mktemp("dirty"))[0]
+
+
+def test_validate_prints_every_problem_with_its_line(dirty, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["validate", str(dirty)])
+    lines = capsys.readouterr().out.splitlines()
+    assert exit.value.code == 1
+    assert [line.split(": ")[0] for line in lines[:20]] == [f"{dirty}:{n}" for n in range(8, 401, 20)]
+    assert lines[0].endswith("[undecodable_media]")
+    assert lines[20].startswith("dirty: 400 rows (reference jsonl), 20 bad: 4 broken_json, ") and lines[21].startswith(
+        "20 problems in 400 rows: 4 broken_json, "
+    )
+
+
+def test_validate_is_silent_about_good_data(tmp_path, capsys):
+    cli.main(["validate", str(make_file(tmp_path, 5))])
+    assert capsys.readouterr().out == "rows: 5 rows (reference jsonl), no problems\n"
+
+
+def test_a_file_that_cannot_be_opened_does_not_hide_the_next(tmp_path):
+    make_file(tmp_path, 3)
+    meta = tmp_path / "meta.json"
+    meta.write_text(json.dumps({"gone": {"annotation": "gone.jsonl"}, "here": {"annotation": "rows.jsonl"}}))
+    problem, gone, here = inspect(DataConfig(mixture=str(meta)))
+    assert "gone.jsonl: cannot be read" in str(problem)
+    assert isinstance(gone, Stats) and isinstance(here, Stats)
+    assert (gone.bad, here.bad, here.rows) == (1, 0, 3)
+
+
+def test_with_a_processor_tokens_are_counted_and_long_rows_found(tmp_path):
+    path = make_file(tmp_path, 9)
+    *problems, stats = inspect(DataConfig(mixture=str(path), max_tokens=60), processor())
+    assert isinstance(stats, Stats) and stats.kinds == {"too_long": len(problems)} and len(problems) > 0
+    (stats,) = inspect(DataConfig(mixture=str(path)), processor())
+    assert isinstance(stats, Stats) and stats.tokens > 0 and stats.tiles > 0 and stats.conversations > stats.rows
+
+
+def test_same_problems_as_the_loader(dirty):
+    *problems, stats = inspect(DataConfig(mixture=str(dirty)), processor())
+    assert stats.kinds == {kind: 4 for kind in DIRT}
+    assert len(problems) == 20
+
+
+def test_workers_find_the_same(dirty):
+    here, apart = (list(inspect(DataConfig(mixture=str(dirty), num_workers=n), processor(), languages=True)) for n in (0, 2))
+    assert [str(each) for each in here[:-1]] == [str(each) for each in apart[:-1]] and len(here) == 21
+    assert here[-1] == apart[-1]
+
+
+def test_progress_covers_every_row(dirty):
+    seen = []
+    list(inspect(DataConfig(mixture=str(dirty)), watch=lambda *each: seen.append(each)))
+    assert seen[-1] == ("dirty", 400, 400) and [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
+
+
+def test_validate_for_machines(dirty, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["validate", str(dirty), "--json"])
+    *problems, summary = map(json.loads, capsys.readouterr().out.splitlines())
+    assert exit.value.code == 1 and len(problems) == 20
+    assert (problems[0]["source"], problems[0]["kind"]) == (f"{dirty}:8", "undecodable_media")
+    assert summary["rows"] == 400 and summary["kinds"] == {kind: 4 for kind in DIRT}
+
+
+def test_stats_prints_a_table(tmp_path, capsys):
+    cli.main(["stats", str(make_file(tmp_path, 9))])
+    head, row, *lengths = capsys.readouterr().out.splitlines()
+    assert head.split()[:8] == ["dataset", "format", "rows", "bad", "conversations", "turns", "images", "videos"]
+    assert row.split()[:5] == ["rows", "reference", "jsonl", "9", "0"] and row.split()[-2:] == ["en", "100.0%"]
+    assert "characters per answer" in "\n".join(lengths)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "webdataset"])
+def test_containers_with_media_inside(tmp_path, kind, capsys):
+    """Problems are named by row or key; what the picture's decoder says has no address of an object in it."""
+    good, bad = picture(tmp_path / "a.png", 30, 20).read_bytes(), b"no picture"
+    if kind == "parquet":
+        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        rows = [{"images": [{"bytes": image}], "texts": [{"user": "what is it?", "assistant": "red"}]} for image in (good, bad)]
+        pq.write_table(pa.Table.from_pylist(rows), path := tmp_path / "rows.parquet")
+    else:
+        with tarfile.open(path := tmp_path / "rows.tar", "w") as tar:
+            for key, image in (("a", good), ("b", bad)):
+                for suffix, data in (
+                    ("png", image),
+                    ("json", json.dumps({"conversations": turns("what is it?", "red")}).encode()),
+                ):
+                    info = tarfile.TarInfo(f"{key}.{suffix}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    with pytest.raises(SystemExit):
+        cli.main(["validate", str(path)])
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{path}:{'row 2' if kind == 'parquet' else 'b'}: ") and "0x" not in first
+    assert last == "1 problem in 2 rows: 1 undecodable_media"

@@ -1,0 +1,92 @@
+import json
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ivl.data.config import DataConfig
+from ivl.datasets.inspect import inspect
+from ivl.datasets.stats import PERCENTILES, Histogram, Stats, language, total
+from ivl.datasets.stats_report import MAX_SOURCES, write_report
+from ivl.errors import InputError
+from ivl.types import ImageRef, Message, Record, Text
+from tests.helpers.mixtures import make_file, processor
+
+
+def histogram(values) -> Histogram:
+    made = Histogram()
+    for value in values:
+        made.add(value)
+    return made
+
+
+@given(st.lists(st.integers(0, 10**7), min_size=1, max_size=200))
+def test_percentiles_are_those_of_the_numbers_within_a_percent(values):
+    made = histogram(values)
+    for percent in PERCENTILES:
+        exact = np.percentile(values, percent, method="inverted_cdf")
+        assert exact * 0.99 <= made.percentile(percent) <= exact
+    assert made.percentile(100) == max(values) and made.mean == pytest.approx(np.mean(values))
+
+
+@given(st.lists(st.integers(0, 10**6)), st.lists(st.integers(0, 10**6)))
+def test_merged_is_counted_together(a, b):
+    merged = histogram(a)
+    merged.merge(histogram(b))
+    assert merged == histogram(a + b)
+
+
+def test_memory_does_not_grow_with_the_data():
+    assert len(histogram(range(0, 10**7, 97)).counts) < 4000
+
+
+def test_a_row_is_counted():
+    image = ImageRef("a.png")
+    talk = (Message("user", (image, Text("what is this?"))), Message("assistant", (Text("a red circle"),)))
+    stats = Stats("one")
+    stats.add(Record("1", (talk, talk + talk), "rows:1"), size=(50, 3))
+    assert (stats.conversations, stats.turns, stats.images, stats.videos) == (2, 3, 1, 0)
+    assert (stats.tokens, stats.tiles, stats.characters) == (50, 3, 3 * 25)
+    assert stats.languages == {"en": 1} and stats.turns_per_conversation.counts == {1: 1, 2: 1}
+
+
+def test_languages():
+    said = {
+        "en": "there is a red triangle in the upper half of the picture",
+        "de": "in der oberen Hälfte des Bildes ist ein rotes Dreieck",
+        "zh": "图片的上半部分有一个红色的三角形，没有别的东西",
+        "ja": "画像の上半分に赤い三角形があります",
+        "short": "A.",
+    }
+    assert {code: language([text]) for code, text in said.items()} == {code: code for code in said}
+
+
+def test_report_is_one_file(tmp_path):
+    path = make_file(tmp_path, 30)
+    *_, stats = inspect(DataConfig(mixture=str(path)), processor(), languages=True)
+    page = write_report(tmp_path / "out", [stats, Stats("<empty>")], mixture=str(path), model="tiny").read_text()
+    assert "tokens per sample" in page.lower() and "data:image/png;base64," in page and "&lt;empty&gt;" in page
+    assert set(re.findall(r"""(?:src|href)=["']?(.{5})""", page)) == {"data:"}
+    saved = json.loads((tmp_path / "out/stats.json").read_text())
+    assert saved["total"]["tokens"] == stats.tokens == sum(
+        int(value) * count for value, count in saved["total"]["tokens_per_sample"]["bins"].items()
+    )  # fmt: skip
+    assert saved["datasets"]["rows"]["rows"] == 30 and saved["model"] == "tiny"
+
+
+def test_many_sources_without_a_model(tmp_path):
+    found = []
+    for n in range(MAX_SOURCES + 5):
+        *_, stats = inspect(DataConfig(mixture=str(make_file(tmp_path / str(n), n + 1))))
+        stats.name = f"set{n}"
+        found.append(stats)
+    page = write_report(tmp_path / "out", found, mixture="m", model=None).read_text()
+    assert all(f"<td>set{n}<" in page for n in range(MAX_SOURCES + 5)) and "in characters" in page
+    assert total(found).rows == sum(range(1, MAX_SOURCES + 6))
+
+
+def test_nothing_to_plot(tmp_path):
+    with pytest.raises(InputError, match="no row could be read"):
+        write_report(tmp_path, [Stats("bad", rows=1, bad=1)], mixture="m.json", model=None)

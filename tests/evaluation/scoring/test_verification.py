@@ -1,0 +1,194 @@
+"""Laws of verification, and of the process that compares formulas."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import ivl.errors
+from ivl.errors import InputError
+from ivl.evaluation.scoring import COMPARER, correct, edit_distance, mode_for, verify
+from ivl.evaluation.scoring.symbolic_worker import Child
+
+TEXT_MODES = ("exact", "anls", "vqa", "relaxed", "choice", "number", "list", "date", "auto")
+SYMMETRIC = ("exact", "anls", "vqa", "list", "date")
+PIECES = [
+    "5",
+    "-",
+    ".",
+    ",",
+    "%",
+    "cm",
+    " ",
+    "1/2",
+    "\\frac{",
+    "}",
+    "{",
+    "(",
+    ")",
+    "^",
+    "$",
+    "A",
+    "B",
+    "or",
+    "yes",
+    "not",
+    "三",
+    "½",
+    "=",
+]
+ANSWERS = (
+    st.lists(st.sampled_from(PIECES), max_size=8).map("".join) | st.text(max_size=30) | st.text(st.characters(), max_size=30)
+)
+few = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+needs_math_verify = pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="needs math-verify")
+
+
+@few
+@given(ANSWERS, ANSWERS, st.sampled_from(TEXT_MODES[:-1]), st.lists(ANSWERS, max_size=4))
+def test_any_text_has_a_score(prediction: str, truth: str, mode: str, choices: list[str]) -> None:
+    assert 0 <= verify(prediction, truth, mode=mode, choices=choices) <= 1  # type: ignore[arg-type]
+
+
+@needs_math_verify
+@settings(few, max_examples=60)
+@given(ANSWERS, ANSWERS, st.sampled_from(("math", "auto", "geometry", "mavis")))
+def test_any_formula_has_a_score(prediction: str, truth: str, mode: str) -> None:
+    assert verify(prediction, truth, mode=mode) in (0, 1)  # type: ignore[arg-type]
+
+
+@few
+@given(ANSWERS, st.sampled_from(TEXT_MODES))
+def test_an_answer_is_right_about_itself_unless_empty(text: str, mode: str) -> None:
+    assert correct(text, text, mode=mode) == bool(text.strip())  # type: ignore[arg-type]
+
+
+@few
+@given(ANSWERS, ANSWERS, st.sampled_from(SYMMETRIC))
+def test_the_same_score_both_ways(a: str, b: str, mode: str) -> None:
+    assert verify(a, b, mode=mode) == verify(b, a, mode=mode)  # type: ignore[arg-type]
+
+
+@few
+@given(st.integers(-(10**12), 10**12), st.integers(-(10**12), 10**12))
+def test_integers_are_equal_or_not_in_every_spelling(a: int, b: int) -> None:
+    for mode in ("number", "auto"):
+        assert correct(f"{a:,}", str(b), mode=mode) == (a == b)
+        assert correct(f" {a}.0", f"{b:,}", mode=mode) == (a == b) or abs(a - b) <= abs(b) / 1000
+
+
+@few
+@given(st.text("abcde ", max_size=12), st.text("abcde ", max_size=12))
+def test_anls_falls_with_the_distance(a: str, b: str) -> None:
+    said, meant = (" ".join(text.split()) for text in (a, b))
+    if said and meant:
+        share = edit_distance(said, meant) / max(len(said), len(meant))
+        assert verify(a, b, mode="anls") == pytest.approx(1 - share if share < 0.5 else 0)
+
+
+def test_several_truths() -> None:
+    assert correct("5", ["4", "5"]) and not correct("6", ["4", "5"])
+    assert verify("red", ["red"] * 3 + ["blue"] * 7, mode="vqa") == pytest.approx(0.9)
+    with pytest.raises(InputError, match="no truth"):
+        verify("5", [])
+    with pytest.raises(InputError, match="'maths'"):
+        verify("5", "5", mode="maths")  # type: ignore[arg-type]
+
+
+def test_modes_of_data_sets() -> None:
+    named = {
+        "ChartQA_train": "relaxed", "docvqa": "anls", "InfographicsVQA": "anls", "SROIE": "geometry", "CLEVR-Math": "geometry",
+        "GeoQA+": "geometry", "mavis_function": "mavis", "m3cot": "auto",
+    }  # fmt: skip
+    assert {name: mode_for(name) for name in named} == named
+
+
+@needs_math_verify
+def test_a_formula_beyond_its_limits_counts_as_different_and_the_next_is_compared() -> None:
+    COMPARER.start()
+    for hostile in ("10^{10^{10}}", "9^{9^{9^{9}}}", r"\sum_{n=1}^{10^8} \frac{1}{n}", "{" * 300):
+        began = time.monotonic()
+        assert not COMPARER.same(hostile, "1")
+        assert time.monotonic() - began < 5  # a guard against hanging
+        assert COMPARER.same(r"\frac{1}{2}", "0.5")
+    assert COMPARER.given_up >= 2
+
+
+def test_time_and_memory_of_a_comparison_are_limited() -> None:
+    def limited(work: Callable[[str], object]) -> bytes | None:
+        child = Child(lambda truth, prediction: bool(work(truth)), 0.3, 0.7, 100)
+        answer = child.ask(b'["truth", "prediction"]\n')
+        if answer is not None:
+            child.stop()
+        return answer
+
+    assert limited(lambda text: text == "truth") == b"true\n" and limited(lambda text: "") == b"false\n"
+    assert limited(lambda text: bytearray(2**28)) is None
+    assert limited(lambda text: 10**10**9) is None
+    assert limited(lambda text: time.sleep(60)) is None
+    assert limited(lambda text: 1 / 0) == b"false\n"
+
+
+@needs_math_verify
+def test_the_worker_is_replaced_when_it_is_lost() -> None:
+    COMPARER.start()
+    process = COMPARER._process
+    assert process is not None
+    process.kill()
+    process.wait()
+    assert COMPARER.same("x+1", "1+x")
+    assert COMPARER._process is not process
+
+
+@needs_math_verify
+def test_threads_and_forks_have_their_own_answers() -> None:
+    verdicts: list[bool] = []
+
+    def ask(n: int) -> None:
+        verdicts.append(COMPARER.same(f"{n}x", f"x {n}") and not COMPARER.same(f"{n}x", f"{n + 1}x"))
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(2, 10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    code = (
+        "import os; from ivl.evaluation.scoring import COMPARER; assert COMPARER.same('2x', 'x 2'); pid = os.fork(); "
+        "ok = COMPARER.same('3x', 'x 3') and not COMPARER.same('3x', 'x'); "
+        "os._exit(not ok) if not pid else None; assert ok and os.waitpid(pid, 0)[1] == 0"
+    )
+    assert verdicts == [True] * 8
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_importing_is_light() -> None:
+    code = (
+        "import sys, types; package = sys.modules['ivl'] = types.ModuleType('ivl'); package.__path__ = [sys.argv[1]]; "
+        "import ivl.evaluation.scoring; "
+        "print(sorted({'sympy', 'math_verify', 'rapidfuzz', 'numpy', 'torch'} & set(sys.modules)))"
+    )
+    room = str(Path(ivl.errors.__file__).parent)
+    assert subprocess.run([sys.executable, "-c", code, room], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_without_the_libraries_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ivl.evaluation.scoring.symbolic import Comparer
+
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "math_verify" else find_spec(name, *rest)
+    )
+    monkeypatch.setitem(sys.modules, "rapidfuzz.distance", None)
+    with pytest.raises(InputError, match=r"math-verify.*ivl\[eval\]"):
+        Comparer().same("1", "2")
+    with pytest.raises(InputError, match=r"rapidfuzz.*ivl\[eval\]"):
+        verify("hello", "hallo", mode="anls")

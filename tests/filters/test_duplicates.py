@@ -1,0 +1,173 @@
+"""Laws of the search for near-duplicates."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw
+
+from ivl.errors import InputError
+from ivl.filters.duplicates import BANDS, DuplicateIndex, Duplicates
+from ivl.types import ImageRef, Message, Record, Text, VideoRef
+
+RULE = Duplicates()
+LONG = (
+    "A wooden table stands near the window, and on the table there is a blue cup with hot tea. Behind it one can see a shelf "
+    "that holds some books, a lamp and a small clock. The light comes from the left, so that the cup throws a shadow."
+)
+
+
+def row(question: str, answer: str, *media: ImageRef | VideoRef) -> Record:
+    return Record("r", ((Message("user", (*media, Text(question))), Message("assistant", (Text(answer),))),), "rows.jsonl:7")
+
+
+def photo(seed: int, size: int = 96) -> Image.Image:
+    """Smooth random colours and a few shapes."""
+    rng = np.random.default_rng(seed)
+    image = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(image)
+    for _ in range(4):
+        x, y = rng.integers(0, size - 20, 2).tolist()
+        draw.ellipse((x, y, x + 20, y + 30), fill=tuple(rng.integers(0, 256, 3).tolist()))
+    return image
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: int) -> ImageRef:
+    with io.BytesIO() as file:
+        image.save(file, kind, **options)
+        return ImageRef(file.getvalue())
+
+
+def seen(records: Sequence[Record], rule: Duplicates = RULE) -> list[str | None]:
+    index = rule.index()
+    return [index.seen(rule.signature(record), str(n)) for n, record in enumerate(records)]
+
+
+def test_a_copy_names_the_earliest() -> None:
+    assert seen([row("a?", "b"), row("c?", "d"), row("a?", "b"), row("a?", "b")]) == [None, None, "0", "0"]
+
+
+def test_case_marks_and_spaces_do_not_matter_to_short_texts_but_every_word_does() -> None:
+    rows = [row("What is it?", "A red circle."), row("what is  it", "a red circle"), row("What is it?", "A blue circle.")]
+    assert seen(rows) == [None, "0", None]
+
+
+def test_small_edits_of_long_texts_are_found_numbers_and_negations_are_not_small() -> None:
+    rows = [
+        row("Describe it.", LONG),
+        row("Describe it.", LONG.replace("wooden", "large")),
+        row("Describe it.", LONG.replace("hot tea", "hot taa") + " Thank you."),
+        row("Describe it.", LONG.replace("a blue cup", "no blue cup").replace("books", "papers").replace("window", "door")),
+        row("Describe it.", "Something else entirely: " + " ".join(reversed(LONG.split()))),
+    ]
+    assert seen(rows) == [None, "0", "0", None, None]
+
+
+def test_same_image_other_question_and_other_image_same_question_are_kept() -> None:
+    a, b = encoded(photo(1)), encoded(photo(2))
+    rows = [
+        row("What is it?", "A cat.", a),
+        row("Which colour?", "Red.", a),
+        row("What is it?", "A cat.", b),
+        row("What is it?", "A cat."),
+    ]
+    assert seen(rows) == [None] * 4
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_an_image_is_known_again_after_compression_and_resizing(seed: int) -> None:
+    image = photo(seed)
+    changed = [
+        encoded(image, "JPEG", quality=75),
+        encoded(image.resize((64, 64))),
+        encoded(image.resize((200, 200))),
+        encoded(image, "WEBP"),
+    ]
+    rows = [row("What is it?", "A cat.", encoded(photo(100 + seed))), row("What is it?", "A cat.", encoded(image))]
+    assert seen(rows + [row("What is it?", "A cat.", each) for each in changed]) == [None, None, "1", "1", "1", "1"]
+
+
+def test_colour_alone_tells_images_apart() -> None:
+    def disc(colour: str) -> ImageRef:
+        image = Image.new("RGB", (64, 64), "white")
+        ImageDraw.Draw(image).ellipse((10, 10, 54, 54), fill=colour)
+        return encoded(image)
+
+    rows = [row("Is it round?", "Yes.", disc(colour)) for colour in ("#c00000", "#0060c0", "#00a000", "#c00000")]
+    assert seen(rows) == [None, None, None, "0"]
+
+
+def test_order_of_images_and_videos_count() -> None:
+    a, b = encoded(photo(1)), encoded(photo(2))
+    clips = [VideoRef("v.mp4"), VideoRef("v.mp4", clip=(0.0, 2.0)), VideoRef("w.mp4")]
+    rows = [row("?", "Yes.", a, b), row("?", "Yes.", b, a), row("?", "Yes.", a), *[row("?", "Yes.", clip) for clip in clips]]
+    assert seen(rows) == [None] * 6
+    assert seen([row("?", "Yes.", a, b), row("?", "Yes.", a, b)]) == [None, "0"]
+
+
+def test_question_and_answer_do_not_run_together() -> None:
+    assert seen([row("a b", "c"), row("a", "b c")]) == [None, None]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.text(max_size=200), st.text(max_size=200))
+def test_signatures_are_pure_and_never_raise(question: str, answer: str) -> None:
+    record = row(question, answer)
+    assert RULE.signature(record) == RULE.signature(record)
+    assert seen([record, record]) == [None, "0"]
+
+
+def _corpus(size: int) -> list[Record]:
+    rng = random.Random(3)
+    words = LONG.split()
+    texts = [" ".join(rng.choices(words, k=60)) for _ in range(size)]
+    return [row("Describe it.", text) for text in texts + [text + " Indeed." for text in texts[::3]]]
+
+
+def test_parallel_signatures_give_what_one_process_gives() -> None:
+    records = _corpus(60)
+    with ProcessPoolExecutor(2) as pool:
+        signatures = list(pool.map(RULE.signature, records, chunksize=7))
+    index = RULE.index()
+    found = [index.seen(signature, str(n)) for n, signature in enumerate(signatures)]
+    assert found == seen(records)
+    assert found[60:] == [str(n) for n in range(0, 60, 3)]
+
+
+def test_the_table_grows_without_forgetting() -> None:
+    records = _corpus(900)  # more than 4096 bands
+    assert 900 * BANDS > 1 << 13
+    assert seen(records)[900:] == [str(n) for n in range(0, 900, 3)]
+
+
+def test_signatures_are_small() -> None:
+    assert len(RULE.signature(row("What?", "Yes."))) < 64
+    assert len(RULE.signature(row("What?", LONG, encoded(photo(1))))) < 600
+
+
+def test_an_unreadable_image_names_the_row(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"rows\.jsonl:7"):
+        RULE.signature(row("What?", "Yes.", ImageRef(str(tmp_path / "none.png"))))
+
+
+def test_limits_are_checked() -> None:
+    with pytest.raises(ValueError, match="min_similarity"):
+        Duplicates(min_similarity=0)
+    with pytest.raises(ValueError, match="max_bits"):
+        Duplicates(max_bits=8)
+
+
+def test_the_index_counts_what_it_remembers() -> None:
+    index = RULE.index()
+    assert isinstance(index, DuplicateIndex)
+    for n in range(5):
+        index.seen(RULE.signature(row("?", f"answer {n % 3}")), str(n))
+    assert len(index) == 3

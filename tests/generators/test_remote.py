@@ -1,0 +1,265 @@
+"""RemoteGenerator against a small server that misbehaves on demand."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Iterator
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from ivl.errors import InputError
+from ivl.generators import BatchGenerator, Refused, answers_of, remote
+from ivl.generators.remote import RemoteGenerator
+from ivl.types import Guide, ImageRef, Message, SamplingParams, Text
+
+GREEDY = SamplingParams(max_new_tokens=8)
+
+
+class Stub(ThreadingHTTPServer):
+    """Answers each request by the next of `script`, then by the last one for ever; an entry is (status, headers, body) or a
+    function of the request's JSON."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.script: list[Any] = [echo]
+        self.requests: list[dict[str, Any]] = []
+        self.headers: list[Any] = []
+        self.now = self.most = 0
+        self.lock = threading.Lock()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Stub
+
+    def do_POST(self) -> None:
+        sent = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.requests.append(sent)
+            self.server.headers.append(self.headers)
+            step = self.server.script.pop(0) if len(self.server.script) > 1 else self.server.script[0]
+            self.server.now += 1
+            self.server.most = max(self.server.most, self.server.now)
+        status, headers, body = step(sent) if callable(step) else step
+        with self.server.lock:
+            self.server.now -= 1
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        with contextlib.suppress(BrokenPipeError):  # the client gave up
+            self.wfile.write(body if isinstance(body, bytes) else json.dumps(body).encode())
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def said(text: str, finish: str = "stop") -> tuple[int, dict, dict]:
+    return 200, {}, {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": finish}]}
+
+
+def echo(sent: dict[str, Any]) -> tuple[int, dict, dict]:
+    return said(f"you said {sent['messages'][-1]['content']}")
+
+
+def events(*deltas: str, finish: str | None = "stop", done: bool = True) -> tuple[int, dict, bytes]:
+    lines = [{"choices": [{"delta": {"content": text}}]} for text in deltas]
+    lines.insert(0, {"choices": [{"delta": {"role": "assistant"}}]})
+    if finish:
+        lines.append({"choices": [{"delta": {}, "finish_reason": finish}]})
+    lines.append({"choices": [], "usage": {"total_tokens": 3}})
+    body = ": a comment\n\n" + "".join(f"data: {json.dumps(line)}\n\n" for line in lines) + ("data: [DONE]\n\n" if done else "")
+    return 200, {"Content-Type": "text/event-stream"}, body.encode()
+
+
+@pytest.fixture
+def server() -> Iterator[Stub]:
+    stub = Stub()
+    yield stub
+    stub.shutdown()
+    stub.server_close()
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What would have been waited."""
+    waited: list[float] = []
+    monkeypatch.setattr(remote.time, "sleep", waited.append)
+    return waited
+
+
+def ask(text: str, *media: ImageRef) -> tuple[Message, ...]:
+    return (Message("user", (*media, Text(text))),)
+
+
+def make(server: Stub, **options: Any) -> RemoteGenerator:
+    return RemoteGenerator(server.url, model="m", **options)
+
+
+def test_replies_come_in_order_and_at_once(server: Stub) -> None:
+    def slow(sent: dict[str, Any]) -> Any:
+        time.sleep(0.03 if sent["messages"][0]["content"] in ("0", "3") else 0.005)
+        return echo(sent)
+
+    server.script = [slow]
+    generator = make(server, concurrency=4, api_key="secret")
+    assert isinstance(generator, BatchGenerator)
+    assert answers_of(generator, [ask(str(n)) for n in range(20)], GREEDY) == [f"you said {n}" for n in range(20)]
+    assert 1 < server.most <= 4
+    assert server.headers[0]["Authorization"] == "Bearer secret"
+
+
+def test_what_is_sent(server: Stub, tmp_path: Path) -> None:
+    path = tmp_path / "red.png"
+    Image.new("RGB", (3, 2), "red").save(path)
+    params = SamplingParams(max_new_tokens=7, temperature=0.7, top_k=50, top_p=0.95, stop=("END",), seed=3)
+    talk = (Message("system", (Text("be short"),)), *ask("what?", ImageRef(str(path)), ImageRef(Image.new("L", (2, 2)))))
+    server.script = [said("red", "length")]
+    (reply,) = make(server).generate([talk], params)
+    assert (reply.text, reply.finish_reason) == ("red", "length")
+    sent = server.requests[0]
+    assert {key: sent[key] for key in sent if key != "messages"} == {
+        "model": "m", "max_tokens": 7, "temperature": 0.7, "top_k": 50, "top_p": 0.95, "stop": ["END"], "seed": 3,
+    }  # fmt: skip
+    system, user = sent["messages"]
+    assert system == {"role": "system", "content": "be short"}
+    first, second, text = user["content"]
+    assert base64.b64decode(first["image_url"]["url"].removeprefix("data:image/png;base64,")) == path.read_bytes()
+    assert second["image_url"]["url"].startswith("data:image/png;base64,") and text == {"type": "text", "text": "what?"}
+
+
+@pytest.mark.parametrize("options", [{"guide": Guide("json")}, {"logprobs": 0}, {"ignore_eos": True}])
+def test_what_an_endpoint_cannot_be_asked_is_refused(server: Stub, options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"{next(iter(options))} cannot be asked of an endpoint"):
+        make(server).generate([ask("hello")], SamplingParams(**options))
+    assert not server.requests
+
+
+@pytest.mark.parametrize(
+    ("trouble", "waits"),
+    [
+        ((429, {"Retry-After": "7"}, {"error": {"message": "slow down"}}), [7.0]),
+        ((429, {"Retry-After": "100000"}, {}), [60.0]),
+        ((503, {"Retry-After": "soon"}, b"<html>"), None),
+        ((500, {}, b""), None),
+        ((200, {}, b'{"choices": [{"mess'), None),
+        ((200, {}, {"choices": []}), None),
+        ((200, {}, {"error": "overloaded"}), None),
+        ((200, {}, {"choices": [{"message": {"content": None}}]}), None),
+        ((200, {"Content-Length": "1000"}, b'{"choices": '), None),
+    ],
+)
+def test_trouble_is_tried_again(server: Stub, pauses: list[float], trouble: Any, waits: list[float] | None) -> None:
+    server.script = [trouble, said("there")]
+    assert answers_of(make(server), [ask("hello")], GREEDY) == ["there"]
+    assert len(server.requests) == 2
+    assert pauses == waits if waits else 0.25 <= pauses[0] <= 0.75
+
+
+def test_retry_after_as_a_date() -> None:
+    assert remote._retry_after(formatdate(time.time() + 30)) == pytest.approx(30, abs=2)
+    assert remote._retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    assert remote._retry_after("nan") is None
+
+
+def test_pauses_grow_and_the_last_error_names_the_endpoint(server: Stub, pauses: list[float]) -> None:
+    server.script = [(500, {}, {"error": {"message": "no memory"}})]
+    with pytest.raises(InputError, match=r"127.0.0.1.*after 4 tries.*status 500: no memory"):
+        make(server, retries=3).generate([ask("hello")], GREEDY)
+    assert len(pauses) == 3 and all(0.25 * 2**n <= wait <= 0.75 * 2**n for n, wait in enumerate(pauses))
+
+
+def test_silence_times_out(server: Stub, pauses: list[float]) -> None:
+    def silent(sent: dict[str, Any]) -> Any:
+        threading.Event().wait(1)
+        return said("too late")
+
+    server.script = [silent]
+    with pytest.raises(InputError, match=r"after 2 tries.*timed out"):
+        make(server, timeout=0.05, retries=1).generate([ask("hello")], GREEDY)
+
+
+def test_nobody_listens(pauses: list[float]) -> None:
+    with pytest.raises(InputError, match=r"127\.0\.0\.1:9/.*refused"):
+        RemoteGenerator("http://127.0.0.1:9/v1", model="m", retries=1).generate([ask("hello")], GREEDY)
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_refused_conversation_is_not_tried_again(server: Stub, status: int) -> None:
+    server.script = [(status, {}, {"error": {"message": "too long"}})]
+    with pytest.raises(Refused, match="too long"):
+        make(server).generate([ask("hello")], GREEDY)
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("status", [301, 401, 404])
+def test_a_wrong_set_up_is_an_error_at_once(server: Stub, status: int) -> None:
+    server.script = [(status, {"Location": "http://127.0.0.1:9/"}, b"go away")]
+    with pytest.raises(InputError, match=f"status {status}: go away") as caught:
+        make(server).generate([ask("hello")], GREEDY)
+    assert not isinstance(caught.value, Refused) and len(server.requests) == 1
+
+
+def test_models_that_know_the_limit_under_another_name(server: Stub) -> None:
+    def picky(sent: dict[str, Any]) -> Any:
+        if "max_tokens" in sent:
+            return 400, {}, {"error": {"message": "use 'max_completion_tokens' instead"}}
+        return said(str(sent["max_completion_tokens"]))
+
+    server.script = [picky]
+    generator = make(server)
+    assert [reply.text for reply in generator.generate([ask("a")], GREEDY)] == ["8"]
+    assert [reply.text for reply in generator.generate([ask("b")], GREEDY)] == ["8"]
+    assert len(server.requests) == 3
+
+
+def test_stream(server: Stub) -> None:
+    server.script = [events("a ", "red", " circle", finish="length")]
+    deltas = list(make(server).stream(ask("what?"), GREEDY))
+    assert [delta.text for delta in deltas] == ["a ", "red", " circle", ""]
+    assert [delta.finish_reason for delta in deltas] == [None, None, None, "length"]
+    assert server.requests[0]["stream"] is True
+
+
+def test_a_stream_is_tried_again_only_before_its_first_piece(server: Stub, pauses: list[float]) -> None:
+    server.script = [(500, {}, b""), events(finish=None, done=False), events("fine")]
+    assert "".join(delta.text for delta in make(server).stream(ask("what?"), GREEDY)) == "fine"
+    server.script = [events("half a", finish=None, done=False)]
+    stream = make(server).stream(ask("what?"), GREEDY)
+    assert next(stream).text == "half a"
+    with pytest.raises(InputError, match="broke off"):
+        next(stream)
+
+
+def test_one_failure_ends_the_batch(server: Stub) -> None:
+    def third_fails(sent: dict[str, Any]) -> Any:
+        return (401, {}, b"no") if sent["messages"][0]["content"] == "3" else echo(sent)
+
+    server.script = [third_fails]
+    with pytest.raises(InputError, match="401"):
+        make(server, concurrency=2).generate([ask(str(n)) for n in range(200)], GREEDY)
+    assert len(server.requests) < 100
+
+
+@pytest.mark.parametrize("options", [{"timeout": 0}, {"retries": -1}, {"concurrency": 0}, {"model": ""}])
+def test_bad_options(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        RemoteGenerator("http://localhost/v1", **{"model": "m", **options})
+    with pytest.raises(InputError, match="must start with http"):
+        RemoteGenerator("localhost:8000", model="m")

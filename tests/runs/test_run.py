@@ -1,0 +1,209 @@
+"""run() and `ivl train` from files to a final model."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ivl.checkpoint import load_model
+from ivl.cli.train import train as cli
+from ivl.config import LoraConfig
+from ivl.data.config import DataConfig
+from ivl.errors import InputError
+from ivl.processing.processor import Processor
+from ivl.runs.run import load_train_config, run
+from ivl.train.config import OptimConfig, Stage, TrainConfig, differences, from_json, to_json
+from ivl.train.loop import Evaluator
+from tests.helpers.mixtures import make_file, processor
+
+
+@pytest.fixture
+def config(tmp_path) -> TrainConfig:
+    processor().save(tmp_path / "tokenizer")
+    return TrainConfig(
+        name="small", out_dir=str(tmp_path / "run"), architecture=processor().config, tokenizer=str(tmp_path / "tokenizer"),
+        stage=Stage(trainable=("vision", "projector", "decoder"), drop_path=0.3), optim=OptimConfig(lr=3e-3, warmup_ratio=0.1),
+        data=DataConfig(mixture=str(make_file(tmp_path / "data", 24)), max_tokens=300, max_tiles=40, num_workers=0),
+        num_steps=12, packs_per_step=2, precision="fp32", save_every=4, log_every=100, log_samples=True, tensorboard=False,
+    )  # fmt: skip
+
+
+def rows(config: TrainConfig) -> list[dict]:
+    with Path(config.run_dir, "metrics.jsonl").open() as file:
+        return [json.loads(line) for line in file]
+
+
+def steps(config: TrainConfig) -> list[tuple]:
+    return [(r["step"], r["loss"], r["ids"]) for r in rows(config) if "evaluation" not in r]
+
+
+def same_weights(a, b) -> bool:
+    return all(p.equal(q) for p, q in zip(load_model(a).parameters(), load_model(b).parameters(), strict=True))
+
+
+def stop_at(step: int):
+    """Evaluators whose last check ends the process's work, as a crash would."""
+
+    def stop(model):
+        raise KeyboardInterrupt
+
+    return lambda processor: (Evaluator("crash", step, stop),)
+
+
+def test_run_writes_a_model_that_opens_and_says_what_it_did(config):
+    final = run(dataclasses.replace(config, val_data=dataclasses.replace(config.data), val_every=6, val_packs=2))
+    assert steps(config)[-1][1] < 0.8 * steps(config)[0][1]
+    assert [r["step"] for r in rows(config) if r.get("evaluation") == "validation"] == [6, 12]
+    reopened = Processor.load(final)
+    assert len(reopened.tokenizer) == len(processor().tokenizer) and load_model(final).dtype == torch.float32
+    environment = json.loads((final.parent / "environment.json").read_text())
+    assert environment["versions"]["torch"] and environment["data"]
+    assert load_train_config(final.parent / "checkpoint-12").name == "small"
+    with pytest.raises(InputError, match="holds a run"):
+        run(config)
+
+
+def test_dirty_rows_are_refused_or_counted_by_kind(config):
+    mixture = Path(config.data.mixture)
+    clean = mixture.read_text().splitlines()
+    gone = {"image": "gone.png", "conversations": [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "a"}]}
+    two = gone | {"conversations": [{"from": "human", "value": "<image><image>"}, {"from": "gpt", "value": "a"}]}
+    silent = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": ""}]}
+    bad = [json.dumps(gone), json.dumps(two), json.dumps(silent), "{not json"]
+    mixture.write_text("\n".join([*clean, *bad]) + "\n")
+    one_pass = dataclasses.replace(config, num_steps=None, save_every=0, data=dataclasses.replace(config.data, epochs=1))
+    with pytest.raises(InputError, match=rf"{mixture}:2[5-8]: "):
+        run(one_pass)
+    run(dataclasses.replace(one_pass, data=dataclasses.replace(one_pass.data, on_error="skip")))
+    report = json.loads(Path(config.run_dir, "data_report.json").read_text())
+    assert report["rows"] == {"missing_media": 1, "placeholder_mismatch": 1, "empty_answer": 1, "broken_json": 1}
+    assert report["draws"] == len(clean) + 4 and sum(r["samples"] for r in rows(config)) == len(clean)
+    assert f"{mixture}:28" in report["examples"]["broken_json"][0]
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=4, dropout=0.1)])
+def test_resume_is_exact(config, tmp_path, lora):
+    if lora is not None:
+        base = run(dataclasses.replace(config, out_dir=str(tmp_path / "base"), num_steps=1, save_every=0))
+        config = dataclasses.replace(config, model=str(base), tokenizer="", stage=Stage(trainable=("projector",)), lora=lora)
+    whole = dataclasses.replace(config, out_dir=str(tmp_path / "whole"))
+    run(whole)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, evaluators=stop_at(7))
+    final = run(config, resume=True)
+    assert steps(config) == steps(whole)
+    assert same_weights(final, f"{whole.run_dir}/model")
+    if lora is not None:
+        assert (final.parent / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_resume_refuses_another_configuration(config):
+    with pytest.raises(KeyboardInterrupt):
+        run(config, evaluators=stop_at(5))
+    changed = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=1e-3), log_every=7)
+    with pytest.raises(InputError, match=r"optim.lr: 0.003 -> 0.001\).*--allow-changed"):
+        run(changed, resume=True)
+    run(changed, resume=True, allow_changed=True)
+
+
+def test_a_finished_run_without_checkpoints_is_left_alone(config):
+    config = dataclasses.replace(config, num_steps=2, save_every=0)
+    run(config)
+    before = rows(config)
+    with pytest.raises(InputError, match="holds a finished run: choose another"):
+        run(config)
+    with pytest.raises(InputError, match="is finished and kept no checkpoint"):
+        run(config, resume=True)
+    assert rows(config) == before
+
+
+def test_another_architecture_is_refused(config, tmp_path):
+    base = run(dataclasses.replace(config, num_steps=1))
+    other = dataclasses.replace(processor().config, decoder=dataclasses.replace(processor().config.decoder, num_layers=5))
+    with pytest.raises(InputError, match="decoder"):
+        run(dataclasses.replace(config, model=str(base), architecture=other, out_dir=str(tmp_path / "next")))
+
+
+def test_configuration_survives_json(config):
+    config = dataclasses.replace(config, lora=LoraConfig(targets=("decoder.layers",)), stage=Stage(trainable=("vision",)))
+    again = from_json(TrainConfig, json.loads(json.dumps(to_json(config))))
+    assert again == config and differences(config, again) == []
+    with pytest.raises(InputError, match=r"optim.lrr: no such option; did you mean 'lr'"):
+        from_json(TrainConfig, {"optim": {"lrr": 1}})
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"num_steps": None}, "has no end"),
+        ({"stage": Stage(trainable=())}, "nothing would train"),
+        ({"lora": LoraConfig()}, "LoRA targets .* trains whole"),
+        ({"packs_per_step": 0}, "packs_per_step must be >= 1, got 0"),
+        ({"architecture": None}, "give `model`"),
+    ],
+)
+def test_configuration_is_checked(config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(config, **changes)
+
+
+def test_command_line_runs_and_resumes_a_recipe_of_ones_own(config, tmp_path, capsys, monkeypatch):
+    recipe = tmp_path / "mine.py"
+    recipe.write_text(
+        "import json\nfrom ivl.train.config import TrainConfig, from_json\n"
+        f"def small():\n    return from_json(TrainConfig, json.loads({json.dumps(to_json(config))!r}))\n"
+    )
+    cli([f"{recipe}:small", "--optim.lr", "2e-5", "--num-steps", "3", "--save-every", "2", "--dry-run"])
+    assert "steps      3, 2 packs each" in capsys.readouterr().out
+    cli([f"{recipe}:small", "--optim.lr", "2e-5", "--num-steps", "3", "--save-every", "2"])
+    assert capsys.readouterr().out.strip() == f"{config.run_dir}/model"
+    cli(["--resume", config.run_dir])
+    assert [s for s, *_ in steps(config)] == [1, 2, 3]
+    assert load_train_config(tmp_path / "run").optim.lr == 2e-5
+
+
+@pytest.mark.parametrize(
+    "args,message",
+    [
+        (["8b-stage2"], "did you mean 8B-stage2"),
+        (["--resume", "nowhere"], "nowhere: not a training run"),
+        (["--resume"], "--resume needs the directory"),
+        (["nowhere.py:f"], "no such recipe file"),
+    ],
+)
+def test_command_line_mistakes_are_named(args, message):
+    with pytest.raises(InputError, match=message):
+        cli(args)
+
+
+def test_command_line_adds_a_validation_loss(config, tmp_path, monkeypatch):
+    recipe = tmp_path / "mine.py"
+    recipe.write_text(
+        "import json\nfrom ivl.train.config import TrainConfig, from_json\n"
+        f"def small():\n    return from_json(TrainConfig, json.loads({json.dumps(to_json(config))!r}))\n"
+    )
+    cli([f"{recipe}:small", "--num-steps", "2", "--val-mixture", config.data.mixture, "--val-every", "1"])
+    assert [r["step"] for r in rows(config) if r.get("evaluation") == "validation"] == [1, 2]
+
+
+def test_command_line_typo_is_refused_with_a_suggestion(capsys):
+    with pytest.raises(SystemExit):
+        cli(["1B-stage1", "--optm.lr", "1e-3"])
+    assert "--optim.lr" in capsys.readouterr().err
+
+
+def test_command_line_lists_recipes(capsys):
+    cli([])
+    assert "78B-stage1.5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "precision,save_dtype,stored",
+    [("pure_bf16", None, torch.bfloat16), ("bf16", "bfloat16", torch.bfloat16), ("bf16", None, torch.float32)],
+)
+def test_precisions(config, precision, save_dtype, stored):
+    final = run(dataclasses.replace(config, precision=precision, save_dtype=save_dtype, num_steps=6, save_every=0))
+    losses = [loss for _, loss, _ in steps(config)]
+    assert losses[-1] < losses[0] and load_model(final).dtype == stored
