@@ -1,6 +1,6 @@
 """The preference chain on nano: careless supervised data, replies sampled and checked, pairs, Mixed Preference Optimization.
 
-The quickstart runs it once; benchmarks/preference_effect.py compares it with other ways.
+The quickstart runs it once; studies/preference_effect.py compares it with other ways.
 """
 
 from __future__ import annotations

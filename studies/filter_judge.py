@@ -1,4 +1,4 @@
-"""The weak judge of `benchmarks.filter_quality`: SmolLM2-135M-Instruct scores clean and off-topic rows.
+"""The weak judge of `studies.filter_quality`: SmolLM2-135M-Instruct scores clean and off-topic rows.
 
 It reads text alone, so it can only notice answers that do not fit their question, never those that do not fit the picture.
 """
@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.filter_clean import streams
 from ivl.api import Model, load
 from ivl.checkpoint import save_model
 from ivl.checkpoint.compose import compose
 from ivl.filters.judge import Judge, JudgeConfig, Quality
 from ivl.generators import answers_of
 from ivl.types import Layout, Message, Record, SamplingParams, Text
+from studies.filter_clean import streams
 from tests.helpers.checkpoints import random_model, tiny_like
 from tests.helpers.packages import smollm2_gguf
 

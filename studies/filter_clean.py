@@ -1,4 +1,4 @@
-"""Clean conversations for `benchmarks.filter_quality`: easy-vqa, scikit-image's photographs, and long text that packages ship.
+"""Clean conversations for `studies.filter_quality`: easy-vqa, scikit-image's photographs, and long text that packages ship.
 
 The tuning and the held-out set share no easy-vqa picture, no document and no package that documents come from.
 """
@@ -19,9 +19,9 @@ from typing import Literal
 
 import skimage
 
-from benchmarks.filter_structured import MAKERS
 from ivl.evaluation.tasks import easy_vqa_rows as easy_vqa
 from ivl.types import ImageRef, Message, Record, Text
+from studies.filter_structured import MAKERS
 
 Split = Literal["tune", "held-out"]
 PACKAGES = {

@@ -1,4 +1,4 @@
-"""What several replies to a question bring: `python -m benchmarks.test_time_scaling --model DIR [--questions FILE]`.
+"""What several replies to a question bring: `python -m studies.test_time_scaling --model DIR [--questions FILE]`.
 
 nano reasons about two to four pictures of easy-vqa's test split. Every question is asked 16 times at each temperature, and
 the same replies give the accuracy of majority voting and of the most likely reply for 1, 2, 4, 8 and 16 of them (means over

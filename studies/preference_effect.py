@@ -1,4 +1,4 @@
-"""Does preference training help? `python -m benchmarks.preference_effect`, after `make quickstart`.
+"""Does preference training help? `python -m studies.preference_effect`, after `make quickstart`.
 
 nano learns to reason about several pictures from supervised data in which many answers carry a plausible mistake, replies to
 fresh questions many times, and its checked replies become pairs. From the same start, with as many steps of the same size, it

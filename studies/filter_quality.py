@@ -1,4 +1,4 @@
-"""How well the filters without a model find faults: `python -m benchmarks.filter_quality --out runs/filter-quality`.
+"""How well the filters without a model find faults: `python -m studies.filter_quality --out runs/filter-quality`.
 
 5,000 clean conversations and 500 of each fault kind, seeded. Thresholds were chosen on `--split tune`; the figures to publish
 are those of `--split held-out`, which has other pictures, documents and packages, and fault variants that tuning never saw.
@@ -18,13 +18,13 @@ from pathlib import Path
 
 from rich.progress import track
 
-from benchmarks.filter_clean import SHARES, streams
-from benchmarks.filter_copies import DUPLICATES
-from benchmarks.filter_faults import EXTRA, KINDS, Edit, last_answer, with_answer
 from ivl.filters.duplicates import Duplicates
 from ivl.filters.repetition import Repetition
 from ivl.filters.rules import Garbled, Language, Leaks, Length, Markup, RepeatedLines, Rule, Runs, Truncated
 from ivl.types import Record
+from studies.filter_clean import SHARES, streams
+from studies.filter_copies import DUPLICATES
+from studies.filter_faults import EXTRA, KINDS, Edit, last_answer, with_answer
 
 NUM_CLEAN, NUM_FAULTS = 5000, 500
 SEEDS = {"tune": 1, "held-out": 4}
@@ -219,7 +219,7 @@ def main() -> None:
     seed = SEEDS[args.split] if args.seed is None else args.seed
     args.out.mkdir(parents=True, exist_ok=True)
     if args.judge:
-        from benchmarks import filter_judge
+        from studies import filter_judge
 
         judged = filter_judge.measure(args.judge, args.split, seed)
         print(json.dumps(judged, indent=1))

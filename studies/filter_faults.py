@@ -1,4 +1,4 @@
-"""Faults for `benchmarks.filter_quality`, written before the filters were tuned, and as somebody would who wants to get
+"""Faults for `studies.filter_quality`, written before the filters were tuned, and as somebody would who wants to get
 past them. Every kind has variants; the `unseen` ones come in the held-out set alone.
 """
 
@@ -9,8 +9,8 @@ import random
 import re
 from collections.abc import Callable
 
-from benchmarks.filter_structured import ADJECTIVES, NOUNS
 from ivl.types import Message, Record, Text
+from studies.filter_structured import ADJECTIVES, NOUNS
 
 Edit = Callable[[str, random.Random], str | None]
 """A clean answer -> a faulty one, or None if this answer does not lend itself to the fault."""

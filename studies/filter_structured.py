@@ -1,4 +1,4 @@
-"""Answers that naive filters drop, for `benchmarks.filter_clean`: lists, tables, code, verse, formulas, boxes, Chinese."""
+"""Answers that naive filters drop, for `studies.filter_clean`: lists, tables, code, verse, formulas, boxes, Chinese."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Near copies of whole rows for `benchmarks.filter_quality`: what must count as a duplicate."""
+"""Near copies of whole rows for `studies.filter_quality`: what must count as a duplicate."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 from PIL import Image
 
-from benchmarks.filter_faults import last_answer, with_answer
-from benchmarks.filter_structured import NOUNS
 from ivl.processing.image import load_image
 from ivl.types import ImageRef, Message, Record, Text
+from studies.filter_faults import last_answer, with_answer
+from studies.filter_structured import NOUNS
 
 
 def exact_copy(record: Record, rng: random.Random) -> Record:

@@ -1,7 +1,7 @@
 """What quantised weights lose: likelihood of real text, and answers of a model.
 
-    python -m benchmarks.quantisation_loss --out results/quantisation.json
-    python -m benchmarks.quantisation_loss --model runs/quickstart/model --limit 1000 --out results/quantisation.json
+    python -m studies.quantization_loss --out results/quantisation.json
+    python -m studies.quantization_loss --model runs/quickstart/model --limit 1000 --out results/quantisation.json
 
 Text: the long descriptions (READMEs, in English) of installed packages, read by SmolLM2-135M-Instruct. Its GGUF file has
 some matrices in few bits already, so losses are relative to it, as it is, in bfloat16. A `kl` is the mean over tokens of the

@@ -1,4 +1,4 @@
-"""What filtering out repetition does to a model: `python -m benchmarks.repetition_effect [--out DIR] [--shares 0.03 0.1]`.
+"""What filtering out repetition does to a model: `python -m studies.repetition_effect [--out DIR] [--shares 0.03 0.1]`.
 
 nano learns to describe easy-vqa pictures at length, several times from the same start, for the same steps, on the same true
 descriptions: as they are after the repetition stages of the filter have removed the injected loops, and with loops in 3% and
