@@ -130,7 +130,7 @@ def _train_samples(config: ModelConfig) -> list[tuple[torch.Tensor, torch.Tensor
 
 def _ours(kind: str, number: int, decode_steps: int) -> Callable[[], Any]:
     from ivl.cpu.memory import keep_freed_memory
-    from ivl.model.cache import PagedCache, Sequence
+    from ivl.model.cache import PagedCache, CachedSequence
     from ivl.model.vlm import VLM
     from ivl.train.objectives import sft_objective
     from ivl.types import Batch, Layout
@@ -141,9 +141,9 @@ def _ours(kind: str, number: int, decode_steps: int) -> Callable[[], Any]:
     model.init_weights()
     keep_freed_memory()  # as every engine and every training run does
 
-    def cache(sequences: int, tokens: int) -> tuple[PagedCache, list[Sequence]]:
+    def cache(sequences: int, tokens: int) -> tuple[PagedCache, list[CachedSequence]]:
         room = -(-tokens // 64) * 64 * sequences
-        return PagedCache(config.decoder, num_tokens=room, dtype=torch.bfloat16), [Sequence() for _ in range(sequences)]
+        return PagedCache(config.decoder, num_tokens=room, dtype=torch.bfloat16), [CachedSequence() for _ in range(sequences)]
 
     if kind == "vision":
         tiles = _tiles(number)

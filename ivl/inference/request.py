@@ -11,7 +11,7 @@ from ivl.errors import InputError
 from ivl.inference.prompt import NamedPrompt
 from ivl.inference.sampling import Sampler
 from ivl.inference.text import TextStream
-from ivl.model.cache import Sequence
+from ivl.model.cache import CachedSequence
 from ivl.types import FinishReason, TextDelta, TokenLogprob
 
 
@@ -63,7 +63,7 @@ class Request:
     sampler: Sampler
     text: TextStream
     prepare: float
-    sequence: Sequence = field(default_factory=Sequence)
+    sequence: CachedSequence = field(default_factory=CachedSequence)
     tokens: list[int] = field(default_factory=list)
     deltas: deque[TextDelta] = field(default_factory=deque)
     finish_reason: FinishReason | None = None

@@ -19,7 +19,7 @@ class CacheFull(RuntimeError):
 
 
 @dataclass
-class Sequence:
+class CachedSequence:
     """One sequence's blocks in a PagedCache and the number of tokens stored there."""
 
     blocks: list[int] = field(default_factory=list)
@@ -48,10 +48,10 @@ class PagedCache:
         self.keys, self.values = (small_pages(torch.empty(shape, dtype=dtype, device=device)) for _ in range(2))
         self.pool = BlockPool(self.num_blocks)
 
-    def blocks_needed(self, sequence: Sequence, num_new: int) -> int:
+    def blocks_needed(self, sequence: CachedSequence, num_new: int) -> int:
         return -(-(sequence.length + num_new) // self.block_size) - len(sequence.blocks)
 
-    def step(self, sequences: list[Sequence], new_lens: tuple[int, ...]) -> CacheStep:
+    def step(self, sequences: list[CachedSequence], new_lens: tuple[int, ...]) -> CacheStep:
         """Reserve room for new_lens tokens and return the store as one forward call sees it.
 
         Raises:
@@ -78,13 +78,13 @@ class PagedCache:
         self.keys[:, slots] = 0
         self.values[:, slots] = 0
 
-    def resume(self, sequence: Sequence, blocks: list[int]) -> None:
+    def resume(self, sequence: CachedSequence, blocks: list[int]) -> None:
         """Begin an empty sequence with full blocks that are in use or kept; it shares them."""
         assert not sequence.blocks
         self.pool.hold(blocks)
         sequence.blocks, sequence.length = list(blocks), len(blocks) * self.block_size
 
-    def append_copy(self, sequence: Sequence, block: int, count: int) -> None:
+    def append_copy(self, sequence: CachedSequence, block: int, count: int) -> None:
         """Add the first count tokens of a block to a sequence of full blocks, as its own: others may go on writing there."""
         assert sequence.length == len(sequence.blocks) * self.block_size
         self.pool.hold([block])  # or it might be the one that is taken
@@ -96,7 +96,7 @@ class PagedCache:
         sequence.length += count
         self.pool.release([block])
 
-    def release(self, sequence: Sequence) -> None:
+    def release(self, sequence: CachedSequence) -> None:
         self.pool.release(sequence.blocks)
         sequence.blocks, sequence.length = [], 0
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from ivl.cpu import kernels
-from ivl.model.cache import PagedCache, Sequence
+from ivl.model.cache import PagedCache, CachedSequence
 from ivl.model.decoder import rotary, rotate
 from ivl.model.linear import Linear, RMSNorm, product, swiglu
 from ivl.model.vlm import VLM, normalise
@@ -112,7 +112,7 @@ def test_decoding_writes_the_cache_and_attends_to_it(size: int, heads: int, kv_h
     config = replace(tiny_config().decoder, num_heads=heads, num_kv_heads=kv_heads, head_dim=size)
     lens = (20, 3, 70, 1, 16)
     cache = PagedCache(config, num_tokens=1024, block_size=16, dtype=BF16)
-    sequences = [Sequence() for _ in lens]
+    sequences = [CachedSequence() for _ in lens]
     cache.step(sequences, lens)
     step = cache.step(sequences, (1,) * len(lens))
     cache.keys.normal_(std=2)
@@ -210,7 +210,7 @@ def test_a_bfloat16_model_prefills_and_decodes_as_in_one_pass() -> None:
     cache = PagedCache(decoder, num_tokens=512, block_size=16, dtype=BF16)
     cache.keys.fill_(float("nan"))
     cache.values.fill_(float("nan"))
-    sequences = [Sequence() for _ in lens]
+    sequences = [CachedSequence() for _ in lens]
     step = cache.step(sequences, lens)
     model(torch.cat([t[:n] for t, n in zip(tokens, lens, strict=True)]), step.layout, cache=step)
     for i in range(5):

@@ -13,7 +13,7 @@ from torch import nn
 from ivl.cpu import kernels, replay
 from ivl.cpu.replay import SHORTEST, Replays, Workspace
 from ivl.lora.layers import LoraConfig, LoraLinear
-from ivl.model.cache import PagedCache, Sequence
+from ivl.model.cache import PagedCache, CachedSequence
 from ivl.model.decoder import Decoder, DecoderLayer
 from ivl.model.linear import RMSNorm
 from ivl.quant.layers import Scheme, quantize, quantize_layers, quantized_layers
@@ -55,7 +55,7 @@ class Both:
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
         self.caches = [PagedCache(decoder.config, num_tokens=1024, block_size=16, dtype=torch.bfloat16) for _ in range(2)]
-        self.sequences = [[Sequence() for _ in LENS] for _ in range(2)]
+        self.sequences = [[CachedSequence() for _ in LENS] for _ in range(2)]
         self.replays = Replays(decoder, self.caches[0])
         x = torch.randn(sum(LENS), decoder.config.width).bfloat16()
         for cache, sequences in zip(self.caches, self.sequences, strict=True):
@@ -112,7 +112,7 @@ def test_weights_that_are_replaced_are_used_and_what_is_no_kernel_is_left_to_the
 @torch.inference_mode()
 def test_another_type_goes_the_decoders_way(decoder: Decoder) -> None:
     decoder.float()
-    cache, sequence = PagedCache(decoder.config, num_tokens=512, block_size=16), Sequence()
+    cache, sequence = PagedCache(decoder.config, num_tokens=512, block_size=16), CachedSequence()
     replays = Replays(decoder, cache)
     assert replays.run(torch.randn(1, 128), cache.step([sequence], (1,))).dtype is torch.float32
     assert not replays.programs

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ivl.model.blocks import BlockPool
-from ivl.model.cache import CacheFull, PagedCache, Sequence
+from ivl.model.cache import CacheFull, PagedCache, CachedSequence
 from ivl.model.vlm import VLM
 from tests.conftest import tiny_config
 
@@ -59,7 +59,7 @@ def test_a_chain_is_found_as_far_as_it_is_known_and_given_up_from_its_end() -> N
 def test_sharing_and_copying_equal_computing(tiny: VLM) -> None:
     cache = PagedCache(tiny.config.decoder, num_tokens=128, block_size=8)
     tokens = torch.randint(0, 90, (21,))
-    first, second, alone = Sequence(), Sequence(), Sequence()
+    first, second, alone = CachedSequence(), CachedSequence(), CachedSequence()
     step = cache.step([first], (20,))
     tiny(tokens[:20], step.layout, cache=step)
     cache.resume(second, first.blocks[:2])
@@ -80,7 +80,7 @@ def test_sharing_and_copying_equal_computing(tiny: VLM) -> None:
 @torch.no_grad()
 def test_a_full_cache_gives_up_what_is_kept(tiny: VLM) -> None:
     cache = PagedCache(tiny.config.decoder, num_tokens=16, block_size=8)
-    sequence, other = Sequence(), Sequence()
+    sequence, other = CachedSequence(), CachedSequence()
     cache.step([sequence], (16,))
     cache.pool.name(sequence.blocks[0], b"kept")
     cache.release(sequence)
@@ -88,7 +88,7 @@ def test_a_full_cache_gives_up_what_is_kept(tiny: VLM) -> None:
     cache.step([other], (16,))
     assert not cache.pool.known
     with pytest.raises(CacheFull, match="1 blocks of 8 tokens needed, 0 of 2 free"):
-        cache.step([Sequence()], (1,))
+        cache.step([CachedSequence()], (1,))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.06)])
@@ -109,7 +109,7 @@ def test_replies_and_prompts_of_one_step_equal_each_alone(dtype: torch.dtype, to
         outcomes = []
         for together in (True, False):
             cache = PagedCache(model.config.decoder, num_tokens=2048, block_size=16, dtype=dtype)
-            sequences = [Sequence() for _ in lens]
+            sequences = [CachedSequence() for _ in lens]
             for sequence, every, (_, past) in zip(sequences, tokens, lens, strict=True):
                 if past:
                     step = cache.step([sequence], (past,))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ivl.config import SIZES, published_config
-from ivl.model.cache import CacheFull, PagedCache, Sequence
+from ivl.model.cache import CacheFull, PagedCache, CachedSequence
 from ivl.model.vlm import VLM
 from ivl.types import Layout
 
@@ -40,7 +40,7 @@ def test_prefill_in_chunks_and_decode_equal_one_pass(tiny: VLM) -> None:
     tokens = [torch.randint(0, 90, (n,)) for n in lens]
     whole = tiny(torch.cat(tokens), Layout.packed(lens)).split(lens)
     cache = PagedCache(tiny.config.decoder, num_tokens=256, block_size=8)
-    sequences = [Sequence() for _ in lens]
+    sequences = [CachedSequence() for _ in lens]
     pieces: list[list[torch.Tensor]] = [[] for _ in lens]
     done = [0, 0, 0]
     for news in [(4, 20, 1), (3, 1, 1), (1, 5, 2), (4, 7, 3)]:
@@ -59,7 +59,7 @@ def test_prefill_in_chunks_and_decode_equal_one_pass(tiny: VLM) -> None:
 
 def test_full_cache_says_so_and_reserves_nothing(tiny: VLM) -> None:
     cache = PagedCache(tiny.config.decoder, num_tokens=16, block_size=8)
-    sequences = [Sequence(), Sequence()]
+    sequences = [CachedSequence(), CachedSequence()]
     with pytest.raises(CacheFull, match="3 blocks of 8 tokens needed, 2 of 2 free"):
         cache.step(sequences, (8, 9))
     assert not any(s.blocks for s in sequences) and len(cache.pool.free) == 2
