@@ -193,23 +193,23 @@ class Prompt:
     tile_ids_R: torch.Tensor
 
 
-GuideKind = Literal["json", "json_schema", "regex", "choice", "grammar"]
+GrammarKind = Literal["json", "json_schema", "regex", "choice", "grammar"]
 
 
 @dataclass(frozen=True)
-class Guide:
-    """What a reply must look like, from its first character to its last."""
+class Grammar:
+    """The form that a reply must have from its first character to its last (structured output)."""
 
-    kind: GuideKind
+    kind: GrammarKind
     """json: any JSON object. json_schema, regex, grammar (Lark), choice: as `value` says."""
     value: str = ""
     """The schema, the pattern, the grammar, or a JSON list of the choices."""
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(GuideKind):
-            raise ValueError(f"a guide is one of {', '.join(get_args(GuideKind))}, got {self.kind!r}")
+        if self.kind not in get_args(GrammarKind):
+            raise ValueError(f"the kind of a grammar is one of {', '.join(get_args(GrammarKind))}, got {self.kind!r}")
         if (self.kind == "json") == bool(self.value):
-            raise ValueError(f"a guide of kind {self.kind} {'takes no' if self.value else 'needs a'} value")
+            raise ValueError(f"a grammar of kind {self.kind} {'takes no' if self.value else 'needs a'} value")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,8 +241,8 @@ class SamplingParams:
     model's own, before penalties, temperature and guide."""
     ignore_eos: bool = False
     """Go on after end tokens, to max_new_tokens: for measurements."""
-    guide: Guide | None = None
-    """What the reply must look like."""
+    guide: Grammar | None = None
+    """The form that the reply must have."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:

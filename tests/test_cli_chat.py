@@ -82,7 +82,7 @@ def test_a_second_question_reads_what_is_new(
         (["--json-schema", __file__], r"test_cli_chat\.py: not a schema that can be read"),
         (["--min-p", "2"], r"min_p must be in \[0, 1\], got 2"),
         (["--presence-penalty", "3"], "presence_penalty must be in"),
-        (["--regex", ""], "a guide of kind regex needs a value"),
+        (["--regex", ""], "a grammar of kind regex needs a value"),
     ],
 )
 def test_bad_options_are_refused_before_a_model_is_loaded(options: list[str], message: str) -> None:

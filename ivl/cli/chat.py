@@ -15,7 +15,7 @@ import tyro
 
 from ivl.api import Dtype, load, medium
 from ivl.errors import InputError
-from ivl.types import Guide, ImageRef, SamplingParams, VideoRef
+from ivl.types import Grammar, ImageRef, SamplingParams, VideoRef
 
 if TYPE_CHECKING:
     from ivl.api import Chat
@@ -127,23 +127,23 @@ def run(
         interact(lambda: loaded.start(system=system), answer, find, refs)
 
 
-def guide_of(any_json: bool, schema: Path | None, choices: tuple[str, ...], regex: str | None) -> Guide | None:
+def guide_of(any_json: bool, schema: Path | None, choices: tuple[str, ...], regex: str | None) -> Grammar | None:
     """The one guide that was asked for."""
     given = [any_json, schema is not None, bool(choices), regex is not None]
     if sum(given) > 1:
         raise InputError("give one of --json, --json-schema, --choice and --regex: a reply has one form")
     if any_json:
-        return Guide("json")
+        return Grammar("json")
     if schema is not None:
         try:
             text = schema.read_text(encoding="utf-8")
             json.loads(text)
         except (OSError, ValueError) as error:
             raise InputError(f"{schema}: not a schema that can be read ({error})") from error
-        return Guide("json_schema", text)
+        return Grammar("json_schema", text)
     if choices:
-        return Guide("choice", json.dumps(choices))
-    return Guide("regex", regex) if regex is not None else None
+        return Grammar("choice", json.dumps(choices))
+    return Grammar("regex", regex) if regex is not None else None
 
 
 def describe(conversation: Chat) -> str:

@@ -18,11 +18,11 @@ from ivl.errors import InputError
 from ivl.evaluation.scoring import Style, extract, normalise
 from ivl.evaluation.scoring.spelling import wording
 from ivl.generators import Answer, Generator, answers_of, replies_of
-from ivl.types import Conversation, Guide, Message, SamplingParams, Text
+from ivl.types import Conversation, Grammar, Message, SamplingParams, Text
 
 Select = Literal["vote", "likelihood", "judge"]
 RATING = SamplingParams(max_new_tokens=8)
-GUIDED_RATING = replace(RATING, guide=Guide("choice", json.dumps([str(n) for n in range(11)])))
+GUIDED_RATING = replace(RATING, guide=Grammar("choice", json.dumps([str(n) for n in range(11)])))
 """For judges whose replies can be constrained: a rating is always found."""
 _RATING = re.compile(r"(?<![\d.,])(?:10|\d)(?:\.\d+)?(?![\d%]|[.,]\d)")
 
@@ -192,7 +192,7 @@ def _read(generator: Generator, pairs: list[tuple[Conversation, str]]) -> list[f
     said = [(conversation, text) for conversation, text in pairs if text]
     params = [
         SamplingParams(
-            max_new_tokens=len(text.encode()) + 1, guide=Guide("choice", json.dumps([text], ensure_ascii=False)), logprobs=0
+            max_new_tokens=len(text.encode()) + 1, guide=Grammar("choice", json.dumps([text], ensure_ascii=False)), logprobs=0
         )
         for _, text in said
     ]

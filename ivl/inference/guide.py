@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ivl.errors import InputError
-from ivl.types import FinishReason, Guide
+from ivl.types import FinishReason, Grammar
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -45,7 +45,7 @@ class Guides:
         self._lock = threading.Lock()
         self._vocabulary: LLTokenizer | None = None
 
-    def matcher(self, guide: Guide) -> Matcher:
+    def matcher(self, guide: Grammar) -> Matcher:
         """A fresh matcher.
 
         Raises:
@@ -65,7 +65,7 @@ class Guides:
             raise InputError(f"the {guide.kind} cannot be followed{place}: {words}")
         return Matcher(found, self.vocab_size)
 
-    def _place(self, guide: Guide) -> str:
+    def _place(self, guide: Grammar) -> str:
         """A JSON pointer to the smallest part of a schema that cannot be followed by itself; `#` is the whole."""
         from llguidance import LLMatcher
 
@@ -74,7 +74,7 @@ class Guides:
         pointer, tries = "#", 0
         while True:
             for where, child in _parts(part):
-                grammar = _grammar(Guide("json_schema", json.dumps(shared | child)))
+                grammar = _grammar(Grammar("json_schema", json.dumps(shared | child)))
                 if _trouble(LLMatcher(self._read(), grammar, log_level=0)):
                     pointer, part = f"{pointer}/{where}", child
                     break
@@ -148,7 +148,7 @@ def _parts(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from ((where, each) for where, each in inner.items() if isinstance(each, dict))
 
 
-def _grammar(guide: Guide) -> str:
+def _grammar(guide: Grammar) -> str:
     from llguidance import LLMatcher
 
     if guide.kind == "json":

@@ -43,7 +43,7 @@ class Sampler:
         return Chosen(token, logprob, self.matcher and self.matcher.advance(token))
 
     def pick(self, logits_V: torch.Tensor) -> int:
-        """Guide, penalties, temperature, top-k, top-p, min-p, in this order; then one uniform number chooses."""
+        """Grammar, penalties, temperature, top-k, top-p, min-p, in this order; then one uniform number chooses."""
         logits_V = logits_V.float().cpu()
         if self.matcher is not None:
             logits_V = logits_V.masked_fill(~self.matcher.allowed(), -torch.inf)

@@ -14,7 +14,7 @@ from ivl.serve.config import ServeConfig
 from ivl.serve.media import MediaGateway
 from ivl.serve.problems import Problem
 from ivl.serve.protocol import AnyPart, ChatMessage, ChatRequest, CompletionRequest, ImagePart, Sampling, TextPart, VideoPart
-from ivl.types import Conversation, Guide, ImageRef, Message, Part, Prompt, SamplingParams, Text, VideoRef
+from ivl.types import Conversation, Grammar, ImageRef, Message, Part, Prompt, SamplingParams, Text, VideoRef
 
 
 async def conversation(
@@ -159,15 +159,15 @@ def _seed(seed: int | None, number: int) -> int | None:
     return None if seed is None else (seed + number) % (1 << 63)
 
 
-def guide(body: ChatRequest, config: ServeConfig) -> Guide | None:
+def guide(body: ChatRequest, config: ServeConfig) -> Grammar | None:
     """What the reply must look like, None if anything goes."""
     form = body.response_format
     if form is None or form.type == "text":
         return None
     if form.json_schema is None:
-        return Guide("json")
+        return Grammar("json")
     schema = json.dumps(form.json_schema.schema_, ensure_ascii=False)
     if len(schema) > config.max_schema_chars:
         message = f"a schema of {len(schema)} characters, the limit is {config.max_schema_chars}"
         raise Problem(400, message, param="response_format.json_schema", code="limit_exceeded")
-    return Guide("json_schema", schema)
+    return Grammar("json_schema", schema)

@@ -19,7 +19,7 @@ from PIL import Image
 from ivl.errors import InputError
 from ivl.generators import BatchGenerator, Refused, answers_of, remote
 from ivl.generators.remote import RemoteGenerator
-from ivl.types import Guide, ImageRef, Message, SamplingParams, Text
+from ivl.types import Grammar, ImageRef, Message, SamplingParams, Text
 
 GREEDY = SamplingParams(max_new_tokens=8)
 
@@ -144,7 +144,7 @@ def test_what_is_sent(server: Stub, tmp_path: Path) -> None:
     assert second["image_url"]["url"].startswith("data:image/png;base64,") and text == {"type": "text", "text": "what?"}
 
 
-@pytest.mark.parametrize("options", [{"guide": Guide("json")}, {"logprobs": 0}, {"ignore_eos": True}])
+@pytest.mark.parametrize("options", [{"guide": Grammar("json")}, {"logprobs": 0}, {"ignore_eos": True}])
 def test_what_an_endpoint_cannot_be_asked_is_refused(server: Stub, options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=f"{next(iter(options))} cannot be asked of an endpoint"):
         make(server).generate([ask("hello")], SamplingParams(**options))

@@ -21,7 +21,7 @@ from ivl.inference.guide import Guides, Matcher
 from ivl.model.vlm import VLM
 from ivl.processing.processor import Processor
 from ivl.processing.tokenizer import Tokenizer, train_tokenizer
-from ivl.types import Guide, SamplingParams
+from ivl.types import Grammar, SamplingParams
 from tests.conftest import tiny_config
 from tests.helpers.engines import ask, assert_idle, enliven
 
@@ -134,7 +134,7 @@ def schemas(count: int) -> list[dict[str, Any]]:
 def test_replies_follow_forty_schemas(engine: Engine) -> None:
     rules = schemas(40)
     params = [
-        SamplingParams(max_new_tokens=1500, temperature=1.0, seed=n, guide=Guide("json_schema", json.dumps(rule)))
+        SamplingParams(max_new_tokens=1500, temperature=1.0, seed=n, guide=Grammar("json_schema", json.dumps(rule)))
         for n, rule in enumerate(rules)
     ]
     replies = engine.generate([ask("what colour?")] * len(rules), params)
@@ -148,8 +148,8 @@ def test_guides_of_every_kind_and_requests_without_do_not_disturb_each_other(eng
     sampled = SamplingParams(max_new_tokens=300, temperature=1.0)
     grammar = 'start: pair ("," pair)*\npair: /[a-c]{1,3}/ "=" /[0-9]/'
     guides = [
-        None, Guide("json"), Guide("choice", json.dumps(CHOICES)), None, Guide("regex", "[a-f]{3}(红|🎉)?"),
-        Guide("grammar", grammar), Guide("json_schema", '{"type": "integer"}'),
+        None, Grammar("json"), Grammar("choice", json.dumps(CHOICES)), None, Grammar("regex", "[a-f]{3}(红|🎉)?"),
+        Grammar("grammar", grammar), Grammar("json_schema", '{"type": "integer"}'),
     ]  # fmt: skip
     params = [
         replace(sampled, seed=n, guide=guide, temperature=n % 2, presence_penalty=0.5 * (n % 3))
@@ -175,13 +175,13 @@ def test_guides_of_every_kind_and_requests_without_do_not_disturb_each_other(eng
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_a_single_choice_is_said_to_the_letter(engine: Engine, choice: str) -> None:
-    params = SamplingParams(temperature=1.0, guide=Guide("choice", json.dumps([choice])))
+    params = SamplingParams(temperature=1.0, guide=Grammar("choice", json.dumps([choice])))
     (reply,) = engine.generate([ask("which?")], params)
     assert (reply.text, reply.finish_reason) == (choice, "stop")
 
 
 def test_every_choice_can_be_said(engine: Engine) -> None:
-    guide = Guide("choice", json.dumps(CHOICES))
+    guide = Grammar("choice", json.dumps(CHOICES))
     params = [SamplingParams(temperature=30.0, seed=n, guide=guide) for n in range(150)]
     said = {reply.text for reply in engine.generate([ask("which?")] * len(params), params)}
     assert said <= set(CHOICES) and len(said) > 8
@@ -190,7 +190,7 @@ def test_every_choice_can_be_said(engine: Engine) -> None:
 def test_control_tokens_are_never_allowed_and_end_tokens_where_the_reply_may_end(tokenizer: Tokenizer) -> None:
     ends = frozenset([tokenizer.id("<|im_end|>"), tokenizer.id("<|endoftext|>")])
     guides = Guides(tokenizer, vocab_size=len(tokenizer) + 5, eos=ends)
-    matcher = guides.matcher(Guide("regex", "(?s:.{2,})"))
+    matcher = guides.matcher(Grammar("regex", "(?s:.{2,})"))
     for step in range(4):
         allowed = matcher.allowed()
         assert allowed.shape == (len(tokenizer) + 5,) and not allowed[len(tokenizer) :].any()
@@ -202,7 +202,7 @@ def test_control_tokens_are_never_allowed_and_end_tokens_where_the_reply_may_end
 
 
 def test_a_reply_that_is_cut_says_so_and_ends_are_not_needed_where_nothing_can_follow(engine: Engine) -> None:
-    long = SamplingParams(max_new_tokens=5, guide=Guide("regex", "(ab){100}"))
+    long = SamplingParams(max_new_tokens=5, guide=Grammar("regex", "(ab){100}"))
     (reply,) = engine.generate([ask("go")], long)
     assert reply.finish_reason == "length" and ("ab" * 100).startswith(reply.text) and reply.text
     (reply,) = engine.generate([ask("go")], replace(long, max_new_tokens=500, ignore_eos=True))
@@ -210,12 +210,12 @@ def test_a_reply_that_is_cut_says_so_and_ends_are_not_needed_where_nothing_can_f
 
 
 def test_a_guide_that_becomes_too_complex_cuts_its_own_reply_only(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    hard = Guide("regex", "(a|b)*a(a|b){30}c")
+    hard = Grammar("regex", "(a|b)*a(a|b){30}c")
     plain = SamplingParams(max_new_tokens=12, temperature=1.0, seed=1)
     (expected,) = engine.generate([ask("go")], plain)
     with monkeypatch.context() as patch:
 
-        def limited(self: Guides, guide: Guide) -> Matcher:
+        def limited(self: Guides, guide: Grammar) -> Matcher:
             limits = LLParserLimits(max_lexer_states=20)
             return Matcher(LLMatcher(self._read(), guide_module._grammar(guide), log_level=0, limits=limits), self.vocab_size)
 
@@ -230,25 +230,25 @@ def test_a_guide_that_becomes_too_complex_cuts_its_own_reply_only(engine: Engine
 @pytest.mark.parametrize(
     ("guide", "words"),
     [
-        (Guide("json_schema", "{"), "json_schema cannot be read"),
-        (Guide("json_schema", "[1]"), "json_schema cannot be read"),
-        (Guide("json_schema", '{"type": "text"}'), "at #: Invalid type: text"),
+        (Grammar("json_schema", "{"), "json_schema cannot be read"),
+        (Grammar("json_schema", "[1]"), "json_schema cannot be read"),
+        (Grammar("json_schema", '{"type": "text"}'), "at #: Invalid type: text"),
         (
-            Guide("json_schema", '{"properties": {"a": {"anyOf": [{}, {"items": {"type": "text"}}]}}}'),
+            Grammar("json_schema", '{"properties": {"a": {"anyOf": [{}, {"items": {"type": "text"}}]}}}'),
             "at #/properties/a/anyOf/1/items: Invalid type: text",
         ),
-        (Guide("json_schema", '{"properties": {"a": {"$ref": "#/$defs/b"}}, "$defs": {"b": {"type": 3}}}'), "at #/"),
-        (Guide("json_schema", '{"type": "integer", "minimum": 5, "maximum": 3}'), "greater than maximum"),
-        (Guide("json_schema", '{"$ref": "#"}'), "no text that it allows"),
-        (Guide("regex", "(a"), "unclosed group"),
-        (Guide("regex", r"[^\s\S]"), "no text that it allows"),
-        (Guide("grammar", "start: foo"), "unknown name"),
-        (Guide("choice", "red"), "choice cannot be read"),
-        (Guide("choice", "[]"), "JSON list of texts"),
-        (Guide("choice", '["a", 3]'), "JSON list of texts"),
+        (Grammar("json_schema", '{"properties": {"a": {"$ref": "#/$defs/b"}}, "$defs": {"b": {"type": 3}}}'), "at #/"),
+        (Grammar("json_schema", '{"type": "integer", "minimum": 5, "maximum": 3}'), "greater than maximum"),
+        (Grammar("json_schema", '{"$ref": "#"}'), "no text that it allows"),
+        (Grammar("regex", "(a"), "unclosed group"),
+        (Grammar("regex", r"[^\s\S]"), "no text that it allows"),
+        (Grammar("grammar", "start: foo"), "unknown name"),
+        (Grammar("choice", "red"), "choice cannot be read"),
+        (Grammar("choice", "[]"), "JSON list of texts"),
+        (Grammar("choice", '["a", 3]'), "JSON list of texts"),
     ],
 )
-def test_guides_that_cannot_be_followed_are_refused_with_the_place(engine: Engine, guide: Guide, words: str) -> None:
+def test_guides_that_cannot_be_followed_are_refused_with_the_place(engine: Engine, guide: Grammar, words: str) -> None:
     with pytest.raises(InputError, match=f"{guide.kind} cannot be .*") as caught:
         engine.prepare(ask("which?"), SamplingParams(guide=guide))
     assert words in str(caught.value) and len(str(caught.value)) < 600 and "<state>" not in str(caught.value)
@@ -258,4 +258,4 @@ def test_a_huge_schema_at_fault_is_refused_in_short_time(tokenizer: Tokenizer) -
     wide = {"properties": {f"p{n}": {"type": "string"} for n in range(500)} | {"last": {"type": "text"}}}
     guides = Guides(tokenizer, vocab_size=len(tokenizer), eos=frozenset([tokenizer.id("<|im_end|>")]))
     with pytest.raises(InputError, match="at #: Invalid type"):
-        guides.matcher(Guide("json_schema", json.dumps(wide)))
+        guides.matcher(Grammar("json_schema", json.dumps(wide)))
