@@ -17,7 +17,7 @@ from typing import Literal
 from ivl.errors import InputError
 from ivl.evaluation.scoring import Style, extract, normalise
 from ivl.evaluation.scoring.spelling import wording
-from ivl.generators import Answer, Generator, answers_of, replies_of
+from ivl.generators import ReplyLike, Generator, answers_of, replies_of
 from ivl.types import Conversation, Grammar, Message, SamplingParams, Text
 
 Select = Literal["vote", "likelihood", "judge"]
@@ -101,13 +101,13 @@ def sample(
     return [found[at : at + count] for at in range(0, len(found), count)]
 
 
-def _candidate(reply: Answer, style: Style, likelihood: bool) -> Candidate:
+def _candidate(reply: ReplyLike, style: Style, likelihood: bool) -> Candidate:
     cut = style != "direct" and reply.finish_reason == "length"
     answer = None if cut else extract(reply.text, style).answer
     return Candidate(text=reply.text, answer=answer, likelihood=mean_logprob(reply) if likelihood else None)
 
 
-def mean_logprob(reply: Answer) -> float:
+def mean_logprob(reply: ReplyLike) -> float:
     """Mean log-probability of a reply's tokens, its end included, by the model's own scores.
 
     Raises:

@@ -18,7 +18,7 @@ class Generator(Protocol):
     def stream(self, prompt: Conversation, params: SamplingParams) -> Iterator[TextDelta]: ...
 
 
-class Answer(Protocol):
+class ReplyLike(Protocol):
     @property
     def text(self) -> str: ...
     @property
@@ -31,18 +31,18 @@ class BatchGenerator(Protocol):
 
     def generate(
         self, conversations: Sequence[Conversation], params: SamplingParams | Sequence[SamplingParams]
-    ) -> Sequence[Answer]: ...
+    ) -> Sequence[ReplyLike]: ...
 
 
 @dataclass(frozen=True)
-class Said:
+class PlainReply:
     text: str
     finish_reason: FinishReason
 
 
 def replies_of(
     generator: Generator, conversations: Sequence[Conversation], params: SamplingParams | Sequence[SamplingParams]
-) -> Sequence[Answer]:
+) -> Sequence[ReplyLike]:
     """The reply to each conversation, in order; at once if the generator can. params: one for all, or one per conversation."""
     if isinstance(generator, BatchGenerator):
         return generator.generate(conversations, params)
@@ -57,10 +57,10 @@ def answers_of(
     return [reply.text for reply in replies_of(generator, conversations, params)]
 
 
-def _joined(deltas: Iterator[TextDelta]) -> Said:
+def _joined(deltas: Iterator[TextDelta]) -> PlainReply:
     texts: list[str] = []
     reason: FinishReason = "stop"
     for delta in deltas:
         texts.append(delta.text)
         reason = delta.finish_reason or reason
-    return Said("".join(texts), reason)
+    return PlainReply("".join(texts), reason)

@@ -21,7 +21,7 @@ from typing import Any
 from PIL import Image
 
 from ivl.errors import InputError
-from ivl.generators import Refused, Said
+from ivl.generators import Refused, PlainReply
 from ivl.processing.image import load_image
 from ivl.processing.video import load_frames
 from ivl.types import Conversation, FinishReason, ImageRef, Message, Part, SamplingParams, Text, TextDelta
@@ -87,7 +87,7 @@ class RemoteGenerator:
         self._limit_key = "max_tokens"
         self._opener = urllib.request.build_opener(_NoRedirect)
 
-    def generate(self, conversations: Sequence[Conversation], params: SamplingParams | Sequence[SamplingParams]) -> list[Said]:
+    def generate(self, conversations: Sequence[Conversation], params: SamplingParams | Sequence[SamplingParams]) -> list[PlainReply]:
         """The reply to each conversation, in order, `concurrency` at a time.
 
         Raises:
@@ -125,7 +125,7 @@ class RemoteGenerator:
                     raise InputError(f"{self.url}: the stream broke off: {error}") from None
                 self._pause(attempt, error)
 
-    def _reply(self, prompt: Conversation, params: SamplingParams) -> Said:
+    def _reply(self, prompt: Conversation, params: SamplingParams) -> PlainReply:
         body = self._body(prompt, params)
         for attempt in range(self.retries + 1):
             try:
@@ -134,7 +134,7 @@ class RemoteGenerator:
                 text = (choice.get("message") or {}).get("content")
                 if not isinstance(text, str):
                     raise _Busy(f"no text in the reply: {_short(choice)}")
-                return Said(text, "length" if choice.get("finish_reason") == "length" else "stop")
+                return PlainReply(text, "length" if choice.get("finish_reason") == "length" else "stop")
             except _Busy as error:
                 self._pause(attempt, error)
         raise AssertionError("the last _pause raises")

@@ -18,7 +18,7 @@ from ivl.evaluation.run import evaluate
 from ivl.evaluation.scoring import exact_match
 from ivl.evaluation.task import Example, Method
 from ivl.evaluation.voting import Candidate
-from ivl.generators import Said
+from ivl.generators import PlainReply
 from ivl.types import Conversation, Message, SamplingParams, Text
 from tests.helpers.engines import tiny_directory
 
@@ -47,17 +47,17 @@ class Unsure:
     def stream(self, prompt: Conversation, params: SamplingParams) -> Iterator[object]:
         raise NotImplementedError
 
-    def generate(self, conversations: Sequence[Conversation], params: Sequence[SamplingParams]) -> list[Said]:
+    def generate(self, conversations: Sequence[Conversation], params: Sequence[SamplingParams]) -> list[PlainReply]:
         self.asked += len(conversations)
         self.texts += [conversation[-1].text for conversation in conversations]
         return [self._reply(c[-1].text, p) for c, p in zip(conversations, params, strict=True)]
 
-    def _reply(self, text: str, params: SamplingParams) -> Said:
+    def _reply(self, text: str, params: SamplingParams) -> PlainReply:
         n, rng = int(text.split("+")[0]), random.Random(params.seed)
         drawn = rng.random()
         if drawn > 0.9:
-            return Said("hm\nhm\nno idea", "stop")
-        return Said(f"well\n{n} and one\nFinal answer: {n + 1 if drawn < 0.6 else rng.randrange(1000)}", "stop")
+            return PlainReply("hm\nhm\nno idea", "stop")
+        return PlainReply(f"well\n{n} and one\nFinal answer: {n + 1 if drawn < 0.6 else rng.randrange(1000)}", "stop")
 
 
 def run(path: Path, generator: Unsure | None = None, **options: object) -> dict:

@@ -16,7 +16,7 @@ from ivl.errors import InputError
 from ivl.evaluation.prompts import reasoned
 from ivl.evaluation.scoring import correct, normalise
 from ivl.evaluation.voting import GUIDED_RATING, Candidate, Judge, Reader, Vote, best_of, judged, rate, rating_of, sample, vote
-from ivl.generators import Said
+from ivl.generators import PlainReply
 from ivl.types import Conversation, ImageRef, Message, SamplingParams, Text, TextDelta
 from tests.helpers.engines import picture, tiny_directory
 
@@ -91,19 +91,19 @@ def test_replies_are_seeded_and_more_begin_with_the_same(directory: Path) -> Non
 class Speaker:
     """Says what it is told to, whatever is asked."""
 
-    says: Sequence[Said]
+    says: Sequence[PlainReply]
 
     def stream(self, prompt: Conversation, params: SamplingParams) -> Iterator[TextDelta]:
         raise NotImplementedError
 
-    def generate(self, conversations: Sequence[Conversation], params: object) -> list[Said]:
+    def generate(self, conversations: Sequence[Conversation], params: object) -> list[PlainReply]:
         self.asked = list(conversations)
         return list(self.says[: len(conversations)])
 
 
 def test_answers_are_read_in_the_style_and_cut_replies_have_none() -> None:
     texts = ["red\nblue\nFinal answer: red", "red\nblue\nFinal answer: re", "I do not know", "a\nb\nfinal answer: **blue**"]
-    replies = [Said(text, "length" if n == 1 else "stop") for n, text in enumerate(texts)]
+    replies = [PlainReply(text, "length" if n == 1 else "stop") for n, text in enumerate(texts)]
     (found,) = sample(Speaker(replies), [question("?")], SAMPLED, 4, style="final_answer")
     assert [c.answer for c in found] == ["red", None, None, "**blue**"]
     (plain,) = sample(Speaker(replies), [question("?")], SAMPLED, 4)
@@ -111,7 +111,7 @@ def test_answers_are_read_in_the_style_and_cut_replies_have_none() -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    speaker = Speaker([Said("a", "stop")] * 4)
+    speaker = Speaker([PlainReply("a", "stop")] * 4)
     with pytest.raises(InputError, match="at temperature 0 all 2 replies are the same"):
         sample(speaker, [question("?")], SamplingParams(), 2)
     with pytest.raises(InputError, match="got 0"):
@@ -133,7 +133,7 @@ def test_a_judge_sees_the_question_with_its_pictures_and_equal_replies_once() ->
     image = ImageRef(picture(2))
     asked = (Message("system", (Text("be brief"),)), *question("what is it?", image))
     some = [Candidate(text=text, answer=text) for text in ("a dog", "a cat", "a dog", "a bird")]
-    speaker = Speaker([Said("3", "stop"), Said("9", "stop"), Said("no idea", "stop")])
+    speaker = Speaker([PlainReply("3", "stop"), PlainReply("9", "stop"), PlainReply("no idea", "stop")])
     (rated,) = rate(Judge(speaker), [asked], [some])
     assert [c.rating for c in rated] == [3, 9, 3, None] and best_of(rated, "judge") == 1
     assert speaker.asked[0] == judged(asked, "a dog") and image in speaker.asked[0][-1].content

@@ -20,7 +20,7 @@ from ivl.utils.jsonl import Journal, read_journal
 
 
 @dataclass(frozen=True)
-class Said:
+class PlainReply:
     text: str
     finish_reason: str = "stop"
 
@@ -34,7 +34,7 @@ class Echo:
     def stream(self, prompt, params):  # pragma: no cover
         raise NotImplementedError
 
-    def generate(self, conversations: Sequence[Conversation], params: Sequence[SamplingParams]) -> list[Said]:
+    def generate(self, conversations: Sequence[Conversation], params: Sequence[SamplingParams]) -> list[PlainReply]:
         self.calls += 1
         if self.calls == self.dies_at:
             raise KeyboardInterrupt
@@ -42,7 +42,7 @@ class Echo:
         replies = []
         for conversation, each in zip(conversations, params, strict=True):
             images = sum(isinstance(part, ImageRef) for part in conversation[0].content)
-            replies.append(Said(f"seed {each.seed} images {images} after {conversation[-1].text[-20:]}"))
+            replies.append(PlainReply(f"seed {each.seed} images {images} after {conversation[-1].text[-20:]}"))
         return replies
 
 
