@@ -130,7 +130,7 @@ def _train_samples(config: ModelConfig) -> list[tuple[torch.Tensor, torch.Tensor
 
 def _ours(kind: str, number: int, decode_steps: int) -> Callable[[], Any]:
     from ivl.cpu.memory import keep_freed_memory
-    from ivl.model.cache import PagedCache, CachedSequence
+    from ivl.model.cache import CachedSequence, PagedCache
     from ivl.model.vlm import VLM
     from ivl.train.objectives import sft_objective
     from ivl.types import Batch, Layout

@@ -17,7 +17,7 @@ from typing import Literal
 from ivl.errors import InputError
 from ivl.evaluation.scoring import Style, extract, normalise
 from ivl.evaluation.scoring.spelling import wording
-from ivl.generators import ReplyLike, Generator, answers_of, replies_of
+from ivl.generators import Generator, ReplyLike, answers_of, replies_of
 from ivl.types import Conversation, Grammar, Message, SamplingParams, Text
 
 Select = Literal["vote", "likelihood", "judge"]

@@ -21,7 +21,7 @@ from typing import Any
 from PIL import Image
 
 from ivl.errors import InputError
-from ivl.generators import Refused, PlainReply
+from ivl.generators import PlainReply, Refused
 from ivl.processing.image import load_image
 from ivl.processing.video import load_frames
 from ivl.types import Conversation, FinishReason, ImageRef, Message, Part, SamplingParams, Text, TextDelta
@@ -87,7 +87,9 @@ class RemoteGenerator:
         self._limit_key = "max_tokens"
         self._opener = urllib.request.build_opener(_NoRedirect)
 
-    def generate(self, conversations: Sequence[Conversation], params: SamplingParams | Sequence[SamplingParams]) -> list[PlainReply]:
+    def generate(
+        self, conversations: Sequence[Conversation], params: SamplingParams | Sequence[SamplingParams]
+    ) -> list[PlainReply]:
         """The reply to each conversation, in order, `concurrency` at a time.
 
         Raises:

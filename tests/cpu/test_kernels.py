@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from ivl.cpu import kernels
-from ivl.model.cache import PagedCache, CachedSequence
+from ivl.model.cache import CachedSequence, PagedCache
 from ivl.model.decoder import rotary, rotate
 from ivl.model.linear import Linear, RMSNorm, product, swiglu
 from ivl.model.vlm import VLM, normalise

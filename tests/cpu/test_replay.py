@@ -13,7 +13,7 @@ from torch import nn
 from ivl.cpu import kernels, replay
 from ivl.cpu.replay import SHORTEST, Replays, Workspace
 from ivl.lora.layers import LoraConfig, LoraLinear
-from ivl.model.cache import PagedCache, CachedSequence
+from ivl.model.cache import CachedSequence, PagedCache
 from ivl.model.decoder import Decoder, DecoderLayer
 from ivl.model.linear import RMSNorm
 from ivl.quant.layers import Scheme, quantize, quantize_layers, quantized_layers

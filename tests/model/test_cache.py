@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ivl.model.blocks import BlockPool
-from ivl.model.cache import CacheFull, PagedCache, CachedSequence
+from ivl.model.cache import CachedSequence, CacheFull, PagedCache
 from ivl.model.vlm import VLM
 from tests.conftest import tiny_config
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ivl.config import SIZES, published_config
-from ivl.model.cache import CacheFull, PagedCache, CachedSequence
+from ivl.model.cache import CachedSequence, CacheFull, PagedCache
 from ivl.model.vlm import VLM
 from ivl.types import Layout
 
