@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ivl.processing.augment import Augmentation
+from ivl.utils.checks import check_choices
 
 Averaging = Literal["token", "sample", "square"]
 Weighting = Literal["size", "root"] | float
@@ -81,11 +82,4 @@ class DataConfig:
             isinstance(self.weighting, int | float) and 0.1 <= self.weighting <= 100
         ):
             raise ValueError(f"data.weighting must be size, root or a temperature in [0.1, 100], got {self.weighting!r}")
-        for name, known in (
-            ("averaging", ("token", "sample", "square")),
-            ("on_error", ("refuse", "skip")),
-            ("over_budget", ("refuse", "truncate", "skip")),
-            ("start_method", (None, "fork", "spawn")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"data.{name} must be one of {known}, got {getattr(self, name)!r}")
+        check_choices(self, "data.")
