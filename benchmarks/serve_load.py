@@ -34,7 +34,7 @@ import tyro
 from PIL import Image
 
 import ivl
-from ivl.checkpoint import save_model
+from ivl.checkpoint import save_model, save_processor
 from ivl.model.vlm import VLM
 from ivl.processing.processor import Processor
 from ivl.processing.tokenizer import Tokenizer, train_tokenizer
@@ -82,7 +82,7 @@ def make_model(folder: Path) -> Tokenizer:
     model.init_weights()
     enliven(model)
     save_model(model, folder)
-    Processor(config, tokenizer).save(folder)
+    save_processor(Processor(config, tokenizer), folder)
     return tokenizer
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from own_training_recipe import COLOURS, SHAPES, draw, recipe
 
+from ivl.checkpoint import load_tokenizer
 from ivl.data.loader import Loader
 from ivl.datasets.inspect import inspect
 from ivl.datasets.stats import Stats
@@ -23,7 +24,6 @@ from ivl.filters.chain import load_chain
 from ivl.filters.run import run as run_filter
 from ivl.formats.rows import write_jsonl
 from ivl.processing.processor import Processor
-from ivl.processing.tokenizer import Tokenizer
 from ivl.runs.run import run
 
 RUN = Path("runs/examples/filter-and-pack")
@@ -34,7 +34,7 @@ def main() -> None:
     shutil.rmtree(RUN, ignore_errors=True)
     raw = write_jsonl(raw_rows(RUN / "raw"), RUN / "raw/rows.jsonl")
     config = recipe()
-    processor = Processor(config.architecture, Tokenizer.load(config.tokenizer))
+    processor = Processor(config.architecture, load_tokenizer(config.tokenizer))
 
     # Every problem has a file and a line. Training would stop at the first of them.
     data = replace(config.data, mixture=str(raw), max_tokens=512)

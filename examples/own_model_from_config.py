@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import ivl
-from ivl.checkpoint import save_model
+from ivl.checkpoint import save_model, save_processor
 from ivl.config import DecoderConfig, ModelConfig, TilingConfig, VisionConfig
 from ivl.model.vlm import VLM
 from ivl.processing.processor import Processor
@@ -48,7 +48,7 @@ def build(out: Path, *, seed: int = 0, words: tuple[str, ...] = WORDS, **decoder
     model = VLM(config)
     model.init_weights()
     save_model(model, out)
-    Processor(config, tokenizer).save(out)
+    save_processor(Processor(config, tokenizer), out)
     return out
 
 

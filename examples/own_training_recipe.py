@@ -14,6 +14,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from ivl.checkpoint import save_tokenizer
 from ivl.config import DecoderConfig, ModelConfig, TilingConfig, VisionConfig
 from ivl.data.config import DataConfig
 from ivl.processing.tokenizer import train_tokenizer
@@ -27,7 +28,7 @@ SHAPES = ("circle", "square")
 def recipe() -> TrainConfig:
     """Everything learns at once, from random weights."""
     tokenizer = train_tokenizer(["what colour is it? what shape is it?", *COLOURS, *SHAPES, "user assistant"], 300)
-    tokenizer.save(RUN / "tokenizer")
+    save_tokenizer(tokenizer, RUN / "tokenizer")
     return TrainConfig(
         name="own-recipe",
         out_dir=str(RUN / "run"),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ivl.inference.engine import Engine, Reply, Request
+    from ivl.processing.processor import Processor
 
     Medium = str | Path | bytes | Image.Image | ImageRef | VideoRef
 
@@ -57,9 +58,8 @@ def _load(
 ) -> Model:
     import torch
 
-    from ivl.checkpoint import load_model, resolve
+    from ivl.checkpoint import load_model, load_processor, resolve
     from ivl.inference.engine import Engine
-    from ivl.processing.processor import Processor
 
     if max_tiles is not None and max_tiles < 1:
         raise InputError(f"max_tiles must be at least 1, got {max_tiles}")
@@ -73,7 +73,7 @@ def _load(
         dtype=None if wanted == "auto" else wanted,
         device=device,
         map_embeddings=True,
-        meanwhile=lambda: read.append(Processor.load(directory)),  # a large vocabulary takes about as long as the weights
+        meanwhile=lambda: read.append(load_processor(directory)),  # a large vocabulary takes about as long as the weights
     )
     (processor,) = read
     if max_tiles is not None:

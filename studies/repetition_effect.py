@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import ivl
+from ivl.checkpoint import load_tokenizer, save_tokenizer
 from ivl.config import ModelConfig
 from ivl.data.config import DataConfig
 from ivl.evaluation.scoring import wilson
@@ -128,7 +129,7 @@ def prepare(out: Path, shares: list[float]) -> dict[str, Any]:
     tokenizer = train_tokenizer(
         [*(row["conversations"][1]["value"] for row in clean), QUESTION, NAME, "user assistant"], VOCAB_SIZE
     )
-    tokenizer.save(out / "tokenizer")
+    save_tokenizer(tokenizer, out / "tokenizer")
     write_jsonl(rows(test, share=0), data / "held-out.jsonl")
     names = [{"id": image, "image": image, "conversations": turns(f"<image>\n{NAME}", name)} for image, name in train.items()]
     write_jsonl(names, data / "names.jsonl")
@@ -158,7 +159,7 @@ def warm_up(out: Path) -> TrainConfig:
     return TrainConfig(
         name="warm-up",
         out_dir=str(out / "warm-up"),
-        architecture=architecture(Tokenizer.load(out / "tokenizer")),
+        architecture=architecture(load_tokenizer(out / "tokenizer")),
         tokenizer=str(out / "tokenizer"),
         stage=Stage(trainable=("vision", "projector")),
         objective="caption_words",

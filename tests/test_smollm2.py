@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ivl.checkpoint import load_model, save_model
+from ivl.checkpoint import load_model, load_processor, save_model
 from ivl.checkpoint.compose import compose
 from ivl.checkpoint.gguf import Gguf
 from ivl.checkpoint.gguf_tokenizer import tokenizer_from_gguf
@@ -64,7 +64,7 @@ def composed(gguf_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     small = random_model(tiny_like("1B"))
     save_model(small, folder / "small")
     compose(folder / "small", gguf_file, None, folder / "out")
-    return load_model(folder / "out"), Processor.load(folder / "out"), small
+    return load_model(folder / "out"), load_processor(folder / "out"), small
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.install import FILES, PYTHON, ROOT
+from ivl.checkpoint import load_tokenizer, save_processor
 from ivl.config import ModelConfig, published_config
 
 SIZE = "1B"
@@ -64,7 +65,7 @@ def ours(out: Path, width: str) -> None:
     from ivl.checkpoint import save_model
     from ivl.model.vlm import VLM
     from ivl.processing.processor import Processor
-    from ivl.processing.tokenizer import Tokenizer, train_tokenizer
+    from ivl.processing.tokenizer import train_tokenizer
 
     torch.set_default_dtype(torch.bfloat16)
     config = published_config(SIZE) if not width else nano_config()
@@ -73,13 +74,13 @@ def ours(out: Path, width: str) -> None:
     save_model(model, out)
     if width:
         tokenizer = train_tokenizer((ROOT / "README.md").read_text().splitlines(), config.decoder.vocab_size)
-        Processor(config, tokenizer).save(out)
+        save_processor(Processor(config, tokenizer), out)
         return
     found = importlib.util.find_spec("dashscope")
     if found is not None and found.origin is not None:
-        tokenizer = Tokenizer.load(Path(found.origin).parent / "resources")
+        tokenizer = load_tokenizer(Path(found.origin).parent / "resources")
         tokenizer.add_special()
-        Processor(config, tokenizer).save(out)
+        save_processor(Processor(config, tokenizer), out)
 
 
 def nano_config() -> ModelConfig:

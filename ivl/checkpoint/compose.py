@@ -20,6 +20,8 @@ from ivl.checkpoint.gguf import Gguf
 from ivl.checkpoint.gguf_tokenizer import tokenizer_from_gguf
 from ivl.checkpoint.keymaps import Dialect, Entry, decoder_map, key_map, vision_map
 from ivl.checkpoint.model_dir import empty_model, open_weights, read, untie
+from ivl.checkpoint.processor_files import load_processor, save_processor
+from ivl.checkpoint.vocabulary import load_tokenizer
 from ivl.config import SPECIAL_TOKENS, DecoderConfig, ModelConfig, VisionConfig, published_config
 from ivl.errors import InputError
 from ivl.lora.layers import load_adapter, merge_lora
@@ -109,7 +111,7 @@ def compose(
     )
     write_json(target / "generation_config.json", generation_json(config))
     write_json(target / "config.json", described)
-    Processor(config, tokenizer).save(target)
+    save_processor(Processor(config, tokenizer), target)
     return config
 
 
@@ -122,11 +124,11 @@ def merge(model: str | Path, adapter: str | Path, out: str | Path) -> None:
     directory = resolve(model)
     target = _not_a_source(out, directory, Path(adapter))
     merged = load_model(directory, quantized=False)
-    processor = Processor.load(directory)
+    processor = load_processor(directory)
     load_adapter(merged, adapter)
     merge_lora(merged)
     save_model(merged, target, dialect=dialect_of(directory))
-    processor.save(target)
+    save_processor(processor, target)
 
 
 def _not_a_source(out: str | Path, *sources: Path) -> Path:
@@ -206,7 +208,7 @@ def _language_part(llm: str | Path) -> _LanguagePart:
         return _gguf_part(Path(llm).expanduser())
     directory = resolve(llm)
     top = _top(directory)
-    tokenizer = Tokenizer.load(directory)
+    tokenizer = load_tokenizer(directory)
     if top.get("model_type") in _INTERNVL:
         part, whole = _whole(directory, "decoder.")
         ends = {"eos_ids": whole.eos_token_ids, "pad_id": whole.pad_token_id}

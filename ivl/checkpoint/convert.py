@@ -21,11 +21,10 @@ from ivl.checkpoint.gguf_tokenizer import gguf_vocabulary
 from ivl.checkpoint.gguf_write import STORAGE, write_language, write_vision
 from ivl.checkpoint.keymaps import Dialect, key_map
 from ivl.checkpoint.model_dir import empty_model, open_weights, read, tensors_of
-from ivl.checkpoint.processor_files import jinja
+from ivl.checkpoint.processor_files import jinja, load_processor, save_processor
 from ivl.checkpoint.quantization import quantization_json, quantized_entries, weight_shapes
 from ivl.errors import InputError
 from ivl.processing.chat import template_of
-from ivl.processing.processor import Processor
 from ivl.quant.layers import Scheme, Schemes, quantize, quantize_layers, quantized_layers, unpacked
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -66,7 +65,7 @@ def convert(
     dtype = dtype or weights.main_dtype
     to = to or dialect_of(directory)
     config_json = to_json(config, to, str(dtype).removeprefix("torch."))
-    processor = None if weights_only else Processor.load(directory)
+    processor = None if weights_only else load_processor(directory)
     ours = {entry.ours: entry for entry in entries}
     theirs = key_map(model, to)
     quantizer = Quantizer(model, lambda name: read(ours[name], weights), schemes or Schemes())
@@ -86,7 +85,7 @@ def convert(
         )
         write_json(out / "generation_config.json", generation_json(config))
         if processor:
-            processor.save(out)
+            save_processor(processor, out)
         losses = sorted(quantizer.losses, key=lambda loss: -loss.error)
         if losses:
             write_json(out / "quantization.json", _report(losses))
@@ -182,7 +181,7 @@ def convert_to_gguf(
     config = load_config(directory)
     model = empty_model(config)
     weights, entries = open_weights(directory, model)
-    processor = Processor.load(directory)
+    processor = load_processor(directory)
     form = template_of(config.template)
     end = processor.tokenizer.id(form.end)
     eos = end if end in config.eos_token_ids else config.eos_token_ids[0]

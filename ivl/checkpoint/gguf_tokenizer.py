@@ -9,9 +9,9 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from ivl.checkpoint.gguf import GgufVocabulary
-from ivl.checkpoint.vocabulary import QWEN_PATTERN, decoding_style, merges_from_scores
+from ivl.checkpoint.vocabulary import merges_from_scores
 from ivl.errors import InputError
-from ivl.processing.tokenizer import GROUNDING, Tokenizer, token_text
+from ivl.processing.tokenizer import GROUNDING, QWEN_PATTERN, Tokenizer, decoding_style, token_text
 
 LLAMA3_PATTERN = QWEN_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6

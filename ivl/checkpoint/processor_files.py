@@ -5,21 +5,31 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ivl.checkpoint.vocabulary import write_json
-from ivl.config import ModelConfig, TilingConfig
+from ivl.checkpoint.config_json import load_config
+from ivl.checkpoint.vocabulary import load_tokenizer, save_tokenizer
 from ivl.model.vlm import PIXEL_MEAN, PIXEL_STD
 from ivl.processing.chat import Template, template_of
-from ivl.processing.tokenizer import IMAGE_END, IMAGE_START, PLACEHOLDER, Tokenizer
+from ivl.processing.processor import Processor
+from ivl.processing.tokenizer import IMAGE_END, IMAGE_START, PLACEHOLDER
+from ivl.utils.files import write_json
 
 BICUBIC = 3
 VIDEO_TOKEN = "<video>"
 
 
-def write(directory: Path, config: ModelConfig, tokenizer: Tokenizer, tiling: TilingConfig) -> None:
-    """Tokenizer, image, video and processor files. Both dialects read the same ones; config.json is the checkpoint's."""
+def load_processor(directory: str | Path) -> Processor:
+    """Read config.json and the tokenizer of a model directory of either dialect."""
+    return Processor(load_config(directory), load_tokenizer(directory))
+
+
+def save_processor(processor: Processor, directory: str | Path) -> None:
+    """Write the tokenizer, image, video and processor files, which both dialects read; config.json is the checkpoint's."""
+    directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    config, tiling = processor.config, processor.tiling
     template = jinja(template_of(config.template), config.system_message)
-    tokenizer.save(
+    save_tokenizer(
+        processor.tokenizer,
         directory,
         processor_class="InternVLProcessor",
         model_max_length=config.decoder.max_positions,

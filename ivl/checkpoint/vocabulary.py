@@ -1,26 +1,23 @@
-"""Vocabulary files of Qwen2.5 and InternLM2.5 as a `tokenizers.Tokenizer`, so that all of them end as tokenizer.json."""
+"""Tokenizer files in and out: tokenizer.json, vocab.json with merges.txt, `.tiktoken` ranks, and SentencePiece models."""
 
 from __future__ import annotations
 
 import base64
-import json
-from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, decoders, models, normalizers
 
-from ivl.config import SPECIAL_TOKENS
 from ivl.errors import InputError
+from ivl.processing.tokenizer import CHATML_TOKENS, Tokenizer, byte_level, set_bos, spell, token_text
+from ivl.utils.files import write_json
+from ivl.utils.strict_json import read_json
 
-CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-QWEN_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-"""How Qwen2.5 cuts text before merging."""
 QWEN_ADDED = (
-    *CONTROL, "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>",
-    "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<tool_call>", "</tool_call>",
+    *CHATML_TOKENS, "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>",
+    "<|quad_start|>", "<|quad_end|>", "<|vision_start|>",
+    "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<tool_call>", "</tool_call>",
     "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>",
 )  # fmt: skip
 """Ids 151643 to 151664 of Qwen2.5."""
@@ -30,12 +27,48 @@ QWEN_RANKS = 151643
 INTERNLM2_PIECES = 92544
 INTERNLM2_ADDED = {92542: "<|im_end|>", 92543: "<|im_start|>"}
 """tokenizer.model of InternLM2.5 has these two under reserved names; its configuration renames them."""
-Style = Literal["bytes", "pieces"]
+CONFIG_FILE = "tokenizer_config.json"
+ADDED_TOKEN_FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
 
 
-def load(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+def load_tokenizer(directory: str | Path) -> Tokenizer:
+    """Read tokenizer.json, else vocab.json and merges.txt, else `.tiktoken` ranks (Qwen), else tokenizer.model (InternLM2.5).
+
+    Raises:
+        InputError: if the directory has none of them, or they contradict each other.
+    """
+    backend, config = _read_backend(Path(directory))
+    return Tokenizer(backend, config=config)
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: str | Path, **config: Any) -> None:
+    """Write tokenizer.json, tokenizer_config.json (with the given keys added) and special_tokens_map.json."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    backend = tokenizer.backend
+    backend.encode_special_tokens = False  # ours at run time only; other libraries decide for themselves
+    backend.save(str(directory / "tokenizer.json"))
+    backend.encode_special_tokens = True
+    keys = ("bos_token", "eos_token", "pad_token", "unk_token")
+    special = {key: text for key in keys if (text := token_text(tokenizer.config.get(key)))}
+    flags = ("content", *ADDED_TOKEN_FLAGS)
+    added = sorted(backend.get_added_tokens_decoder().items())
+    written = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": tokenizer.bos is not None,
+        "clean_up_tokenization_spaces": False,
+        "bos_token": None,
+        **special,
+        "added_tokens_decoder": {str(i): {flag: getattr(token, flag) for flag in flags} for i, token in added},
+        **config,
+    }
+    write_json(directory / CONFIG_FILE, written)
+    write_json(directory / "special_tokens_map.json", special)
+
+
+def _read_backend(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     """The vocabulary of a model directory and its tokenizer_config.json ({} without one)."""
-    config_file = directory / "tokenizer_config.json"
+    config_file = directory / CONFIG_FILE
     config = read_json(config_file) if config_file.exists() else {}
     ranks = sorted(directory.glob("*.tiktoken"))
     if (file := directory / "tokenizer.json").exists():
@@ -59,24 +92,13 @@ def load(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     return backend, config
 
 
-def read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{file}: not readable as JSON ({error})") from error
-
-
-def write_json(file: Path, value: Any) -> None:
-    file.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-
-
 def _added(directory: Path, config: dict[str, Any]) -> dict[int, AddedToken]:
     """Added tokens by id, from tokenizer_config.json and added_tokens.json."""
     found: dict[int, AddedToken] = {}
     if (file := directory / "added_tokens.json").exists():
         found = {i: AddedToken(text, special=True, normalized=False) for text, i in read_json(file).items()}
     for key, token in config.get("added_tokens_decoder", {}).items():
-        flags = {name: bool(token.get(name, False)) for name in ("lstrip", "rstrip", "normalized", "single_word", "special")}
+        flags = {name: bool(token.get(name, False)) for name in ADDED_TOKEN_FLAGS}
         found[int(key)] = AddedToken(token["content"], **flags)
     return dict(sorted(found.items()))
 
@@ -90,32 +112,7 @@ def _append(backend: tokenizers.Tokenizer, added: dict[int, AddedToken], directo
             raise InputError(f"{directory}: added token {token.content!r} should have id {i} but the vocabulary gives {got}")
 
 
-def with_all_special(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """The vocabulary with ChatML and InternVL tokens special whatever its file says, so that no text can spell them."""
-    plain = [t.content for t in backend.get_added_tokens_decoder().values() if not t.special]
-    if not {*CONTROL, *SPECIAL_TOKENS}.intersection(plain):
-        return backend
-    data = json.loads(backend.to_str())
-    for token in data["added_tokens"]:
-        if token["content"] in (*CONTROL, *SPECIAL_TOKENS):
-            token["special"] = True
-    return tokenizers.Tokenizer.from_str(json.dumps(data))
-
-
 # -- byte-level BPE: Qwen2.5 and our own
-
-
-def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer(model)
-    backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(QWEN_PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    return backend
 
 
 def read_merges(file: Path) -> list[tuple[str, str]]:
@@ -132,7 +129,7 @@ def read_merges(file: Path) -> list[tuple[str, str]]:
 
 def from_merges(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
     """vocab.json and merges.txt of Qwen2.5."""
-    return _byte_level(models.BPE(vocab=vocab, merges=merges))
+    return byte_level(models.BPE(vocab=vocab, merges=merges))
 
 
 def from_ranks(file: Path) -> tokenizers.Tokenizer:
@@ -150,8 +147,8 @@ def from_ranks(file: Path) -> tokenizers.Tokenizer:
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(token) > 1:
             left, right = _last_merge(token, rank, ranks)
-            merges.append((_spell(left), _spell(right)))
-    backend = from_merges({_spell(token): rank for token, rank in ranks.items()}, merges)
+            merges.append((spell(left), spell(right)))
+    backend = from_merges({spell(token): rank for token, rank in ranks.items()}, merges)
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in QWEN_ADDED if t not in QWEN_PLAIN])
     backend.add_tokens([AddedToken(t, special=False, normalized=False) for t in QWEN_PLAIN])
     return backend
@@ -165,17 +162,6 @@ def _last_merge(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes
             raise InputError(f"rank {rank} ({token!r}) cannot be made from lower ranks")
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
     return parts[0], parts[1]
-
-
-def train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """Byte-level BPE of at most vocab_size tokens, the 256 bytes among them."""
-    if vocab_size < 256:
-        raise ValueError(f"a byte-level vocabulary needs 256 tokens besides the special ones, got room for {vocab_size}")
-    backend = _byte_level(models.BPE())
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
-    backend.train_from_iterator(texts, trainer)
-    return backend
 
 
 # -- SentencePiece: InternLM2.5
@@ -226,17 +212,6 @@ def from_sentencepiece(file: Path, added: dict[int, AddedToken]) -> tokenizers.T
     return backend
 
 
-def set_bos(backend: tokenizers.Tokenizer, bos: int | None) -> None:
-    """Makes libraries that call the post-processor start each text with this token, or with none."""
-    if bos is not None:
-        token = str(backend.id_to_token(bos))
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, bos)]
-        )
-    elif backend.encode("").ids:
-        backend.post_processor = processors.ByteLevel(trim_offsets=False)  # changes no id
-
-
 def merges_from_scores(scores: dict[str, float], vocab: dict[str, int]) -> list[tuple[str, str]]:
     """SentencePiece keeps no merges: any two pieces whose join is a piece may merge, best score first."""
     found = []
@@ -246,48 +221,3 @@ def merges_from_scores(scores: dict[str, float], vocab: dict[str, int]) -> list[
         pairs.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
         found += [(-score, vocab.get(piece, 0), n, pair) for n, pair in enumerate(pairs)]
     return [pair for *_, pair in sorted(found)]
-
-
-# -- what a token stands for
-
-
-@cache
-def _byte_letters() -> dict[str, int]:
-    """The printable letter that byte-level BPE writes for each byte."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
-
-
-@cache
-def _letters_of_bytes() -> dict[int, str]:
-    return {byte: letter for letter, byte in _byte_letters().items()}
-
-
-def _spell(token: bytes) -> str:
-    letters = _letters_of_bytes()
-    return "".join(letters[byte] for byte in token)
-
-
-def piece_bytes(token: str, style: Style) -> bytes:
-    """The bytes of a vocabulary entry (not an added token)."""
-    if style == "bytes":
-        letters = _byte_letters()
-        return bytes(letters[letter] for letter in token)
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        return bytes([int(token[3:5], 16)])
-    return token.replace("▁", " ").encode()
-
-
-def decoding_style(backend: tokenizers.Tokenizer) -> tuple[Style, bool]:
-    """How entries spell bytes, and whether a space was put before the first word.
-
-    Raises:
-        InputError: for a vocabulary that is neither byte-level nor SentencePiece with byte fallback.
-    """
-    decode = backend.decoder.decode if backend.decoder else "".join  # asked rather than read: there are many ways to write it
-    if decode(["Ġa"]) == " a":
-        return "bytes", False
-    if decode(["a", "<0x41>"]) == "aA":
-        return "pieces", decode(["▁a"]) == "a"
-    raise InputError(f"unsupported tokenizer: its decoder {backend.decoder} is neither byte-level nor has byte fallback")

@@ -118,10 +118,9 @@ def _inspect(
 
     processor = None
     if model:
-        from ivl.checkpoint import resolve
-        from ivl.processing.processor import Processor
+        from ivl.checkpoint import load_processor, resolve
 
-        processor = Processor.load(resolve(model))
+        processor = load_processor(resolve(model))
     config = DataConfig(mixture=mixture, root=root, format=format, num_workers=workers)
     with _progress() as watch:
         yield from inspect(config, processor, languages=languages, watch=watch)

@@ -61,9 +61,8 @@ def pack(
     """
     from rich.console import Console
 
-    from ivl.checkpoint import resolve
+    from ivl.checkpoint import load_processor, resolve
     from ivl.data.loader import Loader
-    from ivl.processing.processor import Processor
 
     if not dry_run:
         raise InputError("packs are made while training; --dry-run shows what they will be")
@@ -78,7 +77,7 @@ def pack(
         )  # fmt: skip
     except ValueError as error:
         raise InputError(str(error)) from None
-    loader = Loader(config, Processor.load(resolve(model)), seed=seed, world_size=ranks)
+    loader = Loader(config, load_processor(resolve(model)), seed=seed, world_size=ranks)
     found = _estimate(loader, rows)
     console = Console()
     console = Console(width=max(console.width, 160))  # cut names and counts would be useless

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 from PIL.Image import Image
 
-from ivl.checkpoint import processor_files as files
 from ivl.config import ModelConfig, TilingConfig
 from ivl.errors import InputError
 from ivl.processing import chat, image, video
@@ -79,17 +77,6 @@ class Processor:
         if (found := tokenizer.id(PLACEHOLDER)) != config.image_token_id:
             raise InputError(f"the tokenizer's {PLACEHOLDER} has id {found}, the model's is {config.image_token_id}")
         chat.template_of(config.template)
-
-    @classmethod
-    def load(cls, directory: str | Path) -> Processor:
-        """Reads config.json and the tokenizer of a model directory of either dialect."""
-        from ivl.checkpoint import load_config
-
-        return cls(load_config(directory), Tokenizer.load(directory))
-
-    def save(self, directory: str | Path) -> None:
-        """Writes the tokenizer and preprocessor files of both dialects; config.json is the checkpoint's."""
-        files.write(Path(directory), self.config, self.tokenizer, self.tiling)
 
     def prompt(self, conversation: Conversation, *, root: str = "", num_frames: int = 8) -> Prompt:
         """Tokens up to the assistant's next reply, and the tiles they show. A last turn of the assistant is to be continued.

@@ -8,21 +8,25 @@ of what a model says and of what users ask, in training data and in prompts alik
 from __future__ import annotations
 
 import codecs
+import json
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
+from functools import cache
+from typing import Any, Literal
 
 import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from ivl.checkpoint import vocabulary
 from ivl.config import SPECIAL_TOKENS
 from ivl.errors import InputError
 
 IMAGE_START, IMAGE_END, PLACEHOLDER = SPECIAL_TOKENS[:3]
 GROUNDING = SPECIAL_TOKENS[3:]
 """Markers that text may contain as tokens of their own: `<quad>`, `<ref>`, `<box>` and their ends."""
-CONFIG_FILE = "tokenizer_config.json"
+CHATML_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+QWEN_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+"""How Qwen2.5 cuts text before merging."""
+Style = Literal["bytes", "pieces"]
 
 
 class Tokenizer:
@@ -30,7 +34,7 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer, *, config: dict[str, Any] | None = None) -> None:
         """config holds the keys of tokenizer_config.json to keep (bos_token, add_bos_token, eos_token, pad_token)."""
-        self.backend = vocabulary.with_all_special(backend)
+        self.backend = with_all_special(backend)
         self.backend.encode_special_tokens = True
         self.backend.no_truncation()
         self.backend.no_padding()
@@ -38,9 +42,9 @@ class Tokenizer:
         self.bos = self._find_bos()
         """Id of the token that starts every sequence, None if the model has none (Qwen)."""
         self._bytes: dict[int, bytes] = {}
-        self._style: vocabulary.Style
-        self._style, self._strip = vocabulary.decoding_style(backend)
-        vocabulary.set_bos(self.backend, self.bos)
+        self._style: Style
+        self._style, self._strip = decoding_style(backend)
+        set_bos(self.backend, self.bos)
         self._refresh()
 
     def _refresh(self) -> None:
@@ -57,46 +61,6 @@ class Tokenizer:
             return self.id(token_text(self.config.get("bos_token")) or "<s>")
         start = self.backend.encode("").ids  # what the post-processor adds, if there is one
         return start[0] if start else None
-
-    # -- files
-
-    @classmethod
-    def load(cls, directory: str | Path) -> Tokenizer:
-        """Reads tokenizer.json, else vocab.json + merges.txt, else *.tiktoken ranks (Qwen), else tokenizer.model (InternLM2.5).
-
-        Raises:
-            InputError: if the directory has none of them, or they contradict each other.
-        """
-        backend, config = vocabulary.load(Path(directory))
-        return cls(backend, config=config)
-
-    def save(self, directory: str | Path, **config: Any) -> None:
-        """Writes tokenizer.json, tokenizer_config.json (with the given keys added) and special_tokens_map.json."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        self.backend.encode_special_tokens = False  # ours at run time only; other libraries decide for themselves
-        self.backend.save(str(directory / "tokenizer.json"))
-        self.backend.encode_special_tokens = True
-        keys = ("bos_token", "eos_token", "pad_token", "unk_token")
-        special = {key: text for key in keys if (text := token_text(self.config.get(key)))}
-        added = {
-            str(i): {
-                "content": token.content, "lstrip": token.lstrip, "normalized": token.normalized,
-                "rstrip": token.rstrip, "single_word": token.single_word, "special": token.special,
-            }
-            for i, token in sorted(self.backend.get_added_tokens_decoder().items())
-        }  # fmt: skip
-        written = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "add_bos_token": self.bos is not None,
-            "clean_up_tokenization_spaces": False,
-            "bos_token": None,
-            **special,
-            "added_tokens_decoder": added,
-            **config,
-        }
-        vocabulary.write_json(directory / CONFIG_FILE, written)
-        vocabulary.write_json(directory / "special_tokens_map.json", special)
 
     # -- vocabulary
 
@@ -144,7 +108,7 @@ class Tokenizer:
             token = self.backend.id_to_token(token_id)
             if token is None:
                 raise InputError(f"token id {token_id} is outside the vocabulary of {len(self)}")
-            self._bytes[token_id] = token.encode() if token_id in self._added else vocabulary.piece_bytes(token, self._style)
+            self._bytes[token_id] = token.encode() if token_id in self._added else piece_bytes(token, self._style)
         return self._bytes[token_id]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
@@ -189,6 +153,54 @@ def token_text(token: Any) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
 
 
+def with_all_special(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The vocabulary with ChatML and InternVL tokens special whatever its file says, so that no text can spell them."""
+    plain = [t.content for t in backend.get_added_tokens_decoder().values() if not t.special]
+    if not {*CHATML_TOKENS, *SPECIAL_TOKENS}.intersection(plain):
+        return backend
+    data = json.loads(backend.to_str())
+    for token in data["added_tokens"]:
+        if token["content"] in (*CHATML_TOKENS, *SPECIAL_TOKENS):
+            token["special"] = True
+    return tokenizers.Tokenizer.from_str(json.dumps(data))
+
+
+def set_bos(backend: tokenizers.Tokenizer, bos: int | None) -> None:
+    """Makes libraries that call the post-processor start each text with this token, or with none."""
+    if bos is not None:
+        token = str(backend.id_to_token(bos))
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, bos)]
+        )
+    elif backend.encode("").ids:
+        backend.post_processor = processors.ByteLevel(trim_offsets=False)  # changes no id
+
+
+def byte_level(model: models.BPE) -> tokenizers.Tokenizer:
+    """Build a byte-level BPE tokenizer that cuts text as Qwen2.5 does."""
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(QWEN_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
+    """Byte-level BPE of at most vocab_size tokens, the 256 bytes among them."""
+    if vocab_size < 256:
+        raise ValueError(f"a byte-level vocabulary needs 256 tokens besides the special ones, got room for {vocab_size}")
+    backend = byte_level(models.BPE())
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(texts, trainer)
+    return backend
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE vocabulary from a corpus, with the ChatML and InternVL special tokens at its end.
 
@@ -197,8 +209,50 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     Raises:
         ValueError: if vocab_size leaves no room for the 256 bytes.
     """
-    chatml = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-    backend = vocabulary.train_bpe(texts, vocab_size - len(chatml) - len(SPECIAL_TOKENS))
+    backend = train_bpe(texts, vocab_size - len(CHATML_TOKENS) - len(SPECIAL_TOKENS))
     tokenizer = Tokenizer(backend, config={"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "add_bos_token": False})
-    tokenizer.add_special((*chatml, *SPECIAL_TOKENS))
+    tokenizer.add_special((*CHATML_TOKENS, *SPECIAL_TOKENS))
     return tokenizer
+
+
+@cache
+def _byte_letters() -> dict[str, int]:
+    """The printable letter that byte-level BPE writes for each byte."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+@cache
+def _letters_of_bytes() -> dict[int, str]:
+    return {byte: letter for letter, byte in _byte_letters().items()}
+
+
+def spell(token: bytes) -> str:
+    """Write bytes as a byte-level vocabulary does."""
+    letters = _letters_of_bytes()
+    return "".join(letters[byte] for byte in token)
+
+
+def piece_bytes(token: str, style: Style) -> bytes:
+    """The bytes of a vocabulary entry (not an added token)."""
+    if style == "bytes":
+        letters = _byte_letters()
+        return bytes(letters[letter] for letter in token)
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return bytes([int(token[3:5], 16)])
+    return token.replace("▁", " ").encode()
+
+
+def decoding_style(backend: tokenizers.Tokenizer) -> tuple[Style, bool]:
+    """How entries spell bytes, and whether a space was put before the first word.
+
+    Raises:
+        InputError: for a vocabulary that is neither byte-level nor SentencePiece with byte fallback.
+    """
+    decode = backend.decoder.decode if backend.decoder else "".join  # asked rather than read: there are many ways to write it
+    if decode(["Ġa"]) == " a":
+        return "bytes", False
+    if decode(["a", "<0x41>"]) == "aA":
+        return "pieces", decode(["▁a"]) == "a"
+    raise InputError(f"unsupported tokenizer: its decoder {backend.decoder} is neither byte-level nor has byte fallback")

@@ -107,6 +107,7 @@ def told(preference: dict[str, Any]) -> str:
 
 def prepare(out: Path) -> None:
     """The tokenizer and the three data files, from the training split alone."""
+    from ivl.checkpoint import save_tokenizer
     from ivl.processing.tokenizer import train_tokenizer
 
     rows = easy_vqa.rows("train")
@@ -119,7 +120,7 @@ def prepare(out: Path) -> None:
     tokenizer = train_tokenizer([*texts, *captions.values()], nano.VOCAB_SIZE)
     if len(tokenizer) != nano.VOCAB_SIZE:
         raise InputError(f"the tokenizer has {len(tokenizer)} tokens, the nano recipe needs {nano.VOCAB_SIZE}")
-    tokenizer.save(out / "tokenizer")
+    save_tokenizer(tokenizer, out / "tokenizer")
 
     # One row an image: its questions share the picture's encoding, but never see each other's answers.
     questions = [

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ivl.checkpoint import load_config, load_model, resolve, save_model
+from ivl.checkpoint import load_config, load_model, load_tokenizer, resolve, save_model, save_processor
 from ivl.config import ModelConfig
 from ivl.cpu.memory import keep_freed_memory
 from ivl.data.config import DataConfig
@@ -71,7 +71,7 @@ def run(
     try:
         checkpoint = prepare(config, run_dir, world, resume=resume, allow_changed=allow_changed)
         model = build_model(config, checkpoint)
-        processor = Processor(model.config, load_tokenizer(config))
+        processor = Processor(model.config, tokenizer_of(config))
         apply_stage(model, config)
         if checkpoint is not None and config.lora is not None:
             restore_trainable(model, checkpoint)
@@ -218,10 +218,10 @@ def build_model(config: TrainConfig, checkpoint: Path | None = None) -> VLM:
     return model.to(dtype)
 
 
-def load_tokenizer(config: TrainConfig) -> Tokenizer:
+def tokenizer_of(config: TrainConfig) -> Tokenizer:
     if not (config.tokenizer or config.model):
         raise InputError("a random start needs `tokenizer`, a directory with tokenizer.json or tokenizer.model")
-    return Tokenizer.load(config.tokenizer or resolve(config.model))
+    return load_tokenizer(config.tokenizer or resolve(config.model))
 
 
 def validation(config: TrainConfig, data: DataConfig, processor: Processor, objective: Objective, world: World) -> Evaluator:
@@ -272,7 +272,7 @@ def write_checkpoint_model(model: VLM, processor: Processor, config: TrainConfig
     model = full
     if config.lora is None:
         save_model(model, directory)
-        processor.save(directory)
+        save_processor(processor, directory)
     else:
         save_adapter(model, directory, base=config.model)
         tensors = {name: p.detach().cpu().contiguous() for name, p in trainable(model).items()}
@@ -302,7 +302,7 @@ def write_final(model: VLM, processor: Processor, config: TrainConfig, run_dir: 
     temp, final = run_dir / ".tmp-model", run_dir / "model"
     shutil.rmtree(temp, ignore_errors=True)
     save_model(model, temp, dtype=getattr(torch, config.save_dtype) if config.save_dtype else None)
-    processor.save(temp)
+    save_processor(processor, temp)
     shutil.rmtree(final, ignore_errors=True)
     temp.rename(final)
 

@@ -12,16 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ivl.checkpoint import load_config, load_model, save_model
+from ivl.checkpoint import load_config, load_model, load_processor, load_tokenizer, save_model, save_processor, save_tokenizer
 from ivl.checkpoint.compose import compose, merge
 from ivl.checkpoint.keymaps import decoder_map, vision_map
-from ivl.checkpoint.vocabulary import train_bpe
 from ivl.config import SPECIAL_TOKENS, LoraConfig
 from ivl.errors import InputError
 from ivl.lora.layers import add_lora, lora_parameters, merge_lora, save_adapter
 from ivl.model.vlm import VLM
 from ivl.processing.processor import Processor
-from ivl.processing.tokenizer import Tokenizer
+from ivl.processing.tokenizer import Tokenizer, train_bpe
 from ivl.types import ImageRef, Layout, Message, Text
 from tests.helpers.checkpoints import random_model, same_weights, tiny_like
 
@@ -52,7 +51,7 @@ def vlm(directory: Path, size: str = "1B", dialect="internvl_chat", seed: int = 
     )
     model = random_model(config, seed)
     save_model(model, directory, dialect=dialect)
-    Processor(config, words).save(directory)
+    save_processor(Processor(config, words), directory)
     return model
 
 
@@ -76,7 +75,7 @@ def language_model(directory: Path, size: str = "1B", *, padding: int = 20, spec
     described = json.loads((directory / "whole" / "config.json").read_text())["llm_config"]
     described |= {"tie_word_embeddings": tied, "eos_token_id": [words.id(special[0])]}
     (directory / "config.json").write_text(json.dumps(described))
-    words.save(directory)
+    save_tokenizer(words, directory)
     return model
 
 
@@ -109,7 +108,7 @@ def test_a_trained_vit_moves_to_another_language_model(tmp_path: Path, size: str
     model = load_model(tmp_path / "out")
     assert model.config == config == load_config(tmp_path / "out")
     assert vision_equal(model, small)
-    words = Tokenizer.load(tmp_path / "out")
+    words = load_tokenizer(tmp_path / "out")
     known = len(words) - 9
     assert config.decoder.vocab_size == len(words) == known + 9
     assert [words.id(token) for token in SPECIAL_TOKENS] == list(range(known, known + 9))
@@ -136,7 +135,7 @@ def test_a_language_model_written_by_transformers(tmp_path: Path, kind: str) -> 
     )  # fmt: skip
     theirs = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     theirs.save_pretrained(tmp_path / "large")
-    words.save(tmp_path / "large")
+    save_tokenizer(words, tmp_path / "large")
     vlm(tmp_path / "small")
     compose(tmp_path / "small", tmp_path / "large", None, tmp_path / "out")
     model = load_model(tmp_path / "out")
@@ -193,7 +192,7 @@ def test_parts_of_one_model_make_that_model(tmp_path: Path) -> None:
             again = load_model(out)
             assert same_weights(again, model)
             assert again.config == load_config(whole)
-            assert Tokenizer.load(out).encode("red 12") == Tokenizer.load(whole).encode("red 12")
+            assert load_tokenizer(out).encode("red 12") == load_tokenizer(whole).encode("red 12")
 
 
 @pytest.mark.parametrize("dialect", ["internvl_chat", "transformers"])
@@ -234,7 +233,7 @@ def test_parts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
         compose(whole, tmp_path / "missing.gguf", None, out)
     words = tokenizer(*CHAT, *(f"<extra{i}>" for i in range(30)))
-    words.save(large)
+    save_tokenizer(words, large)
     with pytest.raises(InputError, match="tokenizer has 313 tokens but the model only 303 rows"):
         compose(whole, large, None, out)
     assert not out.exists()
@@ -259,7 +258,7 @@ def test_a_composed_model_answers_about_an_image_and_trains(tmp_path: Path) -> N
     vlm(tmp_path / "small")
     language_model(tmp_path / "large")
     compose(tmp_path / "small", tmp_path / "large", None, tmp_path / "out")
-    model, processor = load_model(tmp_path / "out"), Processor.load(tmp_path / "out")
+    model, processor = load_model(tmp_path / "out"), load_processor(tmp_path / "out")
     prompt = processor.prompt((Message("user", (ImageRef(Image.new("RGB", (60, 30), "red")), Text("Which colour?"))),))
     vision_RUD = model.encode_tiles(prompt.tiles_GSSC)[prompt.tile_ids_R]
     hidden_TD = model(prompt.tokens_T, Layout.packed((len(prompt.tokens_T),)), vision_RUD)
@@ -281,7 +280,7 @@ def test_merge_writes_a_model_that_needs_nothing_else(tmp_path: Path) -> None:
         merge_lora(model)
         assert same_weights(load_model(tmp_path / f"{dialect}-merged"), model)
         assert model_type(tmp_path / f"{dialect}-merged") == model_type(base)
-        assert Tokenizer.load(tmp_path / f"{dialect}-merged").encode("red 12") == Tokenizer.load(base).encode("red 12")
+        assert load_tokenizer(tmp_path / f"{dialect}-merged").encode("red 12") == load_tokenizer(base).encode("red 12")
     script = (
         "import sys, torch; from ivl.checkpoint import load_model; from tests.checkpoint.test_compose import image_logits;"
         "torch.save(image_logits(load_model(sys.argv[1])), sys.argv[2])"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ivl.checkpoint import load_config, load_model, save_model
+from ivl.checkpoint import load_config, load_model, load_processor, save_model, save_processor
 from ivl.checkpoint.convert import convert, new_directory
 from ivl.cli.convert import compose as compose_command
 from ivl.cli.convert import convert as command
@@ -42,7 +42,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     directory = tmp_path_factory.mktemp("source") / "model"
     save_model(random_model(config), directory)
-    Processor(config, tokenizer).save(directory)
+    save_processor(Processor(config, tokenizer), directory)
     return directory
 
 
@@ -79,8 +79,8 @@ def test_every_size_returns_bit_for_bit(size: str, tmp_path: Path) -> None:
 def test_a_converted_directory_is_complete(source: Path, tmp_path: Path) -> None:
     command([str(source), str(tmp_path / "out"), "--to", "transformers"])
     assert {file.name for file in source.iterdir()} == {file.name for file in (tmp_path / "out").iterdir()}
-    before = logits(load_model(source), Processor.load(source))
-    assert torch.equal(before, logits(load_model(tmp_path / "out"), Processor.load(tmp_path / "out")))
+    before = logits(load_model(source), load_processor(source))
+    assert torch.equal(before, logits(load_model(tmp_path / "out"), load_processor(tmp_path / "out")))
 
 
 def test_the_tokenizer_opens_in_transformers(source: Path, tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_the_tokenizer_opens_in_transformers(source: Path, tmp_path: Path) -> No
     convert(source, tmp_path / "out", to="transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     text = "<|im_start|>user\nwhat is <img><IMG_CONTEXT></img> this 你<|im_end|>\n"
-    ours = Processor.load(source).tokenizer
+    ours = load_processor(source).tokenizer
     controls = {"<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"}
     ids = theirs(text)["input_ids"]
     assert controls <= set(theirs.convert_ids_to_tokens(ids))
@@ -109,7 +109,7 @@ def test_a_whole_conversation_runs_in_transformers(source: Path, tmp_path: Path)
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
-    ours = Processor.load(source)
+    ours = load_processor(source)
     assert inputs["input_ids"][0].tolist() == ours.prompt((question(),)).tokens_T.tolist()
     with torch.no_grad():
         theirs = model(**inputs).logits[0]
@@ -182,9 +182,9 @@ def test_merge_writes_what_the_adapted_model_computes(source: Path, tmp_path: Pa
         torch.nn.init.normal_(parameter, std=0.3)
     save_adapter(model, tmp_path / "adapter")
     merge_command([str(source), str(tmp_path / "adapter"), str(tmp_path / "out")])
-    adapted = logits(model, Processor.load(source))
-    assert (adapted - logits(load_model(source), Processor.load(source))).abs().max() > 0.1
-    assert (adapted - logits(load_model(tmp_path / "out"), Processor.load(tmp_path / "out"))).abs().max() <= 1e-4
+    adapted = logits(model, load_processor(source))
+    assert (adapted - logits(load_model(source), load_processor(source))).abs().max() > 0.1
+    assert (adapted - logits(load_model(tmp_path / "out"), load_processor(tmp_path / "out"))).abs().max() <= 1e-4
 
 
 def test_the_command_line_reports_bad_input_in_one_line(tmp_path: Path) -> None:

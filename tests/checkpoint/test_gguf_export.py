@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ivl.checkpoint import save_model
+from ivl.checkpoint import load_tokenizer, save_model, save_processor
 from ivl.checkpoint.convert import convert_to_gguf
 from ivl.checkpoint.gguf import Gguf
 from ivl.checkpoint.gguf_tokenizer import gguf_vocabulary, tokenizer_from_gguf
@@ -63,7 +63,7 @@ def written(directory: Path, size: str) -> tuple[VLM, Processor]:
     config = tiny(size, tokenizer)
     model, processor = random_model(config), Processor(config, tokenizer)
     save_model(model, directory)
-    processor.save(directory)
+    save_processor(processor, directory)
     return model, processor
 
 
@@ -140,7 +140,7 @@ def test_rows_that_q8_0_does_not_fit_are_counted(tmp_path: Path, capsys: pytest.
     config = tiny("1B", tokenizer)
     config = replace(config, decoder=replace(config.decoder, mlp_width=80))
     save_model(random_model(config), tmp_path / "m")
-    Processor(config, tokenizer).save(tmp_path / "m")
+    save_processor(Processor(config, tokenizer), tmp_path / "m")
     command([str(tmp_path / "m"), str(tmp_path / "g"), "--to", "gguf", "--dtype", "q8_0"])
     assert "2 matrices do not fit q8_0" in capsys.readouterr().out  # ffn_down of two layers has rows of 80
 
@@ -250,7 +250,7 @@ def test_llama_cpp_reads_the_tokenizer_of_qwen(peer, tmp_path: Path) -> None:
     found = importlib.util.find_spec("dashscope")
     if found is None or found.origin is None:
         pytest.skip("the real vocabulary needs: pip install --no-deps dashscope")
-    words = Tokenizer.load(Path(found.origin).parent / "resources")
+    words = load_tokenizer(Path(found.origin).parent / "resources")
     words.add_special()
     encodes_the_same(peer, tmp_path, words, TEXTS)
 
@@ -265,7 +265,7 @@ def test_llama_cpp_reads_a_tokenizer_like_that_of_internlm(peer, tmp_path: Path,
         normalization_rule_name="identity", hard_vocab_limit=False,
     )  # fmt: skip
     (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
-    words = Tokenizer.load(tmp_path)
+    words = load_tokenizer(tmp_path)
     words.add_special(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
     words.add_special()
     encodes_the_same(peer, tmp_path, words, TEXTS)

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import tokenizers
 
+from ivl.checkpoint import load_tokenizer, save_tokenizer
 from ivl.checkpoint.gguf import GgufVocabulary
 from ivl.checkpoint.gguf_tokenizer import gguf_vocabulary, tokenizer_from_gguf
-from ivl.checkpoint.vocabulary import train_bpe
 from ivl.errors import InputError
-from ivl.processing.tokenizer import Tokenizer
+from ivl.processing.tokenizer import Tokenizer, train_bpe
 
 TEXTS = [
     "A red square stands beside a blue circle.", "12 of 345 are green; isn't that 6789?", "  two  spaces\n\n\tand tabs ",
@@ -78,7 +78,7 @@ def test_sentencepiece(tmp_path: Path) -> None:
 
     for prefix in (True, False):
         model = sentencepiece_model(tmp_path, prefix=prefix)
-        original = Tokenizer.load(tmp_path)
+        original = load_tokenizer(tmp_path)
         proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
         vocabulary = described(
             "llama",
@@ -112,7 +112,7 @@ def test_a_sentencepiece_tokenizer_is_described_and_comes_back(tmp_path: Path) -
 
     for prefix in (True, False):
         sentencepiece_model(tmp_path, prefix=prefix)
-        words = Tokenizer.load(tmp_path)
+        words = load_tokenizer(tmp_path)
         words.add_special(("<|im_start|>", "<|im_end|>"))
         words.add_special()
         found = gguf_vocabulary(words, eos=words.id("<|im_end|>"))
@@ -142,8 +142,8 @@ def test_what_gguf_cannot_say_is_refused() -> None:
 
 def test_a_saved_one_is_the_same(tmp_path: Path) -> None:
     words = tokenizer_from_gguf(byte_level()[1])
-    words.save(tmp_path)
-    again = Tokenizer.load(tmp_path)
+    save_tokenizer(words, tmp_path)
+    again = load_tokenizer(tmp_path)
     assert [again.encode(text) for text in TEXTS] == [words.encode(text) for text in TEXTS]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from ivl.checkpoint import save_model
+from ivl.checkpoint import save_model, save_processor
 from ivl.config import ModelConfig
 from ivl.processing.processor import Processor
 from ivl.processing.tokenizer import train_tokenizer
@@ -163,7 +163,7 @@ def written(directory: Path, size: str, dialect) -> ModelConfig:
         pad_token_id=None,
     )
     save_model(random_model(config), directory, dialect=dialect)
-    Processor(config, tokenizer).save(directory)
+    save_processor(Processor(config, tokenizer), directory)
     return config
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ivl.checkpoint import save_model
+from ivl.checkpoint import save_model, save_processor
 from ivl.cli.data_pack import pack
 from ivl.datasets.estimate import PackEstimate
 from ivl.errors import InputError
@@ -19,7 +19,7 @@ def world(tmp_path_factory):
     model = VLM(processor().config)
     model.init_weights()
     save_model(model, folder / "model")
-    processor().save(folder / "model")
+    save_processor(processor(), folder / "model")
     make_file(folder / "a", 60)
     make_file(folder / "b", 20, seed=1)
     entries = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ivl.checkpoint import save_model
+from ivl.checkpoint import save_model, save_processor
 from ivl.config import ModelConfig
 from ivl.inference.engine import Engine
 from ivl.model.vlm import VLM
@@ -103,7 +103,7 @@ def tiny_directory(path: Path) -> Path:
     model.init_weights()
     enliven(model)
     save_model(model, path)
-    Processor(config, tokenizer).save(path)
+    save_processor(Processor(config, tokenizer), path)
     return path
 
 

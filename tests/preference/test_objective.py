@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ivl.checkpoint import save_processor
 from ivl.data.records import DataError, to_record
 from ivl.errors import InputError
 from ivl.formats.rows import write_jsonl
@@ -98,7 +99,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("start")
     save_model(new_model(), folder)
-    processor().save(folder)
+    save_processor(processor(), folder)
     return folder
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ivl.checkpoint import load_model, save_model
+from ivl.checkpoint import load_model, save_model, save_processor
 from ivl.config import LoraConfig
 from ivl.data.records import DataError
 from ivl.errors import InputError
@@ -47,7 +47,7 @@ def path(tmp_path_factory) -> Path:
 def start(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("start")
     save_model(new_model(), folder)
-    processor().save(folder)
+    save_processor(processor(), folder)
     return folder
 
 
@@ -196,7 +196,7 @@ def test_runs_share_a_finished_file(path, start, tmp_path, monkeypatch):
     run(mpo(path, start, tmp_path / "two", preference=shared, num_steps=1, seed=1))
     other = tmp_path / "other"
     save_model(new_model(1), other)
-    processor().save(other)
+    save_processor(processor(), other)
     with pytest.raises(InputError, match=r"rank-0.jsonl: belongs to another run \(weights was '\w+', is '\w+'\)"):
         run(mpo(path, other, tmp_path / "three", preference=shared, num_steps=1))
 

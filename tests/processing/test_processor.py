@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ivl.checkpoint import load_processor, save_processor
 from ivl.errors import InputError
 from ivl.processing.augment import Augmentation
 from ivl.processing.chat import render, user
@@ -227,8 +228,8 @@ def test_saved_and_loaded_beside_a_model(tokenizer, images, tmp_path, dialect):
     model = VLM(ours.config)
     model.init_weights()
     save_model(model, tmp_path, dialect=dialect)
-    ours.save(tmp_path)
-    again = Processor.load(tmp_path)
+    save_processor(ours, tmp_path)
+    again = load_processor(tmp_path)
     assert again.config == ours.config and again.tiling == ours.tiling
     conversation = (user("What is <ref>it</ref>?", SQUARE), says("A cat."), user("Sure?", VideoRef("video")))
     one, two = (p.prompt(conversation, root=str(images)) for p in (ours, again))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ivl.checkpoint import load_tokenizer, save_processor
 from ivl.config import SPECIAL_TOKENS, published_config
 from ivl.processing.chat import INTERNVL2_5_SYSTEM, user
 from ivl.processing.processor import Processor
@@ -25,7 +26,7 @@ def qwen() -> Tokenizer:
     found = importlib.util.find_spec("dashscope")
     if found is None or found.origin is None:
         pytest.skip("the real vocabulary needs: pip install --no-deps dashscope")
-    tokenizer = Tokenizer.load(Path(found.origin).parent / "resources")
+    tokenizer = load_tokenizer(Path(found.origin).parent / "resources")
     assert len(tokenizer) == 151665 and tokenizer.bos is None
     assert tokenizer.add_special() == 9
     return tokenizer
@@ -55,6 +56,6 @@ def test_prompt_and_files(qwen, tmp_path):
     prompt = Processor(config, qwen).prompt((user("Hi"),)).tokens_T.tolist()
     assert prompt[:3] == [151644, 8948, 198] and prompt[-3:] == [151644, 77091, 198]
     assert qwen.decode(prompt[3:], skip_special=False).startswith(INTERNVL2_5_SYSTEM + "<|im_end|>\n<|im_start|>user\nHi")
-    Processor(replace(config, template="plain-chatml"), qwen).save(tmp_path)
-    again = Tokenizer.load(tmp_path)
+    save_processor(Processor(replace(config, template="plain-chatml"), qwen), tmp_path)
+    again = load_tokenizer(tmp_path)
     assert len(again) == 151674 and all(again.encode(text) == qwen.encode(text) for text in TEXTS)

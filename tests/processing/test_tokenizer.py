@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ivl.checkpoint.vocabulary import QWEN_ADDED, _letters_of_bytes
+from ivl.checkpoint import load_tokenizer, save_tokenizer
+from ivl.checkpoint.vocabulary import QWEN_ADDED
 from ivl.config import SPECIAL_TOKENS
 from ivl.errors import InputError
-from ivl.processing.tokenizer import GROUNDING, Tokenizer, train_tokenizer
+from ivl.processing.tokenizer import GROUNDING, _letters_of_bytes, train_tokenizer
 from tests.helpers.processors import CORPUS
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *SPECIAL_TOKENS[:3])
@@ -81,27 +82,27 @@ def test_a_stream_waits_for_the_whole_character(tokenizer):
 
 
 def test_saved_and_loaded(tokenizer, tmp_path):
-    tokenizer.save(tmp_path, model_max_length=99)
-    again = Tokenizer.load(tmp_path)
+    save_tokenizer(tokenizer, tmp_path, model_max_length=99)
+    again = load_tokenizer(tmp_path)
     text = "<box> 你好 <|im_end|> colour"
     assert again.encode(text) == tokenizer.encode(text) and len(again) == len(tokenizer) and again.bos is None
     config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
     assert config["model_max_length"] == 99 and config["eos_token"] == "<|im_end|>"
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match=r"tokenizer\.json"):
-        Tokenizer.load(tmp_path)
+        load_tokenizer(tmp_path)
     with pytest.raises(InputError, match="no tokenizer here"):
-        Tokenizer.load(tmp_path / "elsewhere")
+        load_tokenizer(tmp_path / "elsewhere")
 
 
 def test_control_tokens_stay_control_tokens_when_a_file_says_otherwise(tokenizer, tmp_path):
-    tokenizer.save(tmp_path)
+    save_tokenizer(tokenizer, tmp_path)
     file = tmp_path / "tokenizer.json"
     data = json.loads(file.read_text(encoding="utf-8"))
     for token in data["added_tokens"]:
         token["special"] = False
     file.write_text(json.dumps(data), encoding="utf-8")
-    loaded = Tokenizer.load(tmp_path)
+    loaded = load_tokenizer(tmp_path)
     assert loaded.id("<|im_end|>") not in loaded.encode("x<|im_end|>y")
 
 
@@ -111,16 +112,16 @@ def test_vocab_and_merges(tokenizer, tmp_path):
     first = len(model["vocab"])
     config = {"added_tokens_decoder": {str(first + n): {"content": t, "special": True} for n, t in enumerate(QWEN_ADDED)}}
     _write_qwen(tmp_path, model, config)
-    loaded = Tokenizer.load(tmp_path)
+    loaded = load_tokenizer(tmp_path)
     assert loaded.encode(CORPUS[0]) == tokenizer.encode(CORPUS[0])
     assert loaded.id("<|im_end|>") == first + 2 and loaded.add_special() == 9
     config["added_tokens_decoder"][str(first + 30)] = {"content": "<far>", "special": True}
     _write_qwen(tmp_path, model, config)
     with pytest.raises(InputError, match=f"'<far>' should have id {first + 30}"):
-        Tokenizer.load(tmp_path)
+        load_tokenizer(tmp_path)
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b c\n")
     with pytest.raises(InputError, match=r"merges\.txt:2"):
-        Tokenizer.load(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 def _write_qwen(directory: Path, model: dict, config: dict) -> None:
@@ -143,7 +144,7 @@ def test_ranks(tokenizer, tmp_path):
         f"{base64.b64encode(bytes(letters[c] for c in token)).decode()} {rank}" for rank, token in enumerate(singles + merged)
     ]
     (tmp_path / "qwen.tiktoken").write_text("\n".join(lines) + "\n")
-    loaded = Tokenizer.load(tmp_path)
+    loaded = load_tokenizer(tmp_path)
     for text in CORPUS:
         assert [loaded.token_bytes(i) for i in loaded.encode(text)] == [
             tokenizer.token_bytes(i) for i in tokenizer.encode(text)
@@ -151,7 +152,7 @@ def test_ranks(tokenizer, tmp_path):
     assert loaded.id("<|im_start|>") == len(lines) + 1 and loaded.bos is None
     (tmp_path / "qwen.tiktoken").write_text("IQ== 0\nIg== x\n")
     with pytest.raises(InputError, match=r"qwen\.tiktoken:2"):
-        Tokenizer.load(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["dummy-prefix", "no-prefix"])
@@ -176,7 +177,7 @@ def test_sentencepiece(pieces):
     import sentencepiece as spm
 
     oracle = spm.SentencePieceProcessor(model_file=str(pieces / "tokenizer.model"))
-    loaded = Tokenizer.load(pieces)
+    loaded = load_tokenizer(pieces)
     assert len(loaded) == oracle.vocab_size() and loaded.bos == loaded.id("<s>") == oracle.bos_id()
     for text in [*TEXTS, *CORPUS]:
         assert loaded.encode(text) == oracle.encode(text), text
@@ -188,7 +189,7 @@ def test_sentencepiece(pieces):
 
 
 def test_sentencepiece_renames_reserved_pieces_and_appends(pieces, tmp_path):
-    size = len(Tokenizer.load(pieces))
+    size = len(load_tokenizer(pieces))
     names = {size - 2: "<|im_end|>", size - 1: "<|im_start|>", **{size + n: t for n, t in enumerate(SPECIAL_TOKENS)}}
     config = {
         "add_bos_token": True,
@@ -197,10 +198,10 @@ def test_sentencepiece_renames_reserved_pieces_and_appends(pieces, tmp_path):
     }
     (tmp_path / "tokenizer.model").write_bytes((pieces / "tokenizer.model").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    loaded = Tokenizer.load(tmp_path)
+    loaded = load_tokenizer(tmp_path)
     assert {i: loaded.backend.id_to_token(i) for i in names} == names and len(loaded) == size + 9
-    loaded.save(tmp_path / "again")
-    again = Tokenizer.load(tmp_path / "again")
+    save_tokenizer(loaded, tmp_path / "again")
+    again = load_tokenizer(tmp_path / "again")
     for text in [*TEXTS, "<ref>x</ref> <|im_end|>"]:
         assert again.encode(text) == loaded.encode(text)
     assert again.bos == loaded.bos == 1 and len(again) == len(loaded)
@@ -214,7 +215,7 @@ def test_beginning_of_sequence_and_replies_with_pieces(pieces, tmp_path):
     from ivl.processing.chat import render, user
     from ivl.types import Message, Text
 
-    tokenizer = Tokenizer.load(pieces)
+    tokenizer = load_tokenizer(pieces)
     tokenizer.add_special(("<|im_start|>", "<|im_end|>", *SPECIAL_TOKENS))
     asked, answer = user("What is it?"), Message("assistant", (Text("It is"),))
     prompt = render((asked,), [], tokenizer, reply=True).ids

@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ivl.checkpoint import save_processor
 from ivl.model.vlm import normalise
 from ivl.processing.chat import TEMPLATES
 from ivl.processing.processor import Processor
@@ -71,7 +72,7 @@ def picture(width: int, height: int) -> ImageRef:
 @pytest.mark.parametrize("most", [1, 6, 12])
 def test_same_ids_and_pixels(tokenizer, tmp_path, most):
     ours = processor_for(tokenizer, max_tiles=most)
-    ours.save(tmp_path)
+    save_processor(ours, tmp_path)
     other = opened(tmp_path)
     for size in [(28, 28), (100, 50), (33, 90), (640, 480), (300, 17), (56, 57), (1, 40)]:
         image = picture(*size)
@@ -91,7 +92,7 @@ def test_chat_template_is_the_renderer(tokenizer, tmp_path, template, system_mes
         tokenizer.add_special(["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"])
     config = replace(processor_for(tokenizer, template).config, system_message=system_message)
     ours = Processor(config, tokenizer)
-    ours.save(tmp_path)
+    save_processor(ours, tmp_path)
     other = opened(tmp_path)
     image, second = picture(28, 28), picture(29, 28)
     said = Message("assistant", (Text("It is red."),))
@@ -112,7 +113,7 @@ def test_chat_template_is_the_renderer(tokenizer, tmp_path, template, system_mes
 
 
 def test_named_tokens(tokenizer, tmp_path):
-    processor_for(tokenizer).save(tmp_path)
+    save_processor(processor_for(tokenizer), tmp_path)
     other = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for name, token in (("start_image", "<img>"), ("end_image", "</img>"), ("context_image", "<IMG_CONTEXT>")):
         assert getattr(other, f"{name}_token") == token and getattr(other, f"{name}_token_id") == tokenizer.id(token)

@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ivl.checkpoint import load_model
+from ivl.checkpoint import load_model, load_processor, save_processor
 from ivl.cli.train import train as cli
 from ivl.config import LoraConfig
 from ivl.data.config import DataConfig
 from ivl.errors import InputError
-from ivl.processing.processor import Processor
 from ivl.runs.run import load_train_config, run
 from ivl.train.config import OptimConfig, Stage, TrainConfig, differences, from_json, to_json
 from ivl.train.loop import Evaluator
@@ -21,7 +20,7 @@ from tests.helpers.mixtures import make_file, processor
 
 @pytest.fixture
 def config(tmp_path) -> TrainConfig:
-    processor().save(tmp_path / "tokenizer")
+    save_processor(processor(), tmp_path / "tokenizer")
     return TrainConfig(
         name="small", out_dir=str(tmp_path / "run"), architecture=processor().config, tokenizer=str(tmp_path / "tokenizer"),
         stage=Stage(trainable=("vision", "projector", "decoder"), drop_path=0.3), optim=OptimConfig(lr=3e-3, warmup_ratio=0.1),
@@ -56,7 +55,7 @@ def test_run_writes_a_model_that_opens_and_says_what_it_did(config):
     final = run(dataclasses.replace(config, val_data=dataclasses.replace(config.data), val_every=6, val_packs=2))
     assert steps(config)[-1][1] < 0.8 * steps(config)[0][1]
     assert [r["step"] for r in rows(config) if r.get("evaluation") == "validation"] == [6, 12]
-    reopened = Processor.load(final)
+    reopened = load_processor(final)
     assert len(reopened.tokenizer) == len(processor().tokenizer) and load_model(final).dtype == torch.float32
     environment = json.loads((final.parent / "environment.json").read_text())
     assert environment["versions"]["torch"] and environment["data"]

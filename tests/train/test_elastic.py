@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from ivl.checkpoint import save_processor
 from ivl.data.config import DataConfig
 from ivl.runs.run import run
 from ivl.train import loop
@@ -44,7 +45,7 @@ def run_on(world_size: int, config: TrainConfig, seen: Path, *, crash_at: int = 
 
 @pytest.mark.parametrize(("shard", "phases"), [(False, (4, 2, 1)), (True, (2, 1))])
 def test_another_number_of_ranks_goes_on_with_the_same_epoch(tmp_path, shard, phases):
-    processor().save(tmp_path / "tokenizer")
+    save_processor(processor(), tmp_path / "tokenizer")
     config = TrainConfig(
         name="elastic", out_dir=str(tmp_path / "run"), architecture=processor().config, tokenizer=str(tmp_path / "tokenizer"),
         stage=Stage(trainable=("vision", "projector", "decoder")), shard=shard,

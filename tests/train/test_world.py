@@ -11,7 +11,7 @@ import torch
 import torch._dynamo
 import torch.distributed.fsdp  # both once here: forked processes inherit them
 
-from ivl.checkpoint import load_model
+from ivl.checkpoint import load_model, save_processor
 from ivl.config import LoraConfig
 from ivl.data.config import DataConfig
 from ivl.runs.run import run
@@ -44,7 +44,7 @@ def run_on_two(config: TrainConfig, *, stop: bool = False) -> None:
 
 
 def test_shards_equal_replicas_and_resume(tmp_path):
-    processor().save(tmp_path / "tokenizer")
+    save_processor(processor(), tmp_path / "tokenizer")
     config = TrainConfig(
         name="two", architecture=processor().config, tokenizer=str(tmp_path / "tokenizer"), checkpointing=True,
         stage=Stage(trainable=("vision", "projector")), lora=LoraConfig(rank=2, dropout=0.0),
