@@ -127,8 +127,8 @@ class Scheduler:
             del self.waiting[request]
             self.running[request] = None
             self.cache.resume(request.sequence, found)
-            if len(found) == last and rest and spare and names and names[last] in pool.known:
-                self.cache.append_copy(request.sequence, pool.known[names[last]], rest)
+            if len(found) == last and rest and spare and names and names[last] in pool.cached:
+                self.cache.append_copy(request.sequence, pool.cached[names[last]], rest)
             request.num_named, request.name = len(found), names[len(found) - 1] if found else b""
             request.num_cached = request.sequence.length
             request.queue = time.perf_counter() - request.added_at
@@ -196,7 +196,7 @@ class Scheduler:
                 request.name = prompt.names[number]
             else:
                 request.name = prompt.name(request.name, stop - size, request.tokens_at(stop - size, stop))
-            pool.name(blocks[number], request.name)
+            pool.register(blocks[number], request.name)
             request.num_named += 1
         if piece.start < request.num_prompt <= piece.stop and request.num_prompt % size:
-            pool.name(blocks[request.num_prompt // size], prompt.names[-1])
+            pool.register(blocks[request.num_prompt // size], prompt.names[-1])

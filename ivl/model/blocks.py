@@ -1,4 +1,4 @@
-"""Which block of the key/value store belongs to whom, and which blocks a later prompt may find again by their content."""
+"""Blocks of the key/value store: who uses each, and which can be found again by a prefix hash."""
 
 from __future__ import annotations
 
@@ -7,68 +7,75 @@ from collections.abc import Sequence
 
 
 class BlockPool:
-    """A block is free, used by one or more sequences, or kept: used by none, but known by a name for its content.
+    """Hands out blocks. A block is free, in use by one or more sequences, or evictable: unused, but still cached.
 
-    Kept blocks are given up when no free ones are left, the one longest out of use first. What a name means is the
-    caller's: a named block must go on holding what its name says, so only slots not yet covered may be written.
+    A cached block is registered under one or more prefix hashes. When no block is free, the evictable block that has been
+    unused for longest loses its hashes and is handed out. The caller decides what a hash covers. Slots that a registered
+    hash covers must not be written again.
     """
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self.free = list(range(num_blocks - 1, -1, -1))
-        self.kept: OrderedDict[int, None] = OrderedDict()
+        self.evictable: OrderedDict[int, None] = OrderedDict()
         """Oldest first."""
         self.users = [0] * num_blocks
-        self.known: dict[bytes, int] = {}
-        self.names: dict[int, list[bytes]] = {}
+        """Number of sequences that use each block."""
+        self.cached: dict[bytes, int] = {}
+        """The block of each prefix hash."""
+        self.hashes: dict[int, list[bytes]] = {}
+        """The prefix hashes of each cached block."""
 
     @property
     def num_available(self) -> int:
         """Blocks that `take` can hand out."""
-        return len(self.free) + len(self.kept)
+        return len(self.free) + len(self.evictable)
 
     def take(self, count: int) -> list[int]:
-        """Blocks of unknown content, for one user; free ones first, then the oldest kept ones."""
+        """Return blocks of unknown content for one user: free blocks first, then the oldest evictable ones."""
         assert count <= self.num_available
-        blocks = [self.free.pop() if self.free else self._give_up() for _ in range(count)]
+        blocks = [self.free.pop() if self.free else self._evict() for _ in range(count)]
         for block in blocks:
             self.users[block] = 1
         return blocks
 
-    def _give_up(self) -> int:
-        block, _ = self.kept.popitem(last=False)
-        for name in self.names.pop(block):
-            del self.known[name]
+    def _evict(self) -> int:
+        block, _ = self.evictable.popitem(last=False)
+        for prefix_hash in self.hashes.pop(block):
+            del self.cached[prefix_hash]
         return block
 
     def hold(self, blocks: Sequence[int]) -> None:
-        """One user more for blocks that are used or kept."""
+        """Add a user to blocks that are in use or evictable."""
         for block in blocks:
-            self.kept.pop(block, None)
+            self.evictable.pop(block, None)
             self.users[block] += 1
 
     def release(self, blocks: Sequence[int]) -> None:
-        """One user less. Later blocks of a sequence are given up before earlier ones, without which they are never found."""
+        """Remove a user from the blocks of a sequence.
+
+        Later blocks become evictable before earlier ones, since a block is found only through those before it.
+        """
         for block in reversed(blocks):
             self.users[block] -= 1
             if self.users[block]:
                 continue
-            if block in self.names:
-                self.kept[block] = None
+            if block in self.hashes:
+                self.evictable[block] = None
             else:
                 self.free.append(block)
 
-    def name(self, block: int, name: bytes) -> None:
-        """Make a block in use known. A name that another block has stays with that one."""
-        if name not in self.known:
-            self.known[name] = block
-            self.names.setdefault(block, []).append(name)
+    def register(self, block: int, prefix_hash: bytes) -> None:
+        """Make a block in use findable by a prefix hash. A hash that another block has stays with that block."""
+        if prefix_hash not in self.cached:
+            self.cached[prefix_hash] = block
+            self.hashes.setdefault(block, []).append(prefix_hash)
 
-    def find(self, names: Sequence[bytes]) -> list[int]:
-        """The blocks of the longest known beginning of a chain of names."""
+    def find(self, hashes: Sequence[bytes]) -> list[int]:
+        """Return the cached blocks of the longest prefix of a chain of hashes."""
         blocks: list[int] = []
-        for name in names:
-            if name not in self.known:
+        for prefix_hash in hashes:
+            if prefix_hash not in self.cached:
                 break
-            blocks.append(self.known[name])
+            blocks.append(self.cached[prefix_hash])
         return blocks

@@ -79,7 +79,7 @@ class PagedCache:
         self.values[:, slots] = 0
 
     def resume(self, sequence: CachedSequence, blocks: list[int]) -> None:
-        """Begin an empty sequence with full blocks that are in use or kept; it shares them."""
+        """Begin an empty sequence with cached blocks, which it shares them."""
         assert not sequence.blocks
         self.pool.hold(blocks)
         sequence.blocks, sequence.length = list(blocks), len(blocks) * self.block_size

@@ -81,11 +81,11 @@ def tiny_engine(model: VLM, **options: int) -> Engine:
 
 
 def assert_idle(engine: Engine) -> None:
-    """Nothing runs, and every block is free or kept under a name."""
+    """Nothing runs, and every block is free or evictable."""
     pool, stats = engine.cache.pool, engine.stats()
     assert stats.waiting == stats.running == stats.cache_blocks_used == 0 and not any(pool.users)
-    assert sorted([*pool.free, *pool.kept]) == list(range(pool.num_blocks))
-    assert set(pool.known.values()) == set(pool.kept) == set(pool.names)
+    assert sorted([*pool.free, *pool.evictable]) == list(range(pool.num_blocks))
+    assert set(pool.cached.values()) == set(pool.evictable) == set(pool.hashes)
 
 
 def tiny_directory(path: Path) -> Path:

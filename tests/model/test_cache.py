@@ -26,19 +26,19 @@ def test_blocks_are_free_used_or_kept_whatever_happens() -> None:
             assert not set(blocks) & {block for others in held for block in others}
             for block in blocks:
                 if rng.random() < 0.6:
-                    pool.name(block, bytes([rng.randrange(30)]))
+                    pool.register(block, bytes([rng.randrange(30)]))
             held.append(blocks)
-        elif rng.random() < 0.3 and pool.known:
-            found = pool.find([rng.choice(list(pool.known))])
+        elif rng.random() < 0.3 and pool.cached:
+            found = pool.find([rng.choice(list(pool.cached))])
             pool.hold(found)
             held.append(found)
         elif held:
             pool.release(held.pop(rng.randrange(len(held))))
         used = {block for blocks in held for block in blocks}
-        assert sorted([*pool.free, *pool.kept, *used]) == list(range(12)), step
+        assert sorted([*pool.free, *pool.evictable, *used]) == list(range(12)), step
         assert all(pool.users[block] == sum(blocks.count(block) for blocks in held) for block in range(12))
-        assert {block: {n for n, b in pool.known.items() if b == block} for block in pool.names} == {
-            block: set(names) for block, names in pool.names.items()
+        assert {block: {n for n, b in pool.cached.items() if b == block} for block in pool.hashes} == {
+            block: set(names) for block, names in pool.hashes.items()
         }
 
 
@@ -46,7 +46,7 @@ def test_a_chain_is_found_as_far_as_it_is_known_and_given_up_from_its_end() -> N
     pool = BlockPool(3)
     blocks = pool.take(3)
     for block, name in zip(blocks, (b"a", b"b", b"c"), strict=True):
-        pool.name(block, name)
+        pool.register(block, name)
     pool.release(blocks)
     assert pool.find([b"a", b"b", b"x"]) == blocks[:2] and pool.find([b"b"]) == blocks[1:2]
     taken = pool.take(1)
@@ -82,11 +82,11 @@ def test_a_full_cache_gives_up_what_is_kept(tiny: VLM) -> None:
     cache = PagedCache(tiny.config.decoder, num_tokens=16, block_size=8)
     sequence, other = CachedSequence(), CachedSequence()
     cache.step([sequence], (16,))
-    cache.pool.name(sequence.blocks[0], b"kept")
+    cache.pool.register(sequence.blocks[0], b"kept")
     cache.release(sequence)
-    assert list(cache.pool.kept) and cache.pool.num_available == 2
+    assert list(cache.pool.evictable) and cache.pool.num_available == 2
     cache.step([other], (16,))
-    assert not cache.pool.known
+    assert not cache.pool.cached
     with pytest.raises(CacheFull, match="1 blocks of 8 tokens needed, 0 of 2 free"):
         cache.step([CachedSequence()], (1,))
 
