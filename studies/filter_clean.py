@@ -19,7 +19,7 @@ from typing import Literal
 
 import skimage
 
-from ivl.evaluation.tasks import easy_vqa_rows as easy_vqa
+from ivl.evaluation.tasks import easy_vqa
 from ivl.types import ImageRef, Message, Record, Text
 from studies.filter_structured import MAKERS
 
@@ -52,7 +52,7 @@ def record(source: str, turns: list[tuple[str, str]], image: str | bytes | None 
 
 
 SENTENCES = {
-    "colour": (
+    "color": (
         "The {shape} in the image is {answer}.",
         "It is {answer}.",
         "The colour of the shape is {answer}.",

@@ -22,8 +22,8 @@ from ivl.checkpoint import load_tokenizer, save_tokenizer
 from ivl.config import ModelConfig
 from ivl.data.config import DataConfig
 from ivl.evaluation.scoring import wilson
-from ivl.evaluation.tasks import easy_vqa_rows as easy_vqa
-from ivl.evaluation.tasks.easy_vqa_rows import COLOURS, SHAPES
+from ivl.evaluation.tasks import easy_vqa
+from ivl.evaluation.tasks.easy_vqa import COLORS, SHAPES
 from ivl.filters.chain import load_chain
 from ivl.filters.repetition import Repetition
 from ivl.filters.run import run as run_filter
@@ -66,7 +66,7 @@ def describe(caption: str, rng: random.Random) -> list[str]:
     comes twice."""
     colour, shape = caption.split()
     facts = [rng.choice(COLOUR).format(colour=colour), rng.choice(SHAPE).format(shape=shape)]
-    for names, forms in ((COLOURS, ABSENT_COLOUR), (SHAPES, ABSENT_SHAPE)):
+    for names, forms in ((COLORS, ABSENT_COLOUR), (SHAPES, ABSENT_SHAPE)):
         others = [name for name in names if name not in (colour, shape)]
         facts += [form.format(colour=n, shape=n) for n, form in zip(others, rng.sample(forms, len(others)), strict=True)]
     rng.shuffle(facts)
@@ -76,7 +76,7 @@ def describe(caption: str, rng: random.Random) -> list[str]:
 def true_sentences(caption: str) -> set[str]:
     colour, shape = caption.split()
     found = {form.format(colour=colour, shape=shape) for form in (*OPENINGS, *COLOUR, *SHAPE, *CLOSINGS)}
-    found |= {form.format(colour=name) for form in ABSENT_COLOUR for name in COLOURS if name != colour}
+    found |= {form.format(colour=name) for form in ABSENT_COLOUR for name in COLORS if name != colour}
     return found | {form.format(shape=name) for form in ABSENT_SHAPE for name in SHAPES if name != shape}
 
 

@@ -13,8 +13,8 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from ivl.evaluation.tasks import easy_vqa_rows as easy_vqa
-from ivl.evaluation.tasks.easy_vqa_rows import COLOURS, Split
+from ivl.evaluation.tasks import easy_vqa
+from ivl.evaluation.tasks.easy_vqa import COLORS, Split
 
 MIN_PICTURES, MAX_PICTURES = 2, 4
 
@@ -27,7 +27,7 @@ def compositions(split: Split, count: int, *, seed: int, prefix: str) -> list[di
     images, rng = sorted(described), random.Random(f"{seed} {split}")
     rows = []
     for number in range(count):
-        palette = rng.sample(COLOURS, 3)  # few colours, or hardly any would come twice
+        palette = rng.sample(COLORS, 3)  # few colours, or hardly any would come twice
         chosen = rng.sample([image for image in images if described[image] in palette], rng.randint(MIN_PICTURES, MAX_PICTURES))
         colours = [described[image] for image in chosen]
         question, answer = rng.choice(KINDS)(colours)

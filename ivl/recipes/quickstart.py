@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ivl.errors import InputError
-from ivl.evaluation.tasks import easy_vqa_rows as easy_vqa
+from ivl.evaluation.tasks import easy_vqa
 from ivl.recipes import alignment, nano
 from ivl.train.config import TrainConfig
 

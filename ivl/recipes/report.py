@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ivl.evaluation.tasks import easy_vqa_rows as easy_vqa
+from ivl.evaluation.tasks import easy_vqa
 from ivl.utils import html as pages
 
 NUM_EXAMPLES = 24

@@ -157,14 +157,14 @@ def test_easy_vqa_is_the_official_test_split() -> None:
     pytest.importorskip("easy_vqa")
     examples = list(find("easy-vqa").examples())
     assert len(examples) == len({e.id for e in examples}) == 9673
-    counts = {group: sum(e.group == group for e in examples) for group in ("colour", "shape", "yes/no")}
-    assert counts == {"colour": 1280, "shape": 1257, "yes/no": 7136}
+    counts = {group: sum(e.group == group for e in examples) for group in ("color", "shape", "yes/no")}
+    assert counts == {"color": 1280, "shape": 1257, "yes/no": 7136}
     assert all(len(e.answers) == 1 and len(e.conversation) == 1 for e in examples)
 
 
 def test_training_asks_what_evaluation_asks() -> None:
     pytest.importorskip("easy_vqa")
-    from ivl.evaluation.tasks import easy_vqa_rows as easy_vqa
+    from ivl.evaluation.tasks import easy_vqa
 
     for row, example in zip(easy_vqa.rows("test")[:50], find("easy-vqa").examples(), strict=False):
         trained = easy_vqa.conversation(row, answered=True)

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("easy_vqa")
 
-from ivl.evaluation.tasks import easy_vqa_rows as easy_vqa
+from ivl.evaluation.tasks import easy_vqa
 from ivl.recipes import nano
 from ivl.recipes.quickstart import STAGES, prepare
 
