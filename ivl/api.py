@@ -8,12 +8,11 @@ print(model.chat("What colour is the shape?", "picture.png"))
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ivl import reservation
 from ivl.errors import InputError
 from ivl.types import VIDEO_SUFFIXES, Conversation, ImageRef, Message, SamplingParams, Text, VideoRef
 
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ivl.inference.engine import Engine, Reply, Request
-    from ivl.processing.processor import Processor
 
     Medium = str | Path | bytes | Image.Image | ImageRef | VideoRef
 
@@ -49,13 +47,6 @@ def load(
     Raises:
         InputError: if the model cannot be found or read.
     """
-    with reservation.begun(Path(name)) if device in ("auto", "cpu") and dtype == "auto" else nullcontext():
-        return _load(name, dtype, device, max_tiles, engine_options)
-
-
-def _load(
-    name: str | Path, dtype: Dtype | torch.dtype, device: str, max_tiles: int | None, engine_options: dict[str, int]
-) -> Model:
     import torch
 
     from ivl.checkpoint import load_model, load_processor, resolve
@@ -66,21 +57,14 @@ def _load(
     directory = resolve(name)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    read: list[Processor] = []
-    model = load_model(
-        directory,
-        dtype=None if wanted == "auto" else wanted,
-        device=device,
-        map_embeddings=True,
-        meanwhile=lambda: read.append(load_processor(directory)),  # a large vocabulary takes about as long as the weights
-    )
-    (processor,) = read
+    parameters = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    model = load_model(directory, dtype=None if dtype == "auto" else parameters, device=device, map_embeddings=True)
+    if dtype == "auto":
+        model = model.to(_usable(model.dtype, device))
+    processor = load_processor(directory)
     if max_tiles is not None:
         tiling = processor.tiling
         processor.tiling = replace(tiling, max_tiles=max_tiles, min_tiles=min(tiling.min_tiles, max_tiles))
-    if wanted == "auto":
-        model = model.to(_usable(model.dtype, device))
     return Model(Engine(model, processor, **engine_options))
 
 

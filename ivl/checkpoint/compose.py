@@ -13,15 +13,16 @@ import torch
 from torch import nn
 
 from ivl.checkpoint import load_config, load_model, resolve, save_model
-from ivl.checkpoint.config_json import Section, decoder_from, dialect_of, family_of, tied, vision_from
+from ivl.checkpoint.config_json import Dialect, Section, decoder_from, dialect_of, family_of, tied, vision_from
 from ivl.checkpoint.config_write import generation_json, to_json
-from ivl.checkpoint.files import Progress, Source, Weights, check_entries, read_json, write_json, write_shards
+from ivl.checkpoint.files import read_object
 from ivl.checkpoint.gguf import Gguf
 from ivl.checkpoint.gguf_tokenizer import tokenizer_from_gguf
-from ivl.checkpoint.keymaps import Dialect, Entry, decoder_map, key_map, vision_map
+from ivl.checkpoint.keymaps import Entry, decoder_map, key_map, vision_map
 from ivl.checkpoint.model_dir import empty_model, open_weights, read, untie
 from ivl.checkpoint.processor_files import load_processor, save_processor
 from ivl.checkpoint.vocabulary import load_tokenizer
+from ivl.checkpoint.weights import ByteProgress, StoredWeights, TensorSource, check_entries, write_shards
 from ivl.config import SPECIAL_TOKENS, DecoderConfig, ModelConfig, VisionConfig, published_config
 from ivl.errors import InputError
 from ivl.lora.layers import load_adapter, merge_lora
@@ -30,6 +31,7 @@ from ivl.model.projector import Projector
 from ivl.model.vit import VisionTransformer
 from ivl.processing.processor import Processor
 from ivl.processing.tokenizer import Tokenizer, token_text
+from ivl.utils.files import write_json
 
 CHATML = ("<|im_start|>", "<|im_end|>")
 NEW_ROW_STD = 0.02
@@ -52,7 +54,7 @@ def compose(
     seed: int = 0,
     dtype: torch.dtype | None = None,
     dialect: Dialect = "internvl_chat",
-    progress: Progress | None = None,
+    progress: ByteProgress | None = None,
 ) -> ModelConfig:
     """Write a complete model made of a ViT, a language model and a projector.
 
@@ -163,19 +165,19 @@ class _LanguagePart(_Part):
     pad_id: int | None
 
 
-def _tensors(entries: Sequence[Entry], weights: Source, ours: str = "") -> Tensors:
+def _tensors(entries: Sequence[Entry], weights: TensorSource, ours: str = "") -> Tensors:
     """Entries whose parameter name starts with `ours`."""
     return {e.ours: lambda e=e: read(e, weights) for e in entries if e.ours.startswith(ours)}
 
 
-def _checked(module: nn.Module, entries: Sequence[Entry], weights: Source, prefix: str) -> Tensors:
+def _checked(module: nn.Module, entries: Sequence[Entry], weights: TensorSource, prefix: str) -> Tensors:
     """Tensors of a part that is a checkpoint of its own, after comparing names and shapes."""
     check_entries(entries, {f"{prefix}{name}": p.shape for name, p in module.named_parameters()}, weights)
     return _tensors(entries, weights)
 
 
 def _top(directory: Path) -> Section:
-    return Section(read_json(directory / "config.json"), str(directory / "config.json"))
+    return Section(read_object(directory / "config.json"), str(directory / "config.json"))
 
 
 def _whole(directory: Path, ours: str) -> tuple[_Part, ModelConfig]:
@@ -198,7 +200,7 @@ def _vision_part(directory: Path) -> _VisionPart:
     config = vision_from(top)
     with torch.device("meta"):
         module = VisionTransformer(config)
-    weights = Weights(directory)
+    weights = StoredWeights(directory)
     tensors = _checked(module, vision_map(module, _VISION_ALONE[kind], ours="vision."), weights, "vision.")
     return _VisionPart(place=directory, dtype=weights.main_dtype, tensors=tensors, vision=config)
 
@@ -216,7 +218,7 @@ def _language_part(llm: str | Path) -> _LanguagePart:
     config = decoder_from(top, family_of(top))
     with torch.device("meta"):
         module = Decoder(config)
-    weights = Weights(directory)
+    weights = StoredWeights(directory)
     entries = decoder_map(module, internlm2=config.family == "internlm2", ours="decoder.")
     if tied(directory):
         untie(entries, weights, "decoder.")
@@ -260,7 +262,7 @@ def _eos_ids(directory: Path) -> tuple[int, ...]:
     """Where the language model alone ends a reply: generation_config.json, else config.json."""
     for name in ("generation_config.json", "config.json"):
         if (directory / name).exists():
-            value = read_json(directory / name).get("eos_token_id")
+            value = read_object(directory / name).get("eos_token_id")
             if value is None:
                 continue
             ids = tuple(i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int))

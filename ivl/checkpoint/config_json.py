@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from ivl.checkpoint.files import read_json
-from ivl.checkpoint.keymaps import Dialect
+from ivl.checkpoint.files import read_object
 from ivl.config import DecoderConfig, Family, ModelConfig, TilingConfig, VisionConfig
 from ivl.errors import InputError
 
+Dialect = Literal["internvl_chat", "transformers"]
 IMAGE_TOKEN = "<IMG_CONTEXT>"
 CHAT_END = "<|im_end|>"
 LIMITS = {
@@ -73,7 +73,7 @@ def dialect_of(directory: Path) -> Dialect:
     Raises:
         InputError: if it is neither.
     """
-    return _dialect(Section(read_json(directory / "config.json"), str(directory / "config.json")))
+    return _dialect(Section(read_object(directory / "config.json"), str(directory / "config.json")))
 
 
 def load_config(directory: Path | str) -> ModelConfig:
@@ -85,7 +85,7 @@ def load_config(directory: Path | str) -> ModelConfig:
         InputError: naming file and key, if something is missing, out of bounds or not supported.
     """
     directory = Path(directory)
-    top = Section(read_json(directory / "config.json"), str(directory / "config.json"))
+    top = Section(read_object(directory / "config.json"), str(directory / "config.json"))
     for key in ("use_backbone_lora", "use_llm_lora"):
         top.require(key, 0, 0)
     top.require("downsample_ratio", 0.5, 0.5)
@@ -102,7 +102,7 @@ def load_config(directory: Path | str) -> ModelConfig:
 
 def tied(directory: Path) -> bool:
     """Whether the output head of a checkpoint without one is its embedding table."""
-    values = read_json(directory / "config.json")
+    values = read_object(directory / "config.json")
     inner = values.get("llm_config") or values.get("text_config") or {}
     # transformers' own default for an InternVL configuration is true.
     default = values.get("model_type") == "internvl"
@@ -180,7 +180,7 @@ def token_id(directory: Path, token: str) -> int | None:
     for name in ("added_tokens.json", "tokenizer_config.json", "tokenizer.json"):
         if not (directory / name).exists():
             continue
-        values = read_json(directory / name)
+        values = read_object(directory / name)
         if name == "added_tokens.json":
             found = values
         elif name == "tokenizer.json":
@@ -217,7 +217,7 @@ def _common(top: Section, directory: Path, vision: VisionConfig, decoder: Decode
     """What both dialects keep at the top or in other files of the directory."""
     text = top.section("llm_config" if "llm_config" in top.values else "text_config")
     path = directory / "generation_config.json"
-    generation = Section(read_json(path) if path.exists() else {}, str(path))
+    generation = Section(read_object(path) if path.exists() else {}, str(path))
     image_token = top.get("image_token_id", token_id(directory, IMAGE_TOKEN))
     if image_token is None:
         published = {("qwen2", 151674): 151667, ("internlm2", 92553): 92546}
@@ -262,7 +262,7 @@ def _tiling(top: Section, directory: Path, size: int) -> TilingConfig:
         )
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (directory / name).exists():
-            values = read_json(directory / name)
+            values = read_object(directory / name)
             image = Section(values.get("image_processor", values), str(directory / name))
             if "max_patches" in image.values:
                 low, high = image.number("min_patches", 1), image.number("max_patches")

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ivl.checkpoint.config_json import ARCHITECTURES
-from ivl.checkpoint.keymaps import Dialect
+from ivl.checkpoint.config_json import ARCHITECTURES, Dialect
 from ivl.config import ModelConfig
 from ivl.errors import InputError
 

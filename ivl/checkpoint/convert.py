@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,18 +11,20 @@ import torch
 from torch import nn
 
 from ivl.checkpoint import load_config, resolve
-from ivl.checkpoint.config_json import dialect_of
+from ivl.checkpoint.config_json import Dialect, dialect_of
 from ivl.checkpoint.config_write import generation_json, to_json
-from ivl.checkpoint.files import MAX_SHARD_BYTES, Progress, write_json, write_shards
+from ivl.checkpoint.files import new_directory
 from ivl.checkpoint.gguf_tokenizer import gguf_vocabulary
 from ivl.checkpoint.gguf_write import STORAGE, write_language, write_vision
-from ivl.checkpoint.keymaps import Dialect, key_map
+from ivl.checkpoint.keymaps import key_map
 from ivl.checkpoint.model_dir import empty_model, open_weights, read, tensors_of
 from ivl.checkpoint.processor_files import jinja, load_processor, save_processor
 from ivl.checkpoint.quantization import quantization_json, quantized_entries, weight_shapes
+from ivl.checkpoint.weights import MAX_SHARD_BYTES, ByteProgress, write_shards
 from ivl.errors import InputError
 from ivl.processing.chat import template_of
 from ivl.quant.layers import Scheme, Schemes, quantize, quantize_layers, quantized_layers, unpacked
+from ivl.utils.files import write_json
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 LANGUAGE_GGUF, VISION_GGUF = "model.gguf", "mmproj.gguf"
@@ -41,8 +40,8 @@ def convert(
     force: bool = False,
     weights_only: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    progress: Progress | None = None,
-) -> list[Loss]:
+    progress: ByteProgress | None = None,
+) -> list[QuantizationLoss]:
     """Rewrite a model directory or hub id in a dialect: configuration, weights, tokenizer and preprocessor files.
 
     Tensors stream from shard to shard, so any size fits a small machine. What quantising loses is returned by layer, worst
@@ -94,7 +93,7 @@ def convert(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loss:
+class QuantizationLoss:
     """What quantising lost of a layer."""
 
     layer: str
@@ -120,7 +119,7 @@ class Quantizer:
                 raise InputError(f"{path}: {error}; name another --group-size") from None
             return scheme
 
-        self.losses: list[Loss] = []
+        self.losses: list[QuantizationLoss] = []
         self._read = read
         self._paths = set(quantize_layers(model, scheme_of))
         self._layers = quantized_layers(model)
@@ -148,11 +147,11 @@ class Quantizer:
             got = unpacked(weight[some], scale[some].float(), None if zero is None else zero[some], scheme)
             lost += float((got - wanted).square().sum())
             norm += float(wanted.square().sum())
-        self.losses.append(Loss(layer=path, scheme=scheme.name, error=(lost / norm) ** 0.5 if norm else 0.0))
+        self.losses.append(QuantizationLoss(layer=path, scheme=scheme.name, error=(lost / norm) ** 0.5 if norm else 0.0))
         return {"weight": weight, "scale": scale, **({} if zero is None else {"zero": zero})}
 
 
-def _report(losses: list[Loss]) -> dict[str, Any]:
+def _report(losses: list[QuantizationLoss]) -> dict[str, Any]:
     meaning = "norm of the difference of the weights, as a share of their norm; worst layers first"
     return {"error": meaning, "layers": [asdict(loss) for loss in losses]}
 
@@ -163,7 +162,7 @@ def convert_to_gguf(
     *,
     storage: str | None = None,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: ByteProgress | None = None,
 ) -> int:
     """Write a model directory or hub id as the two files of llama.cpp: `model.gguf` and `mmproj.gguf` (docs/hand_over.md).
 
@@ -198,39 +197,3 @@ def convert_to_gguf(
             chat_template=jinja(form, config.system_message), storage=kind, progress=progress,
         )  # fmt: skip
         return wider + write_vision(out / VISION_GGUF, model, stored, storage=kind, progress=progress)
-
-
-@contextmanager
-def new_directory(target: str | Path, *, force: bool = False, mark: str = "config.json") -> Iterator[Path]:
-    """A directory to write into that becomes the target when the block ends well, and vanishes when it does not.
-
-    Args:
-        mark: the file by which a directory that may be replaced is known.
-
-    Raises:
-        InputError: if the target is there already and force is not given, or if it is no model directory.
-    """
-    target = Path(target).absolute()
-    occupied = target.exists() and not (target.is_dir() and not any(target.iterdir()))
-    if occupied and not force:
-        raise InputError(f"{target}: exists; name another directory, or give --force to replace it")
-    if occupied and not (target / mark).is_file():
-        raise InputError(f"{target}: has no {mark}, so it is no model directory and will not be replaced")
-    # Beside the target, so that a rename suffices; the process id keeps two runs apart.
-    part = target.with_name(f".{target.name}.part-{os.getpid()}")
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    try:
-        part.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"{target}: cannot be written: {error}") from None
-    try:
-        yield part
-        if target.exists():
-            target.rename(old)
-        part.rename(target)
-    except BaseException:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

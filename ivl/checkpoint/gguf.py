@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,12 +127,6 @@ class Gguf:
         """The dtype that holds the matrices exactly: their own, or float32 when they are quantised or differ."""
         kinds = {self._kinds[name].name for name, shape in self.shapes.items() if len(shape) > 1}
         return _EXACT.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
-
-    def fill(self, pairs: Iterable[tuple[str, torch.Tensor]], meanwhile: Callable[[], object] = bool) -> None:
-        """Copy tensors into memory that is there, converting dtype and device."""
-        meanwhile()
-        for name, ours in pairs:
-            ours.copy_(self.get(name))
 
     def get(self, name: str) -> torch.Tensor:
         """One tensor, float32 when it was quantised. Query and key rows come in our rotary order."""

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from ivl.checkpoint.files import Progress
 from ivl.checkpoint.gguf import INTERLEAVED_ROTARY, NAMES, GgufVocabulary
 from ivl.checkpoint.keymaps import Entry, Names, build_entries
+from ivl.checkpoint.weights import ByteProgress
 from ivl.config import DecoderConfig, ModelConfig
 from ivl.errors import InputError
 from ivl.model.vlm import PIXEL_MEAN, PIXEL_STD, VLM
@@ -62,7 +62,7 @@ def write_language(
     *,
     chat_template: str,
     storage: Storage,
-    progress: Progress | None = None,
+    progress: ByteProgress | None = None,
 ) -> int:
     """The decoder with its tokenizer. Dynamic NTK has no form in GGUF: beyond max_positions llama.cpp does not rescale.
 
@@ -96,7 +96,7 @@ def write_language(
     return _write(writer, _tensors(entries, model, storage), read, arrange, progress)
 
 
-def write_vision(path: Path, model: VLM, read: Read, *, storage: Storage, progress: Progress | None = None) -> int:
+def write_vision(path: Path, model: VLM, read: Read, *, storage: Storage, progress: ByteProgress | None = None) -> int:
     """InternViT and the projector, as the file that llama.cpp takes as --mmproj. Layers after the selected one are left out.
 
     Returns:
@@ -170,7 +170,7 @@ def _write(
     tensors: Sequence[_Tensor],
     read: Read,
     arrange: Callable[[str, torch.Tensor], torch.Tensor],
-    progress: Progress | None,
+    progress: ByteProgress | None,
 ) -> int:
     """The whole file, one of our parameters in memory at a time."""
     import gguf

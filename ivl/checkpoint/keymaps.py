@@ -14,12 +14,12 @@ from typing import Literal
 import torch
 from torch import nn
 
+from ivl.checkpoint.config_json import Dialect
 from ivl.model.decoder import Decoder
 from ivl.model.linear import Linear
 from ivl.model.vit import VisionTransformer
 from ivl.model.vlm import VLM
 
-Dialect = Literal["internvl_chat", "transformers"]
 Form = Literal["same", "words", "signed", "zeros"]
 Names = dict[str, tuple[str, ...]]
 

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from ivl import reservation
-from ivl.checkpoint.config_json import dialect_of, load_config, tied
+from ivl.checkpoint.config_json import Dialect, dialect_of, load_config, tied
 from ivl.checkpoint.config_write import generation_json, to_json
-from ivl.checkpoint.files import (
-    MAX_SHARD_BYTES,
-    Progress,
-    Source,
-    Weights,
-    check_entries,
-    listing,
-    read_json,
-    write_json,
-    write_shards,
-)
+from ivl.checkpoint.files import listing, read_object
 from ivl.checkpoint.hub import resolve
-from ivl.checkpoint.keymaps import Dialect, Entry, current_name, key_map
+from ivl.checkpoint.keymaps import Entry, current_name, key_map
 from ivl.checkpoint.quantization import (
     adopt,
     quantization_json,
@@ -31,10 +20,12 @@ from ivl.checkpoint.quantization import (
     schemes_of,
     weight_shapes,
 )
+from ivl.checkpoint.weights import MAX_SHARD_BYTES, ByteProgress, StoredWeights, TensorSource, check_entries, write_shards
 from ivl.config import ModelConfig
 from ivl.errors import InputError
 from ivl.model.vlm import VLM
 from ivl.quant.layers import quantized_layers
+from ivl.utils.files import write_json
 
 
 def load_model(
@@ -44,18 +35,16 @@ def load_model(
     device: torch.device | str = "cpu",
     quantized: bool = True,
     map_embeddings: bool = False,
-    meanwhile: Callable[[], object] = bool,
 ) -> VLM:
-    """A model in eval mode from a directory or hub id, in either dialect.
+    """Load a model, in eval mode, from a directory or hub id of either dialect.
 
-    Weights are read into place, or mapped from their files where they are converted; at most one shard is held beyond the
-    model. Quantised weights stay what they are.
+    Weights are copied from memory maps of their files; at most one shard is held beyond the model. Quantized weights stay
+    what they are.
 
     Args:
         dtype: of the parameters; None keeps that of most of the stored weights.
-        quantized: accept a quantised model; where weights are to be changed, it is refused.
+        quantized: accept a quantized model; pass False where weights will be changed.
         map_embeddings: leave the embedding table in its file where that is possible: only rows that are used take memory.
-        meanwhile: called while weights are being read, which needs little of Python.
 
     Raises:
         InputError: if the model cannot be found, or its files do not describe exactly one model; nothing is allocated then.
@@ -67,11 +56,11 @@ def load_model(
     table = model.decoder.embeddings
     (name,) = next(entry.theirs for entry in entries if entry.ours == "decoder.embeddings.weight")
     mapped = map_embeddings and torch.device(device).type == "cpu" and table.weight.dtype == weights.dtypes[name]
-    allocate(model, device, unused=table if mapped else None)
     if mapped:
         table.weight = torch.nn.Parameter(weights.get(name))
         entries = [entry for entry in entries if entry.ours != "decoder.embeddings.weight"]
-    fill(tensors_of(model), entries, weights, meanwhile)
+    allocate(model, device)
+    fill(tensors_of(model), entries, weights)
     return model.eval()
 
 
@@ -82,7 +71,7 @@ def save_model(
     dialect: Dialect = "internvl_chat",
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    progress: Progress | None = None,
+    progress: ByteProgress | None = None,
 ) -> None:
     """Write config.json, generation_config.json and the weights; the tokenizer's files are the processor's matter.
 
@@ -128,27 +117,21 @@ def tensors_of(model: VLM) -> dict[str, torch.Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def allocate(model: torch.nn.Module, device: torch.device | str, *, unused: torch.nn.Module | None = None) -> None:
-    """Give a model on the meta device memory, not yet written: what was reserved if there is such, but not for the module whose
-    weights will not be used. As `to_empty`, which imports sympy (0.7 s) for it."""
-    reserved = reservation.claim()
+def allocate(model: torch.nn.Module, device: torch.device | str) -> None:
+    """Give every tensor of a model that is on the meta device memory, not yet written. `to_empty` does this, too, but imports
+    sympy (0.7 s) for it."""
+
+    def memory(like: torch.Tensor) -> torch.Tensor:
+        return torch.empty(like.shape, dtype=like.dtype, device=device) if like.is_meta else like
+
     for module in model.modules():
-        ahead = reserved if module is not unused and torch.device(device).type == "cpu" else None
         for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, torch.nn.Parameter(_memory(parameter, device, ahead), parameter.requires_grad))
+            setattr(module, name, torch.nn.Parameter(memory(parameter), parameter.requires_grad))
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, _memory(buffer, device, ahead))
-    if reserved is not None:
-        reserved.finish()
+            setattr(module, name, memory(buffer))
 
 
-def _memory(like: torch.Tensor, device: torch.device | str, reserved: reservation.Reservation | None) -> torch.Tensor:
-    if reserved is not None and (taken := reserved.take(like.nbytes)) is not None:
-        return torch.frombuffer(taken, dtype=like.dtype).view(like.shape)
-    return torch.empty(like.shape, dtype=like.dtype, device=device)
-
-
-def open_weights(directory: Path, model: VLM, *, quantized: bool = False) -> tuple[Weights, list[Entry]]:
+def open_weights(directory: Path, model: VLM, *, quantized: bool = False) -> tuple[StoredWeights, list[Entry]]:
     """The weights of a directory and the entries that map them to the model, checked to fit each other.
 
     quantized: accept quantised weights; the (empty) model then gets the layers for them.
@@ -158,14 +141,14 @@ def open_weights(directory: Path, model: VLM, *, quantized: bool = False) -> tup
     """
     dialect = dialect_of(directory)
     entries = key_map(model, dialect)
-    config = read_json(directory / "config.json").get("quantization_config")
+    config = read_object(directory / "config.json").get("quantization_config")
     if config is not None and not quantized:
         raise InputError(
             f"{directory}: is quantised, which is for inference only; to train, merge, convert or compose take the model that "
             "it was made from"
         )
     rename = current_name if dialect == "transformers" else str
-    weights = Weights(directory, rename, integers=config is not None)
+    weights = StoredWeights(directory, rename, integers=config is not None)
     if tied(directory):
         untie(entries, weights, "decoder.")
     if config is not None:
@@ -175,7 +158,7 @@ def open_weights(directory: Path, model: VLM, *, quantized: bool = False) -> tup
     return weights, entries
 
 
-def untie(entries: Sequence[Entry], weights: Weights, ours: str = "") -> None:
+def untie(entries: Sequence[Entry], weights: StoredWeights, ours: str = "") -> None:
     """Let a checkpoint without an output head give its embedding table for one."""
     names = {entry.ours: entry.theirs[0] for entry in entries}
     head, embeddings = names[f"{ours}head.weight"], names[f"{ours}embeddings.weight"]
@@ -184,27 +167,17 @@ def untie(entries: Sequence[Entry], weights: Weights, ours: str = "") -> None:
 
 
 @torch.no_grad()
-def fill(
-    parameters: Mapping[str, torch.Tensor], entries: Sequence[Entry], weights: Source, meanwhile: Callable[[], object] = bool
-) -> None:
+def fill(parameters: Mapping[str, torch.Tensor], entries: Sequence[Entry], weights: TensorSource) -> None:
     """Copy the weights of every entry into our parameters, converting dtype and device."""
-    plain: list[tuple[str, torch.Tensor]] = []
-    signed: list[torch.Tensor] = []
     for entry in entries:
         ours = parameters[entry.ours]
-        if entry.groups is not None or entry.form == "zeros":
+        if entry.rows and entry.form == "same" and entry.groups is None:
+            for part, name in zip(ours.split(entry.rows), entry.theirs, strict=True):  # joins without a copy of the whole
+                part.copy_(weights.get(name))
+        else:
             ours.copy_(read(entry, weights))
-            continue
-        stored = {"words": torch.int32, "signed": torch.int8}.get(entry.form, ours.dtype)  # our bytes, but for their sign
-        parts = ours.split(entry.rows) if entry.rows else (ours,)  # views, so filling them fills ours
-        plain += zip(entry.theirs, (part if stored == ours.dtype else part.view(stored) for part in parts), strict=True)
-        if entry.form == "signed":
-            signed.append(ours)
-    weights.fill(plain, meanwhile)
-    for ours in signed:
-        ours ^= 128
 
 
-def read(entry: Entry, weights: Source) -> torch.Tensor:
+def read(entry: Entry, weights: TensorSource) -> torch.Tensor:
     """Our parameter for an entry, as stored."""
     return entry.join([weights.get(name) for name in entry.theirs])

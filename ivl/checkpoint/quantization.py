@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ivl.checkpoint.files import Weights
 from ivl.checkpoint.keymaps import Entry
+from ivl.checkpoint.weights import StoredWeights
 from ivl.errors import InputError
 from ivl.quant.layers import QuantLinear, Scheme, Schemes, quantize_layers, quantized_layers
 
@@ -116,7 +116,7 @@ def rounds_activations(place: str, config: Any) -> bool:
     return found.get(True) is not None
 
 
-def adopt(model: nn.Module, entries: Sequence[Entry], weights: Weights, activations: bool) -> list[Entry]:
+def adopt(model: nn.Module, entries: Sequence[Entry], weights: StoredWeights, activations: bool) -> list[Entry]:
     """Give an empty model the quantised layers that a checkpoint has, and return its entries for them.
 
     activations: whether layers stored in plain int8 round their input.
@@ -137,7 +137,7 @@ def adopt(model: nn.Module, entries: Sequence[Entry], weights: Weights, activati
     return quantized_entries(model, entries)
 
 
-def _stored_scheme(name: str, width: int, weights: Weights, activations: bool) -> Scheme | None:
+def _stored_scheme(name: str, width: int, weights: StoredWeights, activations: bool) -> Scheme | None:
     """The scheme of a checkpoint's layer, from the names and shapes of its tensors."""
     packed, scale, zero = f"{name}_packed", f"{name}_scale", f"{name}_zero_point"
     in_words = packed in weights.shapes

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 if TYPE_CHECKING:
-    from ivl.checkpoint.files import Progress
+    from ivl.checkpoint.weights import ByteProgress
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Dialect = Literal["internvl_chat", "transformers"]
@@ -129,7 +129,8 @@ def run_compose(
         force: Replace out if it is a model directory.
     """
     from ivl.checkpoint import compose as operation
-    from ivl.checkpoint.convert import DTYPES, new_directory
+    from ivl.checkpoint.convert import DTYPES
+    from ivl.checkpoint.files import new_directory
 
     with _progress(f"writing {out}") as progress, new_directory(out, force=force) as part:
         operation.compose(vit, llm, projector, part, seed=seed, dtype=DTYPES.get(dtype), dialect=to, progress=progress)
@@ -156,7 +157,7 @@ def run_merge(
         force: Replace out if it is a model directory.
     """
     from ivl.checkpoint import compose as operation
-    from ivl.checkpoint.convert import new_directory
+    from ivl.checkpoint.files import new_directory
 
     with new_directory(out, force=force) as part:
         operation.merge(model, adapter, part)
@@ -164,7 +165,7 @@ def run_merge(
 
 
 @contextmanager
-def _progress(title: str) -> Iterator[Progress]:
+def _progress(title: str) -> Iterator[ByteProgress]:
     """A bar of bytes on stderr."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn

@@ -12,13 +12,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ivl.checkpoint import load_config, load_model, save_model
+from ivl.checkpoint.config_json import Dialect
 from ivl.checkpoint.config_write import generation_json, to_json
-from ivl.checkpoint.files import Weights, write_json
-from ivl.checkpoint.keymaps import Dialect, Entry, key_map
+from ivl.checkpoint.keymaps import Entry, key_map
 from ivl.checkpoint.model_dir import empty_model
+from ivl.checkpoint.weights import StoredWeights
 from ivl.config import SIZES, ModelConfig, TilingConfig, published_config
 from ivl.errors import InputError
 from ivl.model.vlm import VLM
+from ivl.utils.files import write_json
 from tests.helpers.checkpoints import random_model, same_weights, tiny_like
 
 DIALECTS: tuple[Dialect, ...] = ("internvl_chat", "transformers")
@@ -173,7 +175,7 @@ def test_one_shard_replaces_many(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs a list of mapped files")
 def test_one_shard_is_open_at_a_time(tmp_path: Path) -> None:
     save_model(random_model(tiny_like("1B")), tmp_path, max_shard_bytes=40_000)
-    weights = Weights(tmp_path)
+    weights = StoredWeights(tmp_path)
     mapped = set()
     for name in weights.shapes:
         weights.get(name)

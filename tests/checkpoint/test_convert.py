@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from ivl.checkpoint import load_config, load_model, load_processor, save_model, save_processor
-from ivl.checkpoint.convert import convert, new_directory
+from ivl.checkpoint.convert import convert
+from ivl.checkpoint.files import new_directory
 from ivl.cli.convert import compose as compose_command
 from ivl.cli.convert import convert as command
 from ivl.cli.convert import merge as merge_command

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ivl.checkpoint import load_config, load_model, save_model
-from ivl.checkpoint.files import INDEX, WEIGHTS
+from ivl.checkpoint import load_config, load_model, model_dir, save_model
+from ivl.checkpoint.weights import INDEX, WEIGHTS
 from ivl.errors import InputError
 from tests.helpers.checkpoints import random_model, tiny_like
 
@@ -36,7 +36,7 @@ def no_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("memory was taken for a model that must be refused")
 
-    monkeypatch.setattr(torch.nn.Module, "to_empty", refuse)
+    monkeypatch.setattr(model_dir, "allocate", refuse)
 
 
 def test_missing_unexpected_and_misshapen_are_listed_together(good: Path, no_allocation: None) -> None:

@@ -1,0 +1,245 @@
+"""Weights of a model directory: safetensors shards, read through a memory map and written shard by shard.
+
+Files are untrusted: nothing is unpickled, no name leaves the directory.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ivl.checkpoint.files import listing, read_object
+from ivl.checkpoint.keymaps import IGNORED_SUFFIXES, Entry
+from ivl.errors import InputError
+from ivl.utils.files import write_json
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+MAX_SHARD_BYTES = 5_000_000_000
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+INTEGERS = {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
+"""Types of quantized weights."""
+ByteProgress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all."""
+
+
+class TensorSource(Protocol):
+    """Tensors by the names of their files: those of a directory (StoredWeights) or of a GGUF file."""
+
+    @property
+    def directory(self) -> Path: ...
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def get(self, name: str) -> torch.Tensor: ...
+
+
+class StoredWeights:
+    """The tensors of a directory: names, shapes and dtypes at once, data mapped from the file when asked for.
+
+    One shard is open at a time, so that reading everything holds at most one shard in memory.
+
+    Args:
+        directory: holds `model.safetensors`, or shards and their index.
+        rename: from the names in the files to the names used here.
+        integers: accept tensors of integers, as quantized weights are.
+
+    Raises:
+        InputError: if there are no safetensors, a shard is missing, damaged or outside the directory, or the index and the
+            shards disagree.
+    """
+
+    def __init__(self, directory: Path, rename: Callable[[str], str] = str, *, integers: bool = False) -> None:
+        self.directory = directory
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self._known = DTYPES | INTEGERS if integers else DTYPES
+        self._places: dict[str, tuple[Path, str]] = {}
+        self._open: tuple[Path, Any] | None = None
+        index = directory / INDEX
+        listed = _read_index(index) if index.exists() else None
+        for file_name in [WEIGHTS] if listed is None else sorted(set(listed.values())):
+            self._read_header(directory / file_name, rename)
+        if listed is not None:
+            stored = {name: path.name for path, name in self._places.values()}
+            wrong = sorted(name for name in listed.keys() | stored.keys() if listed.get(name) != stored.get(name))
+            if wrong:
+                raise InputError(f"{index}: does not agree with the shards about {listing(wrong)}")
+
+    def _read_header(self, path: Path, rename: Callable[[str], str]) -> None:
+        if not path.is_file():
+            raise InputError(f"{path}: no such weights file{_pickle_hint(self.directory)}")
+        handle = self._handle(path)
+        for stored in handle.keys():  # noqa: SIM118 (a handle is no dict)
+            name = rename(stored)
+            if name in self._places:
+                raise InputError(f"{path}: tensor {stored!r} is there twice, also in {self._places[name][0].name}")
+            header = handle.get_slice(stored)
+            if header.get_dtype() not in self._known:
+                known = ", ".join(self._known)
+                raise InputError(f"{path}: tensor {stored!r} is {header.get_dtype()}; expected one of {known}")
+            self._places[name] = (path, stored)
+            self.shapes[name] = tuple(header.get_shape())
+            self.dtypes[name] = self._known[header.get_dtype()]
+
+    def _handle(self, path: Path) -> Any:
+        if self._open is None or self._open[0] != path:
+            self._open = None
+            try:
+                self._open = (path, safe_open(path, framework="pt", device="cpu"))
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"{path}: not a readable safetensors file: {error}; fetch it again") from None
+        return self._open[1]
+
+    def get(self, name: str) -> torch.Tensor:
+        """Map a tensor from its file; the caller copies it before the file changes."""
+        path, stored = self._places[name]
+        return self._handle(path).get_tensor(stored)
+
+    def alias(self, name: str, source: str) -> None:
+        """Let a tensor be read under one more name."""
+        for table in (self.shapes, self.dtypes, self._places):
+            table[name] = table[source]  # type: ignore[index]
+
+    @property
+    def main_dtype(self) -> torch.dtype:
+        """The dtype of most elements that are no integers."""
+        counts = {dtype: 0 for dtype in self.dtypes.values() if dtype.is_floating_point}
+        if not counts:
+            raise InputError(f"{self.directory}: has no tensor of {', '.join(DTYPES)}")
+        for name, shape in self.shapes.items():
+            if self.dtypes[name] in counts:
+                counts[self.dtypes[name]] += math.prod(shape)
+        return max(counts, key=lambda dtype: counts[dtype])
+
+
+def check_entries(entries: Sequence[Entry], shapes: Mapping[str, Sequence[int]], weights: TensorSource) -> None:
+    """Compare what a model needs with what a checkpoint has, before anything is allocated.
+
+    Args:
+        shapes: shape of each of our parameters that the entries name.
+
+    Raises:
+        InputError: listing every kind of disagreement: missing, unexpected and misshapen tensors.
+    """
+    needed = {
+        name: shape for entry in entries for name, shape in zip(entry.theirs, entry.shapes(shapes[entry.ours]), strict=True)
+    }
+    kinds = {
+        "missing": [name for name in needed if name not in weights.shapes],
+        "unexpected": [name for name in weights.shapes if name not in needed and not name.endswith(IGNORED_SUFFIXES)],
+        "misshapen": [
+            f"{name} {list(weights.shapes[name])} instead of {list(shape)}"
+            for name, shape in needed.items()
+            if weights.shapes.get(name, shape) != shape
+        ],
+    }
+    problems = [f"{len(names)} {kind}: {listing(names)}" for kind, names in kinds.items() if names]
+    if problems:
+        raise InputError(f"{weights.directory}: weights do not fit config.json; " + "; ".join(problems))
+
+
+def write_shards(
+    directory: Path,
+    entries: Sequence[Entry],
+    like: Mapping[str, torch.Tensor],
+    get: Callable[[Entry], torch.Tensor],
+    *,
+    dtype: torch.dtype,
+    extra: Mapping[str, torch.Tensor] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: ByteProgress | None = None,
+) -> None:
+    """Write entries as `model.safetensors`, or as shards and their index; older weights in the directory are removed.
+
+    Args:
+        like: a tensor of the shape and kind of each of our parameters, on any device.
+        get: returns our parameter for an entry; called shard by shard, so that at most one shard is held.
+        dtype: of the written tensors; integers stay as they are.
+        extra: a few small tensors to write as well, by their names in the file.
+
+    Raises:
+        InputError: if a file cannot be written (disk full, no permission).
+    """
+    shards, total = _plan_shards(entries, like, dtype, max_shard_bytes)
+    weight_map: dict[str, str] = {}
+    done = 0
+    for file_name, shard in shards.items():
+        tensors: dict[str, torch.Tensor] = dict(extra or {}) if file_name == list(shards)[-1] else {}
+        for entry in shard:
+            for name, tensor in zip(entry.theirs, entry.split(get(entry)), strict=True):
+                # A copy of its own: parts of a fused weight share storage, which safetensors refuses.
+                kind = dtype if tensor.is_floating_point() else tensor.dtype
+                tensors[name] = torch.empty(tensor.shape, dtype=kind).copy_(tensor.detach())
+                done += tensors[name].nbytes
+            if progress:
+                progress(done, total)
+        weight_map |= dict.fromkeys(tensors, file_name)
+        _write_shard(directory / file_name, tensors)
+        del tensors
+    written = {*shards}
+    if len(shards) > 1:
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        written.add(INDEX)
+    for old in [directory / INDEX, *directory.glob("model*.safetensors")]:
+        if old.name not in written:
+            old.unlink(missing_ok=True)
+
+
+def _plan_shards(
+    entries: Sequence[Entry], like: Mapping[str, torch.Tensor], dtype: torch.dtype, max_shard_bytes: int
+) -> tuple[dict[str, list[Entry]], int]:
+    """Divide entries into shards, in order: returns the entries by file name, and the bytes of all of them."""
+    groups: list[list[Entry]] = [[]]
+    room, total = max_shard_bytes, 0
+    for entry in entries:
+        tensor = like[entry.ours]
+        size = tensor.numel() * (dtype if tensor.is_floating_point() else tensor.dtype).itemsize
+        if size > room and groups[-1]:
+            groups.append([])
+            room = max_shard_bytes
+        groups[-1].append(entry)
+        room, total = room - size, total + size
+    count = len(groups)
+    names = [WEIGHTS] if count == 1 else [f"model-{n + 1:05}-of-{count:05}.safetensors" for n in range(count)]
+    return dict(zip(names, groups, strict=True)), total
+
+
+def _write_shard(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.touch()
+        mode = part.stat().st_mode
+        save_file(tensors, part, metadata={"format": "pt"})
+        part.chmod(mode)  # safetensors writes files that only their owner can read
+        part.replace(path)
+    except (SafetensorError, OSError) as error:
+        part.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written: {error}") from error
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Read which shard holds each tensor; a shard must be a plain file name beside the index."""
+    weight_map = read_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{path}: has no weight_map")
+    for name, file_name in weight_map.items():
+        if not isinstance(file_name, str) or not re.fullmatch(r"[\w][\w.-]*\.safetensors", file_name):
+            raise InputError(f"{path}: shard {file_name!r} of {name!r} is no plain .safetensors file name; refused")
+    return weight_map
+
+
+def _pickle_hint(directory: Path) -> str:
+    pickles = sorted(path.name for path in directory.glob("*") if path.suffix in PICKLES)
+    if not pickles:
+        return "; a model directory has model.safetensors, or shards with an index"
+    return f"; {listing(pickles, 3)} may run code when opened and is never read: convert it to safetensors where you trust it"
