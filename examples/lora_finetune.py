@@ -17,7 +17,7 @@ from own_model_from_config import build
 from own_training_recipe import draw, write_data
 
 import ivl
-from ivl.checkpoint.compose import merge
+from ivl.checkpoint.adapter import merge
 from ivl.config import LoraConfig
 from ivl.data.config import DataConfig
 from ivl.runs.run import run

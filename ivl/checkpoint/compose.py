@@ -1,4 +1,4 @@
-"""Model directories out of other model directories: compose one from parts, merge an adapter into one.
+"""A model directory composed of the parts of other model directories.
 
 Composing is how progressive scaling works: a ViT trained beside a small language model moves to a larger one (spec 4.5).
 """
@@ -12,20 +12,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ivl.checkpoint import load_config, load_model, resolve, save_model
-from ivl.checkpoint.config_json import Dialect, Section, decoder_from, dialect_of, family_of, tied, vision_from
+from ivl.checkpoint import load_config, resolve
+from ivl.checkpoint.config_json import Dialect, Section, decoder_from, family_of, tied, vision_from
 from ivl.checkpoint.config_write import generation_json, to_json
-from ivl.checkpoint.files import read_object
+from ivl.checkpoint.files import read_object, refuse_sources
 from ivl.checkpoint.gguf import Gguf
 from ivl.checkpoint.gguf_tokenizer import tokenizer_from_gguf
 from ivl.checkpoint.keymaps import Entry, decoder_map, key_map, vision_map
 from ivl.checkpoint.model_dir import empty_model, open_weights, read, untie
-from ivl.checkpoint.processor_files import load_processor, save_processor
+from ivl.checkpoint.processor_files import save_processor
 from ivl.checkpoint.vocabulary import load_tokenizer
 from ivl.checkpoint.weights import ByteProgress, StoredWeights, TensorSource, check_entries, write_shards
 from ivl.config import SPECIAL_TOKENS, DecoderConfig, ModelConfig, VisionConfig, published_config
 from ivl.errors import InputError
-from ivl.lora.layers import load_adapter, merge_lora
 from ivl.model.decoder import Decoder
 from ivl.model.projector import Projector
 from ivl.model.vit import VisionTransformer
@@ -98,7 +97,7 @@ def compose(
         joining = _projector_part(resolve(projector), config)
         parts.append(joining)
         tensors |= joining.tensors
-    target = _not_a_source(out, *(part.place for part in parts))
+    target = refuse_sources(out, *(part.place for part in parts))
     dtype = dtype or _widest([part.dtype for part in parts])
     described = to_json(config, dialect, str(dtype).removeprefix("torch."))
     target.mkdir(parents=True, exist_ok=True)
@@ -115,30 +114,6 @@ def compose(
     write_json(target / "config.json", described)
     save_processor(Processor(config, tokenizer), target)
     return config
-
-
-def merge(model: str | Path, adapter: str | Path, out: str | Path) -> None:
-    """Fold a LoRA adapter into its model and write a directory that needs neither, in the model's dialect.
-
-    Raises:
-        InputError: if the model or the adapter is unreadable, or they do not fit each other.
-    """
-    directory = resolve(model)
-    target = _not_a_source(out, directory, Path(adapter))
-    merged = load_model(directory, quantized=False)
-    processor = load_processor(directory)
-    load_adapter(merged, adapter)
-    merge_lora(merged)
-    save_model(merged, target, dialect=dialect_of(directory))
-    save_processor(processor, target)
-
-
-def _not_a_source(out: str | Path, *sources: Path) -> Path:
-    """Weights are mapped from their files while others are written, so no source may be written over."""
-    for source in sources:
-        if Path(out).resolve() == (source.parent if source.is_file() else source).resolve():
-            raise InputError(f"{out}: is also a source; name a new directory")
-    return Path(out)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -156,7 +156,7 @@ def run_merge(
         out: Directory to write.
         force: Replace out if it is a model directory.
     """
-    from ivl.checkpoint import compose as operation
+    from ivl.checkpoint import adapter as operation
     from ivl.checkpoint.files import new_directory
 
     with new_directory(out, force=force) as part:

@@ -1,20 +1,17 @@
-"""Low-rank adapters (LoRA) on any linear layer, named and stored as PEFT does for the transformers model.
+"""Low-rank adapters (LoRA) on any linear layer.
 
-A layer that fuses several projections gets one adapter per projection, so adapters travel both ways unchanged.
+A layer that fuses several projections gets one adapter per projection, so that adapters of PEFT, which knows no fused layers,
+travel both ways unchanged (ivl/checkpoint/adapter.py).
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -23,21 +20,6 @@ from ivl.errors import InputError
 from ivl.model.linear import Linear
 from ivl.model.vlm import VLM
 from ivl.quant.layers import quantized_layers
-
-PEFT_PREFIX = "base_model.model."
-
-# Our logical layer names to module paths of transformers' InternVLForConditionalGeneration.
-_PATHS = (
-    (r"decoder\.layers\.(\d+)\.qkv\.([qkv]_proj)", r"model.language_model.layers.\1.self_attn.\2"),
-    (r"decoder\.layers\.(\d+)\.out", r"model.language_model.layers.\1.self_attn.o_proj"),
-    (r"decoder\.layers\.(\d+)\.gate_up\.(gate_proj|up_proj)", r"model.language_model.layers.\1.mlp.\2"),
-    (r"decoder\.layers\.(\d+)\.down", r"model.language_model.layers.\1.mlp.down_proj"),
-    (r"decoder\.head", r"lm_head"),
-    (r"vision\.layers\.(\d+)\.attention\.qkv\.([qkv]_proj)", r"model.vision_tower.encoder.layer.\1.attention.\2"),
-    (r"vision\.layers\.(\d+)\.attention\.out", r"model.vision_tower.encoder.layer.\1.attention.projection_layer"),
-    (r"vision\.layers\.(\d+)\.(fc[12])", r"model.vision_tower.encoder.layer.\1.mlp.\2"),
-    (r"projector\.fc([12])", r"model.multi_modal_projector.linear_\1"),
-)
 
 
 class LoraLinear(Linear):
@@ -108,17 +90,18 @@ def _spans(layer: Linear) -> dict[str, tuple[int, int]]:
     return spans
 
 
-def _projections(model: VLM) -> dict[str, tuple[str, str]]:
-    """Every logical projection: dotted name -> (module path, name inside the module)."""
-    found = {}
+def projections(model: VLM) -> dict[str, tuple[str, str]]:
+    """Return the module path and the name inside the module of every projection, by dotted name."""
+    paths = {}
     for path, module in model.named_modules():
         if isinstance(module, Linear):
             for name in _spans(module):
-                found[f"{path}.{name}" if module.parts else path] = (path, name)
-    return found
+                paths[f"{path}.{name}" if module.parts else path] = (path, name)
+    return paths
 
 
-def _lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
+def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
+    """Return the layers with adapters by their path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 
@@ -128,18 +111,18 @@ def add_lora(model: VLM, config: LoraConfig) -> None:
     Raises:
         InputError: if a target names no layer (the message lists what exists), or the model has adapters already.
     """
-    if _lora_layers(model):
+    if lora_layers(model):
         raise InputError("the model already carries LoRA adapters; merge_lora() folds them in first")
     if quantized_layers(model):
-        raise InputError("the model is quantised, which is for inference only; adapters go on the model that it was made from")
-    projections = _projections(model)
+        raise InputError("the model is quantized, which is for inference only; put adapters on the model that it was made from")
+    known = projections(model)
     chosen: dict[str, list[str]] = {}
     for target in config.targets:
-        hits = [name for name in projections if name.startswith(f"{target}.") or fnmatchcase(name, target)]
+        hits = [name for name in known if name.startswith(f"{target}.") or fnmatchcase(name, target)]
         if not hits:
-            kinds = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in projections)
+            kinds = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in known)
             raise InputError(f"LoRA target {target!r} names no linear layer; there are {', '.join(kinds)}")
-        for path, name in (projections[hit] for hit in hits):
+        for path, name in (known[hit] for hit in hits):
             chosen.setdefault(path, []).append(name)
     for path, names in chosen.items():
         layer = model.get_submodule(path)
@@ -148,20 +131,20 @@ def add_lora(model: VLM, config: LoraConfig) -> None:
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapters' parameters by dotted name; what a LoRA stage trains."""
+    """Return the parameters that a LoRA stage trains, by dotted name."""
     return {name: p for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name}
 
 
 def merge_lora(model: nn.Module) -> None:
     """Fold every adapter into its layer's weight, in place, and leave plain Linear layers."""
-    for path, layer in _lora_layers(model).items():
+    for path, layer in lora_layers(model).items():
         model.set_submodule(path, layer.merged())
 
 
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """Inside, the model computes what it did before adapters were added (the reference model of preference training)."""
-    layers = list(_lora_layers(model).values())
+    """Let the model compute what it did before adapters were added, inside a `with` block: the reference model of MPO."""
+    layers = list(lora_layers(model).values())
     before = [layer.enabled for layer in layers]
     try:
         for layer in layers:
@@ -170,114 +153,3 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, enabled in zip(layers, before, strict=True):
             layer.enabled = enabled
-
-
-def transformers_path(name: str) -> str:
-    """Module path in transformers' InternVLForConditionalGeneration of one logical projection."""
-    for pattern, path in _PATHS:
-        if match := re.fullmatch(pattern, name):
-            return match.expand(path)
-    raise KeyError(name)
-
-
-def _adapters(model: VLM) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """transformers module path -> (A, B) of every adapter."""
-    layers = _lora_layers(model)
-    return {
-        transformers_path(logical): (layers[path].lora_A[name], layers[path].lora_B[name])
-        for logical, (path, name) in _projections(model).items()
-        if path in layers and name in layers[path].spans
-    }
-
-
-def save_adapter(model: VLM, out_dir: str | Path, *, base: str = "") -> None:
-    """Write adapter_config.json and adapter_model.safetensors as PEFT does; base is the base model's name or directory.
-
-    Raises:
-        InputError: if the model has no adapters.
-    """
-    layers = _lora_layers(model)
-    if not layers:
-        raise InputError("the model carries no LoRA adapters, so there is nothing to save")
-    config = next(iter(layers.values())).config
-    adapters = _adapters(model)
-    tensors = {}
-    for path, pair in adapters.items():
-        for letter, parameter in zip("AB", pair, strict=True):
-            tensors[f"{PEFT_PREFIX}{path}.lora_{letter}.weight"] = parameter.detach().cpu().contiguous()
-    described = {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": base or None,
-        "r": config.rank,
-        "lora_alpha": _whole(config.scale * config.rank),
-        "lora_dropout": config.dropout,
-        "target_modules": sorted(adapters),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-    }
-    out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
-    (out / "adapter_config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-
-
-def _whole(number: float) -> int | float:
-    return int(number) if number == int(number) else number
-
-
-def load_adapter(model: VLM, adapter_dir: str | Path) -> LoraConfig:
-    """Add the adapters of a directory that PEFT or save_adapter wrote to the model, in place.
-
-    Raises:
-        InputError: if files are missing, the adapter uses what is not supported here, or a tensor does not fit.
-    """
-    where = Path(adapter_dir)
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (where / file).is_file():
-            raise InputError(
-                f"{where}: no {file}; a LoRA adapter is a directory with adapter_config.json and adapter_model.safetensors"
-            )
-    described = json.loads((where / "adapter_config.json").read_text(encoding="utf-8"))
-    _check_supported(where, described)
-    try:
-        tensors = load_file(where / "adapter_model.safetensors")
-    except SafetensorError as error:
-        raise InputError(f"{where / 'adapter_model.safetensors'}: not a readable safetensors file: {error}") from None
-    logical = {f"{PEFT_PREFIX}{transformers_path(name)}": name for name in _projections(model)}
-    wanted = {key: logical.get(re.sub(r"\.lora_[AB]\.weight$", "", key)) for key in tensors}
-    if strangers := [key for key, name in wanted.items() if name is None]:
-        raise InputError(f"{where}: {len(strangers)} tensors name no linear layer of this model, first {strangers[0]!r}")
-    rank = described["r"]
-    alpha = described["lora_alpha"] * (rank**0.5 if described.get("use_rslora") else 1)
-    targets = tuple(dict.fromkeys(name for name in wanted.values() if name))
-    config = LoraConfig(rank=rank, alpha=alpha, dropout=described.get("lora_dropout", 0.0), targets=targets)
-    add_lora(model, config)
-    with torch.no_grad():
-        for path, pair in _adapters(model).items():
-            for letter, parameter in zip("AB", pair, strict=True):
-                key = f"{PEFT_PREFIX}{path}.lora_{letter}.weight"
-                got = tuple(tensors[key].shape) if key in tensors else "nothing"
-                if got != tuple(parameter.shape):
-                    raise InputError(f"{where}: {key} should be {tuple(parameter.shape)} but the file has {got}")
-                parameter.copy_(tensors[key])
-    return config
-
-
-def _check_supported(where: Path, described: dict) -> None:
-    if described.get("peft_type") != "LORA":
-        raise InputError(f"{where}: adapter type {described.get('peft_type')!r}; only LORA is supported")
-    plain = {
-        "bias": "none",
-        "use_dora": False,
-        "layer_replication": None,
-        "modules_to_save": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "fan_in_fan_out": False,
-    }
-    for key, usual in plain.items():
-        if (value := described.get(key, usual)) and value != usual:
-            raise InputError(f"{where}: adapter_config.json has {key} = {value!r}, which is not supported; only plain LoRA is")

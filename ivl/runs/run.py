@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ivl.checkpoint import load_config, load_model, load_tokenizer, resolve, save_model, save_processor
+from ivl.checkpoint.adapter import save_adapter
 from ivl.config import ModelConfig
 from ivl.cpu.memory import keep_freed_memory
 from ivl.data.config import DataConfig
 from ivl.data.loader import Loader
 from ivl.errors import InputError
-from ivl.lora.layers import merge_lora, save_adapter
+from ivl.lora.layers import merge_lora
 from ivl.model.vlm import VLM
 from ivl.preference.objective import PreferenceObjective, Reference, frozen
 from ivl.preference.reference import FileReference, adapters_off, precompute, weights_hash

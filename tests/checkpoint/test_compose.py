@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ivl.checkpoint import load_config, load_model, load_processor, load_tokenizer, save_model, save_processor, save_tokenizer
-from ivl.checkpoint.compose import compose, merge
+from ivl.checkpoint.adapter import merge, save_adapter
+from ivl.checkpoint.compose import compose
 from ivl.checkpoint.keymaps import decoder_map, vision_map
 from ivl.config import SPECIAL_TOKENS, LoraConfig
 from ivl.errors import InputError
-from ivl.lora.layers import add_lora, lora_parameters, merge_lora, save_adapter
+from ivl.lora.layers import add_lora, lora_parameters, merge_lora
 from ivl.model.vlm import VLM
 from ivl.processing.processor import Processor
 from ivl.processing.tokenizer import Tokenizer, train_bpe

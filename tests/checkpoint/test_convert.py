@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from ivl.checkpoint import load_config, load_model, load_processor, save_model, save_processor
+from ivl.checkpoint.adapter import save_adapter
 from ivl.checkpoint.convert import convert
 from ivl.checkpoint.files import new_directory
 from ivl.cli.convert import compose as compose_command
@@ -20,7 +21,7 @@ from ivl.cli.convert import convert as command
 from ivl.cli.convert import merge as merge_command
 from ivl.config import SIZES, LoraConfig
 from ivl.errors import InputError
-from ivl.lora.layers import add_lora, lora_parameters, save_adapter
+from ivl.lora.layers import add_lora, lora_parameters
 from ivl.model.vlm import VLM
 from ivl.processing.processor import Processor
 from ivl.processing.tokenizer import train_tokenizer

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from ivl.checkpoint import load_model, save_model
-from ivl.checkpoint.compose import merge
+from ivl.checkpoint.adapter import merge
 from ivl.checkpoint.convert import convert
 from ivl.checkpoint.keymaps import Entry
 from ivl.config import LoraConfig
