@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, cast
 
 from ivl.errors import InputError
+from ivl.generators import Dtype, LoadConfig
 from ivl.types import VIDEO_SUFFIXES, Conversation, ImageRef, Message, SamplingParams, Text, VideoRef
 
 if TYPE_CHECKING:
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from ivl.inference.engine import Engine, Reply, Request
 
     Medium = str | Path | bytes | Image.Image | ImageRef | VideoRef
-
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def load(
@@ -47,36 +45,11 @@ def load(
     Raises:
         InputError: if the model cannot be found or read.
     """
-    import torch
+    from ivl.generators.local import load_engine
 
-    from ivl.checkpoint import load_model, load_processor, resolve
-    from ivl.inference.engine import Engine
-
-    if max_tiles is not None and max_tiles < 1:
-        raise InputError(f"max_tiles must be at least 1, got {max_tiles}")
-    directory = resolve(name)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    parameters = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    model = load_model(directory, dtype=None if dtype == "auto" else parameters, device=device, map_embeddings=True)
-    if dtype == "auto":
-        model = model.to(_usable(model.dtype, device))
-    processor = load_processor(directory)
-    if max_tiles is not None:
-        tiling = processor.tiling
-        processor.tiling = replace(tiling, max_tiles=max_tiles, min_tiles=min(tiling.min_tiles, max_tiles))
-    return Model(Engine(model, processor, **engine_options))
-
-
-def _usable(stored: torch.dtype, device: str) -> torch.dtype:
-    """The stored type, or float32 where computing in it is slow."""
-    import torch
-
-    if not device.startswith("cpu") or stored == torch.float32:
-        return stored
-    able = torch.cpu.get_capabilities()
-    native = any(able.get(flag) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
-    return stored if stored == torch.bfloat16 and native else torch.float32
+    name_of_dtype = dtype if isinstance(dtype, str) else cast(Dtype, str(dtype).removeprefix("torch."))
+    config = LoadConfig(dtype=name_of_dtype, device=device, max_tiles=max_tiles)
+    return Model(load_engine(name, config, **engine_options))
 
 
 class Model:

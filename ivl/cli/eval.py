@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from ivl.api import Dtype
+from ivl.generators import Dtype
 from ivl.errors import InputError
 from ivl.evaluation.scoring import Style
 

@@ -1,24 +1,34 @@
-"""What filters, evaluation and preference see of any engine, local or remote."""
+"""Generators: whatever writes replies to conversations, an engine in this process or an OpenAI-compatible endpoint.
+
+Filters, evaluation and preference know only this protocol.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from ivl.errors import InputError
 from ivl.types import Conversation, FinishReason, SamplingParams, TextDelta
 
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
 
 class Refused(InputError):
-    """The engine will not answer this one conversation; others may fare better. What to do is a policy of the caller."""
+    """The generator refuses this one conversation and may answer others. The caller decides what happens then."""
 
 
 class Generator(Protocol):
+    """Writes one reply at a time."""
+
     def stream(self, prompt: Conversation, params: SamplingParams) -> Iterator[TextDelta]: ...
 
 
 class ReplyLike(Protocol):
+    """A finished reply."""
+
     @property
     def text(self) -> str: ...
     @property
@@ -27,7 +37,7 @@ class ReplyLike(Protocol):
 
 @runtime_checkable
 class BatchGenerator(Protocol):
-    """A Generator that answers many conversations at once, faster than one after another."""
+    """A generator that answers many conversations at once, faster than one after another."""
 
     def generate(
         self, conversations: Sequence[Conversation], params: SamplingParams | Sequence[SamplingParams]
@@ -36,28 +46,98 @@ class BatchGenerator(Protocol):
 
 @dataclass(frozen=True)
 class PlainReply:
+    """A reply of which only the text and its end are known."""
+
     text: str
     finish_reason: FinishReason
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadConfig:
+    """How a model is loaded."""
+
+    dtype: Dtype = "auto"
+    """Type of the weights; auto is the stored type where the processor computes in it well (bfloat16 needs AVX512-BF16, AMX
+    or Arm BF16), else float32."""
+    device: str = "auto"
+    """cpu, cuda, or auto: the GPU if there is one."""
+    max_tiles: int | None = None
+    """Tiles an image may be cut into (more show finer detail and take longer); by default what the checkpoint says."""
+
+    def __post_init__(self) -> None:
+        if self.max_tiles is not None and self.max_tiles < 1:
+            raise InputError(f"max_tiles must be at least 1, got {self.max_tiles}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorConfig:
+    """The model that writes replies: either one that runs here, or one behind an endpoint."""
+
+    model: str | None = None
+    """Directory or hub id of a model that runs here."""
+    url: str | None = None
+    """Base URL of an OpenAI-compatible endpoint, such as http://localhost:8000/v1."""
+    url_model: str | None = None
+    """Name of the model at the endpoint."""
+    key_variable: str = "OPENAI_API_KEY"
+    """Environment variable that holds the endpoint's key."""
+    concurrency: int = 8
+    """Requests at the endpoint at the same time."""
+
+
+def connect(config: GeneratorConfig) -> tuple[Generator, str]:
+    """Load a model or set up the client of an endpoint.
+
+    Returns:
+        The generator, and a name that changes when its replies may change: for a model that runs here, the name has a
+        fingerprint of the weights.
+
+    Raises:
+        InputError: unless the configuration names either a model, or an endpoint and its model.
+    """
+    if (config.model is None) == (config.url is None):
+        raise InputError("give either --model DIR, or --url ENDPOINT with --url-model NAME")
+    if config.model is not None:
+        from ivl.checkpoint import resolve
+        from ivl.checkpoint.files import fingerprint
+        from ivl.generators.local import load_engine
+
+        directory = resolve(config.model)
+        return load_engine(directory), f"{config.model} {fingerprint(directory)}"
+    if config.url is None or not config.url_model:
+        raise InputError("--url needs --url-model, the name of the model at the endpoint")
+    try:
+        from ivl.generators.remote import RemoteGenerator
+    except ImportError as error:
+        raise InputError(f'an endpoint needs the openai client: pip install "ivl[eval]" ({error})') from error
+    key = os.environ.get(config.key_variable)
+    generator = RemoteGenerator(config.url, model=config.url_model, api_key=key, concurrency=config.concurrency)
+    return generator, f"{config.url} {config.url_model}"
 
 
 def replies_of(
     generator: Generator, conversations: Sequence[Conversation], params: SamplingParams | Sequence[SamplingParams]
 ) -> Sequence[ReplyLike]:
-    """The reply to each conversation, in order; at once if the generator can. params: one for all, or one per conversation."""
+    """Return the reply to each conversation, in order; all at once if the generator can.
+
+    Args:
+        params: One for all conversations, or one per conversation.
+    """
     if isinstance(generator, BatchGenerator):
         return generator.generate(conversations, params)
-    each = [params] * len(conversations) if isinstance(params, SamplingParams) else params
-    return [_joined(generator.stream(c, p)) for c, p in zip(conversations, each, strict=True)]
+    params = [params] * len(conversations) if isinstance(params, SamplingParams) else params
+    return [join_deltas(generator.stream(*question)) for question in zip(conversations, params, strict=True)]
 
 
 def answers_of(
     generator: Generator, conversations: Sequence[Conversation], params: SamplingParams | Sequence[SamplingParams]
 ) -> list[str]:
-    """The texts of replies_of."""
+    """Return the texts of `replies_of`."""
     return [reply.text for reply in replies_of(generator, conversations, params)]
 
 
-def _joined(deltas: Iterator[TextDelta]) -> PlainReply:
+def join_deltas(deltas: Iterator[TextDelta]) -> PlainReply:
+    """Return a whole reply from its deltas."""
     texts: list[str] = []
     reason: FinishReason = "stop"
     for delta in deltas:

@@ -1,0 +1,47 @@
+"""An engine in this process: resolves, loads and accelerates a model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ivl.checkpoint import load_model, load_processor, resolve
+from ivl.generators import LoadConfig
+from ivl.inference.engine import Engine
+
+
+def load_engine(name: str | Path, config: LoadConfig | None = None, **engine_options: int) -> Engine:
+    """Load a model from a directory or a hub id, and return an engine that runs it.
+
+    Args:
+        engine_options: Arguments of `Engine`, such as max_cache_tokens.
+
+    Raises:
+        InputError: if the model cannot be found or read.
+    """
+    config = config or LoadConfig()
+    directory = resolve(name)
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
+    model = load_model(directory, dtype=dtype, device=device, map_embeddings=True)
+    if dtype is None:
+        model = model.to(_efficient(model.dtype, device))
+    processor = load_processor(directory)
+    if config.max_tiles is not None:
+        tiling = processor.tiling
+        min_tiles = min(tiling.min_tiles, config.max_tiles)
+        processor.tiling = replace(tiling, max_tiles=config.max_tiles, min_tiles=min_tiles)
+    return Engine(model, processor, **engine_options)
+
+
+def _efficient(stored: torch.dtype, device: str) -> torch.dtype:
+    """Return the stored type, or float32 where computing in the stored type is slow."""
+    if not device.startswith("cpu") or stored == torch.float32:
+        return stored
+    capabilities = torch.cpu.get_capabilities()
+    native = any(capabilities.get(flag) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+    return stored if stored == torch.bfloat16 and native else torch.float32
