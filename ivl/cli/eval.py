@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from ivl.generators import Dtype
 from ivl.errors import InputError
 from ivl.evaluation.scoring import Style
+from ivl.generators import Dtype
 
 if TYPE_CHECKING:
     from ivl.evaluation.run import Progress
