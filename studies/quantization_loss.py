@@ -23,8 +23,8 @@ from torch import nn
 
 import ivl
 from ivl.checkpoint.convert import convert
-from ivl.checkpoint.gguf import Gguf
-from ivl.checkpoint.gguf_tokenizer import tokenizer_from_gguf
+from ivl.checkpoint.gguf.reader import GgufModel
+from ivl.checkpoint.gguf.tokenizer import tokenizer_from_gguf
 from ivl.checkpoint.model_dir import fill
 from ivl.evaluation.run import evaluate
 from ivl.evaluation.tasks import TASKS
@@ -44,8 +44,8 @@ for group in (128, 64, 32):
 SCHEMES["int4 g32, head too"] = Schemes(language=Scheme(bits=4, group=32), head=Scheme(bits=4, group=32))
 
 
-def language_model() -> tuple[Decoder, Gguf]:
-    file = Gguf(smollm2_gguf())
+def language_model() -> tuple[Decoder, GgufModel]:
+    file = GgufModel(smollm2_gguf())
     with torch.device("meta"):
         decoder = Decoder(file.config)
     decoder = decoder.to(torch.bfloat16).to_empty(device="cpu").eval()

@@ -9,8 +9,8 @@ import torch
 
 from ivl.checkpoint import load_model, load_processor, save_model
 from ivl.checkpoint.compose import compose
-from ivl.checkpoint.gguf import Gguf
-from ivl.checkpoint.gguf_tokenizer import tokenizer_from_gguf
+from ivl.checkpoint.gguf.reader import GgufModel
+from ivl.checkpoint.gguf.tokenizer import tokenizer_from_gguf
 from ivl.checkpoint.model_dir import fill
 from ivl.config import SPECIAL_TOKENS
 from ivl.model.decoder import Decoder
@@ -49,7 +49,7 @@ def gguf_file() -> Path:
 
 @pytest.fixture(scope="module")
 def alone(gguf_file: Path) -> tuple[Decoder, Tokenizer]:
-    file = Gguf(gguf_file)
+    file = GgufModel(gguf_file)
     with torch.device("meta"):
         decoder = Decoder(file.config)
     decoder = decoder.to_empty(device="cpu").eval()

@@ -16,8 +16,8 @@ from ivl.checkpoint import load_config, resolve
 from ivl.checkpoint.config_json import Dialect, Section, decoder_from, family_of, tied, vision_from
 from ivl.checkpoint.config_write import generation_json, to_json
 from ivl.checkpoint.files import read_object, refuse_sources
-from ivl.checkpoint.gguf import Gguf
-from ivl.checkpoint.gguf_tokenizer import tokenizer_from_gguf
+from ivl.checkpoint.gguf.reader import GgufModel
+from ivl.checkpoint.gguf.tokenizer import tokenizer_from_gguf
 from ivl.checkpoint.keymaps import Entry, decoder_map, key_map, vision_map
 from ivl.checkpoint.model_dir import empty_model, open_weights, read, untie
 from ivl.checkpoint.processor_files import save_processor
@@ -211,7 +211,7 @@ def _language_part(llm: str | Path) -> _LanguagePart:
 def _gguf_part(path: Path) -> _LanguagePart:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    file = Gguf(path)
+    file = GgufModel(path)
     with torch.device("meta"):
         module = Decoder(file.config)
     entries = [replace(entry, ours=f"decoder.{entry.ours}") for entry in file.key_map(module)]

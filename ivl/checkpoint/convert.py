@@ -14,8 +14,8 @@ from ivl.checkpoint import load_config, resolve
 from ivl.checkpoint.config_json import Dialect, dialect_of
 from ivl.checkpoint.config_write import generation_json, to_json
 from ivl.checkpoint.files import new_directory
-from ivl.checkpoint.gguf_tokenizer import gguf_vocabulary
-from ivl.checkpoint.gguf_write import STORAGE, write_language, write_vision
+from ivl.checkpoint.gguf.tokenizer import gguf_vocabulary
+from ivl.checkpoint.gguf.writer import STORAGE, write_language, write_vision
 from ivl.checkpoint.keymaps import key_map
 from ivl.checkpoint.model_dir import empty_model, open_weights, read, tensors_of
 from ivl.checkpoint.processor_files import jinja, load_processor, save_processor

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ivl.checkpoint.gguf import Gguf
+from ivl.checkpoint.gguf.reader import GgufModel
 from ivl.checkpoint.model_dir import fill
 from ivl.config import DecoderConfig
 from ivl.errors import InputError
@@ -88,7 +88,7 @@ def write_gguf(path: Path, decoder: Decoder, kind: str = "F32", *, tied: bool = 
 
 
 def read_decoder(path: Path) -> Decoder:
-    file = Gguf(path)
+    file = GgufModel(path)
     decoder = Decoder(file.config).eval()
     fill(dict(decoder.named_parameters()), file.key_map(decoder), file)
     return decoder
@@ -112,7 +112,7 @@ def test_a_written_decoder_comes_back(tmp_path: Path, family) -> None:
 def test_dtypes_and_quantisations(tmp_path: Path, kind: str, dtype: torch.dtype, error: float) -> None:
     decoder = random_decoder(replace(CONFIG, family="llama"))
     write_gguf(tmp_path / "a.gguf", decoder, kind)
-    file = Gguf(tmp_path / "a.gguf")
+    file = GgufModel(tmp_path / "a.gguf")
     assert file.main_dtype == dtype
     assert file.get("blk.0.ffn_down.weight").dtype == dtype
     back = read_decoder(tmp_path / "a.gguf")
@@ -139,7 +139,7 @@ def test_k_quants_are_undone_by_the_gguf_package(tmp_path: Path, kind: str) -> N
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    got = Gguf(path).get("token_embd.weight")
+    got = GgufModel(path).get("token_embd.weight")
     assert got.shape == (96, config.width) and got.isfinite().all() and got.std() > 0
     assert torch.equal(got, torch.from_numpy(gguf.dequantize(stored, quantisation)))
 
@@ -165,16 +165,16 @@ def test_what_the_decoder_does_not_compute_is_refused(tmp_path: Path) -> None:
     ):
         write_gguf(path, decoder, **{field: value})
         with pytest.raises(InputError, match=message):
-            Gguf(path)
+            GgufModel(path)
     stranger = gguf.GGUFWriter(path, "mamba")
     stranger.write_header_to_file()
     stranger.write_kv_data_to_file()
     stranger.close()
     with pytest.raises(InputError, match="'mamba'; supported are llama, qwen2, internlm2"):
-        Gguf(path)
+        GgufModel(path)
     write_gguf(path, decoder)
     whole = path.read_bytes()
     for damage in (b"", b"GGUF", b"not a model at all, just some text", whole[:300], whole[:-500], whole[: len(whole) // 2]):
         path.write_bytes(damage)
         with pytest.raises(InputError, match=r"not a readable GGUF file|fetch it again"):
-            Gguf(path)
+            GgufModel(path)

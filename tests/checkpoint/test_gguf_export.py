@@ -19,9 +19,9 @@ from PIL import Image
 
 from ivl.checkpoint import load_tokenizer, save_model, save_processor
 from ivl.checkpoint.convert import convert_to_gguf
-from ivl.checkpoint.gguf import Gguf
-from ivl.checkpoint.gguf_tokenizer import gguf_vocabulary, tokenizer_from_gguf
-from ivl.checkpoint.gguf_write import write_language, write_vision
+from ivl.checkpoint.gguf.reader import GgufModel
+from ivl.checkpoint.gguf.tokenizer import gguf_vocabulary, tokenizer_from_gguf
+from ivl.checkpoint.gguf.writer import write_language, write_vision
 from ivl.checkpoint.model_dir import fill
 from ivl.cli.convert import convert as command
 from ivl.config import ModelConfig, TilingConfig
@@ -39,7 +39,7 @@ TEXTS = [
     "\x07 \ufeff \u200b ﬁ　ｆｕｌｌ \u00a0x", "<|im_start|>user <|im_end|> <img><IMG_CONTEXT></img> <|endoftext|>",
     "<ref>a</ref><box>[[1, 2]]</box> <quad>", "a" * 50, "\n", "",
 ]  # fmt: skip
-"""In NFC: llama.cpp does not normalise."""
+"""In NFC: llama.cpp does not normalize."""
 
 
 def tiny(size: str, tokenizer: Tokenizer) -> ModelConfig:
@@ -80,7 +80,7 @@ def tensors(path: Path) -> dict[str, np.ndarray]:
 def test_the_language_file_is_the_decoder_and_its_tokenizer(tmp_path: Path, size: str) -> None:
     model, processor = written(tmp_path / "m", size)
     command([str(tmp_path / "m"), str(tmp_path / "g"), "--to", "gguf"])
-    file = Gguf(tmp_path / "g" / "model.gguf")
+    file = GgufModel(tmp_path / "g" / "model.gguf")
     assert file.config == replace(model.config.decoder, rope_dynamic_factor=None)
     back = Decoder(file.config).eval()
     fill(dict(back.named_parameters()), file.key_map(back), file)
@@ -130,7 +130,7 @@ def test_storage_types(tmp_path: Path) -> None:
         assert 0 < (got - weight).norm() <= error * weight.norm()
     model.decoder.layers[0].out.weight.data[0, 0] = 1e6
     save_model(model, tmp_path / "m")
-    with pytest.raises(InputError, match=r"blk\.0\.attn_output\.weight holds 1e\+06, beyond what float16 can say"):
+    with pytest.raises(InputError, match=r"blk\.0\.attn_output\.weight holds 1e\+06, which float16 cannot express"):
         convert_to_gguf(tmp_path / "m", tmp_path / "next", storage="float16")
     assert not (tmp_path / "next").exists()
 

@@ -11,8 +11,7 @@ import pytest
 import tokenizers
 
 from ivl.checkpoint import load_tokenizer, save_tokenizer
-from ivl.checkpoint.gguf import GgufVocabulary
-from ivl.checkpoint.gguf_tokenizer import gguf_vocabulary, tokenizer_from_gguf
+from ivl.checkpoint.gguf.tokenizer import GgufVocabulary, gguf_vocabulary, tokenizer_from_gguf
 from ivl.errors import InputError
 from ivl.processing.tokenizer import Tokenizer, train_bpe
 
@@ -24,10 +23,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
 def described(kind: str, tokens: list[str], types: list[int], **more: object) -> GgufVocabulary:
-    defaults = dict(
-        pre="default", scores=[], merges=[], bos=None, eos=None, pad=None, unknown=None, add_bos=False, add_space_prefix=False
-    )
-    return GgufVocabulary(kind=kind, tokens=tokens, types=types, **{**defaults, **more})  # type: ignore[arg-type]
+    return GgufVocabulary(model=kind, tokens=tokens, token_type=types, **more)  # type: ignore[arg-type]
 
 
 def byte_level(pre: str = "qwen2") -> tuple[Tokenizer, GgufVocabulary]:
@@ -41,7 +37,9 @@ def byte_level(pre: str = "qwen2") -> tuple[Tokenizer, GgufVocabulary]:
     types = [NORMAL] * (size - 3) + [CONTROL] * 3
     padding = [f"[PAD{i}]" for i in range(size, size + 7)]
     merges = [" ".join(pair) for pair in data["model"]["merges"]]
-    vocabulary = described("gpt2", tokens + padding, types + [UNUSED] * 7, pre=pre, merges=merges, eos=size - 1, pad=size - 3)
+    vocabulary = described(
+        "gpt2", tokens + padding, types + [UNUSED] * 7, pre=pre, merges=merges, eos_token_id=size - 1, padding_token_id=size - 3
+    )
     return original, vocabulary
 
 
@@ -85,7 +83,7 @@ def test_sentencepiece(tmp_path: Path) -> None:
             [piece.piece for piece in proto.pieces],
             [piece.type for piece in proto.pieces],
             scores=[piece.score for piece in proto.pieces],
-            bos=1, eos=2, unknown=0, add_bos=True, add_space_prefix=prefix,
+            bos_token_id=1, eos_token_id=2, unknown_token_id=0, add_bos_token=True, add_space_prefix=prefix,
         )  # fmt: skip
         words = tokenizer_from_gguf(vocabulary)
         assert words.bos == 1
@@ -101,7 +99,7 @@ def test_a_byte_level_tokenizer_is_described_and_comes_back(pre: str) -> None:
     words.add_special()
     found = gguf_vocabulary(words, eos=words.id("<|im_end|>"))
     assert found.pre == pre
-    kinds = {token: kind for token, kind in zip(found.tokens, found.types, strict=True) if kind != NORMAL}
+    kinds = {token: kind for token, kind in zip(found.tokens, found.token_type, strict=True) if kind != NORMAL}
     assert kinds["<|im_end|>"] == kinds["<IMG_CONTEXT>"] == CONTROL and kinds["<box>"] == USER_DEFINED
     again = tokenizer_from_gguf(found)
     for text in [*TEXTS, "<ref>it</ref><box>[[1, 2, 3, 4]]</box> <IMG_CONTEXT>"]:
@@ -116,8 +114,8 @@ def test_a_sentencepiece_tokenizer_is_described_and_comes_back(tmp_path: Path) -
         words.add_special(("<|im_start|>", "<|im_end|>"))
         words.add_special()
         found = gguf_vocabulary(words, eos=words.id("<|im_end|>"))
-        assert (found.kind, found.bos, found.add_bos, found.add_space_prefix) == ("llama", 1, True, prefix)
-        assert found.types[0] == UNKNOWN and found.types[3:259] == [BYTE] * 256
+        assert (found.model, found.bos_token_id, found.add_bos_token, found.add_space_prefix) == ("llama", 1, True, prefix)
+        assert found.token_type[0] == UNKNOWN and found.token_type[3:259] == [BYTE] * 256
         again = tokenizer_from_gguf(found)
         assert again.bos == words.bos
         for text in TEXTS:
@@ -132,7 +130,7 @@ def test_what_gguf_cannot_say_is_refused() -> None:
         return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(data)))
 
     for tokenizer, message in (
-        (changed("normalizer", {"type": "Lowercase"}), "does not normalise"),
+        (changed("normalizer", {"type": "Lowercase"}), "does not normalize"),
         (changed("pre_tokenizer.pretokenizers", []), "no name"),
         (changed("model.ignore_merges", True), "no name"),
     ):  # fmt: skip
@@ -165,9 +163,9 @@ def test_a_guess_is_refused() -> None:
     vocabulary = byte_level()[1]
     for change, message in (
         ({"pre": "default"}, "'default'; known are qwen2"),
-        ({"kind": "bert"}, "'bert'"),
-        ({"kind": "llama"}, "no scores"),
-        ({"tokens": [*vocabulary.tokens[:-7], *["twice"] * 2], "types": [1] * (len(vocabulary.tokens) - 5)}, "twice"),
+        ({"model": "bert"}, "'bert'"),
+        ({"model": "llama"}, "no scores"),
+        ({"tokens": [*vocabulary.tokens[:-7], *["twice"] * 2], "token_type": [1] * (len(vocabulary.tokens) - 5)}, "twice"),
     ):
         with pytest.raises(InputError, match=message):
             tokenizer_from_gguf(replace(vocabulary, **change))

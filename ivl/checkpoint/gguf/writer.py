@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
-from ivl.checkpoint.gguf import INTERLEAVED_ROTARY, NAMES, GgufVocabulary
+from ivl.checkpoint.gguf.reader import DECODER_FIELDS, INTERLEAVED_ROTARY, NAMES
+from ivl.checkpoint.gguf.tokenizer import UNUSED, GgufVocabulary
 from ivl.checkpoint.keymaps import Entry, Names, build_entries
 from ivl.checkpoint.weights import ByteProgress
 from ivl.config import DecoderConfig, ModelConfig
@@ -27,10 +28,11 @@ if TYPE_CHECKING:
 Storage = Literal["F32", "F16", "BF16", "Q8_0"]
 """Of the matrices; vectors are always float32."""
 STORAGE: dict[str, Storage] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
-Read = Callable[[str], torch.Tensor]
-"""One of our parameters by its name in VLM."""
+ReadParameter = Callable[[str], torch.Tensor]
+"""Returns one of our parameters by its name in VLM."""
+Arrange = Callable[[str, torch.Tensor], torch.Tensor]
+"""Puts the rows of a named tensor into the order of llama.cpp."""
 
-_UNUSED = 5
 _Q8_BLOCK = 32
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _VISION: Names = {
@@ -57,17 +59,17 @@ _RMS_SHAPE = (3200, 45)
 def write_language(
     path: Path,
     model: VLM,
-    read: Read,
+    read: ReadParameter,
     vocabulary: GgufVocabulary,
     *,
     chat_template: str,
     storage: Storage,
     progress: ByteProgress | None = None,
 ) -> int:
-    """The decoder with its tokenizer. Dynamic NTK has no form in GGUF: beyond max_positions llama.cpp does not rescale.
+    """Write the decoder with its tokenizer. GGUF knows no dynamic NTK: beyond max_positions llama.cpp does not rescale.
 
     Args:
-        model: on any device, meta included; numbers come from read, tensor by tensor.
+        model: on any device, meta included; numbers come from `read`, tensor by tensor.
 
     Returns:
         How many matrices were stored wider (F16) because their rows are not made of Q8_0's blocks of 32.
@@ -82,9 +84,8 @@ def write_language(
             f"are not {config.width}"
         )
     writer = _writer(path, config.family)
-    for key, value in _decoder_fields(config).items():
-        _add(writer, f"{config.family}.{key}", value)
-    _add_vocabulary(writer, vocabulary, config.vocab_size, path)
+    _add(writer, config.family, _decoder_fields(config))
+    _add(writer, "tokenizer.ggml", _vocabulary_fields(vocabulary, config.vocab_size, path))
     writer.add_chat_template(chat_template)
 
     def arrange(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -93,11 +94,11 @@ def write_language(
         return tensor
 
     entries = build_entries(model.decoder, NAMES, "", "decoder.")
-    return _write(writer, _tensors(entries, model, storage), read, arrange, progress)
+    return _write(writer, _plan(entries, model, storage), read, arrange, progress)
 
 
-def write_vision(path: Path, model: VLM, read: Read, *, storage: Storage, progress: ByteProgress | None = None) -> int:
-    """InternViT and the projector, as the file that llama.cpp takes as --mmproj. Layers after the selected one are left out.
+def write_vision(path: Path, model: VLM, read: ReadParameter, *, storage: Storage, progress: ByteProgress | None = None) -> int:
+    """Write InternViT and the projector, llama.cpp's `--mmproj` file. Layers after the selected one are left out.
 
     Returns:
         As write_language.
@@ -119,8 +120,7 @@ def write_vision(path: Path, model: VLM, read: Read, *, storage: Storage, progre
         raise InputError(f"llama.cpp computes RMSNorm for {vision.num_layers} layers only, this model selects layer {depth}")
     writer = _writer(path, "clip")
     writer.add_type("mmproj")
-    for key, value in _vision_fields(config, depth).items():
-        _add(writer, f"clip.{key}", value)
+    _add(writer, "clip", _vision_fields(config, depth))
     left_out = tuple(f"vision.layers.{n}." for n in range(depth, vision.num_layers))
     entries = [
         *(e for e in build_entries(model.vision, _VISION, "v.", "vision.") if not e.ours.startswith(left_out)),
@@ -131,11 +131,11 @@ def write_vision(path: Path, model: VLM, read: Read, *, storage: Storage, progre
         # clip.cpp puts the class token behind the patches and adds the table row by row, so its row comes last.
         return tensor.roll(-1, dims=0) if name == "v.position_embd.weight" else tensor
 
-    return _write(writer, _tensors(entries, model, storage), read, arrange, progress)
+    return _write(writer, _plan(entries, model, storage), read, arrange, progress)
 
 
 @dataclass(frozen=True)
-class _Tensor:
+class _PlannedTensor:
     name: str
     entry: Entry
     part: int
@@ -149,9 +149,10 @@ class _Tensor:
         return count // _Q8_BLOCK * (_Q8_BLOCK + 2) if self.storage == "Q8_0" else count * _FLOATS[self.storage].itemsize
 
 
-def _tensors(entries: Sequence[Entry], model: VLM, storage: Storage) -> list[_Tensor]:
+def _plan(entries: Sequence[Entry], model: VLM, storage: Storage) -> list[_PlannedTensor]:
+    """The tensors of a file: which part of which parameter, in which shape and type."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    found = []
+    planned = []
     for entry in entries:
         for part, (name, full) in enumerate(zip(entry.theirs, entry.shapes(shapes[entry.ours]), strict=True)):
             shape = full[1:] if name == "v.position_embd.weight" else full[2:] if name == "v.class_embd" else full
@@ -161,18 +162,14 @@ def _tensors(entries: Sequence[Entry], model: VLM, storage: Storage) -> list[_Te
             elif name == "v.patch_embd.weight":  # a convolution, which llama.cpp has in these two types
                 own = "F16" if storage == "F16" else "F32"
             wider = own == "Q8_0" and shape[-1] % _Q8_BLOCK != 0
-            found.append(_Tensor(name, entry, part, shape, "F16" if wider else own, wider))
-    return found
+            planned.append(_PlannedTensor(name, entry, part, shape, "F16" if wider else own, wider))
+    return planned
 
 
 def _write(
-    writer: GGUFWriter,
-    tensors: Sequence[_Tensor],
-    read: Read,
-    arrange: Callable[[str, torch.Tensor], torch.Tensor],
-    progress: ByteProgress | None,
+    writer: GGUFWriter, tensors: Sequence[_PlannedTensor], read: ReadParameter, arrange: Arrange, progress: ByteProgress | None
 ) -> int:
-    """The whole file, one of our parameters in memory at a time."""
+    """Write the whole file, one of our parameters in memory at a time; returns how many tensors are wider."""
     import gguf
 
     total, done = sum(tensor.num_bytes for tensor in tensors), 0
@@ -199,7 +196,7 @@ def _write(
     return sum(tensor.wider for tensor in tensors)
 
 
-def _stored(tensor: torch.Tensor, storage: Storage, what: str) -> np.ndarray[Any, Any]:
+def _stored(tensor: torch.Tensor, storage: Storage, place: str) -> np.ndarray[Any, Any]:
     """The bytes of a tensor."""
     from gguf import GGMLQuantizationType, quantize
 
@@ -207,7 +204,7 @@ def _stored(tensor: torch.Tensor, storage: Storage, what: str) -> np.ndarray[Any
         return quantize(tensor.float().contiguous().numpy(), GGMLQuantizationType.Q8_0)
     stored = tensor.to(_FLOATS[storage]).contiguous()
     if storage == "F16" and not stored.isfinite().all():
-        raise InputError(f"{what} holds {tensor.abs().max():g}, beyond what float16 can say; take bfloat16")
+        raise InputError(f"{place} holds {tensor.abs().max():g}, which float16 cannot express; take bfloat16")
     return stored.flatten().view(torch.uint8).numpy()
 
 
@@ -219,32 +216,18 @@ def _writer(path: Path, architecture: str) -> GGUFWriter:
     return GGUFWriter(path, architecture)
 
 
-def _add(writer: GGUFWriter, key: str, value: Any) -> None:
-    """A field with the type that llama.cpp asks for."""
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        writer.add_uint32(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    else:
-        writer.add_array(key, value)
+def _add(writer: GGUFWriter, prefix: str, fields: dict[str, Any]) -> None:
+    """Add fields with the types that llama.cpp asks for."""
+    adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    for key, value in fields.items():
+        adders.get(type(value), writer.add_array)(f"{prefix}.{key}", value)
 
 
 def _decoder_fields(config: DecoderConfig) -> dict[str, Any]:
     return {
+        **{key: getattr(config, field) for field, key in DECODER_FIELDS.items()},
         "vocab_size": config.vocab_size,
-        "block_count": config.num_layers,
-        "context_length": config.max_positions,
-        "embedding_length": config.width,
-        "feed_forward_length": config.mlp_width,
-        "attention.head_count": config.num_heads,
-        "attention.head_count_kv": config.num_kv_heads,
-        "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
-        "attention.layer_norm_rms_epsilon": config.norm_eps,
         "rope.dimension_count": config.head_dim,
         "rope.freq_base": float(config.rope_theta),
     }
@@ -272,27 +255,16 @@ def _vision_fields(config: ModelConfig, depth: int) -> dict[str, Any]:
     }
 
 
-def _add_vocabulary(writer: GGUFWriter, vocabulary: GgufVocabulary, size: int, path: Path) -> None:
-    """The tokenizer; rows of the model that no token names are filled up as unused."""
-    if (spare := size - len(vocabulary.tokens)) < 0:
-        raise InputError(f"{path}: the tokenizer has {len(vocabulary.tokens)} tokens but the model {size} rows")
-    padding = [f"[PAD{i}]" for i in range(len(vocabulary.tokens), size)]
-    fields: dict[str, Any] = {
-        "model": vocabulary.kind,
-        "pre": vocabulary.pre,
-        "tokens": vocabulary.tokens + padding,
-        "token_type": vocabulary.types + [_UNUSED] * spare,
-        "scores": [*vocabulary.scores, *[0.0] * spare] if vocabulary.scores else None,
-        "merges": vocabulary.merges or None,
-        "bos_token_id": vocabulary.bos,
-        "eos_token_id": vocabulary.eos,
-        "eot_token_id": vocabulary.eos,
-        "padding_token_id": vocabulary.pad,
-        "unknown_token_id": vocabulary.unknown,
-        "add_bos_token": vocabulary.add_bos,
-        "add_eos_token": False,
-        "add_space_prefix": vocabulary.add_space_prefix,
-    }
-    for key, value in fields.items():
-        if value is not None:
-            _add(writer, f"tokenizer.ggml.{key}", value)
+def _vocabulary_fields(vocabulary: GgufVocabulary, size: int, path: Path) -> dict[str, Any]:
+    """The tokenizer; unused tokens fill it up to as many as the model has rows."""
+    count = len(vocabulary.tokens)
+    if (spare := size - count) < 0:
+        raise InputError(f"{path}: the tokenizer has {count} tokens but the model {size} rows")
+    filled = replace(
+        vocabulary,
+        tokens=[*vocabulary.tokens, *(f"[PAD{i}]" for i in range(count, size))],
+        token_type=vocabulary.token_type + [UNUSED] * spare,
+        scores=vocabulary.scores and [*vocabulary.scores, *[0.0] * spare],
+    )
+    fields = {**vars(filled), "eot_token_id": vocabulary.eos_token_id, "add_eos_token": False}
+    return {key: value for key, value in fields.items() if value is not None and value != []}
