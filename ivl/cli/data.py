@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from ivl.data.config import DataConfig
-from ivl.errors import InputError
+from ivl.errors import DataError, InputError
 from ivl.utils.progress import counting
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from ivl.data.records import DataError
     from ivl.datasets.inspect import Watch
     from ivl.datasets.stats import Stats
 

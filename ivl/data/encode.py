@@ -22,6 +22,7 @@ import torch
 
 from ivl.data.config import DataConfig
 from ivl.data.mixture import Draw, Mixture
+from ivl.data.records import media_of
 from ivl.data.transport import Parcel, receive, send
 from ivl.errors import DataError, DataFault, InputError
 from ivl.processing.image import MAX_PIXELS, load_image
@@ -101,7 +102,7 @@ class Encoder:
     def _options(self, record: Record, draw: Draw) -> SampleOptions:
         config, spec = self.config, self.mixture.specs[draw.dataset]
         generator = None
-        if spec.data_augment or any(isinstance(ref, VideoRef) for ref in media(record)):
+        if spec.data_augment or any(isinstance(ref, VideoRef) for ref in media_of(record)):
             generator = random.Random(f"{self.mixture.seed} {draw.epoch} {draw.dataset} {draw.row} {draw.copy}")
         return SampleOptions(
             max_tiles=spec.max_dynamic_patch or config.max_tiles_per_image,
@@ -142,15 +143,9 @@ class Encoder:
         )
 
 
-def media(record: Record) -> list[ImageRef | VideoRef]:
-    """Every medium of a record, once, in order."""
-    parts = (part for conversation in record.conversations for message in conversation for part in message.content)
-    return list(dict.fromkeys(part for part in parts if isinstance(part, ImageRef | VideoRef)))
-
-
 def check_media(record: Record, *, max_pixels: int = MAX_PIXELS) -> None:
     """Raise the DataError of the first medium that is missing or cannot be decoded, if there is one."""
-    for ref in media(record):
+    for ref in media_of(record):
         if isinstance(ref.source, str) and not os.path.exists(ref.source):  # noqa: PTH110, never raises
             raise DataError(record.source, "missing_media", f"no such file: {ref.source}")
         try:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ivl.data.config import Weighting
+from ivl.data.records import read_record
 from ivl.errors import InputError, nearest
 from ivl.formats.rows import FORMATS, container_of, open_rows
 from ivl.types import Record
@@ -194,7 +195,7 @@ class Mixture:
             DataError: if the row is not what it should be.
         """
         spec, rows = self.specs[dataset], self.files[dataset]
-        return rows.record(row, root=Path(spec.root), dataset=spec.name)
+        return read_record(rows, row, root=Path(spec.root), dataset=spec.name)
 
     def describe(self) -> list[str]:
         """A line for each data set, for the log."""

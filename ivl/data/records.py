@@ -1,28 +1,26 @@
-"""One row of a file <-> Record (spec 3.2). No media is opened here.
+"""Rows of a file -> Records. No media is opened here.
 
 A row is read by its own keys: turns are under `conversations` (reference, LLaVA, ShareGPT), `messages` (OpenAI, ms-swift,
-LLaMA-Factory) or `texts` (FineVision). A row may hold several conversations about the same media, as a list of lists (our
-extension): they become one Record, share tiles and never see each other.
+LLaMA-Factory) or `texts` (FineVision). Two kinds of rows hold several conversations about the same media, which become one
+Record, share tiles and never see each other: a list of lists of turns (our extension), and a preference pair with `chosen` and
+`rejected` replies (TRL, LLaMA-Factory).
 """
 
 from __future__ import annotations
 
-import json
+import base64
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ivl.data.layouts import from_record
-from ivl.data.media import RowMedia, Slot
-from ivl.data.pairs import as_conversations, is_pair
-from ivl.errors import DataError, short
-from ivl.types import Conversation, Message, Part, Record, Role, Text
+from ivl.errors import DataError, DataFault, short
+from ivl.formats.base import RowLayout, Rows
+from ivl.types import Conversation, ImageRef, Message, Part, Record, Role, Text, VideoRef
 
-__all__ = ["DataError", "Layout", "describe", "from_record", "parse_row", "to_record"]
-
-Layout = Literal["reference", "openai", "sharegpt", "swift", "finevision"]
-"""How a row says its turns and media."""
-
-KEYS: dict[Layout | None, tuple[str, ...]] = {
+TURN_KEYS: dict[RowLayout | None, tuple[str, ...]] = {
     None: ("conversations", "messages", "texts"),
     "reference": ("conversations",),
     "openai": ("messages",),
@@ -30,7 +28,7 @@ KEYS: dict[Layout | None, tuple[str, ...]] = {
     "swift": ("messages",),
     "finevision": ("texts",),
 }
-"""Where the turns of a layout are."""
+"""Keys that hold the turns in a layout."""
 ROLES: dict[str, Role] = {
     "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
 }  # fmt: skip
@@ -38,181 +36,356 @@ REFUSED = {
     "audio": "audio is not supported", "audios": "audio is not supported", "tools": "tool calls are not supported",
     "objects": "boxes are not put into the text; write <ref>name</ref><box>[[x1, y1, x2, y2]]</box> there, 0 to 1000",
 }  # fmt: skip
-"""Keys whose content a Record cannot hold; empty ones are fine."""
+"""Keys whose content a Record cannot hold; empty values are fine."""
+PAIR_KEYS = ("question", "prompt", "conversations", "messages")
+"""Keys that may hold the prompt of a preference pair, the first that is there."""
+MARK = re.compile("<(image|video)>")
+"""Stands for the next image or video in a user's text."""
+PART_KINDS = ("text", "image_url", "image", "video_url", "video")
 
 
-def parse_row(text: bytes, *, source: str) -> dict[str, Any]:
-    """The JSON object of one row.
+def read_record(rows: Rows, index: int, *, root: Path, dataset: str = "") -> Record:
+    """Read one row of an opened file.
 
     Raises:
-        DataError: naming `source`, if it is not valid JSON, not text or no object.
+        DataError: if the row is damaged, or is not what it should be.
     """
-    try:
-        row = json.loads(text)
-        _check_surrogates(text, row)
-    except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8
-        raise DataError(source, "broken_json", f"not valid JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise DataError(source, "bad_row", f"expected an object, got {type(row).__name__}")
-    return row
+    return to_record(rows[index], source=rows.source(index), root=root, dataset=dataset, layout=rows.layout)
 
 
 def to_record(
-    row: bytes | dict[str, Any], *, source: str, root: Path, dataset: str = "", layout: Layout | None = None
-) -> Record:
-    """Read one row. Relative media paths are taken from `root`; `layout` forces how the row is read.
+    row: dict[str, Any], *, source: str, root: Path, dataset: str = "", layout: RowLayout | None = None
+) -> Record:  # fmt: skip
+    """Read one row.
+
+    Args:
+        source: the row's place, such as `file:line`; every error starts with it.
+        root: the folder of relative media paths.
+        layout: forces how the row is read; None reads it by its own keys.
 
     Raises:
-        DataError: naming `source` (a `file:line`), for broken JSON, wrong roles, empty answers, or marks and media that do
-            not agree in number.
+        DataError: for wrong types, wrong roles, empty answers, or marks and media that differ in number.
     """
-    if isinstance(row, bytes):
-        row = parse_row(row, source=source)
     try:
-        return _record(row, source, root, dataset, layout)
+        return _RowReader(row, source, root).record(dataset, layout)
     except RecursionError:
         raise DataError(source, "bad_row", "nested too deep") from None
 
 
-def _record(row: dict[str, Any], source: str, root: Path, dataset: str, layout: Layout | None) -> Record:
-    for key, why in REFUSED.items():
-        if not _empty(row.get(key)):
-            raise DataError(source, "bad_row", f"`{key}`: {why}")
-    pair = is_pair(row)
-    if pair:
-        row, layout = as_conversations(row, source), None
-    key, nested = _turns(row, layout, source)
-    media = RowMedia(row, source=source, root=root)
-    system = row.get("system")
-    if system is not None and not isinstance(system, str):
-        raise DataError(source, "bad_row", f"`system` must be a string, got {short(system)}")
-    return Record(
-        id=_id(row.get("id"), source),
-        conversations=tuple(_conversation(turns, media, source, system or "", key == "texts") for turns in nested),
-        source=source,
-        dataset=dataset,
-        is_pair=pair,
-    )
+def media_of(record: Record) -> list[ImageRef | VideoRef]:
+    """List every medium of a record once, in order."""
+    parts = (part for conversation in record.conversations for message in conversation for part in message.content)
+    return list(dict.fromkeys(part for part in parts if isinstance(part, ImageRef | VideoRef)))
 
 
-def describe(container: str, first_row: bytes | dict[str, Any], layout: Layout | None = None) -> str:
-    """The format of a file in a few words, for people. Every row is read by its own keys, whatever the first one has."""
-    try:
-        row = parse_row(first_row, source="") if isinstance(first_row, bytes) else first_row
-    except DataError:
-        row = {}
-    listed = any(row.get(key) is not None for key in ("images", "videos", "system"))
-    if layout is not None:
-        words = {"openai": "OpenAI messages", "sharegpt": "ShareGPT", "swift": "ms-swift", "finevision": "FineVision"}
-        return f"{words.get(layout, layout)} {container}, as told"
-    if row.get("conversations") is not None:
-        name = "ShareGPT" if listed else "reference" if container == "jsonl" else "LLaVA"
-        return f"{name} {container}"
-    if row.get("messages") is not None:
-        return f"{'ShareGPT' if listed else 'OpenAI messages'} {container}"
-    return f"FineVision {container}" if row.get("texts") is not None else f"{container} of unknown rows"
+@dataclass(frozen=True)
+class _Slot:
+    """A place in a turn that shows the next medium of its kind, or the one with this number."""
+
+    kind: Literal["image", "video"]
+    number: int | None = None
 
 
-def _turns(row: dict[str, Any], layout: Layout | None, source: str) -> tuple[str, list[Any]]:
-    """The key that holds the turns, and a list of conversations."""
-    keys = [key for key in KEYS[layout] if row.get(key) is not None]
-    if not keys:
-        wanted = " or ".join(f"`{key}`" for key in KEYS[layout])
-        raise DataError(source, "bad_row", f"no {wanted} among the keys {short(sorted(row), 200)}")
-    if len(keys) > 1 and layout is None:
-        raise DataError(
-            source, "bad_row", f"both {' and '.join(f'`{key}`' for key in keys)}; name the format to say which counts"
+class _RowReader:
+    """Reads one row. Turns are first lists of texts, media and slots; then the slots are filled with the row's media."""
+
+    def __init__(self, row: dict[str, Any], source: str, root: Path) -> None:
+        self.row, self.source, self.root = row, source, root
+        self.images: list[ImageRef] = []
+        self.videos: list[VideoRef] = []
+
+    def record(self, dataset: str, layout: RowLayout | None) -> Record:
+        for key, why in REFUSED.items():
+            if not _is_empty(self.row.get(key)):
+                raise self._bad(f"`{key}`: {why}")
+        is_pair = self.row.get("chosen") is not None and self.row.get("rejected") is not None
+        if is_pair:
+            self.row, layout = self._pair_as_conversations(), None
+        key, conversations = self._turns(layout)
+        self._read_media()
+        system = self.row.get("system")
+        if system is not None and not isinstance(system, str):
+            raise self._bad(f"`system` must be a string, got {short(system)}")
+        return Record(
+            id=self._id(),
+            conversations=tuple(self._conversation(turns, system or "", key == "texts") for turns in conversations),
+            source=self.source,
+            dataset=dataset,
+            is_pair=is_pair,
         )
-    turns = row[keys[0]]
-    if isinstance(turns, dict):  # a list of structs that was stored as a struct of lists
-        turns = _transposed(turns)
-    if not isinstance(turns, list) or not turns:
-        raise DataError(source, "bad_row", f"`{keys[0]}` must be a list of turns, got {short(turns)}")
-    return keys[0], turns if isinstance(turns[0], list) else [turns]
+
+    def _bad(self, problem: str, kind: DataFault = "bad_row") -> DataError:
+        return DataError(self.source, kind, problem)
+
+    def _id(self) -> str:
+        value = self.row.get("id")
+        if value is None:
+            return self.source
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise self._bad(f"`id` must be a string or a number, got {short(value)}")
+        return str(value)
+
+    # -- preference pairs
+
+    def _pair_as_conversations(self) -> dict[str, Any]:
+        """Replace the prompt and both replies by `conversations`: the prompt with the chosen and with the rejected reply.
+
+        The prompt is text or turns. Without one, both replies are whole conversations. A reply is text, a turn, or turns.
+        """
+        row = self.row
+        chosen, rejected = (self._reply(row[side], side) for side in ("chosen", "rejected"))
+        if chosen == rejected:
+            raise self._bad(f"chosen and rejected are the same: {short(row['chosen'])}")
+        prompt = next((row[key] for key in PAIR_KEYS if row.get(key) is not None), [])
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        if not isinstance(prompt, list) or (not prompt and len(chosen) < 2):
+            raise self._bad("a preference row needs `question`, `prompt` or turns before its replies")
+        if chosen[:-1] != rejected[:-1]:
+            raise self._bad("chosen and rejected differ before their last turn: a pair has one prompt")
+        rest = {key: value for key, value in row.items() if key not in (*PAIR_KEYS, "chosen", "rejected")}
+        return rest | {"conversations": [[*prompt, *reply] for reply in (chosen, rejected)]}
+
+    def _reply(self, reply: Any, side: str) -> list[Any]:
+        if isinstance(reply, str):
+            if not reply.strip():
+                raise self._bad(f"the {side} reply is empty", "empty_answer")
+            return [{"role": "assistant", "content": reply}]
+        turns = [reply] if isinstance(reply, dict) else reply
+        if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+            raise self._bad(f"`{side}` must be text or turns, got {short(reply)}")
+        return turns
+
+    # -- turns
+
+    def _turns(self, layout: RowLayout | None) -> tuple[str, list[Any]]:
+        """The key that holds the turns, and a list of conversations."""
+        keys = [key for key in TURN_KEYS[layout] if self.row.get(key) is not None]
+        if not keys:
+            known = " or ".join(f"`{key}`" for key in TURN_KEYS[layout])
+            raise self._bad(f"no {known} among the keys {short(sorted(self.row), 200)}")
+        if len(keys) > 1 and layout is None:
+            raise self._bad(f"both {' and '.join(f'`{key}`' for key in keys)}; name the format to say which counts")
+        turns = self.row[keys[0]]
+        if isinstance(turns, dict):
+            turns = _transposed(turns)
+        if not isinstance(turns, list) or not turns:
+            raise self._bad(f"`{keys[0]}` must be a list of turns, got {short(turns)}")
+        return keys[0], turns if isinstance(turns[0], list) else [turns]
+
+    def _conversation(self, turns: Any, system: str, question_answer: bool) -> Conversation:
+        """Read one conversation.
+
+        Args:
+            turns: a list of turns, each an object; with question_answer (FineVision) each holds a question and its answer.
+            system: the text of a system turn to put first; empty for none.
+        """
+        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+            raise self._bad(f"a conversation must be a list of turns, got {short(turns)}")
+        if question_answer:
+            turns = [self._half(turn, role) for turn in turns for role in ("user", "assistant")]
+        roles = [self._role(turn) for turn in turns]
+        contents = [self._content(turn) for turn in turns]
+        if system:
+            roles.insert(0, "system")
+            contents.insert(0, system)
+        self._check_roles(roles)
+        items = [self._items(content, role) for role, content in zip(roles, contents, strict=True)]
+        for role, turn in zip(roles, items, strict=True):
+            if role != "user" and any(not isinstance(item, Text) for item in turn):
+                raise self._bad(f"media in a turn of role {role!r}; only the user shows media", "placeholder_mismatch")
+        first = items[roles.index("user")]
+        first[:0] = self._unmarked(items, several=question_answer)
+        messages = tuple(Message(role, parts) for role, parts in zip(roles, self._filled(items), strict=True))
+        for number, message in enumerate(messages):
+            if message.role == "assistant" and not message.text.strip():
+                raise self._bad(f"answer {number} is empty", "empty_answer")
+        return messages
+
+    def _half(self, turn: dict[str, Any], role: Role) -> dict[str, Any]:
+        if role not in turn:
+            raise self._bad(f"a pair of `texts` must have user and assistant, got {short(turn)}")
+        return {"role": role, "content": turn[role]}
+
+    def _role(self, turn: dict[str, Any]) -> Role:
+        name = turn.get("from", turn.get("role"))
+        if not isinstance(name, str) or name not in ROLES:
+            raise self._bad(f"unknown role {short(name)}; roles are {', '.join(ROLES)}", "bad_roles")
+        return ROLES[name]
+
+    def _content(self, turn: dict[str, Any]) -> Any:
+        for key in ("loss", "weight"):
+            if turn.get(key) not in (None, True, 1):
+                raise self._bad(f"a turn has {key} {short(turn[key])}; every answer of a row is trained alike")
+        return turn.get("value", turn.get("content"))
+
+    def _check_roles(self, roles: list[Role]) -> None:
+        """At most one system turn, first; then user and assistant in turn, the assistant last."""
+        spoken = roles[1:] if roles[:1] == ["system"] else roles
+        if not spoken or len(spoken) % 2 or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(spoken)):
+            names = ", ".join(roles[:8]) + (", ..." if len(roles) > 8 else "") if roles else "none"
+            raise self._bad(f"roles must alternate from user to assistant, got {names}", "bad_roles")
+
+    # -- what a turn says and shows
+
+    def _items(self, content: Any, role: Role) -> list[Part | _Slot]:
+        """A turn's texts, media and slots in order. Marks count in the user's texts only."""
+        if isinstance(content, str):
+            return list(_split(content)) if role == "user" else [Text(content)]
+        if not isinstance(content, list):
+            raise self._bad(f"a turn's text must be a string, got {short(content)}")
+        return [self._item(part) for part in content]
+
+    def _item(self, part: Any) -> Part | _Slot:
+        """One entry of an OpenAI content list; `{"type": "image"}` alone stands for the next of the row's images."""
+        kind = part.get("type") if isinstance(part, dict) else None
+        if not isinstance(kind, str) or kind not in PART_KINDS:
+            raise self._bad(f"a content part must be text, image_url or video_url, got {short(part)}")
+        value = part.get(kind)
+        if kind == "text":
+            if not isinstance(value, str):
+                raise self._bad(f"the text of a content part must be a string, got {short(part)}")
+            return Text(value)
+        medium: Literal["image", "video"] = "image" if kind.startswith("image") else "video"
+        if value is None and kind == medium:
+            number = part.get("index")
+            if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
+                raise self._bad(f"the index of a content part must be an integer, got {short(part)}")
+            return _Slot(medium, number)
+        return self._image(value) if medium == "image" else self._video(value)
+
+    def _unmarked(self, items: list[list[Part | _Slot]], *, several: bool) -> list[Part | _Slot]:
+        """Slots for media without a mark, which stand before the first question: a lone one of a kind, or `several`."""
+        slots: list[Part | _Slot] = []
+        for kind, refs in (("image", self.images), ("video", self.videos)):
+            marked = any(isinstance(item, _Slot) and item.kind == kind for turn in items for item in turn)
+            if not marked and (len(refs) == 1 or several):
+                slots += [item for _ in refs for item in (_Slot(kind), Text("\n"))]
+        return slots
+
+    def _filled(self, turns: list[list[Part | _Slot]]) -> list[tuple[Part, ...]]:
+        """Put the row's media where the turns show them, each exactly once, and join neighboring texts."""
+        slots = [item for items in turns for item in items if isinstance(item, _Slot)]
+        queues: dict[str, Iterator[Part]] = {}
+        media: tuple[tuple[str, list[Any]], ...] = (("image", self.images), ("video", self.videos))
+        for kind, refs in media:
+            numbers = [slot.number for slot in slots if slot.kind == kind]
+            if len(numbers) != len(refs):
+                raise self._bad(f"{len(numbers)} <{kind}> marks but {len(refs)} {kind}s", "placeholder_mismatch")
+            if any(number is not None for number in numbers):
+                if sorted(-1 if n is None else n for n in numbers) != list(range(len(refs))):
+                    raise self._bad(f"{kind} indexes {short(numbers)} of {len(refs)} {kind}s", "placeholder_mismatch")
+                refs = [refs[number] for number in numbers if number is not None]
+            queues[kind] = iter(refs)
+        return [_joined(next(queues[item.kind]) if isinstance(item, _Slot) else item for item in items) for items in turns]
+
+    # -- media
+
+    def _read_media(self) -> None:
+        self.clip = self._clip(self.row.get("clip"))
+        self.images = [self._image(ref) for ref in self._refs("image")]
+        self.videos = [self._video(ref) for ref in self._refs("video")]
+
+    def _refs(self, kind: Literal["image", "video"]) -> list[Any]:
+        row = self.row
+        keys = [key for key in (kind, f"{kind}s") if row.get(key) not in (None, [])]
+        if len(keys) == 2 and row[keys[0]] != row[keys[1]]:
+            raise self._bad(f"both `{kind}` and `{kind}s` are given, and they differ; keep one")
+        value = row[keys[0]] if keys else []
+        refs = value if isinstance(value, list) else [value]
+        for ref in refs:
+            if not isinstance(ref, str | bytes | dict) or not ref:
+                raise self._bad(f"`{keys[0]}` must be a path or a list of paths, got {short(value)}")
+        return refs
+
+    def _clip(self, clip: Any) -> tuple[float, float] | None:
+        """[start, end] in seconds."""
+        if clip is None:
+            return None
+        try:
+            start, end = (_number(value) for value in clip)
+        except (TypeError, ValueError, OverflowError):
+            raise self._bad(f"`clip` must be [start, end] in seconds, got {short(clip)}") from None
+        if not 0 <= start < end:
+            raise self._bad(f"`clip` must be [start, end] with 0 <= start < end, got {short(clip)}")
+        return start, end
+
+    def _image(self, ref: Any) -> ImageRef:
+        """A path, a data URL, encoded bytes, or an object with one of them under `bytes`, `path` or `url`."""
+        if isinstance(ref, dict):
+            ref = next((ref[key] for key in ("bytes", "path", "url") if ref.get(key) is not None), None)
+        if isinstance(ref, bytes) and ref:
+            return ImageRef(ref)
+        if not isinstance(ref, str) or not ref:
+            raise self._bad(f"an image must be a path, a data URL or encoded bytes, got {short(ref)}")
+        return ImageRef(self._data_url(ref) if ref.startswith("data:") else self._path(ref))
+
+    def _data_url(self, url: str) -> bytes:
+        head, comma, body = url.partition(",")
+        if not comma or not head.endswith(";base64"):
+            raise self._bad(f"not a base64 data URL: {short(url)}", "undecodable_media")
+        try:
+            data = base64.b64decode(body, validate=True)
+        except ValueError as error:  # binascii.Error, and letters outside ASCII
+            raise self._bad(f"image data URL is not base64 ({error})", "undecodable_media") from None
+        if not data:
+            raise self._bad(f"the data URL is empty: {short(url)}", "undecodable_media")
+        return data
+
+    def _video(self, ref: Any) -> VideoRef:
+        if isinstance(ref, dict) and ref.get("bytes") is None:
+            ref = next((ref[key] for key in ("path", "url") if ref.get(key) is not None), None)
+        if not isinstance(ref, str) or not ref or ref.startswith("data:"):
+            raise self._bad(f"a video must be a path, got {short(ref)}")
+        return VideoRef(self._path(ref), clip=self.clip)
+
+    def _path(self, ref: str) -> str:
+        if ref.startswith("file://"):
+            ref = ref.removeprefix("file://")
+        elif "://" in ref:
+            raise self._bad(f"remote media are not fetched: {short(ref)}; download it first", "missing_media")
+        if "\0" in ref:
+            raise self._bad(f"not a path: {short(ref)}", "missing_media")
+        # A trailing slash marks a folder of frames; Path would drop it.
+        return str(self.root / ref) + ("/" if ref.endswith("/") else "")
 
 
 def _transposed(columns: dict[str, Any]) -> Any:
+    """A struct of lists, as some tables store a list of structs, as that list; other objects as they are."""
     lists = list(columns.values())
-    if not lists or not all(isinstance(each, list) and len(each) == len(lists[0]) for each in lists):
+    if not lists or not all(isinstance(column, list) and len(column) == len(lists[0]) for column in lists):
         return columns
     return [dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True)]
 
 
-def _id(value: Any, source: str) -> str:
-    if value is None:
-        return source
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise DataError(source, "bad_row", f"`id` must be a string or a number, got {short(value)}")
-    return str(value)
+def _split(text: str) -> Iterator[Text | _Slot]:
+    at = 0
+    for match in MARK.finditer(text):
+        yield Text(text[at : match.start()])
+        yield _Slot("image" if match.group() == "<image>" else "video")
+        at = match.end()
+    yield Text(text[at:])
 
 
-def _conversation(turns: Any, media: RowMedia, source: str, system: str, pairs: bool) -> Conversation:
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise DataError(source, "bad_row", f"a conversation must be a list of turns, got {short(turns)}")
-    if pairs:
-        turns = [_half(turn, role, source) for turn in turns for role in ("user", "assistant")]
-    roles: list[Role] = [_role(turn, source) for turn in turns]
-    contents = [_content(turn, source) for turn in turns]
-    if system:
-        roles.insert(0, "system")
-        contents.insert(0, system)
-    _check_roles(roles, source)
-    items = [media.items(content, role) for role, content in zip(roles, contents, strict=True)]
-    for role, each in zip(roles, items, strict=True):
-        if role != "user" and any(not isinstance(item, Text) for item in each):
-            raise DataError(source, "placeholder_mismatch", f"media in a turn of role {role!r}; only the user shows media")
-    _show_first(items[roles.index("user")], items, media, several=pairs)
-    messages = tuple(Message(role, parts) for role, parts in zip(roles, media.fill(items), strict=True))
-    for number, message in enumerate(messages):
-        if message.role == "assistant" and not message.text.strip():
-            raise DataError(source, "empty_answer", f"answer {number} is empty")
-    return messages
+def _joined(parts: Iterator[Part]) -> tuple[Part, ...]:
+    """Neighboring texts as one, without empty texts."""
+    joined: list[Part] = []
+    for part in parts:
+        if not isinstance(part, Text):
+            joined.append(part)
+        elif joined and isinstance(joined[-1], Text):
+            joined[-1] = Text(joined[-1].text + part.text)
+        elif part.text:
+            joined.append(part)
+    return tuple(joined)
 
 
-def _show_first(first: list[Part | Slot], items: list[list[Part | Slot]], media: RowMedia, *, several: bool) -> None:
-    """A lone image or video without a mark stands before the first question; in FineVision's pairs, any number does."""
-    lead: list[Part | Slot] = []
-    for kind, refs in (("image", media.images), ("video", media.videos)):
-        marked = any(isinstance(item, Slot) and item.kind == kind for each in items for item in each)
-        if not marked and (len(refs) == 1 or several):
-            lead += [item for _ in refs for item in (Slot(kind), Text("\n"))]
-    first[:0] = lead
+def _number(value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError
+    return float(value)
 
 
-def _half(pair: dict[str, Any], role: Role, source: str) -> dict[str, Any]:
-    if role not in pair:
-        raise DataError(source, "bad_row", f"a pair of `texts` must have user and assistant, got {short(pair)}")
-    return {"role": role, "content": pair[role]}
-
-
-def _role(turn: dict[str, Any], source: str) -> Role:
-    name = turn.get("from", turn.get("role"))
-    if not isinstance(name, str) or name not in ROLES:
-        raise DataError(source, "bad_roles", f"unknown role {short(name)}; roles are {', '.join(ROLES)}")
-    return ROLES[name]
-
-
-def _content(turn: dict[str, Any], source: str) -> Any:
-    for key in ("loss", "weight"):
-        if turn.get(key) not in (None, True, 1):
-            raise DataError(source, "bad_row", f"a turn has {key} {short(turn[key])}; every answer of a row is trained alike")
-    return turn.get("value", turn.get("content"))
-
-
-def _check_roles(roles: list[Role], source: str) -> None:
-    """At most one system turn, first; then user and assistant in turn, the assistant last."""
-    spoken = roles[1:] if roles[:1] == ["system"] else roles
-    if not spoken or len(spoken) % 2 or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(spoken)):
-        said = ", ".join(roles[:8]) + (", ..." if len(roles) > 8 else "") if roles else "none"
-        raise DataError(source, "bad_roles", f"roles must alternate from user to assistant, got {said}")
-
-
-def _check_surrogates(text: bytes, row: Any) -> None:
-    """Half of a surrogate pair, written as an escape, is valid JSON but no text; raises UnicodeEncodeError."""
-    if b"\\ud" in text or b"\\uD" in text:
-        json.dumps(row, ensure_ascii=False).encode()
-
-
-def _empty(value: Any) -> bool:
-    """Whether nothing is said: columns of a table hold null, "" and {"ref": [], "bbox": []} where a row has none."""
-    return value in (None, "", [], {}) or (isinstance(value, dict) and all(_empty(each) for each in value.values()))
+def _is_empty(value: Any) -> bool:
+    """Whether a value says nothing: tables hold null, "" and {"ref": [], "bbox": []} where a row has none."""
+    return value in (None, "", [], {}) or (isinstance(value, dict) and all(_is_empty(inner) for inner in value.values()))

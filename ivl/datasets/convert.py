@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-from ivl.data.layouts import Written
-from ivl.data.records import parse_row, to_record
+from ivl.data.records import to_record
+from ivl.data.rows import from_record
 from ivl.errors import DataError, InputError
 from ivl.formats.rows import Rows, open_rows
-from ivl.formats.writers import ParquetWriter, TarWriter, TextWriter, Writer
+from ivl.formats.writers import ParquetRowWriter, TarWriter, TextWriter, Writer, WrittenLayout
 from ivl.types import Record
 
-Target = Written | Literal["parquet", "webdataset"]
+Target = WrittenLayout | Literal["parquet", "webdataset"]
 SUFFIXES: dict[str, tuple[str, ...]] = {"parquet": (".parquet",), "webdataset": (".tar",)}
 """How the file of a target must be called, so that it is taken for what it is; .jsonl or .json for the others."""
 CARRIED = (
@@ -78,7 +78,8 @@ def convert(
         try:
             for index in range(len(rows)):
                 try:
-                    writer.write(_read(rows, index, base, result))
+                    record = _read(rows, index, base, result)
+                    writer.write(from_record(record, layout=writer.layout, medium=writer.medium), record.source)
                     result.rows += 1
                 except DataError as error:
                     if on_error == "refuse":
@@ -102,7 +103,7 @@ def _target(path: Path, to: Target | None) -> Target:
     if to is None:
         guessed = next((name for name, suffixes in SUFFIXES.items() if path.suffix in suffixes), "reference")
         return _target(path, cast(Target, guessed))
-    known = (*get_args(Written), *SUFFIXES)
+    known = (*get_args(WrittenLayout), *SUFFIXES)
     if to not in known:
         raise InputError(f"{path}: the target must be one of {', '.join(known)}, got {to!r}")
     suffixes = SUFFIXES.get(to, (".jsonl", ".json"))
@@ -114,7 +115,7 @@ def _target(path: Path, to: Target | None) -> Target:
 def _writer(partial: Path, target: Path, to: Target) -> Writer:
     match to:
         case "parquet":
-            return ParquetWriter(partial)
+            return ParquetRowWriter(partial)
         case "webdataset":
             return TarWriter(partial)
         case _:
@@ -123,8 +124,6 @@ def _writer(partial: Path, target: Path, to: Target) -> Writer:
 
 def _read(rows: Rows, index: int, root: Path, result: Converted) -> Record:
     source, row = rows.source(index), rows[index]
-    if isinstance(row, bytes):
-        row = parse_row(row, source=source)
     record = to_record(row, source=source, root=root, layout=rows.layout)
     for key, value in row.items():
         if key not in CARRIED and value is not None:

@@ -24,8 +24,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from ivl.data.encode import check_media
 from ivl.data.mixture import DatasetSpec
-from ivl.data.records import DataError
-from ivl.errors import InputError, nearest
+from ivl.data.records import read_record
+from ivl.errors import DataError, InputError, nearest
 from ivl.filters.judge import DOMAINS, JudgeConfig, LlmRepetition, Quality
 from ivl.filters.verdict import Verdict
 from ivl.formats.base import Rows
@@ -279,7 +279,7 @@ class Pointwise:
     def record(self, dataset: int, row: int) -> Record:
         """Raises DataError if the row is not what it should be."""
         spec = self.specs[dataset]
-        return self.rows(dataset).record(row, root=Path(spec.root), dataset=spec.name)
+        return read_record(self.rows(dataset), row, root=Path(spec.root), dataset=spec.name)
 
     def __call__(self, places: Sequence[tuple[int, int]]) -> list[Outcome]:
         """The outcome of each (data set, row)."""

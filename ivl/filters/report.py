@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ivl.data.encode import media
-from ivl.data.records import DataError
-from ivl.errors import InputError
+from ivl.data.records import media_of
+from ivl.errors import DataError, InputError
 from ivl.filters.chain import Chain, Pointwise, Stage
 from ivl.processing.image import load_image
 from ivl.types import ImageRef, Record, Text
@@ -246,7 +245,7 @@ def _example(row: dict[str, Any], pointwise: Pointwise, style: str, stage: str =
 
 
 def _record(record: Record) -> str:
-    images = [ref for ref in media(record) if isinstance(ref, ImageRef)]
+    images = [ref for ref in media_of(record) if isinstance(ref, ImageRef)]
     text = "".join(map(_thumbnail, images[:MAX_IMAGES]))
     text += f" and {len(images) - MAX_IMAGES} more images" if len(images) > MAX_IMAGES else ""
     for conversation in record.conversations:

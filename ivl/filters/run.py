@@ -24,10 +24,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ivl.data.layouts import from_record
 from ivl.data.mixture import DatasetSpec, load_mixture
-from ivl.data.records import DataError
-from ivl.errors import InputError
+from ivl.data.records import read_record
+from ivl.data.rows import from_record
+from ivl.errors import DataError, InputError
 from ivl.filters.chain import Chain, Index, Outcome, Pointwise
 from ivl.filters.folder import Folder, write_atomic
 from ivl.filters.judge import Judge
@@ -216,11 +216,11 @@ class _Fold:
 
     def _kept(self, rows: Rows, row: _Row) -> bytes:
         """The row as a line: its own bytes if they are one, the same JSON, or else the Record written anew."""
-        data = rows[row.row]
+        data = rows.raw(row.row)
         if isinstance(data, bytes) and rows.container in TEXT:
             return data + b"\n" if rows.container == "jsonl" else _line(json.loads(data))
         spec = self.specs[row.dataset]
-        record = rows.record(row.row, root=Path(spec.root).absolute(), dataset=spec.name)
+        record = read_record(rows, row.row, root=Path(spec.root).absolute(), dataset=spec.name)
         try:
             return _line(from_record(record))
         except DataError:  # the reference's rows cannot hold it, such as a question about the word <image>
@@ -230,7 +230,7 @@ class _Fold:
 def _dropped(rows: Rows, index: int) -> bytes:
     """The row as JSON; a string if it is none, null if even its bytes are out of reach."""
     try:
-        data = rows[index]
+        data = rows.raw(index)
     except DataError:
         return b"null"
     if not isinstance(data, bytes):

@@ -2,69 +2,99 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from ivl.data.records import DataError, Layout, describe, to_record
-from ivl.errors import InputError
-from ivl.types import Record
+from ivl.errors import DataError, InputError
+
+RowLayout = Literal["reference", "openai", "sharegpt", "swift", "finevision"]
+"""How a row names its turns and media."""
+LAYOUT_NAMES = {"openai": "OpenAI messages", "sharegpt": "ShareGPT", "swift": "ms-swift", "finevision": "FineVision"}
 
 
 class Rows(ABC):
-    """The rows of one file or folder. Forked and spawned workers may share one: reads are positional, state is small.
-
-    Reading a row that is damaged raises the DataError of its source; a file that changed since it was opened, InputError.
-    """
+    """The rows of one file or folder. Forked and spawned workers may share one: reads are positional, state is small."""
 
     container: str
-    layout: Layout | None = None
-    """What every row must be; None reads each row by its own keys."""
+    layout: RowLayout | None = None
+    """The layout that every row must have; None reads each row by its own keys."""
     max_open: ClassVar[int] = 64
     """Files of a folder that stay open in one process."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Read one row; media that the file holds are bytes.
+
+        Raises:
+            DataError: if the row is damaged.
+            InputError: if the file changed since it was opened.
+        """
+        row = self.raw(index)
+        return parse_row(row, source=self.source(index)) if isinstance(row, bytes) else row
+
     @abstractmethod
-    def __getitem__(self, index: int) -> bytes | dict[str, Any]:
-        """A JSON object as bytes, or a row with its media as a dict; `to_record` reads both."""
+    def raw(self, index: int) -> bytes | dict[str, Any]:
+        """Read one row without parsing it: the bytes of a line of jsonl or of an element of a JSON array, else the row."""
 
     @abstractmethod
     def source(self, index: int) -> str:
-        """Where the row is, as `file:line`, `file:row N` or `file:key`."""
+        """The row's place: `file:line`, `file:row N` or `file:key`."""
 
     @property
     @abstractmethod
     def num_bytes(self) -> int:
-        """Size of everything on disk."""
+        """Size of all files."""
 
     def line(self, index: int) -> int:
-        """The line a row begins on, counted from 1; the row's number where the file has no lines."""
+        """The line that a row begins on, from 1; the row's number where the file has no lines."""
         return index + 1
 
     def close(self) -> None:
-        """Give back what reading opened; reading opens it again."""
+        """Close open files; reading opens them again."""
         return None
-
-    def record(self, index: int, *, root: Path, dataset: str = "") -> Record:
-        """Read one row as a Record.
-
-        Raises:
-            DataError: if the row is not what it should be.
-        """
-        return to_record(self[index], source=self.source(index), root=root, dataset=dataset, layout=self.layout)
 
     @property
     def format(self) -> str:
-        """What the file was taken for, in words. Every row is read by its own keys, whatever the first one has."""
+        """The format in words, by the keys of the first row. Every row is read by its own keys, whatever the first one has."""
+        if self.layout is not None:
+            return f"{LAYOUT_NAMES.get(self.layout, self.layout)} {self.container}, as told"
         try:
             first = self[0]
         except DataError:
-            first = b""
-        return describe(self.container, first, self.layout)
+            first = {}
+        keys = {key for key, value in first.items() if value is not None}
+        has_lists = bool(keys & {"images", "videos", "system"})
+        if "conversations" in keys:
+            name = "ShareGPT" if has_lists else "reference" if self.container == "jsonl" else "LLaVA"
+        elif "messages" in keys:
+            name = "ShareGPT" if has_lists else "OpenAI messages"
+        else:
+            name = "FineVision" if "texts" in keys else ""
+        return f"{name} {self.container}" if name else f"{self.container} of unknown rows"
+
+
+def parse_row(text: bytes, *, source: str) -> dict[str, Any]:
+    """Parse the JSON object of one row.
+
+    Raises:
+        DataError: naming `source`, if it is not valid JSON, not text or no object.
+    """
+    try:
+        row = json.loads(text)
+        # Half of a surrogate pair, written as an escape, is valid JSON but no text.
+        if b"\\ud" in text or b"\\uD" in text:
+            json.dumps(row, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8
+        raise DataError(source, "broken_json", f"not valid JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise DataError(source, "bad_row", f"expected an object, got {type(row).__name__}")
+    return row
 
 
 class Shards(Rows):
@@ -83,7 +113,7 @@ class Shards(Rows):
         shard = int(np.searchsorted(self._ends, index, side="right"))
         return shard, index - int(self._ends[shard - 1] if shard else 0)
 
-    def __getitem__(self, index: int) -> bytes | dict[str, Any]:
+    def raw(self, index: int) -> bytes | dict[str, Any]:
         shard, at = self._find(index)
         self._open.pop(shard, None)
         self._open[shard] = None  # newest last
@@ -91,7 +121,7 @@ class Shards(Rows):
             oldest = next(iter(self._open))
             del self._open[oldest]
             self._shards[oldest].close()
-        return self._shards[shard][at]
+        return self._shards[shard].raw(at)
 
     def source(self, index: int) -> str:
         shard, at = self._find(index)
@@ -112,7 +142,7 @@ class Shards(Rows):
 
 
 class Stamp:
-    """Size and time of a file as it was opened, to notice a change."""
+    """Size and time of a file when it was opened, to notice a change."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

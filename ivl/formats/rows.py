@@ -1,7 +1,7 @@
 """Random access to the rows of a data set, whatever file or folder holds them.
 
 The container is found by what the file holds; rows are then read by their own keys (see ivl.data.records), so that one file
-may mix them. Both can be forced by naming a format.
+may mix layouts. Both can be forced by naming a format.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from ivl.data.records import Layout
 from ivl.errors import InputError
-from ivl.formats.base import Rows, Shards
+from ivl.formats.base import RowLayout, Rows, Shards
 from ivl.formats.text import TextRows
 
 CONTAINERS = ("jsonl", "json", "parquet", "arrow", "webdataset")
-FORMATS = (*CONTAINERS, *get_args(Layout))
+FORMATS = (*CONTAINERS, *get_args(RowLayout))
 """What `open_rows` may be told: how the file is built, or what its rows must be."""
 
 SUFFIXES = {".jsonl": "jsonl", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
@@ -38,8 +37,8 @@ def open_rows(path: str | Path, *, format: str | None = None) -> Rows:
     if format is not None and format not in FORMATS:
         raise InputError(f"{path}: format must be one of {', '.join(FORMATS)}, got {format!r}")
     rows = _open(path, format if format in CONTAINERS else container_of(path))
-    if format in get_args(Layout):
-        rows.layout = cast(Layout, format)
+    if format in get_args(RowLayout):
+        rows.layout = cast(RowLayout, format)
     return rows
 
 

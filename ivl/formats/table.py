@@ -42,7 +42,7 @@ class TableRows(Rows):
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def raw(self, index: int) -> dict[str, Any]:
         stamp = Stamp(self.path)
         self._stamp.check(stamp.size, stamp.mtime_ns)
         block = int(np.searchsorted(self._ends, index, side="right"))

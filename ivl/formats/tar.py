@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ivl.data.records import parse_row
 from ivl.errors import DataError, InputError
+from ivl.formats.base import parse_row
 from ivl.formats.offsets import IndexedRows
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jp2", "ppm")
@@ -75,7 +75,7 @@ class TarRows(IndexedRows):
             found.append(Member(name, split_name(name)[1], int(arrays["starts"][member]), int(arrays["sizes"][member])))
         return found
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def raw(self, index: int) -> dict[str, Any]:
         """The row with its images as bytes."""
         members = self._members_of(index)
         source = self.source(index)

@@ -11,8 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ivl.data.records import DataError
-from ivl.errors import InputError
+from ivl.errors import DataError, InputError
 from ivl.formats.offsets import IndexedRows
 
 CHUNK = 1 << 24
@@ -40,7 +39,7 @@ class TextRows(IndexedRows):
     def __len__(self) -> int:
         return len(self._arrays["starts"]) - 1
 
-    def __getitem__(self, index: int) -> bytes:
+    def raw(self, index: int) -> bytes:
         start, end = self._arrays["starts"][index : index + 2].tolist()
         return self._read(start, end).rstrip(b" \t\r\n" if self.container == "jsonl" else b" \t\r\n,")
 

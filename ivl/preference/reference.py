@@ -10,10 +10,9 @@ from pathlib import Path
 
 import torch
 
-from ivl.data.encode import media
 from ivl.data.loader import Loader
-from ivl.data.records import DataError
-from ivl.errors import InputError
+from ivl.data.records import media_of
+from ivl.errors import DataError, InputError
 from ivl.lora.layers import adapters_disabled, lora_parameters
 from ivl.model.vlm import VLM
 from ivl.preference.objective import check_pairs, reply_log_probs
@@ -176,5 +175,5 @@ def _check_fixed(data: Loader) -> None:
                 record = data.mixture.record(number, row)
             except DataError:
                 continue  # the loader deals with it, by its own policy
-            if any(isinstance(ref, VideoRef) for ref in media(record)):
+            if any(isinstance(ref, VideoRef) for ref in media_of(record)):
                 raise InputError(f"{record.source}: frames of a video are drawn at random; {remedy}")

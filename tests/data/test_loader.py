@@ -19,8 +19,7 @@ from ivl.data.config import DataConfig
 from ivl.data.encode import Encoder
 from ivl.data.loader import Loader
 from ivl.data.mixture import Draw
-from ivl.data.records import DataError
-from ivl.errors import InputError
+from ivl.errors import DataError, InputError
 from ivl.formats.rows import write_jsonl
 from ivl.types import Sample
 from tests.data.test_records import json_values

@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ivl.data.records import DataError, to_record
+from ivl.data.records import to_record
+from ivl.errors import DataError
+from ivl.formats.base import parse_row
 from ivl.types import ImageRef, Message, Text, VideoRef
 from tests.helpers.mixtures import turns
 
@@ -14,7 +16,8 @@ ROOT = Path("/media")
 
 
 def read(row: dict | bytes):
-    return to_record(row if isinstance(row, bytes) else json.dumps(row).encode(), source="a.jsonl:7", root=ROOT, dataset="d")
+    text = row if isinstance(row, bytes) else json.dumps(row).encode()
+    return to_record(parse_row(text, source="a.jsonl:7"), source="a.jsonl:7", root=ROOT, dataset="d")
 
 
 def test_reference_row_with_two_images():

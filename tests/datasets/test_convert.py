@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ivl.data.layouts import from_record
-from ivl.data.records import DataError, to_record
+from ivl.data.records import read_record, to_record
+from ivl.data.rows import from_record
 from ivl.datasets.convert import convert
-from ivl.errors import InputError
+from ivl.errors import DataError, InputError
 from ivl.formats.rows import open_rows, write_jsonl
 from ivl.types import ImageRef, Message, Record, Text, VideoRef
 from tests.helpers.mixtures import turns
@@ -28,7 +28,7 @@ NAMES = {
 
 def read(path: Path, format: str | None = None) -> list[Record]:
     rows = open_rows(path, format=format)
-    return [rows.record(n, root=path.parent) for n in range(len(rows))]
+    return [read_record(rows, n, root=path.parent) for n in range(len(rows))]
 
 
 @pytest.fixture
@@ -115,8 +115,8 @@ def test_openai_rows_hold_marks_in_texts_and_different_media():
         record(Text("say <image> now"), ImageRef(png())),
         Record("i", record(ImageRef("/a")).conversations + record(Text("q")).conversations, "f:1"),
     ):
-        line = json.dumps(from_record(each, layout="openai")).encode()
-        assert to_record(line, source="f:1", root=Path()) == each
+        row = json.loads(json.dumps(from_record(each, layout="openai")))
+        assert to_record(row, source="f:1", root=Path()) == each
 
 
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=6) | st.sampled_from(["<image", ">", "\n", " "])
@@ -152,7 +152,7 @@ def test_a_row_of_a_record_is_read_as_the_same_record(each, layout):
         assert "<image>" in str(error) and layout != "openai"
         assert any("<image>" in message.text for message in each.conversations[0])
         return
-    assert to_record(json.dumps(row).encode(), source="f:1", root=Path()) == each
+    assert to_record(json.loads(json.dumps(row)), source="f:1", root=Path()) == each
 
 
 def test_images_as_bytes_become_one_file_each(tmp_path):

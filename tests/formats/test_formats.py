@@ -10,6 +10,7 @@ import pytest
 from ivl.data.config import DataConfig
 from ivl.data.loader import Loader
 from ivl.data.mixture import Mixture, load_mixture
+from ivl.data.records import read_record
 from ivl.errors import InputError
 from ivl.formats import offsets
 from ivl.formats import text as text_module
@@ -50,7 +51,7 @@ def test_tables_hold_images_as_bytes(tmp_path, words, container):
     path = parquet_file(tmp_path / "a.parquet", rows) if container == "parquet" else saved_dataset(tmp_path / "saved", rows)
     opened = open_rows(path)
     assert opened.format == f"{words} {container}"
-    records = [opened.record(n, root=ROOT) for n in range(len(opened))]
+    records = [read_record(opened, n, root=ROOT) for n in range(len(opened))]
     assert [record.id for record in records] == ["0", "1", "2", "3", "4"]
     assert all(contents(record) == [ASKED] for record in records)
     last = "a.parquet:row 5" if container == "parquet" else "data-00001-of-00002.arrow:row 2"
@@ -80,16 +81,16 @@ def test_more_shards_than_may_stay_open(tmp_path):
         write_jsonl([{"n": n}], tmp_path / f"{n:02d}.jsonl")
     rows = open_rows(tmp_path)
     before = num_open()
-    assert [json.loads(rows[n]) for n in range(70)] == [{"n": n} for n in range(70)]
+    assert [rows[n] for n in range(70)] == [{"n": n} for n in range(70)]
     assert num_open() - before <= 64
-    assert json.loads(rows[0]) == {"n": 0}
+    assert rows[0] == {"n": 0}
     rows.close()
     assert num_open() == before
 
 
 def test_images_without_bytes_are_paths(tmp_path):
     row = {"image": {"bytes": None, "path": "x/a.png"}, "conversations": turns("<image>", "a")}
-    record = open_rows(parquet_file(tmp_path / "a.parquet", [row])).record(0, root=ROOT)
+    record = read_record(open_rows(parquet_file(tmp_path / "a.parquet", [row])), 0, root=ROOT)
     assert record.conversations[0][0].content[0].source == "/media/x/a.png"
 
 
@@ -121,7 +122,7 @@ def test_webdataset(tmp_path):
     )  # fmt: skip
     rows = open_rows(path)
     assert rows.format == "ShareGPT webdataset"
-    records = [rows.record(n, root=ROOT) for n in range(len(rows))]
+    records = [read_record(rows, n, root=ROOT) for n in range(len(rows))]
     assert [contents(record) for record in records] == [
         [ASKED],
         [[("user", [PNG]), ("assistant", ["a caption"])]],
@@ -130,7 +131,7 @@ def test_webdataset(tmp_path):
     ]
     assert [record.id for record in records] == ["train/one", "train/two", "3", "train/four"]
     assert records[1].source == f"{path}:train/two"
-    assert pickle.loads(pickle.dumps(rows)).record(1, root=ROOT) == records[1]
+    assert read_record(pickle.loads(pickle.dumps(rows)), 1, root=ROOT) == records[1]
 
 
 ROW = json.dumps({"messages": messages("<image>q", "a")}).encode()
@@ -158,7 +159,7 @@ ROW = json.dumps({"messages": messages("<image>q", "a")}).encode()
 )
 def test_tars_that_are_refused(tmp_path, members, problem):
     with pytest.raises(InputError) as caught:
-        open_rows(tar_file(tmp_path / "a.tar", members)).record(0, root=ROOT)
+        read_record(open_rows(tar_file(tmp_path / "a.tar", members)), 0, root=ROOT)
     assert str(caught.value).startswith(f"{tmp_path}/a.tar:")
     assert problem in str(caught.value)
 
@@ -195,13 +196,13 @@ def test_a_format_can_be_forced(tmp_path):
     both = {"conversations": turns("q", "left"), "messages": messages("q", "right")}
     path = write_jsonl([both], tmp_path / "a.jsonl")
     with pytest.raises(InputError, match="both `conversations` and `messages`; name the format"):
-        open_rows(path).record(0, root=ROOT)
+        read_record(open_rows(path), 0, root=ROOT)
     for name, answer in (("reference", "left"), ("openai", "right"), ("sharegpt", "left"), ("swift", "right")):
         rows = open_rows(path, format=name)
-        assert rows.record(0, root=ROOT).conversations[0][1].text == answer
+        assert read_record(rows, 0, root=ROOT).conversations[0][1].text == answer
         assert rows.format.endswith(" jsonl, as told")
     with pytest.raises(InputError, match=r"a\.jsonl:1: no `texts` among the keys"):
-        open_rows(path, format="finevision").record(0, root=ROOT)
+        read_record(open_rows(path, format="finevision"), 0, root=ROOT)
     with pytest.raises(InputError, match="no whole parquet"):
         open_rows(path, format="parquet")
     with pytest.raises(InputError, match=r"format must be one of jsonl, .*, got 'csv'"):
@@ -235,7 +236,7 @@ def indexed(monkeypatch, tmp_path):
 
 
 def texts(rows):
-    return [json.loads(rows[n]) for n in range(len(rows))], [rows.line(n) for n in range(len(rows))]
+    return [rows[n] for n in range(len(rows))], [rows.line(n) for n in range(len(rows))]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
@@ -305,13 +306,13 @@ def test_tar_index_is_mapped_too(indexed):
     again = open_rows(path)
     assert isinstance(again._arrays["starts"], np.memmap)
     assert [again.source(n) for n in range(30)] == [rows.source(n) for n in range(30)] == [f"{path}:k{n}" for n in range(30)]
-    assert pickle.loads(pickle.dumps(rows)).record(29, root=ROOT) == again.record(29, root=ROOT)
+    assert read_record(pickle.loads(pickle.dumps(rows)), 29, root=ROOT) == read_record(again, 29, root=ROOT)
 
 
 def test_a_line_of_one_letter_is_a_row(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\nx\n\r\n{"a": 2}\n')
     rows = open_rows(tmp_path / "a.jsonl")
-    assert [rows[n] for n in range(3)] == [b'{"a": 1}', b"x", b'{"a": 2}']
+    assert [rows.raw(n) for n in range(3)] == [b'{"a": 1}', b"x", b'{"a": 2}']
     assert [rows.line(n) for n in range(3)] == [1, 2, 4]
 
 
@@ -319,7 +320,7 @@ def test_a_byte_order_mark_is_no_part_of_the_rows(tmp_path):
     for name, text in (("a.json", '[{"a": 1}]'), ("a.jsonl", '{"a": 1}')):
         (tmp_path / name).write_text(text, encoding="utf-8-sig")
         rows = open_rows(tmp_path / name)
-        assert (rows.container, json.loads(rows[0])) == (name[2:], {"a": 1})
+        assert (rows.container, rows[0]) == (name[2:], {"a": 1})
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ivl.data.records import DataError, to_record
-from ivl.errors import InputError
+from ivl.data.records import read_record, to_record
+from ivl.errors import DataError, InputError
+from ivl.formats.base import parse_row
 from ivl.formats.rows import open_rows, write_jsonl
 from ivl.types import Record
 from tests.helpers.mixtures import turns
@@ -71,7 +72,7 @@ def read(path: Path) -> list[Record | DataError] | InputError:
     assert rows.format
     for index in range(min(len(rows), 50)):
         try:
-            found.append(rows.record(index, root=ROOT))
+            found.append(read_record(rows, index, root=ROOT))
         except DataError as error:
             assert str(error).startswith(rows.source(index)) and rows.source(index).startswith(f"{path}:")
             found.append(error)
@@ -160,7 +161,7 @@ def said(found: Record | DataError):
 
 
 def rows_of(rows: list[dict], n: int):
-    return contents(to_record(json.dumps(rows[n]).encode(), source="x", root=ROOT))
+    return contents(to_record(rows[n], source="x", root=ROOT))
 
 
 @given(st.binary(max_size=200), st.sampled_from(["a.jsonl", "a.json", "a.parquet", "a.arrow", "a.tar", "a"]))
@@ -225,7 +226,8 @@ def test_wrong_types_in_every_field(row, path, value, more):
     row = row | more if isinstance(row, dict) else row
     for given_row in (json.dumps(row).encode(), *([row] if isinstance(row, dict) else [])):
         try:
-            record = to_record(given_row, source="f:1", root=ROOT)
+            parsed = parse_row(given_row, source="f:1") if isinstance(given_row, bytes) else given_row
+            record = to_record(parsed, source="f:1", root=ROOT)
         except DataError as error:
             assert str(error).startswith("f:1: ")
             str(error).encode("utf-8", "backslashreplace")
@@ -251,4 +253,4 @@ def test_deep_nesting(key, depth):
             + b"}"
         )
         with pytest.raises(DataError, match=r"^f:1: "):
-            to_record(deep, source="f:1", root=ROOT)
+            to_record(parse_row(deep, source="f:1"), source="f:1", root=ROOT)

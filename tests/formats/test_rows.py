@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ivl.data.records import DataError
-from ivl.errors import InputError
+from ivl.errors import DataError, InputError
 from ivl.formats import text as rows_module
 from ivl.formats.rows import open_rows as Rows
 from ivl.formats.rows import write_jsonl
@@ -27,7 +26,7 @@ def test_jsonl_index_finds_every_row_and_its_line(tmp_path_factory, values, newl
         rows = Rows(path)
     finally:
         rows_module.CHUNK = before
-    assert [json.loads(rows[i]) for i in range(len(rows))] == values
+    assert [rows[i] for i in range(len(rows))] == values
     numbers = [sum(blanks[: i + 1]) + i + 1 for i in range(len(values))]
     assert [rows.line(i) for i in range(len(rows))] == numbers
 
@@ -38,7 +37,7 @@ def test_json_array_index(tmp_path_factory, values, indent, ascii_only):
     text = json.dumps(values, indent=indent, ensure_ascii=ascii_only)
     path.write_text(text, encoding="utf-8")
     rows = Rows(path)
-    assert [json.loads(rows[i]) for i in range(len(rows))] == values
+    assert [rows[i] for i in range(len(rows))] == values
     if indent:
         starts = [n for n, line in enumerate(text.split("\n"), 1) if line.startswith("  {")]
         assert [rows.line(i) for i in range(len(rows))] == starts
@@ -72,7 +71,7 @@ def test_missing_empty_and_changed_files_are_refused(tmp_path):
         Rows(tmp_path / "none.json")
     path = write_jsonl([{"a": 1}, {"a": 2}], tmp_path / "a.jsonl")
     rows = Rows(path)
-    assert json.loads(rows[0]) == {"a": 1}
+    assert rows[0] == {"a": 1}
     os.utime(path, ns=(1, 1))
     with pytest.raises(InputError, match="changed while in use"):
         rows[1]

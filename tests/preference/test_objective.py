@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from ivl.checkpoint import save_processor
-from ivl.data.records import DataError, to_record
-from ivl.errors import InputError
+from ivl.data.records import to_record
+from ivl.errors import DataError, InputError
 from ivl.formats.rows import write_jsonl
 from ivl.preference.objective import PreferenceObjective, frozen, reply_log_probs
 from ivl.runs.run import run
@@ -201,7 +201,7 @@ def test_a_policy_that_stays_where_it_is_is_an_error(pairs: Path) -> None:
 def test_bad_pairs_are_named(changes: dict, problem: str) -> None:
     row = {"question": "what is this", "chosen": "a red circle", "rejected": "a square"} | changes
     with pytest.raises(DataError, match=rf"rows\.jsonl:3: .*{problem}"):
-        to_record(json.dumps(row).encode(), source="rows.jsonl:3", root=Path())
+        to_record(row, source="rows.jsonl:3", root=Path())
 
 
 def test_other_layouts_of_a_pair_are_the_same_record() -> None:

@@ -16,8 +16,7 @@ import torch
 
 from ivl.checkpoint import load_model, save_model, save_processor
 from ivl.config import LoraConfig
-from ivl.data.records import DataError
-from ivl.errors import InputError
+from ivl.errors import DataError, InputError
 from ivl.formats.rows import write_jsonl
 from ivl.preference import reference
 from ivl.preference.objective import PreferenceObjective, frozen, last_replies, reply_log_probs
