@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Literal
 
 from ivl.errors import InputError
-from ivl.evaluation.scoring import Style, extract, normalise
+from ivl.evaluation.scoring import Style, extract, normalize
 from ivl.evaluation.scoring.spelling import wording
 from ivl.generators import Generator, ReplyLike, answers_of, replies_of
 from ivl.types import Conversation, Grammar, Message, SamplingParams, Text
@@ -144,7 +144,7 @@ def vote(candidates: Sequence[Candidate], same: Callable[[str, str], bool] | Non
 
 @lru_cache(1 << 16)
 def _key(answer: str) -> str:
-    return wording(answer) or normalise(answer)  # the choice A is an article, too
+    return wording(answer) or normalize(answer)  # the choice A is an article, too
 
 
 def best_of(candidates: Sequence[Candidate], by: Literal["likelihood", "judge"]) -> int:

@@ -1,31 +1,37 @@
-"""One reply -> the answer it gives, and whether it is right (spec 6.1)."""
+"""Reads the answer of a reply and decides whether it is right."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ivl.evaluation.scoring import ACCEPT, extract, fix_answer, verify
+from ivl.evaluation.scoring import compare, extract, fix_answer
 from ivl.preference.questions import Source
 
 
 @dataclass(frozen=True)
 class Grade:
-    """correct is None where there is no answer to compare; problem then says why. The text of a right reply has the answer in
-    the form of the known one where it contained that."""
+    """A reply with its answer.
+
+    The text of a right reply has the answer in the form of the known one where it contained that.
+    """
 
     text: str
     answer: str | None
     correct: bool | None
+    """None where there is no answer to compare; `problem` then says why."""
     problem: str = ""
+    """Why there is no answer, or which comparison of formulas was stopped and counts as different."""
 
 
 def grade(text: str, finish_reason: str, answers: Sequence[str], source: Source) -> Grade:
+    """Grade one reply by the accepted answers."""
     if finish_reason == "length":
         return Grade(text, None, None, "cut off at the limit")
-    found = extract(text, source.style)
-    if found.answer is None:
-        return Grade(text, None, None, found.problem or "no answer")
-    correct = verify(found.answer, list(answers), mode=source.mode) > ACCEPT
-    fixed = fix_answer(text, found.answer, answers[0]) if correct and source.style != "direct" else text
-    return Grade(fixed, found.answer, correct)
+    extracted = extract(text, source.style)
+    if extracted.answer is None:
+        return Grade(text, None, None, extracted.problem or "no answer")
+    verdict = compare(extracted.answer, answers, mode=source.mode)
+    fix = verdict.correct and source.style != "direct"
+    fixed = fix_answer(text, extracted.answer, answers[0]) if fix else text
+    return Grade(fixed, extracted.answer, verdict.correct, verdict.stopped)

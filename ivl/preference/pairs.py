@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ivl.errors import InputError
-from ivl.evaluation.scoring import COMPARER
 from ivl.preference.grading import Grade, grade
 from ivl.preference.questions import Source
 from ivl.utils.files import write_atomic
@@ -186,9 +185,8 @@ def _from_replies(row, source: Source, tally: Tally, limit: int, seed: int, wher
         raise InputError(
             f"{where}: question {row['id']!r} has no answer to check replies with; use `ivl prefer dropout` for it"
         )
-    given_up = COMPARER.given_up
     grades = [grade(r["text"], r["finish_reason"], row["answers"], source) for r in row["replies"]]
-    tally.given_up += COMPARER.given_up - given_up
+    tally.given_up += sum(bool(g.problem) for g in grades if g.correct is False)
     tally.replies += len(grades)
     tally.correct += sum(g.correct is True for g in grades)
     tally.wrong += sum(g.correct is False for g in grades)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import ivl
 from ivl.errors import InputError
 from ivl.evaluation.prompts import reasoned
-from ivl.evaluation.scoring import correct, normalise
+from ivl.evaluation.scoring import correct, normalize
 from ivl.evaluation.voting import GUIDED_RATING, Candidate, Judge, Reader, Vote, best_of, judged, rate, rating_of, sample, vote
 from ivl.generators import PlainReply
 from ivl.types import Conversation, ImageRef, Message, SamplingParams, Text, TextDelta
@@ -39,7 +39,7 @@ def question(text: str, *images: ImageRef) -> Conversation:
 @given(st.lists(st.sampled_from(["red", " Red.", "BLUE", "blue", "7", None]), min_size=1, max_size=12))
 def test_the_most_frequent_answer_wins_and_the_first_of_several(answers: list[str | None]) -> None:
     found = vote(said(*answers))
-    keys = [None if answer is None else normalise(answer) for answer in answers]
+    keys = [None if answer is None else normalize(answer) for answer in answers]
     counts = Counter(key for key in keys if key is not None)
     assert found.abstained == keys.count(None)
     if not counts:

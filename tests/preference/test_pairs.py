@@ -10,7 +10,7 @@ from PIL import Image
 
 from ivl.data.mixture import Mixture, load_mixture
 from ivl.errors import InputError
-from ivl.evaluation.scoring import COMPARER
+from ivl.evaluation.scoring import ComparisonStopped, FormulaComparer
 from ivl.preference.pairs import Tally, build_pairs, correctness_pairs
 from ivl.preference.questions import Source
 from ivl.preference.report import write_report
@@ -130,9 +130,15 @@ def test_sources_keep_their_fields() -> None:
 def test_comparisons_that_were_given_up_are_reported(tmp_path: Path, image: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [row(0, [reply("4"), reply("5")], ["4"], image), row(1, [reply("x^2+1"), reply("x^2+y")], ["x^2+z"], image)]
     path = journal(tmp_path / "r.jsonl", rows)
-    monkeypatch.setattr(COMPARER, "_ask", lambda request: b"")
+
+    def stopped(self: FormulaComparer, prediction: str, truth: str) -> bool:
+        raise ComparisonStopped(f"{prediction} met a limit")
+
+    monkeypatch.setattr(FormulaComparer, "same", stopped)
     tallies = build_pairs(path, tmp_path / "out")
     assert (tallies["s"].given_up, tallies["s"].wrong) == (2, 3)
+    grades = [grade for row in pairs(tmp_path / "out", "grades.jsonl") for grade in row["grades"]]
+    assert [grade["problem"] for grade in grades if grade["problem"]] == ["x^2+1 met a limit", "x^2+y met a limit"]
     assert write_report(tmp_path / "out", tallies)["sources"]["s"]["given_up"] == 2
     again = build_pairs(journal(tmp_path / "q.jsonl", rows[:1]), tmp_path / "again")
     assert again["s"].given_up == 0 and write_report(tmp_path / "again", again)["sources"]["s"]["given_up"] == 0

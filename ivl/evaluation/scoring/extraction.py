@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from ivl.errors import InputError
 
 Style = Literal["direct", "final_answer", "boxed", "think"]
-Problem = Literal[
+FormatProblem = Literal[
     "no answer", "too many answers", "empty answer", "answer of several lines", "too few lines", "no reasoning",
     "unclosed box", "broken think tags", "broken answer tags", "text outside the tags",
 ]  # fmt: skip
@@ -25,7 +25,7 @@ class Extracted:
     """Exactly one of the two is set."""
 
     answer: str | None = None
-    problem: Problem | None = None
+    problem: FormatProblem | None = None
 
 
 def extract(reply: str, style: Style) -> Extracted:

@@ -15,7 +15,7 @@ _SHORTENED = (
 )
 NUMBER_WORDS = {word: n for n, word in enumerate(_NUMBERS.split())}
 CONTRACTIONS = {word.replace("'", ""): word for word in _SHORTENED.split()}
-_SAME = {"grey": "gray", "colour": "color", "centre": "center", "none": "0", "cannot": "can not"}
+_SAME = {"&": "and", "grey": "gray", "colour": "color", "centre": "center", "none": "0", "cannot": "can not"}
 _SAME |= {word: str(n) for word, n in NUMBER_WORDS.items()}
 _SAME |= {word: str(n) + {1: "st", 2: "nd", 3: "rd"}.get(n, "th") for n, word in enumerate(_ORDINALS.split(), 1)}
 ARTICLES = ("a", "an", "the")

@@ -10,17 +10,18 @@ from typing import get_args
 
 import pytest
 
-from ivl.evaluation.scoring import ACCEPT, COMPARER, Mode, verify
+from ivl.evaluation.scoring import ACCEPT, Mode, verify
+from ivl.evaluation.scoring.formulas import shared_comparer
 
 CASES = [json.loads(line) for line in (Path(__file__).parent / "cases.jsonl").read_text(encoding="utf-8").splitlines()]
-SLOWEST, ALL = 5.0, 30.0
-"""Seconds: guards against hanging."""
+SLOWEST, ALL = 20.0, 150.0
+"""Seconds: guards against hanging; a comparison that meets a limit waits for a new process."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _started() -> None:
     pytest.importorskip("math_verify")
-    COMPARER.start()
+    shared_comparer().start()
 
 
 def test_every_case_is_judged_as_labelled_and_in_time() -> None:
@@ -40,7 +41,7 @@ def test_every_case_is_judged_as_labelled_and_in_time() -> None:
 def test_the_table_is_wide_enough() -> None:
     kinds = Counter(case["type"] for case in CASES)
     assert sum(kinds.values()) >= 300 and min(kinds.values()) >= 10
-    for kind in ("units", "fraction", "latex", "list", "choice text", "chinese", "percent", "thousands", "date", "negation"):
+    for kind in ("units", "fraction", "latex", "choice text", "chinese", "percent", "thousands", "negation"):
         assert kinds[kind] >= 15, kind
     assert {case["mode"] for case in CASES} == set(get_args(Mode))
     asked = [json.dumps({**case, "accept": None, "why": None}) for case in CASES]
