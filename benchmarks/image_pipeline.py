@@ -101,7 +101,7 @@ def finish_ours(tiles_GSSC: torch.Tensor) -> None:
 
 
 class Reference(torch.utils.data.Dataset):
-    """InternVL's transform of an image (spec 2.1, 2.2); ToTensor and Normalize as torchvision does them, in torch."""
+    """The model cards' transform of an image (build_transform, dynamic_preprocess), with ToTensor and Normalize in torch."""
 
     def __init__(self, paths: list[str], max_tiles: int, jpeg: bool) -> None:
         self.paths, self.max_tiles, self.jpeg = paths, max_tiles, jpeg

@@ -1,4 +1,7 @@
-"""Configuration of every model: InternViT, decoder, tiling, and the published sizes (spec sections 1.1, 1.3, 1.4)."""
+"""Configuration of every model: InternViT, decoder, tiling, and the published sizes (arXiv:2412.05271, table 2).
+
+The values are those of the published checkpoints' config.json.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ Family = Literal["qwen2", "internlm2", "llama"]
 SPECIAL_TOKENS = (
     "<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>",
 )  # fmt: skip
-"""Added to the language model's vocabulary, in this order (spec 2.5)."""
+"""Added to the language model's vocabulary, in this order (added_tokens.json of the published models)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +84,7 @@ class DecoderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TilingConfig:
-    """How an image becomes tiles (spec 2.1)."""
+    """Dynamic tiling: how an image becomes tiles (arXiv:2404.16821, section 3.3)."""
 
     tile_size: int = 448
     min_tiles: int = 1
@@ -133,7 +136,10 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Low-rank adapters on linear layers (spec 4.3: rank 16, alpha twice the rank, dropout 0.05, all decoder layers)."""
+    """Low-rank adapters on linear layers (arXiv:2106.09685).
+
+    The defaults are those of InternVL's fine-tuning scripts: rank 16, alpha twice the rank, dropout 0.05, every decoder layer.
+    """
 
     rank: int = 16
     alpha: float | None = None

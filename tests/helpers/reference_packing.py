@@ -1,4 +1,4 @@
-"""First fit by tiles, the published code's packing rule, as an oracle to compare with (spec 3.5, options as released)."""
+"""First fit by tiles, the packing rule of internvl_chat's PackedDataset, as an oracle to compare with."""
 
 from __future__ import annotations
 
