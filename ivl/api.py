@@ -101,7 +101,7 @@ class Chat:
         self.request = self.engine.submit((*self.messages, message), SamplingParams(**options))
         said = ""
         try:
-            with closing(self.engine.follow(self.request)) as deltas:
+            with closing(self.engine.deltas(self.request)) as deltas:
                 for delta in deltas:
                     said += delta.text
                     if delta.text:

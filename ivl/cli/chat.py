@@ -150,7 +150,7 @@ def describe(conversation: Chat) -> str:
     """Times and speeds of the last reply."""
     request = conversation.request
     assert request is not None
-    t, num_new, num_cached = request.timings(), len(request.tokens), request.num_cached
+    t, num_new, num_cached = request.timings, len(request.tokens), request.num_cached
     num_read = request.num_prompt - num_cached
     speed = f" = {(num_new - 1) / t.decode:,.1f} tokens/s" if num_new > 1 and t.decode > 0 else ""
     reading = f" = {num_read / t.prefill:,.0f} tokens/s" if t.prefill > 0 else ""

@@ -1,4 +1,4 @@
-"""The inference engine: requests on the flat token axis. A step plans, runs the model once and hands out tokens.
+"""The inference engine: requests on the flat token axis. A step schedules, runs the model once and delivers tokens.
 
     prepare -> add -> waiting -> running (prompt by pieces, then one token per step) -> finished
 
@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Generator
-from collections.abc import Sequence as Seq
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,48 +18,43 @@ import torch
 
 from ivl.cpu.memory import keep_freed_memory
 from ivl.errors import InputError
-from ivl.inference.guide import Guides, Words
-from ivl.inference.prompt import NamedPrompt
-from ivl.inference.request import Reply, Request, Timings
+from ivl.inference.grammar import GrammarCompiler
+from ivl.inference.request import CacheState, HashedPrompt, Reply, Request, RequestTimes
 from ivl.inference.runner import Runner
-from ivl.inference.sampling import Chosen, Sampler
-from ivl.inference.scheduler import Scheduler
-from ivl.inference.text import Decoder, TextStream
-from ivl.inference.vision import VisionEncoder, tile_cost, tile_key
+from ivl.inference.sampling import SampledToken, Sampler
+from ivl.inference.scheduler import EngineStep, Scheduler
+from ivl.inference.text import TextStream, TokenizerLike
+from ivl.inference.vision import VisionEncoder, tile_cost, tile_hash
 from ivl.model.cache import PagedCache
 from ivl.model.vlm import VLM
 from ivl.types import Conversation, Prompt, SamplingParams, TextDelta
 
-__all__ = ["Engine", "EngineStats", "Reply", "Request", "Timings"]
+__all__ = ["Engine", "EngineStats", "Reply", "Request", "RequestTimes"]
 
 GREEDY = SamplingParams()
 DEFAULT_CACHE_TOKENS = 65536
 CACHE_SHARE_OF_MEMORY = 4
-"""The key/value store may grow to one part in this many of the device's memory, unless told otherwise."""
+"""By default the key/value cache grows to at most one part in this many of the device's memory."""
 TILES_AHEAD = 64
-"""`generate` prepares conversations until so many tiles wait, or as many requests as may run."""
+"""`generate` prepares conversations until this many tiles wait, or as many requests as may run."""
 
 
-class Tokens(Words, Protocol):
-    def stream(self) -> Decoder: ...
-
-
-class Prompts(Protocol):
-    """What the engine needs of a Processor."""
+class ProcessorLike(Protocol):
+    """What the engine needs of a processor."""
 
     @property
-    def tokenizer(self) -> Tokens: ...
+    def tokenizer(self) -> TokenizerLike: ...
     def prompt(self, conversation: Conversation) -> Prompt: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineStats:
-    """What an engine does now, and has done since it was made."""
+    """What an engine does now, and has done since it was built."""
 
     waiting: int
     running: int
     cache_blocks_used: int
-    """Blocks of running requests; kept ones are not counted."""
+    """Blocks of running requests; evictable ones are not counted."""
     cache_blocks: int
     steps: int
     prompt_tokens: int
@@ -69,7 +63,7 @@ class EngineStats:
     """Those of them that were found in the cache."""
     new_tokens: int
     vision_hits: int
-    """Tiles wanted that were known, or were wanted by two requests at once."""
+    """Tiles whose vision tokens were in memory, or were needed by two requests at once."""
     vision_misses: int
     """Tiles encoded."""
 
@@ -77,17 +71,14 @@ class EngineStats:
 class Engine:
     """Runs many requests of one model together.
 
-    max_cache_tokens: prompt and reply tokens held at once, by default 65,536 or what a quarter of memory holds. What
-    requests leave there is kept until the room is needed, and prompts that begin alike are computed once.
-    max_batch_tokens: tokens of one step; a longer prompt is read in pieces. max_sequences: requests running at once.
-    max_context: prompt and reply together, by default what the model was trained for.
-    vision_cache_bytes: vision tokens remembered for images that come again.
+    Finished requests leave their tokens in the cache until the room is needed, and a common prefix of prompts is computed
+    once.
     """
 
     def __init__(
         self,
         model: VLM,
-        processor: Prompts,
+        processor: ProcessorLike,
         *,
         max_cache_tokens: int | None = None,
         max_batch_tokens: int = 2048,
@@ -96,6 +87,16 @@ class Engine:
         vision_cache_bytes: int = 256 << 20,
         block_size: int = 64,
     ) -> None:
+        """Set up the cache and the scheduler.
+
+        Args:
+            max_cache_tokens: Prompt and reply tokens held at once; by default 65,536, or what a quarter of memory holds.
+            max_batch_tokens: Tokens of one step; a longer prompt is computed in pieces.
+            max_sequences: Requests running at once.
+            max_context: Tokens of prompt and reply together; by default what the model was trained for.
+            vision_cache_bytes: Size of the vision tokens that are kept for images that come again.
+            block_size: Tokens of a cache block.
+        """
         if model.training:
             raise ValueError("the model is in training mode, where drop path is active: call model.eval() first")
         decoder = model.config.decoder
@@ -116,28 +117,85 @@ class Engine:
         )
         self.runner = Runner(model, self.cache, self.vision)
         self.eos = frozenset(model.config.eos_token_ids)
-        self.guides = Guides(processor.tokenizer, vocab_size=decoder.vocab_size, eos=self.eos)
+        self.grammars = GrammarCompiler(processor.tokenizer, vocab_size=decoder.vocab_size, eos=self.eos)
         self.num_steps = self.num_new_tokens = 0
+
+    # One step
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Schedule, run the model once, and deliver a token to every reply and every prompt that was read to its end."""
+        step = self.scheduler.schedule()
+        if not step.requests:
+            return
+        try:
+            tokens = self.runner.run(step)
+        except BaseException:  # half-written sequences cannot go on, whatever stopped the run
+            for request in step.requests:
+                self.cancel(request)
+            raise
+        self.scheduler.finish(step)
+        self._deliver(step, tokens)
+
+    def _deliver(self, step: EngineStep, tokens: list[SampledToken | None]) -> None:
+        self.num_steps += 1
+        now = time.perf_counter()
+        for piece, sampled in zip((piece for piece in step.pieces if piece.samples), tokens, strict=True):
+            request = piece.request
+            if sampled is not None:
+                self.num_new_tokens += 1
+                request.append(sampled, self.eos, now)
+                if request.finish_reason is not None:
+                    self.scheduler.remove(request)
+                continue
+            self.cancel(request)  # alone: the scores of the other requests are finite
+            dtype = self.model.dtype
+            request.failure = InputError(f"the model's scores are not finite in {dtype}: check the checkpoint, or use float32")
 
     # Requests in and out
 
     def prepare(self, conversation: Conversation, params: SamplingParams = GREEDY) -> Request:
-        """A request that `add` may queue: media read, conversation rendered and tokenised. Safe in any thread.
+        """Return a request for `add`: read media, render the conversation and tokenize it. Safe in any thread.
 
         Raises:
             InputError: if the prompt leaves no room in the context, or the reply could never fit into the cache.
         """
         return self.prepare_all(conversation, [params])[0]
 
-    def prepare_all(self, conversation: Conversation | Prompt, params: Seq[SamplingParams]) -> list[Request]:
-        """Requests for several replies to one conversation, whose media are read once, or to a prompt that is already
-        rendered. Safe in any thread.
+    def prepare_all(self, conversation: Conversation | Prompt, params: Sequence[SamplingParams]) -> list[Request]:
+        """Return requests for several replies to one conversation, whose media are read once. Safe in any thread.
+
+        Args:
+            conversation: The conversation, or a prompt that is already rendered.
+            params: One per reply.
 
         Raises:
             InputError: as `prepare`.
         """
         started = time.perf_counter()
         prompt = conversation if isinstance(conversation, Prompt) else self.processor.prompt(conversation)
+        num_prompt, decoder = len(prompt.tokens_T), self.model.config.decoder
+        limits = self._limits(prompt, params)
+        # Where the rotary base depends on the whole length, a part of the prompt cannot be computed without the rest.
+        stretched = decoder.rope_dynamic_factor is not None and num_prompt + max(limits) > decoder.max_positions
+        hashes = [tile_hash(tile_SSC) for tile_SSC in prompt.tiles_GSSC]
+        hashed = HashedPrompt(prompt, hashes, self.model.config, None if stretched else self.cache.block_size)
+        ids = prompt.tokens_T.tolist()
+        return [
+            Request(
+                prompt=hashed,
+                max_new_tokens=limit,
+                unsplittable=stretched,
+                sampler=Sampler(wanted, ids, wanted.guide and self.grammars.compile(wanted.guide)),
+                stream=TextStream(self.processor.tokenizer.stream(), wanted.stop),
+                cache=CacheState(self._num_blocks(num_prompt + limit), dict(zip(hashes, prompt.tiles_GSSC, strict=True))),
+                timings=RequestTimes(prepare=time.perf_counter() - started),
+            )
+            for wanted, limit in zip(params, limits, strict=True)
+        ]
+
+    def _limits(self, prompt: Prompt, params: Sequence[SamplingParams]) -> list[int]:
+        """Return the new tokens that each reply may have. Raises InputError as `prepare`."""
         num_prompt, num_tiles = len(prompt.tokens_T), len(prompt.tiles_GSSC)
         if num_prompt >= self.max_context:
             raise InputError(
@@ -145,56 +203,42 @@ class Engine:
                 f"for {num_tiles} image tiles, but the context is {self.max_context} tokens: "
                 "shorten the text, or allow fewer tiles, images or frames"
             )
-        limits = [min(each.max_new_tokens, self.max_context - num_prompt) for each in params]
-        blocks = [-(-(num_prompt + limit) // self.cache.block_size) for limit in limits]
-        if max(blocks) > self.cache.num_blocks:
+        limits = [min(wanted.max_new_tokens, self.max_context - num_prompt) for wanted in params]
+        num_blocks = self._num_blocks(num_prompt + max(limits))
+        if num_blocks > self.cache.num_blocks:
             raise InputError(
-                f"{num_prompt} prompt tokens and up to {max(limits)} new ones need {max(blocks)} cache blocks of "
+                f"{num_prompt} prompt tokens and up to {max(limits)} new ones need {num_blocks} cache blocks of "
                 f"{self.cache.block_size} tokens, but there are {self.cache.num_blocks}: "
                 "lower max_new_tokens or raise max_cache_tokens"
             )
-        # Where the rotary base depends on the whole length, a part of the prompt cannot be computed without the rest.
-        decoder = self.model.config.decoder
-        whole = decoder.rope_dynamic_factor is not None and num_prompt + max(limits) > decoder.max_positions
-        keys = [tile_key(tile) for tile in prompt.tiles_GSSC]
-        named = NamedPrompt(prompt, keys, self.model.config, None if whole else self.cache.block_size)
-        ids = prompt.tokens_T.tolist()
-        return [
-            Request(
-                prompt=named,
-                tiles=dict(zip(keys, prompt.tiles_GSSC, strict=True)),
-                limit=limit,
-                blocks=count,
-                whole=whole,
-                sampler=Sampler(each, ids, each.guide and self.guides.matcher(each.guide)),
-                text=TextStream(self.processor.tokenizer.stream(), each.stop),
-                prepare=time.perf_counter() - started,
-            )
-            for each, limit, count in zip(params, limits, blocks, strict=True)
-        ]
+        return limits
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.cache.block_size)
 
     def add(self, request: Request) -> None:
         """Queue a prepared request; `step` advances it."""
         self.scheduler.add(request)
 
     def submit(self, conversation: Conversation, params: SamplingParams = GREEDY) -> Request:
-        """`prepare` and `add`."""
+        """Prepare a request and queue it."""
         request = self.prepare(conversation, params)
         self.add(request)
         return request
 
     def cancel(self, request: Request) -> None:
-        """Forget an unfinished request and free its blocks; a finished one is left as it is."""
+        """Forget an unfinished request and release its blocks. Does nothing to a finished one."""
         if self.scheduler.remove(request):
             request.cancelled = True
 
-    def stream(self, prompt: Conversation, params: SamplingParams = GREEDY) -> Generator[TextDelta, None, None]:
-        """One delta per token, the last with its finish_reason. Closing the iterator cancels the request."""
-        request = self.submit(prompt, params)
-        yield from self.follow(request)
+    # Folds over steps
 
-    def follow(self, request: Request) -> Generator[TextDelta, None, None]:
-        """The deltas of a submitted request as they come; cancels it when closed early."""
+    def stream(self, prompt: Conversation, params: SamplingParams = GREEDY) -> Generator[TextDelta, None, None]:
+        """Yield one delta per token, the last with its finish_reason. Closing the iterator cancels the request."""
+        yield from self.deltas(self.submit(prompt, params))
+
+    def deltas(self, request: Request) -> Generator[TextDelta, None, None]:
+        """Yield the deltas of a queued request, and step the engine while there are none. Closing cancels the request."""
         try:
             while request.deltas or request.finish_reason is None:
                 if request.cancelled:
@@ -206,22 +250,28 @@ class Engine:
         finally:
             self.cancel(request)
 
-    def generate(self, conversations: Seq[Conversation], params: SamplingParams | Seq[SamplingParams] = GREEDY) -> list[Reply]:
-        """Replies in the order of the conversations; each is what the conversation alone would give.
+    def generate(
+        self, conversations: Sequence[Conversation], params: SamplingParams | Sequence[SamplingParams] = GREEDY
+    ) -> list[Reply]:
+        """Return the replies in the order of the conversations; each is what the conversation alone would give.
 
-        params: one for all, or one per conversation. A conversation that follows itself is prepared once.
+        Args:
+            conversations: The same conversation several times in a row is prepared once.
+            params: One for all, or one per conversation.
         """
         every = [params] * len(conversations) if isinstance(params, SamplingParams) else list(params)
         if len(every) != len(conversations):
             raise ValueError(f"{len(conversations)} conversations but {len(every)} sampling parameters")
         replies: dict[int, Reply] = {}
         active: dict[int, Request] = {}
-        todo = self._prepared(conversations, every)
+        prepared = self._prepared(conversations, every)
         more = True
         try:
             while more or active:
-                while more and self._wants_more():
-                    if more := (request := next(todo, None)) is not None:
+                while more and self._has_room():
+                    request = next(prepared, None)
+                    more = request is not None
+                    if request is not None:
                         active[len(active) + len(replies)] = request
                         self.add(request)
                 self.step()
@@ -235,74 +285,26 @@ class Engine:
                 self.cancel(request)
         return [replies[number] for number in range(len(replies))]
 
-    def _prepared(self, conversations: Seq[Conversation], params: list[SamplingParams]) -> Generator[Request, None, None]:
+    def _prepared(self, conversations: Sequence[Conversation], params: list[SamplingParams]) -> Generator[Request, None, None]:
         number = 0
         while number < len(conversations):
-            same = number + 1
-            while same < len(conversations) and conversations[same] is conversations[number]:
-                same += 1
+            stop = number + 1
+            while stop < len(conversations) and conversations[stop] is conversations[number]:
+                stop += 1
             try:
-                yield from self.prepare_all(conversations[number], params[number:same])
+                yield from self.prepare_all(conversations[number], params[number:stop])
             except InputError as error:
                 raise InputError(f"conversation {number}: {error}") from error
-            number = same
+            number = stop
 
-    def _wants_more(self) -> bool:
-        """Prompts hold tiles, so they are prepared only as the engine can take them."""
+    def _has_room(self) -> bool:
+        """Whether to prepare another request: prompts hold tiles, so only a few wait."""
         waiting = self.scheduler.waiting
-        return len(waiting) < self.scheduler.max_sequences and sum(len(r.tiles) for r in waiting) < TILES_AHEAD
-
-    # One step
-
-    @torch.inference_mode()
-    def step(self) -> None:
-        """Plan, run the model once, and sample a token for every reply and every prompt that was read to its end."""
-        plan = self.scheduler.plan()
-        if not plan.requests:
-            return
-        try:
-            chosen = self.runner.run(plan)
-        except BaseException:  # half-written sequences cannot go on, whatever stopped the run
-            for request in plan.requests:
-                self.cancel(request)
-            raise
-        self.scheduler.finish(plan)
-        self.num_steps += 1
-        now = time.perf_counter()
-        sampling = [piece.request for piece in plan.pieces if piece.samples]
-        for request, each in zip(sampling, chosen, strict=True):
-            if each is not None:
-                self._accept(request, each, now)
-                continue
-            self.cancel(request)  # alone: the others' scores are their own
-            dtype = self.model.dtype
-            request.failure = InputError(f"the model's scores are not finite in {dtype}: check the checkpoint, or use float32")
-
-    def _accept(self, request: Request, chosen: Chosen, now: float) -> None:
-        """Record a sampled token, and finish the request at an end token, a stop string, the end of its guide or its limit."""
-        token = chosen.token
-        self.num_new_tokens += 1
-        request.tokens.append(token)
-        request.first_token_at = request.first_token_at or now
-        request.last_token_at = now
-        if token in self.eos and not request.sampler.params.ignore_eos:
-            request.finish_reason, text = chosen.end or "stop", request.text.flush()
-        else:
-            text = request.text.push(token)
-            if request.text.stopped:
-                request.finish_reason = "stop"
-            elif chosen.end is not None:
-                request.finish_reason = chosen.end
-                text += request.text.flush()
-            elif len(request.tokens) == request.limit:
-                request.finish_reason = "length"
-                text += request.text.flush()
-        request.deltas.append(TextDelta(text, token, request.finish_reason, chosen.logprob))
-        if request.finish_reason is not None:
-            self.scheduler.remove(request)
+        num_tiles = sum(len(request.cache.tiles) for request in waiting)
+        return len(waiting) < self.scheduler.max_sequences and num_tiles < TILES_AHEAD
 
     def stats(self) -> EngineStats:
-        """Figures of the engine; may be read from any thread."""
+        """Return the engine's counts. Safe in any thread."""
         scheduler, pool = self.scheduler, self.cache.pool
         return EngineStats(
             waiting=len(scheduler.waiting),
@@ -319,7 +321,7 @@ class Engine:
 
 
 def default_cache_tokens(model: VLM) -> int:
-    """Tokens a key/value store may hold by default."""
+    """Return the tokens that a key/value cache holds by default."""
     decoder = model.config.decoder
     bytes_per_token = 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * model.dtype.itemsize
     if model.device.type == "cuda":

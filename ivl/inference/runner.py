@@ -1,4 +1,4 @@
-"""A planned step on the model."""
+"""Runs a scheduled step on the model."""
 
 from __future__ import annotations
 
@@ -7,44 +7,43 @@ import time
 import torch
 
 from ivl.cpu.replay import Replays
-from ivl.inference.sampling import Chosen, choose
-from ivl.inference.scheduler import Piece, Plan
+from ivl.inference.sampling import SampledToken, sample
+from ivl.inference.scheduler import EngineStep, Piece
 from ivl.inference.vision import VisionEncoder
 from ivl.model.cache import PagedCache
 from ivl.model.vlm import VLM
 
 
 class Runner:
+    """Encodes tiles, computes tokens and samples."""
+
     def __init__(self, model: VLM, cache: PagedCache, encoder: VisionEncoder) -> None:
         self.model = model
         self.cache = cache
         self.encoder = encoder
         self.replays = Replays(model.decoder, cache)
 
-    def run(self, plan: Plan) -> list[Chosen | None]:
-        """Encode the planned tiles, compute the planned pieces in one forward call, and choose a token for each that
-        samples, in order; None where the scores are not finite."""
+    def run(self, step: EngineStep) -> list[SampledToken | None]:
+        """Encode the tiles of a step, compute its pieces in one forward call, and sample a token for each piece that ends
+        a prompt or continues a reply, in order; None where the scores are not finite."""
         started = time.perf_counter()
-        if plan.tiles:
-            self._encode(plan)
-        encoded = time.perf_counter()
-        tokens = self._forward(plan.pieces) if plan.pieces else []
+        if step.tiles:
+            encoded = self.encoder.encode(step.tiles)
+            for request, tile in step.tile_users:
+                request.cache.vision[tile] = encoded[tile]
+        encoded_at = time.perf_counter()
+        tokens = self._forward(step.pieces) if step.pieces else []
         done = time.perf_counter()
-        for request in {request for request, _ in plan.wanted}:
-            request.vision += encoded - started
-        for piece in plan.pieces:
-            if piece.start < piece.request.num_prompt:
-                piece.request.prefill += done - encoded
+        for request in {request for request, _ in step.tile_users}:
+            request.timings.vision += encoded_at - started
+        for piece in step.pieces:
+            if piece.in_prompt:
+                piece.request.timings.prefill += done - encoded_at
         return tokens
 
-    def _encode(self, plan: Plan) -> None:
-        encoded = self.encoder.encode(plan.tiles)
-        for request, key in plan.wanted:
-            request.encoded[key] = encoded[key]
-
-    def _forward(self, pieces: list[Piece]) -> list[Chosen | None]:
+    def _forward(self, pieces: list[Piece]) -> list[SampledToken | None]:
         device = self.model.device
-        step = self.cache.step([piece.request.sequence for piece in pieces], tuple(piece.count for piece in pieces))
+        step = self.cache.step([piece.request.cache.sequence for piece in pieces], tuple(piece.count for piece in pieces))
         x_TD = self.model.embed(_tokens(pieces).to(device), _vision(pieces))
         hidden_TD = self.replays.run(x_TD, step)
         sampling = [number for number, piece in enumerate(pieces) if piece.samples]
@@ -54,25 +53,23 @@ class Runner:
             ends = [step.layout.starts[number] + pieces[number].count - 1 for number in sampling]
             hidden_TD = hidden_TD[torch.tensor(ends, device=device)]
         logits_SV = self.model.head(hidden_TD)
-        logits_SV[:, self.model.config.image_token_id] = -torch.inf  # stands for pixels; there are none to put here
-        return choose(logits_SV, [pieces[number].request.sampler for number in sampling])
+        logits_SV[:, self.model.config.image_token_id] = -torch.inf  # stands for pixels, which a reply does not have
+        return sample(logits_SV, [pieces[number].request.sampler for number in sampling])
 
 
 def _tokens(pieces: list[Piece]) -> torch.Tensor:
-    parts: list[torch.Tensor] = []
-    replies = [piece.request.tokens[-1] for piece in pieces if piece.start >= piece.request.num_prompt]
-    if len(replies) == len(pieces):
-        return torch.tensor(replies, dtype=torch.long)
-    for piece in pieces:
-        if piece.start < piece.request.num_prompt:
-            parts.append(piece.request.prompt.tokens_T[piece.start : piece.stop])
-        else:
-            parts.append(torch.tensor(piece.request.tokens[-1:], dtype=torch.long))
+    """Return the token ids [T] of all pieces, in order."""
+    if not any(piece.in_prompt for piece in pieces):
+        return torch.tensor([piece.request.tokens[-1] for piece in pieces], dtype=torch.long)
+    parts = [
+        piece.request.prompt.tokens_T[piece.start : piece.stop] if piece.in_prompt else torch.tensor(piece.request.tokens[-1:])
+        for piece in pieces
+    ]
     return torch.cat(parts)
 
 
 def _vision(pieces: list[Piece]) -> torch.Tensor | None:
-    """Vision tokens [X, D] of all placeholders in the pieces, in order."""
-    parts = [piece.request.prompt.vision(piece.start, piece.stop, piece.request.encoded) for piece in pieces]
-    found = [vision_XD for vision_XD in parts if vision_XD is not None]
-    return torch.cat(found) if found else None
+    """Return the vision tokens [X, D] of all placeholders in the pieces, in order."""
+    parts = [piece.request.prompt.vision_between(piece.start, piece.stop, piece.request.cache.vision) for piece in pieces]
+    shown = [vision_XD for vision_XD in parts if vision_XD is not None]
+    return torch.cat(shown) if shown else None

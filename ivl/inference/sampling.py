@@ -1,4 +1,4 @@
-"""From logits to the next token. Every request has its own random numbers, so its text never depends on the batch."""
+"""Samples the next token. Every request has its own random numbers, so its text never depends on the batch."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ivl.inference.guide import Matcher
+from ivl.inference.grammar import GrammarMatcher
 from ivl.types import FinishReason, SamplingParams, TokenLogprob
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """A token; end says that by its guide nothing follows, and why."""
+class SampledToken:
+    """A token. end: why the reply ends here by its grammar, if it does."""
 
     token: int
     logprob: TokenLogprob | None = None
@@ -22,12 +22,13 @@ class Chosen:
 
 
 class Sampler:
-    """What one request needs to choose tokens.
+    """Samples the tokens of one request.
 
-    seen has the tokens of prompt and reply once each, counts those of the reply, both only where a penalty asks for them.
+    seen: the distinct tokens of prompt and reply; counts: how often the reply has each token. Both are kept only if a
+    penalty needs them.
     """
 
-    def __init__(self, params: SamplingParams, prompt: list[int], matcher: Matcher | None = None) -> None:
+    def __init__(self, params: SamplingParams, prompt: list[int], matcher: GrammarMatcher | None = None) -> None:
         self.params = params
         self.matcher = matcher
         self.by_count = params.presence_penalty != 0 or params.frequency_penalty != 0
@@ -36,14 +37,14 @@ class Sampler:
         self.generator = generator(params.seed) if params.temperature > 0 else None
         self.seen = torch.tensor(prompt, dtype=torch.long).unique() if params.repetition_penalty != 1 else None
 
-    def choose(self, logits_V: torch.Tensor, best: int) -> Chosen:
-        """The next token; best is the one with the highest score."""
+    def sample(self, logits_V: torch.Tensor, best: int) -> SampledToken:
+        """Return the next token. best: the token with the highest score."""
         token = best if self.greedy else self.pick(logits_V)
-        logprob = None if self.params.logprobs is None else scores(logits_V, token, self.params.logprobs)
-        return Chosen(token, logprob, self.matcher and self.matcher.advance(token))
+        logprob = None if self.params.logprobs is None else token_logprob(logits_V, token, self.params.logprobs)
+        return SampledToken(token, logprob, self.matcher and self.matcher.advance(token))
 
     def pick(self, logits_V: torch.Tensor) -> int:
-        """Grammar, penalties, temperature, top-k, top-p, min-p, in this order; then one uniform number chooses."""
+        """Apply grammar, penalties, temperature, top-k, top-p and min-p, in this order; then one uniform number decides."""
         logits_V = logits_V.float().cpu()
         if self.matcher is not None:
             logits_V = logits_V.masked_fill(~self.matcher.allowed(), -torch.inf)
@@ -63,15 +64,15 @@ class Sampler:
 
     def _draw(self, logits_V: torch.Tensor) -> int:
         uniform = torch.rand((), generator=self.generator, dtype=torch.float64)
-        kept, ids = candidates(logits_V, self.params.top_k, self.params.top_p, self.params.min_p)
-        cumulative = kept.double().cumsum(0)
+        probabilities, ids = candidates(logits_V, self.params.top_k, self.params.top_p, self.params.min_p)
+        cumulative = probabilities.double().cumsum(0)
         last = int(torch.searchsorted(cumulative, cumulative[-1]))  # those behind it have probability 0
         at = min(last, int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True)))
         return at if ids is None else int(ids[at])
 
 
-def scores(logits_V: torch.Tensor, token: int, num_top: int) -> TokenLogprob:
-    """Log-probabilities of a token and of the num_top most likely ones, by the model's own scores."""
+def token_logprob(logits_V: torch.Tensor, token: int, num_top: int) -> TokenLogprob:
+    """Return the log-probabilities of a token and of the num_top most likely ones, by the model's own scores."""
     logits_V = logits_V.float()
     total = logits_V.logsumexp(0)
     best, ids = logits_V.topk(min(num_top, len(logits_V)))
@@ -80,7 +81,7 @@ def scores(logits_V: torch.Tensor, token: int, num_top: int) -> TokenLogprob:
 
 
 def generator(seed: int | None) -> torch.Generator:
-    """Random numbers of one request; without a seed they differ every time."""
+    """Return the random numbers of one request; without a seed they differ every time."""
     numbers = torch.Generator()
     if seed is None:
         numbers.seed()
@@ -92,10 +93,10 @@ def generator(seed: int | None) -> torch.Generator:
 def candidates(
     logits_V: torch.Tensor, top_k: int, top_p: float, min_p: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Probabilities that survive top-k, top-p and min-p, and their token ids; ids is None when all are there, in token order.
+    """Return the probabilities that survive top-k, top-p and min-p, and their token ids.
 
-    Top-p keeps the smallest set of most likely tokens whose probability, after top-k, reaches it; min-p those at least so
-    many times as likely as the most likely one.
+    Top-p keeps the smallest set of most likely tokens whose probability, after top-k, reaches it. Min-p keeps tokens at
+    least this times as likely as the most likely one. The ids are None if every token survives, in the order of tokens.
     """
     ids = None
     if 0 < top_k < len(logits_V):
@@ -113,9 +114,9 @@ def candidates(
     return probabilities, ids
 
 
-def choose(logits_SV: torch.Tensor, samplers: list[Sampler]) -> list[Chosen | None]:
-    """The next token of each sequence; None where no best score is finite, as with a damaged checkpoint or a type that
-    overflows."""
+def sample(logits_SV: torch.Tensor, samplers: list[Sampler]) -> list[SampledToken | None]:
+    """Sample the next token of each sequence; None where the best score is not finite, as with a damaged checkpoint or a
+    dtype that overflows."""
     best_S, tokens_S = logits_SV.max(-1)
     finite, tokens = best_S.isfinite().tolist(), tokens_S.tolist()
-    return [sampler.choose(logits_SV[row], tokens[row]) if finite[row] else None for row, sampler in enumerate(samplers)]
+    return [sampler.sample(logits_SV[row], tokens[row]) if finite[row] else None for row, sampler in enumerate(samplers)]

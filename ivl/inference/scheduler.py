@@ -1,4 +1,4 @@
-"""What the next step computes, and which request may use what an earlier one has computed."""
+"""Decides what the next step computes, and which request may use what an earlier one has computed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ivl.model.cache import PagedCache
 
 @dataclass(frozen=True)
 class Piece:
-    """The next tokens of a request: the last one of its reply so far, or some of its prompt."""
+    """The next tokens of a request: the last token of its reply so far, or some of its prompt."""
 
     request: Request
     start: int
@@ -22,6 +22,7 @@ class Piece:
 
     @property
     def stop(self) -> int:
+        """Position behind the last token."""
         return self.start + self.count
 
     @property
@@ -29,37 +30,45 @@ class Piece:
         """Whether a new token follows: the prompt is read to its end."""
         return self.stop >= self.request.num_prompt
 
+    @property
+    def in_prompt(self) -> bool:
+        """Whether these are tokens of the prompt."""
+        return self.start < self.request.num_prompt
+
 
 @dataclass
-class Plan:
-    """One step. budget: tokens that may still be added."""
+class EngineStep:
+    """What one step computes. budget: tokens that may still be added."""
 
     budget: int
-    pieces: list[Piece] = field(default_factory=list)
-    tiles: dict[bytes, torch.Tensor] = field(default_factory=dict)
-    """Tiles to encode first, by key."""
-    wanted: list[tuple[Request, bytes]] = field(default_factory=list)
-    """Who waits for which of them."""
+    pieces: list[Piece] = field(default_factory=list[Piece])
+    tiles: dict[bytes, torch.Tensor] = field(default_factory=dict[bytes, torch.Tensor])
+    """Tiles to encode first, by hash."""
+    tile_users: list[tuple[Request, bytes]] = field(default_factory=list[tuple[Request, bytes]])
+    """The requests that wait for each of these tiles."""
 
     def add(self, request: Request, count: int) -> None:
-        self.pieces.append(Piece(request, request.sequence.length, count))
+        """Add the next tokens of a request."""
+        self.pieces.append(Piece(request, request.cache.sequence.length, count))
         self.budget -= count
 
     @property
     def requests(self) -> list[Request]:
-        return list(dict.fromkeys([*(piece.request for piece in self.pieces), *(request for request, _ in self.wanted)]))
+        """Every request that takes part."""
+        users = (request for request, _ in self.tile_users)
+        return list(dict.fromkeys([*(piece.request for piece in self.pieces), *users]))
 
 
 class Scheduler:
-    """First come, first served, in steps of max_batch_tokens.
+    """Serves requests in the order of their arrival, in steps of max_batch_tokens.
 
-    Every running reply gets its token in every step; what is left of the budget goes to prompts in the order of their
-    arrival, piece by piece. Encoding a tile is paid from the same budget, tile_cost tokens each, so that no step takes
-    much longer than reading max_batch_tokens. A request starts when blocks for its longest possible reply are free, so
-    none is ever thrown out again.
+    Every running reply gets its token in every step. The rest of the budget goes to prompts in the order of their arrival,
+    piece by piece. Encoding a tile is paid from the same budget, tile_cost tokens each, so that no step takes much longer
+    than reading max_batch_tokens. A request starts when blocks for its longest possible reply are free, so none is ever
+    preempted.
 
-    A request whose prompt begins like one that is just being read waits for it, and is overtaken meanwhile: then it
-    finds the common beginning in the cache.
+    A request whose prompt begins like one that is just being computed waits for it, and later ones overtake it. Then it
+    finds the common prefix in the cache.
     """
 
     def __init__(
@@ -77,126 +86,149 @@ class Scheduler:
         self.prompt_tokens = self.hit_tokens = self.vision_hits = self.vision_misses = 0
 
     def add(self, request: Request) -> None:
-        request.added_at = time.perf_counter()
+        """Queue a request."""
+        request.timings.added_at = time.perf_counter()
         self.waiting[request] = None
 
     def remove(self, request: Request) -> bool:
-        """Forget a request, finished or not; its blocks are free or kept. Whether it was here."""
+        """Forget a request, finished or not, and release its blocks. Returns whether it was here."""
         if request in self.running:
             del self.running[request]
-            self.cache.release(request.sequence)
+            self.cache.release(request.cache.sequence)
         elif request in self.waiting:
             del self.waiting[request]
         else:
             return False
-        request.tiles, request.encoded = {}, {}
+        request.cache.tiles, request.cache.vision = {}, {}
         return True
 
     # Before a step
 
-    def plan(self) -> Plan:
-        plan = Plan(self.max_batch_tokens)
-        reading = [request for request in self.running if request.reading]
+    def schedule(self) -> EngineStep:
+        """Return the next step: one token of each running reply, then prompts, then new requests."""
+        step = EngineStep(self.max_batch_tokens)
+        in_prefill = [request for request in self.running if request.in_prefill]
         for request in self.running:
-            if not request.reading:
-                plan.add(request, 1)
-        for request in reading:
-            self._read_on(request, plan)
+            if not request.in_prefill:
+                step.add(request, 1)
+        for request in in_prefill:
+            self._add_prefill(request, step)
         if self.waiting:
-            self._admit(plan)
-        plan.pieces.sort(key=lambda piece: piece.count > 1)  # single tokens share one fast path when they come first
-        return plan
+            self._admit(step)
+        step.pieces.sort(key=lambda piece: piece.count > 1)  # single tokens share one fast path when they come first
+        return step
 
-    def _admit(self, plan: Plan) -> None:
+    def _admit(self, step: EngineStep) -> None:
+        """Start waiting requests while tokens, sequences and blocks last."""
         pool = self.cache.pool
-        coming = {name for request in self.running for name in self._unread(request)}
-        promised = sum(request.blocks - len(request.sequence.blocks) for request in self.running)
+        coming = {prefix_hash for request in self.running for prefix_hash in self._hashes_ahead(request)}
+        # Blocks that running requests have not taken yet, but may: what is left of them belongs to newcomers.
+        reserved = sum(request.cache.max_blocks - len(request.cache.sequence.blocks) for request in self.running)
         for request in list(self.waiting):
-            if plan.budget <= 0 or len(self.running) == self.max_sequences:
+            if step.budget <= 0 or len(self.running) == self.max_sequences:
                 return
-            # One token at least is left to compute: the last one, which the reply follows.
-            last, rest = divmod(request.num_prompt - 1, self.cache.block_size)
-            names = request.prompt.names
-            found = pool.find(names[:last])
-            if any(name in coming for name in names[len(found) : len(found) + 1]) and (len(found) < last or rest):
+            # The last token of the prompt is always computed, since the reply follows from its hidden state. So at most
+            # num_full blocks can be shared, and of the block behind them num_rest tokens.
+            num_full, num_rest = divmod(request.num_prompt - 1, self.cache.block_size)
+            hashes = request.prompt.hashes
+            shared = pool.find(hashes[:num_full])
+            # Another request is about to compute the next block of this prompt. Waiting for it saves computing it twice,
+            # unless nothing but the last token is left. `continue`: those behind may overtake meanwhile.
+            next_hash = hashes[len(shared) : len(shared) + 1]
+            if coming.intersection(next_hash) and (len(shared) < num_full or num_rest):
                 continue
-            used = sum(pool.users[block] > 0 for block in found)
-            spare = pool.num_available - promised - (request.blocks - used)
+            # A shared block that others use costs nothing. An evictable one counts as available until it is held, so it
+            # is paid for like a new one. Nobody overtakes a request that lacks room, or large ones would wait forever.
+            num_used = sum(pool.users[block] > 0 for block in shared)
+            spare = pool.num_available - reserved - (request.cache.max_blocks - num_used)
             if spare < 0:
                 return
-            del self.waiting[request]
-            self.running[request] = None
-            self.cache.resume(request.sequence, found)
-            if len(found) == last and rest and spare and names and names[last] in pool.cached:
-                self.cache.append_copy(request.sequence, pool.cached[names[last]], rest)
-            request.num_named, request.name = len(found), names[len(found) - 1] if found else b""
-            request.num_cached = request.sequence.length
-            request.queue = time.perf_counter() - request.added_at
-            self.prompt_tokens += request.num_prompt
-            self.hit_tokens += request.num_cached
-            promised += request.blocks - len(request.sequence.blocks)
-            coming.update(self._unread(request))
-            self._read_on(request, plan)
+            self._start(request, shared)
+            # A block that is only partly common is copied: each request goes on writing into its own. The copy holds its
+            # source for a moment, which may need one block more than the request itself.
+            if len(shared) == num_full and num_rest and spare and hashes and hashes[num_full] in pool.cached:
+                self.cache.append_copy(request.cache.sequence, pool.cached[hashes[num_full]], num_rest)
+            request.cache.num_found = request.cache.sequence.length
+            self.hit_tokens += request.cache.num_found
+            reserved += request.cache.max_blocks - len(request.cache.sequence.blocks)
+            coming.update(self._hashes_ahead(request))
+            self._add_prefill(request, step)
 
-    def _unread(self, request: Request) -> list[bytes]:
-        """Names of the blocks of its prompt that a request is going to compute."""
-        return request.prompt.names[request.num_named :] if request.reading else []
+    def _start(self, request: Request, shared: list[int]) -> None:
+        """Move a request from waiting to running, with the blocks that it shares."""
+        del self.waiting[request]
+        self.running[request] = None
+        self.cache.resume(request.cache.sequence, shared)
+        request.cache.num_registered = len(shared)
+        request.cache.last_hash = request.prompt.hashes[len(shared) - 1] if shared else b""
+        request.timings.queue = time.perf_counter() - request.timings.added_at
+        self.prompt_tokens += request.num_prompt
 
-    def _read_on(self, request: Request, plan: Plan) -> None:
-        """Plan the next piece of a prompt, or tiles that must be encoded before it."""
-        if plan.budget <= 0:
+    def _hashes_ahead(self, request: Request) -> list[bytes]:
+        """Return the hashes of the prompt's blocks that a running request has yet to compute."""
+        return request.prompt.hashes[request.cache.num_registered :] if request.in_prefill else []
+
+    def _add_prefill(self, request: Request, step: EngineStep) -> None:
+        """Add the next piece of a prompt, or the tiles that must be encoded before it."""
+        if step.budget <= 0:
             return
-        start = request.sequence.length
-        stop = request.num_prompt if request.whole else min(request.num_prompt, start + self.max_batch_tokens)
-        ready = True
-        for key in request.prompt.tile_keys(start, stop):
-            if key in request.encoded:
+        start = request.cache.sequence.length
+        stop = request.num_prompt if request.unsplittable else min(request.num_prompt, start + self.max_batch_tokens)
+        ready = self._add_tiles(request, start, stop, step)
+        if request.unsplittable:
+            # Longer than the budget allows: it runs beside single tokens only.
+            if ready and all(piece.samples and piece.count == 1 for piece in step.pieces):
+                step.add(request, stop - start)
+        elif ready and step.budget > 0:
+            step.add(request, min(stop - start, step.budget))
+
+    def _add_tiles(self, request: Request, start: int, stop: int, step: EngineStep) -> bool:
+        """Add the tiles shown between two positions of a prompt. Returns False if some must wait for a later step."""
+        for tile in request.prompt.tiles_between(start, stop):
+            if tile in request.cache.vision:
                 continue
-            if (known := self.encoder.find(key)) is not None:
-                request.encoded[key] = known
+            if (vision_UD := self.encoder.find(tile)) is not None:
+                request.cache.vision[tile] = vision_UD
                 self.vision_hits += 1
                 continue
-            if key not in plan.tiles:
-                if plan.tiles and plan.budget < self.tile_cost:
-                    ready = False
-                    break
-                plan.tiles[key] = request.tiles[key]
-                plan.budget -= self.tile_cost
-                self.vision_misses += 1
+            if tile in step.tiles:
+                self.vision_hits += 1
+            elif step.tiles and step.budget < self.tile_cost:
+                return False
             else:
-                self.vision_hits += 1
-            plan.wanted.append((request, key))
-        if request.whole:
-            if ready and all(piece.samples and piece.count == 1 for piece in plan.pieces):
-                plan.add(request, stop - start)
-        elif ready and plan.budget > 0:
-            plan.add(request, min(stop - start, plan.budget))
+                step.tiles[tile] = request.cache.tiles[tile]
+                step.budget -= self.tile_cost
+                self.vision_misses += 1
+            step.tile_users.append((request, tile))
+        return True
 
     # After a step
 
-    def finish(self, plan: Plan) -> None:
-        """What was computed can be found by others from now on; what was read is dropped."""
-        for piece in plan.pieces:
-            request = piece.request
-            self._name_blocks(piece)
-            if piece.start < request.num_prompt:
-                left = set(request.prompt.tile_keys(piece.stop, request.num_prompt))
-                request.encoded = {key: vision for key, vision in request.encoded.items() if key in left}
-                if not request.reading:
-                    request.tiles = {}
+    def finish(self, step: EngineStep) -> None:
+        """Register the blocks that were computed, so that others find them, and drop the tiles that were read."""
+        for piece in step.pieces:
+            request, state = piece.request, piece.request.cache
+            self._register_blocks(piece)
+            if piece.in_prompt:
+                ahead = set(request.prompt.tiles_between(piece.stop, request.num_prompt))
+                state.vision = {tile: vision_UD for tile, vision_UD in state.vision.items() if tile in ahead}
+                if not request.in_prefill:
+                    state.tiles = {}
 
-    def _name_blocks(self, piece: Piece) -> None:
-        request, size, pool = piece.request, self.cache.block_size, self.cache.pool
-        prompt, blocks = request.prompt, request.sequence.blocks
-        if request.whole:
+    def _register_blocks(self, piece: Piece) -> None:
+        request, state, size, pool = piece.request, piece.request.cache, self.cache.block_size, self.cache.pool
+        prompt, blocks = request.prompt, state.sequence.blocks
+        if request.unsplittable:
             return
-        while (stop := (request.num_named + 1) * size) <= piece.stop:
-            number = request.num_named
+        while (stop := (state.num_registered + 1) * size) <= piece.stop:
+            number = state.num_registered
             if stop <= request.num_prompt:
-                request.name = prompt.names[number]
-            else:
-                request.name = prompt.name(request.name, stop - size, request.tokens_at(stop - size, stop))
-            pool.register(blocks[number], request.name)
-            request.num_named += 1
-        if piece.start < request.num_prompt <= piece.stop and request.num_prompt % size:
-            pool.register(blocks[request.num_prompt // size], prompt.names[-1])
+                state.last_hash = prompt.hashes[number]
+            else:  # the reply has filled a block, which a conversation that goes on will look for
+                tokens = request.tokens_between(stop - size, stop)
+                state.last_hash = prompt.hash_block(state.last_hash, stop - size, tokens)
+            pool.register(blocks[number], state.last_hash)
+            state.num_registered += 1
+        # The block in which the prompt ends is found by the prompt's own tokens, too, while the reply goes on in it.
+        if piece.in_prompt and request.num_prompt <= piece.stop and request.num_prompt % size:
+            pool.register(blocks[request.num_prompt // size], prompt.hashes[-1])

@@ -1,22 +1,32 @@
-"""From tokens to text that is certain: whole characters, and never a part of a stop string."""
+"""Turns sampled tokens into text that will not change: whole characters, and never a part of a stop string."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
 
-class Decoder(Protocol):
-    """Incremental detokeniser, as `Tokenizer.stream()` returns it."""
+class Detokenizer(Protocol):
+    """Turns tokens into text one by one, as `Tokenizer.stream()` returns it."""
 
     def push(self, token: int, /) -> str: ...
     def flush(self) -> str: ...
 
 
-class StopFilter:
-    """Passes text through until a stop string is complete; text that may become one is held back.
+class TokenizerLike(Protocol):
+    """What inference needs of a tokenizer."""
 
-    The stop string that is complete first wins, and of those the longest, so the outcome does not depend on
-    how the text was cut into pieces.
+    def __len__(self) -> int: ...
+    def stream(self) -> Detokenizer: ...
+    def encode(self, text: str) -> list[int]: ...
+    def token_bytes(self, token_id: int) -> bytes: ...
+    def is_control(self, token_id: int) -> bool: ...
+
+
+class StopFilter:
+    """Passes text through until a stop string is complete, and holds back text that may become one.
+
+    The stop string that is complete first wins, and of those the longest, so the outcome does not depend on how the text
+    was cut into pieces.
     """
 
     def __init__(self, stop: tuple[str, ...]) -> None:
@@ -25,7 +35,7 @@ class StopFilter:
         self.stopped = False
 
     def push(self, text: str) -> str:
-        """The text that is certain now. Sets `stopped` when a stop string was met; it and what follows are dropped."""
+        """Return the text that is certain now. At a stop string set `stopped`, and drop it and what follows."""
         if not self.stop or self.stopped:
             return "" if self.stopped else text
         text = self.held + text
@@ -38,30 +48,32 @@ class StopFilter:
         return text[: len(text) - keep]
 
     def flush(self) -> str:
-        """What was held back, at the end of the text."""
+        """Return the text that was held back, at the end of the reply."""
         held, self.held = self.held, ""
         return held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of text that begins stop."""
+    """Return the length of the longest end of text that begins stop."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 class TextStream:
-    """Tokens of one reply in, certain text out."""
+    """Takes the tokens of one reply and returns text that is certain."""
 
-    def __init__(self, decoder: Decoder, stop: tuple[str, ...]) -> None:
-        self.decoder = decoder
+    def __init__(self, detokenizer: Detokenizer, stop: tuple[str, ...]) -> None:
+        self.detokenizer = detokenizer
         self.filter = StopFilter(stop)
 
     @property
     def stopped(self) -> bool:
+        """Whether a stop string was met."""
         return self.filter.stopped
 
     def push(self, token: int) -> str:
-        return self.filter.push(self.decoder.push(token))
+        """Add a token and return the text that is certain now."""
+        return self.filter.push(self.detokenizer.push(token))
 
     def flush(self) -> str:
-        """The rest of the text, once no token will follow."""
-        return self.filter.push(self.decoder.flush()) + self.filter.flush()
+        """Return the rest of the text, once no token will follow."""
+        return self.filter.push(self.detokenizer.flush()) + self.filter.flush()

@@ -1,4 +1,4 @@
-"""Vision tokens of tiles, each distinct tile encoded once while it stays in memory."""
+"""Encodes tiles to vision tokens; each distinct tile is encoded once while its encoding stays in memory."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ PATCHES_PER_CALL = 16 * 1024
 """Tiles encoded together have at most this many patches: 16 tiles of 448 px."""
 
 
-def tile_key(tile_SSC: torch.Tensor) -> bytes:
-    """A tile by its content."""
+def tile_hash(tile_SSC: torch.Tensor) -> bytes:
+    """Return the hash of a tile's content."""
     return hashlib.blake2b(tile_SSC.contiguous().numpy().data, digest_size=16).digest()
 
 
 def tile_cost(config: ModelConfig) -> int:
-    """Prompt tokens that take about as much arithmetic as encoding a tile."""
+    """Return how many prompt tokens take about as much arithmetic as encoding a tile."""
     v, d = config.vision, config.decoder
     patch = v.num_layers * (4 * v.width**2 + 2 * v.width * v.mlp_width)
     token = d.num_layers * (2 * d.width * (d.num_heads + d.num_kv_heads) * d.head_dim + 3 * d.width * d.mlp_width)
@@ -34,31 +34,31 @@ class VisionEncoder:
         self.model = model
         self.max_bytes = max_bytes
         self.tiles_per_call = max(1, PATCHES_PER_CALL // model.config.vision.grid**2)
-        self.known: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+        self.cached: OrderedDict[bytes, torch.Tensor] = OrderedDict()
         self.num_bytes = 0
 
-    def find(self, key: bytes) -> torch.Tensor | None:
-        """The vision tokens [U, D] of a tile if they are still known."""
-        if key in self.known:
-            self.known.move_to_end(key)
-        return self.known.get(key)
+    def find(self, tile: bytes) -> torch.Tensor | None:
+        """Return the vision tokens [U, D] of a tile, by its hash, if they are still in memory."""
+        if tile in self.cached:
+            self.cached.move_to_end(tile)
+        return self.cached.get(tile)
 
     def encode(self, tiles: dict[bytes, torch.Tensor]) -> dict[bytes, torch.Tensor]:
-        """uint8 tiles [size, size, 3] that are not known, to vision tokens [U, D]."""
+        """Encode uint8 tiles [size, size, 3] to vision tokens [U, D], both by hash."""
         encoded: dict[bytes, torch.Tensor] = {}
-        keys = list(tiles)
-        for at in range(0, len(keys), self.tiles_per_call):
-            some = keys[at : at + self.tiles_per_call]
-            vision_GUD = self.model.encode_tiles(torch.stack([tiles[key] for key in some]))
+        hashes = list(tiles)
+        for at in range(0, len(hashes), self.tiles_per_call):
+            batch = hashes[at : at + self.tiles_per_call]
+            vision_GUD = self.model.encode_tiles(torch.stack([tiles[tile] for tile in batch]))
             # Copies, as a view would keep its whole batch alive.
-            encoded |= {key: vision_UD.clone() for key, vision_UD in zip(some, vision_GUD, strict=True)}
-        for key, vision_UD in encoded.items():
-            self._forget(self.max_bytes - vision_UD.nbytes)
+            encoded |= {tile: vision_UD.clone() for tile, vision_UD in zip(batch, vision_GUD, strict=True)}
+        for tile, vision_UD in encoded.items():
+            self._evict(self.max_bytes - vision_UD.nbytes)
             if vision_UD.nbytes <= self.max_bytes:
-                self.known[key] = vision_UD
+                self.cached[tile] = vision_UD
                 self.num_bytes += vision_UD.nbytes
         return encoded
 
-    def _forget(self, room: int) -> None:
-        while self.known and self.num_bytes > room:
-            self.num_bytes -= self.known.popitem(last=False)[1].nbytes
+    def _evict(self, room: int) -> None:
+        while self.cached and self.num_bytes > room:
+            self.num_bytes -= self.cached.popitem(last=False)[1].nbytes

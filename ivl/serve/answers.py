@@ -200,8 +200,8 @@ def facts(streams: Sequence[Stream], n: int, arrived: float) -> dict[str, Any]:
         "tiles": sum(request.num_tiles for request in requests[::n]),
         "replies": len(requests),
         "finish": [request.finish_reason or "none" for request in requests],
-        "prepare_s": round(requests[0].prepare, 4),
-        "queue_s": round(max(request.queue for request in requests), 4),
+        "prepare_s": round(requests[0].timings.prepare, 4),
+        "queue_s": round(max(request.timings.queue for request in requests), 4),
         "seconds": round(time.perf_counter() - arrived, 4),
     }
     return found | ({"first_token_s": round(min(started) - arrived, 4)} if started else {})

@@ -279,7 +279,7 @@ class Service:
         if stream.started_at is None:
             self._started(stream)
         if stream.request.finish_reason is not None:
-            seconds = time.perf_counter() - stream.request.added_at
+            seconds = time.perf_counter() - stream.request.timings.added_at
             self._seconds_per_reply += 0.1 * (seconds - self._seconds_per_reply)
 
     # The engine thread

@@ -255,7 +255,7 @@ async def growing(stream: Stream) -> AsyncIterator[tuple[str, str]]:
 def tally(stream: Stream) -> str:
     """Counts and times of a request, in one line."""
     request = stream.request
-    times, count = request.timings(), len(request.tokens)
+    times, count = request.timings, len(request.tokens)
     parts = [f"{request.num_prompt:,} tokens in" + (f" ({request.num_cached:,} known)" if request.num_cached else "")]
     if request.num_tiles:
         parts.append(f"{request.num_tiles} {'tile' if request.num_tiles == 1 else 'tiles'} {times.vision:.2f} s")

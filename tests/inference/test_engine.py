@@ -97,13 +97,13 @@ def test_closing_a_stream_frees_its_blocks(lively: VLM) -> None:
     stream = shared.stream(requests(1)[0], SamplingParams(max_new_tokens=200))
     assert len(list(islice(stream, 2))) == 2
     stream.close()
-    list(shared.follow(others))
+    list(shared.deltas(others))
     assert_idle(shared)
     waiting = shared.submit(ask("never started"))
     shared.cancel(waiting)
     assert_idle(shared)
     with pytest.raises(RuntimeError, match="cancelled"):
-        next(shared.follow(waiting))
+        next(shared.deltas(waiting))
 
 
 def test_an_interrupted_run_frees_its_blocks(lively: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,9 +126,9 @@ def test_scores_that_are_not_finite_end_one_reply_alone(lively: VLM) -> None:
     others = [shared.submit(ask(text), params) for text in ("hello", "there")]
     broken = shared.submit(ask("~~~~ and a question"), params)
     with pytest.raises(InputError, match="not finite in"):
-        list(shared.follow(broken))
+        list(shared.deltas(broken))
     for request, reply in zip(others, expected, strict=True):
-        assert "".join(delta.text for delta in shared.follow(request)) == reply.text
+        assert "".join(delta.text for delta in shared.deltas(request)) == reply.text
     assert_idle(shared)
     with pytest.raises(InputError, match="conversation 1: the model's scores"):
         shared.generate([ask("hello"), ask("~")], params)
@@ -158,7 +158,7 @@ def test_tiles_are_encoded_once(lively: VLM, monkeypatch: pytest.MonkeyPatch) ->
     assert sum(encoded) == 4
     small = Engine(lively, FakeProcessor(lively.config), max_cache_tokens=512, vision_cache_bytes=0)
     small.generate(conversations, SamplingParams(max_new_tokens=2))
-    assert sum(encoded) == 8 and not small.vision.known
+    assert sum(encoded) == 8 and not small.vision.cached
 
 
 def test_limits_are_told_with_numbers(lively: VLM) -> None:

@@ -129,7 +129,7 @@ def test_replies_go_on_beside_a_long_prompt(model: VLM, computed: list[int]) -> 
         assert [len(request.tokens) for request in replies] == [n + 1 for n in before]
         tiles = engine.stats().vision_misses - encoded
         assert tiles <= max(1, 20 // engine.scheduler.tile_cost) and computed[-1] <= 24
-    assert long.timings().vision > 0
+    assert long.timings.vision > 0
     words, more = engine.submit(ask("w" * 200)), engine.submit(ask("me, too"))
     while not more.tokens:
         engine.step()
@@ -145,7 +145,7 @@ def test_encodings_wait_for_their_turn_whatever_the_memory(model: VLM) -> None:
     conversations = [ask("look", *IMAGES[n:], *IMAGES[:n]) for n in range(3)]
     replies = engine.generate(conversations, SHORT)
     assert [r.text for r in replies] == [tiny_engine(model).generate([c], SHORT)[0].text for c in conversations]
-    assert not engine.vision.known and engine.stats().vision_misses <= 36
+    assert not engine.vision.cached and engine.stats().vision_misses <= 36
 
 
 def test_cancelling_at_any_moment_frees_everything(model: VLM) -> None:
@@ -167,7 +167,7 @@ def test_cancelling_at_any_moment_frees_everything(model: VLM) -> None:
     for _, request in open_requests:
         engine.cancel(request)
         engine.cancel(request)
-        assert request.cancelled and not request.tiles and not request.encoded
+        assert request.cancelled and not request.cache.tiles and not request.cache.vision
     assert_idle(engine)
 
 
@@ -178,10 +178,10 @@ def test_who_waits_for_a_cancelled_prompt_computes_it(model: VLM) -> None:
     engine.step()
     assert follower in engine.scheduler.waiting
     engine.cancel(leader)
-    list(engine.follow(other))
+    list(engine.deltas(other))
     while follower.finish_reason is None:
         engine.step()
-    assert 0 < follower.num_cached < 90 and follower.timings().queue > 0
+    assert 0 < follower.num_cached < 90 and follower.timings.queue > 0
     assert text_of(follower) == tiny_engine(model).generate([ask("a" * 90)], SHORT)[0].text
     assert_idle(engine)
 
@@ -204,7 +204,7 @@ def test_several_replies_are_prepared_once(model: VLM) -> None:
     engine = tiny_engine(model)
     params = [SamplingParams(max_new_tokens=n) for n in (1, 4)]
     wanted = engine.prepare_all(ask("hello", IMAGES[0]), params)
-    assert engine.processor.calls == 1 and [r.limit for r in wanted] == [1, 4]  # type: ignore[attr-defined]
+    assert engine.processor.calls == 1 and [r.max_new_tokens for r in wanted] == [1, 4]  # type: ignore[attr-defined]
     run(engine, *wanted)
     assert [len(r.tokens) for r in wanted] == [1, 4]
     with torch.inference_mode():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ivl.inference.sampling import Sampler, candidates, choose
+from ivl.inference.sampling import Sampler, candidates, sample
 from ivl.types import SamplingParams
 
 
@@ -60,14 +60,14 @@ def test_greedy_and_sampled_requests_share_a_batch() -> None:
     sampled = SamplingParams(temperature=1.0, seed=5)
     alone = Sampler(sampled, []).pick(logits[1])
     greedy = [Sampler(SamplingParams(), []) for _ in range(2)]
-    tokens = [each.token for each in choose(logits, [greedy[0], Sampler(sampled, []), greedy[1]])]
+    tokens = [each.token for each in sample(logits, [greedy[0], Sampler(sampled, []), greedy[1]])]
     assert tokens == [int(logits[0].argmax()), alone, int(logits[2].argmax())]
 
 
 def test_scores_that_are_not_finite_give_no_token() -> None:
     logits = torch.zeros(3, 5)
     logits[1, 3], logits[2, 4] = torch.nan, 1.0
-    first, second, third = choose(logits, [Sampler(SamplingParams(), []) for _ in range(3)])
+    first, second, third = sample(logits, [Sampler(SamplingParams(), []) for _ in range(3)])
     assert first is not None and second is None and third is not None and third.token == 4
 
 
@@ -104,14 +104,14 @@ def test_log_probabilities_are_the_models_own(dtype: torch.dtype) -> None:
         SamplingParams(logprobs=3, temperature=0.3, top_k=4, presence_penalty=1.0, repetition_penalty=1.3, seed=1),
         SamplingParams(logprobs=70),
     ]
-    chosen = choose(logits, [Sampler(params, [1, 2]) for params in every])
+    chosen = sample(logits, [Sampler(params, [1, 2]) for params in every])
     for each, params, row in zip(chosen, every, expected, strict=True):
         assert each.logprob is not None and each.logprob.token == each.token
         assert each.logprob.logprob == pytest.approx(float(row[each.token]), abs=1e-5)
         best, ids = row.topk(min(params.logprobs or 0, 50))
         assert [token for token, _ in each.logprob.top] == ids.tolist()
         assert [value for _, value in each.logprob.top] == pytest.approx(best.tolist(), abs=1e-5)
-    assert choose(logits, [Sampler(SamplingParams(), []) for _ in range(3)])[0].logprob is None
+    assert sample(logits, [Sampler(SamplingParams(), []) for _ in range(3)])[0].logprob is None
 
 
 @pytest.mark.parametrize(
@@ -122,10 +122,10 @@ def test_a_seed_draws_the_same_in_any_batch_and_never_what_is_forbidden(options:
     logits[:, 100:] = -torch.inf
     params = [SamplingParams(temperature=1.0, seed=n, **options) for n in range(6)]
     samplers = [Sampler(each, []) for each in params]
-    together = [[each.token for each in choose(logits, samplers)] for _ in range(20)]
+    together = [[each.token for each in sample(logits, samplers)] for _ in range(20)]
     for row, each in enumerate(params):
         alone = Sampler(each, [])
-        assert [choose(logits[row : row + 1], [alone])[0].token for _ in range(20)] == [tokens[row] for tokens in together]
+        assert [sample(logits[row : row + 1], [alone])[0].token for _ in range(20)] == [tokens[row] for tokens in together]
     assert max(map(max, together)) < 100 and len({tuple(tokens) for tokens in together}) > 10
 
 

