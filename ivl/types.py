@@ -98,6 +98,8 @@ class Sample:
     id: str = ""
     source: str = ""
     dataset: str = ""
+    cut: str = ""
+    """For a sample whose last turns were cut to fit the limits: its sizes before and after. Empty for a whole sample."""
 
     @property
     def num_tokens(self) -> int:

@@ -37,13 +37,13 @@ def shuffle(e: Emitter, x: Value, y: Value, lanes: list[int]) -> Value:
     return e.b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
 
 
-def transposed(e: Emitter, rows: list[Value], block: int = LANES) -> list[Value]:
-    """`block` vectors taken as squares of block x block side by side, each square turned."""
-    half = block // 2
+def transposed(e: Emitter, rows: list[Value]) -> list[Value]:
+    """Transpose a square of LANES vectors."""
+    half = LANES // 2
     while half:
         # Of two rows half a square apart, the upper right quarter changes places with the lower left one.
         out = list(rows)
-        for r in range(block):
+        for r in range(LANES):
             if r & half:
                 continue
             upper = [i if not i & half else LANES + (i ^ half) for i in range(LANES)]

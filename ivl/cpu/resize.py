@@ -1,10 +1,10 @@
-"""Bicubic resizing straight into tiles, with the very pixels that Pillow gives, several times as fast.
+"""Bicubic resizing straight into tiles, with the pixels of Pillow, several times as fast.
 
-Pillow resizes 8-bit images in two passes, rows and then columns. A pixel is a weighted sum in whole numbers: weights are
-fractions of 2^22, the sum is rounded and clipped to 0..255 after each pass. The same is done here by two kernels that the
-processor's vector units like (pixel_kernels.py). Once per process the outcome is compared with Pillow's: the order of the
-passes is taken from there, since versions differ; and where the pixels are not the same, or no kernel can be built
-(IVL_KERNELS=0, no llvmlite), Pillow itself does the work.
+Pillow resizes 8-bit images in two passes, rows and then columns. A pixel is a weighted sum in integers: weights are
+fractions of 2^22, the sum is rounded and clipped to 0..255 after each pass. Two kernels with vector instructions do the same
+(pixel_kernels.py). Once per process their pixels are compared with Pillow's: the comparison tells the order of the passes,
+which differs between versions; and where the pixels differ, or no kernel can be built (IVL_KERNELS=0, no llvmlite), Pillow
+resizes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from ivl.processing.image import resize
+
 SUPPORT = 2.0
 """Reach of the bicubic filter, in pixels of the smaller of both images."""
 SHIFT, DIGIT = 22, 8
@@ -31,6 +33,17 @@ KEPT_BYTES = 64 << 20
 
 _Kernel = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _memory = threading.local()
+
+
+def fast_resize(image: Image.Image | np.ndarray, size: int, columns: int, rows: int, *, thumbnail: bool) -> np.ndarray:
+    """Resize an RGB image to a grid of tiles: `ivl.processing.image.resize`, by kernels where they apply.
+
+    Images of a few pixels, tiles of a few pixels and extreme reductions are left to Pillow.
+    """
+    image_YXC = np.asarray(image)
+    if resizable(image_YXC.shape[1], image_YXC.shape[0], size):
+        return tiles(image_YXC, size, columns, rows, thumbnail=thumbnail)
+    return resize(image, size, columns, rows, thumbnail=thumbnail)
 
 
 def resizable(width: int, height: int, size: int) -> bool:

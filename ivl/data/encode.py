@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -24,13 +24,12 @@ from ivl.data.config import DataConfig
 from ivl.data.mixture import Draw, Mixture
 from ivl.data.records import media_of
 from ivl.data.transport import Parcel, receive, send
-from ivl.errors import DataError, DataFault, InputError
+from ivl.errors import DataError, DataFault, MediaError
 from ivl.processing.image import MAX_PIXELS, load_image
 from ivl.processing.processor import Processor, SampleOptions
 from ivl.processing.video import load_frames
-from ivl.types import IGNORE, ImageRef, Record, Sample, VideoRef
+from ivl.types import ImageRef, Record, Sample, VideoRef
 
-TOO_LONG = "raise data.max_tokens or data.max_tiles, or lower data.max_tiles_per_image"
 PAIR = "a preference pair, whose rejected reply would be trained on; objective preference takes it"
 NO_PAIR = "not a preference pair; the objective preference needs rows with a prompt, `chosen` and `rejected`"
 CHUNK = 8
@@ -89,12 +88,8 @@ class Encoder:
                 raise DataError(record.source, "bad_row", NO_PAIR if self.pairs else PAIR)
             options = self._options(record, draw)
             sample = self._sample(record, options)
-            if self._is_over(sample):
-                if self.config.over_budget == "truncate":
-                    return Encoded(self._cut(record, sample, self._options(record, draw)), False)
-                raise DataError(record.source, "too_long", f"{self._size(sample)}; {TOO_LONG}")
-            if not bool((sample.labels_T != IGNORE).any()):
-                raise DataError(sample.source, "nothing_trained", "no token is trained")
+            if sample.cut:
+                return Encoded(Cut(sample, sample.cut), False)
             return Encoded(sample, options.generator is None)
         except DataError as error:
             return Encoded(Dropped(error.source, error.kind, error.problem), False)
@@ -105,7 +100,10 @@ class Encoder:
         if spec.data_augment or any(isinstance(ref, VideoRef) for ref in media_of(record)):
             generator = random.Random(f"{self.mixture.seed} {draw.epoch} {draw.dataset} {draw.row} {draw.copy}")
         return SampleOptions(
-            max_tiles=spec.max_dynamic_patch or config.max_tiles_per_image,
+            max_tiles_per_image=spec.max_dynamic_patch or config.max_tiles_per_image,
+            max_tokens=config.max_tokens,
+            max_total_tiles=config.max_tiles,
+            overflow="truncate" if config.over_budget == "truncate" else "error",
             averaging=config.averaging,
             augment=config.augmentation if spec.data_augment else None,
             min_frames=config.min_frames,
@@ -116,45 +114,23 @@ class Encoder:
     def _sample(self, record: Record, options: SampleOptions) -> Sample:
         try:
             return self.processor.sample(record, options=options)
-        except InputError as error:
-            check_media(record, max_pixels=self.processor.max_pixels)
-            raise DataError(record.source, "bad_row", str(error).removeprefix(f"{record.source}: ")) from error
+        except DataError:
+            raise
         except Exception as error:
             error.add_note(f"while encoding {record.source}")
             raise
-
-    def _cut(self, record: Record, whole: Sample, options: SampleOptions) -> Cut:
-        """The sample again, without the turns that do not fit. What was random before is again the same."""
-        config = self.config
-        options = replace(options, max_tokens=config.max_tokens, max_total_tiles=config.max_tiles, overflow="truncate")
-        try:
-            sample = self.processor.sample(record, options=options)
-        except InputError as error:  # it was good, so it is the limit
-            raise DataError(record.source, "too_long", f"{self._size(whole)}, and no reply of it fits; {TOO_LONG}") from error
-        return Cut(sample, f"{self._size(whole)}; cut to {sample.num_tokens} and {sample.num_tiles}")
-
-    def _is_over(self, sample: Sample) -> bool:
-        return sample.num_tokens > self.config.max_tokens or sample.num_tiles > self.config.max_tiles
-
-    def _size(self, sample: Sample) -> str:
-        config = self.config
-        return (
-            f"{sample.num_tokens} tokens and {sample.num_tiles} tiles, a pack holds {config.max_tokens} and {config.max_tiles}"
-        )
 
 
 def check_media(record: Record, *, max_pixels: int = MAX_PIXELS) -> None:
     """Raise the DataError of the first medium that is missing or cannot be decoded, if there is one."""
     for ref in media_of(record):
-        if isinstance(ref.source, str) and not os.path.exists(ref.source):  # noqa: PTH110, never raises
-            raise DataError(record.source, "missing_media", f"no such file: {ref.source}")
         try:
             if isinstance(ref, ImageRef):
                 load_image(ref, max_pixels=max_pixels)
             else:
                 load_frames(ref, 1, max_pixels=max_pixels)
-        except InputError as error:
-            raise DataError(record.source, "undecodable_media", str(error)) from error
+        except MediaError as error:
+            raise DataError(record.source, error.kind, str(error)) from error
 
 
 @contextlib.contextmanager

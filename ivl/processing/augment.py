@@ -1,13 +1,18 @@
-"""What training does to images, at random: JPEG compression of every tile (spec 2.2), and other damage if asked for."""
+"""Random augmentation of images in training.
+
+Every tile is compressed as JPEG (InternVL2.5, arXiv:2412.05271, section 3.4); other damage is optional.
+"""
 
 from __future__ import annotations
 
+import io
 import random
 import typing
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 from PIL import Image, ImageEnhance, ImageFilter
 
 Corruption = Literal["blur", "noise", "rescale", "brightness", "contrast"]
@@ -67,3 +72,14 @@ def corrupt(image: Image.Image, kind: Corruption, strength: float, seed: int) ->
         case "brightness" | "contrast":
             enhance = ImageEnhance.Brightness if kind == "brightness" else ImageEnhance.Contrast
             return enhance(image).enhance(1 + (0.5 if seed % 2 == 0 else -0.5) * strength)
+
+
+def compress_(tiles_GSSC: torch.Tensor, qualities: list[int]) -> None:
+    """Overwrite each uint8 RGB tile with what saving it as JPEG at its quality and opening it again gives.
+
+    Chroma has half the width and height (4:2:0), Pillow's default.
+    """
+    for tile_SSC, quality in zip(tiles_GSSC.numpy(), qualities, strict=True):
+        file = io.BytesIO()
+        Image.fromarray(tile_SSC).save(file, "JPEG", quality=quality)
+        tile_SSC[:] = np.asarray(Image.open(file))

@@ -1,7 +1,7 @@
-"""The one renderer of conversations: training tokens up to a reply are the inference prompt (spec 2.5 to 2.7).
+"""Rendering of conversations as tokens, for training and for inference: training tokens up to a reply are the prompt.
 
-A turn is encoded by itself (text never merges across a control token). The header of an assistant turn is never merged with
-the reply, so a prompt is a prefix of what was trained, whatever the reply begins with.
+Each turn is encoded by itself: text never merges across a control token. The header of an assistant turn never merges with
+the reply, so a prompt is a prefix of the trained tokens, whatever the reply begins with.
 """
 
 from __future__ import annotations
@@ -46,10 +46,13 @@ TEMPLATES = {
 
 @dataclass(frozen=True)
 class Rendered:
-    """Token ids of one conversation, and for each whether it is trained (part of a reply or the end of one)."""
+    """A conversation as tokens."""
 
     ids: list[int]
     trained: list[bool]
+    """For each token, whether it is trained: part of a reply, or the end of one."""
+    cuts: list[tuple[int, int]]
+    """Numbers of tokens and of media up to the end of each reply, which are those of the conversation that ends there."""
 
     def add(self, ids: Sequence[int], *, trained: bool = False) -> None:
         self.ids.extend(ids)
@@ -96,8 +99,8 @@ def render(
     if not turns[0].text:
         del turns[0]
 
-    out = Rendered([], [])
-    counts = iter(num_tiles)
+    out = Rendered([], [], [])
+    counts, num_media = iter(num_tiles), 0
     out.add([] if tokenizer.bos is None else [tokenizer.bos])
     for turn in turns:
         head, opening = _header(form, turn.role, tokenizer)
@@ -108,10 +111,12 @@ def render(
             if reply and turn is turns[-1]:
                 return out
             out.add([tokenizer.id(form.end)], trained=True)
+            out.add(tokenizer.encode(form.newline))
+            out.cuts.append((len(out.ids), num_media))
         else:
             out.add(_body(opening, turn.content, counts, tokenizer, tokens_per_tile))
-            out.add([tokenizer.id(form.end)])
-        out.add(tokenizer.encode(form.newline))
+            out.add([tokenizer.id(form.end), *tokenizer.encode(form.newline)])
+            num_media += sum(not isinstance(part, Text) for part in turn.content)
     if reply:
         head, opening = _header(form, "assistant", tokenizer)
         out.add([head, *tokenizer.encode(opening)])
@@ -153,7 +158,7 @@ def _body(
             text += part.text
         elif isinstance(part, ImageRef):
             show(next(counts))
-        else:  # the form of supervised training, for inference too; the reference has four forms (spec 2.4)
+        else:  # the form of supervised training, for inference too; the reference has several (docs/reference.md)
             for frame in range(1, next(counts) + 1):
                 text += f"Frame-{frame}: " if frame == 1 else f"\nFrame-{frame}: "
                 show(1)
@@ -196,7 +201,7 @@ def user(text: str, *media: ImageRef | VideoRef) -> Message:
 
 def marked(text: str, media: Sequence[ImageRef | VideoRef]) -> str:
     """The text with marks of its media: its own if it has any, else all of them first, each on a line of its own, several
-    images as `Image-1: <image>`, `Image-2: <image>` (spec 2.4)."""
+    images as `Image-1: <image>`, `Image-2: <image>`, the form in which VLMEvalKit asks InternVL."""
     if "<image>" in text or "<video>" in text:
         return text
     marks = ["<video>" if isinstance(ref, VideoRef) else "<image>" for ref in media]

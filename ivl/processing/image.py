@@ -1,136 +1,82 @@
-"""An image becomes tiles (spec 2.1): resize to the grid nearest in shape, cut it, and add the whole as a thumbnail."""
+"""Images as tiles of one size (dynamic resolution: InternVL1.5, arXiv:2404.16821, section 3.3).
+
+An image is resized to the grid of tiles nearest to its own shape and cut along it; the whole image is added as a thumbnail.
+"""
 
 from __future__ import annotations
 
 import io
+import os
 import threading
 import warnings
 from collections.abc import Callable
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ivl.config import TilingConfig
-from ivl.cpu import resize
-from ivl.errors import InputError
+from ivl.errors import InputError, MediaError
 from ivl.types import ImageRef
 
 MAX_PIXELS = 178_956_970
 """Largest image that is decoded, in pixels (512 MiB of RGB); a header announcing more is refused before decoding."""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
 """What may be opened; the decoders of other formats are never started."""
-KEPT_BYTES = 64 << 20
-"""Largest image whose memory is kept for the next one."""
-_memory = threading.local()
 ORIENTATION = 0x0112
-"""The EXIF tag that says how an image was held."""
-TURNED = (b"Exif\0\0", b"Orientation")
-"""One of these is in a JPEG file that says so."""
+"""The EXIF tag that says how the camera was held."""
+ORIENTATION_MARKS = (b"Exif\0\0", b"Orientation")
+"""A JPEG file that states an orientation, in EXIF or XMP, contains one of these."""
 
 
 def load_image(ref: ImageRef, root: str = "", *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The image as RGB, upright.
+    """Open an image as RGB, upright.
 
     A relative path starts at root. Decisions: EXIF orientation is applied, since users ask about the picture as they see it
-    (the reference ignores the tag); transparency is laid over white (the reference shows what lies hidden under it); integer
-    grey is taken as 16 bit and scaled to 8, float grey as 0 to 1 if it stays within, else as 0 to 255; of an animation the
+    (the reference ignores the tag); transparency is laid over white (the reference shows the color hidden under it); integer
+    gray is taken as 16 bit and scaled to 8, float gray as 0 to 1 if it stays within, else as 0 to 255; of an animation the
     first frame counts.
 
     Raises:
-        InputError: naming the file, if it is missing, of another format, truncated, or larger than max_pixels.
+        MediaError: naming the file, if it is missing, of another format, truncated, or larger than max_pixels.
     """
-    if isinstance(ref.source, Image.Image):
-        name, image = "the given image", ref.source
-        _check_size(image, name, max_pixels)
-        return _upright_rgb(image, name)
-    if isinstance(ref.source, bytes):
-        name, stream = f"image of {len(ref.source)} bytes", io.BytesIO(ref.source)
+    source = ref.source
+    if isinstance(source, Image.Image):
+        _check_size(source, "the given image", max_pixels)
+        return to_rgb(ImageOps.exif_transpose(source))
+    if isinstance(source, bytes):
+        name, stream = f"image of {len(source)} bytes", io.BytesIO(source)
     else:
-        path = Path(root) / ref.source
-        name = str(path)
-        try:
-            stream = path.open("rb")
-        except OSError as error:
-            raise InputError(f"{name}: cannot read the image ({error.strerror})") from error
+        name = str(Path(root) / source)
+        stream = _open_file(name)
     with stream:
-        return _decode(stream, name, max_pixels, quote=isinstance(ref.source, str))
+        try:
+            image = _open_stream(stream, FORMATS)
+            _check_size(image, name, max_pixels)
+            return to_rgb(ImageOps.exif_transpose(image))
+        except InputError:
+            raise
+        except Exception as error:  # Pillow's readers raise whatever their parsing meets
+            # Bytes come from anywhere: the library's words about their content are not sent back there.
+            words = "damaged or cut short" if isinstance(source, bytes) else f"{type(error).__name__}: {error}"
+            # For an unknown format, Pillow's own words would print an object with its address.
+            why = "unknown format" if isinstance(error, UnidentifiedImageError) else words
+            raise MediaError("undecodable_media", f"{name}: not a readable image ({why})") from error
 
 
-def load_pixels(ref: ImageRef, root: str = "", *, max_pixels: int = MAX_PIXELS, reuse: bool = False) -> np.ndarray:
-    """`load_image` as uint8 RGB [height, width, 3]: the same pixels and errors. A usual JPEG is decoded by simplejpeg if that
-    is installed: the same library as Pillow's, without two copies on the way. With `reuse` the pixels may lie in memory that
-    the next such call of this thread overwrites; fresh memory costs a quarter of the decoding."""
-    pixels_YXC = None if isinstance(ref.source, Image.Image) else _usual_jpeg(ref.source, root, max_pixels, reuse)
-    return np.asarray(load_image(ref, root, max_pixels=max_pixels)) if pixels_YXC is None else pixels_YXC
-
-
-def _usual_jpeg(source: str | bytes, root: str, max_pixels: int, reuse: bool) -> np.ndarray | None:
-    """Pixels of a colour JPEG without damage that is upright; None for anything else, which takes the usual way."""
-    if not (decoder := _jpeg_decoder()):
-        return None
-    header, decode = decoder
+def _open_file(name: str) -> io.BufferedReader:
     try:
-        with io.BytesIO(source) if isinstance(source, bytes) else (Path(root) / source).open("rb") as stream:
-            if stream.read(3) != b"\xff\xd8\xff":
-                return None
-            stream.seek(0)
-            data = stream.read()
-        height, width, colours, _ = header(data)
-        if colours not in ("YCbCr", "RGB") or width * height > max_pixels:
-            return None
-        # A tag or an XMP property may say that it is to be turned; looking for either costs less than parsing.
-        if any(mark in data for mark in TURNED) and _open(io.BytesIO(data), ("JPEG",)).getexif().get(ORIENTATION, 1) != 1:
-            return None
-        memory = _kept_memory(3 * width * height) if reuse else None
-        return decode(data, "RGB", buffer=memory)  # strict: what the library warns of is a ValueError
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return None
+        return Path(name).open("rb")
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        kind = "undecodable_media" if os.path.exists(name) else "missing_media"  # noqa: PTH110, never raises
+        why = error.strerror if isinstance(error, OSError) else error
+        raise MediaError(kind, f"{name}: cannot read the image ({why})") from error
 
 
-def _kept_memory(num_bytes: int) -> np.ndarray | None:
-    """This thread's memory for pixels, grown as needed; None for more than is worth keeping."""
-    if num_bytes > KEPT_BYTES:
-        return None
-    if len(getattr(_memory, "pixels", ())) < num_bytes:
-        _memory.pixels = np.empty(num_bytes, np.uint8)
-    return _memory.pixels
-
-
-@cache
-def _jpeg_decoder() -> tuple[Callable[..., tuple], Callable[..., np.ndarray]] | None:
-    """simplejpeg's readers of headers and of pixels, if it is installed and its library gives Pillow's pixels."""
-    try:
-        from simplejpeg import decode_jpeg, decode_jpeg_header
-    except ImportError:
-        return None
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (33, 47, 3), np.uint8))
-    for subsampling in (0, 1, 2):
-        buffer = io.BytesIO()
-        noise.save(buffer, "JPEG", subsampling=subsampling)
-        if not np.array_equal(decode_jpeg(buffer.getvalue(), "RGB"), np.asarray(Image.open(buffer))):
-            return None
-    return decode_jpeg_header, decode_jpeg
-
-
-def _decode(stream, name: str, max_pixels: int, *, quote: bool) -> Image.Image:
-    """quote: the library's words may be shown. Not for bytes, which come from anywhere: nothing of them goes back there."""
-    try:
-        image = _open(stream, FORMATS)
-        _check_size(image, name, max_pixels)
-        return _upright_rgb(image, name)
-    except InputError:
-        raise
-    except Exception as error:  # Pillow's readers raise whatever their parsing meets
-        # Pillow's own words would print an object with its address.
-        words = f"{type(error).__name__}: {error}" if quote else "damaged or cut short"
-        why = "unknown format" if isinstance(error, UnidentifiedImageError) else words
-        raise InputError(f"{name}: not a readable image ({why})") from error
-
-
-def _open(stream, formats: tuple[str, ...]) -> Image.Image:
+def _open_stream(stream: Any, formats: tuple[str, ...]) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked instead
         return Image.open(stream, formats=formats)
@@ -138,15 +84,88 @@ def _open(stream, formats: tuple[str, ...]) -> Image.Image:
 
 def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
     if image.width * image.height > max_pixels:
-        raise InputError(f"{name}: {image.width} x {image.height} pixels, the limit is {max_pixels:,}; scale it down")
+        size = f"{image.width} x {image.height} pixels, the limit is {max_pixels:,}"
+        raise MediaError("undecodable_media", f"{name}: {size}; scale it down")
 
 
-def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
-    return to_rgb(ImageOps.exif_transpose(image))
+class PixelBuffer(threading.local):
+    """Memory for the pixels of one image, reused for the next image of the same thread.
+
+    Fresh memory costs a quarter of the decoding: the system clears each page when it is first touched.
+    """
+
+    KEPT_BYTES = 64 << 20
+    """Images larger than this get memory of their own."""
+
+    def __init__(self) -> None:
+        self._memory = np.empty(0, np.uint8)
+
+    def __reduce__(self) -> tuple[type[PixelBuffer], tuple[()]]:
+        return PixelBuffer, ()  # a worker process starts with an empty one
+
+    def room(self, num_bytes: int) -> np.ndarray | None:
+        """At least num_bytes of memory, or None for more than is kept."""
+        if num_bytes > self.KEPT_BYTES:
+            return None
+        if len(self._memory) < num_bytes:
+            self._memory = np.empty(num_bytes, np.uint8)
+        return self._memory
+
+
+def load_pixels(
+    ref: ImageRef, root: str = "", *, max_pixels: int = MAX_PIXELS, buffer: PixelBuffer | None = None
+) -> np.ndarray:
+    """Open an image as uint8 RGB [height, width, 3], with the pixels and errors of `load_image`.
+
+    An ordinary JPEG is decoded by simplejpeg if that is installed: the same library as Pillow's, without two copies on the
+    way. With a buffer the pixels may lie in it, and then last until its next use by the same thread.
+    """
+    pixels_YXC = None if isinstance(ref.source, Image.Image) else _decode_jpeg(ref.source, root, max_pixels, buffer)
+    return np.asarray(load_image(ref, root, max_pixels=max_pixels)) if pixels_YXC is None else pixels_YXC
+
+
+def _decode_jpeg(source: str | bytes, root: str, max_pixels: int, buffer: PixelBuffer | None) -> np.ndarray | None:
+    """Pixels of an undamaged, upright color JPEG; None for any other image, which Pillow opens."""
+    if not (decoder := _jpeg_decoder()):
+        return None
+    read_header, decode = decoder
+    try:
+        with io.BytesIO(source) if isinstance(source, bytes) else (Path(root) / source).open("rb") as stream:
+            if stream.read(3) != b"\xff\xd8\xff":
+                return None
+            stream.seek(0)
+            data = stream.read()
+        height, width, color_space, _ = read_header(data)
+        if color_space not in ("YCbCr", "RGB") or width * height > max_pixels:
+            return None
+        # Searching for the marks of an orientation costs less than parsing for one.
+        marked = any(mark in data for mark in ORIENTATION_MARKS)
+        if marked and _open_stream(io.BytesIO(data), ("JPEG",)).getexif().get(ORIENTATION, 1) != 1:
+            return None
+        memory = buffer.room(3 * width * height) if buffer else None
+        return decode(data, "RGB", buffer=memory)  # strict: a warning of the library is a ValueError
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+
+
+@cache
+def _jpeg_decoder() -> tuple[Callable[..., tuple[int, int, str, str]], Callable[..., np.ndarray]] | None:
+    """simplejpeg's readers of headers and of pixels, if it is installed and gives Pillow's pixels."""
+    try:
+        from simplejpeg import decode_jpeg, decode_jpeg_header
+    except ImportError:
+        return None
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (33, 47, 3), np.uint8))
+    for subsampling in (0, 1, 2):
+        file = io.BytesIO()
+        noise.save(file, "JPEG", subsampling=subsampling)
+        if not np.array_equal(decode_jpeg(file.getvalue(), "RGB"), np.asarray(Image.open(file))):
+            return None
+    return decode_jpeg_header, decode_jpeg
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB."""
+    """Convert an image of any mode to RGB."""
     if image.mode == "RGB":
         image.load()
         return image
@@ -165,8 +184,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 @lru_cache(maxsize=128)
 def grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
     """All (columns, rows) with min_tiles <= columns * rows <= max_tiles, smallest area first."""
-    found = [(c, r) for c in range(1, max_tiles + 1) for r in range(1, max_tiles // c + 1) if c * r >= min_tiles]
-    return tuple(sorted(found, key=lambda grid: (grid[0] * grid[1], grid)))
+    sizes = [(c, r) for c in range(1, max_tiles + 1) for r in range(1, max_tiles // c + 1) if c * r >= min_tiles]
+    return tuple(sorted(sizes, key=lambda grid: (grid[0] * grid[1], grid)))
 
 
 def grid_for(width: int, height: int, tiling: TilingConfig, max_tiles: int | None = None) -> tuple[int, int]:
@@ -186,8 +205,8 @@ def grid_for(width: int, height: int, tiling: TilingConfig, max_tiles: int | Non
     best, best_distance = (1, 1), float("inf")
     for columns, rows in grids(min(tiling.min_tiles, most), most):
         distance = abs(ratio - columns / rows)
-        enough = 2 * area > tiling.tile_size**2 * columns * rows
-        if distance < best_distance or (distance == best_distance and enough):
+        large_enough = 2 * area > tiling.tile_size**2 * columns * rows
+        if distance < best_distance or (distance == best_distance and large_enough):
             best, best_distance = (columns, rows), distance
     return best
 
@@ -199,25 +218,40 @@ def num_tiles(width: int, height: int, tiling: TilingConfig, max_tiles: int | No
     return count + (tiling.thumbnail and count > 1)
 
 
-def tile_image(image: Image.Image | np.ndarray, tiling: TilingConfig, max_tiles: int | None = None) -> torch.Tensor:
-    """uint8 RGB tiles [G, size, size, 3], row by row, the thumbnail last, of an image or of uint8 RGB [height, width, 3].
-    Pixels are those of Pillow's bicubic resize."""
+class Resize(Protocol):
+    """A function that resizes an image to a grid of tiles, with the pixels of Pillow's bicubic filter."""
+
+    def __call__(self, image: Image.Image | np.ndarray, size: int, columns: int, rows: int, *, thumbnail: bool) -> np.ndarray:
+        """uint8 RGB tiles [columns * rows (+ 1), size, size, 3], row by row, the thumbnail last."""
+        ...
+
+
+def resize(image: Image.Image | np.ndarray, size: int, columns: int, rows: int, *, thumbnail: bool) -> np.ndarray:
+    """Resize by Pillow; see Resize."""
+    rgb = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    whole = np.asarray(rgb.resize((columns * size, rows * size), Image.Resampling.BICUBIC))
+    tiles_GSSC = whole.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
+    if thumbnail:
+        small = np.asarray(rgb.resize((size, size), Image.Resampling.BICUBIC))
+        return np.concatenate([tiles_GSSC, small[None]])
+    return tiles_GSSC.copy()  # a single tile is a view of Pillow's memory, which cannot be written
+
+
+def tile_image(
+    image: Image.Image | np.ndarray, tiling: TilingConfig, max_tiles: int | None = None, *, resize: Resize = resize
+) -> torch.Tensor:
+    """Cut an image, or uint8 RGB [height, width, 3], into uint8 RGB tiles [G, size, size, 3].
+
+    Args:
+        max_tiles: replaces tiling.max_tiles.
+        resize: the function that resizes; another one than Pillow's changes the speed, not the pixels.
+
+    Returns:
+        The tiles row by row, the thumbnail last.
+    """
     if isinstance(image, Image.Image) and image.mode != "RGB":
         image = to_rgb(image)
     width, height = image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
-    size = tiling.tile_size
     columns, rows = grid_for(width, height, tiling, max_tiles)
     thumbnail = tiling.thumbnail and columns * rows > 1
-    if resize.resizable(width, height, size):
-        return torch.from_numpy(resize.tiles(np.asarray(image), size, columns, rows, thumbnail=thumbnail))
-    rgb = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-    whole = _resized(rgb, columns * size, rows * size)
-    tiles_GSSC = whole.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
-    if thumbnail:
-        tiles_GSSC = np.concatenate([tiles_GSSC, _resized(rgb, size, size)[None]])
-    return torch.from_numpy(np.ascontiguousarray(tiles_GSSC))
-
-
-def _resized(rgb: Image.Image, width: int, height: int) -> np.ndarray:
-    """uint8 [height, width, 3], bicubic; a fresh array."""
-    return np.array(rgb.resize((width, height), Image.Resampling.BICUBIC))
+    return torch.from_numpy(resize(image, tiling.tile_size, columns, rows, thumbnail=thumbnail))

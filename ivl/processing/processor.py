@@ -1,19 +1,18 @@
-"""Conversations and their media into what a model takes: a Prompt to answer, a Sample to train on."""
+"""Conversations and their media as a model takes them: a Prompt to answer, a Sample to train on."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from PIL.Image import Image
 
 from ivl.config import ModelConfig, TilingConfig
-from ivl.errors import InputError
+from ivl.errors import DataError, InputError, MediaError
 from ivl.processing import chat, image, video
-from ivl.processing.augment import Augmentation, corrupt
-from ivl.processing.degrade import jpeg_
+from ivl.processing.augment import Augmentation, compress_, corrupt
 from ivl.processing.tokenizer import PLACEHOLDER, Tokenizer
 from ivl.types import IGNORE, Conversation, ImageRef, Prompt, Record, Sample, Text, VideoRef
 
@@ -24,22 +23,22 @@ Averaging = Literal["token", "sample", "square"]
 class SampleOptions:
     """How a record becomes a sample."""
 
-    max_tiles: int | None = None
-    """Tile budget of a conversation's images; None takes the model's."""
+    max_tiles_per_image: int | None = None
+    """Tile budget that the images of a conversation share; None takes the model's."""
     max_tokens: int | None = None
     """Most tokens of the sample; None is no limit."""
     max_total_tiles: int | None = None
-    """Most tiles of the sample, video frames included, where max_tiles is what its images share; None is no limit."""
+    """Most tiles of the sample, video frames included; None is no limit."""
     overflow: Literal["error", "truncate"] = "error"
-    """What happens to a larger one: refused, or each conversation in turn cut after the last whole reply that fits."""
+    """A larger sample is refused, or each conversation in turn is cut after its last reply that fits."""
     averaging: Averaging = "token"
-    """Loss weight of a token in a sequence of n trained tokens: 1, 1/n or 1/sqrt(n) (spec 3.5)."""
+    """Loss weight of a token in a sequence of n trained tokens: 1, 1/n or 1/sqrt(n) (arXiv:2412.05271, section 3.4)."""
     augment: Augmentation | None = None
-    """What is done to images and their tiles at random; never to video frames."""
+    """Random changes to images and their tiles; video frames are never changed."""
     min_frames: int = 8
     """A video that names no number of frames gets one drawn uniformly from min_frames to max_frames."""
     max_frames: int = 32
-    frames: video.Mode = "rand"
+    frames: video.FrameMode = "rand"
     """Which frames: one at random of each interval, its middle, or a fixed rate."""
     fps: float = 1.0
     """Frames a second when frames is "fps"."""
@@ -56,7 +55,7 @@ class SampleOptions:
 
 
 class Processor:
-    """A model's tokenizer, template and tiling."""
+    """A model's tokenizer, chat template and tiling."""
 
     def __init__(
         self,
@@ -65,203 +64,237 @@ class Processor:
         tiling: TilingConfig | None = None,
         *,
         max_pixels: int = image.MAX_PIXELS,
+        resize: image.Resize = image.resize,
     ) -> None:
-        """tiling replaces the model's; an image or frame of more than max_pixels is refused before it is decoded.
+        """Combine the parts of a processor.
 
-        Raises InputError if the tokenizer's placeholder is not the model's.
+        Args:
+            tiling: replaces the model's.
+            max_pixels: an image or frame of more pixels is refused before it is decoded.
+            resize: resizes images to tiles; `ivl.cpu.accelerate(processor)` puts in a faster one with the same pixels.
+
+        Raises:
+            InputError: if the tokenizer's placeholder is not the model's, or the template is unknown.
         """
         self.config = config
         self.max_pixels = max_pixels
+        self.resize = resize
         self.tokenizer = tokenizer
         self.tiling = tiling or config.tiling
-        if (found := tokenizer.id(PLACEHOLDER)) != config.image_token_id:
-            raise InputError(f"the tokenizer's {PLACEHOLDER} has id {found}, the model's is {config.image_token_id}")
+        self.buffer = image.PixelBuffer()
+        if (placeholder := tokenizer.id(PLACEHOLDER)) != config.image_token_id:
+            raise InputError(f"the tokenizer's {PLACEHOLDER} has id {placeholder}, the model's is {config.image_token_id}")
         chat.template_of(config.template)
 
     def prompt(self, conversation: Conversation, *, root: str = "", num_frames: int = 8) -> Prompt:
         """Tokens up to the assistant's next reply, and the tiles they show. A last turn of the assistant is to be continued.
 
-        num_frames is for videos that do not say; their frames are evenly spaced (spec 2.4).
+        Args:
+            root: folder of relative media paths.
+            num_frames: for videos that do not state their number; their frames are evenly spaced.
 
         Raises:
-            InputError: for unreadable media or turns out of order.
+            InputError: for turns out of order; MediaError, which is one, for unreadable media.
         """
         tiles = _Tiles(self, SampleOptions(root=root, min_frames=num_frames, max_frames=num_frames), training=False)
-        rendered = self._render(conversation, tiles, reply=True)
-        assert rendered is not None
-        return Prompt(torch.tensor(rendered.ids), *tiles.tensors())
+        media = tiles.read(conversation)
+        rendered = self._render(conversation, media, reply=True)
+        return Prompt(torch.tensor(rendered.ids), *tiles.show(media))
 
     def sample(self, record: Record, *, options: SampleOptions | None = None) -> Sample:
-        """What is trained on: every conversation of the record, its tiles shared between them.
+        """Tokens, labels and weights of every conversation of the record, and the tiles, which they share.
 
         Raises:
-            InputError: starting with the record's source, for unreadable media, turns out of order, a sample larger than
-                options allow, or a conversation without a trained token.
+            DataError: with the record's source and the kind of the fault, for unreadable media, turns out of order, a sample
+                larger than the options allow, or a conversation without a trained token.
         """
-        options = options or SampleOptions()
         try:
-            return self._sample(record, options)
+            return self._sample(record, options or SampleOptions())
+        except DataError:
+            raise
         except InputError as error:
-            raise InputError(f"{record.source}: {error}") from error
+            kind = error.kind if isinstance(error, MediaError) else "bad_row"
+            raise DataError(record.source, kind, str(error)) from error
 
     def _sample(self, record: Record, options: SampleOptions) -> Sample:
         tiles = _Tiles(self, options, training=True)
-        tokens, labels, weights, lens = [], [], [], []
         if not record.conversations:
             raise InputError("the record has no conversation")
+        whole: list[_Sequence] = []
         for conversation in record.conversations:
-            rendered = self._render(conversation, tiles, reply=False, limit=options, used=len(tokens))
-            if rendered is None:
-                continue
-            n = sum(rendered.trained)
-            if n == 0:
-                raise InputError("no token is trained: the conversation has no reply")
+            media = tiles.read(conversation)
+            rendered = self._render(conversation, media, reply=False)
+            if not any(rendered.trained):
+                raise DataError(record.source, "nothing_trained", "no token is trained: the conversation has no reply")
+            whole.append(_Sequence(rendered, len(rendered.ids), media))
+        kept, cut = _fit(record.source, whole, options)
+        tokens: list[int] = []
+        labels: list[int] = []
+        weights: list[float] = []
+        for sequence in kept:
+            ids, trained = sequence.rendered.ids[: sequence.num_tokens], sequence.rendered.trained[: sequence.num_tokens]
+            n = sum(trained)
             weight = {"token": 1.0, "sample": 1 / n, "square": n**-0.5}[options.averaging]
-            trained = [*rendered.trained[1:], False]  # shifted once, here: position t predicts token t + 1
-            following = [*rendered.ids[1:], IGNORE]
-            tokens += rendered.ids
-            labels += [token if on else IGNORE for token, on in zip(following, trained, strict=True)]
-            weights += [weight if on else 0.0 for on in trained]
-            lens.append(len(rendered.ids))
-        tiles_GSSC, tile_ids_R = tiles.tensors()
+            # Labels are shifted once, here: position t predicts token t + 1.
+            next_trained = [*trained[1:], False]
+            tokens += ids
+            labels += [token if on else IGNORE for token, on in zip([*ids[1:], IGNORE], next_trained, strict=True)]
+            weights += [weight if on else 0.0 for on in next_trained]
+        tiles_GSSC, tile_ids_R = tiles.show([medium for sequence in kept for medium in sequence.media])
         return Sample(
             tokens_T=torch.tensor(tokens),
             labels_T=torch.tensor(labels),
             weights_T=torch.tensor(weights, dtype=torch.float32),
-            seq_lens=tuple(lens),
+            seq_lens=tuple(sequence.num_tokens for sequence in kept),
             tiles_GSSC=tiles_GSSC,
             tile_ids_R=tile_ids_R,
             id=record.id,
             source=record.source,
             dataset=record.dataset,
+            cut=cut,
         )
 
-    def _render(
-        self, conversation: Conversation, tiles: _Tiles, *, reply: bool, limit: SampleOptions | None = None, used: int = 0
-    ) -> chat.Rendered | None:
-        """Renders and shows the tiles. Beyond the limits cuts whole exchanges from the end if that is the policy; None if
-        nothing is left, but `used` tokens of earlier conversations are."""
-        groups = tiles.read(conversation)
-        most = limit.max_tokens if limit else None
-        most_tiles = limit.max_total_tiles if limit else None
-        kept = conversation
-        while True:
-            shown = groups[: len(_media(kept))]
-            rendered = chat.render(
-                kept,
-                [len(group.tiles_GSSC) for group in shown],
-                self.tokenizer,
-                template=self.config.template,
-                system_message=self.config.system_message,
-                tokens_per_tile=self.config.tokens_per_tile,
-                reply=reply,
-            )
-            num_tokens, num_tiles = used + len(rendered.ids), tiles.num_with(shown)
-            if num_tokens <= (most or num_tokens) and num_tiles <= (most_tiles or num_tiles):
-                tiles.show(shown)
-                return rendered
-            kept = _without_last_exchange(kept)
-            if limit and limit.overflow == "truncate" and (kept or used):
-                if not kept:
-                    return None
-                continue
-            size, bound = (
-                (f"{num_tokens} tokens", most) if num_tokens > (most or num_tokens) else (f"{num_tiles} tiles", most_tiles)
-            )
-            raise InputError(f"{size}, the limit is {bound}; shorten it, lower max_tiles or raise the limit")
+    def _render(self, conversation: Conversation, media: Sequence[_MediumTiles], *, reply: bool) -> chat.Rendered:
+        return chat.render(
+            conversation,
+            [len(medium.tiles_GSSC) for medium in media],
+            self.tokenizer,
+            template=self.config.template,
+            system_message=self.config.system_message,
+            tokens_per_tile=self.config.tokens_per_tile,
+            reply=reply,
+        )
 
 
-def _without_last_exchange(conversation: Conversation) -> Conversation:
-    """The conversation up to the reply before its last; empty if there is none."""
-    replies = [n for n, message in enumerate(conversation) if message.role == "assistant"]
-    earlier = [n for n in replies if n < len(conversation) - 1]
-    return conversation[: earlier[-1] + 1] if earlier else ()
-
-
-def _media(conversation: Conversation) -> list[ImageRef | VideoRef]:
-    return [part for message in conversation for part in message.content if not isinstance(part, Text)]
-
-
-@dataclass
-class _Group:
-    """The tiles of one medium, and where they begin among the tiles shown."""
+@dataclass(frozen=True, eq=False)
+class _MediumTiles:
+    """The tiles of one image or video. Two are equal only if they are the same object."""
 
     tiles_GSSC: torch.Tensor
-    start: int | None = None
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """A rendered conversation, of which the first num_tokens tokens are kept, and the media shown by these."""
+
+    rendered: chat.Rendered
+    num_tokens: int
+    media: list[_MediumTiles]
+
+
+def _fit(source: str, whole: list[_Sequence], options: SampleOptions) -> tuple[list[_Sequence], str]:
+    """Decide what of a sample is kept: the one place where turns are cut.
+
+    Returns:
+        The sequences that are kept, and the note for Sample.cut.
+
+    Raises:
+        DataError: of the kind too_long, if the sample is larger than the limits and may not be cut, or no reply fits.
+    """
+    most_tokens = options.max_tokens if options.max_tokens is not None else float("inf")
+    most_tiles = options.max_total_tiles if options.max_total_tiles is not None else float("inf")
+    num_tokens, num_tiles = sum(sequence.num_tokens for sequence in whole), _num_tiles(_media_of(whole))
+    if num_tokens <= most_tokens and num_tiles <= most_tiles:
+        return whole, ""
+    size = f"{num_tokens} tokens and {num_tiles} tiles, the limits are {most_tokens} and {most_tiles}"
+    remedy = "raise the limits (max_tokens, max_tiles) or lower max_tiles_per_image"
+    if options.overflow == "error":
+        raise DataError(source, "too_long", f"{size}; {remedy}")
+    kept: list[_Sequence] = []
+    for sequence in whole:
+        tokens_before, media_before = sum(each.num_tokens for each in kept), _media_of(kept)
+        # Each turn was encoded by itself, so the tokens up to a reply are those of the conversation that ends there.
+        for num_tokens, num_media in [(sequence.num_tokens, len(sequence.media)), *reversed(sequence.rendered.cuts)]:
+            media = sequence.media[:num_media]
+            if tokens_before + num_tokens <= most_tokens and _num_tiles([*media_before, *media]) <= most_tiles:
+                kept.append(_Sequence(sequence.rendered, num_tokens, media))
+                break
+        else:
+            if not kept:
+                raise DataError(source, "too_long", f"{size}, and no reply fits; {remedy}")
+    num_tokens = sum(sequence.num_tokens for sequence in kept)
+    return kept, f"{size}; cut to {num_tokens} and {_num_tiles(_media_of(kept))}"
+
+
+def _media_of(sequences: Iterable[_Sequence]) -> list[_MediumTiles]:
+    return [medium for sequence in sequences for medium in sequence.media]
+
+
+def _num_tiles(media: Iterable[_MediumTiles]) -> int:
+    """Tiles of the media, each medium counted once however often it is shown."""
+    return sum(len(medium.tiles_GSSC) for medium in set(media))
 
 
 class _Tiles:
-    """Tiles of one record: equal media are read and cut once, and shown wherever they stand."""
+    """The tiles of one record: equal media are read and cut once, wherever they are shown."""
 
     def __init__(self, processor: Processor, options: SampleOptions, *, training: bool) -> None:
-        self._tiling = processor.tiling
-        self._max_pixels = processor.max_pixels
+        self._processor = processor
         self._options = options
         self._training = training
-        self._groups: dict[object, _Group] = {}
-        self._num_shown = 0
-        self.tile_ids: list[int] = []
+        self._media: dict[object, _MediumTiles] = {}
 
-    def read(self, conversation: Conversation) -> list[_Group]:
-        """The tiles of each medium; n images get max(1, max_tiles // n) tiles each (spec 2.3), frames one."""
-        media = _media(conversation)
-        num_images = sum(isinstance(ref, ImageRef) for ref in media)
-        share = max(1, (self._options.max_tiles or self._tiling.max_tiles) // max(1, num_images))
-        return [self._of(ref, (ref.max_tiles or share) if isinstance(ref, ImageRef) else 1) for ref in media]
+    def read(self, conversation: Conversation) -> list[_MediumTiles]:
+        """Read the media of a conversation. Each of n images gets max(1, max_tiles // n) tiles, each frame of a video one."""
+        refs = [part for message in conversation for part in message.content if not isinstance(part, Text)]
+        num_images = sum(isinstance(ref, ImageRef) for ref in refs)
+        budget = self._options.max_tiles_per_image or self._processor.tiling.max_tiles
+        share = max(1, budget // max(1, num_images))
+        return [self._medium(ref, share) for ref in refs]
 
-    def num_with(self, groups: list[_Group]) -> int:
-        """Tiles shown if these are too."""
-        new = {id(group): len(group.tiles_GSSC) for group in groups if group.start is None}
-        return self._num_shown + sum(new.values())
+    def show(self, media: Sequence[_MediumTiles]) -> tuple[torch.Tensor, torch.Tensor]:
+        """tiles_GSSC and tile_ids_R for placeholder runs that show these media in this order."""
+        starts: dict[_MediumTiles, int] = {}
+        num_tiles = 0
+        tile_ids: list[int] = []
+        for medium in media:
+            if medium not in starts:
+                starts[medium] = num_tiles
+                num_tiles += len(medium.tiles_GSSC)
+            tile_ids += range(starts[medium], starts[medium] + len(medium.tiles_GSSC))
+        tile_ids_R = torch.tensor(tile_ids, dtype=torch.int64)
+        if len(starts) == 1:  # the usual case: nothing to copy
+            return media[0].tiles_GSSC, tile_ids_R
+        size = self._processor.tiling.tile_size
+        none_GSSC = torch.zeros(0, size, size, 3, dtype=torch.uint8)
+        return torch.cat([none_GSSC, *(medium.tiles_GSSC for medium in starts)]), tile_ids_R
 
-    def show(self, groups: list[_Group]) -> None:
-        """The next placeholder runs show these tiles."""
-        for group in groups:
-            if group.start is None:
-                group.start, self._num_shown = self._num_shown, self._num_shown + len(group.tiles_GSSC)
-            self.tile_ids += range(group.start, group.start + len(group.tiles_GSSC))
-
-    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """tiles_GSSC and tile_ids_R."""
-        shown = sorted((group.start, n) for n, group in enumerate(self._groups.values()) if group.start is not None)
-        groups = list(self._groups.values())
-        size = self._tiling.tile_size
-        tile_ids_R = torch.tensor(self.tile_ids, dtype=torch.int64)
-        if len(shown) == 1:  # the usual case: nothing to copy
-            return groups[shown[0][1]].tiles_GSSC, tile_ids_R
-        none = torch.zeros(0, size, size, 3, dtype=torch.uint8)
-        return torch.cat([none, *(groups[n].tiles_GSSC for _, n in shown)]), tile_ids_R
-
-    def _of(self, ref: ImageRef | VideoRef, budget: int) -> _Group:
+    def _medium(self, ref: ImageRef | VideoRef, share: int) -> _MediumTiles:
         if isinstance(ref, VideoRef):
             key: object = (ref.source, ref.num_frames, ref.clip and tuple(ref.clip))
+            if key not in self._media:
+                self._media[key] = _MediumTiles(self._cut_video(ref))
         else:
+            budget = ref.max_tiles or share
             key = (ref.source if isinstance(ref.source, str | bytes) else id(ref.source), budget)
-        if key not in self._groups:
-            self._groups[key] = _Group(self._cut(ref, budget))
-        return self._groups[key]
+            if key not in self._media:
+                self._media[key] = _MediumTiles(self._cut_image(ref, budget))
+        return self._media[key]
 
-    def _cut(self, ref: ImageRef | VideoRef, budget: int) -> torch.Tensor:
-        options = self._options
-        if isinstance(ref, VideoRef):
-            return torch.cat([image.tile_image(frame, self._tiling, 1) for frame in self._frames(ref)])
-        augment, generator = options.augment, options.generator
+    def _cut_image(self, ref: ImageRef, budget: int) -> torch.Tensor:
+        processor, augment, generator = self._processor, self._options.augment, self._options.generator
+        where = {"root": self._options.root, "max_pixels": processor.max_pixels}
         damage = augment.drawn(generator) if augment and generator else None
         if damage is None:
-            pixels_YXC = image.load_pixels(ref, options.root, max_pixels=self._max_pixels, reuse=True)
+            pixels = image.load_pixels(ref, **where, buffer=processor.buffer)
         else:
-            pixels_YXC = corrupt(image.load_image(ref, options.root, max_pixels=self._max_pixels), *damage)
-        tiles_GSSC = image.tile_image(pixels_YXC, self._tiling, budget)
+            pixels = corrupt(image.load_image(ref, **where), *damage)
+        tiles_GSSC = image.tile_image(pixels, processor.tiling, budget, resize=processor.resize)
         if augment and generator and (qualities := augment.qualities(len(tiles_GSSC), generator)):
-            jpeg_(tiles_GSSC.numpy(), qualities)
+            compress_(tiles_GSSC, qualities)
         return tiles_GSSC
 
-    def _frames(self, ref: VideoRef) -> list[Image]:
-        o = self._options
-        where = {"root": o.root, "max_pixels": self._max_pixels}
+    def _cut_video(self, ref: VideoRef) -> torch.Tensor:
+        options, processor = self._options, self._processor
+        where = {"root": options.root, "max_pixels": processor.max_pixels}
         if not self._training:
-            return video.load_frames(ref, ref.num_frames or o.max_frames, mode="even", **where)
-        num_frames = ref.num_frames
-        if num_frames is None:
-            num_frames = o.generator.randint(o.min_frames, o.max_frames) if o.generator else o.max_frames
-        return video.load_frames(ref, num_frames, mode=o.frames, fps=o.fps, generator=o.generator, **where)
+            frames = video.load_frames(ref, ref.num_frames or options.max_frames, mode="even", **where)
+        else:
+            num_frames = ref.num_frames
+            if num_frames is None:
+                drawn = options.generator and options.generator.randint(options.min_frames, options.max_frames)
+                num_frames = drawn or options.max_frames
+            frames = video.load_frames(
+                ref, num_frames, mode=options.frames, fps=options.fps, generator=options.generator, **where
+            )
+        return torch.cat([image.tile_image(frame, processor.tiling, 1, resize=processor.resize) for frame in frames])

@@ -1,11 +1,14 @@
-"""A video becomes frames: which ones (spec 2.4 and 11), and how they are read."""
+"""Videos as frames: the choice of frames, and how they are read.
+
+Training takes one random frame of each interval of the video, inference takes evenly spaced ones, as InternVL's release does.
+"""
 
 from __future__ import annotations
 
 import io
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -14,11 +17,11 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from ivl.errors import InputError
+from ivl.errors import MediaError
 from ivl.processing.image import MAX_PIXELS, load_image, to_rgb
 from ivl.types import ImageRef, VideoRef
 
-Mode = Literal["even", "rand", "middle", "fps"]
+FrameMode = Literal["even", "rand", "middle", "fps"]
 """even: spread over the whole video (inference). rand, middle: one frame of each of num_frames intervals. fps: a fixed rate."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -26,61 +29,49 @@ OPEN = {
     "format_whitelist": "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,flv,asf,ogg,gif",
     "protocol_whitelist": "file",
 }
-"""Containers that hold their own pictures: a playlist named .mp4 must not make FFmpeg open what it lists."""
+"""Containers that hold their own pictures: a playlist named .mp4 must not make FFmpeg open the files that it lists."""
 
 
 def load_frames(
     ref: VideoRef,
     num_frames: int,
     *,
-    mode: Mode = "even",
+    mode: FrameMode = "even",
     fps: float = 1.0,
     generator: random.Random | None = None,
     root: str = "",
     max_pixels: int = MAX_PIXELS,
 ) -> list[Image.Image]:
-    """RGB frames in order: num_frames of them, or for mode "fps" at most as many.
+    """Read RGB frames in order: num_frames of them, or for mode "fps" at most as many.
 
     A folder gives its images sorted by the last number in their names, a GIF its frames, and anything else is decoded with
     PyAV (the `video` extra). ref.clip keeps the frames shown from its first to its second second. A video that is too
     short repeats its last frame.
 
     Raises:
-        InputError: naming the file, if it cannot be read, has no frame inside the clip, or has frames above max_pixels.
+        MediaError: naming the file, if it cannot be read, has no frame inside the clip, or has frames above max_pixels.
     """
-    if isinstance(ref.source, bytes):
-        read = _from_gif if ref.source.startswith(b"GIF8") else _from_file
-        return read(_Encoded(ref.source), ref, num_frames, mode, fps, generator, max_pixels)
-    path = Path(root) / ref.source
-    if path.is_dir():
-        return _from_folder(path, ref, num_frames, mode, generator, max_pixels)
-    if not path.exists():
-        raise InputError(f"{path}: no such video")
-    read = _from_gif if path.suffix.lower() == ".gif" else _from_file
-    return read(path, ref, num_frames, mode, fps, generator, max_pixels)
 
+    def choose(total: int, rate: float) -> list[int]:
+        return frame_indices(total, num_frames, mode, rate=rate, fps=fps, generator=generator)
 
-@dataclass(frozen=True)
-class _Encoded:
-    """A video in memory, where a path is expected. Its name in messages says nothing about its owner."""
-
-    data: bytes
-
-    def __str__(self) -> str:
-        return f"video of {len(self.data)} bytes"
-
-
-_Place = Path | _Encoded
-
-
-def _opened(path: _Place) -> Any:
-    return io.BytesIO(path.data) if isinstance(path, _Encoded) else str(path)
+    source = ref.source if isinstance(ref.source, bytes) else Path(root) / ref.source
+    file = _VideoFile(source, ref.clip, max_pixels, choose)
+    if isinstance(source, bytes):
+        return file.read_gif() if source.startswith(b"GIF8") else file.read_container()
+    if source.is_dir():
+        if ref.clip is not None or mode == "fps":
+            raise file.error("a folder of frames has no time axis; a clip or a frame rate needs a video file")
+        return file.read_folder(source)
+    if not source.exists():
+        raise MediaError("missing_media", f"{source}: no such video")
+    return file.read_gif() if source.suffix.lower() == ".gif" else file.read_container()
 
 
 def frame_indices(
-    total: int, num_frames: int, mode: Mode, *, rate: float = 0.0, fps: float = 1.0, generator: random.Random | None = None
+    total: int, num_frames: int, mode: FrameMode, *, rate: float = 0.0, fps: float = 1.0, generator: random.Random | None = None
 ) -> list[int]:
-    """Which of `total` frames are taken. rate is the video's frames a second, needed for mode "fps"."""
+    """Choose num_frames of `total` frames. rate is the video's frames a second, needed for mode "fps"."""
     if total < 1 or num_frames < 1:
         raise ValueError(f"need at least one frame, got {num_frames} of {total}")
     if mode == "even":
@@ -104,87 +95,114 @@ def frame_indices(
     return picked + [picked[-1]] * (num_frames - taken)
 
 
-def _from_folder(
-    path: Path, ref: VideoRef, num_frames: int, mode: Mode, generator: random.Random | None, max_pixels: int
-) -> list[Image.Image]:
-    if ref.clip is not None or mode == "fps":
-        raise InputError(f"{path}: a folder of frames has no time axis; a clip or a frame rate needs a video file")
-    files = [file for file in path.iterdir() if file.suffix.lower() in SUFFIXES]
-    if not files:
-        raise InputError(f"{path}: no frames here; expected files ending in {', '.join(SUFFIXES)}")
-    numbered = []
-    for file in files:
-        numbers = re.findall(r"\d+", file.stem)
-        if not numbers:
-            raise InputError(f"{file}: a frame's name must hold its number")
-        numbered.append((int(numbers[-1]), file.name, file))
-    files = [file for *_, file in sorted(numbered)]
-    picked = frame_indices(len(files), num_frames, mode, generator=generator)
-    images = {i: load_image(ImageRef(str(files[i])), max_pixels=max_pixels) for i in sorted(set(picked))}
-    return [images[i] for i in picked]
+@dataclass(frozen=True)
+class _VideoFile:
+    """A video by path or in memory, and which of its frames are wanted."""
 
+    source: Path | bytes
+    clip: tuple[float, float] | None
+    max_pixels: int
+    choose: Callable[[int, float], list[int]]
+    """Picks frames, given how many there are and their rate a second."""
 
-def _from_gif(
-    path: _Place, ref: VideoRef, num_frames: int, mode: Mode, fps: float, generator: random.Random | None, max_pixels: int
-) -> list[Image.Image]:
-    try:
-        with Image.open(_opened(path), formats=["GIF"]) as gif:
-            _check_size(path, gif.width, gif.height, max_pixels)
-            total = getattr(gif, "n_frames", 1)
-            starts, now = [], 0
-            for n in range(total):
-                gif.seek(n)
-                starts.append(now / 1000)
-                now += gif.info.get("duration", 100)
-            kept = _clipped(path, starts, ref.clip)
-            picked = [kept[i] for i in _pick(kept, num_frames, mode, 1000 * total / now if now else 10.0, fps, generator)]
-            images = {}
-            for n in sorted(set(picked)):
-                gif.seek(n)
-                images[n] = to_rgb(gif.copy())
+    def error(self, problem: str) -> MediaError:
+        """The error for the problem. The name of a video in memory says nothing about its owner."""
+        name = f"video of {len(self.source)} bytes" if isinstance(self.source, bytes) else self.source
+        return MediaError("undecodable_media", f"{name}: {problem}")
+
+    def unreadable(self, error: Exception) -> MediaError:
+        """The error of a library as ours. Its words about a video in memory are not sent back to whoever sent that."""
+        if isinstance(error, MediaError):
+            return error
+        words = "damaged or cut short" if isinstance(self.source, bytes) else f"{type(error).__name__}: {error}"
+        return self.error(f"not a readable video ({words})")
+
+    def open(self) -> Any:
+        """The video as Pillow and PyAV take it."""
+        return io.BytesIO(self.source) if isinstance(self.source, bytes) else str(self.source)
+
+    def check_size(self, width: int, height: int) -> None:
+        if width * height > self.max_pixels:
+            raise self.error(f"frames of {width} x {height} pixels, the limit is {self.max_pixels:,}")
+
+    def pick(self, starts: Sequence[float], rate: float) -> list[int]:
+        """Choose among the frames that start within the clip, or among all without one."""
+        frames = list(range(len(starts)))
+        if self.clip is not None:
+            first, last = self.clip
+            frames = [n for n, start in enumerate(starts) if first - 1e-6 <= start <= last + 1e-6]
+            if not frames:
+                raise self.error(f"no frame between {first} s and {last} s; it lasts {starts[-1]:.3f} s")
+        return [frames[i] for i in self.choose(len(frames), rate)]
+
+    def read_folder(self, folder: Path) -> list[Image.Image]:
+        files: list[tuple[int, str]] = []
+        for file in folder.iterdir():
+            if file.suffix.lower() in SUFFIXES:
+                numbers = re.findall(r"\d+", file.stem)
+                if not numbers:
+                    raise self.error(f"the name of a frame must hold its number, got {file.name}")
+                files.append((int(numbers[-1]), str(file)))
+        if not files:
+            raise self.error(f"no frames here; expected files ending in {', '.join(SUFFIXES)}")
+        files.sort()
+        picked = self.choose(len(files), 0.0)
+        images = {i: load_image(ImageRef(files[i][1]), max_pixels=self.max_pixels) for i in sorted(set(picked))}
+        return [images[i] for i in picked]
+
+    def read_gif(self) -> list[Image.Image]:
+        try:
+            with Image.open(self.open(), formats=["GIF"]) as gif:
+                self.check_size(gif.width, gif.height)
+                total = getattr(gif, "n_frames", 1)
+                starts, now = [], 0
+                for n in range(total):
+                    gif.seek(n)
+                    starts.append(now / 1000)
+                    now += gif.info.get("duration", 100)
+                picked = self.pick(starts, 1000 * total / now if now else 10.0)
+                images = {}
+                for n in sorted(set(picked)):
+                    gif.seek(n)
+                    images[n] = to_rgb(gif.copy())
+                return [images[n] for n in picked]
+        except Exception as error:  # Pillow's readers raise whatever their parsing meets
+            raise self.unreadable(error) from error
+
+    def read_container(self) -> list[Image.Image]:
+        try:
+            import av
+            from av.error import FFmpegError
+        except ImportError as error:
+            raise self.error("reading video needs PyAV: pip install 'ivl[video]'") from error
+        try:
+            with av.open(self.open(), options=OPEN) as container:
+                if not container.streams.video:
+                    raise self.error("no video stream in this file")
+                stream = container.streams.video[0]
+                self.check_size(stream.width, stream.height)
+                times, keys = _timestamps(container, stream)
+                if not times:
+                    raise self.error("no frames in this file")
+                base, rate = float(stream.time_base or 1), float(stream.average_rate or 0)
+            seconds = [(time - times[0]) * base for time in times]
+            picked = self.pick(seconds, rate or len(times) / max(seconds[-1], 1e-9))
+            images: dict[int, Image.Image] = {}
+            if keys:
+                with _bounded(av.open(self.open(), options=OPEN), self.max_pixels) as container:
+                    images = _decode_by_seeking(container, times, sorted(set(picked)), keys)
+            if any(n not in images for n in picked):  # formats without exact time stamps or exact seeking: AVI, MPEG-TS
+                with _bounded(av.open(self.open(), options=OPEN), self.max_pixels) as container:
+                    images = _decode_by_counting(container, set(picked))
+            if missing := [n for n in picked if n not in images]:
+                raise self.error(f"the frame at {seconds[missing[0]]:.3f} s cannot be decoded")
             return [images[n] for n in picked]
-    except Exception as error:  # Pillow's readers raise whatever their parsing meets
-        raise _unreadable(path, error) from error
-
-
-def _from_file(
-    path: _Place, ref: VideoRef, num_frames: int, mode: Mode, fps: float, generator: random.Random | None, max_pixels: int
-) -> list[Image.Image]:
-    try:
-        import av
-        from av.error import FFmpegError
-    except ImportError as error:
-        raise InputError(f"{path}: reading video needs PyAV: pip install 'ivl[video]'") from error
-    try:
-        with av.open(_opened(path), options=OPEN) as container:
-            if not container.streams.video:
-                raise InputError(f"{path}: no video stream in this file")
-            stream = container.streams.video[0]
-            _check_size(path, stream.width, stream.height, max_pixels)
-            times, keys = _timestamps(container, stream)
-            if not times:
-                raise InputError(f"{path}: no frames in this file")
-            base, rate = float(stream.time_base or 1), float(stream.average_rate or 0)
-        seconds = [(time - times[0]) * base for time in times]
-        kept = _clipped(path, seconds, ref.clip)
-        rate = rate or len(times) / max(seconds[-1], 1e-9)
-        picked = [kept[i] for i in _pick(kept, num_frames, mode, rate, fps, generator)]
-        images: dict[int, Image.Image] = {}
-        if keys:
-            with _bounded(av.open(_opened(path), options=OPEN), max_pixels) as container:
-                images = _decode_by_seeking(container, times, sorted(set(picked)), keys)
-        if any(n not in images for n in picked):  # formats without exact time stamps or exact seeking: AVI, MPEG-TS
-            with _bounded(av.open(_opened(path), options=OPEN), max_pixels) as container:
-                images = _decode_by_counting(container, set(picked))
-        if missing := [n for n in picked if n not in images]:
-            raise InputError(f"{path}: the frame at {seconds[missing[0]]:.3f} s cannot be decoded")
-        return [images[n] for n in picked]
-    except (FFmpegError, OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
+        except (FFmpegError, OSError, ValueError) as error:
+            raise self.unreadable(error) from error
 
 
 def _bounded(container: Any, max_pixels: int) -> Any:
-    """A decoder believes the sizes in the pictures, whatever the container says: the limit holds for it, too."""
+    """Give the limit to the decoder as well: it believes the sizes in the pictures, whatever the container says."""
     container.streams.video[0].codec_context.options = {"max_pixels": str(max_pixels)}
     return container
 
@@ -236,33 +254,3 @@ def _upright(frame: Any) -> Image.Image:
     """As players show it: the container's rotation applied."""
     image = frame.to_image()
     return image.rotate(frame.rotation, expand=True) if frame.rotation else image
-
-
-def _pick(
-    kept: Sequence[int], num_frames: int, mode: Mode, rate: float, fps: float, generator: random.Random | None
-) -> list[int]:
-    return frame_indices(len(kept), num_frames, mode, rate=rate, fps=fps, generator=generator)
-
-
-def _clipped(path: _Place, starts: Sequence[float], clip: tuple[float, float] | None) -> list[int]:
-    """Numbers of the frames that start within the clip, all of them without one."""
-    if clip is None:
-        return list(range(len(starts)))
-    first, last = clip
-    kept = [n for n, start in enumerate(starts) if first - 1e-6 <= start <= last + 1e-6]
-    if not kept:
-        raise InputError(f"{path}: no frame between {first} s and {last} s; it lasts {starts[-1]:.3f} s")
-    return kept
-
-
-def _check_size(path: _Place, width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        raise InputError(f"{path}: frames of {width} x {height} pixels, the limit is {max_pixels:,}")
-
-
-def _unreadable(path: _Place, error: Exception) -> InputError:
-    if isinstance(error, InputError):
-        return error
-    if isinstance(path, _Encoded):  # comes from outside: nothing of the library's words goes back there
-        return InputError(f"{path}: not a readable video (damaged or cut short)")
-    return InputError(f"{path}: not a readable video ({type(error).__name__}: {error})")

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from ivl.config import TilingConfig
-from ivl.cpu import resize
-from ivl.processing import degrade
+from ivl.cpu import accelerate, resize
+from ivl.processing.chat import user
 from ivl.processing.image import tile_image
+from ivl.processing.processor import Processor
+from ivl.types import ImageRef
+from tests.helpers.mixtures import processor
 
 kernels = pytest.mark.skipif(not resize.available(), reason="no kernels here")
 
@@ -73,30 +78,18 @@ def test_what_kernels_do_not_take_goes_to_pillow():
     for width, height, size in ((1, 1, 28), (5, 5, 28), (40, 30, 14), (9000, 2, 28)):
         image_YXC = picture(np.random.default_rng(0), width, height, 0)
         assert not resize.resizable(width, height, size)
-        one = tile_image(image_YXC, TilingConfig(tile_size=size, dynamic=False))
+        one = tile_image(image_YXC, TilingConfig(tile_size=size, dynamic=False), resize=resize.fast_resize)
         assert np.array_equal(one.numpy(), by_pillow(image_YXC, size, 1, 1))
-
-
-@pytest.mark.parametrize("size", [32, 448, 60])
-def test_jpeg_pixels_are_pillows(size):
-    rng = np.random.default_rng(size)
-    for n, quality in enumerate((*range(75, 101, 1 if size == 32 else 5), 1, 20, 50)):
-        tiles_GSSC = picture(rng, size, size, n % 3)[None].copy()
-        wanted = degrade._by_pillow(tiles_GSSC[0], quality)
-        assert np.array_equal(degrade.jpeg_(tiles_GSSC, [quality])[0], wanted), (size, quality)
-    with pytest.raises(ValueError, match="1 tiles but 2"):
-        degrade.jpeg_(tiles_GSSC, [75, 75])
 
 
 PROBE = """
 import numpy as np, hashlib
 from ivl.config import TilingConfig
 from ivl.cpu import resize
-from ivl.processing import degrade, image
-from ivl.types import ImageRef
-tiles = image.tile_image(np.random.default_rng(0).integers(0, 256, (300, 500, 3), np.uint8), TilingConfig(tile_size=96))
-degrade.jpeg_(tiles.numpy(), [80] * len(tiles))
-print(resize.available(), degrade.available(), hashlib.sha256(tiles.numpy().tobytes()).hexdigest())
+from ivl.processing import image
+pixels = np.random.default_rng(0).integers(0, 256, (300, 500, 3), np.uint8)
+tiles = image.tile_image(pixels, TilingConfig(tile_size=96), resize=resize.fast_resize)
+print(resize.available(), hashlib.sha256(tiles.numpy().tobytes()).hexdigest())
 """
 
 
@@ -114,5 +107,17 @@ def test_the_same_without_kernels():
         ).stdout.split()
         for start, on in runs
     ]
-    assert [result[:2] for result in results[1:]] == [["False", "False"]] * 2
-    assert len({result[2] for result in results}) == 1
+    assert [result[0] for result in results[1:]] == ["False"] * 2
+    assert len({result[1] for result in results}) == 1
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_an_accelerated_processor_gives_the_same_samples_in_workers(start, tmp_path):
+    Image.fromarray(picture(np.random.default_rng(0), 300, 200, 0)).save(tmp_path / "a.png")
+    conversation = (user("Q", ImageRef(str(tmp_path / "a.png"))),)
+    plain = processor().prompt(conversation)
+    fast = accelerate(Processor(processor().config, processor().tokenizer))
+    assert processor().resize is not resize.fast_resize and fast.resize is resize.fast_resize
+    with ProcessPoolExecutor(1, multiprocessing.get_context(start)) as pool:
+        there = pool.submit(fast.prompt, conversation).result()
+    assert there.tiles_GSSC.equal(plain.tiles_GSSC) and there.tokens_T.equal(plain.tokens_T)

@@ -281,7 +281,7 @@ def test_oversized_samples_follow_their_policy(tmp_path):
         {"id": "short", "conversations": turns("q", "a")},
     ]
     path = write_jsonl(rows * 10, tmp_path / "a.jsonl")
-    with pytest.raises(DataError, match=r"a\.jsonl:1: .* tokens and 0 tiles, a pack holds 300 and 30") as caught:
+    with pytest.raises(DataError, match=r"a\.jsonl:1: .* tokens and 0 tiles, the limits are 300 and 30") as caught:
         list(loader(path, shuffle=False))
     assert caught.value.kind == "too_long"
     one = loader(path, over_budget="skip", max_skip_share=0.6, epochs=1)
@@ -314,7 +314,7 @@ def test_oversized_samples_are_cut_at_a_turn_and_counted(tmp_path, num_workers):
     assert first.state()["report"]["truncated"] == 2
     alone = write_jsonl([{"conversations": turns("q", "a red circle " * 200)}], tmp_path / "b.jsonl")
     with pytest.raises(
-        DataError, match=r"b\.jsonl:1: .* a pack holds 300 and 30, and no reply of it fits; raise data\.max_tokens"
+        DataError, match=r"b\.jsonl:1: .* the limits are 300 and 30, and no reply fits; raise the limits \(max_tokens"
     ):
         list(loader(alone, over_budget="truncate"))
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ivl.data.config import DataConfig
 from ivl.data.loader import Loader
-from ivl.processing.augment import CORRUPTIONS, Augmentation, corrupt
+from ivl.processing.augment import CORRUPTIONS, Augmentation, compress_, corrupt
 from ivl.processing.image import tile_image
 from tests.helpers import mixtures as world
 
@@ -27,6 +29,20 @@ def test_qualities_are_uniform():
     generator = random.Random(0)
     assert Augmentation(jpeg_quality=None).qualities(5, generator) == []
     assert Augmentation().drawn(generator) is None and generator.random() == random.Random(0).random(), "nothing was drawn"
+
+
+def test_compressed_tiles_are_what_pillow_writes_and_reads():
+    for n, size in enumerate((28, 32, 448)):
+        for quality in (1, 50, 75, 90, 100):
+            tiles_GSSC = torch.from_numpy(np.random.default_rng(n).integers(0, 256, (2, size, size, 3), np.uint8))
+            before = tiles_GSSC.clone()
+            compress_(tiles_GSSC, [quality, 100])
+            for tile_SSC, wanted_SSC, q in zip(tiles_GSSC, before, (quality, 100), strict=True):
+                file = io.BytesIO()
+                Image.fromarray(wanted_SSC.numpy()).save(file, "JPEG", quality=q)
+                assert np.array_equal(tile_SSC.numpy(), np.asarray(Image.open(file).convert("RGB"))), (size, q)
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        compress_(tiles_GSSC, [75])
 
 
 def test_corruptions():

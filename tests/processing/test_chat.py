@@ -32,7 +32,7 @@ def written(conversation, num_tiles=(), **options) -> str:
 def trained(conversation, num_tiles=(), **options) -> str:
     rendered = render(conversation, num_tiles, TOKENIZER, tokens_per_tile=1, **options)
     assert len(rendered.ids) == len(rendered.trained)
-    return TOKENIZER.decode([i for i, on in zip(*vars(rendered).values(), strict=True) if on], skip_special=False)
+    return TOKENIZER.decode([i for i, on in zip(rendered.ids, rendered.trained, strict=True) if on], skip_special=False)
 
 
 def test_internvl2_5():

@@ -16,7 +16,7 @@ from PIL import Image
 
 from ivl.config import TilingConfig
 from ivl.errors import InputError
-from ivl.processing.image import grid_for, grids, load_image, load_pixels, num_tiles, tile_image
+from ivl.processing.image import PixelBuffer, grid_for, grids, load_image, load_pixels, num_tiles, tile_image
 from ivl.types import ImageRef
 
 
@@ -176,7 +176,7 @@ def jpeg(image: Image.Image, **options) -> bytes:
 
 def test_pixels_are_those_of_the_image(tmp_path: Path):
     """load_pixels, whoever decodes, gives what load_image gives: usual JPEG, unusual ones, other formats, and errors."""
-    noise, exif = picture(47, 33), Image.Exif()
+    noise, exif, kept = picture(47, 33), Image.Exif(), PixelBuffer()
     exif[0x0112] = 6
     whole = jpeg(noise, quality=90)
     files = {
@@ -189,8 +189,8 @@ def test_pixels_are_those_of_the_image(tmp_path: Path):
         wanted = np.asarray(load_image(ImageRef(data)))
         (tmp_path / name).write_bytes(data)
         for ref in (ImageRef(data), ImageRef(name)):
-            for reuse in (False, True):
-                assert np.array_equal(load_pixels(ref, str(tmp_path), reuse=reuse), wanted), name
+            for buffer in (None, kept):
+                assert np.array_equal(load_pixels(ref, str(tmp_path), buffer=buffer), wanted), name
     assert np.array_equal(load_pixels(ImageRef(noise)), np.asarray(noise))
     for name, data in {"cut.jpg": whole[: len(whole) // 2], "empty.jpg": b"", "head.jpg": whole[:3]}.items():
         (tmp_path / name).write_bytes(data)

@@ -86,10 +86,10 @@ def test_budgets(processor, images):
     def tiles(*refs, **given) -> int:
         return processor.sample(record((user("Q", *refs), says("A"))), options=options(images, **given)).num_tiles
 
-    assert tiles(WIDE) == 5 and tiles(WIDE, max_tiles=2) == 3, "4x1 and 2x1, and the thumbnail"
+    assert tiles(WIDE) == 5 and tiles(WIDE, max_tiles_per_image=2) == 3, "4x1 and 2x1, and the thumbnail"
     assert tiles(WIDE, SQUARE, TALL) == 5 + 5 + 3, "12 // 3 tiles each"
     assert tiles(*[replace(SQUARE, max_tiles=n) for n in (1, 4)], TALL) == 1 + 5 + 3, "an image's own cap comes first"
-    assert tiles(WIDE, SQUARE, TALL, max_tiles=2) == 3
+    assert tiles(WIDE, SQUARE, TALL, max_tiles_per_image=2) == 3
     assert len(processor.prompt((user("Q", WIDE, SQUARE, TALL),), root=str(images)).tiles_GSSC) == 13
     many = processor.sample(record((user("Q", WIDE), says("A"), user("Q", SQUARE, TALL), says("A"))), options=options(images))
     assert many.num_tiles == 13, "images of all turns count"
@@ -155,7 +155,7 @@ def test_limits(processor, images):
     whole = processor.sample(record(conversation), options=options(images))
     fits = options(images, max_tokens=whole.num_tokens)
     assert processor.sample(record(conversation), options=fits).tokens_T.equal(whole.tokens_T)
-    with pytest.raises(InputError, match=rf"^rows.jsonl:12: {whole.num_tokens} tokens, the limit is {whole.num_tokens - 1}"):
+    with pytest.raises(InputError, match=rf"^rows.jsonl:12: {whole.num_tokens} tokens .* limits are {whole.num_tokens - 1}"):
         processor.sample(record(conversation), options=replace(fits, max_tokens=whole.num_tokens - 1))
     cut = processor.sample(record(conversation), options=replace(fits, max_tokens=whole.num_tokens - 1, overflow="truncate"))
     n = cut.num_tokens
@@ -182,7 +182,7 @@ def test_limits_are_the_whole_sample_s(processor, images):
         fewer.num_tiles < whole.num_tiles and fewer.seq_lens[0] == whole.seq_lens[0] and fewer.seq_lens[1] < whole.seq_lens[1]
     )
     assert fewer.seq_lens[2] == whole.seq_lens[2], "a conversation that fits stays whole"
-    with pytest.raises(InputError, match=rf"{square} tiles, the limit is {square - 1}"):
+    with pytest.raises(InputError, match=rf"{square} tiles, the limits are inf and {square - 1}, and no reply fits"):
         processor.sample(record(first), options=options(images, max_total_tiles=square - 1, overflow="truncate"))
 
 
