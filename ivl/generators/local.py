@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ivl.checkpoint import load_model, load_processor, resolve
+from ivl.cpu import accelerate
 from ivl.generators import LoadConfig
 from ivl.inference.engine import Engine
 
@@ -30,7 +31,7 @@ def load_engine(name: str | Path, config: LoadConfig | None = None, **engine_opt
     model = load_model(directory, dtype=dtype, device=device, map_embeddings=True)
     if dtype is None:
         model = model.to(_efficient(model.dtype, device))
-    processor = load_processor(directory)
+    processor = accelerate(load_processor(directory))
     if config.max_tiles is not None:
         tiling = processor.tiling
         min_tiles = min(tiling.min_tiles, config.max_tiles)

@@ -19,6 +19,7 @@ from torch import nn
 from ivl.checkpoint import load_config, load_model, load_tokenizer, resolve, save_model, save_processor
 from ivl.checkpoint.adapter import save_adapter
 from ivl.config import ModelConfig
+from ivl.cpu import accelerate
 from ivl.cpu.memory import keep_freed_memory
 from ivl.data.config import DataConfig
 from ivl.data.loader import Loader
@@ -72,7 +73,7 @@ def run(
     try:
         checkpoint = prepare(config, run_dir, world, resume=resume, allow_changed=allow_changed)
         model = build_model(config, checkpoint)
-        processor = Processor(model.config, tokenizer_of(config))
+        processor = accelerate(Processor(model.config, tokenizer_of(config)))
         apply_stage(model, config)
         if checkpoint is not None and config.lora is not None:
             restore_trainable(model, checkpoint)

@@ -305,7 +305,7 @@ def test_oversized_samples_are_cut_at_a_turn_and_counted(tmp_path, num_workers):
     assert Counter(each for batch in batches for each in batch.ids) == {"long": 2, "two": 2, "short": 2}
     assert first.report.truncated == 2 and first.report.dropped == 0 and first.report.rows == {}
     said = first.report.examples["truncated"]
-    assert len(said) == 2 and all("a pack holds 300 and 4; cut to" in each and str(path) in each for each in said)
+    assert len(said) == 2 and all("the limits are 300 and 4; cut to" in each and str(path) in each for each in said)
     assert first.report.summary() == "cut 2 rows to fit a pack"
     for batch in batches:
         for ids, tokens in zip(batch.ids, batch.tokens_T.split(list(batch.sample_lens)), strict=True):
