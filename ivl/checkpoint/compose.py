@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from ivl.checkpoint import load_config, resolve
-from ivl.checkpoint.config_json import Dialect, Section, decoder_from, family_of, tied, vision_from
-from ivl.checkpoint.config_write import generation_json, to_json
+from ivl.checkpoint.config_json import Dialect, decoder_from, family_of, generation_json, tied, to_json, vision_from
 from ivl.checkpoint.files import read_object, refuse_sources
 from ivl.checkpoint.gguf.reader import GgufModel
 from ivl.checkpoint.gguf.tokenizer import tokenizer_from_gguf
@@ -151,10 +150,6 @@ def _checked(module: nn.Module, entries: Sequence[Entry], weights: TensorSource,
     return _tensors(entries, weights)
 
 
-def _top(directory: Path) -> Section:
-    return Section(read_object(directory / "config.json"), str(directory / "config.json"))
-
-
 def _whole(directory: Path, ours: str) -> tuple[_Part, ModelConfig]:
     """One part of an InternVL directory; the whole directory is checked."""
     config = load_config(directory)
@@ -164,7 +159,7 @@ def _whole(directory: Path, ours: str) -> tuple[_Part, ModelConfig]:
 
 
 def _vision_part(directory: Path) -> _VisionPart:
-    top = _top(directory)
+    top = open_section(directory / "config.json")
     kind = top.get("model_type")
     if kind in _INTERNVL:
         part, config = _whole(directory, "vision.")
@@ -184,7 +179,7 @@ def _language_part(llm: str | Path) -> _LanguagePart:
     if str(llm).endswith(".gguf"):
         return _gguf_part(Path(llm).expanduser())
     directory = resolve(llm)
-    top = _top(directory)
+    top = open_section(directory / "config.json")
     tokenizer = load_tokenizer(directory)
     if top.get("model_type") in _INTERNVL:
         part, whole = _whole(directory, "decoder.")
@@ -253,7 +248,7 @@ def _projector_part(directory: Path, config: ModelConfig) -> _Part:
     Raises:
         InputError: with both shapes, if it does not.
     """
-    kind = _top(directory).get("model_type")
+    kind = open_section(directory / "config.json").get("model_type")
     if kind not in _INTERNVL:
         raise InputError(
             f"{directory}: model_type is {kind!r}; a projector comes from an InternVL model ({', '.join(_INTERNVL)})"

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from ivl.checkpoint import load_config, resolve
-from ivl.checkpoint.config_json import Dialect, dialect_of
-from ivl.checkpoint.config_write import generation_json, to_json
+from ivl.checkpoint.config_json import Dialect, dialect_of, generation_json, to_json
 from ivl.checkpoint.files import new_directory
 from ivl.checkpoint.gguf.tokenizer import gguf_vocabulary
 from ivl.checkpoint.gguf.writer import STORAGE, write_language, write_vision
