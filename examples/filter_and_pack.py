@@ -27,7 +27,7 @@ from ivl.processing.processor import Processor
 from ivl.runs.run import run
 
 RUN = Path("runs/examples/filter-and-pack")
-CHAIN = {"stages": [{"use": "length"}, {"use": "repetition"}, {"use": "leaks"}, {"use": "garbled"}, {"use": "duplicates"}]}
+CHAIN = {"stages": [{"use": "length"}, {"use": "repetition"}, {"use": "leaks"}, {"use": "duplicates"}]}
 
 
 def main() -> None:

@@ -217,93 +217,6 @@ def cut_in_second_paragraph(text: str, rng: random.Random) -> str | None:
     return f"{text}\n\n{more[: rng.randint(25, len(more) - 1)].rstrip()}"
 
 
-# Garbled text
-
-
-def _some(text: str, rng: random.Random, change: Callable[[str], str], letters: int = 40) -> str | None:
-    """Changes all of the answer or its last part, if it has so many letters."""
-    at = rng.choice((0, len(text) // 2, len(text) * 2 // 3))
-    part = text[at:]
-    return text[:at] + change(part) if sum(map(str.isalpha, part)) >= letters and part.isascii() else None
-
-
-def lost_characters(text: str, rng: random.Random) -> str:
-    chars = list(text)
-    for at in rng.sample(range(len(chars)), min(len(chars), rng.randint(1, 12))):
-        chars[at] = "\ufffd"
-    return "".join(chars)
-
-
-def control_characters(text: str, rng: random.Random) -> str:
-    chars = list(text)
-    for _ in range(rng.randint(1, 12)):
-        chars.insert(rng.randrange(len(chars) + 1), rng.choice("\x00\x01\x07\x08\x1b\x7f\x9d\ue012\x0f\x16"))
-    return "".join(chars)
-
-
-def mojibake(text: str, rng: random.Random) -> str:
-    """Typographic marks and accents, read in the wrong encoding, once or twice."""
-    for plain, fine in ((" - ", " – "), ("'", "’"), ("...", "…"), (". ", ".\u00a0"), ("e ", "é ")):
-        text = text.replace(plain, fine)
-    text = f"“{text}”" if rng.random() < 0.5 or text.isascii() else text
-    codec = rng.choice(("cp1252", "latin-1", "cp1251", "mac_roman"))
-    for _ in range(rng.choice((1, 1, 2))):
-        text = text.encode("utf-8").decode(codec, "ignore")
-    return text
-
-
-def random_letters(text: str, rng: random.Random) -> str | None:
-    return _some(text, rng, lambda part: re.sub(r"[^\W\d_]", lambda m: rng.choice("abcdefghijklmnopqrstuvwxyz"), part))
-
-
-def shuffled_letters(text: str, rng: random.Random) -> str | None:
-    def shuffled(match: re.Match) -> str:
-        return "".join(rng.sample(match[0], len(match[0])))
-
-    return _some(text, rng, lambda part: re.sub(r"[^\W\d_]{2,}", shuffled, part), letters=80)
-
-
-def symbols(text: str, rng: random.Random) -> str | None:
-    return _some(
-        text, rng, lambda part: "".join(rng.choice("#@$%^&*!?<>{}[]\\/~`") if rng.random() < 0.85 else c for c in part)
-    )
-
-
-def unicode_soup(text: str, rng: random.Random) -> str | None:
-    ranges = (
-        (0x100, 0x24F),
-        (0x391, 0x3C9),
-        (0x410, 0x44F),
-        (0x5D0, 0x5EA),
-        (0x620, 0x64A),
-        (0x905, 0x939),
-        (0xE01, 0xE2E),
-        (0x3041, 0x3096),
-    )
-    return _some(text, rng, lambda part: "".join(c if c == " " else chr(rng.randint(*rng.choice(ranges))) for c in part))
-
-
-def wrong_width(text: str, rng: random.Random) -> str | None:
-    """Bytes of one character each, read as characters of two bytes."""
-    return _some(text, rng, lambda part: part.encode("ascii").ljust(len(part) + len(part) % 2).decode("utf-16-le"))
-
-
-def escaped(text: str, rng: random.Random) -> str:
-    quoted = text.replace(". ", "’ – ").replace("'", "’") + "’"
-    return rng.choice(
-        (
-            quoted.encode().decode("latin-1").encode("unicode_escape").decode(),
-            "".join(c if c.isascii() else f"&amp;#{ord(c)};" for c in quoted),
-        )
-    )
-
-
-def shifted_letters(text: str, rng: random.Random) -> str | None:
-    """Every letter so many places on in the alphabet."""
-    by = rng.randint(1, 25)
-    return _some(text, rng, lambda part: re.sub(r"[a-z]", lambda m: chr((ord(m[0]) - 97 + by) % 26 + 97), part), letters=80)
-
-
 @dataclasses.dataclass(frozen=True)
 class Kind:
     """Variants of a fault; `unseen` ones are kept for the held-out set."""
@@ -336,10 +249,6 @@ KINDS = {
     ),
     "truncated": Kind(
         (cut_in_word, cut_after_word, cut_after_comma, cut_near_the_end), (cut_in_bracket, cut_in_second_paragraph)
-    ),
-    "garbled": Kind(
-        (lost_characters, control_characters, mojibake, random_letters, shuffled_letters, symbols, unicode_soup, wrong_width),
-        (escaped, shifted_letters),
     ),
 }
 EXTRA = {"truncated anywhere": Kind((cut_anywhere,), ())}

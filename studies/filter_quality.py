@@ -20,7 +20,7 @@ from rich.progress import track
 
 from ivl.filters.duplicates import Duplicates
 from ivl.filters.repetition import Repetition
-from ivl.filters.rules import Garbled, Language, Leaks, Length, Markup, RepeatedLines, Rule, Runs, Truncated
+from ivl.filters.rules import Leaks, Length, RepeatedLines, Rule, Runs, Truncated
 from ivl.types import Record
 from studies.filter_clean import SHARES, streams
 from studies.filter_copies import DUPLICATES
@@ -28,9 +28,10 @@ from studies.filter_faults import EXTRA, KINDS, Edit, last_answer, with_answer
 
 NUM_CLEAN, NUM_FAULTS = 5000, 500
 SEEDS = {"tune": 1, "held-out": 4}
-RULES: tuple[Rule, ...] = (
-    Length(), Runs(), RepeatedLines(), Markup(), Garbled(), Truncated(), Language(expected=("en", "zh")), Leaks(), Repetition(),
-)  # fmt: skip
+RULES: dict[str, Rule] = {
+    "length": Length(), "runs": Runs(), "repeated_lines": RepeatedLines(), "truncated": Truncated(), "leaks": Leaks(),
+    "repetition": Repetition(),
+}  # fmt: skip
 DUPLICATE = "duplicates"
 
 
@@ -94,11 +95,11 @@ def duplicate_rows(split: str, seed: int, clean: list[Labelled]) -> list[Labelle
     return [row for _, row in sorted(placed, key=lambda pair: pair[0])]
 
 
-def judge_pointwise(rows: list[Labelled], rules: tuple[Rule, ...]) -> list[dict[str, str]]:
+def judge_pointwise(rows: list[Labelled], rules: dict[str, Rule]) -> list[dict[str, str]]:
     """What each rule says of each row: reasons by rule name, of rules that would drop it."""
     found = []
     for row in track(rows, description="rules"):
-        verdicts = {rule.name: rule(row.record) for rule in rules}  # type: ignore[attr-defined]
+        verdicts = {name: rule(row.record) for name, rule in rules.items()}
         found.append({name: verdict.reason for name, verdict in verdicts.items() if not verdict.keep})
     return found
 
@@ -122,7 +123,7 @@ def measure(split: str, seed: int, failures: int = 0) -> dict:
     doubles = find_duplicates(stream)
     duplicate_seconds = time.perf_counter() - started
     wrong_doubles = [row for row, found in zip(stream, doubles, strict=True) if row.kind == "clean" and found is not None]
-    by_rule = {rule.name: Counter() for rule in RULES} | {DUPLICATE: Counter()}  # type: ignore[attr-defined]
+    by_rule = {name: Counter() for name in (*RULES, DUPLICATE)}
     parts: dict[str, Counter] = {}
     dropped = {id(row.record) for row, reasons in zip(rows, said, strict=True) if reasons}
     dropped_clean = {id(row.record) for row in wrong_doubles} | (dropped & {id(row.record) for row in clean})

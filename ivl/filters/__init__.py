@@ -1,5 +1,1 @@
-"""Filters for training data: named stages, each giving a verdict with a reason (arXiv:2412.05271, data filtering)."""
-
-from ivl.filters.verdict import Verdict
-
-__all__ = ["Verdict"]
+"""Filters for training data (InternVL2.5, arXiv:2412.05271, section 4): named stages, each with a verdict and a reason."""

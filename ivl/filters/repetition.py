@@ -1,5 +1,7 @@
-"""Repetition without a model: repeated n-grams, loops of any period, compression (spec 9.1; the reference's own 10-gram check,
-ratio 0.4, is switched off there)."""
+"""Repetition without a model: repeated n-grams, loops of any period, and compression.
+
+The reference code has a check of 10-grams alone, with a limit of 0.4, which it leaves switched off.
+"""
 
 from __future__ import annotations
 
@@ -10,41 +12,41 @@ from typing import ClassVar
 
 import numpy as np
 
-from ivl.filters.text import answers_text
-from ivl.filters.verdict import Verdict
+from ivl.filters.rules import Verdict
+from ivl.filters.text import reply_texts
 from ivl.types import Record
 
 _EAST = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 _TOKEN = re.compile(rf"[{_EAST}]|(?:(?![{_EAST}])[^\W_]){{1,40}}|[^\w\s]|_")
-"""A word, a character of a script without spaces, or a mark."""
+"""A word, a character of a script without spaces, or a punctuation mark."""
 _NO_WORDS = re.compile(r"https?://\S+|<box>[^<]*</box>")
 _TABLE_ROW = re.compile(r"^[ \t]*\|[^\n]*\|[ \t]*$", re.MULTILINE)
 _PERIODS = 6
-"""How many of the commonest distances between equal n-grams are tried as the period of a loop."""
+"""Number of the commonest distances between equal n-grams that are tried as the period of a loop."""
 _MISMATCH = 1.6
-"""What a token that breaks a loop takes away from its length; a loop may differ in every fourth word or so."""
+"""How much a token that breaks a loop takes away from its length; about every fourth word of a loop may differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Repetition:
-    """Answers that repeat themselves. The score is the worst measure in units of its limit: above 1 the row is dropped.
+    """Replies that repeat themselves. The score is the worst measure in units of its limit; a row above 1 is dropped.
 
-    Lists, tables, code and verses with a refrain stay below the limits: numbers and marks weigh little, and a loop must come
-    round several times.
+    Lists, tables, code and verses with a refrain stay below the limits: numbers and punctuation weigh little, and a loop must
+    come round several times.
     """
 
-    name: ClassVar[str] = "repetition"
+    limit: ClassVar[float] = 1.0
     ngram: int = 10
     max_ngrams: float = 0.4
-    """Share of n-grams that were seen before in the same answer."""
+    """Share of n-grams that came before in the same reply."""
     min_loop_words: float = 14.0
-    """Repeated words (or Chinese characters) that make a loop; numbers count 0.2, marks 0.05."""
+    """Repeated words (or Chinese characters) that make a loop; a number counts 0.2, a punctuation mark 0.05."""
     min_rounds: float = 3.0
     """How often the loop must come round in all."""
     min_area: float = 100.0
-    """Least product of the two, so that what comes round a few times must be long."""
+    """Least product of the two, so that a loop of few rounds must be long."""
     max_compression: float = 8.0
-    """Characters per byte of zlib, for answers of 400 bytes and more."""
+    """Characters per byte of zlib, for replies of 400 bytes and more."""
 
     def __post_init__(self) -> None:
         if self.ngram < 2:
@@ -53,21 +55,19 @@ class Repetition:
             raise ValueError(f"max_ngrams must be between 0 and 1, got {self.max_ngrams}")
 
     def __call__(self, record: Record) -> Verdict:
-        worst, reason = 0.0, ""
-        for answer in answers_text(record):
-            for score, what in self.measures(answer):
-                if score > worst:
-                    worst, reason = score, what
-        return Verdict(worst <= 1, reason if worst > 1 else "", worst)
+        measures = [measure for reply in reply_texts(record) for measure in self.measures(reply)]
+        score, reason = max(measures, default=(0.0, ""))
+        return Verdict(score <= 1, reason if score > 1 else "", score)
 
     def measures(self, text: str) -> list[tuple[float, str]]:
-        """Each measure of one answer in units of its limit, and what it says if above 1."""
+        """Return each measure of one reply in units of its limit, with the reason that it gives when it exceeds 1."""
         found = []
         plain = _NO_WORDS.sub(" ", text)
         ids, weights = _numbered(_TOKEN.findall(plain.casefold()))
         if len(ids) >= 2 * self.ngram:
             found.append((_share_seen(ids, weights, self.ngram) / self.max_ngrams, f"repeated {self.ngram}-grams"))
-        untabled = _TABLE_ROW.sub("", plain)  # rows may differ in little; equal rows are seen by their n-grams
+        # The rows of a table may differ in little. Equal rows are found by their n-grams.
+        untabled = _TABLE_ROW.sub("", plain)
         if len(untabled) < len(plain):
             ids, weights = _numbered(_TOKEN.findall(untabled.casefold()))
         found.append((self._loop(ids, weights), "loop of words"))
@@ -78,7 +78,11 @@ class Repetition:
         return found
 
     def _loop(self, ids: np.ndarray, weights: np.ndarray) -> float:
-        """Repeated words of the best loop in units of `min_loop_words`, less if it comes round less than `min_rounds` times."""
+        """Return the size of the best loop in units of the limits: its repeated words, its rounds, and their product.
+
+        For one period, tokens that equal the token one period before gain their weight, the others lose; the loop is the
+        stretch of the greatest sum (Kadane's algorithm).
+        """
         best = 0.0
         for period in _periods(ids):
             same = ids[period:] == ids[:-period]
@@ -94,7 +98,7 @@ class Repetition:
 
 
 def _characters(text: str) -> tuple[np.ndarray, np.ndarray]:
-    """The characters of long stretches without a space, each stretch ended by what nothing equals."""
+    """Number the characters of long stretches without a space. A unique number ends each stretch."""
     long = re.findall(rf"[^\s{_EAST}\u2500-\u259f]{{40,}}", text)
     ids, weights = _numbered([char for stretch in long for char in stretch])
     ends = np.cumsum([len(stretch) for stretch in long], dtype=np.int64)
@@ -102,6 +106,7 @@ def _characters(text: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _numbered(tokens: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Give equal tokens equal numbers, and each token its weight."""
     numbers: dict[str, int] = {}
     ids = np.array([numbers.setdefault(token, len(numbers)) for token in tokens], dtype=np.int64)
     each = np.array([1.0 if any(map(str.isalpha, token)) else 0.2 if token.isdigit() else 0.05 for token in numbers])
@@ -109,7 +114,7 @@ def _numbered(tokens: list[str]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _ngrams(ids: np.ndarray, n: int) -> np.ndarray:
-    """A number for each n-gram, equal for equal ones (64 bit, by a fixed polynomial)."""
+    """Hash each n-gram to 64 bits by a fixed polynomial."""
     size = max(0, len(ids) - n + 1)
     hashed = np.zeros(size, dtype=np.uint64)
     for k in range(n):
@@ -119,14 +124,14 @@ def _ngrams(ids: np.ndarray, n: int) -> np.ndarray:
 
 
 def _share_seen(ids: np.ndarray, weights: np.ndarray, n: int) -> float:
-    """Share of n-grams seen before; only those count that have words in them, half or more."""
+    """Return the share of n-grams that came before, among those that are words by half or more."""
     total = np.concatenate(([0.0], np.cumsum(weights)))
     ngrams = _ngrams(ids, n)[total[n:] - total[:-n] >= n / 2]
     return 1 - len(np.unique(ngrams)) / len(ngrams) if len(ngrams) > n else 0.0
 
 
 def _periods(ids: np.ndarray) -> list[int]:
-    """The commonest distances between an n-gram and the one equal to it before, for pairs, triples and eights."""
+    """Return the commonest distances between an n-gram and its last occurrence, for n of 2, 4 and 8."""
     found: list[int] = []
     for n in (2, 4, 8):
         grams = _ngrams(ids, n)

@@ -1,286 +1,189 @@
-"""A chain over a mixture: kept rows, dropped rows with reasons, a verdict for every row, and a report.
+"""Filter a mixture by a chain. A run writes a folder:
 
-The folder that comes out:
-
-    meta.json, kept/*.jsonl   trains as it is; jsonl rows byte for byte as they were
+    meta.json, kept/*.jsonl   a mixture that trains as it is; jsonl rows keep their bytes
     dropped.jsonl             every dropped row whole, with stage, reason and score
-    verdicts.jsonl            a line for every row, with the score of every stage it reached
-    report.html, report.json  to look at before training
-    judge.sqlite              what the judge said (a cache, unless the caller gave another)
+    verdicts.jsonl            a line for every row, with the score of every stage that it reached
+    report.html, report.json  for a review before training
+    judge.sqlite              the judge's replies (a cache, unless the caller gave another)
+    progress.jsonl            the journal of the run
 
-Outputs only grow. From time to time they are synced, and progress.json then says how long each of them is and which row is
-next; a run that was killed cuts them to these lengths and goes on. So the outputs do not depend on where it was killed.
+Every verdict goes to the journal first. When the journal is complete, the other files are written from it, so that they do
+not depend on where the run was interrupted.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
-import re
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ivl.data.mixture import DatasetSpec, load_mixture
-from ivl.data.records import read_record
-from ivl.data.rows import from_record
-from ivl.errors import DataError, InputError
-from ivl.filters.chain import Chain, Index, Outcome, Pointwise
-from ivl.filters.folder import Folder, write_atomic
-from ivl.filters.judge import Judge
-from ivl.filters.parallel import Blocks, Place, outcomes
-from ivl.filters.report import UNREADABLE, write_report
-from ivl.filters.verdict import Verdict
-from ivl.formats.base import Rows
+from ivl.data.mixture import load_mixture
+from ivl.errors import InputError
+from ivl.filters.chain import Chain, Deduplicates
+from ivl.filters.judge import DataJudge
+from ivl.filters.outputs import write_outputs
+from ivl.filters.rows import FilteredRow, RowChecker
+from ivl.filters.rules import Verdict
+from ivl.filters.workers import ordered_map
+from ivl.utils.jsonl import Journal, read_journal
+from ivl.utils.progress import ShowProgress
+from ivl.utils.strict_json import read_json
 
 BLOCK = 64
-"""Rows computed at a time; with a judge, several for each request in flight."""
-TEXT = ("jsonl", "json")
-"""Containers whose rows are kept as they are."""
+"""Rows checked at a time; with a judge, several for each request in flight."""
 
 
-@dataclass(frozen=True)
-class Progress:
-    done: int
-    total: int
-    resumed: int
-    """Rows that an earlier run had done."""
-    kept: int
-    """Rows of this run that were kept."""
+@dataclass(frozen=True, kw_only=True)
+class FilterOptions:
+    """How a mixture is read and filtered; none of it changes a verdict."""
 
+    root: str | None = None
+    """Folder of relative media paths when the mixture is a file or folder of rows."""
+    format: str | None = None
+    """Format of the rows when the mixture is a file or folder of rows; by default it is detected."""
+    workers: int = 0
+    """Processes for the stages that need no judge; 0 runs them in this one. With --ray local, its processors."""
+    ray: str | None = None
+    """Address of a Ray cluster that runs these stages instead, or `local` for one on this machine."""
+    fresh: bool = False
+    """Forget an earlier run in the same folder, but not the judge's replies."""
 
-@dataclass
-class _Row:
-    """One row on its way through the stages."""
-
-    dataset: int
-    row: int
-    outcome: Outcome
-    scores: dict[str, float] = field(default_factory=dict)
-    unjudged: list[str] = field(default_factory=list)
-    stage: str = ""
-    verdict: Verdict | None = None
-    """Of the stage that dropped it."""
-    twin: str = ""
-    """Source of the earlier row it duplicates."""
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise InputError(f"need workers >= 0, got {self.workers}")
 
 
 def run(
     chain: Chain,
     mixture: str | Path,
     out: str | Path,
+    options: FilterOptions | None = None,
     *,
-    root: str | None = None,
-    format: str | None = None,
-    judge: Judge | None = None,
-    workers: int = 0,
-    ray: str | None = None,
-    fresh: bool = False,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
+    judge: DataJudge | None = None,
+    on_progress: ShowProgress = lambda done, total, resumed=0, note="": None,
 ) -> dict[str, Any]:
-    """Filter every row of a mixture once, in order, and return what report.json holds.
+    """Filter every row of a mixture once, in order, and return the content of report.json.
 
-    The same call goes on where an interrupted run stopped, and returns at once after a complete one. workers, ray: see
-    `parallel.outcomes`; fresh: forget an earlier run in `out`, but not what the judge said.
+    The same call continues an interrupted run, and returns at once after a complete one.
 
     Raises:
         InputError: if the folder holds a run of other data or settings, a file cannot be read, a stage needs a judge and
             there is none, or the judge fails.
     """
+    options, out = options or FilterOptions(), Path(out)
+    judge = judge if chain.needs_judge else None
     if chain.needs_judge and judge is None:
         names = ", ".join(stage.name for stage in chain.stages if stage.judged)
         raise InputError(f"the stages {names} need a judge: give a model or an endpoint, or take the filter `heuristic`")
-    specs = load_mixture(mixture, root=root, format=format)
-    pointwise = Pointwise(chain, specs)
-    files = [pointwise.rows(n) for n in range(len(specs))]
-    identity = {
-        "chain": json.loads(chain.spelled_out()),
-        "data": [[s.name, str(Path(s.root).absolute()), len(f), f.num_bytes] for s, f in zip(specs, files, strict=True)],
-        "judge": judge.name if judge and chain.needs_judge else None,
-    }
-    with _writing(out), Folder(Path(out), identity, fresh=fresh) as folder:
-        if not folder.complete:
-            fold = _Fold(chain, pointwise, specs, folder, judge)
-            fold.resume()
-            size = max(BLOCK, 4 * judge.threads) if judge and chain.needs_judge else BLOCK
-            blocks = Blocks(tuple(map(len, files)), folder.position, size)
-            total, first = sum(map(len, files)), folder.position
-            on_progress(Progress(first, total, first, 0))
-            for places, found in outcomes(pointwise, blocks, workers=workers, ray=ray):
-                fold.add(places, found)
-                folder.position += len(places)
-                folder.sync_sometimes()
-                on_progress(Progress(folder.position, total, first, fold.kept))
-            folder.sync()
-            result = write_report(folder.path, chain, pointwise, judge.name if judge and chain.needs_judge else None)
-            _write_meta(folder.path, specs, files, result)
-            folder.finish()
-        return json.loads((folder.path / "report.json").read_text("utf-8"))
+    checker = RowChecker(chain, load_mixture(mixture, root=options.root, format=options.format))
+    counts = [len(checker.rows(n)) for n in range(len(checker.specs))]
+    with _folder(out, fresh=options.fresh), _journal(out, checker, counts, judge) as journal:
+        report = out / "report.json"
+        if not report.is_file():
+            stages = _OrderedStages(checker, judge)
+            first = done = sum(map(stages.replay, _entries(journal)))
+            kept, size = 0, max(BLOCK, 4 * judge.threads) if judge else BLOCK
+            on_progress(done, sum(counts), resumed=first)
+            for rows in ordered_map(checker, _blocks(counts, done, size), workers=options.workers, ray=options.ray):
+                entries = stages.entries(rows)
+                journal.add(entries)
+                done, kept = done + len(entries), kept + sum(entry["keep"] for entry in entries)
+                on_progress(done, sum(counts), resumed=first, note=f"{kept / (done - first):.1%} kept")
+            write_outputs(out, checker, _entries(journal), judge.name if judge else None)
+        return read_json(report)
 
 
 @contextmanager
-def _writing(out: str | Path) -> Iterator[None]:
+def _folder(out: Path, *, fresh: bool) -> Iterator[None]:
+    """Check and lock the folder of a run, and name it when the disk is full."""
     try:
-        yield
+        if not (out / "progress.jsonl").exists() and ((out / "meta.json").exists() or any(out.glob("kept/*"))):
+            raise InputError(f"{out}: holds files that are not of a filter run; choose another folder")
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / ".lock").open("wb") as lock:
+            try:
+                import fcntl
+
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except ImportError:  # Windows: two runs in one folder are not noticed
+                pass
+            except OSError:
+                raise InputError(f"{out}: another run is at work in this folder") from None
+            for name in ("progress.jsonl", "report.json") if fresh else ():
+                (out / name).unlink(missing_ok=True)
+            yield
     except OSError as error:
         raise InputError(f"{out}: {error.strerror or error}; the same command goes on from here") from error
 
 
-class _Fold:
-    """The part that sees rows in order: the judge, near-duplicates, and writing."""
+@contextmanager
+def _journal(out: Path, checker: RowChecker, counts: Sequence[int], judge: DataJudge | None) -> Iterator[Journal]:
+    data = [[spec.name, str(Path(spec.root).absolute()), checker.rows(n).num_bytes] for n, spec in enumerate(checker.specs)]
+    about = {
+        "chain": ", ".join(stage.name for stage in checker.chain.stages) + _digest(checker.chain.spelled_out()),
+        "data": f"{sum(counts):,} rows of {len(counts)} data sets" + _digest([data, counts]),
+        "judge": judge and judge.name,
+    }
+    try:
+        journal = Journal(out / "progress.jsonl", about)
+    except InputError as error:
+        raise InputError(f"{error}, or give --fresh to start again") from None
+    with journal:
+        yield journal
 
-    def __init__(
-        self, chain: Chain, pointwise: Pointwise, specs: tuple[DatasetSpec, ...], folder: Folder, judge: Judge | None
-    ) -> None:
-        self.chain, self.pointwise, self.specs, self.folder, self.judge = chain, pointwise, specs, folder, judge
-        self.kept = 0
-        names = kept_files(specs)
-        self.outputs = [f"kept/{name}" for name in names]
-        self.indexes: dict[str, Index] = {s.name: s.rule.index() for s in chain.stages if s.deduplicates}
 
-    def resume(self) -> None:
-        """Feed the indexes what the earlier run fed them."""
-        for n, name in enumerate(self.indexes):
-            for key, signature in self.folder.entries(_log_name(n)):
-                self.indexes[name].seen(signature, key)
+def _digest(value: Any) -> str:
+    return f" ({hashlib.blake2b(json.dumps(value).encode(), digest_size=6).hexdigest()})"
 
-    def add(self, places: list[Place], found: list[Outcome]) -> None:
-        rows = [_Row(dataset, row, outcome) for (dataset, row), outcome in zip(places, found, strict=True)]
-        alive = []
-        for row in rows:
-            if row.outcome.problem:
-                row.stage, row.verdict = UNREADABLE, Verdict(False, row.outcome.problem[0])
-            else:
-                alive.append(row)
+
+def _entries(journal: Journal) -> Iterator[dict[str, Any]]:
+    return (entry for _, entry in read_journal(journal.path)[1])
+
+
+def _blocks(counts: Sequence[int], start: int, size: int) -> Iterator[list[tuple[int, int]]]:
+    """Yield the (data set, row) of all rows from row `start` on, `size` at a time."""
+    places = islice(((dataset, row) for dataset, count in enumerate(counts) for row in range(count)), start, None)
+    while block := list(islice(places, size)):
+        yield block
+
+
+class _OrderedStages:
+    """Runs the stages on the rows in order: it takes the verdicts of the workers, finds duplicates and asks the judge."""
+
+    def __init__(self, checker: RowChecker, judge: DataJudge | None) -> None:
+        self.checker, self.judge, self.chain = checker, judge, checker.chain
+        self.indexes = {s.name: s.rule.index() for s in self.chain.stages if isinstance(s.rule, Deduplicates)}
+
+    def replay(self, entry: dict[str, Any]) -> int:
+        """Feed the indexes with a row that an earlier run has judged; returns 1."""
+        for name, signature in entry.get("signatures", {}).items():
+            self.indexes[name].seen(base64.b85decode(signature), entry["source"])
+        return 1
+
+    def entries(self, rows: Sequence[FilteredRow]) -> list[dict[str, Any]]:
+        """Send rows through all stages; returns their entries in the journal."""
+        names = [spec.name for spec in self.checker.specs]
         for n, stage in enumerate(self.chain.stages):
-            here = [row for row in alive if not stage.exempts(self.specs[row.dataset].name)]
-            if stage.judged:
-                self._judge(n, here)
+            alive = [row for row in rows if row.verdict.keep and not stage.exempts(names[row.dataset])]
+            if self.judge and stage.judged:
+                asked = [(self.checker.record(r.dataset, r.row), self.chain.domain_of(names[r.dataset])) for r in alive]
+                verdicts = self.judge.verdicts(stage.rule, asked)
             else:
-                for row in here:
-                    result = row.outcome.results[n]
-                    self._take(row, n, self._look_up(row, n, result) if isinstance(result, bytes) else result)
-            alive = [row for row in alive if row.verdict is None]
-        for row in rows:
-            self._write(row)
+                verdicts = [self._verdict(stage.name, row, row.results[n]) for row in alive]
+            for row, verdict in zip(alive, verdicts, strict=True):
+                row.add(stage.name, verdict)
+        return [row.entry(names[row.dataset]) for row in rows]
 
-    def _judge(self, n: int, rows: list[_Row]) -> None:
-        stage = self.chain.stages[n]
-        assert self.judge is not None
-        asked = [(self.pointwise.record(r.dataset, r.row), self.chain.domain_of(self.specs[r.dataset].name)) for r in rows]
-        for row, verdict in zip(rows, self.judge.verdicts(stage.rule, asked), strict=True):
-            self._take(row, n, verdict)
-
-    def _look_up(self, row: _Row, n: int, signature: bytes) -> Verdict:
-        name = self.chain.stages[n].name
-        key = self._source(row)
-        self.folder.log(_log_name(list(self.indexes).index(name)), key, signature)
-        row.twin = self.indexes[name].seen(signature, key) or ""
-        return Verdict(not row.twin, "near-duplicate" if row.twin else "")
-
-    def _take(self, row: _Row, n: int, verdict: Verdict | bytes | None) -> None:
-        assert isinstance(verdict, Verdict)
-        name = self.chain.stages[n].name
-        if verdict.score is not None:
-            row.scores[name] = verdict.score
-        elif verdict.reason == "unjudged":
-            row.unjudged.append(name)
-        if not verdict.keep:
-            row.stage, row.verdict = name, verdict
-
-    def _source(self, row: _Row) -> str:
-        return self.pointwise.rows(row.dataset).source(row.row)
-
-    def _write(self, row: _Row) -> None:
-        rows = self.pointwise.rows(row.dataset)
-        head: dict[str, Any] = {
-            "id": row.outcome.id, "dataset": self.specs[row.dataset].name, "row": row.row, "source": self._source(row),
-        }  # fmt: skip
-        why: dict[str, Any] = {}
-        if row.verdict:
-            why = {"stage": row.stage, "reason": row.verdict.reason, "score": row.verdict.score}
-            if row.twin:
-                why["duplicate_of"] = row.twin
-        extra = {"unjudged": row.unjudged} if row.unjudged else {}
-        self.folder.append("verdicts.jsonl", _line(head | {"keep": not why} | why | {"scores": row.scores} | extra))
-        if not why:
-            self.folder.append(self.outputs[row.dataset], self._kept(rows, row))
-            self.kept += 1
-            return
-        problem = {"problem": row.outcome.problem[1]} if row.outcome.problem else {}
-        text = _line(head | why | problem)
-        self.folder.append("dropped.jsonl", text[:-2] + b', "row": ' + _dropped(rows, row.row) + b"}\n")
-
-    def _kept(self, rows: Rows, row: _Row) -> bytes:
-        """The row as a line: its own bytes if they are one, the same JSON, or else the Record written anew."""
-        data = rows.raw(row.row)
-        if isinstance(data, bytes) and rows.container in TEXT:
-            return data + b"\n" if rows.container == "jsonl" else _line(json.loads(data))
-        spec = self.specs[row.dataset]
-        record = read_record(rows, row.row, root=Path(spec.root).absolute(), dataset=spec.name)
-        try:
-            return _line(from_record(record))
-        except DataError:  # the reference's rows cannot hold it, such as a question about the word <image>
-            return _line(from_record(record, layout="openai"))
-
-
-def _dropped(rows: Rows, index: int) -> bytes:
-    """The row as JSON; a string if it is none, null if even its bytes are out of reach."""
-    try:
-        data = rows.raw(index)
-    except DataError:
-        return b"null"
-    if not isinstance(data, bytes):
-        return json.dumps(data, ensure_ascii=False, default=_plain).encode("utf-8", "backslashreplace")
-    try:
-        text = data.decode().strip()
-        row = json.loads(text)
-    except (ValueError, RecursionError):
-        return json.dumps(data.decode("utf-8", "backslashreplace"), ensure_ascii=False).encode()
-    return _line(row)[:-1] if "\n" in text or "\r" in text else text.encode()
-
-
-def _plain(value: Any) -> Any:
-    return {"base64": base64.b64encode(value).decode()} if isinstance(value, bytes) else str(value)
-
-
-def _line(row: dict[str, Any]) -> bytes:
-    try:
-        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # half a surrogate pair can be written as an escape only
-        return json.dumps(row).encode() + b"\n"
-
-
-def _log_name(n: int) -> str:
-    return f"signatures-{n}.bin"
-
-
-def kept_files(specs: tuple[DatasetSpec, ...]) -> list[str]:
-    """A file name for each data set, close to its name and used once."""
-    taken: Counter[str] = Counter()
-    names = []
-    for spec in specs:
-        stem = re.sub(r"[^\w.-]+", "_", spec.name).strip("._")[:100] or "rows"
-        taken[stem.casefold()] += 1
-        count = taken[stem.casefold()]
-        names.append(f"{stem}.jsonl" if count == 1 else f"{stem}~{count}.jsonl")
-    return names
-
-
-def _write_meta(out: Path, specs: tuple[DatasetSpec, ...], files: list[Rows], report: dict[str, Any]) -> None:
-    """The mixture again, with the kept rows; a data set that lost all of its rows is left out."""
-    meta = {}
-    for spec, rows, name in zip(specs, files, kept_files(specs), strict=True):
-        kept = report["datasets"][spec.name]["kept"]
-        if kept:
-            entry: dict[str, Any] = {"root": str(Path(spec.root).absolute()), "annotation": f"kept/{name}"}
-            entry |= {"data_augment": spec.data_augment, "repeat_time": spec.repeat_time, "length": kept}
-            if spec.max_dynamic_patch is not None:
-                entry["max_dynamic_patch"] = spec.max_dynamic_patch
-            if rows.container in TEXT and rows.layout is not None:
-                entry["format"] = rows.layout
-            meta[spec.name] = entry
-    write_atomic(out / "meta.json", json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
+    def _verdict(self, stage: str, row: FilteredRow, result: Verdict | bytes | None) -> Verdict:
+        if not isinstance(result, bytes):
+            assert result is not None
+            return result
+        row.signatures[stage] = base64.b85encode(result).decode()
+        row.duplicate_of = self.indexes[stage].seen(result, row.source) or ""
+        return Verdict(False, "near-duplicate") if row.duplicate_of else Verdict(True)

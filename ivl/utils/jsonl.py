@@ -49,7 +49,8 @@ class AppendLog:
 
 
 def json_line(row: dict[str, Any]) -> bytes:
-    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    """The row as a line of UTF-8. Half a surrogate pair is written as the escape that JSON has for it."""
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def read_rows(path: Path, remedy: str = "was the run that wrote it stopped?") -> Iterator[tuple[int, int, dict[str, Any]]]:

@@ -1,17 +1,15 @@
-"""Progress of long work on standard error: what is counted, how far it has come, a note, and the time left."""
+"""The bar of long work: what, how far, a note such as the rate, and the time left; on standard error."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from rich.progress import Progress
-
-SECONDS_BETWEEN_LINES = 10
 
 
 def counting(*, on: bool | None = None, lasting: bool = False) -> Progress:
@@ -30,29 +28,27 @@ def counting(*, on: bool | None = None, lasting: bool = False) -> Progress:
     return Progress(*columns, console=Console(stderr=True), disable=not shown, transient=not lasting)
 
 
+class ShowProgress(Protocol):
+    def __call__(self, done: int, total: int, *, resumed: int = 0, note: str = "") -> None:
+        """Show how far work is; `resumed` is the part of `done` that an earlier run did, which does not count for the rate."""
+
+
 @contextmanager
-def progress_of(what: str) -> Iterator[Callable[[int, int, str], None]]:
-    """Show how far long work has come: a bar on a terminal, elsewhere a line every ten seconds.
+def reporting(what: str, unit: str) -> Iterator[ShowProgress]:
+    """Show a bar on a terminal, elsewhere a line every ten seconds, with the rate and the time left; on standard error."""
+    started = shown = time.monotonic()
+    with counting() as bar:
+        task = bar.add_task(what, total=None, note="")
 
-    Args:
-        what: What is counted, such as `questions`.
-
-    Yields:
-        A function of the number done, the number in all and a note.
-    """
-    shown = started = time.monotonic()
-    first: int | None = None
-    with counting(lasting=True) as bar:
-        row = bar.add_task(what, total=None, note="")
-
-        def show(done: int, total: int, note: str) -> None:
-            nonlocal shown, first
-            first = done if first is None else first  # an earlier run may have done some
+        def show(done: int, total: int, *, resumed: int = 0, note: str = "") -> None:
+            nonlocal shown
             now = time.monotonic()
-            bar.update(row, completed=done, total=total, note=note)
-            if bar.disable and now - shown > SECONDS_BETWEEN_LINES:
+            rate = (done - resumed) / max(1e-9, now - started)
+            note = f"{rate:,.0f} {unit}/s{', ' if note else ''}{note}"
+            bar.update(task, total=total, completed=done, note=note)
+            if bar.disable and now - shown > 10:
                 shown = now
-                left = (total - done) * (now - started) / max(1, done - first)
-                print(f"{done:,}/{total:,} {what}, {note}, {left:,.0f} s left", file=sys.stderr, flush=True)
+                left = (total - done) / max(1e-9, rate)
+                print(f"{what}: {done:,}/{total:,} {unit}, {note}, {left:,.0f} s left", file=sys.stderr, flush=True)
 
         yield show

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ivl.errors import InputError
-from ivl.filters.judge import DOMAINS, STRICTER, Judge, JudgeConfig, LlmRepetition, Quality, parse_score, sample_text
+from ivl.filters.judge import DOMAINS, STRICTER, DataJudge, JudgeConfig, LlmRepetition, Quality, parse_score, sample_text
 from ivl.generators import Refused
 from ivl.types import Conversation, ImageRef, Message, Record, SamplingParams, Text, TextDelta
 
@@ -56,7 +56,7 @@ def test_scores_are_read(reply: str | None, score: float | None) -> None:
 
 
 def test_limits_and_domains() -> None:
-    judge = Judge(Fake(), name="fake")
+    judge = DataJudge(Fake(), name="fake")
     rows = [(record(f"says Score: {n}"), "general") for n in (6, 7, 8)]
     verdicts = judge.verdicts(Quality(), rows)
     assert [(v.keep, v.score) for v in verdicts] == [(False, 6), (True, 7), (True, 8)]
@@ -73,7 +73,7 @@ def test_limits_and_domains() -> None:
 @pytest.mark.parametrize("policy", ["keep", "drop"])
 def test_no_score_is_asked_for_once_more_then_counted(policy) -> None:
     fake = Fake(strict="still nothing")
-    judge = Judge(fake, name="fake", config=JudgeConfig(unjudged=policy))
+    judge = DataJudge(fake, name="fake", config=JudgeConfig(unjudged=policy))
     (verdict,) = judge.verdicts(Quality(), [(record("says nothing"), "general")])
     assert (verdict.keep, verdict.reason, verdict.score) == (policy == "keep", "unjudged", None)
     assert len(fake.asked) == 2 and fake.asked[1] == fake.asked[0] + STRICTER
@@ -82,13 +82,13 @@ def test_no_score_is_asked_for_once_more_then_counted(policy) -> None:
 
 
 def test_refused_rows_are_unjudged_and_the_others_judged() -> None:
-    judge = Judge(Fake(), name="fake")
+    judge = DataJudge(Fake(), name="fake")
     verdicts = judge.verdicts(Quality(), [(record(t), "general") for t in ("says 9/10", "refuse, says 9/10", "says 8/10")])
     assert [(v.score, v.reason) for v in verdicts] == [(9, ""), (None, "unjudged"), (8, "")]
 
 
 def test_a_judge_that_gives_no_scores_stops_the_run() -> None:
-    judge = Judge(Fake(), name="fake")
+    judge = DataJudge(Fake(), name="fake")
     with pytest.raises(InputError, match=r"judge fake: 60 of 60 times there was no score.*'Well. nothing"):
         judge.verdicts(Quality(), [(record(f"says nothing {n}"), "general") for n in range(60)])
 
@@ -97,24 +97,24 @@ def test_nothing_is_asked_twice(tmp_path: Path) -> None:
     cache = tmp_path / "judge.sqlite"
     rows = [(record(f"says Score: {n % 10}"), "general") for n in range(25)]
     fake = Fake()
-    before = Judge(fake, name="fake", cache=cache).verdicts(Quality(), rows)
+    before = DataJudge(fake, name="fake", cache=cache).verdicts(Quality(), rows)
     assert len(fake.asked) == 10  # ten different samples
     again = Fake()
-    assert Judge(again, name="fake", cache=cache).verdicts(Quality(), rows) == before
-    Judge(again, name="fake", cache=cache).verdicts(Quality(min_score=3), rows)  # another threshold, the same replies
+    assert DataJudge(again, name="fake", cache=cache).verdicts(Quality(), rows) == before
+    DataJudge(again, name="fake", cache=cache).verdicts(Quality(min_score=3), rows)  # another threshold, the same replies
     assert again.asked == []
     for other in (
-        lambda: Judge(again, name="another", cache=cache).verdicts(Quality(), rows),
-        lambda: Judge(again, name="fake", cache=cache).verdicts(LlmRepetition(), rows),
-        lambda: Judge(again, name="fake", cache=cache, config=JudgeConfig(temperature=1)).verdicts(Quality(), rows),
-        lambda: Judge(again, name="fake", cache=cache).verdicts(Quality(), [(r, "mathematics") for r, _ in rows]),
+        lambda: DataJudge(again, name="another", cache=cache).verdicts(Quality(), rows),
+        lambda: DataJudge(again, name="fake", cache=cache).verdicts(LlmRepetition(), rows),
+        lambda: DataJudge(again, name="fake", cache=cache, config=JudgeConfig(temperature=1)).verdicts(Quality(), rows),
+        lambda: DataJudge(again, name="fake", cache=cache).verdicts(Quality(), [(r, "mathematics") for r, _ in rows]),
     ):
         again.asked.clear()
         other()
         assert len(again.asked) == 10
     (tmp_path / "text").write_text("not a database" * 100)
     with pytest.raises(InputError, match="cannot be used as the judge's cache"):
-        Judge(fake, name="fake", cache=tmp_path / "text")
+        DataJudge(fake, name="fake", cache=tmp_path / "text")
 
 
 def test_replies_are_kept_as_they_arrive(tmp_path: Path) -> None:
@@ -132,9 +132,9 @@ def test_replies_are_kept_as_they_arrive(tmp_path: Path) -> None:
 
     rows = [(record(f"says {n}/10"), "general") for n in range(10)]
     with pytest.raises(InputError, match="gone"):
-        Judge(Failing(), name="fake", cache=cache, threads=2).verdicts(Quality(), rows)
+        DataJudge(Failing(), name="fake", cache=cache, threads=2).verdicts(Quality(), rows)
     fake = Fake()
-    assert [v.score for v in Judge(fake, name="fake", cache=cache, threads=2).verdicts(Quality(), rows)] == list(range(10))
+    assert [v.score for v in DataJudge(fake, name="fake", cache=cache, threads=2).verdicts(Quality(), rows)] == list(range(10))
     assert 1 <= len(fake.asked) <= 3
 
 
@@ -147,7 +147,7 @@ def test_local_models_get_batches() -> None:
             return [TextDelta("5/10")] * len(conversations)
 
     rows = [(record(f"number {n}"), "general") for n in range(70)]
-    Judge(Batches(), name="fake", config=JudgeConfig(batch_size=32)).verdicts(Quality(), rows)
+    DataJudge(Batches(), name="fake", config=JudgeConfig(batch_size=32)).verdicts(Quality(), rows)
     assert sizes == [32, 32, 6]
 
 

@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 
-from ivl.filters import folder
 from ivl.filters import run as run_module
-from ivl.filters.judge import Judge
-from ivl.filters.parallel import Blocks
-from ivl.filters.run import Progress, run
+from ivl.filters.judge import DataJudge
+from ivl.filters.run import FilterOptions, run
 from tests.filters.test_run import CountingJudge, chain, outputs, world
 
 
@@ -21,26 +19,26 @@ def test_ray_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     pytest.importorskip("ray")
     meta = world(tmp_path)
     monkeypatch.setattr(run_module, "BLOCK", 8)
-    monkeypatch.setattr(folder, "SYNC_SECONDS", 0.0)
 
-    def work(name: str, **options: Any) -> None:
-        judge = Judge(CountingJudge(tmp_path / f"{name}.asked"), name="fake")
-        run(chain(), meta, tmp_path / name, judge=judge, **options)
+    def work(name: str, options: FilterOptions | None = None, **more: Any) -> None:
+        judge = DataJudge(CountingJudge(tmp_path / f"{name}.asked"), name="fake")
+        run(chain(), meta, tmp_path / name, options, judge=judge, **more)
 
-    def stop(progress: Progress) -> None:
-        if progress.done > 30:
+    def stop(done: int, total: int, **_: Any) -> None:
+        if done > 30:
             raise KeyboardInterrupt
 
     work("one")
     with pytest.raises(KeyboardInterrupt):
         work("ray", on_progress=stop)
-    work("ray", ray="local", workers=2)
+    work("ray", FilterOptions(ray="local", workers=2))
     assert outputs(tmp_path / "one") == outputs(tmp_path / "ray")
 
 
 def test_blocks_cover_every_row_once() -> None:
     for start in range(13):
         for size in (1, 4, 20):
-            blocks = Blocks((5, 0, 1, 6), start, size)
-            places = [place for n in range(len(blocks)) for place in blocks[n]]
+            blocks = list(run_module._blocks((5, 0, 1, 6), start, size))
+            places = [place for block in blocks for place in block]
             assert places == [(d, r) for d, count in enumerate((5, 0, 1, 6)) for r in range(count)][start:]
+            assert all(len(block) == size for block in blocks[:-1])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ivl.filters.chain import read_chain
-from ivl.filters.judge import Judge
+from ivl.filters.judge import DataJudge
 from ivl.filters.run import run
 from ivl.formats.rows import write_jsonl
 from tests.filters.test_run import CountingJudge
@@ -29,8 +29,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "meta.json").write_text(json.dumps({"text": {"annotation": "text.jsonl"}, "shown": {"annotation": "shown.jsonl"}}))
     first = {"use": "length", "max_answer": 40, "exempt": ["shown"]}
     stages = [first, {"use": "quality"}, {"use": "length", "name": "again", "max_answer": 49}]
-    chain = read_chain(json.dumps({"about": "<about>", "stages": stages}), "chain")
-    run(chain, place / "meta.json", place / "out", judge=Judge(CountingJudge(place / "asked"), name="<judge>"))
+    chain = read_chain({"about": "<about>", "stages": stages}, "chain")
+    run(chain, place / "meta.json", place / "out", judge=DataJudge(CountingJudge(place / "asked"), name="<judge>"))
     return place / "out"
 
 
@@ -68,7 +68,7 @@ def test_page(out: Path) -> None:
 def test_examples_are_spread_over_reasons(tmp_path: Path) -> None:
     rows = [turns("?", "a" * (30 if n % 50 else 3)) for n in range(500)]
     write_jsonl([{"conversations": talk} for talk in rows], tmp_path / "rows.jsonl")
-    chain = read_chain('{"stages": [{"use": "length", "min_answer": 5, "max_answer": 20}]}', "chain")
+    chain = read_chain({"stages": [{"use": "length", "min_answer": 5, "max_answer": 20}]}, "chain")
     report = run(chain, tmp_path / "rows.jsonl", tmp_path / "out")
     assert report["kept"] == 0 and list(report["stages"][1]["reasons"].items()) == [
         ("answer too long", 490),

@@ -9,30 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ivl.filters.repetition import Repetition
-from ivl.filters.rules import (
-    Garbled,
-    Language,
-    Leaks,
-    Length,
-    Markup,
-    RepeatedLines,
-    Runs,
-    Truncated,
-    answers_text,
-)
+from ivl.filters.rules import Leaks, Length, RepeatedLines, Rule, Runs, Truncated
+from ivl.filters.text import reply_texts
 from ivl.types import Message, Record, Text
 
-RULES = (
-    Length(),
-    Runs(),
-    RepeatedLines(),
-    Markup(),
-    Garbled(),
-    Truncated(),
-    Language(expected=("en", "zh")),
-    Leaks(),
-    Repetition(),
-)
+RULES: dict[str, Rule] = {
+    "length": Length(),
+    "runs": Runs(),
+    "repeated_lines": RepeatedLines(),
+    "truncated": Truncated(),
+    "leaks": Leaks(),
+    "repetition": Repetition(),
+}
 
 
 def row(*answers: str, question: str = "What is this?") -> Record:
@@ -43,7 +31,7 @@ def row(*answers: str, question: str = "What is this?") -> Record:
 
 
 def dropped_by(record: Record) -> set[str]:
-    return {rule.name for rule in RULES if not rule(record).keep}
+    return {name for name, rule in RULES.items() if not rule(record).keep}
 
 
 CLEAN = [
@@ -79,7 +67,7 @@ CLEAN = [
 
 @pytest.mark.parametrize("answer", CLEAN)
 def test_clean_answers_stay(answer: str) -> None:
-    assert dropped_by(row(answer)) <= ({"language"} if answer[:3] in ("Die", "C'e") else set())
+    assert not dropped_by(row(answer))
 
 
 @pytest.mark.parametrize(
@@ -96,28 +84,11 @@ def test_clean_answers_stay(answer: str) -> None:
         ("runs", "yesssssssssssssssssssssss"),
         ("runs", "！" * 60),
         ("repeated_lines", "It is a red circle here.\n" * 5),
-        ("markup", "Look:\n```python\nprint(1)\n"),
-        ("markup", "<ref>cat<box>[[1, 2, 3, 4]]</box>"),
-        ("markup", "<box>[[1, 2, 3, 1400]]</box>"),
-        ("markup", "<box>[[1, 2, 3, 4]]"),
-        ("markup", "\\begin{align} x = 1 \\end{equation}"),
-        ("markup", "so $$x = 1."),
-        ("markup", "\\frac{1}{2 is a half"),
-        ("markup", "<table><tr><td>1</td></tr>"),
-        ("garbled", "The sh\ufffdpe is blue."),
-        ("garbled", "The shape\x00 is blue."),
-        ("garbled", "Itâ€™s the cafÃ© on the left."),
-        ("garbled", "ghsdkjfh qwlkejr zmxncbv poqiwue lkjashd zxmnbcv qpwoeiru alskdjfh zmxbv qwoieur lksajdf"),
-        ("garbled", "тhе " + "aбcгдeжz иkлmнoп qрsтuфx " * 4),
-        ("garbled", "@$%^&!{}~ <?;\\^%$@!} &%{$~;^!@ ?}{<%$^&~ @!%;}{^"),
         ("truncated", "The picture shows a cat. It lies on a"),
         ("truncated", "The picture shows a cat. It lies on the left si"),
         ("truncated", "There are three things on the table: a cup, a spoon,"),
-        ("truncated", "The shape in the middle is a bl"),
         ("truncated", "1. The cat is black.\n2. The dog is white.\n3. The bird has not bee"),
-        ("truncated", "It is the largest of all (see the table in the second"),
-        ("language", "Die Katze sitzt auf dem Tisch und schaut aus dem Fenster."),
-        ("language", "Кошка сидит на столе и смотрит в окно."),
+        ("truncated", "We see three people at the beach. They all wear ("),
         ("leaks", "<image>\nA cat."),
         ("leaks", "A cat.<|im_end|>"),
         ("leaks", "A cat <IMG_CONTEXT> here."),
@@ -127,39 +98,35 @@ def test_clean_answers_stay(answer: str) -> None:
 def test_faults_are_dropped_with_a_reason(name: str, answer: str) -> None:
     record = row(answer)
     assert name in dropped_by(record)
-    rule = next(rule for rule in RULES if rule.name == name)
-    assert rule(record).reason
+    assert RULES[name](record).reason
 
 
 def test_any_answer_of_any_conversation_counts() -> None:
-    good, bad = row("A cat.").conversations[0], row("A ca\ufffd.").conversations[0]
-    assert not Garbled()(Record("r", (good, bad), "f:1")).keep
-    assert not Garbled()(row("A cat.", "A ca\ufffd.", "A dog.")).keep
+    good, bad = row("A cat.").conversations[0], row("A cat</img>.").conversations[0]
+    assert not Leaks()(Record("r", (good, bad), "f:1")).keep
+    assert not Leaks()(row("A cat.", "A cat</img>.", "A dog.")).keep
 
 
 def test_special_tokens_in_a_question_are_leaks_too() -> None:
     assert not Leaks()(row("A cat.", question="What<|im_end|> is this?")).keep
 
 
-def test_other_answers_tell_whether_sentences_end() -> None:
-    ended = "The dog sleeps on the floor."
-    assert not Truncated()(row(ended, "The cat sleeps under the chair and", ended)).keep
-    assert not Truncated()(row(ended, "A cat under the wooden cha", ended)).keep
-    assert Truncated()(row("A dog on the floor", "A cat under the chair", "The bird is on the branch")).keep
-
-
-def test_a_source_without_full_stops_can_be_had() -> None:
-    record = row("The shape in the image is a circle")
-    assert not Truncated()(record).keep
-    assert Truncated(lone_sentences=False)(record).keep
-
-
-def test_no_language_is_wrong_unless_one_is_expected() -> None:
-    assert Language()(row("Die Katze sitzt auf dem Tisch und schaut aus dem Fenster.")).keep
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "A man rides a horse along the beach in the evening",
+        "The picture shows a cat. See https://example.com/cats",
+        "The picture shows two cats. The number of dogs in it is 0",
+        "The picture shows two cats. So the right option must be C",
+        "The picture shows two cats.\n\nBest regards,\nAnna",
+    ],
+)
+def test_endings_that_are_no_truncation(answer: str) -> None:
+    assert Truncated()(row(answer)).keep
 
 
 def test_answers_text_is_what_the_assistant_says() -> None:
-    assert answers_text(row("a", "b")) == ("a", "b")
+    assert reply_texts(row("a", "b")) == ["a", "b"]
 
 
 def test_thresholds_are_checked() -> None:
@@ -216,7 +183,7 @@ PIECES = st.sampled_from(
 @given(st.one_of(st.text(max_size=300), st.lists(PIECES, max_size=60).map("".join)), st.integers(1, 30))
 def test_rules_never_raise_and_never_waver(piece: str, times: int) -> None:
     record = row(piece * times)
-    for rule in RULES:
+    for rule in RULES.values():
         assert rule(record) == rule(record)
 
 
@@ -260,11 +227,11 @@ HOSTILE = [
 @pytest.mark.parametrize("piece", HOSTILE)
 def test_time_grows_with_the_text_and_no_faster(piece: str) -> None:
     """Ten times the text may take at most 40 times as long, and 100,000 characters a second (they take about 0.1 s)."""
-    for rule in RULES:
+    for name, rule in RULES.items():
         seconds = []
         for size in (10_000, 100_000):
             record = row((piece * size)[:size])
             started = time.process_time()
             rule(record)
             seconds.append(time.process_time() - started)
-        assert seconds[1] < max(40 * seconds[0], 1.0), (rule.name, seconds)
+        assert seconds[1] < max(40 * seconds[0], 1.0), (name, seconds)

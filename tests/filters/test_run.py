@@ -19,13 +19,13 @@ import pytest
 from ivl.cli import main
 from ivl.data.mixture import Mixture, load_mixture
 from ivl.errors import InputError
-from ivl.filters import folder
 from ivl.filters import run as run_module
 from ivl.filters.chain import Chain, load_chain, read_chain
-from ivl.filters.judge import Judge
-from ivl.filters.run import Progress, run
+from ivl.filters.judge import DataJudge
+from ivl.filters.run import FilterOptions, run
 from ivl.formats.rows import write_jsonl
 from ivl.types import Conversation, SamplingParams, TextDelta
+from ivl.utils.jsonl import AppendLog
 from tests.helpers.mixtures import make_rows, turns
 
 OUTPUTS = ("meta.json", "dropped.jsonl", "verdicts.jsonl", "report.json", "report.html", "kept")
@@ -54,7 +54,7 @@ def chain(*, judged: bool = True) -> Chain:
     stages: list[dict[str, Any]] = [
         {"use": "length", "max_answer": 600}, {"use": "repetition", "exempt": ["many"]}, {"use": "duplicates"},
     ]  # fmt: skip
-    return read_chain(json.dumps({"stages": [*stages, *([{"use": "quality", "min_score": 3}] if judged else [])]}), "chain")
+    return read_chain({"stages": [*stages, *([{"use": "quality", "min_score": 3}] if judged else [])]}, "chain")
 
 
 def world(place: Path, count: int = 60) -> Path:
@@ -104,10 +104,17 @@ def outputs(out: Path) -> dict[str, bytes]:
     }
 
 
-def judged(log: Path, out: Path, **options: Any) -> dict[str, Any]:
-    generator, threads = CountingJudge(log, options.pop("wait", 0)), options.pop("threads", 1)
-    judge = Judge(generator, name="fake", cache=out / "judge.sqlite", threads=threads)
-    return run(chain(), log.parent / "meta.json", out, judge=judge, **options)
+def judged(
+    log: Path,
+    out: Path,
+    *,
+    wait: float = 0,
+    threads: int = 1,
+    fresh: bool = False,
+    on_progress: Any = lambda done, total, resumed=0, note="": None,
+) -> dict[str, Any]:
+    judge = DataJudge(CountingJudge(log, wait), name="fake", cache=out / "judge.sqlite", threads=threads)
+    return run(chain(), log.parent / "meta.json", out, FilterOptions(fresh=fresh), judge=judge, on_progress=on_progress)
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -116,13 +123,13 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 def test_every_row_is_kept_or_dropped_with_its_reason(tmp_path: Path) -> None:
     meta, out = world(tmp_path), tmp_path / "out"
-    told: list[Progress] = []
-    result = judged(tmp_path / "asked", out, on_progress=told.append)
+    shown: list[tuple[int, int]] = []
+    result = judged(tmp_path / "asked", out, on_progress=lambda done, total, **_: shown.append((done, total)))
     verdicts, dropped = rows_of(out / "verdicts.jsonl"), rows_of(out / "dropped.jsonl")
     mixture = Mixture(load_mixture(meta), seed=0)
     assert [v["source"] for v in verdicts] == [f.source(n) for f in mixture.files for n in range(len(f))]
-    assert result["rows"] == len(verdicts) == told[-1].done == told[-1].total
-    assert result["kept"] == sum(v["keep"] for v in verdicts) == result["rows"] - len(dropped) == told[-1].kept
+    assert result["rows"] == len(verdicts) and shown[0] == (0, len(verdicts)) and shown[-1] == (len(verdicts), len(verdicts))
+    assert result["kept"] == sum(v["keep"] for v in verdicts) == result["rows"] - len(dropped)
     assert [v["source"] for v in verdicts if not v["keep"]] == [row["source"] for row in dropped]
     reasons = Counter((row["stage"], row["reason"]) for row in dropped)
     assert reasons["length", "answer too long"] == 4 and reasons["repetition", "loop of words"] == 4
@@ -175,8 +182,8 @@ def in_a_child(work: Any) -> bool:
     return True
 
 
-@pytest.mark.parametrize(("seed", "threads", "sync"), [(0, 1, 0.0), (1, 4, 0.0), (2, 1, 0.05), (3, 3, 0.02)])
-def test_kill_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, threads: int, sync: float) -> None:
+@pytest.mark.parametrize(("seed", "threads"), [(0, 1), (1, 4), (2, 1), (3, 3)])
+def test_kill_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, threads: int) -> None:
     """SIGKILL at random writes, syncs, renames and replies: the outputs are those of a run that nobody disturbed, and no
     reply that arrived is asked for again."""
     world(tmp_path)
@@ -185,13 +192,12 @@ def test_kill_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: in
     asked = Counter(CountingJudge(tmp_path / "asked").asked)
     assert set(asked.values()) == {1}
     (tmp_path / "asked").unlink()
-    monkeypatch.setattr(folder, "SYNC_SECONDS", sync)
     rng = random.Random(seed)
 
     def work(fuse: int) -> None:
         burnt = 0
 
-        def step(*args: Any) -> None:
+        def step(*args: Any, **options: Any) -> None:
             nonlocal burnt
             burnt += 1
             if burnt == fuse:
@@ -200,7 +206,7 @@ def test_kill_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: in
         def before(function: Any) -> Any:
             return lambda *args, **options: (step(), function(*args, **options))[1]
 
-        places = ((folder.Folder, "append"), (folder.Folder, "_save"), (os, "fsync"), (Path, "replace"), (os, "truncate"))
+        places = ((AppendLog, "append_bytes"), (AppendLog, "sync"), (os, "fsync"), (Path, "replace"), (Path, "unlink"))
         for owner, name in places:
             monkeypatch.setattr(owner, name, before(getattr(owner, name)))
         judged(tmp_path / "asked", tmp_path / "out", threads=threads, wait=0.001, on_progress=step)
@@ -221,7 +227,6 @@ def test_kill_at_a_random_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     world(tmp_path)
     monkeypatch.setattr(run_module, "BLOCK", 8)
     judged(tmp_path / "asked", tmp_path / "whole", threads=2)
-    monkeypatch.setattr(folder, "SYNC_SECONDS", 0.0)
     rng, kills = random.Random(5), 0
     while True:
         child = os.fork()
@@ -243,7 +248,7 @@ def test_processes_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     meta = world(tmp_path)
     monkeypatch.setattr(run_module, "BLOCK", 8)
     one = run(chain(judged=False), meta, tmp_path / "one")
-    assert run(chain(judged=False), meta, tmp_path / "two", workers=2) == one
+    assert run(chain(judged=False), meta, tmp_path / "two", FilterOptions(workers=2)) == one
     assert outputs(tmp_path / "one") == outputs(tmp_path / "two")
 
 
@@ -263,16 +268,16 @@ def test_a_complete_run_is_left_alone(tmp_path: Path) -> None:
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     meta, out = world(tmp_path), tmp_path / "out"
     run(chain(judged=False), meta, out)
-    with pytest.raises(InputError, match="holds a run with another chain"):
+    with pytest.raises(InputError, match=r"belongs to another run \(chain was.*--fresh"):
         run(load_chain("heuristic"), meta, out)
-    with pytest.raises(InputError, match="holds a run with another data"):
+    with pytest.raises(InputError, match=r"belongs to another run \(data was"):
         run(chain(judged=False), tmp_path / "text.jsonl", out)
-    run(load_chain("heuristic"), meta, out, fresh=True)
+    run(load_chain("heuristic"), meta, out, FilterOptions(fresh=True))
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "meta.json").write_text("{}")
     with pytest.raises(InputError, match="not of a filter run"):
-        run(chain(judged=False), meta, mine, fresh=True)
+        run(chain(judged=False), meta, mine, FilterOptions(fresh=True))
     assert (mine / "meta.json").read_text() == "{}"
     with pytest.raises(InputError, match="need a judge"):
         run(chain(), meta, tmp_path / "other")
@@ -281,7 +286,6 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
 def test_a_full_disk_is_said_and_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     meta, calls = world(tmp_path), iter(range(1000))
     real = os.fsync
-    monkeypatch.setattr(folder, "SYNC_SECONDS", 0.0)
     monkeypatch.setattr(run_module, "BLOCK", 8)
 
     def full(fd: int) -> None:
@@ -297,11 +301,14 @@ def test_a_full_disk_is_said_and_costs_nothing(tmp_path: Path, monkeypatch: pyte
     assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
 
 
-def test_two_runs_in_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     meta = world(tmp_path)
-    monkeypatch.setattr(folder, "LOCK_SECONDS", 0.0)
-    with folder.Folder(tmp_path / "out", {}), pytest.raises(InputError, match="another run is at work"):
-        run(chain(judged=False), meta, tmp_path / "out")
+
+    def second() -> None:
+        with pytest.raises(InputError, match="another run is at work"):
+            run(chain(judged=False), meta, tmp_path / "out")
+
+    run(chain(judged=False), meta, tmp_path / "out", on_progress=lambda *_, **__: in_a_child(second) or pytest.fail("killed"))
 
 
 def test_parquet_rows_and_odd_names(tmp_path: Path) -> None:
@@ -314,7 +321,7 @@ def test_parquet_rows_and_odd_names(tmp_path: Path) -> None:
     write_jsonl([row for row in rows if "image" not in row], tmp_path / "a.jsonl")
     meta = {"../x/y": {"annotation": "rows.parquet"}, ".. x y": {"annotation": "a.jsonl"}, "...": {"annotation": "a.jsonl"}}
     (tmp_path / "meta.json").write_text(json.dumps(meta))
-    run(read_chain('{"stages": [{"use": "length"}]}', "c"), tmp_path / "meta.json", tmp_path / "out")
+    run(read_chain({"stages": [{"use": "length"}]}, "c"), tmp_path / "meta.json", tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out/kept").iterdir()) == ["rows.jsonl", "x_y.jsonl", "x_y~2.jsonl"]
     before, after = (Mixture(load_mixture(place / "meta.json"), seed=0) for place in (tmp_path, tmp_path / "out"))
     for row in range(len(table)):
