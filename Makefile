@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 quickstart: install
-	$(BIN)/python -m ivl.recipes.quickstart
+	$(BIN)/python -m examples.quickstart
 
 test: install check
 	$(BIN)/python -m pytest

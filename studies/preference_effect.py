@@ -22,7 +22,8 @@ from ivl.api import load
 from ivl.errors import InputError
 from ivl.preference.pairs import read_pairs
 from ivl.preference.sampling import continue_without_images
-from ivl.recipes import alignment, nano
+from examples.quickstart import alignment
+from ivl.recipes import nano
 from ivl.train.config import PreferenceConfig, TrainConfig
 from ivl.train.world import spawn
 from ivl.utils import html as pages

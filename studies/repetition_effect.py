@@ -30,7 +30,7 @@ from ivl.filters.run import run as run_filter
 from ivl.formats.rows import write_jsonl
 from ivl.processing.tokenizer import Tokenizer, train_tokenizer
 from ivl.recipes import nano
-from ivl.recipes.quickstart import turns
+from examples.quickstart.run import turns
 from ivl.runs.run import run
 from ivl.train.config import OptimConfig, Stage, TrainConfig
 from ivl.types import Message, Record, SamplingParams, Text

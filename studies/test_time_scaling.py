@@ -28,14 +28,14 @@ from ivl.evaluation.run import evaluate, versions
 from ivl.evaluation.scoring import exact_match
 from ivl.evaluation.task import Example, Method
 from ivl.evaluation.voting import Candidate, Reader, rate
-from ivl.recipes.alignment import ASKED, GREEDY, write_rows
-from ivl.recipes.compositions import compositions
+from examples.quickstart.alignment import ASKED, GREEDY, write_rows
+from examples.quickstart.compositions import compositions
 from ivl.types import SamplingParams
 from ivl.utils import html as pages
 from ivl.utils.progress import counting
 
 SEED = 9
-"""As in ivl.recipes.alignment.held_out: the same questions."""
+"""As in examples.quickstart.alignment.held_out: the same questions."""
 COLOURS = {"vote": "#1f77b4", "likelihood": "#ff7f0e", "judge": "#2ca02c", "always right": "#7f7f7f"}
 
 

@@ -12,7 +12,7 @@ import tyro
 
 from ivl.errors import InputError
 from ivl.recipes import find, recipes
-from ivl.train.config import TrainConfig
+from ivl.runs.config import RunConfig
 
 USAGE = """usage: ivl train RECIPE [--optim.lr 2e-5 ...]     train a recipe, with any option changed
        ivl train path/to/file.py:function ...    your own recipe
@@ -30,7 +30,7 @@ class Options:
     """Resume although options differ from those that the run began with."""
     val_mixture: str | None = None
     """Data of a validation loss, read and packed like the training data; see val_every and val_packs."""
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    config: Annotated[RunConfig, tyro.conf.arg(name="")]
 
 
 def train(args: list[str]) -> None:
@@ -39,10 +39,10 @@ def train(args: list[str]) -> None:
         return
     resume, args = _take_resume(args)
     if resume is not None:
-        from ivl.runs.run import load_train_config, run_dir_of
+        from ivl.runs.directory import load_run_config, run_dir_of
 
         run_dir = run_dir_of(resume)
-        start, name = dataclasses.replace(load_train_config(run_dir), out_dir=str(run_dir)), f"--resume {resume}"
+        start, name = dataclasses.replace(load_run_config(run_dir), out_dir=str(run_dir)), f"--resume {resume}"
     else:
         name, *args = args
         start = find(name)

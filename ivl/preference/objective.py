@@ -1,104 +1,37 @@
-"""Mixed Preference Optimization on packed pairs: chosen and rejected are neighbouring sequences that share their tiles.
+"""Mixed Preference Optimization on packed pairs.
 
-The ViT runs once per pair. A reply's log-probability is one segment sum over the layout. Every term is a mean over pairs, so
-the loop's one division by the number of pairs makes an update that does not depend on packs, micro-batches or ranks; only
-BCO's shift, which the published recipe updates as pairs come by, knows in which order they came.
+The ViT runs once per pair, and a reply's log-probability is one segment sum over the layout. Every term is a mean over pairs,
+so the loop's one division by the number of pairs gives an update that does not depend on packs, micro-batches or ranks. Only
+BCO's shift, which the published recipe updates pair by pair, depends on their order.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 
 from ivl.model.vlm import VLM
 from ivl.preference import losses as preference
-from ivl.train.config import PreferenceConfig
-from ivl.train.losses import linear_log_probs
-from ivl.train.objectives import check_batch, forward_batch
+from ivl.preference.config import PreferenceConfig
+from ivl.preference.reference import Reference, find_reference
+from ivl.preference.replies import Replies, check_pairs, reply_log_probs
+from ivl.train.config import ObjectiveConfig
+from ivl.train.objectives import ObjectiveContext, StatefulObjective, check_batch
 from ivl.train.world import World
 from ivl.types import Batch, Loss
 
-Reference = Callable[[VLM, Batch], torch.Tensor]
-"""Summed log-probability of every sequence of a batch under the reference model, [S]."""
 START_TOLERANCE = 0.02
 """Mean |log-ratio| per token, in nats, that rounding may cause between the policy at the start and the reference."""
 MOVED = 1e-4
 """Mean difference of log-ratios, in nats, that a policy which learns soon exceeds; rounding alone may, over long replies."""
+MAX_STALLED_STEPS = 50
+"""Steps after which a policy that has not moved from its reference at all is an error."""
 
 
-@dataclass(frozen=True)
-class Replies:
-    """log_probs_S: summed log-probability of each sequence's trained tokens. lens_S: how many there are."""
-
-    log_probs_S: torch.Tensor
-    lens_S: torch.Tensor
-
-    @property
-    def means_S(self) -> torch.Tensor:
-        return self.log_probs_S / self.lens_S
-
-
-def reply_log_probs(model: VLM, batch: Batch) -> Replies:
-    """One forward call over the pack. Without gradients where torch's grad mode is off."""
-    hidden_TD = forward_batch(model, batch)
-    at_M, seq_M = last_replies(batch)
-    log_probs_M = linear_log_probs(hidden_TD[at_M], model.decoder.head.matrix(), batch.labels_T[at_M])
-    num_sequences = len(batch.layout.new_lens)
-    # index_add in float32 over a few thousand terms of one sign: no worse than the terms themselves.
-    sums_S = log_probs_M.new_zeros(num_sequences).index_add(0, seq_M, log_probs_M)
-    return Replies(sums_S, torch.bincount(seq_M, minlength=num_sequences))
-
-
-def last_replies(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Trained tokens of every sequence's last reply, and their sequences; replies of earlier turns belong to the prompt."""
-    at_M = batch.weights_T.nonzero().squeeze(1)
-    lens_S = torch.tensor(batch.layout.new_lens, device=at_M.device)
-    seq_M = torch.arange(len(lens_S), device=at_M.device).repeat_interleave(lens_S)[at_M]
-    # A reply is a run of trained tokens. No run goes on from one sequence to the next, for the last token has no label.
-    reply_M = (at_M.diff(prepend=at_M[:1]) != 1).cumsum(0)
-    last_S = torch.zeros_like(lens_S).scatter_reduce(0, seq_M, reply_M, "amax")
-    kept_M = reply_M == last_S[seq_M]
-    return at_M[kept_M], seq_M[kept_M]
-
-
-def frozen(model: VLM, place: Callable[[VLM], object] = lambda _: None) -> Reference:
-    """A second copy of the weights, as they are now, to run along. Call before the model is sharded; place(copy) puts the copy
-    where it shall be."""
-    reference = copy.deepcopy(model).eval().requires_grad_(False)
-    place(reference)
-    return lambda _, batch: reply_log_probs(reference, batch).log_probs_S
-
-
-def check_pairs(batch: Batch) -> None:
-    """Every sample must be a pair of two different replies with something to train in each.
-
-    Raises:
-        ValueError: naming the sample.
-    """
-    ends, at = [], 0
-    for length in batch.layout.new_lens:
-        ends.append(at := at + length)
-    start = sequence = 0
-    for number, num_tokens in enumerate(batch.sample_lens):
-        name = f"{batch.ids[number]} ({batch.sources[number]})"
-        inside = [end for end in ends[sequence:] if end <= start + num_tokens]
-        if len(inside) != 2:
-            raise ValueError(f"{name}: a preference pair has two replies, this sample has {len(inside)}")
-        middle, end = inside
-        for side, span in (("chosen", slice(start, middle)), ("rejected", slice(middle, end))):
-            if not batch.weights_T[span].any():
-                raise ValueError(f"{name}: the {side} reply trains no token")
-        if torch.equal(batch.tokens_T[start:middle], batch.tokens_T[middle:end]):
-            raise ValueError(f"{name}: chosen and rejected are the same")
-        start, sequence = end, sequence + 2
-
-
-class PreferenceObjective:
+class PreferenceObjective(StatefulObjective):
     """The loss of a pack of pairs; weight is the number of pairs. Its state (BCO's shift) is saved with checkpoints.
 
     metrics: rewards/chosen, rewards/rejected, rewards/margin, rewards/accuracy, kl (an estimate: minus the mean log-ratio of
@@ -109,30 +42,60 @@ class PreferenceObjective:
             not moved after a few; naming the pair.
     """
 
+    Settings: ClassVar[type[ObjectiveConfig]] = PreferenceConfig
+
     def __init__(
-        self, config: PreferenceConfig, reference: Reference | None, world: World | None = None, *, still_calls: int = 8
+        self,
+        config: PreferenceConfig,
+        reference: Reference | None = None,
+        world: World | None = None,
+        *,
+        max_stalled_calls: int = 8,
+        context: ObjectiveContext | None = None,
     ) -> None:
-        """still_calls: forward calls of this rank after which a policy that has not moved at all is an error."""
-        if config.needs_reference and reference is None:
+        """Set up the objective.
+
+        Args:
+            config: weights of the terms.
+            reference: log-probabilities under the reference model; prepare finds it where it is not given.
+            world: the ranks, whose rewards make one shift.
+            max_stalled_calls: calls of this rank after which a policy that has not moved at all is an error.
+            context: the run, from which prepare finds the reference.
+        """
+        if config.needs_reference and reference is None and context is None:
             raise ValueError("these terms of the preference loss need a reference model")
-        self.config, self.reference, self.world = config, reference, world or World()
+        self.config, self.reference, self.world, self.context = config, reference, world or World(), context
         self.shift = preference.RunningMean()
         self.calls = 0
-        self.still_calls, self.moved = still_calls, False
+        self.max_stalled_calls, self.moved = max_stalled_calls, False
+
+    @classmethod
+    def build(cls, config: ObjectiveConfig, context: ObjectiveContext) -> Self:
+        """Build the objective of a run; its reference follows in prepare."""
+        assert isinstance(config, PreferenceConfig)
+        return cls(config, world=context.world, max_stalled_calls=MAX_STALLED_STEPS * context.packs_per_rank, context=context)
+
+    def prepare(self, model: VLM) -> None:
+        """Find the reference: the model as it is now answers for every pair, unless the run goes on and has its answers."""
+        if self.context is not None and self.config.needs_reference:
+            self.reference = find_reference(self.config, model, self.context)
 
     def state(self) -> dict[str, Any]:
+        """Return BCO's shift and what the checks have seen."""
         return {"total": self.shift.total, "count": self.shift.count, "calls": self.calls, "moved": self.moved}
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Take over what state() returned."""
         self.shift = preference.RunningMean(state["total"], state["count"])
         self.calls, self.moved = state["calls"], state["moved"]
 
     def idle(self) -> None:
-        """What a rank without a batch does while others have one: BCO's shift is one for all of them."""
+        """Take part in BCO's shift, which all ranks share, on a rank without a batch."""
         if self.config.bco:
             self._observe(0.0, 0)
 
     def __call__(self, model: VLM, batch: Batch) -> Loss:
+        """Compute the loss of one pack of pairs."""
         check_batch(batch, model)
         check_pairs(batch)
         replies = reply_log_probs(model, batch)
@@ -178,7 +141,7 @@ class PreferenceObjective:
     def _observe(self, total: float, count: int) -> float:
         """Take in what every rank has seen; all ranks call this together."""
         seen = torch.tensor([total, count], dtype=torch.float64)
-        return self.shift.fold(*self.world.sum({"seen": seen})["seen"].tolist())
+        return self.shift.fold(*self.world.all_reduce({"seen": seen})["seen"].tolist())
 
     def _check_movement(self, ratios_P2: torch.Tensor, replies: Replies, batch: Batch) -> None:
         self.calls += 1
@@ -191,10 +154,10 @@ class PreferenceObjective:
                     f"pair {batch.ids[at]} ({batch.sources[at]}): at the first step the policy should equal the reference and "
                     f"the DPO loss ln 2 = {math.log(2):.4f}, but log-ratios are {chosen:.3f} and {rejected:.3f}; is the "
                     "reference of other weights, data or precision, or has the policy drop path or dropout? "
-                    "preference.check_start = False accepts it"
+                    "objective.check_start = False accepts it"
                 )
         self.moved = self.moved or float((ratios_P2[:, 0] - ratios_P2[:, 1]).abs().mean()) > MOVED
-        if self.calls == self.still_calls and not self.moved:
+        if self.calls == self.max_stalled_calls and not self.moved:
             raise ValueError(
                 f"pair {batch.ids[0]} ({batch.sources[0]}): after {self.calls} packs the log-ratios of chosen and rejected "
                 "replies still differ by rounding alone; does the policy get a gradient?"

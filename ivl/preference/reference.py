@@ -1,10 +1,10 @@
-"""Log-probabilities of the reference model without a second model: from a file made before training, or with adapters off."""
+"""Log-probabilities of the reference model: from a file written before training, from a frozen copy, or with adapters off."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,11 +15,13 @@ from ivl.data.records import media_of
 from ivl.errors import DataError, InputError
 from ivl.lora.layers import adapters_disabled, lora_parameters
 from ivl.model.vlm import VLM
-from ivl.preference.objective import check_pairs, reply_log_probs
+from ivl.preference.config import PreferenceConfig
+from ivl.preference.replies import check_pairs, reply_log_probs
 from ivl.train.config import Precision
 from ivl.train.loop import to_device
+from ivl.train.objectives import ObjectiveContext
 from ivl.train.stage import set_modes
-from ivl.train.world import World, is_sharded, whole
+from ivl.train.world import World, full_tensor, is_sharded
 from ivl.types import IGNORE, Batch, Layout, VideoRef
 from ivl.utils.jsonl import Journal, read_journal
 from ivl.utils.progress import counting
@@ -30,8 +32,42 @@ PAIRS_A_CHUNK = 64
 """Pairs written at a time."""
 
 
+Reference = Callable[[VLM, Batch], torch.Tensor]
+"""Summed log-probability of every sequence of a batch under the reference model, [S]."""
+
+
+def find_reference(config: PreferenceConfig, model: VLM, context: ObjectiveContext) -> Reference:
+    """Return the reference that the configuration asks for.
+
+    Args:
+        config: says which one.
+        model: the policy as it is now; of a run that starts it is the reference model.
+        context: the run.
+
+    Raises:
+        InputError: if a resumed run finds no finished log-probabilities.
+    """
+    if config.reference == "adapters":
+        return adapters_off
+    if config.reference == "model":
+        return frozen(context.start_model())
+    folder = Path(config.reference_dir) if config.reference_dir else context.directory / "reference"
+    folders = {name: folder if name == "train" else folder / name for name in context.loaders}
+    if not context.resumed:
+        weights = weights_hash(model)
+        for name, make_loader in context.loaders.items():
+            precompute(model, make_loader(), folders[name], precision=context.precision, weights=weights, world=context.world)
+    return FileReference.read(*folders.values())
+
+
+def frozen(model: VLM) -> Reference:
+    """Make a frozen model the reference; it runs beside the policy."""
+    model.eval().requires_grad_(False)
+    return lambda _, batch: reply_log_probs(model, batch).log_probs_S
+
+
 def adapters_off(model: VLM, batch: Batch) -> torch.Tensor:
-    """The model without its LoRA adapters, in eval mode."""
+    """Ask the model without its LoRA adapters, in eval mode."""
     model.eval()
     try:
         with adapters_disabled(model):
@@ -48,7 +84,11 @@ class FileReference:
 
     @classmethod
     def read(cls, *directories: Path) -> FileReference:
-        """Raises InputError if one of them holds no finished log-probabilities."""
+        """Read one or several directories.
+
+        Raises:
+            InputError: if one of them holds no finished log-probabilities.
+        """
         pairs: dict[tuple[str, str], tuple[float, float]] = {}
         for directory in directories:
             files, done, ranks = sorted(directory.glob("rank-*.jsonl")), 0, 0
@@ -157,14 +197,14 @@ def weights_hash(model: VLM) -> str:
     for name, parameter in model.named_parameters():
         if name in adapters:
             continue
-        value = whole(parameter.detach()).cpu().contiguous()
+        value = full_tensor(parameter.detach()).cpu().contiguous()
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(value.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def _check_fixed(data: Loader) -> None:
-    remedy = "set preference.reference to model, or turn it off"
+    remedy = "set objective.reference to model, or turn it off"
     for number, spec in enumerate(data.mixture.specs):
         if spec.data_augment:
             raise InputError(

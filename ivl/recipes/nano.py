@@ -11,7 +11,9 @@ from dataclasses import replace
 
 from ivl.config import SPECIAL_TOKENS, DecoderConfig, ModelConfig, TilingConfig, VisionConfig
 from ivl.data.config import DataConfig
-from ivl.train.config import OptimConfig, PreferenceConfig, Stage, TrainConfig
+from ivl.preference.config import PreferenceConfig
+from ivl.runs.config import RunConfig
+from ivl.train.config import ObjectiveConfig, OptimConfig, Stage, TrainConfig
 
 RUN = "runs/quickstart"
 VOCAB_SIZE = 382
@@ -50,105 +52,108 @@ def _data(name: str, **options: int) -> DataConfig:
     return DataConfig(mixture=f"{RUN}/data/{name}.jsonl", num_workers=0, cache_samples=8192, **options)  # type: ignore[arg-type]
 
 
-def language() -> TrainConfig:
+def language() -> RunConfig:
     """Warm-up 1: the decoder learns to answer from descriptions in words; no pictures."""
-    return TrainConfig(
+    return RunConfig(
         name="nano-language",
         out_dir=f"{RUN}/1-language",
         architecture=architecture(),
         tokenizer=f"{RUN}/tokenizer",
         stage=Stage(trainable=("decoder",)),
-        optim=OptimConfig(name="muon", lr=2e-3, warmup_ratio=0.1, min_lr_ratio=0.05),
         data=_data("language", epochs=1, max_tokens=1536),
-        packs_per_step=RANKS,
-        log_every=20,
+        train=TrainConfig(
+            optim=OptimConfig(name="muon", lr=2e-3, warmup_ratio=0.1, min_lr_ratio=0.05), packs_per_step=RANKS, log_every=20
+        ),
     )
 
 
-def vision() -> TrainConfig:
+def vision() -> RunConfig:
     """Warm-up 2: ViT and projector learn to name what a picture shows."""
-    return TrainConfig(
+    return RunConfig(
         name="nano-vision",
         out_dir=f"{RUN}/2-vision",
         model=f"{RUN}/1-language/model",
         stage=Stage(trainable=("vision", "projector")),
-        objective="caption_words",
-        flip_tiles=True,
-        optim=OptimConfig(name="muon", lr=2e-3, warmup_ratio=0.05, min_lr_ratio=0.05),
+        objective=ObjectiveConfig(path="ivl.recipes.nano_objectives:flipped_caption_words"),
         data=_data("captions", epochs=12, max_tiles=25),
-        packs_per_step=RANKS,
-        log_every=70,
+        train=TrainConfig(
+            optim=OptimConfig(name="muon", lr=2e-3, warmup_ratio=0.05, min_lr_ratio=0.05), packs_per_step=RANKS, log_every=70
+        ),
     )
 
 
-def stage1() -> TrainConfig:
+def stage1() -> RunConfig:
     """Stage 1: the projector learns to speak to the decoder."""
-    return TrainConfig(
+    return RunConfig(
         name="nano-stage1",
         out_dir=f"{RUN}/3-stage1",
         model=f"{RUN}/2-vision/model",
         stage=Stage(trainable=("projector",)),
-        optim=OptimConfig(name="muon", lr=1e-3, warmup_ratio=0.05, min_lr_ratio=0.05),
         data=_data("questions", max_tokens=3072),
-        num_steps=80,
-        packs_per_step=RANKS,
-        log_every=50,
+        train=TrainConfig(
+            optim=OptimConfig(name="muon", lr=1e-3, warmup_ratio=0.05, min_lr_ratio=0.05),
+            num_steps=80,
+            packs_per_step=RANKS,
+            log_every=50,
+        ),
     )
 
 
-def stage15() -> TrainConfig:
+def stage15() -> RunConfig:
     """Stage 1.5: the ViT learns too, from what the decoder asks of it."""
+    base = stage1()
     return replace(
-        stage1(),
+        base,
         name="nano-stage1.5",
         out_dir=f"{RUN}/4-stage1.5",
         model=f"{RUN}/3-stage1/model",
         stage=Stage(trainable=("vision", "projector")),
-        num_steps=240,
+        train=replace(base.train, num_steps=240),
     )
 
 
-def stage2() -> TrainConfig:
+def stage2() -> RunConfig:
     """Stage 2: everything learns."""
+    base = stage1()
     return replace(
-        stage1(),
+        base,
         name="nano-stage2",
         out_dir=f"{RUN}/5-stage2",
         model=f"{RUN}/4-stage1.5/model",
         stage=Stage(trainable=("vision", "projector", "decoder")),
-        num_steps=360,
+        train=replace(base.train, num_steps=360),
     )
 
 
-def reason() -> TrainConfig:
+def reason() -> RunConfig:
     """Supervised: questions about several pictures, with short written reasoning before the answer."""
+    base = stage2()
+    optim = OptimConfig(name="muon", lr=2e-3, warmup_ratio=0.05, min_lr_ratio=0.05)
     return replace(
-        stage2(),
+        base,
         name="nano-reason",
         out_dir=f"{RUN}/6-reason",
         model=f"{RUN}/5-stage2/model",
-        optim=OptimConfig(name="muon", lr=2e-3, warmup_ratio=0.05, min_lr_ratio=0.05),
         data=_data("reasoning", max_tokens=3072, max_tiles=120),
-        num_steps=300,
+        train=replace(base.train, optim=optim, num_steps=300),
     )
 
 
-def mpo() -> TrainConfig:
+def mpo() -> RunConfig:
     """Mixed Preference Optimization on pairs of the model's own replies."""
+    base = reason()
     return replace(
-        reason(),
+        base,
         name="nano-mpo",
         out_dir=f"{RUN}/7-mpo",
         model=f"{RUN}/6-reason/model",
-        objective="preference",
-        preference=PreferenceConfig(beta=BETA),
-        optim=OptimConfig(name="muon", lr=5e-5, warmup_ratio=0.05, min_lr_ratio=0.05),
-        data=replace(_data("questions", max_tokens=3072, max_tiles=120), mixture=f"{RUN}/pairs/pairs.jsonl"),
-        num_steps=50,
+        objective=PreferenceConfig(beta=BETA),
+        data=replace(base.data, mixture=f"{RUN}/pairs/pairs.jsonl"),
+        train=replace(base.train, optim=replace(base.train.optim, lr=5e-5), num_steps=50),
     )
 
 
-RECIPES: dict[str, Callable[[], TrainConfig]] = {
+RECIPES: dict[str, Callable[[], RunConfig]] = {
     "nano-language": language,
     "nano-vision": vision,
     "nano-stage1": stage1,

@@ -1,4 +1,5 @@
-"""The seven published sizes: stages 1, 1.5 and 2, both fine-tunings and MPO, with the settings of spec 4.1, 4.3 and 5.3.
+"""The seven published sizes: stages 1, 1.5 and 2, both fine-tunings and MPO, with the published settings
+(arXiv:2412.05271, table 3, and its released scripts; arXiv:2411.10442 for MPO).
 
 Each stage starts from the model that the stage before left in runs/; give --model for another. Stage 1 starts from parts:
 `ivl compose --vit VIT --llm LLM runs/SIZE-parts`.
@@ -12,6 +13,8 @@ from functools import partial
 
 from ivl.config import SIZES, LoraConfig, published_config
 from ivl.data.config import DataConfig
+from ivl.preference.config import PreferenceConfig
+from ivl.runs.config import RunConfig
 from ivl.train.config import OptimConfig, Stage, TrainConfig
 
 
@@ -39,106 +42,105 @@ _SIZES = {
 }
 
 
-def stage1(size: str) -> TrainConfig:
+def stage1(size: str) -> RunConfig:
     """The projector learns while ViT and language model are frozen."""
     s = _SIZES[size]
-    return TrainConfig(
+    return RunConfig(
         name=f"{size}-stage1",
         model=f"runs/{size}-parts",
         architecture=published_config(size),
         stage=Stage(trainable=("projector",)),
-        # The cosine is shaped for 100,000 steps and stopped long before, so the rate hardly falls.
-        optim=OptimConfig(lr=2e-4, weight_decay=s.weight_decay, warmup_steps=100, schedule_steps=100_000),
         data=DataConfig(mixture="data/stage1.json", max_tokens=16384, max_tiles=48, averaging="square"),
-        num_steps=s.stage1_steps,
-        packs_per_step=512,
-        precision="bf16",
-        checkpointing=True,
+        train=TrainConfig(
+            # The cosine is shaped for 100,000 steps and stopped long before, so the rate hardly falls.
+            optim=OptimConfig(lr=2e-4, weight_decay=s.weight_decay, warmup_steps=100, schedule_steps=100_000),
+            num_steps=s.stage1_steps,
+            packs_per_step=512,
+            checkpointing=True,
+            save_every=100,
+        ),
         shard=size in ("26B", "38B", "78B"),
-        save_every=100,
         save_dtype="bfloat16",
     )
 
 
-def stage15(size: str) -> TrainConfig:
+def stage15(size: str) -> RunConfig:
     """ViT and projector learn; published for 8B and 26B, whose ViTs the other sizes start from."""
     s, base = _SIZES[size], stage1(size)
+    optim = replace(base.train.optim, lr=1e-5)
     return replace(
         base,
         name=f"{size}-stage1.5",
         model=f"{base.run_dir}/model",
         stage=Stage(trainable=("vision", "projector"), drop_path=s.drop_path),
-        optim=replace(base.optim, lr=1e-5),
-        num_steps=s.stage15_steps,
-        packs_per_step=1024,
+        train=replace(base.train, optim=optim, num_steps=s.stage15_steps, packs_per_step=1024),
     )
 
 
-def stage2(size: str) -> TrainConfig:
+def stage2(size: str) -> RunConfig:
     """Everything learns, on the instruction mixture."""
     s, base = _SIZES[size], stage1(size)
+    optim = OptimConfig(lr=s.lr, weight_decay=s.weight_decay, warmup_ratio=0.03)
     return replace(
         base,
         name=f"{size}-stage2",
         model=f"{(stage15(size) if size in ('8B', '26B') else base).run_dir}/model",
         stage=Stage(trainable=("vision", "projector", "decoder"), drop_path=s.drop_path),
-        optim=OptimConfig(lr=s.lr, weight_decay=s.weight_decay, warmup_ratio=0.03),
         data=replace(base.data, mixture="data/stage2.json"),
-        num_steps=s.stage2_steps,
+        train=replace(base.train, optim=optim, num_steps=s.stage2_steps),
     )
 
 
-def finetune(size: str) -> TrainConfig:
+def finetune(size: str) -> RunConfig:
     """Projector and decoder learn on your own data, one epoch, 128 samples a step, token averaging.
 
-    The reference keeps drop path in the frozen ViT; here a frozen part runs in eval mode, without it.
+    The published scripts keep drop path in the frozen ViT; here a frozen part runs in eval mode, without it.
     """
     s, base = _SIZES[size], stage1(size)
+    optim = OptimConfig(lr=s.lr, weight_decay=s.weight_decay, warmup_ratio=0.03)
     return replace(
         base,
         name=f"{size}-finetune",
         model=f"OpenGVLab/InternVL2_5-{size}",
         stage=Stage(trainable=("projector", "decoder")),
-        optim=OptimConfig(lr=s.lr, weight_decay=s.weight_decay, warmup_ratio=0.03),
         data=DataConfig(
             mixture="data/finetune.json", max_tokens=8192, max_samples=1, max_tiles_per_image=6, averaging="token", epochs=1
         ),
-        num_steps=None,
-        packs_per_step=128,
-        save_every=200,
-        keep_last=1,
+        train=replace(base.train, optim=optim, num_steps=None, packs_per_step=128, save_every=200, keep_last=1),
     )
 
 
-def lora(size: str) -> TrainConfig:
+def lora(size: str) -> RunConfig:
     """Rank 16 adapters on the decoder learn on your own data, one epoch, 16 samples a step."""
+    base = finetune(size)
     return replace(
-        finetune(size),
+        base,
         name=f"{size}-lora",
         stage=Stage(trainable=()),
         lora=LoraConfig(rank=16, dropout=0.05),
-        packs_per_step=16,
+        train=replace(base.train, packs_per_step=16),
     )
 
 
-def mpo(size: str) -> TrainConfig:
+def mpo(size: str) -> RunConfig:
     """Mixed Preference Optimization on pairs of replies, one epoch, 256 or 512 pairs a step.
 
     A pack is one pair, as published, and holds two sequences of 8,192 tokens; to pack several, raise data.max_samples and
-    lower packs_per_step. The reference keeps drop path in the policy, which then differs from its start; here it is off.
+    lower packs_per_step. The published runs keep drop path in the policy, which then differs from its start; here it is off.
     """
+    base = finetune(size)
+    optim = OptimConfig(lr=1e-6, weight_decay=0.05, warmup_ratio=0.03)
     return replace(
-        finetune(size),
+        base,
         name=f"{size}-mpo",
         stage=Stage(trainable=("vision", "projector", "decoder")),
-        objective="preference",
-        optim=OptimConfig(lr=1e-6, weight_decay=0.05, warmup_ratio=0.03),
+        objective=PreferenceConfig(),
         data=DataConfig(mixture="data/mmpr.json", max_tokens=2 * 8192, max_samples=1, averaging="token", epochs=1),
-        packs_per_step=512 if size in ("38B", "78B") else 256,
+        train=replace(base.train, optim=optim, packs_per_step=512 if size in ("38B", "78B") else 256),
     )
 
 
-STAGES: dict[str, Callable[[str], TrainConfig]] = {
+STAGES: dict[str, Callable[[str], RunConfig]] = {
     "stage1": stage1,
     "stage1.5": stage15,
     "stage2": stage2,

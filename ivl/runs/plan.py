@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import torch
 
 from ivl.model.vlm import VLM
-from ivl.runs.run import model_config
-from ivl.train.config import TrainConfig
+from ivl.runs.build import adapt, read_architecture
+from ivl.runs.config import RunConfig
 from ivl.train.losses import MAX_LOGITS
 from ivl.train.optim import is_hidden_matrix
-from ivl.train.stage import apply_stage, count_by_part, trainable
+from ivl.train.stage import count_by_part, trainable
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """Parameters by part as (trained, frozen), the length of the run, and memory in bytes of one rank without sharding."""
 
     parameters: dict[str, tuple[int, int]]
@@ -24,7 +24,7 @@ class Plan:
     tiles_per_step: int
     memory: dict[str, int]
 
-    def describe(self, config: TrainConfig) -> str:
+    def describe(self, config: RunConfig) -> str:
         """The plan as a page of text."""
         rows = [f"{config.name}: {config.run_dir}", f"start      {config.model or 'random weights'}", ""]
         rows.append(f"{'part':11}{'trained':>18}{'frozen':>18}")
@@ -33,11 +33,11 @@ class Plan:
         steps = f"{self.num_steps:,}" if self.num_steps else f"until {config.data.epochs} epoch(s) end"
         rows += [
             "",
-            f"steps      {steps}, {config.packs_per_step:,} packs each",
+            f"steps      {steps}, {config.train.packs_per_step:,} packs each",
             f"step       at most {self.tokens_per_step:,} tokens and {self.tiles_per_step:,} tiles",
-            f"optimiser  {config.optim.name}, lr {config.optim.lr:g}, weight decay {config.optim.weight_decay:g}, "
-            f"{config.optim.schedule} with warm-up {config.optim.warmup_steps or f'{config.optim.warmup_ratio:.0%}'}",
-            f"precision  {config.precision}{', activations recomputed' if config.checkpointing else ''}",
+            f"optimizer  {config.train.optim.name}, lr {config.train.optim.lr:g}, weight decay {config.train.optim.weight_decay:g}, "
+            f"{config.train.optim.schedule} with warm-up {config.train.optim.warmup_steps or f'{config.train.optim.warmup_ratio:.0%}'}",
+            f"precision  {config.train.precision}{', activations recomputed' if config.train.checkpointing else ''}",
             "",
             "memory of one rank (estimate" + (", before sharding over ranks)" if config.shard else ")"),
         ]
@@ -45,44 +45,44 @@ class Plan:
         return "\n".join([*rows, f"  {'sum':14}{sum(self.memory.values()) / 2**30:10.2f} GiB"])
 
 
-def make_plan(config: TrainConfig) -> Plan:
+def make_plan(config: RunConfig) -> RunPlan:
     """Count parameters and estimate memory from shapes alone.
 
     Raises:
         InputError: if the model's configuration cannot be read, or the stage does not fit it.
     """
-    architecture = config.architecture or model_config(config)
+    architecture = config.architecture or read_architecture(config)
     with torch.device("meta"):
         model = VLM(architecture)
-        apply_stage(model, config)
+        adapt(model, config)
     trained = trainable(model)
-    return Plan(
+    return RunPlan(
         parameters=count_by_part(model),
-        num_steps=config.num_steps,
-        tokens_per_step=config.packs_per_step * config.data.max_tokens,
-        tiles_per_step=config.packs_per_step * config.data.max_tiles,
+        num_steps=config.train.num_steps,
+        tokens_per_step=config.train.packs_per_step * config.data.max_tokens,
+        tiles_per_step=config.train.packs_per_step * config.data.max_tiles,
         memory={
             "parameters": sum(p.numel() for p in model.parameters()) * _bytes(config),
-            "reference": sum(p.numel() for p in model.parameters()) * _bytes(config) if config.keeps_start else 0,
+            "reference": sum(p.numel() for p in model.parameters()) * _bytes(config) if config.objective.has_reference_copy else 0,
             "gradients": sum(p.numel() for p in trained.values()) * _bytes(config),
-            "optimiser": sum(p.numel() * _bytes(config) * _moments(config, n, p) for n, p in trained.items()),
+            "optimizer": sum(p.numel() * _bytes(config) * _moments(config, n, p) for n, p in trained.items()),
             "activations": _activations(model, config),
             "logits": MAX_LOGITS * 4,
         },
     )
 
 
-def _bytes(config: TrainConfig) -> int:
-    return 2 if config.precision == "pure_bf16" else 4
+def _bytes(config: RunConfig) -> int:
+    return 2 if config.train.precision == "pure_bf16" else 4
 
 
-def _moments(config: TrainConfig, name: str, parameter: torch.nn.Parameter) -> int:
-    return 1 if config.optim.name == "muon" and is_hidden_matrix(name, parameter) else 2
+def _moments(config: RunConfig, name: str, parameter: torch.nn.Parameter) -> int:
+    return 1 if config.train.optim.name == "muon" and is_hidden_matrix(name, parameter) else 2
 
 
-def _activations(model: VLM, config: TrainConfig) -> int:
+def _activations(model: VLM, config: RunConfig) -> int:
     """Values kept for the backward pass of a full pack: with recomputation the input of every layer and the inside of one."""
-    size = 4 if config.precision == "fp32" else 2
+    size = 4 if config.train.precision == "fp32" else 2
     c, tokens, total = model.config, config.data.max_tokens, 0
     d, v = c.decoder, c.vision
     positions = config.data.max_tiles * (v.grid**2 + 1)
@@ -95,5 +95,5 @@ def _activations(model: VLM, config: TrainConfig) -> int:
     else:
         total += positions * v.mlp_width
     for layers, entry, inside in stacks:
-        total += layers * entry + inside if config.checkpointing else layers * inside
+        total += layers * entry + inside if config.train.checkpointing else layers * inside
     return total * size

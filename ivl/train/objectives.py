@@ -1,24 +1,98 @@
-"""Objectives: a model and a batch to a Loss. A new loss term is one function here."""
+"""Objectives: a model and a batch to a Loss. A loss term of your own is one function, named by its import path."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import torch
 
+from ivl.data.loader import Loader
+from ivl.errors import InputError
 from ivl.model.vlm import VLM
+from ivl.train.config import ObjectiveConfig, Precision
 from ivl.train.losses import linear_cross_entropy
-from ivl.train.world import is_sharded
+from ivl.train.world import World, is_sharded
 from ivl.types import Batch, Loss
+from ivl.utils.imports import import_object
 
 Objective = Callable[[VLM, Batch], Loss]
+"""A plain function, or a StatefulObjective."""
 
 
-def sft_objective(model: VLM, batch: Batch) -> Loss:
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveContext:
+    """What an objective may use of the run that it is built for."""
+
+    world: World
+    directory: Path
+    """The directory of the run."""
+    precision: Precision
+    packs_per_rank: int
+    """Packs that one rank takes in one step."""
+    resumed: bool
+    """Whether the run goes on from a checkpoint."""
+    loaders: Mapping[str, Callable[[], Loader]]
+    """Make loaders of one epoch in the files' order: of the data named `train` and, where a run has them, `validation`."""
+    start_model: Callable[[], VLM]
+    """Build the model that the run started from once more, on the run's device and sharded as the run's model is."""
+
+
+class StatefulObjective:
+    """Base of the objectives that have settings, prepare something, or keep a state from step to step.
+
+    `runs` calls build once, then prepare. The state is saved with every checkpoint and is the same on all ranks: each rank
+    calls the objective equally often, or calls idle when its data are at their end.
+    """
+
+    Settings: ClassVar[type[ObjectiveConfig]] = ObjectiveConfig
+    """The class of its settings."""
+
+    @classmethod
+    def build(cls, config: ObjectiveConfig, context: ObjectiveContext) -> Self:
+        """Build the objective from its settings; an objective without settings ignores them."""
+        return cls()
+
+    def prepare(self, model: VLM) -> None:
+        """Do what must be done before the first step, such as a pass over the data with the model as it starts."""
+
+    def idle(self) -> None:
+        """Take part in what ranks do together, on a rank that has no batch while others have one."""
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint saves, as JSON values."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what state() returned."""
+
+    def __call__(self, model: VLM, batch: Batch) -> Loss:
+        """Compute the loss of one pack: a sum, its weight, and figures to log."""
+        raise NotImplementedError
+
+
+def build_objective(config: ObjectiveConfig, context: ObjectiveContext) -> Objective:
+    """Import the objective that the configuration names, and build it where it is a StatefulObjective.
+
+    Raises:
+        InputError: if there is no such object, or the settings are those of another objective.
+    """
+    target = import_object(config.path, "objective")
+    stateful = isinstance(target, type) and issubclass(target, StatefulObjective)
+    settings = target.Settings if stateful else ObjectiveConfig
+    if type(config) is not settings:
+        raise InputError(f"objective {config.path} takes settings of {settings.__name__}, got {type(config).__name__}")
+    if not callable(target):
+        raise InputError(f"objective {config.path} is {type(target).__name__}, not a function or a StatefulObjective")
+    return target.build(config, context) if stateful else target
+
+
+def next_token(model: VLM, batch: Batch) -> Loss:
     """Next-token cross-entropy over trained tokens, weighted by the batch's loss weights.
 
-    metrics: accuracy (trained tokens whose label is the likeliest) and, when the batch spans several data sets,
+    metrics: accuracy (share of trained tokens whose label is the likeliest) and, when the batch spans several data sets,
     loss/NAME, the plain mean of each.
 
     Raises:
@@ -33,61 +107,11 @@ def sft_objective(model: VLM, batch: Batch) -> Loss:
     return Loss(loss.total, weights_M.sum(), metrics)
 
 
-def caption_words_objective(model: VLM, batch: Batch) -> Loss:
-    """Which words does the caption of this tile hold? Asked of the tile's mean vision token through the output head.
-
-    A multi-label softmax over the caption's tokens (Huang et al., 2024, arXiv 2411.03313): ViT and projector learn to
-    see before a decoder listens, on any captioned images. Every placeholder run counts 1; end-of-turn tokens are no words.
-
-    Raises:
-        ValueError: if the batch does not fit the model, or has no tile with a trained caption.
-    """
-    check_batch(batch, model)
-    run_of, label_of = caption_words(model, batch)
-    if not len(run_of):
-        raise ValueError(f"caption_words needs tiles with trained captions; {', '.join(batch.sources[:3])} have none")
-    vision_RUD = encode_vision(model, batch)
-    assert vision_RUD is not None
-    log_probs_RV = model.head(vision_RUD.mean(1)).float().log_softmax(-1)
-    num_words_R = torch.bincount(run_of, minlength=len(vision_RUD)).clamp(min=1)
-    losses = -log_probs_RV[run_of, label_of] / num_words_R[run_of]
-    likeliest_R = log_probs_RV.argmax(-1)
-    hits = torch.zeros_like(num_words_R).index_add(0, run_of, (likeliest_R[run_of] == label_of).long())
-    weight = (torch.bincount(run_of, minlength=len(vision_RUD)) > 0).sum()
-    return Loss(losses.sum(), weight.float(), {"accuracy": torch.stack([(hits > 0).sum().float(), weight.float()])})
-
-
-def caption_words(model: VLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pairs (placeholder run, trained label of the same sequence) without end-of-turn tokens."""
-    lens_S = torch.tensor(batch.layout.new_lens, device=batch.tokens_T.device)
-    seq_T = torch.arange(len(lens_S), device=lens_S.device).repeat_interleave(lens_S)
-    placeholder_T = batch.tokens_T == model.config.image_token_id
-    seq_R = seq_T[placeholder_T][:: model.config.tokens_per_tile]
-    ends = torch.tensor(model.config.eos_token_ids, device=lens_S.device)
-    word_T = (batch.weights_T != 0) & ~torch.isin(batch.labels_T, ends)
-    run_of, word_of = (seq_R[:, None] == seq_T[word_T][None, :]).nonzero(as_tuple=True)
-    return run_of, batch.labels_T[word_T][word_of]
-
-
-OBJECTIVES: dict[str, Objective] = {"next_token": sft_objective, "caption_words": caption_words_objective}
-
-
-def flip_tiles(batch: Batch) -> Batch:
-    """Mirror each tile left-right and up-down and transpose it, each with probability 1/2."""
-    tiles_GSSC = batch.tiles_GSSC.clone()
-    for dims in ((2,), (1,)):
-        chosen = torch.rand(len(tiles_GSSC)) < 0.5
-        tiles_GSSC[chosen] = tiles_GSSC[chosen].flip(dims)
-    chosen = torch.rand(len(tiles_GSSC)) < 0.5
-    tiles_GSSC[chosen] = tiles_GSSC[chosen].transpose(1, 2)
-    return replace(batch, tiles_GSSC=tiles_GSSC)
-
-
 def forward_batch(model: VLM, batch: Batch) -> torch.Tensor:
     """Final hidden states [T, D]. Each distinct tile is encoded once, however many placeholder runs show it."""
     vision_RUD = encode_vision(model, batch)
     if vision_RUD is None and is_sharded(model):
-        # Ranks that share shards go through ViT and decoder together, forth and back: one without pictures encodes a blank
+        # Ranks that share shards run ViT and decoder together, forward and backward: one without images encodes a blank
         # tile and shows none of it.
         size = model.config.vision.image_size
         vision_RUD = _encode(model, torch.zeros(1, size, size, 3, dtype=torch.uint8, device=batch.tokens_T.device))[:0]

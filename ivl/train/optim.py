@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from ivl.train.config import OptimConfig
-from ivl.train.world import part_of, whole
+from ivl.train.world import distribute, full_tensor
 
 
 class Optimizer:
-    """One or two torch optimisers over named parameters: state goes in and out by name, rates follow one schedule."""
+    """One or two torch optimizers over named parameters: state goes in and out by name, rates follow one schedule."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], config: OptimConfig) -> None:
         self.parameters = parameters
@@ -47,20 +47,22 @@ class Optimizer:
             part.zero_grad(set_to_none=True)
 
     def state(self, *, keep: bool = True) -> dict[str, torch.Tensor]:
-        """Whole tensors by `parameter|name`, such as `decoder.head.weight|exp_avg`. With shards every rank takes part in
-        the gathering; those that do not keep get an empty dict."""
+        """Return whole tensors by `parameter|name`, such as `decoder.head.weight|exp_avg`.
+
+        With shards every rank takes part in the gathering; a rank that does not keep them gets an empty dict.
+        """
         names: dict[torch.Tensor, str] = {p: name for name, p in self.parameters.items()}
         tensors = {}
         for part in self.parts:
             for p, state in part.state.items():
                 for key, value in state.items():
-                    full = whole(value)
+                    full = full_tensor(value)
                     if keep:
                         tensors[f"{names[p]}|{key}"] = full.cpu()
         return tensors
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        """The inverse of state().
+        """Take over what state() returned.
 
         Raises:
             ValueError: if the tensors do not belong to exactly these parameters.
@@ -70,13 +72,13 @@ class Optimizer:
             name, _, key = full.rpartition("|")
             states.setdefault(name, {})[key] = value
         if wrong := set(states) ^ set(self.parameters):
-            raise ValueError(f"optimiser state and trainable parameters differ in {len(wrong)} names, first {min(wrong)!r}")
+            raise ValueError(f"optimizer state and trainable parameters differ in {len(wrong)} names, first {min(wrong)!r}")
         names = {p: name for name, p in self.parameters.items()}
         for part in self.parts:
             for group in part.param_groups:
                 for p in group["params"]:
-                    # Step counts stay where the optimiser wants them, moments live beside their parameter.
-                    part.state[p] = {k: part_of(v, p) if v.ndim else v.clone() for k, v in states[names[p]].items()}
+                    # Step counts stay where the optimizer wants them; moments live beside their parameter.
+                    part.state[p] = {k: distribute(v, p) if v.ndim else v.clone() for k, v in states[names[p]].items()}
 
 
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:

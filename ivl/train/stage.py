@@ -2,48 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import nn
 
 from ivl.errors import InputError
-from ivl.lora.layers import add_lora, lora_parameters
 from ivl.model.vlm import VLM
-from ivl.train.config import Stage, TrainConfig
-
-PARTS = ("vision", "projector", "decoder")
+from ivl.train.config import PARTS, Stage
 
 
-def apply_stage(model: VLM, config: TrainConfig) -> None:
-    """Add adapters, set requires_grad, train and eval modes, drop path and activation checkpointing, in place."""
-    if config.lora is not None and not lora_parameters(model):
-        torch.manual_seed(config.seed)
-        add_lora(model, config.lora)
-    adapters = lora_parameters(model)
+def apply_stage(model: VLM, stage: Stage, *, adapters: Collection[str] = (), checkpointing: bool = False) -> None:
+    """Set requires_grad, train and eval modes, drop path and activation checkpointing, in place.
+
+    Args:
+        model: the model, with its adapters if it has any.
+        stage: the parts that train.
+        adapters: names of parameters that train whatever the stage says.
+        checkpointing: recompute activations in the backward pass.
+    """
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in adapters or _trains(name, config.stage, model.config.vision.num_layers))
+        parameter.requires_grad_(name in adapters or _trains(name, stage, model.config.vision.num_layers))
     last = max(len(model.vision.layers) - 1, 1)
     for number, layer in enumerate(model.vision.layers):
-        layer.drop_path = config.stage.drop_path * number / last  # type: ignore[assignment]
+        layer.drop_path = stage.drop_path * number / last  # type: ignore[assignment]
     for part in (model.vision, model.decoder):
-        # A part below every trainable parameter keeps no graph, so there is nothing to recompute; the decoder always
-        # carries the gradient of what is below it.
-        part.checkpointing = config.checkpointing and (part is model.decoder or _any_trainable(part))
+        # A part below every trainable parameter keeps no graph, so there is nothing to recompute. The decoder always carries
+        # the gradient of the parts below it.
+        part.checkpointing = checkpointing and (part is model.decoder or _any_trainable(part))
     set_modes(model)
 
 
 def set_modes(model: nn.Module) -> None:
-    """Modules with something to train are in train mode, all others in eval mode: a frozen ViT has no drop path."""
+    """Put modules that have a trainable parameter in train mode, all others in eval mode: a frozen ViT has no drop path."""
     for module in model.modules():
         module.training = _any_trainable(module)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that train, by name, in the model's order."""
+    """Return the parameters that train, by name, in the model's order."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def count_by_part(model: VLM) -> dict[str, tuple[int, int]]:
-    """part -> (trained, frozen) parameters."""
+    """Count parameters: part -> (trained, frozen)."""
     counts = {}
     for part in PARTS:
         parameters = list(model.get_submodule(part).parameters())
@@ -58,12 +60,12 @@ def check_start(model: VLM) -> None:
     Raises:
         InputError: naming the parameters.
     """
-    bad = [name for name, p in trainable(model).items() if not torch.isfinite(p).all()]
+    parameters = trainable(model)
+    bad = [name for name, p in parameters.items() if not torch.isfinite(p).all()]
     if bad:
         raise InputError(f"{len(bad)} trainable parameters are not finite at the start, first {bad[0]!r}: were they ever set?")
-    adapters = lora_parameters(model)
     for part in PARTS:
-        matrices = [p for n, p in trainable(model).items() if n.startswith(f"{part}.") and p.ndim >= 2 and n not in adapters]
+        matrices = [p for name, p in parameters.items() if name.startswith(f"{part}.") and p.ndim >= 2]
         if matrices and not any(p.any() for p in matrices):
             raise InputError(f"every trainable matrix of the {part} is zero, so it cannot learn: was the checkpoint complete?")
 

@@ -1,7 +1,6 @@
-"""Several processes as one: sums over ranks, sharding. A single process is a World of size 1 and takes the same path.
+"""The ranks of a run and their sums. A single process is a World of size 1 and takes the same path.
 
-What is tested: replicas and FSDP2 shards on two CPU processes over gloo. GPUs and nccl take the same calls but have not
-been run.
+Tested on CPU processes over gloo, with replicas and with FSDP2 shards. GPUs and nccl take the same calls but have not run.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch import nn
 
 from ivl.errors import InputError
 
-Item = TypeVar("Item")
+WorldItem = TypeVar("WorldItem")
 
 BUCKET = 2**25
 """Gradient elements summed over ranks in one message."""
@@ -29,24 +28,26 @@ BUCKET = 2**25
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run; this one is `rank`."""
+    """The ranks of a run; this process is `rank`."""
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     owns_group: bool = False
-    """Whether start_world made the process group, so that stop_world ends it; one made before outlives the run."""
+    """Whether start_world made the process group, so that stop_world ends it."""
 
     @property
     def is_main(self) -> bool:
+        """Whether this rank writes files and prints."""
         return self.rank == 0
 
     def barrier(self) -> None:
+        """Wait until every rank is here."""
         if self.size > 1:
             dist.barrier()
 
-    def sum(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Add up named float64 vectors of all ranks; a rank may lack names that others have."""
+    def all_reduce(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Sum named float64 vectors over all ranks; a rank may lack names that others have."""
         if self.size == 1:
             return values
         gathered: list[dict[str, list[float]]] = [{} for _ in range(self.size)]
@@ -58,17 +59,20 @@ class World:
                 total[name] = total[name] + value if name in total else value
         return total
 
-    def all(self, true: bool) -> bool:
-        """Whether it is true on every rank."""
+    def all(self, condition: bool) -> bool:
+        """Whether the condition holds on every rank."""
         if self.size == 1:
-            return true
-        flag = torch.tensor(int(true), device=self.device)
+            return condition
+        flag = torch.tensor(int(condition), device=self.device)
         dist.all_reduce(flag, dist.ReduceOp.MIN)
         return bool(flag)
 
-    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Add up gradients over ranks, in place. A parameter that was not used gets a zero gradient on every rank, so
-        that an update never depends on how the work was split."""
+    def all_reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Sum gradients over ranks, in place.
+
+        A parameter without a gradient gets a zero one on every rank, so that an update does not depend on how the packs were
+        split.
+        """
         bucket: list[torch.Tensor] = []
         size = 0
         for parameter in parameters:
@@ -77,7 +81,7 @@ class World:
             if self.size == 1:
                 continue
             if hasattr(parameter, "full_tensor"):
-                parameter.grad.mul_(self.size)  # the backward pass has left the mean over ranks
+                parameter.grad.mul_(self.size)  # FSDP2's backward pass leaves the mean over ranks
                 continue
             bucket.append(parameter.grad)
             size += parameter.grad.numel()
@@ -95,33 +99,18 @@ def _all_reduce(gradients: list[torch.Tensor]) -> None:
         gradient.copy_(summed.view_as(gradient))
 
 
-def shard(model: nn.Module, layers: Iterable[nn.Module], world: World, methods: tuple[str, ...] = ()) -> None:
-    """Spread parameters, gradients and with them the optimiser's state over ranks (FSDP2), a layer at a time, in place.
-
-    methods: names of the model's methods that, like forward, are called from outside and use parameters.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
-    mesh = init_device_mesh(world.device.type, (world.size,))
-    for layer in layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    for method in methods:
-        register_fsdp_forward_method(model, method)
-
-
 def is_sharded(model: nn.Module) -> bool:
+    """Whether ivl.parallel has sharded the model."""
     return hasattr(model, "set_requires_gradient_sync")  # a method that FSDP2 adds
 
 
-def whole(tensor: Any) -> torch.Tensor:
-    """The tensor that shards are part of, on every rank; all ranks call this together. Other tensors pass through."""
+def full_tensor(tensor: Any) -> torch.Tensor:
+    """Gather the whole tensor of a shard on every rank; all ranks call this together. A plain tensor passes through."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def part_of(tensor: torch.Tensor, like: Any) -> torch.Tensor:
-    """This rank's shard of a whole tensor, placed as `like` is; the whole tensor if `like` is not sharded."""
+def distribute(tensor: torch.Tensor, like: Any) -> torch.Tensor:
+    """Return this rank's shard of a whole tensor, placed as `like` is; the whole tensor if `like` is not sharded."""
     if not hasattr(like, "full_tensor"):
         return tensor.to(like.device)
     from torch.distributed.tensor import distribute_tensor
@@ -129,8 +118,8 @@ def part_of(tensor: torch.Tensor, like: Any) -> torch.Tensor:
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
-def in_step(items: Iterator[Item], world: World) -> Iterator[Item]:
-    """The items, until the first rank has no more. Ranks that share shards must go through the model together."""
+def synchronized(items: Iterator[WorldItem], world: World) -> Iterator[WorldItem]:
+    """Yield the items until the first rank has no more. Ranks that share shards must run the model together."""
     while True:
         item = next(items, None)
         if not world.all(item is not None):
@@ -140,7 +129,7 @@ def in_step(items: Iterator[Item], world: World) -> Iterator[Item]:
 
 
 def pick_device(device: str) -> str:
-    """`auto` is a GPU when there is one.
+    """Resolve `auto`: a GPU when there is one, else the CPU.
 
     Raises:
         InputError: if a GPU is asked for and there is none.
@@ -153,7 +142,7 @@ def pick_device(device: str) -> str:
 
 
 def start_world(device: str) -> World:
-    """Join the run that torchrun or Slurm started; alone when neither did. gloo on CPUs, nccl on GPUs."""
+    """Join the run that torchrun or Slurm started, over gloo on CPUs and nccl on GPUs; a world of one when neither did."""
     kind = pick_device(device)
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     if "RANK" not in os.environ and "MASTER_ADDR" in os.environ and "SLURM_PROCID" in os.environ:
@@ -169,13 +158,13 @@ def start_world(device: str) -> World:
 
 
 def spawn(function: Callable[..., None], args: tuple, num_ranks: int) -> None:
-    """Call function(*args) in num_ranks processes of this machine, which start_world then makes one run.
+    """Call function(*args) in num_ranks processes of this machine; start_world then joins them to one run.
 
-    For small models on a CPU: their tensors are too small for threads to share, but ranks share the work without loss.
-    The cores are divided among the ranks.
+    This is for small models on a CPU: their tensors are too small for threads to share, but ranks share the packs without
+    loss. The cores are divided among the ranks.
 
     Raises:
-        InputError: if a rank failed; what went wrong is on its standard error.
+        InputError: if a rank failed; its standard error says why.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -188,8 +177,8 @@ def spawn(function: Callable[..., None], args: tuple, num_ranks: int) -> None:
     for process in processes:
         process.start()
     try:
-        # A rank that waits for one that has failed would wait for long: the first failure ends all.
-        # wait() of nothing never returns, so who is alive is asked once.
+        # A rank would wait long for one that has failed, so the first failure ends all of them.
+        # wait() of an empty list never returns, so the list of live ranks is made once a turn.
         while (alive := [p.sentinel for p in processes if p.is_alive()]) and not any(p.exitcode for p in processes):
             wait(alive)
     finally:
@@ -205,7 +194,7 @@ def _as_rank(rank: int, num_ranks: int, port: int, threads: int, function: Calla
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(threads)
-    # One group for all runs of the function: a second one at the same address would meet the first one's leftovers.
+    # One group serves all runs of the function: a second one at the same address would meet the first one's leftovers.
     dist.init_process_group("gloo", rank=rank, world_size=num_ranks)
     try:
         function(*args)
@@ -216,5 +205,6 @@ def _as_rank(rank: int, num_ranks: int, port: int, threads: int, function: Calla
 
 
 def stop_world(world: World) -> None:
+    """End the process group that start_world made."""
     if world.owns_group:
         dist.destroy_process_group()

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 
-from ivl.data.config import DataConfig
+from ivl.lora.layers import add_lora, lora_parameters
+from ivl.config import LoraConfig
+from ivl.model.vlm import VLM
+from ivl.runs.config import RunConfig
 from ivl.train.config import OptimConfig, Stage, TrainConfig
+from ivl.train.stage import apply_stage
 from ivl.types import IGNORE, Batch, Layout
+from tests.conftest import tiny_config
 
 
 def tiny_batch(seed: int = 0, *, lens: tuple[int, ...] = (9, 12, 5), tiles: int = 2, averaging: str = "square") -> Batch:
@@ -31,10 +41,66 @@ def tiny_batch(seed: int = 0, *, lens: tuple[int, ...] = (9, 12, 5), tiles: int 
     )  # fmt: skip
 
 
-def tiny_train(**changes) -> TrainConfig:
-    base = dict(
-        name="test", model="nowhere", stage=Stage(trainable=("vision", "projector", "decoder")), precision="fp32",
-        optim=OptimConfig(lr=1e-3, warmup_steps=2), data=DataConfig(mixture="none", max_tokens=32), num_steps=4,
-        tensorboard=False,
-    )  # fmt: skip
+def tiny_train(**changes: Any) -> TrainConfig:
+    """A few steps of a tiny model."""
+    base = {
+        "precision": "fp32", "optim": OptimConfig(lr=1e-3, warmup_steps=2), "num_steps": 4, "tensorboard": False,
+    }  # fmt: skip
     return TrainConfig(**{**base, **changes})
+
+
+EVERYTHING = Stage(trainable=("vision", "projector", "decoder"))
+
+
+def staged(
+    stage: Stage = EVERYTHING, *, lora: LoraConfig | None = None, checkpointing: bool = False, seed: int | None = None
+) -> VLM:
+    """A tiny model with random weights, its adapters and the parameters marked that train."""
+    if seed is not None:
+        torch.manual_seed(seed)
+    model = VLM(tiny_config())
+    model.init_weights()
+    if lora is not None:
+        add_lora(model, lora)
+    apply_stage(model, stage, adapters=lora_parameters(model), checkpointing=checkpointing)
+    return model
+
+
+def changed(config: RunConfig, **changes: Any) -> RunConfig:
+    """The configuration with other values; those of TrainConfig are named like the others."""
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    train = {name: value for name, value in changes.items() if name in names}
+    rest = {name: value for name, value in changes.items() if name not in names}
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **train), **rest)
+
+
+def run_config(**options: Any) -> RunConfig:
+    """A run's configuration; options of TrainConfig are named like the others."""
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    train = TrainConfig(**{name: value for name, value in options.items() if name in names})
+    return RunConfig(train=train, **{name: value for name, value in options.items() if name not in names})
+
+
+@dataclass
+class BatchList:
+    """Batches in memory as a BatchSource; `epochs` None repeats them without end."""
+
+    batches: list[Batch]
+    epochs: int | None = None
+    rank: int = 0
+    world_size: int = 1
+    next: int = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        while self.epochs is None or self.next * self.world_size + self.rank < self.epochs * len(self.batches):
+            at = (self.next * self.world_size + self.rank) % len(self.batches)
+            self.next += 1
+            yield self.batches[at]
+
+    def state(self) -> dict[str, Any]:
+        return {"next": self.next}
+
+    def restore(self, state: list[dict[str, Any]]) -> None:
+        # Ranks take turns, so together they have taken the first so many; the next turn may begin with any of the new ranks.
+        self.next, more = divmod(sum(each["next"] for each in state), self.world_size)
+        self.next += self.rank < more

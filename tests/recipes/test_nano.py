@@ -10,7 +10,7 @@ pytest.importorskip("easy_vqa")
 
 from ivl.evaluation.tasks import easy_vqa
 from ivl.recipes import nano
-from ivl.recipes.quickstart import STAGES, prepare
+from examples.quickstart.run import STAGES, prepare
 
 
 def test_captions_agree_with_every_answer() -> None:

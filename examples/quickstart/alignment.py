@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ivl.recipes.compositions import careless, compositions, training_row
+from examples.quickstart.compositions import careless, compositions, training_row
 from ivl.types import SamplingParams
 
 CARELESS = 0.45

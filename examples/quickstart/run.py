@@ -14,11 +14,12 @@ from typing import Any
 
 from ivl.errors import InputError
 from ivl.evaluation.tasks import easy_vqa
-from ivl.recipes import alignment, nano
-from ivl.train.config import TrainConfig
+from examples.quickstart import alignment
+from ivl.recipes import nano
+from ivl.runs.config import RunConfig
 
 COLOUR, SHAPE = "what color is the shape?", "what shape is in the image?"
-Recipe = Callable[[], TrainConfig]
+Recipe = Callable[[], RunConfig]
 STAGES: tuple[Recipe, ...] = (nano.language, nano.vision, nano.stage1, nano.stage15, nano.stage2)
 RECORD = "stage.json"
 FRESH_QUESTIONS, REPLIES, HELD_OUT = 600, 8, 1000
@@ -42,7 +43,7 @@ def quickstart(out: Path) -> dict[str, Any]:
     from ivl.api import load
     from ivl.evaluation.run import evaluate, write_report
     from ivl.evaluation.tasks import find
-    from ivl.recipes.report import write_page
+    from examples.quickstart.report import write_page
     from ivl.serve.examples import write_examples
 
     if not (out / "data" / "done").exists():
@@ -78,7 +79,7 @@ def align(out: Path) -> dict[str, Any]:
     """Questions about several pictures: careless supervised data, then MPO on the model's own checked replies."""
     print("\npreference: questions about several pictures, answered with reasoning", flush=True)
     reason, mpo = nano.reason(), nano.mpo()
-    alignment.write_reasoning(Path(reason.data.mixture), reason.num_steps or 0)
+    alignment.write_reasoning(Path(reason.data.mixture), reason.train.num_steps or 0)
     stages = train((nano.reason,))
     start = Path(reason.run_dir) / "model"
     began = time.monotonic()
@@ -177,7 +178,7 @@ def train_stages(recipes: tuple[Recipe, ...]) -> None:
             train_stage(config, is_main)
 
 
-def train_stage(config: TrainConfig, is_main: bool) -> None:
+def train_stage(config: RunConfig, is_main: bool) -> None:
     """Train one stage or go on with it, and leave a record of what it took."""
     from ivl.runs.run import run
 

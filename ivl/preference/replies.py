@@ -1,0 +1,72 @@
+"""Log-probabilities of the replies of packed pairs: chosen and rejected are neighboring sequences that share their tiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ivl.model.vlm import VLM
+from ivl.train.losses import linear_log_probs
+from ivl.train.objectives import forward_batch
+from ivl.types import Batch
+
+
+@dataclass(frozen=True)
+class Replies:
+    """log_probs_S: summed log-probability of each sequence's trained tokens. lens_S: how many there are."""
+
+    log_probs_S: torch.Tensor
+    lens_S: torch.Tensor
+
+    @property
+    def means_S(self) -> torch.Tensor:
+        """Mean log-probability of a trained token, by sequence."""
+        return self.log_probs_S / self.lens_S
+
+
+def reply_log_probs(model: VLM, batch: Batch) -> Replies:
+    """Compute the log-probabilities of a pack's replies in one forward call."""
+    hidden_TD = forward_batch(model, batch)
+    at_M, seq_M = last_replies(batch)
+    log_probs_M = linear_log_probs(hidden_TD[at_M], model.decoder.head.matrix(), batch.labels_T[at_M])
+    num_sequences = len(batch.layout.new_lens)
+    # index_add in float32 over a few thousand terms of one sign: no worse than the terms themselves.
+    sums_S = log_probs_M.new_zeros(num_sequences).index_add(0, seq_M, log_probs_M)
+    return Replies(sums_S, torch.bincount(seq_M, minlength=num_sequences))
+
+
+def last_replies(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the trained tokens of every sequence's last reply, and their sequences; earlier replies belong to the prompt."""
+    at_M = batch.weights_T.nonzero().squeeze(1)
+    lens_S = torch.tensor(batch.layout.new_lens, device=at_M.device)
+    seq_M = torch.arange(len(lens_S), device=at_M.device).repeat_interleave(lens_S)[at_M]
+    # A reply is a run of trained tokens. No run goes on from one sequence to the next, for the last token has no label.
+    reply_M = (at_M.diff(prepend=at_M[:1]) != 1).cumsum(0)
+    last_S = torch.zeros_like(lens_S).scatter_reduce(0, seq_M, reply_M, "amax")
+    kept_M = reply_M == last_S[seq_M]
+    return at_M[kept_M], seq_M[kept_M]
+
+
+def check_pairs(batch: Batch) -> None:
+    """Refuse a sample that is not a pair of two different replies with trained tokens in both.
+
+    Raises:
+        ValueError: naming the sample.
+    """
+    ends, at = [], 0
+    for length in batch.layout.new_lens:
+        ends.append(at := at + length)
+    start = sequence = 0
+    for number, num_tokens in enumerate(batch.sample_lens):
+        name = f"{batch.ids[number]} ({batch.sources[number]})"
+        inside = [end for end in ends[sequence:] if end <= start + num_tokens]
+        if len(inside) != 2:
+            raise ValueError(f"{name}: a preference pair has two replies, this sample has {len(inside)}")
+        middle, end = inside
+        for side, span in (("chosen", slice(start, middle)), ("rejected", slice(middle, end))):
+            if not batch.weights_T[span].any():
+                raise ValueError(f"{name}: the {side} reply trains no token")
+        if torch.equal(batch.tokens_T[start:middle], batch.tokens_T[middle:end]):
+            raise ValueError(f"{name}: chosen and rejected are the same")
+        start, sequence = end, sequence + 2

@@ -1,0 +1,132 @@
+"""From a run's configuration to its parts: model, processor, data, objective and evaluators."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ivl.checkpoint import load_config, load_model, load_tokenizer, resolve
+from ivl.config import ModelConfig
+from ivl.data.config import DataConfig
+from ivl.data.loader import Loader
+from ivl.errors import InputError
+from ivl.lora.layers import add_lora, lora_parameters
+from ivl.model.vlm import VLM
+from ivl.parallel.shard import shard
+from ivl.processing.processor import Processor
+from ivl.runs.config import RunConfig
+from ivl.train.loop import Evaluator, to_device
+from ivl.train.objectives import Objective, ObjectiveContext, build_objective
+from ivl.train.stage import apply_stage
+from ivl.train.world import World, is_sharded, synchronized
+
+
+def read_architecture(config: RunConfig) -> ModelConfig:
+    """Read the model's configuration without its weights.
+
+    Raises:
+        InputError: if the model to start from is not the architecture that the run was written for.
+    """
+    if not config.model:
+        assert config.architecture is not None
+        return config.architecture
+    actual = load_config(resolve(config.model))
+    if (expected := config.architecture) is not None:
+        for part in ("vision", "decoder", "image_token_id"):
+            a, b = getattr(expected, part), getattr(actual, part)
+            if part == "vision":  # drop path belongs to the stage, and a checkpoint may carry any
+                a, b = replace(a, drop_path=0.0), replace(b, drop_path=0.0)
+            if a != b:
+                raise InputError(f"{config.model}: its {part} is {b}, the run was written for {a}")
+    return actual
+
+
+def build_model(config: RunConfig, checkpoint: Path | None = None) -> VLM:
+    """Build the model on the CPU: from a checkpoint, from the weights that the run starts from, or from random weights."""
+    dtype = torch.bfloat16 if config.train.precision == "pure_bf16" else torch.float32
+    if checkpoint is not None and config.lora is None:
+        return load_model(checkpoint, dtype=dtype, quantized=False)
+    if config.model:
+        read_architecture(config)
+        return load_model(config.model, dtype=dtype, quantized=False)
+    assert config.architecture is not None
+    torch.manual_seed(config.train.seed)
+    model = VLM(config.architecture)
+    model.init_weights()
+    return model.to(dtype)
+
+
+def adapt(model: VLM, config: RunConfig) -> None:
+    """Add the run's adapters to the model and mark the parameters that train."""
+    if config.lora is not None:
+        torch.manual_seed(config.train.seed)
+        add_lora(model, config.lora)
+    apply_stage(model, config.stage, adapters=lora_parameters(model), checkpointing=config.train.checkpointing)
+
+
+def place(model: VLM, config: RunConfig, world: World) -> None:
+    """Shard the model over the ranks where the run says so, or move it to this rank's device."""
+    if config.shard and world.size > 1:
+        shard(model, (*model.vision.layers, *model.decoder.layers), world, methods=("encode_tiles",))
+    else:
+        model.to(world.device)
+
+
+def build_processor(config: RunConfig, model: VLM) -> Processor:
+    """Build the processor from the run's tokenizer, or the model's own."""
+    if not (config.tokenizer or config.model):
+        raise InputError("a random start needs `tokenizer`, a directory with tokenizer.json or tokenizer.model")
+    return Processor(model.config, load_tokenizer(config.tokenizer or resolve(config.model)))
+
+
+def build_loader(data: DataConfig, processor: Processor, config: RunConfig, world: World) -> Loader:
+    """Build this rank's batches: of preference pairs where the objective trains on them, else of anything but pairs."""
+    pairs = config.objective.pairs
+    return Loader(data, processor, seed=config.train.seed, rank=world.rank, world_size=world.size, pairs=pairs)
+
+
+def build_run_objective(config: RunConfig, processor: Processor, run_dir: Path, world: World, *, resumed: bool) -> Objective:
+    """Import and build the objective; its prepare has not been called."""
+
+    def loader(data: DataConfig) -> Loader:
+        return build_loader(replace(data, epochs=1, shuffle=False), processor, config, world)
+
+    def start_model() -> VLM:
+        model = build_model(config).eval().requires_grad_(False)
+        place(model, config, world)
+        return model
+
+    sets = {"train": config.data} | ({"validation": config.val_data} if config.val_data else {})
+    context = ObjectiveContext(
+        world=world, directory=run_dir, precision=config.train.precision,
+        packs_per_rank=max(1, config.train.packs_per_step // world.size), resumed=resumed,
+        loaders={name: partial(loader, data) for name, data in sets.items()}, start_model=start_model,
+    )  # fmt: skip
+    return build_objective(config.objective, context)
+
+
+def build_validation(config: RunConfig, processor: Processor, objective: Objective, world: World) -> Evaluator | None:
+    """Build the evaluator of the validation loss: over val_packs packs, or all of them, always the same ones."""
+    if config.val_data is None:
+        return None
+    data = replace(config.val_data, epochs=config.val_data.epochs or 1, shuffle=False)
+
+    def loss(model: VLM) -> dict[str, float]:
+        total = torch.zeros(2, dtype=torch.float64)
+        loader = build_loader(data, processor, config, world)
+        for number, batch in enumerate(synchronized(iter(loader), world) if is_sharded(model) else loader):
+            if config.val_packs and number * world.size >= config.val_packs:
+                break
+            with torch.autocast(world.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
+                value = objective(model, to_device(batch, world.device))
+            total += torch.tensor([float(value.total), float(value.weight)], dtype=torch.float64)
+        loss_sum, weight = world.all_reduce({"loss": total})["loss"].tolist()
+        if not weight:
+            raise InputError(f"{data.mixture}: the validation data gave no trained token")
+        return {"loss": loss_sum / weight}
+
+    return Evaluator("validation", config.val_every, loss)

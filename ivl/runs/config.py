@@ -1,0 +1,128 @@
+"""The configuration of a whole run. No torch here, so that `ivl train --help` is quick."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from ivl.config import LoraConfig, ModelConfig
+from ivl.data.config import DataConfig
+from ivl.errors import InputError
+from ivl.train.config import ObjectiveConfig, Stage, TrainConfig
+from ivl.utils.imports import import_object
+from ivl.utils.strict_json import from_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One complete training run. A recipe is a function that returns one; later stages derive with dataclasses.replace."""
+
+    name: str
+    """Name of the run and, unless out_dir is given, of its directory runs/NAME."""
+    out_dir: str = ""
+    """Directory of checkpoints, metrics and the final model; empty is runs/NAME."""
+    model: str = ""
+    """Model to start from: a directory or a hub id. Empty starts from random weights of `architecture`."""
+    architecture: ModelConfig | None = None
+    """Needed for a random start and for planning without the weights; a loaded model must agree with it."""
+    tokenizer: str = ""
+    """Directory of the tokenizer; empty takes the model's own."""
+    stage: Stage
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """The loss, named by its import path, and its settings."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters on frozen layers, in addition to the stage's trainable parts."""
+    data: DataConfig
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+    """Steps, optimizer, precision, checkpoints and logs."""
+    val_data: DataConfig | None = None
+    """Data set of the validation loss."""
+    val_every: int = 0
+    """Steps between validation losses; 0 computes one at the end."""
+    val_packs: int = 0
+    """Packs of each validation loss; 0 takes all."""
+    shard: bool = False
+    """Shard parameters, gradients and optimizer state over ranks (FSDP2) instead of keeping a copy on each."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the run computes; auto takes a GPU when there is one."""
+    save_dtype: Literal["float32", "bfloat16"] | None = None
+    """Type of the final model's weights; None keeps that of the parameters."""
+
+    def __post_init__(self) -> None:
+        if not self.model and self.architecture is None:
+            raise ValueError("give `model` (a directory or hub id) or `architecture` (to start from random weights)")
+        if self.lora is None and not self.stage.trainable:
+            raise ValueError("nothing would train: name trainable parts in `stage`, or give `lora`")
+        if self.lora is not None:
+            both = [target for target in self.lora.targets if target.split(".")[0] in self.stage.trainable]
+            if both:
+                raise ValueError(f"LoRA targets {both} lie in parts that the stage trains whole; choose one of the two")
+        if self.shard and self.train.optim.name == "muon":
+            raise ValueError("muon needs whole matrices: use adamw, or shard = False")
+        if self.train.num_steps is None and self.data.epochs is None:
+            raise ValueError("the run has no end: give num_steps or data.epochs")
+        for name in ("val_every", "val_packs"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        self.objective.check(self.data, self.stage, self.lora)
+
+    @property
+    def run_dir(self) -> str:
+        """The directory of the run."""
+        return self.out_dir or f"runs/{self.name}"
+
+
+def to_json(config: RunConfig) -> dict[str, Any]:
+    """The configuration as plain JSON values."""
+    return dataclasses.asdict(config)
+
+
+def run_config(values: Any, where: str) -> RunConfig:
+    """The configuration from JSON values, the inverse of to_json. The objective's import path says which settings it has.
+
+    Args:
+        values: a JSON object.
+        where: its place, such as `runs/NAME/run.json`; errors start with it.
+
+    Raises:
+        InputError: for an unknown key, with the nearest known one, or a value that the configuration refuses.
+    """
+    if not isinstance(values, dict):
+        raise InputError(f"{where}: must be an object, got {type(values).__name__}")
+    rest = dict(values)
+    named = rest.pop("objective", {})
+    path = named.get("path", ObjectiveConfig.path) if isinstance(named, dict) else ObjectiveConfig.path
+    settings = getattr(import_object(str(path), "objective"), "Settings", ObjectiveConfig)
+    objective = from_json(settings, named, f"{where}: objective")
+    config = from_json(RunConfig, rest, where)
+    try:
+        return dataclasses.replace(config, objective=objective)
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+FREE_ON_RESUME = frozenset((
+    "out_dir", "val_every", "val_packs", "val_data", "save_dtype", "device",
+    "train.save_every", "train.keep_last", "train.log_every", "train.log_samples", "train.tensorboard",
+    "data.num_workers", "data.prefetch", "data.start_method", "data.cache_samples",
+))  # fmt: skip
+"""Options that a resumed run may change: none of them touches an update."""
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """The options by which a resumed run would differ, as `optim.lr: 4e-05 -> 2e-05`."""
+    before, after = _flat(to_json(old)), _flat(to_json(new))
+    names = [name for name in (before | after) if before.get(name) != after.get(name)]
+    fixed = [name for name in names if name not in FREE_ON_RESUME and name.split(".")[0] not in FREE_ON_RESUME]
+    return [f"{name.removeprefix('train.')}: {before.get(name)} -> {after.get(name)}" for name in fixed]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
