@@ -6,6 +6,7 @@ A round is one pass over the pairs. A side says {"ready"}, waits for a line, tra
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import time
@@ -115,27 +116,25 @@ def peak_bytes() -> int:
 def ours(job: Job) -> None:
     from ivl.checkpoint import load_model
     from ivl.cpu.memory import keep_freed_memory
-    from ivl.data.config import DataConfig
-    from ivl.preference.objective import PreferenceObjective, frozen, reply_log_probs
-    from ivl.preference.reference import FileReference
-    from ivl.train.config import OptimConfig, PreferenceConfig, Stage, TrainConfig
+    from ivl.preference.config import PreferenceConfig
+    from ivl.preference.objective import PreferenceObjective
+    from ivl.preference.reference import FileReference, frozen
+    from ivl.preference.replies import reply_log_probs
+    from ivl.train.config import OptimConfig, Stage, TrainConfig
     from ivl.train.loop import train
     from ivl.train.stage import apply_stage
     from ivl.types import Batch
 
     batches = our_batches(job)
     sigmoid, bco, generation = job.weights
-    config = TrainConfig(
-        name="ours", model=job.model, stage=Stage(trainable=("vision", "projector", "decoder")), precision=job.precision,
-        optim=OptimConfig(lr=LR, weight_decay=0.0, schedule="constant"), data=DataConfig(mixture="none"),
-        num_steps=job.rounds * len(batches), objective="preference", tensorboard=False,
-        preference=PreferenceConfig(beta=BETA, sigmoid=sigmoid, bco=bco, generation=generation),
-    )  # fmt: skip
+    optim = OptimConfig(lr=LR, weight_decay=0.0, schedule="constant")
+    config = TrainConfig(precision=job.precision, optim=optim, num_steps=job.rounds * len(batches), tensorboard=False)
+    terms = PreferenceConfig(beta=BETA, sigmoid=sigmoid, bco=bco, generation=generation)
     keep_freed_memory()  # as every training run does
     model = load_model(job.model, dtype=torch.float32)
-    apply_stage(model, config)
+    apply_stage(model, Stage(trainable=("vision", "projector", "decoder")))
     if job.copy:
-        reference = frozen(model)
+        reference = frozen(copy.deepcopy(model))
     else:
         model.eval()
         found = {}
@@ -161,7 +160,7 @@ def ours(job: Job) -> None:
         def restore(self, state: list[dict]) -> None:
             raise NotImplementedError
 
-    history = train(model, Rounds(), config, objective=PreferenceObjective(config.preference, reference))
+    history = train(model, Rounds(), config, objective=PreferenceObjective(terms, reference))
     turns.end_round()  # the loop asks for no batch behind its last
     say(losses=[row["loss"] for row in history], chosen=[row["log_probs/chosen"] for row in history])
 

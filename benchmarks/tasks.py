@@ -132,7 +132,7 @@ def _ours(kind: str, number: int, decode_steps: int) -> Callable[[], Any]:
     from ivl.cpu.memory import keep_freed_memory
     from ivl.model.cache import CachedSequence, PagedCache
     from ivl.model.vlm import VLM
-    from ivl.train.objectives import sft_objective
+    from ivl.train.objectives import next_token
     from ivl.types import Batch, Layout
 
     config = published_config(SIZE)
@@ -190,7 +190,7 @@ def _ours(kind: str, number: int, decode_steps: int) -> Callable[[], Any]:
     model.train()
 
     def train() -> Any:
-        loss = sft_objective(model, batch)
+        loss = next_token(model, batch)
         (loss.total / loss.weight).backward()
         model.zero_grad(set_to_none=True)
         return loss.total.item()

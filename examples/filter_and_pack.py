@@ -58,7 +58,8 @@ def main() -> None:
     packs = sum(1 for _ in loader)
     print(f"pack: {packs} packs an epoch, {loader.fill[0]:.0%} of the tokens used")
 
-    trained = run(replace(config, name="filter-and-pack", out_dir=str(RUN / "run"), data=data, num_steps=20))
+    train = replace(config.train, num_steps=20)
+    trained = run(replace(config, name="filter-and-pack", out_dir=str(RUN / "run"), data=data, train=train))
     print(f"train: {trained}")
 
 

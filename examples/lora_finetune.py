@@ -20,6 +20,7 @@ import ivl
 from ivl.checkpoint.adapter import merge
 from ivl.config import LoraConfig
 from ivl.data.config import DataConfig
+from ivl.runs.config import RunConfig
 from ivl.runs.run import run
 from ivl.train.config import OptimConfig, Stage, TrainConfig
 
@@ -29,18 +30,16 @@ RUN = Path("runs/examples/lora")
 def main() -> None:
     shutil.rmtree(RUN, ignore_errors=True)
     base = sys.argv[1] if len(sys.argv) > 1 else str(build(RUN / "base"))
-    config = TrainConfig(
+    config = RunConfig(
         name="lora",
         out_dir=str(RUN / "run"),
         model=base,
         stage=Stage(trainable=()),  # every part of the model is frozen; the adapters alone learn
         lora=LoraConfig(rank=8, targets=("decoder.layers", "projector")),
-        optim=OptimConfig(lr=1e-2, warmup_ratio=0.1),
         data=DataConfig(mixture=write_data(RUN / "data"), max_tokens=1024, num_workers=0, averaging="token", cache_samples=256),
-        num_steps=20,
-        log_every=10,
-        precision="fp32",
-        tensorboard=False,
+        train=TrainConfig(
+            optim=OptimConfig(lr=1e-2, warmup_ratio=0.1), num_steps=20, log_every=10, precision="fp32", tensorboard=False
+        ),
     )
     trained = run(config)
     losses = [json.loads(line)["loss"] for line in (RUN / "run" / "metrics.jsonl").read_text().splitlines()]

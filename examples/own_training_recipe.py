@@ -1,4 +1,4 @@
-"""A recipe of your own: a function that returns a complete TrainConfig.
+"""A recipe of your own: a function that returns a complete RunConfig.
 
     ivl train examples/own_training_recipe.py:recipe
     ivl train examples/own_training_recipe.py:recipe --optim.lr 1e-3 --num-steps 20 --out-dir runs/examples/slower
@@ -18,6 +18,7 @@ from ivl.checkpoint import save_tokenizer
 from ivl.config import DecoderConfig, ModelConfig, TilingConfig, VisionConfig
 from ivl.data.config import DataConfig
 from ivl.processing.tokenizer import train_tokenizer
+from ivl.runs.config import RunConfig
 from ivl.train.config import OptimConfig, Stage, TrainConfig
 
 RUN = Path("runs/examples/own-recipe")
@@ -25,11 +26,11 @@ COLOURS = ("red", "green", "blue", "yellow")
 SHAPES = ("circle", "square")
 
 
-def recipe() -> TrainConfig:
+def recipe() -> RunConfig:
     """Everything learns at once, from random weights."""
     tokenizer = train_tokenizer(["what colour is it? what shape is it?", *COLOURS, *SHAPES, "user assistant"], 300)
     save_tokenizer(tokenizer, RUN / "tokenizer")
-    return TrainConfig(
+    return RunConfig(
         name="own-recipe",
         out_dir=str(RUN / "run"),
         architecture=ModelConfig(
@@ -47,12 +48,11 @@ def recipe() -> TrainConfig:
         ),
         tokenizer=str(RUN / "tokenizer"),
         stage=Stage(trainable=("vision", "projector", "decoder")),
-        optim=OptimConfig(name="muon", lr=5e-3, warmup_ratio=0.1),
         data=DataConfig(mixture=write_data(RUN / "data"), max_tokens=512, max_tiles=16, num_workers=0, cache_samples=256),
-        num_steps=100,
-        log_every=25,
-        precision="fp32",
-        tensorboard=False,
+        train=TrainConfig(
+            optim=OptimConfig(name="muon", lr=5e-3, warmup_ratio=0.1), num_steps=100, log_every=25, precision="fp32",
+            tensorboard=False,
+        ),
     )  # fmt: skip
 
 

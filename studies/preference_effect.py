@@ -18,13 +18,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from examples.quickstart import alignment
 from ivl.api import load
 from ivl.errors import InputError
+from ivl.preference.config import PreferenceConfig
 from ivl.preference.pairs import read_pairs
 from ivl.preference.sampling import continue_without_images
-from examples.quickstart import alignment
 from ivl.recipes import nano
-from ivl.train.config import PreferenceConfig, TrainConfig
+from ivl.runs.config import RunConfig
+from ivl.train.config import ObjectiveConfig
 from ivl.train.world import spawn
 from ivl.utils import html as pages
 
@@ -87,8 +89,8 @@ def supervised(args: argparse.Namespace) -> Path:
     base = nano.reason()
     return trained(
         replace(
-            base, out_dir=str(args.out / "sft"), model=str(args.start), num_steps=args.sft_steps,
-            data=replace(base.data, mixture=str(data)),
+            base, out_dir=str(args.out / "sft"), model=str(args.start),
+            data=replace(base.data, mixture=str(data)), train=replace(base.train, num_steps=args.sft_steps),
         )
     )  # fmt: skip
 
@@ -114,28 +116,29 @@ def chosen_rows(pairs: Path, to: Path) -> None:
     alignment.write_rows(to, rows.values())
 
 
-def configuration(method: str, seed: int, args: argparse.Namespace, sft: Path, pairs: Path, dropout: Path) -> TrainConfig:
+def configuration(method: str, seed: int, args: argparse.Namespace, sft: Path, pairs: Path, dropout: Path) -> RunConfig:
     base = nano.mpo()
     name = method.lower().replace(" ", "-").replace(",", "")
     origin = dropout if "Dropout" in method else pairs
     data = replace(base.data, mixture=str(origin / "pairs.jsonl"))
+    optim = replace(base.train.optim, lr=args.lr)
+    mpo = PreferenceConfig(beta=args.beta, reference_dir=str(args.out / f"reference-{origin.name}"))
     config = replace(
-        base, name=f"{name}-{seed}", out_dir=str(args.out / f"{name}-{seed}"), model=str(sft), num_steps=args.steps, seed=seed,
-        data=data, optim=replace(base.optim, lr=args.lr), log_every=20,
-        preference=PreferenceConfig(beta=args.beta, reference_dir=str(args.out / f"reference-{origin.name}")),
+        base, name=f"{name}-{seed}", out_dir=str(args.out / f"{name}-{seed}"), model=str(sft), data=data, objective=mpo,
+        train=replace(base.train, num_steps=args.steps, seed=seed, optim=optim, log_every=20),
     )  # fmt: skip
     if method == "DPO alone":
-        return replace(config, preference=replace(config.preference, sigmoid=1.0, bco=0.0, generation=0.0))
+        return replace(config, objective=replace(mpo, sigmoid=1.0, bco=0.0, generation=0.0))
     if method == "Generation alone":  # supervised training on the chosen replies, at MPO's pace: rejected ones fill half a pack
-        return replace(config, preference=replace(config.preference, sigmoid=0.0, bco=0.0))
+        return replace(config, objective=replace(mpo, sigmoid=0.0, bco=0.0))
     if method == "MPO, twice the steps":  # as many chosen replies as "SFT on chosen" sees
-        return replace(config, num_steps=2 * args.steps)
+        return replace(config, train=replace(config.train, num_steps=2 * args.steps))
     if method == "SFT on chosen":
-        return replace(config, objective="next_token", data=replace(data, mixture=str(args.out / "chosen.jsonl")))
+        return replace(config, objective=ObjectiveConfig(), data=replace(data, mixture=str(args.out / "chosen.jsonl")))
     return config
 
 
-def trained(config: TrainConfig) -> Path:
+def trained(config: RunConfig) -> Path:
     """Train in two ranks, unless it was done before."""
     model = Path(config.run_dir) / "model"
     if not model.exists():
@@ -144,13 +147,13 @@ def trained(config: TrainConfig) -> Path:
     return model
 
 
-def _run(config: TrainConfig) -> None:
+def _run(config: RunConfig) -> None:
     from ivl.runs.run import run
 
     run(config)
 
 
-def seconds_of(config: TrainConfig) -> float:
+def seconds_of(config: RunConfig) -> float:
     last = json.loads((Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()[-1])
     return round(last["seconds"], 1)
 

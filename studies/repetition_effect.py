@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import ivl
+from examples.quickstart.run import turns
 from ivl.checkpoint import load_tokenizer, save_tokenizer
 from ivl.config import ModelConfig
 from ivl.data.config import DataConfig
@@ -30,9 +31,9 @@ from ivl.filters.run import run as run_filter
 from ivl.formats.rows import write_jsonl
 from ivl.processing.tokenizer import Tokenizer, train_tokenizer
 from ivl.recipes import nano
-from examples.quickstart.run import turns
+from ivl.runs.config import RunConfig
 from ivl.runs.run import run
-from ivl.train.config import OptimConfig, Stage, TrainConfig
+from ivl.train.config import ObjectiveConfig, OptimConfig, Stage, TrainConfig
 from ivl.types import Message, Record, SamplingParams, Text
 
 DETECTOR = Repetition()
@@ -154,62 +155,66 @@ def architecture(tokenizer: Tokenizer) -> ModelConfig:
     )
 
 
-def warm_up(out: Path) -> TrainConfig:
+def warm_up(out: Path) -> RunConfig:
     """The start that all share: ViT and projector name what a picture shows."""
-    return TrainConfig(
+    return RunConfig(
         name="warm-up",
         out_dir=str(out / "warm-up"),
         architecture=architecture(load_tokenizer(out / "tokenizer")),
         tokenizer=str(out / "tokenizer"),
         stage=Stage(trainable=("vision", "projector")),
-        objective="caption_words",
-        flip_tiles=True,
-        optim=OptimConfig(name="muon", lr=2e-3, warmup_ratio=0.05, min_lr_ratio=0.05),
+        objective=ObjectiveConfig(path="ivl.recipes.nano_objectives:flipped_caption_words"),
         data=DataConfig(mixture=str(out / "data/names.jsonl"), num_workers=0, cache_samples=8192, max_tiles=50),
-        num_steps=WARM_UP_STEPS,
-        log_every=50,
-        tensorboard=False,
+        train=TrainConfig(
+            optim=OptimConfig(name="muon", lr=2e-3, warmup_ratio=0.05, min_lr_ratio=0.05),
+            num_steps=WARM_UP_STEPS,
+            log_every=50,
+            tensorboard=False,
+        ),
     )
 
 
-def connect(out: Path) -> TrainConfig:
+def connect(out: Path) -> RunConfig:
     """Also shared: everything learns to name what a picture shows, so that the decoder looks at it."""
+    base = warm_up(out)
     return replace(
-        warm_up(out),
+        base,
         name="connect",
         out_dir=str(out / "connect"),
         model=str(out / "warm-up/model"),
         stage=Stage(trainable=("vision", "projector", "decoder")),
-        objective="next_token",
-        num_steps=CONNECT_STEPS,
+        objective=ObjectiveConfig(path="ivl.recipes.nano_objectives:flipped_next_token"),
+        train=replace(base.train, num_steps=CONNECT_STEPS),
     )
 
 
-def arm(out: Path, name: str, seed: int) -> TrainConfig:
+def arm(out: Path, name: str, seed: int) -> RunConfig:
     """Projector and decoder learn to describe, from what the filter kept or from data/NAME.jsonl, and go on naming."""
     rows = out / "data" / name / f"kept/{name.replace('filtered', 'loops')}.jsonl"
     parts = {"names": out / "data/names.jsonl", "descriptions": rows if rows.exists() else out / f"data/{name}.jsonl"}
     mixture = out / f"data/{name}-mixture.json"
     mixture.write_text(json.dumps({part: {"annotation": str(path.absolute())} for part, path in parts.items()}))
     held_out = DataConfig(mixture=str(out / "data/held-out.jsonl"), num_workers=0, max_tokens=3072, cache_samples=512)
-    return TrainConfig(
+    return RunConfig(
         name=f"{name}-{seed}",
         out_dir=str(out / f"{name}-seed{seed}"),
         model=str(out / "connect/model"),
         stage=Stage(trainable=("projector", "decoder")),
-        optim=OptimConfig(name="muon", lr=2e-3, warmup_ratio=0.1, min_lr_ratio=0.05),
         data=DataConfig(mixture=str(mixture), num_workers=0, cache_samples=1 << 14, max_tokens=3072),
         val_data=held_out,
         val_every=100,
         val_packs=6,
-        num_steps=STEPS,
-        log_every=50,
-        seed=seed,
-        tensorboard=False,
+        train=TrainConfig(
+            optim=OptimConfig(name="muon", lr=2e-3, warmup_ratio=0.1, min_lr_ratio=0.05),
+            num_steps=STEPS,
+            log_every=50,
+            seed=seed,
+            tensorboard=False,
+        ),
     )
 
 
-def trained(config: TrainConfig) -> Path:
+def trained(config: RunConfig) -> Path:
     """The run's model; a finished run is not trained again."""
     model = Path(config.run_dir) / "model"
     return model if model.exists() else run(config)

@@ -22,14 +22,14 @@ from rich.console import Console
 from rich.table import Table
 
 import ivl
+from examples.quickstart.alignment import ASKED, GREEDY, write_rows
+from examples.quickstart.compositions import compositions
 from ivl.checkpoint.files import fingerprint
 from ivl.evaluation.curve import Point, by_size, draw, interval
 from ivl.evaluation.run import evaluate, versions
 from ivl.evaluation.scoring import exact_match
 from ivl.evaluation.task import Example, Method
 from ivl.evaluation.voting import Candidate, Reader, rate
-from examples.quickstart.alignment import ASKED, GREEDY, write_rows
-from examples.quickstart.compositions import compositions
 from ivl.types import SamplingParams
 from ivl.utils import html as pages
 from ivl.utils.progress import counting

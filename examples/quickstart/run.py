@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from examples.quickstart import alignment
 from ivl.errors import InputError
 from ivl.evaluation.tasks import easy_vqa
-from examples.quickstart import alignment
 from ivl.recipes import nano
 from ivl.runs.config import RunConfig
 
@@ -40,10 +40,10 @@ def main() -> None:
 
 
 def quickstart(out: Path) -> dict[str, Any]:
+    from examples.quickstart.report import write_page
     from ivl.api import load
     from ivl.evaluation.run import evaluate, write_report
     from ivl.evaluation.tasks import find
-    from examples.quickstart.report import write_page
     from ivl.serve.examples import write_examples
 
     if not (out / "data" / "done").exists():

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from ivl.checkpoint import load_config, load_model, load_tokenizer, resolve
 from ivl.config import ModelConfig

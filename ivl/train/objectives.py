@@ -79,13 +79,13 @@ def build_objective(config: ObjectiveConfig, context: ObjectiveContext) -> Objec
     Raises:
         InputError: if there is no such object, or the settings are those of another objective.
     """
-    target = import_object(config.path, "objective")
-    stateful = isinstance(target, type) and issubclass(target, StatefulObjective)
-    settings = target.Settings if stateful else ObjectiveConfig
-    if type(config) is not settings:
-        raise InputError(f"objective {config.path} takes settings of {settings.__name__}, got {type(config).__name__}")
+    target: Any = import_object(config.path, "objective")
     if not callable(target):
         raise InputError(f"objective {config.path} is {type(target).__name__}, not a function or a StatefulObjective")
+    stateful = isinstance(target, type) and issubclass(target, StatefulObjective)
+    settings: type[ObjectiveConfig] = target.Settings if stateful else ObjectiveConfig
+    if type(config) is not settings:
+        raise InputError(f"objective {config.path} takes settings of {settings.__name__}, got {type(config).__name__}")
     return target.build(config, context) if stateful else target
 
 

@@ -1,4 +1,4 @@
-"""Where the figures of a run go: metrics.jsonl, TensorBoard when installed, a live line on a terminal, plain lines elsewhere."""
+"""Logs of a run: metrics.jsonl, TensorBoard when installed, a live line on a terminal and plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -83,11 +83,10 @@ class Recorder:
         """
         self.title, self.budgets, self.log_samples = title, budgets, config.log_samples
         self.console = ConsoleLogger(title, config.num_steps, step, every=config.log_every, on=on)
-        writes = directory is not None and on
-        self.log = open_metrics(directory / "metrics.jsonl", step) if directory is not None and writes else None
-        self.board = (
-            TensorBoardLogger(directory / "tensorboard", step) if directory is not None and writes and config.tensorboard else None
-        )
+        self.log, self.board = None, None
+        if directory is not None and on:
+            self.log = open_metrics(directory / "metrics.jsonl", step)
+            self.board = TensorBoardLogger(directory / "tensorboard", step) if config.tensorboard else None
 
     def write(self, result: StepResult) -> dict[str, Any]:
         """Write the figures of a step and return them as a row."""

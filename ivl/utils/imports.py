@@ -26,7 +26,9 @@ def import_object(path: str, kind: str) -> Any:
         raise InputError(f"{path!r} names no {kind}: give package.module:name or path/to/file.py:name")
     module = _run_file(Path(place), kind) if place.endswith(".py") else _import_module(place, kind)
     if not hasattr(module, name):
-        own = [n for n, value in vars(module).items() if callable(value) and getattr(value, "__module__", "") == module.__name__]
+        own = [
+            n for n, value in vars(module).items() if callable(value) and getattr(value, "__module__", "") == module.__name__
+        ]
         raise InputError(f"{place} has no {kind} {name!r}; it has {', '.join(own) or 'none'}")
     return getattr(module, name)
 

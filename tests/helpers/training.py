@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ivl.lora.layers import add_lora, lora_parameters
 from ivl.config import LoraConfig
+from ivl.lora.layers import add_lora, lora_parameters
 from ivl.model.vlm import VLM
 from ivl.runs.config import RunConfig
 from ivl.train.config import OptimConfig, Stage, TrainConfig

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from ivl.preference import losses as preference
-from ivl.preference.objective import PreferenceObjective, Replies
-from ivl.train.config import PreferenceConfig
+from ivl.preference.config import PreferenceConfig
+from ivl.preference.objective import PreferenceObjective
+from ivl.preference.replies import Replies
 from ivl.train.world import start_world, stop_world
 from tests.helpers.ranks import on_ranks
 

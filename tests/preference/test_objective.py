@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,17 @@ from ivl.checkpoint import save_processor
 from ivl.data.records import to_record
 from ivl.errors import DataError, InputError
 from ivl.formats.rows import write_jsonl
-from ivl.preference.objective import PreferenceObjective, frozen, reply_log_probs
+from ivl.preference.config import PreferenceConfig
+from ivl.preference.objective import PreferenceObjective
+from ivl.preference.reference import frozen
+from ivl.preference.replies import reply_log_probs
+from ivl.runs.config import RunConfig
 from ivl.runs.run import run
-from ivl.train.config import OptimConfig, PreferenceConfig, Stage, TrainConfig
-from ivl.train.loop import BatchList, train
+from ivl.train.config import OptimConfig, Stage, TrainConfig
+from ivl.train.loop import train
 from tests.helpers.mixtures import processor
 from tests.helpers.pairs import make_pairs, new_model, pair_batches, pair_data
+from tests.helpers.training import BatchList, run_config
 
 ALL = PreferenceConfig(sigmoid=0.8, bco=0.0, generation=1.0, ipo=0.1, hinge=0.2, robust=0.1, orpo=0.1, simpo=0.1)
 
@@ -35,7 +41,7 @@ def test_packed_pairs_are_the_pairs_one_by_one(pairs: Path) -> None:
     found = []
     for data in (packed, alone):
         one = new_model()
-        objective = PreferenceObjective(replace(ALL, check_start=False), reference, still_calls=100)
+        objective = PreferenceObjective(replace(ALL, check_start=False), reference, max_stalled_calls=100)
         losses = [objective(one, batch) for batch in data]
         total = sum(loss.total for loss in losses) / sum(float(loss.weight) for loss in losses)
         total.backward()
@@ -84,13 +90,13 @@ def test_gradients_are_those_of_the_formula(pairs: Path) -> None:
             assert torch.allclose(given[name], p.grad, rtol=1e-4, atol=1e-6), name
 
 
-def config(path: Path, start: Path, out: Path, **changes) -> TrainConfig:
+def config(path: Path, start: Path, out: Path, **changes) -> RunConfig:
     options = {
         "name": "mpo", "out_dir": str(out), "model": str(start), "stage": Stage(trainable=("vision", "projector", "decoder")),
-        "objective": "preference", "optim": OptimConfig(lr=1e-3), "data": pair_data(path, max_tokens=200, epochs=None),
+        "objective": PreferenceConfig(), "optim": OptimConfig(lr=1e-3), "data": pair_data(path, max_tokens=200, epochs=None),
         "num_steps": 4, "packs_per_step": 1, "precision": "fp32", "tensorboard": False, "log_every": 1000,
     }  # fmt: skip
-    return TrainConfig(**{**options, **changes})
+    return run_config(**{**options, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -120,14 +126,14 @@ def test_a_run_starts_at_ln_2_and_learns(pairs: Path, start: Path, tmp_path: Pat
 def test_references_agree(pairs: Path, start: Path, tmp_path: Path) -> None:
     losses = {}
     for name in ("file", "model"):
-        run(config(pairs, start, tmp_path / name, preference=PreferenceConfig(reference=name)))
+        run(config(pairs, start, tmp_path / name, objective=PreferenceConfig(reference=name)))
         losses[name] = [row["loss"] for row in metrics(tmp_path / name)]
     assert losses["file"] == pytest.approx(losses["model"], abs=1e-5)
     from ivl.config import LoraConfig
 
     lora = LoraConfig(rank=4, targets=("decoder.layers",))
     for name in ("adapters", "model"):
-        changes = {"lora": lora, "stage": Stage(trainable=()), "preference": PreferenceConfig(reference=name)}
+        changes = {"lora": lora, "stage": Stage(trainable=()), "objective": PreferenceConfig(reference=name)}
         run(config(pairs, start, tmp_path / f"lora-{name}", **changes))
         losses[name] = [row["loss"] for row in metrics(tmp_path / f"lora-{name}")]
     assert losses["adapters"] == pytest.approx(losses["model"], abs=1e-5)
@@ -179,13 +185,10 @@ def test_a_reference_of_other_weights_is_refused(pairs: Path, start: Path, tmp_p
 
 def test_a_policy_that_stays_where_it_is_is_an_error(pairs: Path) -> None:
     one = new_model().train()
-    objective = PreferenceObjective(PreferenceConfig(generation=0.0), frozen(one), still_calls=3)
+    objective = PreferenceObjective(PreferenceConfig(generation=0.0), frozen(copy.deepcopy(one)), max_stalled_calls=3)
     with pytest.raises(InputError, match="after 3 packs the log-ratios"):
         frozen_lr = OptimConfig(lr=1e-30)
-        setup = TrainConfig(
-            name="still", model="none", stage=Stage(trainable=("decoder",)), optim=frozen_lr, data=pair_data(pairs),
-            num_steps=5, precision="fp32",
-        )  # fmt: skip
+        setup = TrainConfig(optim=frozen_lr, num_steps=5, precision="fp32")
         train(one, BatchList(pair_batches(pairs)), setup, objective=objective)
 
 

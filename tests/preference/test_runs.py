@@ -19,17 +19,21 @@ from ivl.config import LoraConfig
 from ivl.errors import DataError, InputError
 from ivl.formats.rows import write_jsonl
 from ivl.preference import reference
-from ivl.preference.objective import PreferenceObjective, frozen, last_replies, reply_log_probs
+from ivl.preference.config import TERMS, PreferenceConfig
+from ivl.preference.objective import PreferenceObjective
+from ivl.preference.reference import frozen
+from ivl.preference.replies import last_replies, reply_log_probs
+from ivl.runs.config import RunConfig
 from ivl.runs.run import run
-from ivl.train.config import TERMS, OptimConfig, PreferenceConfig, Stage, TrainConfig
-from ivl.train.loop import BatchList, train
+from ivl.train.config import ObjectiveConfig, OptimConfig, Stage
+from ivl.train.loop import train
 from ivl.train.optim import Optimizer
 from ivl.train.world import World, start_world, stop_world
 from ivl.types import Batch
 from tests.helpers.mixtures import processor, turns
 from tests.helpers.pairs import make_pairs, new_model, pair_batches, pair_data
 from tests.helpers.ranks import on_ranks
-from tests.helpers.training import tiny_train
+from tests.helpers.training import BatchList, run_config, tiny_train
 
 SETTLED = {"total": 0.03 * 1e12, "count": 1e12, "calls": 1, "moved": True}
 """A shift that a few more pairs do not move."""
@@ -50,13 +54,13 @@ def start(tmp_path_factory) -> Path:
     return folder
 
 
-def mpo(path: Path, start: Path, out: Path, **changes) -> TrainConfig:
+def mpo(path: Path, start: Path, out: Path, **changes) -> RunConfig:
     options = {
         "name": "mpo", "out_dir": str(out), "model": str(start), "stage": Stage(trainable=("vision", "projector", "decoder")),
-        "objective": "preference", "optim": OptimConfig(lr=1e-3), "data": pair_data(path, max_samples=2),
+        "objective": PreferenceConfig(), "optim": OptimConfig(lr=1e-3), "data": pair_data(path, max_samples=2),
         "packs_per_step": 2, "precision": "fp32", "tensorboard": False, "log_every": 1000, "device": "cpu",
     }  # fmt: skip
-    return TrainConfig(**{**options, **changes})
+    return run_config(**{**options, **changes})
 
 
 def rows(out: Path) -> list[dict]:
@@ -110,11 +114,11 @@ def test_updates_do_not_depend_on_packs_micro_batches_or_ranks(path, tmp_path):
     assert all(difference(one, expected) <= 1e-5 for one in found)
 
 
-def train_on_rank(rank: int, config: TrainConfig) -> None:
+def train_on_rank(rank: int, config: RunConfig) -> None:
     run(config)
 
 
-def train_in_packs_of_another_size(rank: int, config: TrainConfig) -> None:
+def train_in_packs_of_another_size(rank: int, config: RunConfig) -> None:
     run(replace(config, data=replace(config.data, max_samples=1 + 2 * rank)))
 
 
@@ -132,7 +136,7 @@ def test_no_pair_is_lost_where_the_data_of_ranks_end_apart(path, start, tmp_path
 def test_shards_equal_replicas(start, tmp_path, kind, parts):
     """Eleven packs of one pair: the second rank has one fewer to ask the reference about, and at times one has no picture."""
     preference, path = PreferenceConfig(reference=kind), make_pairs(tmp_path / "pairs", 11)
-    changes = {"preference": preference, "num_steps": 4, "data": pair_data(path, max_samples=1, epochs=4)}
+    changes = {"objective": preference, "num_steps": 4, "data": pair_data(path, max_samples=1, epochs=4)}
     changes["stage"] = Stage(trainable=parts)
     changes["optim"] = OptimConfig(lr=1e-3, eps=1e-3)
     on_ranks(2, train_on_rank, mpo(path, start, tmp_path / "replicas", **changes))
@@ -145,7 +149,7 @@ def test_shards_equal_replicas(start, tmp_path, kind, parts):
 # Kills
 
 
-def child(config: TrainConfig, done: Path) -> None:
+def child(config: RunConfig, done: Path) -> None:
     torch.set_num_threads(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     reference.PAIRS_A_CHUNK = 1
@@ -190,14 +194,14 @@ def test_killed_ten_times_ends_as_if_it_never_was(path, start, tmp_path):
 
 def test_runs_share_a_finished_file(path, start, tmp_path, monkeypatch):
     shared = PreferenceConfig(reference_dir=str(tmp_path / "shared"))
-    run(mpo(path, start, tmp_path / "one", preference=shared, num_steps=1))
+    run(mpo(path, start, tmp_path / "one", objective=shared, num_steps=1))
     monkeypatch.setattr(reference, "reply_log_probs", None)  # nobody is asked again
-    run(mpo(path, start, tmp_path / "two", preference=shared, num_steps=1, seed=1))
+    run(mpo(path, start, tmp_path / "two", objective=shared, num_steps=1, seed=1))
     other = tmp_path / "other"
     save_model(new_model(1), other)
     save_processor(processor(), other)
     with pytest.raises(InputError, match=r"rank-0.jsonl: belongs to another run \(weights was '\w+', is '\w+'\)"):
-        run(mpo(path, other, tmp_path / "three", preference=shared, num_steps=1))
+        run(mpo(path, other, tmp_path / "three", objective=shared, num_steps=1))
 
 
 def test_validation_pairs_are_asked_about_too(path, start, tmp_path):
@@ -210,7 +214,7 @@ def test_validation_pairs_are_asked_about_too(path, start, tmp_path):
 def test_without_a_reference_none_is_asked(path, start, tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "reply_log_probs", None)
     weights = {"sigmoid": 0.0, "bco": 0.0, "orpo": 1.0}
-    run(mpo(path, start, tmp_path / "run", preference=PreferenceConfig(**weights), num_steps=2))
+    run(mpo(path, start, tmp_path / "run", objective=PreferenceConfig(**weights), num_steps=2))
     assert not (tmp_path / "run" / "reference").exists() and "loss/orpo" in rows(tmp_path / "run")[-1]
 
 
@@ -218,7 +222,7 @@ def test_a_resumed_lora_run_goes_on_exactly(path, start, tmp_path):
     options = {"num_steps": 4, "save_every": 2, "stage": Stage(trainable=()), "data": pair_data(path, epochs=None)}
     options["lora"] = LoraConfig(rank=2, dropout=0.0, targets=("decoder.layers",))
     for kind in ("model", "adapters"):
-        options["preference"] = PreferenceConfig(reference=kind)
+        options["objective"] = PreferenceConfig(reference=kind)
         whole = run(mpo(path, start, tmp_path / f"{kind}-whole", **options))
         stopped = mpo(path, start, tmp_path / f"{kind}-stopped", **options)
         calls, step = [], Optimizer.step
@@ -259,7 +263,7 @@ def test_only_the_last_reply_of_a_conversation_counts(tmp_path):
 
 def test_supervised_training_refuses_pairs_and_preference_refuses_others(path, start, tmp_path):
     with pytest.raises(DataError, match=r"pairs.jsonl:\d+: a preference pair"):
-        run(mpo(path, start, tmp_path / "sft", objective="next_token"))
+        run(mpo(path, start, tmp_path / "sft", objective=ObjectiveConfig()))
     talk = write_jsonl([{"conversations": turns("what is this", "a circle")}], tmp_path / "rows.jsonl")
     with pytest.raises(DataError, match=r"rows.jsonl:1: not a preference pair"):
         run(mpo(talk, start, tmp_path / "mpo", data=pair_data(talk)))
@@ -269,8 +273,7 @@ def test_supervised_training_refuses_pairs_and_preference_refuses_others(path, s
     ("changes", "problem"),
     [
         ({"data": pair_data(Path("x"), over_budget="truncate")}, "over_budget truncate would cut one reply"),
-        ({"flip_tiles": True}, "flip_tiles is random"),
-        ({"preference": PreferenceConfig(reference="adapters")}, "adapters needs `lora`"),
+        ({"objective": PreferenceConfig(reference="adapters")}, "adapters needs `lora`"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(changes, problem):

@@ -8,9 +8,10 @@ import pytest
 
 pytest.importorskip("easy_vqa")
 
+from examples.quickstart.run import STAGES, prepare
 from ivl.evaluation.tasks import easy_vqa
 from ivl.recipes import nano
-from examples.quickstart.run import STAGES, prepare
+from tests.helpers.training import changed
 
 
 def test_captions_agree_with_every_answer() -> None:
@@ -43,6 +44,6 @@ def test_every_stage_runs_on_what_the_stage_before_left(tmp_path, monkeypatch) -
     prepare(tmp_path / nano.RUN)
     for recipe in STAGES:
         config = recipe()
-        run(replace(config, data=replace(config.data, max_tokens=1024, max_tiles=2), num_steps=2, tensorboard=False))
+        run(changed(config, data=replace(config.data, max_tokens=1024, max_tiles=2), num_steps=2, tensorboard=False))
     model = load_model(nano.stage2().run_dir + "/model")
     assert model.config == nano.architecture()

@@ -43,27 +43,32 @@ def test_builds_and_trains_what_it_says(size):
 def test_settings_are_the_published_ones(size):
     decay, lr, drop_path, steps, pairs = TABLE[size]
     stage1, stage15, stage2, full, lora, mpo = (find(f"{size}-{stage}") for stage in STAGES)
-    assert (stage1.optim.lr, stage1.packs_per_step, stage1.stage.drop_path) == (2e-4, 512, 0)
-    assert (stage1.optim.warmup_steps, stage1.optim.schedule_steps) == (100, 100_000)
-    assert (stage15.optim.lr, stage15.packs_per_step, stage15.stage.drop_path) == (1e-5, 1024, drop_path)
-    assert (stage2.optim.lr, stage2.packs_per_step, stage2.stage.drop_path) == (lr, 512, drop_path)
-    assert (stage2.num_steps, stage2.optim.warmup_ratio, stage2.optim.schedule_steps) == (steps, 0.03, None)
-    assert (full.optim.lr, full.packs_per_step, lora.packs_per_step) == (lr, 128, 16)
+    assert (stage1.train.optim.lr, stage1.train.packs_per_step, stage1.stage.drop_path) == (2e-4, 512, 0)
+    assert (stage1.train.optim.warmup_steps, stage1.train.optim.schedule_steps) == (100, 100_000)
+    assert (stage15.train.optim.lr, stage15.train.packs_per_step, stage15.stage.drop_path) == (1e-5, 1024, drop_path)
+    assert (stage2.train.optim.lr, stage2.train.packs_per_step, stage2.stage.drop_path) == (lr, 512, drop_path)
+    assert (stage2.train.num_steps, stage2.train.optim.warmup_ratio, stage2.train.optim.schedule_steps) == (steps, 0.03, None)
+    assert (full.train.optim.lr, full.train.packs_per_step, lora.train.packs_per_step) == (lr, 128, 16)
     assert lora.lora is not None and (lora.lora.rank, lora.lora.scale, lora.lora.dropout) == (16, 2.0, 0.05)
     for config in (stage1, stage15, stage2):
         assert (config.data.max_tokens, config.data.max_tiles, config.data.averaging) == (16384, 48, "square")
-        assert (config.save_every, config.keep_last) == (100, 3)
+        assert (config.train.save_every, config.train.keep_last) == (100, 3)
     for config in (full, lora):
         assert (config.data.max_tokens, config.data.max_tiles_per_image, config.data.epochs) == (8192, 6, 1)
-    assert (mpo.optim.lr, mpo.optim.warmup_ratio, mpo.stage.drop_path, mpo.packs_per_step) == (1e-6, 0.03, 0, pairs)
+    assert (mpo.train.optim.lr, mpo.train.optim.warmup_ratio, mpo.stage.drop_path, mpo.train.packs_per_step) == (
+        1e-6,
+        0.03,
+        0,
+        pairs,
+    )
     assert (mpo.data.max_samples, mpo.data.max_tokens, mpo.data.max_tiles_per_image, mpo.data.epochs) == (1, 16384, None, 1)
-    weights = mpo.preference
+    weights = mpo.objective
     assert (weights.sigmoid, weights.bco, weights.generation, weights.beta) == (0.8, 0.2, 1.0, 0.1)
     for config in (stage1, stage15, stage2, full, lora, mpo):
-        optim = config.optim
+        optim = config.train.optim
         assert (optim.name, optim.betas, optim.eps, optim.clip) == ("adamw", (0.9, 0.999), 1e-8, 1.0)
         assert optim.weight_decay == (0.05 if config is mpo else decay)
-        assert (optim.schedule, config.precision) == ("cosine", "bf16")
+        assert (optim.schedule, config.train.precision) == ("cosine", "bf16")
 
 
 def test_stages_follow_each_other():

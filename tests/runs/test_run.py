@@ -12,16 +12,20 @@ from ivl.cli.train import train as cli
 from ivl.config import LoraConfig
 from ivl.data.config import DataConfig
 from ivl.errors import InputError
-from ivl.runs.run import load_train_config, run
-from ivl.train.config import OptimConfig, Stage, TrainConfig, differences, from_json, to_json
+from ivl.runs.config import RunConfig, differences, to_json
+from ivl.runs.config import run_config as read_config
+from ivl.runs.directory import load_run_config
+from ivl.runs.run import run
+from ivl.train.config import OptimConfig, Stage
 from ivl.train.loop import Evaluator
 from tests.helpers.mixtures import make_file, processor
+from tests.helpers.training import changed, run_config
 
 
 @pytest.fixture
-def config(tmp_path) -> TrainConfig:
+def config(tmp_path) -> RunConfig:
     save_processor(processor(), tmp_path / "tokenizer")
-    return TrainConfig(
+    return run_config(
         name="small", out_dir=str(tmp_path / "run"), architecture=processor().config, tokenizer=str(tmp_path / "tokenizer"),
         stage=Stage(trainable=("vision", "projector", "decoder"), drop_path=0.3), optim=OptimConfig(lr=3e-3, warmup_ratio=0.1),
         data=DataConfig(mixture=str(make_file(tmp_path / "data", 24)), max_tokens=300, max_tiles=40, num_workers=0),
@@ -29,12 +33,12 @@ def config(tmp_path) -> TrainConfig:
     )  # fmt: skip
 
 
-def rows(config: TrainConfig) -> list[dict]:
+def rows(config: RunConfig) -> list[dict]:
     with Path(config.run_dir, "metrics.jsonl").open() as file:
         return [json.loads(line) for line in file]
 
 
-def steps(config: TrainConfig) -> list[tuple]:
+def steps(config: RunConfig) -> list[tuple]:
     return [(r["step"], r["loss"], r["ids"]) for r in rows(config) if "evaluation" not in r]
 
 
@@ -52,14 +56,14 @@ def stop_at(step: int):
 
 
 def test_run_writes_a_model_that_opens_and_says_what_it_did(config):
-    final = run(dataclasses.replace(config, val_data=dataclasses.replace(config.data), val_every=6, val_packs=2))
+    final = run(changed(config, val_data=dataclasses.replace(config.data), val_every=6, val_packs=2))
     assert steps(config)[-1][1] < 0.8 * steps(config)[0][1]
     assert [r["step"] for r in rows(config) if r.get("evaluation") == "validation"] == [6, 12]
     reopened = load_processor(final)
     assert len(reopened.tokenizer) == len(processor().tokenizer) and load_model(final).dtype == torch.float32
     environment = json.loads((final.parent / "environment.json").read_text())
     assert environment["versions"]["torch"] and environment["data"]
-    assert load_train_config(final.parent / "checkpoint-12").name == "small"
+    assert load_run_config(final.parent / "checkpoint-12").name == "small"
     with pytest.raises(InputError, match="holds a run"):
         run(config)
 
@@ -72,10 +76,10 @@ def test_dirty_rows_are_refused_or_counted_by_kind(config):
     silent = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": ""}]}
     bad = [json.dumps(gone), json.dumps(two), json.dumps(silent), "{not json"]
     mixture.write_text("\n".join([*clean, *bad]) + "\n")
-    one_pass = dataclasses.replace(config, num_steps=None, save_every=0, data=dataclasses.replace(config.data, epochs=1))
+    one_pass = changed(config, num_steps=None, save_every=0, data=dataclasses.replace(config.data, epochs=1))
     with pytest.raises(InputError, match=rf"{mixture}:2[5-8]: "):
         run(one_pass)
-    run(dataclasses.replace(one_pass, data=dataclasses.replace(one_pass.data, on_error="skip")))
+    run(changed(one_pass, data=dataclasses.replace(one_pass.data, on_error="skip")))
     report = json.loads(Path(config.run_dir, "data_report.json").read_text())
     assert report["rows"] == {"missing_media": 1, "placeholder_mismatch": 1, "empty_answer": 1, "broken_json": 1}
     assert report["draws"] == len(clean) + 4 and sum(r["samples"] for r in rows(config)) == len(clean)
@@ -85,9 +89,9 @@ def test_dirty_rows_are_refused_or_counted_by_kind(config):
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=4, dropout=0.1)])
 def test_resume_is_exact(config, tmp_path, lora):
     if lora is not None:
-        base = run(dataclasses.replace(config, out_dir=str(tmp_path / "base"), num_steps=1, save_every=0))
-        config = dataclasses.replace(config, model=str(base), tokenizer="", stage=Stage(trainable=("projector",)), lora=lora)
-    whole = dataclasses.replace(config, out_dir=str(tmp_path / "whole"))
+        base = run(changed(config, out_dir=str(tmp_path / "base"), num_steps=1, save_every=0))
+        config = changed(config, model=str(base), tokenizer="", stage=Stage(trainable=("projector",)), lora=lora)
+    whole = changed(config, out_dir=str(tmp_path / "whole"))
     run(whole)
     with pytest.raises(KeyboardInterrupt):
         run(config, evaluators=stop_at(7))
@@ -101,14 +105,14 @@ def test_resume_is_exact(config, tmp_path, lora):
 def test_resume_refuses_another_configuration(config):
     with pytest.raises(KeyboardInterrupt):
         run(config, evaluators=stop_at(5))
-    changed = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=1e-3), log_every=7)
+    other = changed(config, optim=dataclasses.replace(config.train.optim, lr=1e-3), log_every=7)
     with pytest.raises(InputError, match=r"optim.lr: 0.003 -> 0.001\).*--allow-changed"):
-        run(changed, resume=True)
-    run(changed, resume=True, allow_changed=True)
+        run(other, resume=True)
+    run(other, resume=True, allow_changed=True)
 
 
 def test_a_finished_run_without_checkpoints_is_left_alone(config):
-    config = dataclasses.replace(config, num_steps=2, save_every=0)
+    config = changed(config, num_steps=2, save_every=0)
     run(config)
     before = rows(config)
     with pytest.raises(InputError, match="holds a finished run: choose another"):
@@ -119,18 +123,19 @@ def test_a_finished_run_without_checkpoints_is_left_alone(config):
 
 
 def test_another_architecture_is_refused(config, tmp_path):
-    base = run(dataclasses.replace(config, num_steps=1))
+    base = run(changed(config, num_steps=1))
     other = dataclasses.replace(processor().config, decoder=dataclasses.replace(processor().config.decoder, num_layers=5))
     with pytest.raises(InputError, match="decoder"):
-        run(dataclasses.replace(config, model=str(base), architecture=other, out_dir=str(tmp_path / "next")))
+        run(changed(config, model=str(base), architecture=other, out_dir=str(tmp_path / "next")))
 
 
 def test_configuration_survives_json(config):
-    config = dataclasses.replace(config, lora=LoraConfig(targets=("decoder.layers",)), stage=Stage(trainable=("vision",)))
-    again = from_json(TrainConfig, json.loads(json.dumps(to_json(config))))
+    config = changed(config, lora=LoraConfig(targets=("decoder.layers",)), stage=Stage(trainable=("vision",)))
+    again = read_config(json.loads(json.dumps(to_json(config))), "run.json")
     assert again == config and differences(config, again) == []
-    with pytest.raises(InputError, match=r"optim.lrr: no such option; did you mean 'lr'"):
-        from_json(TrainConfig, {"optim": {"lrr": 1}})
+    wrong = to_json(config) | {"train": {"optim": {"lrr": 1}}}
+    with pytest.raises(InputError, match=r"run.json: train: optim: unknown key 'lrr'; did you mean 'lr'"):
+        read_config(wrong, "run.json")
 
 
 @pytest.mark.parametrize(
@@ -145,14 +150,14 @@ def test_configuration_survives_json(config):
 )
 def test_configuration_is_checked(config, changes, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(config, **changes)
+        changed(config, **changes)
 
 
 def test_command_line_runs_and_resumes_a_recipe_of_ones_own(config, tmp_path, capsys, monkeypatch):
     recipe = tmp_path / "mine.py"
     recipe.write_text(
-        "import json\nfrom ivl.train.config import TrainConfig, from_json\n"
-        f"def small():\n    return from_json(TrainConfig, json.loads({json.dumps(to_json(config))!r}))\n"
+        "import json\nfrom ivl.runs.config import run_config\n"
+        f"def small():\n    return run_config(json.loads({json.dumps(to_json(config))!r}), 'mine')\n"
     )
     cli([f"{recipe}:small", "--optim.lr", "2e-5", "--num-steps", "3", "--save-every", "2", "--dry-run"])
     assert "steps      3, 2 packs each" in capsys.readouterr().out
@@ -160,7 +165,7 @@ def test_command_line_runs_and_resumes_a_recipe_of_ones_own(config, tmp_path, ca
     assert capsys.readouterr().out.strip() == f"{config.run_dir}/model"
     cli(["--resume", config.run_dir])
     assert [s for s, *_ in steps(config)] == [1, 2, 3]
-    assert load_train_config(tmp_path / "run").optim.lr == 2e-5
+    assert load_run_config(tmp_path / "run").train.optim.lr == 2e-5
 
 
 @pytest.mark.parametrize(
@@ -180,8 +185,8 @@ def test_command_line_mistakes_are_named(args, message):
 def test_command_line_adds_a_validation_loss(config, tmp_path, monkeypatch):
     recipe = tmp_path / "mine.py"
     recipe.write_text(
-        "import json\nfrom ivl.train.config import TrainConfig, from_json\n"
-        f"def small():\n    return from_json(TrainConfig, json.loads({json.dumps(to_json(config))!r}))\n"
+        "import json\nfrom ivl.runs.config import run_config\n"
+        f"def small():\n    return run_config(json.loads({json.dumps(to_json(config))!r}), 'mine')\n"
     )
     cli([f"{recipe}:small", "--num-steps", "2", "--val-mixture", config.data.mixture, "--val-every", "1"])
     assert [r["step"] for r in rows(config) if r.get("evaluation") == "validation"] == [1, 2]
@@ -203,6 +208,6 @@ def test_command_line_lists_recipes(capsys):
     [("pure_bf16", None, torch.bfloat16), ("bf16", "bfloat16", torch.bfloat16), ("bf16", None, torch.float32)],
 )
 def test_precisions(config, precision, save_dtype, stored):
-    final = run(dataclasses.replace(config, precision=precision, save_dtype=save_dtype, num_steps=6, save_every=0))
+    final = run(changed(config, precision=precision, save_dtype=save_dtype, num_steps=6, save_every=0))
     losses = [loss for _, loss, _ in steps(config)]
     assert losses[-1] < losses[0] and load_model(final).dtype == stored

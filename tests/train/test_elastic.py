@@ -10,25 +10,26 @@ from safetensors.torch import load_file
 
 from ivl.checkpoint import save_processor
 from ivl.data.config import DataConfig
+from ivl.runs.config import RunConfig
 from ivl.runs.run import run
-from ivl.train import loop
-from ivl.train.config import OptimConfig, Stage, TrainConfig
-from ivl.train.loop import Evaluator
+from ivl.train.config import OptimConfig, Stage
+from ivl.train.loop import Evaluator, Trainer
 from tests.helpers.mixtures import make_file, processor
 from tests.helpers.ranks import on_ranks
+from tests.helpers.training import run_config
 
 ROWS, EPOCHS = 40, 2
 
 
-def train_and_note(rank: int, world_size: int, config: TrainConfig, crash_at: int, seen: Path) -> None:
-    original = loop._backward
+def train_and_note(rank: int, world_size: int, config: RunConfig, crash_at: int, seen: Path) -> None:
+    original = Trainer._loss
 
-    def noting(model, batch, objective, config, step, sums):
+    def noting(self, batch):
         with (seen / f"{world_size}-{rank}").open("a") as file:
-            file.write(json.dumps([step, batch.ids]) + "\n")
-        original(model, batch, objective, config, step, sums)
+            file.write(json.dumps([self.counters.step, batch.ids]) + "\n")
+        return original(self, batch)
 
-    loop._backward = noting
+    Trainer._loss = noting
 
     def crash(model):
         os._exit(3)
@@ -36,7 +37,7 @@ def train_and_note(rank: int, world_size: int, config: TrainConfig, crash_at: in
     run(config, resume=True, evaluators=(lambda _: (Evaluator("crash", crash_at, crash),)) if crash_at else None)
 
 
-def run_on(world_size: int, config: TrainConfig, seen: Path, *, crash_at: int = 0) -> Counter:
+def run_on(world_size: int, config: RunConfig, seen: Path, *, crash_at: int = 0) -> Counter:
     """What was trained on up to the last checkpoint before the crash, or to the end."""
     on_ranks(world_size, train_and_note, world_size, config, crash_at, seen, exitcode=3 if crash_at else 0)
     lines = [json.loads(line) for path in seen.glob(f"{world_size}-*") for line in path.read_text().splitlines()]
@@ -46,7 +47,7 @@ def run_on(world_size: int, config: TrainConfig, seen: Path, *, crash_at: int = 
 @pytest.mark.parametrize(("shard", "phases"), [(False, (4, 2, 1)), (True, (2, 1))])
 def test_another_number_of_ranks_goes_on_with_the_same_epoch(tmp_path, shard, phases):
     save_processor(processor(), tmp_path / "tokenizer")
-    config = TrainConfig(
+    config = run_config(
         name="elastic", out_dir=str(tmp_path / "run"), architecture=processor().config, tokenizer=str(tmp_path / "tokenizer"),
         stage=Stage(trainable=("vision", "projector", "decoder")), shard=shard,
         data=DataConfig(

@@ -11,14 +11,14 @@ from ivl.data.config import DataConfig
 from ivl.data.loader import Loader
 from ivl.model.vlm import VLM
 from ivl.train.config import OptimConfig
-from ivl.train.loop import BatchList, train
+from ivl.train.loop import train
 from ivl.train.objectives import forward_batch
 from ivl.train.optim import Optimizer
 from ivl.train.world import World, start_world, stop_world
 from ivl.types import Batch
 from tests.helpers.mixtures import make_file, processor
 from tests.helpers.ranks import on_ranks
-from tests.helpers.training import tiny_train
+from tests.helpers.training import BatchList, tiny_train
 
 AVERAGINGS = ("token", "sample", "square")
 Gradients = dict[str, torch.Tensor]
@@ -39,7 +39,7 @@ def batches(path: Path, averaging: str, **changes) -> list[Batch]:
 
 
 def of_the_loop(data: list[Batch], world: World) -> Gradients:
-    """What the optimiser is given in one step over all of these packs."""
+    """What the optimizer is given in one step over all of these packs."""
     given: Gradients = {}
 
     def note(optimizer: Optimizer, factor: float) -> None:

@@ -12,24 +12,14 @@ import torch.distributed as dist
 
 from ivl.config import LoraConfig
 from ivl.errors import InputError
-from ivl.model.vlm import VLM
 from ivl.train.config import OptimConfig, Stage
-from ivl.train.loop import BatchList, Evaluator, train
-from ivl.train.objectives import sft_objective
+from ivl.train.loop import Evaluator, train
+from ivl.train.objectives import next_token
 from ivl.train.optim import Optimizer
-from ivl.train.stage import apply_stage
+from ivl.train.recorder import Recorder
 from ivl.train.world import World
 from ivl.types import IGNORE, Batch, Layout, Loss
-from tests.conftest import tiny_config
-from tests.helpers.training import tiny_batch, tiny_train
-
-
-def new_model(config, seed: int = 0) -> VLM:
-    torch.manual_seed(seed)
-    model = VLM(tiny_config())
-    model.init_weights()
-    apply_stage(model, config)
-    return model
+from tests.helpers.training import EVERYTHING, BatchList, staged, tiny_batch, tiny_train
 
 
 def merge(batches: list[Batch]) -> Batch:
@@ -42,27 +32,29 @@ def merge(batches: list[Batch]) -> Batch:
     return Batch(**joined, tile_ids_R=torch.cat(ids), layout=Layout.packed(names["sample_lens"]), **names)
 
 
-class Recorder(Optimizer):
+class NotingOptimizer(Optimizer):
     """Keeps the gradients of the first step; the update itself is not the subject."""
 
     gradients: dict[str, torch.Tensor]
 
     def step(self, factor: float) -> None:
-        Recorder.gradients = {n: p.grad.clone() for n, p in self.parameters.items()}
+        NotingOptimizer.gradients = {n: p.grad.clone() for n, p in self.parameters.items()}
         super().step(factor)
 
 
-def one_step(batches: list[Batch], world: World | None = None, **changes) -> tuple[dict, dict[str, torch.Tensor]]:
+def one_step(
+    batches: list[Batch], world: World | None = None, stage=EVERYTHING, **changes
+) -> tuple[dict, dict[str, torch.Tensor]]:
     world = world or World()
     config = tiny_train(num_steps=1, packs_per_step=len(batches), **changes)
-    model = new_model(config)
+    model = staged(stage, checkpointing=config.checkpointing, seed=0)
     (row,) = train(model, BatchList(batches, rank=world.rank, world_size=world.size), config, world=world)
-    return row, Recorder.gradients
+    return row, NotingOptimizer.gradients
 
 
 @pytest.fixture
 def recorder(monkeypatch):
-    monkeypatch.setattr("ivl.train.loop.Optimizer", Recorder)
+    monkeypatch.setattr("ivl.train.loop.Optimizer", NotingOptimizer)
 
 
 def assert_same_step(a, b):
@@ -118,8 +110,10 @@ def test_update_is_invariant_to_the_number_of_ranks(recorder, averaging):
     ],
 )
 def test_learns(changes):
+    marks = {name: changes.pop(name) for name in ("stage", "lora") if name in changes}
     config = tiny_train(num_steps=30, **changes)
-    rows = train(new_model(config), BatchList([tiny_batch(0)]), config)
+    model = staged(**marks, checkpointing=config.checkpointing, seed=0)
+    rows = train(model, BatchList([tiny_batch(0)]), config)
     assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
 
 
@@ -129,27 +123,26 @@ def test_checkpointing_changes_nothing(recorder):
 
 
 def test_each_tile_is_encoded_once_and_shown_where_named():
-    config = tiny_train()
-    model = new_model(config)
+    model = staged(seed=0)
     once = replace(tiny_batch(tiles=2), tile_ids_R=torch.tensor([0, 0]))
     once = replace(once, tiles_GSSC=once.tiles_GSSC[:1])
     twice = replace(once, tiles_GSSC=once.tiles_GSSC.repeat(2, 1, 1, 1), tile_ids_R=torch.tensor([0, 1]))
-    torch.testing.assert_close(sft_objective(model, once).total, sft_objective(model, twice).total)
+    torch.testing.assert_close(next_token(model, once).total, next_token(model, twice).total)
 
 
 def test_frozen_vision_keeps_no_graph(monkeypatch):
-    model = new_model(tiny_train(stage=Stage(trainable=("decoder",))))
+    model = staged(Stage(trainable=("decoder",)))
     seen = []
     encode = model.encode_tiles
     monkeypatch.setattr(model, "encode_tiles", lambda tiles: seen.append(torch.is_grad_enabled()) or encode(tiles))
-    sft_objective(model, tiny_batch()).total.backward()
+    next_token(model, tiny_batch()).total.backward()
     assert seen == [False] and model.projector.fc1.weight.grad is None
 
 
 def test_drop_path_acts_in_a_trained_vit_only():
     for trainable, drops in ((("vision",), True), (("decoder",), False)):
-        model = new_model(tiny_train(stage=Stage(trainable=trainable, drop_path=0.9)))
-        losses = {sft_objective(model, tiny_batch()).total.item() for _ in range(6)}
+        model = staged(Stage(trainable=trainable, drop_path=0.9))
+        losses = {next_token(model, tiny_batch()).total.item() for _ in range(6)}
         assert (len(losses) > 1) == drops
 
 
@@ -158,12 +151,12 @@ def broken(batch: Batch, **changes) -> Batch:
 
 
 def nan_objective(model, batch):
-    loss = sft_objective(model, batch)
+    loss = next_token(model, batch)
     return Loss(loss.total * float("nan"), loss.weight)
 
 
 def nan_gradient(model, batch):
-    loss = sft_objective(model, batch)
+    loss = next_token(model, batch)
     return Loss(loss.total + (model.projector.fc2.bias * 0).abs().sqrt().sum(), loss.weight)
 
 
@@ -177,18 +170,18 @@ TOKENS[22] = -1
 @pytest.mark.parametrize(
     "batch,objective,message",
     [
-        (broken(GOOD, weights_T=torch.zeros(26)), sft_objective, r"step 1, samples 3-0 \(rows.jsonl:30\).*no trained token"),
-        (broken(GOOD, labels_T=LABELS), sft_objective, r"3-1 \(rows.jsonl:31\): trained label outside the vocabulary of 96"),
-        (broken(GOOD, tokens_T=TOKENS), sft_objective, r"3-2 \(rows.jsonl:32\): token outside the vocabulary of 96"),
-        (broken(GOOD, tile_ids_R=torch.tensor([0])), sft_objective, r"3-0.*8 image placeholder tokens but 4 vision tokens"),
-        (broken(GOOD, weights_T=GOOD.weights_T * torch.inf), sft_objective, r"3-0.*weight that is negative or not finite"),
+        (broken(GOOD, weights_T=torch.zeros(26)), next_token, r"step 1, samples 3-0 \(rows.jsonl:30\).*no trained token"),
+        (broken(GOOD, labels_T=LABELS), next_token, r"3-1 \(rows.jsonl:31\): trained label outside the vocabulary of 96"),
+        (broken(GOOD, tokens_T=TOKENS), next_token, r"3-2 \(rows.jsonl:32\): token outside the vocabulary of 96"),
+        (broken(GOOD, tile_ids_R=torch.tensor([0])), next_token, r"3-0.*8 image placeholder tokens but 4 vision tokens"),
+        (broken(GOOD, weights_T=GOOD.weights_T * torch.inf), next_token, r"3-0.*weight that is negative or not finite"),
         (GOOD, nan_objective, r"step 1, samples 3-0 .*loss is nan"),
         (GOOD, nan_gradient, r"step 1: gradient norm is nan.*projector.*samples 3-0"),
     ],
 )
 def test_stops_within_the_step_and_names_the_sample(batch, objective, message):
     config = tiny_train()
-    model = new_model(config)
+    model = staged(seed=0)
     before = {n: p.clone() for n, p in model.named_parameters()}
     with pytest.raises(InputError, match=message):
         train(model, BatchList([batch]), config, objective=objective)
@@ -198,29 +191,33 @@ def test_stops_within_the_step_and_names_the_sample(batch, objective, message):
 def test_untrained_labels_may_be_anything():
     config = tiny_train(num_steps=1)
     assert (GOOD.labels_T[GOOD.weights_T == 0] == IGNORE).any()
-    train(new_model(config), BatchList([GOOD]), config)
+    train(staged(seed=0), BatchList([GOOD]), config)
 
 
 def test_ends_with_the_data():
     batches = [tiny_batch(i) for i in range(5)]
-    config = tiny_train(
-        num_steps=None, packs_per_step=2, optim=OptimConfig(warmup_ratio=0.5), data=replace(tiny_train().data, epochs=2)
-    )
-    rows = train(new_model(config), BatchList(batches, epochs=2), config, num_samples=30)
+    config = tiny_train(num_steps=None, packs_per_step=2, optim=OptimConfig(warmup_ratio=0.5))
+    rows = train(staged(seed=0), BatchList(batches, epochs=2), config, num_samples=30)
     assert [r["step"] for r in rows] == [1, 2, 3, 4, 5] and rows[-1]["total_samples"] == 30
     assert rows[0]["lr"] < rows[2]["lr"] > rows[-1]["lr"] > 0
 
 
 def test_evaluators_run_on_time_in_eval_mode(tmp_path):
     config = tiny_train(num_steps=5, log_samples=True)
-    model = new_model(config)
+    model = staged(seed=0)
     modes = []
 
     def run(model):
         modes.append((model.training, torch.is_grad_enabled()))
         return {"score": 0.5}
 
-    train(model, BatchList([GOOD]), config, evaluators=(Evaluator("quiz", 2, run),), out_dir=tmp_path)
+    train(
+        model,
+        BatchList([GOOD]),
+        config,
+        evaluators=(Evaluator("quiz", 2, run),),
+        recorder=Recorder("test", config, directory=tmp_path),
+    )
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows if r.get("evaluation") == "quiz"] == [2, 4, 5]
     assert rows[0]["ids"] == ["3-0", "3-1", "3-2"]

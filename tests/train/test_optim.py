@@ -6,21 +6,14 @@ from ivl.errors import InputError
 from ivl.model.vlm import VLM
 from ivl.train.config import OptimConfig, Stage
 from ivl.train.optim import Optimizer, decays, is_hidden_matrix, lr_factor
-from ivl.train.stage import apply_stage, check_start, count_by_part, trainable
+from ivl.train.stage import check_start, count_by_part, trainable
 from tests.conftest import tiny_config
-from tests.helpers.training import tiny_train
-
-
-def staged(**changes) -> VLM:
-    model = VLM(tiny_config())
-    model.init_weights()
-    apply_stage(model, tiny_train(**changes))
-    return model
+from tests.helpers.training import staged
 
 
 def test_freezing_is_the_complement():
     for parts in ((), ("projector",), ("vision", "projector"), ("vision", "projector", "decoder")):
-        model = staged(stage=Stage(trainable=parts)) if parts else staged(stage=Stage(trainable=parts), lora=LoraConfig(rank=2))
+        model = staged(Stage(trainable=parts), lora=None if parts else LoraConfig(rank=2))
         for name, parameter in model.named_parameters():
             assert parameter.requires_grad == (name.split(".")[0] in parts or ".lora_" in name)
         for part in ("vision", "projector"):

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from ivl.train.metrics import Board, Screen
+from ivl.train.recorder import ConsoleLogger, TensorBoardLogger
 
 ROW = {
     "step": 10, "loss": 1.2345, "lr": 2e-5, "grad_norm": 0.7, "tokens_per_second": 12345.0, "samples_per_second": 6.7,
@@ -19,7 +19,7 @@ class Terminal(io.StringIO):
 
 
 def test_plain_lines_where_there_is_no_terminal(capsys):
-    screen = Screen("run", 40, 0, every=10)
+    screen = ConsoleLogger("run", 40, 0, every=10)
     for step in range(1, 41):
         screen.show(ROW | {"step": step}, step / 40)
     screen.close()
@@ -42,7 +42,7 @@ def test_plain_lines_where_there_is_no_terminal(capsys):
 def test_a_live_line_on_a_terminal(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    screen = Screen("run", 40, 0)
+    screen = ConsoleLogger("run", 40, 0)
     screen.show(ROW, 0.25)
     screen.say("validation: loss 1.0")
     screen.close()
@@ -51,7 +51,7 @@ def test_a_live_line_on_a_terminal(monkeypatch):
 
 
 def test_other_ranks_are_silent(capsys):
-    screen = Screen("run", 40, 0, on=False)
+    screen = ConsoleLogger("run", 40, 0, on=False)
     screen.show(ROW, 0.25)
     screen.say("hello")
     assert capsys.readouterr().err == ""
@@ -61,13 +61,13 @@ def test_other_ranks_are_silent(capsys):
 def test_time_left_counts_from_where_this_process_began(monkeypatch, resumed_at, share, left):
     now = iter([0.0, 10.0])
     monkeypatch.setattr("time.monotonic", lambda: next(now))
-    screen = Screen("run", 40, resumed_at)
+    screen = ConsoleLogger("run", 40, resumed_at)
     assert screen._left(int(share * 40), share) == pytest.approx(left)
 
 
 def test_tensorboard(tmp_path):
     pytest.importorskip("tensorboard")
-    board = Board(tmp_path)
+    board = TensorBoardLogger(tmp_path)
     board.write({"step": 1, "loss": 2.0, "ids": ["a"]})
     board.close()
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -11,15 +11,14 @@ from pathlib import Path
 
 import torch
 
-from ivl.runs.run import build_model, load_model, save_model
+from ivl.checkpoint import load_model, save_model
 from ivl.train import state
 from ivl.train.config import OptimConfig, Stage
-from ivl.train.loop import BatchList, train
-from ivl.train.metrics import MetricsLog
+from ivl.train.loop import train
+from ivl.train.recorder import Recorder, open_metrics
 from ivl.train.stage import apply_stage
 from ivl.train.world import World
-from tests.conftest import tiny_config
-from tests.helpers.training import tiny_batch, tiny_train
+from tests.helpers.training import BatchList, staged, tiny_batch, tiny_train
 
 STEPS, KILLS = 40, 20
 
@@ -27,22 +26,27 @@ STEPS, KILLS = 40, 20
 def session(run_dir: Path, slow_save: float = 0.0, **changes) -> None:
     """What a process does from its start: resume if it can, train, write the final weights."""
     config = tiny_train(
-        model="", architecture=tiny_config(), num_steps=STEPS, packs_per_step=2, save_every=3, keep_last=2, log_samples=True,
-        stage=Stage(trainable=("vision", "projector", "decoder"), drop_path=0.5), log_every=1000,
+        num_steps=STEPS, packs_per_step=2, save_every=3, keep_last=2, log_samples=True, log_every=1000,
         optim=OptimConfig(name="muon", lr=1e-3, warmup_ratio=0.1), **changes,
     )  # fmt: skip
     run_dir.mkdir(exist_ok=True)
     state.clean(run_dir)
     checkpoint = state.latest_checkpoint(run_dir)
-    model = build_model(config, checkpoint)
-    apply_stage(model, config)
+    stage = Stage(trainable=("vision", "projector", "decoder"), drop_path=0.5)
+    model = staged(stage, seed=0) if checkpoint is None else load_model(checkpoint)
+    apply_stage(model, stage)
+    saved = state.load_trainer(checkpoint) if checkpoint else None
 
     def write_model(directory: Path) -> None:
         save_model(model, directory)
         time.sleep(slow_save)
 
     batches = BatchList([tiny_batch(i) for i in range(7)])
-    train(model, batches, config, out_dir=run_dir, write_model=write_model, resume=checkpoint)
+    train(
+        model, batches, config, resume=saved,
+        recorder=Recorder("test", config, directory=run_dir, step=saved.step if saved else 0),
+        checkpoints=state.CheckpointWriter(run_dir, write_model, World(), config.keep_last),
+    )  # fmt: skip
     save_model(model, run_dir / "model")
     (run_dir / "done").touch()
 
@@ -115,10 +119,8 @@ def _ended_by_kill(process: multiprocessing.context.ForkProcess) -> bool:
 
 
 def save(run_dir: Path, step: int, keep_last: int = 0, write_model=lambda d: (d / "weights").write_bytes(b"w" * 100)) -> Path:
-    return state.save_checkpoint(
-        run_dir, step, write_model=write_model, optimizer={"a|b": torch.arange(3.0)}, state={"counters": {}}, data={"at": step},
-        world=World(), keep_last=keep_last,
-    )  # fmt: skip
+    writer = state.CheckpointWriter(run_dir, write_model, World(), keep_last)
+    return writer.save(step, optimizer={"a|b": torch.arange(3.0)}, state={"counters": {}}, data={"at": step})
 
 
 def test_a_failure_at_any_point_of_a_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
@@ -153,8 +155,8 @@ def test_a_failure_at_any_point_of_a_save_leaves_the_last_checkpoint(tmp_path, m
                 break
         newest = state.latest_checkpoint(run_dir)
         assert newest is not None
-        _, saved, (data,) = state.load_trainer(newest)
-        assert saved["step"] == data["at"] in (1, 2)
+        saved = state.load_trainer(newest)
+        assert saved.step == saved.positions[0]["at"] in (1, 2)
     assert failed >= 10
 
 
@@ -189,7 +191,7 @@ def test_batches_in_memory_are_shared_by_another_number_of_ranks():
 def test_metrics_log_drops_what_a_resumed_run_writes_again(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "evaluation": "x"}\n{"step": 3}\n{"ste')
-    log = MetricsLog(path, 2)
-    log.write({"step": 3, "again": True})
+    log = open_metrics(path, 2)
+    log.append([{"step": 3, "again": True}])
     log.close()
     assert [json.loads(line).get("again", False) for line in path.read_text().splitlines()] == [False, False, False, True]

@@ -14,13 +14,15 @@ import torch.distributed.fsdp  # both once here: forked processes inherit them
 from ivl.checkpoint import load_model, save_processor
 from ivl.config import LoraConfig
 from ivl.data.config import DataConfig
+from ivl.runs.config import RunConfig
 from ivl.runs.run import run
-from ivl.train.config import OptimConfig, Stage, TrainConfig
+from ivl.train.config import OptimConfig, Stage
 from ivl.train.loop import Evaluator
 from tests.helpers.mixtures import make_file, processor
+from tests.helpers.training import run_config
 
 
-def on_rank(rank: int, port: int, config: TrainConfig, stop: bool) -> None:
+def on_rank(rank: int, port: int, config: RunConfig, stop: bool) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
 
@@ -30,7 +32,7 @@ def on_rank(rank: int, port: int, config: TrainConfig, stop: bool) -> None:
     run(config, resume=True, evaluators=(lambda _: (Evaluator("crash", 5, crash),)) if stop else None)
 
 
-def run_on_two(config: TrainConfig, *, stop: bool = False) -> None:
+def run_on_two(config: RunConfig, *, stop: bool = False) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -45,7 +47,7 @@ def run_on_two(config: TrainConfig, *, stop: bool = False) -> None:
 
 def test_shards_equal_replicas_and_resume(tmp_path):
     save_processor(processor(), tmp_path / "tokenizer")
-    config = TrainConfig(
+    config = run_config(
         name="two", architecture=processor().config, tokenizer=str(tmp_path / "tokenizer"), checkpointing=True,
         stage=Stage(trainable=("vision", "projector")), lora=LoraConfig(rank=2, dropout=0.0),
         data=DataConfig(mixture=str(make_file(tmp_path / "data", 12)), max_tokens=200, max_tiles=30, num_workers=0, epochs=4),

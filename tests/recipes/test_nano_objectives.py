@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ivl.model.vlm import VLM
-from ivl.train.objectives import caption_words_objective, flip_tiles
+from ivl.recipes.nano_objectives import caption_words, flip_tiles
 from ivl.types import IGNORE, Batch, Layout
 
 
@@ -28,7 +28,7 @@ def captioned(tiny: VLM, captions: list[list[int]]) -> Batch:
 def test_loss_is_the_mean_log_probability_of_each_tiles_own_words(tiny: VLM) -> None:
     captions = [[5, 7, 9], [11]]
     batch = captioned(tiny, captions)
-    loss = caption_words_objective(tiny, batch)
+    loss = caption_words(tiny, batch)
     log_probs = tiny.head(tiny.encode_tiles(batch.tiles_GSSC).mean(1)).log_softmax(-1)
     expected = -sum(log_probs[r, caption].mean() for r, caption in enumerate(captions))
     assert loss.weight == 2
@@ -38,7 +38,7 @@ def test_loss_is_the_mean_log_probability_of_each_tiles_own_words(tiny: VLM) -> 
 def test_tiles_without_words_are_an_error(tiny: VLM) -> None:
     batch = captioned(tiny, [[], []])
     with pytest.raises(ValueError, match="needs tiles with trained captions"):
-        caption_words_objective(tiny, batch)
+        caption_words(tiny, batch)
 
 
 def test_flips_keep_every_tiles_pixels_and_leave_the_batch_alone(tiny: VLM) -> None:
