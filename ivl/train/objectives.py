@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 
@@ -82,11 +82,11 @@ def build_objective(config: ObjectiveConfig, context: ObjectiveContext) -> Objec
     target: Any = import_object(config.path, "objective")
     if not callable(target):
         raise InputError(f"objective {config.path} is {type(target).__name__}, not a function or a StatefulObjective")
-    stateful = isinstance(target, type) and issubclass(target, StatefulObjective)
-    settings: type[ObjectiveConfig] = target.Settings if stateful else ObjectiveConfig
+    built = target if isinstance(target, type) and issubclass(target, StatefulObjective) else None
+    settings = built.Settings if built else ObjectiveConfig
     if type(config) is not settings:
         raise InputError(f"objective {config.path} takes settings of {settings.__name__}, got {type(config).__name__}")
-    return target.build(config, context) if stateful else target
+    return built.build(config, context) if built else cast(Objective, target)
 
 
 def next_token(model: VLM, batch: Batch) -> Loss:
