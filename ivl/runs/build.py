@@ -10,6 +10,7 @@ import torch
 
 from ivl.checkpoint import load_config, load_model, load_tokenizer, resolve
 from ivl.config import ModelConfig
+from ivl.cpu import accelerate
 from ivl.data.config import DataConfig
 from ivl.data.loader import Loader
 from ivl.errors import InputError
@@ -79,7 +80,7 @@ def build_processor(config: RunConfig, model: VLM) -> Processor:
     """Build the processor from the run's tokenizer, or the model's own."""
     if not (config.tokenizer or config.model):
         raise InputError("a random start needs `tokenizer`, a directory with tokenizer.json or tokenizer.model")
-    return Processor(model.config, load_tokenizer(config.tokenizer or resolve(config.model)))
+    return accelerate(Processor(model.config, load_tokenizer(config.tokenizer or resolve(config.model))))
 
 
 def build_loader(data: DataConfig, processor: Processor, config: RunConfig, world: World) -> Loader:
