@@ -2,7 +2,7 @@
 
 import ivl
 model = ivl.load("runs/quickstart/model")
-print(model.chat("What colour is the shape?", "picture.png"))
+print(model.chat("What color is the shape?", "picture.png"))
 """
 
 from __future__ import annotations

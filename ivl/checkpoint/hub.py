@@ -20,7 +20,7 @@ _TRUE = ("1", "on", "yes", "true")
 def resolve(name_or_dir: str | Path) -> Path:
     """The local directory of a model, fetched from a hub if need be.
 
-    Honours HF_ENDPOINT, HF_TOKEN, HF_HUB_CACHE, HF_HOME and HF_HUB_OFFLINE. With IVL_MODELSCOPE=1, plain ids too are taken
+    Honors HF_ENDPOINT, HF_TOKEN, HF_HUB_CACHE, HF_HOME and HF_HUB_OFFLINE. With IVL_MODELSCOPE=1, plain ids too are taken
     from ModelScope, which needs `pip install "ivl[modelscope]"`.
 
     Raises:

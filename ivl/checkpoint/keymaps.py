@@ -38,7 +38,7 @@ class Entry:
     groups: tuple[int, int, int] | None = None
     """InternLM2 wqkv: key/value groups, query heads per group, head size. A group's rows are its queries, key, value."""
     form: Form = "same"
-    """How the integers of a quantised weight are stored: our bytes as int32 words, as int8 less 128, or, for zero points,
+    """How the integers of a quantized weight are stored: our bytes as int32 words, as int8 less 128, or, for zero points,
     8 rows of 4 bits to an int32 word, the first row lowest."""
 
     def join(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -113,7 +113,7 @@ def empty_model(config: ModelConfig) -> VLM:
 
 
 def tensors_of(model: VLM) -> dict[str, torch.Tensor]:
-    """Everything that a checkpoint holds: parameters, and the buffers of quantised layers."""
+    """Everything that a checkpoint holds: parameters, and the buffers of quantized layers."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
@@ -134,17 +134,17 @@ def allocate(model: torch.nn.Module, device: torch.device | str) -> None:
 def open_weights(directory: Path, model: VLM, *, quantized: bool = False) -> tuple[StoredWeights, list[Entry]]:
     """The weights of a directory and the entries that map them to the model, checked to fit each other.
 
-    quantized: accept quantised weights; the (empty) model then gets the layers for them.
+    quantized: accept quantized weights; the (empty) model then gets the layers for them.
 
     Raises:
-        InputError: listing missing, unexpected and misshapen tensors, or if the weights are quantised and may not be.
+        InputError: listing missing, unexpected and misshapen tensors, or if the weights are quantized and may not be.
     """
     dialect = dialect_of(directory)
     entries = key_map(model, dialect)
     config = read_object(directory / "config.json").get("quantization_config")
     if config is not None and not quantized:
         raise InputError(
-            f"{directory}: is quantised, which is for inference only; to train, merge, convert or compose take the model that "
+            f"{directory}: is quantized, which is for inference only; to train, merge, convert or compose take the model that "
             "it was made from"
         )
     rename = current_name if dialect == "transformers" else str

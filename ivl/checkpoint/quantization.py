@@ -1,4 +1,4 @@
-"""Quantised weights in a model directory: the compressed-tensors layout, which vLLM and transformers read.
+"""Quantized weights in a model directory: the compressed-tensors layout, which vLLM and transformers read.
 
 A layer's own tensors say how it is stored: `weight_packed` (words of 4 or 8 bit integers) with `weight_scale` and perhaps
 `weight_zero_point`, or `weight` in int8 with `weight_scale`. `quantization_config` says the same and whether activations
@@ -117,7 +117,7 @@ def rounds_activations(place: str, config: Any) -> bool:
 
 
 def adopt(model: nn.Module, entries: Sequence[Entry], weights: StoredWeights, activations: bool) -> list[Entry]:
-    """Give an empty model the quantised layers that a checkpoint has, and return its entries for them.
+    """Give an empty model the quantized layers that a checkpoint has, and return its entries for them.
 
     activations: whether layers stored in plain int8 round their input.
 
@@ -130,7 +130,7 @@ def adopt(model: nn.Module, entries: Sequence[Entry], weights: StoredWeights, ac
         schemes = {_stored_scheme(name, layer.in_features, weights, activations) for name in stored[f"{path}.weight"]}
         if len(schemes) > 1:
             names = ", ".join(stored[f"{path}.weight"])
-            raise InputError(f"{weights.directory}: {names} are computed together but are quantised in different ways")
+            raise InputError(f"{weights.directory}: {names} are computed together but are quantized in different ways")
         return schemes.pop()
 
     quantize_layers(model, scheme_of)
@@ -162,7 +162,7 @@ def _stored_scheme(name: str, width: int, weights: StoredWeights, activations: b
 
 
 def quantized_entries(model: nn.Module, entries: Sequence[Entry]) -> list[Entry]:
-    """Entries of an ordinary model, with those of its quantised layers' weights in place of the matrices'."""
+    """Entries of an ordinary model, with those of its quantized layers' weights in place of the matrices'."""
     layers = quantized_layers(model)
     found: list[Entry] = []
     for entry in entries:
@@ -206,6 +206,6 @@ def schemes_of(model: nn.Module) -> Schemes:
             found[part].add(layer.scheme if isinstance(layer, QuantLinear) else None)
     for part, schemes in found.items():
         if len(schemes) > 1:
-            names = ", ".join(sorted("unquantised" if scheme is None else scheme.name for scheme in schemes))
-            raise InputError(f"layers of the {part} part are quantised in different ways ({names}); this cannot be written")
+            names = ", ".join(sorted("unquantized" if scheme is None else scheme.name for scheme in schemes))
+            raise InputError(f"layers of the {part} part are quantized in different ways ({names}); this cannot be written")
     return Schemes(**{part: schemes.pop() for part, schemes in found.items()})

@@ -35,7 +35,7 @@ def run_convert(
     weights_only: Flag = False,
     max_shard_gb: float = 5.0,
 ) -> None:
-    """Rewrite a model in the other library's dialect, with quantised weights, or as GGUF files.
+    """Rewrite a model in the other library's dialect, with quantized weights, or as GGUF files.
 
     Args:
         src: Model directory or hub id.

@@ -260,7 +260,7 @@ def test_a_composed_model_answers_about_an_image_and_trains(tmp_path: Path) -> N
     language_model(tmp_path / "large")
     compose(tmp_path / "small", tmp_path / "large", None, tmp_path / "out")
     model, processor = load_model(tmp_path / "out"), load_processor(tmp_path / "out")
-    prompt = processor.prompt((Message("user", (ImageRef(Image.new("RGB", (60, 30), "red")), Text("Which colour?"))),))
+    prompt = processor.prompt((Message("user", (ImageRef(Image.new("RGB", (60, 30), "red")), Text("Which color?"))),))
     vision_RUD = model.encode_tiles(prompt.tiles_GSSC)[prompt.tile_ids_R]
     hidden_TD = model(prompt.tokens_T, Layout.packed((len(prompt.tokens_T),)), vision_RUD)
     model.head(hidden_TD[-1:]).logsumexp(-1).sum().backward()

@@ -60,13 +60,13 @@ def write_gguf(path: Path, decoder: Decoder, kind: str = "F32", *, tied: bool = 
     writer.add_token_list([f"t{i}" for i in range(config.vocab_size)])
     for key, value in fields.items():
         getattr(writer, key)(value)
-    quantisation = gguf.GGMLQuantizationType[kind]
+    quantization = gguf.GGMLQuantizationType[kind]
 
     def add(name: str, tensor: torch.Tensor) -> None:
         rows = tensor.detach().numpy()
         if config.family != "qwen2" and ("attn_q" in name or "attn_k" in name):
             rows = interleave(rows, config.num_heads if "attn_q" in name else config.num_kv_heads)
-        own = quantisation if rows.ndim > 1 else gguf.GGMLQuantizationType.F32
+        own = quantization if rows.ndim > 1 else gguf.GGMLQuantizationType.F32
         writer.add_tensor(name, gguf.quantize(np.ascontiguousarray(rows), own), raw_dtype=own)
 
     add("token_embd.weight", decoder.embeddings.weight)
@@ -109,7 +109,7 @@ def test_a_written_decoder_comes_back(tmp_path: Path, family) -> None:
     ("kind", "dtype", "error"),
     [("F16", torch.float16, 1e-3), ("BF16", torch.bfloat16, 4e-3), ("Q8_0", torch.float32, 2e-2), ("Q4_0", torch.float32, 0.3)],
 )
-def test_dtypes_and_quantisations(tmp_path: Path, kind: str, dtype: torch.dtype, error: float) -> None:
+def test_dtypes_and_quantizations(tmp_path: Path, kind: str, dtype: torch.dtype, error: float) -> None:
     decoder = random_decoder(replace(CONFIG, family="llama"))
     write_gguf(tmp_path / "a.gguf", decoder, kind)
     file = GgufModel(tmp_path / "a.gguf")
@@ -123,10 +123,10 @@ def test_dtypes_and_quantisations(tmp_path: Path, kind: str, dtype: torch.dtype,
 @pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
 def test_k_quants_are_undone_by_the_gguf_package(tmp_path: Path, kind: str) -> None:
     """The package only reads them, so the bytes are made up; the scales are kept finite."""
-    quantisation = gguf.GGMLQuantizationType[kind]
+    quantization = gguf.GGMLQuantizationType[kind]
     config = replace(CONFIG, family="qwen2", width=256, num_layers=0)
     path = tmp_path / "a.gguf"
-    bytes_per_row = gguf.quants.quant_shape_to_byte_shape((256,), quantisation)[0]
+    bytes_per_row = gguf.quants.quant_shape_to_byte_shape((256,), quantization)[0]
     stored = np.random.default_rng(0).integers(0, 60, (96, bytes_per_row), dtype=np.uint8)
     writer = gguf.GGUFWriter(path, "qwen2")
     for add, value in (
@@ -134,14 +134,14 @@ def test_k_quants_are_undone_by_the_gguf_package(tmp_path: Path, kind: str) -> N
         (writer.add_feed_forward_length, 8), (writer.add_head_count, 4), (writer.add_layer_norm_rms_eps, 1e-6),
     ):  # fmt: skip
         add(value)
-    writer.add_tensor("token_embd.weight", stored, raw_dtype=quantisation)
+    writer.add_tensor("token_embd.weight", stored, raw_dtype=quantization)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     got = GgufModel(path).get("token_embd.weight")
     assert got.shape == (96, config.width) and got.isfinite().all() and got.std() > 0
-    assert torch.equal(got, torch.from_numpy(gguf.dequantize(stored, quantisation)))
+    assert torch.equal(got, torch.from_numpy(gguf.dequantize(stored, quantization)))
 
 
 def test_a_tied_file_gives_its_embeddings_as_head(tmp_path: Path) -> None:

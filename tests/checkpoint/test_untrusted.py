@@ -179,7 +179,7 @@ def test_config_json_must_be_json(good: Path, text: str) -> None:
         load_config(good)
 
 
-def test_quantised_tensors_are_refused(good: Path) -> None:
+def test_quantized_tensors_are_refused(good: Path) -> None:
     tensors = load_file(good / WEIGHTS)
     tensors["mlp1.1.weight"] = tensors["mlp1.1.weight"].to(torch.int8)
     save_file(tensors, good / WEIGHTS)

@@ -38,7 +38,7 @@ def test_an_untrained_adapter_changes_nothing_and_only_adapters_train(tiny: VLM)
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.lora_B.values())
 
 
-def test_initialisation_and_scale() -> None:
+def test_initialization_and_scale() -> None:
     model = build()
     add_lora(model, LoraConfig(rank=8, targets=("*.down",)))
     layer = model.decoder.layers[1].down

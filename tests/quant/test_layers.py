@@ -158,16 +158,16 @@ def test_the_whole_model_computes_nearly_the_same(source: Path, tmp_path: Path) 
 
 def test_what_changes_weights_refuses(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "q", schemes=Schemes(language=INT8), weights_only=True)
-    with pytest.raises(InputError, match="is quantised"):
+    with pytest.raises(InputError, match="is quantized"):
         load_model(tmp_path / "q", quantized=False)
-    with pytest.raises(InputError, match="is quantised"):
+    with pytest.raises(InputError, match="is quantized"):
         convert(tmp_path / "q", tmp_path / "other", weights_only=True)
-    with pytest.raises(InputError, match="quantised"):
+    with pytest.raises(InputError, match="quantized"):
         add_lora(load_model(tmp_path / "q"), LoraConfig(targets=("decoder",)))
     with pytest.raises(InputError, match="--group-size"):
         convert(source, tmp_path / "other", schemes=Schemes(language=Scheme(bits=4, group=128)), weights_only=True)
     assert not (tmp_path / "other").exists()
-    with pytest.raises(InputError, match="is quantised"):
+    with pytest.raises(InputError, match="is quantized"):
         merge(tmp_path / "q", tmp_path, tmp_path / "merged")
 
 
