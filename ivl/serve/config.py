@@ -1,33 +1,33 @@
-"""What a server allows, and where it listens."""
+"""Limits of a server, and the address on which it listens."""
 
 from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass, field
 
-from ivl.serve.limits import MediaConfig
+from ivl.serve.media_limits import MediaConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
-    """Limits and addresses of a server. A request beyond a limit is refused with the limit in the message."""
+    """Limits and addresses of a server. A request above a limit is refused with the limit in the message."""
 
     host: str = "127.0.0.1"
-    """Address to listen on. Another than this machine's own needs a key, or no_key."""
+    """Address to listen on. An address that other machines can reach needs a key, or no_key."""
     port: int = 8000
     """Port to listen on; 0 takes a free one."""
     no_key: bool = False
     """Listen on any address without a key: everybody who reaches the port may use the model."""
     allowed_hosts: tuple[str, ...] = ()
-    """Names that a Host header may hold; empty is any with a key, and this machine's own without, so that no web page
-    can reach the server through a name of its own."""
+    """Names that a Host header may hold. By default any with a key, and this machine's own without one, so that no web
+    page can reach the server through a name of its own."""
     names: tuple[str, ...] = ()
-    """What the model is called by clients; the first is the one that replies carry."""
+    """Names of the model for clients; responses carry the first."""
 
     max_running: int = 64
     """Replies generated together."""
     max_queue: int = 128
-    """Replies that may wait beyond those; more are answered with status 429."""
+    """Replies that may wait; more get status 429."""
     max_n: int = 8
     """Replies to one prompt."""
     max_body_bytes: int = 64 << 20
@@ -51,11 +51,11 @@ class ServeConfig:
     max_schema_chars: int = 20_000
     """Characters of a JSON schema."""
     max_prompt_tokens: int | None = None
-    """Tokens of a prompt; None is what the context holds."""
+    """Tokens of a prompt; by default what the context holds."""
     max_new_tokens: int = 4096
     """Tokens that a request may ask for."""
     default_new_tokens: int = 1024
-    """Tokens of a reply whose request does not say."""
+    """Tokens of a reply whose request names no limit."""
     max_stop: int = 4
     """Stop strings of a request."""
     max_stop_chars: int = 256
@@ -64,9 +64,9 @@ class ServeConfig:
     """Alternatives per token."""
 
     prepare_threads: int = 2
-    """Threads that decode images and tokenise."""
+    """Threads that decode images and tokenize."""
     request_timeout: float = 600.0
-    """Seconds for a whole reply, waiting included."""
+    """Seconds for a whole reply, including the time in the queue."""
     body_timeout: float = 60.0
     """Seconds for a client to send its request."""
     header_timeout: float = 10.0
@@ -87,9 +87,9 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            whole = isinstance(value, int) and not isinstance(value, bool)
+            integer = isinstance(value, int) and not isinstance(value, bool)
             least = 0 if name in ("port", "max_queue", "max_videos", "max_images", "max_stop", "max_logprobs") else 1
-            if whole and value < least:
+            if integer and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
             if isinstance(value, float) and not 0 < value < 1e7:
                 raise ValueError(f"{name} must be above 0 seconds, got {value}")

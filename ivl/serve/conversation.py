@@ -1,97 +1,125 @@
-"""A request into what the engine takes: conversations with checked media, prompts, sampling parameters."""
+"""Turns requests into what the engine takes: conversations with checked media, prompts, sampling parameters."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ivl.processing.processor import Processor
 from ivl.serve.config import ServeConfig
-from ivl.serve.media import MediaGateway
-from ivl.serve.problems import Problem
-from ivl.serve.protocol import AnyPart, ChatMessage, ChatRequest, CompletionRequest, ImagePart, Sampling, TextPart, VideoPart
+from ivl.serve.errors import APIError
+from ivl.serve.media import MediaGateway, is_data_url
+from ivl.serve.schemas import AnyPart, ChatMessage, ChatRequest, CompletionRequest, ImagePart, SamplingBody, TextPart
 from ivl.types import Conversation, Grammar, ImageRef, Message, Part, Prompt, SamplingParams, Text, VideoRef
 
+DEFAULT_FRAMES = 8
+"""Frames of a video whose request names no number."""
 
-async def conversation(
+
+async def load_conversation(
     messages: Sequence[ChatMessage], config: ServeConfig, gateway: MediaGateway, hold: Callable[[int], None]
 ) -> Conversation:
-    """The messages with their media fetched and checked. hold: told the size of what was fetched; may refuse it.
+    """Return messages as a conversation whose media are fetched and checked.
+
+    Args:
+        hold: Counts bytes that were fetched, and may refuse them.
 
     Raises:
-        Problem: for too much of something.
-        MediaError: for media that are refused.
+        APIError: for more of something than the limits allow.
+        MediaRefusal: for media that are refused.
     """
-    check_messages(messages, config)
-    fetches: list[asyncio.Task[ImageRef | VideoRef]] = []
-    for message in messages:
-        for part in message.content:
-            if not isinstance(part, str | TextPart):
-                fetches.append(asyncio.ensure_future(_fetch(part, config, gateway, hold)))
+    conversation = to_conversation(messages, config)
+    check_conversation(conversation, config)
+    refs = media_of(conversation)
+    fetches = [asyncio.ensure_future(_fetch(ref, gateway, hold)) for ref in refs]
     try:
-        media = iter(await asyncio.gather(*fetches))
+        fetched = iter(await asyncio.gather(*fetches))
     finally:
         for fetch in fetches:
             fetch.cancel()
-    out = []
-    for message in messages:
-        role = "system" if message.role == "developer" else message.role
-        parts = [TextPart(type="text", text=message.content)] if isinstance(message.content, str) else message.content
-        content: list[Part] = [Text(part.text) if isinstance(part, TextPart) else next(media) for part in parts]
-        out.append(Message(role, tuple(content)))
-    return tuple(out)
+    return tuple(
+        replace(message, content=tuple(part if isinstance(part, Text) else next(fetched) for part in message.content))
+        for message in conversation
+    )
 
 
-def check_messages(messages: Sequence[ChatMessage], config: ServeConfig) -> None:
-    """Raises Problem unless the numbers of messages, media and characters are within the limits."""
-    parts = [part for message in messages if not isinstance(message.content, str) for part in message.content]
-    texts = [message.content for message in messages if isinstance(message.content, str)]
-    texts += [part.text for part in parts if isinstance(part, TextPart)]
+def to_conversation(messages: Sequence[ChatMessage], config: ServeConfig) -> Conversation:
+    """Return messages as a conversation whose media are still addresses."""
+
+    def part(sent: AnyPart) -> Part:
+        if isinstance(sent, TextPart):
+            return Text(sent.text)
+        if isinstance(sent, ImagePart):
+            image = sent.image_url
+            return ImageRef(image.url, 1 if image.detail == "low" else image.max_dynamic_patch)
+        return VideoRef(sent.video_url.url, sent.video_url.num_frames or min(DEFAULT_FRAMES, config.max_frames))
+
+    return tuple(
+        Message(
+            "system" if message.role == "developer" else message.role,
+            (Text(message.content),) if isinstance(message.content, str) else tuple(map(part, message.content)),
+        )
+        for message in messages
+    )
+
+
+def check_conversation(conversation: Conversation, config: ServeConfig) -> None:
+    """Check the numbers of messages, media and characters of a conversation.
+
+    Raises:
+        APIError: for more than the limits allow.
+    """
+    texts = [part.text for message in conversation for part in message.content if isinstance(part, Text)]
     check_text(texts, config, "messages")
-    images = [part.image_url for part in parts if isinstance(part, ImagePart)]
-    videos = [part.video_url for part in parts if isinstance(part, VideoPart)]
+    refs = media_of(conversation)
+    images = [ref for ref in refs if isinstance(ref, ImageRef)]
+    videos = [ref for ref in refs if isinstance(ref, VideoRef)]
     for count, limit, noun in (
-        (len(messages), config.max_messages, "messages"),
-        (len(parts) - len(images) - len(videos), config.max_messages, "pieces of text"),
+        (len(conversation), config.max_messages, "messages"),
+        (len(texts), config.max_messages, "pieces of text"),
         (len(images), config.max_images, "images"),
         (len(videos), config.max_videos, "videos"),
-        (max((image.max_dynamic_patch or 1 for image in images), default=0), config.max_image_tiles, "tiles of an image"),
+        (max((image.max_tiles or 1 for image in images), default=0), config.max_image_tiles, "tiles of an image"),
         (max((video.num_frames or 1 for video in videos), default=0), config.max_frames, "frames of a video"),
     ):
         if count > limit:
-            raise Problem(400, f"{count} {noun}, the limit is {limit}", param="messages", code="limit_exceeded")
+            raise APIError(400, f"{count} {noun}, the limit is {limit}", param="messages", code="limit_exceeded")
 
 
 def check_text(texts: Sequence[str], config: ServeConfig, param: str) -> None:
-    """Raises Problem for more characters than are allowed."""
+    """Check the number of characters. Raises APIError for more than are allowed."""
     if (count := sum(map(len, texts))) > config.max_text_chars:
-        message = f"{count} characters of text, the limit is {config.max_text_chars}"
-        raise Problem(400, message, param=param, code="context_length_exceeded")
+        reason = f"{count} characters of text, the limit is {config.max_text_chars}"
+        raise APIError(400, reason, param=param, code="context_length_exceeded")
 
 
-async def _fetch(part: AnyPart, config: ServeConfig, gateway: MediaGateway, hold: Callable[[int], None]) -> ImageRef | VideoRef:
-    if isinstance(part, ImagePart):
-        image = part.image_url
-        url, most = image.url, 1 if image.detail == "low" else image.max_dynamic_patch
-        found: ImageRef | VideoRef = await gateway.image(url, max_tiles=most)
+def media_of(conversation: Conversation) -> list[ImageRef | VideoRef]:
+    """Return the images and videos of a conversation, in order."""
+    return [part for message in conversation for part in message.content if not isinstance(part, Text)]
+
+
+async def _fetch(ref: ImageRef | VideoRef, gateway: MediaGateway, hold: Callable[[int], None]) -> ImageRef | VideoRef:
+    url = ref.source
+    assert isinstance(url, str)
+    if isinstance(ref, ImageRef):
+        fetched: ImageRef | VideoRef = await gateway.image(url, max_tiles=ref.max_tiles)
     else:
-        assert isinstance(part, VideoPart)
-        url, frames = part.video_url.url, part.video_url.num_frames or min(8, config.max_frames)
-        found = await gateway.video(url, num_frames=frames)
-    if url[:5].lower() != "data:" and isinstance(found.source, bytes):  # a data: URL was counted with the body
-        hold(len(found.source))
-    return found
+        fetched = await gateway.video(url, num_frames=ref.num_frames)
+    if not is_data_url(url) and isinstance(fetched.source, bytes):  # a data: URL was counted with the body
+        hold(len(fetched.source))
+    return fetched
 
 
-def prompt(text: str | list[int], config: ServeConfig, processor: Processor) -> Prompt:
-    """Text or token ids as they are, without the model's template. Tokenises: not for the event loop.
+def plain_prompt(text: str | list[int], config: ServeConfig, processor: Processor) -> Prompt:
+    """Return text or token ids as a prompt without the model's template. Tokenizes: not for the event loop.
 
     Raises:
-        Problem: for ids that are none, or nothing at all.
+        APIError: for ids that are not of text, or an empty prompt.
     """
     tokenizer = processor.tokenizer
     if isinstance(text, str):
@@ -99,68 +127,58 @@ def prompt(text: str | list[int], config: ServeConfig, processor: Processor) -> 
         ids = [] if tokenizer.bos is None else [tokenizer.bos]
         ids += tokenizer.encode(text)
     else:
-        ids, vocab = text, processor.config.decoder.vocab_size
-        if wrong := [i for i in ids if not 0 <= i < vocab or i == processor.config.image_token_id]:
-            raise Problem(400, f"token id {wrong[0]} is not one of text: ids are 0 to {vocab - 1}", param="prompt")
+        ids, vocab_size = text, processor.config.decoder.vocab_size
+        if wrong := [i for i in ids if not 0 <= i < vocab_size or i == processor.config.image_token_id]:
+            raise APIError(400, f"token id {wrong[0]} is not one of text: ids are 0 to {vocab_size - 1}", param="prompt")
     if not ids:
-        raise Problem(400, "the prompt is empty", param="prompt")
+        raise APIError(400, "the prompt is empty", param="prompt")
     size = processor.tiling.tile_size
-    none = torch.zeros(0, size, size, 3, dtype=torch.uint8)
-    return Prompt(torch.tensor(ids, dtype=torch.long), none, torch.zeros(0, dtype=torch.long))
+    no_tiles = torch.zeros(0, size, size, 3, dtype=torch.uint8)
+    return Prompt(torch.tensor(ids, dtype=torch.long), no_tiles, torch.zeros(0, dtype=torch.long))
 
 
-def params(body: Sampling, config: ServeConfig) -> list[SamplingParams]:
-    """Parameters of each of the n replies; with a seed each has its own.
+def sampling_params(body: SamplingBody, config: ServeConfig) -> list[SamplingParams]:
+    """Return the parameters of each of the n replies; with a seed each has its own.
 
     Raises:
-        Problem: for a value beyond the limits.
+        APIError: for a value beyond the limits.
     """
-    stops = body.stops
-    longest = max(map(len, stops), default=0)
-    asked = body.max_tokens
-    scored, top = None, 0
+    stops, max_tokens, logprobs, num_top = body.stops, body.max_tokens, None, 0
     if isinstance(body, ChatRequest):
-        asked = body.max_completion_tokens or asked
-        scored, top = (body.top_logprobs if body.logprobs else None), body.top_logprobs
+        max_tokens = body.max_completion_tokens or max_tokens
+        logprobs, num_top = (body.top_logprobs if body.logprobs else None), body.top_logprobs
     elif isinstance(body, CompletionRequest):
-        scored, top = body.logprobs, body.logprobs or 0
+        logprobs, num_top = body.logprobs, body.logprobs or 0
     for value, limit, param, noun in (
         (body.n, config.max_n, "n", "replies"),
-        (asked or 1, config.max_new_tokens, "max_tokens", "new tokens"),
+        (max_tokens or 1, config.max_new_tokens, "max_tokens", "new tokens"),
         (len(stops), config.max_stop, "stop", "stop strings"),
-        (longest, config.max_stop_chars, "stop", "characters in a stop string"),
-        (top, config.max_logprobs, "top_logprobs", "alternatives per token"),
+        (max(map(len, stops), default=0), config.max_stop_chars, "stop", "characters in a stop string"),
+        (num_top, config.max_logprobs, "top_logprobs", "alternatives per token"),
     ):
         if value > limit:
-            raise Problem(400, f"{value} {noun}, the limit is {limit}", param=param, code="limit_exceeded")
+            raise APIError(400, f"{value} {noun}, the limit is {limit}", param=param, code="limit_exceeded")
     if "" in stops:
-        raise Problem(400, "a stop string is empty", param="stop")
-    options: dict[str, Any] = {
-        "max_new_tokens": asked or config.default_new_tokens,
-        "temperature": body.temperature,
-        "top_p": body.top_p,
-        "top_k": max(0, body.top_k),
-        "min_p": body.min_p,
-        "repetition_penalty": body.repetition_penalty,
-        "presence_penalty": body.presence_penalty,
-        "frequency_penalty": body.frequency_penalty,
-        "stop": stops,
-        "logprobs": scored,
-        "ignore_eos": body.ignore_eos,
-        "guide": guide(body, config) if isinstance(body, ChatRequest) else None,
-    }
+        raise APIError(400, "a stop string is empty", param="stop")
+    shared = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "ignore_eos")
+    options: dict[str, Any] = {name: getattr(body, name) for name in shared}
     try:
-        return [SamplingParams(**options, seed=_seed(body.seed, number)) for number in range(body.n)]
+        params = SamplingParams(
+            max_new_tokens=max_tokens or config.default_new_tokens,
+            top_k=max(0, body.top_k),
+            stop=stops,
+            logprobs=logprobs,
+            guide=_grammar(body, config) if isinstance(body, ChatRequest) else None,
+            **options,
+        )
     except ValueError as error:
-        raise Problem(400, str(error), code="invalid_value") from error
+        raise APIError(400, str(error), code="invalid_value") from error
+    seeds = [None if body.seed is None else (body.seed + number) % (1 << 63) for number in range(body.n)]
+    return [replace(params, seed=seed) for seed in seeds]
 
 
-def _seed(seed: int | None, number: int) -> int | None:
-    return None if seed is None else (seed + number) % (1 << 63)
-
-
-def guide(body: ChatRequest, config: ServeConfig) -> Grammar | None:
-    """What the reply must look like, None if anything goes."""
+def _grammar(body: ChatRequest, config: ServeConfig) -> Grammar | None:
+    """Return the grammar of the reply, None if it has none."""
     form = body.response_format
     if form is None or form.type == "text":
         return None
@@ -168,6 +186,6 @@ def guide(body: ChatRequest, config: ServeConfig) -> Grammar | None:
         return Grammar("json")
     schema = json.dumps(form.json_schema.schema_, ensure_ascii=False)
     if len(schema) > config.max_schema_chars:
-        message = f"a schema of {len(schema)} characters, the limit is {config.max_schema_chars}"
-        raise Problem(400, message, param="response_format.json_schema", code="limit_exceeded")
+        reason = f"a schema of {len(schema)} characters, the limit is {config.max_schema_chars}"
+        raise APIError(400, reason, param="response_format.json_schema", code="limit_exceeded")
     return Grammar("json_schema", schema)

@@ -1,4 +1,4 @@
-"""Questions that lie beside a model: what the page offers to a visitor first."""
+"""Example questions beside a model, which the page offers to a visitor."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from ivl.errors import InputError
 
 EXAMPLES = "examples.json"
-"""Beside a model's weights: a JSON list of {"text": ..., "images": [file names]} that the model can answer."""
+"""File in the model's directory: a JSON list of {"text": ..., "images": [file names]} that the model can answer."""
 
 
 def read_examples(directory: Path) -> list[dict[str, Any]]:
-    """Questions that lie beside a model, as values of the input box.
+    """Return the example questions of a model as values of the input box.
 
     Raises:
-        InputError: if the file is not a list of {"text", "images"}, or names a picture outside the directory.
+        InputError: if the file is not a list of {"text", "images"}, or names an image outside the directory.
     """
     path = directory / EXAMPLES
     if not path.exists():
@@ -32,17 +32,17 @@ def read_examples(directory: Path) -> list[dict[str, Any]]:
 def _inside(directory: Path, name: str) -> str:
     path = (directory / name).resolve()
     if not path.is_relative_to(directory.resolve()) or not path.is_file():
-        raise ValueError(f"{name!r} is no file beside the model")
+        raise ValueError(f"{name!r} is not a file beside the model")
     return str(path)
 
 
 def write_examples(directory: Path, examples: list[tuple[str, list[Path]]]) -> None:
-    """Questions with copies of their pictures, beside a model."""
+    """Write example questions, with copies of their images, beside a model."""
     (directory / "examples").mkdir(exist_ok=True)
     rows = []
-    for text, pictures in examples:
-        names = [f"examples/{len(rows)}-{n}{picture.suffix}" for n, picture in enumerate(pictures)]
-        for name, picture in zip(names, pictures, strict=True):
-            (directory / name).write_bytes(picture.read_bytes())
+    for text, images in examples:
+        names = [f"examples/{len(rows)}-{n}{image.suffix}" for n, image in enumerate(images)]
+        for name, image in zip(names, images, strict=True):
+            (directory / name).write_bytes(image.read_bytes())
         rows.append({"text": text, "images": names})
     (directory / EXAMPLES).write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

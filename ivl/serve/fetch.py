@@ -1,7 +1,8 @@
-"""Fetching what a request points to, without becoming a way into the network that the server stands in.
+"""Fetches remote media without giving clients access to the network that the server stands in (SSRF).
 
-One parser (yarl, the one that aiohttp connects by), names only and by permission, each name resolved once, every address
-checked and the connection pinned to them, every redirect treated as a new address, bytes and time counted while reading.
+One parser reads an address: yarl, by which aiohttp connects. Only allowed names pass, no addresses in numbers. Each name is
+resolved once, every address is checked, and the connection is pinned to them. A redirect is a new address. Bytes and time are
+limited while reading.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
-from ivl.serve.limits import MediaConfig, MediaError
+from ivl.serve.media_limits import MediaConfig, MediaRefusal
 
 MAX_URL = 8192
 MAX_FETCHES = 16
-"""Fetches at one time; more wait, and their waiting counts."""
+"""Fetches at the same time. Others wait, and their timeout includes the wait."""
 REDIRECTS = (301, 302, 303, 307, 308)
 PORTS = {"http": 80, "https": 443}
 _NAME = re.compile(r"(?=.{1,253}\Z)([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?\.)*[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -29,7 +30,7 @@ _NAME = re.compile(r"(?=.{1,253}\Z)([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?\.)*[a-
 _NOT_PUBLIC = [
     ipaddress.ip_network(block)
     for block in (
-        # IANA's special-purpose blocks, multicast, what is reserved, and the virtual machine host of Azure.
+        # IANA's special-purpose blocks, multicast, reserved blocks, and the virtual machine host of Azure.
         "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24",
         "192.0.2.0/24", "192.31.196.0/24", "192.52.193.0/24", "192.88.99.0/24", "192.168.0.0/16", "192.175.48.0/24",
         "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4", "168.63.129.16/32",
@@ -44,7 +45,7 @@ Lookup = Callable[[str, int], Awaitable[list[str]]]
 
 
 def is_public(address: str) -> bool:
-    """Whether an address is global unicast. One that carries another inside (mapped, NAT64, 6to4, Teredo) is not."""
+    """Whether an address is global unicast. One that embeds another (mapped, NAT64, 6to4, Teredo) is not."""
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
@@ -55,7 +56,7 @@ def is_public(address: str) -> bool:
 
 
 class Fetcher:
-    """Gets remote media within the limits. `lookup` and `permitted` are for tests."""
+    """Fetches remote media within the limits. `lookup` and `permitted` are for tests."""
 
     def __init__(
         self, config: MediaConfig, *, lookup: Lookup | None = None, permitted: Callable[[str], bool] = is_public
@@ -67,49 +68,49 @@ class Fetcher:
         self._slots = asyncio.Semaphore(MAX_FETCHES)
 
     async def get(self, url: str, max_bytes: int) -> bytes:
-        """The body behind an http or https address.
+        """Return the body at an http or https address.
 
         Raises:
-            MediaError: 403 if it may not be fetched, 413 above max_bytes, 504 above config.timeout, else 400.
+            MediaRefusal: 403 if it may not be fetched, 413 above max_bytes, 504 above config.timeout, else 400.
         """
         try:
             async with asyncio.timeout(self.config.timeout), self._slots:
                 return await self._follow(self.checked(url), max_bytes)
         except TimeoutError:
-            raise MediaError(f"the medium was not fetched within {self.config.timeout:g} s", 504) from None
-        except MediaError:
+            raise MediaRefusal(f"the medium was not fetched within {self.config.timeout:g} s", 504) from None
+        except MediaRefusal:
             raise
         except (aiohttp.ClientError, OSError, ValueError):
-            raise MediaError("the medium cannot be fetched: its server cannot be reached or answers nonsense") from None
+            raise MediaRefusal("the medium cannot be fetched: its server cannot be reached or does not speak HTTP") from None
 
     def checked(self, text: str, base: URL | None = None) -> URL:
-        """The address to connect to, if it may be, taken relative to base.
+        """Return the address to connect to, relative to base.
 
         Raises:
-            MediaError: if it is malformed (400) or not allowed (403).
+            MediaRefusal: if it is malformed (400) or not allowed (403).
         """
         if not self.config.allow_remote:
-            raise MediaError("this server fetches no media; send them as data: URLs", 403)
+            raise MediaRefusal("this server fetches no media; send them as data: URLs", 403)
         if len(text) > MAX_URL or any(not "!" <= c <= "~" or c == "\\" for c in text):
-            raise MediaError(
+            raise MediaRefusal(
                 "the URL is too long, or has blanks, backslashes, control or non-ASCII characters; percent-encode it"
             )
         try:
             url = base.join(URL(text)) if base else URL(text)
             scheme, host, port = url.scheme, url.raw_host or "", url.port
-            named = url.raw_user is not None or url.raw_password is not None or "@" in url.raw_authority
+            has_login = url.raw_user is not None or url.raw_password is not None or "@" in url.raw_authority
         except ValueError:
-            raise MediaError("the URL is malformed") from None
+            raise MediaRefusal("the URL is malformed") from None
         if scheme not in PORTS:
-            raise MediaError("media are taken from data:, http: and https: URLs only")
-        if named:
-            raise MediaError("the URL holds a user name or password; media are fetched without")
+            raise MediaRefusal("media are taken from data:, http: and https: URLs only")
+        if has_login:
+            raise MediaRefusal("the URL holds a user name or password; media are fetched without")
         if not _NAME.fullmatch(host):
-            raise MediaError("the URL needs a host name; addresses in numbers are refused", 403)
+            raise MediaRefusal("the URL needs a host name; addresses in numbers are refused", 403)
         if base and base.scheme == "https" and scheme == "http":
-            raise MediaError("the medium's server redirects from https to http; refused", 403)
+            raise MediaRefusal("the medium's server redirects from https to http; refused", 403)
         if not any(_allows(entry, host, port, PORTS[scheme]) for entry in self.config.allowed_domains):
-            raise MediaError("the URL's domain and port are not among those that this server fetches media from", 403)
+            raise MediaRefusal("the URL's domain and port are not among those that this server fetches media from", 403)
         return url
 
     async def _follow(self, url: URL, max_bytes: int) -> bytes:
@@ -130,35 +131,35 @@ class Fetcher:
                 if response.status not in REDIRECTS:
                     return await _body(response, max_bytes)
                 url = self.checked(response.headers.get("Location", ""), url)
-        raise MediaError(f"the medium's server redirects more than {self.config.max_redirects} times")
+        raise MediaRefusal(f"the medium's server redirects more than {self.config.max_redirects} times")
 
     async def _addresses(self, url: URL) -> list[str]:
-        """All addresses of the host. One that is not public spoils them all: nobody honest has both."""
+        """Return all addresses of the host. One address that is not public refuses the host."""
         try:
             addresses = await self._lookup(url.raw_host or "", url.port or 0)
         except (OSError, UnicodeError):
             addresses = []
         if not addresses:
-            raise MediaError("the URL's host is unknown")
+            raise MediaRefusal("the URL's host is unknown")
         if not all(self._permitted(address) for address in addresses):
-            raise MediaError("the URL's host is not on the public internet", 403)
+            raise MediaRefusal("the URL's host is not on the public internet", 403)
         return addresses
 
     async def _system_lookup(self, host: str, port: int) -> list[str]:
         loop = asyncio.get_running_loop()
-        found = await loop.run_in_executor(self._names, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-        return list(dict.fromkeys(str(place[0]) for *_, place in found))
+        places = await loop.run_in_executor(self._names, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        return list(dict.fromkeys(str(place[0]) for *_, place in places))
 
 
 class _Pinned(AbstractResolver):
-    """Knows one name, by the addresses that were checked."""
+    """Resolves one name to the addresses that were checked."""
 
     def __init__(self, host: str, addresses: list[str]) -> None:
         self._host, self._addresses = host, addresses
 
     async def resolve(self, host: str, port: int = 0, family: int = socket.AF_UNSPEC) -> list[ResolveResult]:
         if host != self._host:
-            raise OSError("another name than the one that was checked")
+            raise OSError("a name other than the one that was checked")
         return [
             ResolveResult(
                 hostname=host,
@@ -183,11 +184,11 @@ def _allows(entry: str, host: str, port: int | None, usual: int) -> bool:
 
 
 async def _body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
-    """What the server sends, as sent: never unpacked, never more than max_bytes. Its length and type are only claims."""
+    """Return the body as sent: never decompressed, and never more than max_bytes, whatever the headers claim."""
     if response.status != 200:
-        raise MediaError(f"the medium's server answers with status {response.status}")
+        raise MediaRefusal(f"the medium's server answers with status {response.status}")
     if response.headers.get("Content-Encoding", "identity").lower() != "identity":
-        raise MediaError("the medium's server sends it compressed; refused")
+        raise MediaRefusal("the medium's server sends it compressed; refused")
     if (response.content_length or 0) > max_bytes:
         raise too_large(max_bytes)
     body = bytearray()
@@ -198,5 +199,6 @@ async def _body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
     return bytes(body)
 
 
-def too_large(max_bytes: int) -> MediaError:
-    return MediaError(f"the medium has more than {max_bytes:,} bytes", 413)
+def too_large(max_bytes: int) -> MediaRefusal:
+    """Return the error for a medium above the limit."""
+    return MediaRefusal(f"the medium has more than {max_bytes:,} bytes", 413)

@@ -1,4 +1,4 @@
-"""The one way in for images and videos of requests: data: URLs, and remote ones where that is allowed."""
+"""The gateway for images and videos from outside: data: URLs, remote addresses where allowed, and files of the page."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import binascii
 import re
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 from ivl.serve.fetch import Fetcher, too_large
-from ivl.serve.inspect import check_image, check_video
-from ivl.serve.limits import MediaConfig, MediaError
-from ivl.types import ImageRef, VideoRef
+from ivl.serve.media_limits import MediaConfig, MediaRefusal
+from ivl.serve.sniff import check_image, check_video
+from ivl.types import VIDEO_SUFFIXES, ImageRef, VideoRef
 
-__all__ = ["MediaConfig", "MediaError", "MediaGateway"]
+__all__ = ["MediaConfig", "MediaGateway", "MediaRefusal"]
 
 T = TypeVar("T")
 INLINE = 1 << 16
@@ -24,64 +25,92 @@ _DATA = re.compile(r"data:[\w.+-]*/?[\w.+-]*(;[\w.+-]+=[\w.+-]*){0,4};base64,", 
 
 
 class MediaGateway:
-    """Turns what a request points to into media whose size and format are checked, and which are decoded nowhere else.
+    """Turns an address or a file into a medium whose size and format are checked, and which is not decoded yet.
 
-    Images come back as ImageRef of bytes, videos as VideoRef of bytes: what Processor decodes, upright, once. What only
-    decoding shows (a damaged body) is an InputError there, as clean as ours.
+    Images come back as ImageRef of bytes, videos as VideoRef of bytes; the Processor decodes them, once. A damaged body
+    shows only there, as an InputError.
     """
 
     def __init__(self, config: MediaConfig | None = None, *, fetcher: Fetcher | None = None) -> None:
-        warnings.filterwarnings("ignore", module="PIL")  # of damaged metadata, with a path of this machine
+        warnings.filterwarnings("ignore", module="PIL")  # they concern damaged metadata, and hold a path of this machine
         self.config = config or MediaConfig()
         self.fetcher = fetcher or Fetcher(self.config)
 
     async def image(self, url: str, *, max_tiles: int | None = None) -> ImageRef:
-        """An image by its address; max_tiles is its own tile cap.
+        """Return an image by its address. max_tiles: its own tile cap.
 
         Raises:
-            MediaError: saying what is wrong, with an HTTP status.
+            MediaRefusal: with the reason and an HTTP status.
         """
-        data = await self._bytes(url, self.config.max_bytes)
-        await _away(len(data), lambda: check_image(data, self.config))
+        data = await self._read_url(url, self.config.max_bytes)
+        await _in_thread(len(data), lambda: check_image(data, self.config))
         return ImageRef(data, max_tiles)
 
     async def video(self, url: str, *, num_frames: int | None = None) -> VideoRef:
-        """A video or an animated GIF by its address; num_frames is how many of its frames are shown.
+        """Return a video or an animated GIF by its address. num_frames: how many of its frames are shown.
 
         Raises:
-            MediaError: saying what is wrong, with an HTTP status.
+            MediaRefusal: with the reason and an HTTP status.
         """
-        data = await self._bytes(url, self.config.max_video_bytes)
+        data = await self._read_url(url, self.config.max_video_bytes)
         await asyncio.to_thread(check_video, data, self.config)
         return VideoRef(data, num_frames)
 
-    async def _bytes(self, url: str, max_bytes: int) -> bytes:
-        if url[:5].lower() == "data:":
-            return await _away(len(url), lambda: from_data_url(url, max_bytes))
+    def file(self, path: Path, directory: Path, *, max_tiles: int, num_frames: int) -> ImageRef | VideoRef:
+        """Return a file in a directory as an image, or as a video by its suffix or as an animated GIF.
+
+        Raises:
+            MediaRefusal: as the others, 403 outside the directory.
+        """
+        is_video = path.suffix.lower() in VIDEO_SUFFIXES
+        max_bytes = self.config.max_video_bytes if is_video else self.config.max_bytes
+        try:
+            if not path.resolve().is_relative_to(directory):
+                raise MediaRefusal("only files that were sent to this page can be read", 403)
+            if path.stat().st_size > max_bytes:
+                raise too_large(max_bytes)
+            data = path.read_bytes()
+        except OSError:
+            raise MediaRefusal("a file is no longer there: attach it again") from None
+        if is_video:
+            check_video(data, self.config)
+            return VideoRef(data, num_frames)
+        header = check_image(data, self.config)
+        animated = header.format == "GIF" and header.frames > 1
+        return VideoRef(data, num_frames) if animated else ImageRef(data, max_tiles)
+
+    async def _read_url(self, url: str, max_bytes: int) -> bytes:
+        if is_data_url(url):
+            return await _in_thread(len(url), lambda: from_data_url(url, max_bytes))
         return await self.fetcher.get(url, max_bytes)
 
 
+def is_data_url(url: str) -> bool:
+    """Whether an address holds its medium itself."""
+    return url[:5].lower() == "data:"
+
+
 def from_data_url(url: str, max_bytes: int) -> bytes:
-    """The bytes of a base64 data: URL, whose media type is not believed. The size is checked before decoding.
+    """Return the bytes of a base64 data: URL. Its media type is ignored; the size is checked before decoding.
 
     Raises:
-        MediaError: 413 above max_bytes, 400 if it is malformed.
+        MediaRefusal: 413 above max_bytes, 400 if it is malformed.
     """
     header = _DATA.match(url, 0, 512)
     if header is None:
-        raise MediaError("a data: URL must look like data:image/png;base64,...")
+        raise MediaRefusal("a data: URL must look like data:image/png;base64,...")
     length = len(url) - header.end()
     if length // 4 * 3 > max_bytes + 2:
         raise too_large(max_bytes)
     try:
         data = base64.b64decode(url[header.end() :], validate=True)
     except (binascii.Error, ValueError):
-        raise MediaError("the data: URL is not strict base64: the standard alphabet with padding, no line breaks") from None
+        raise MediaRefusal("the data: URL is not strict base64: the standard alphabet with padding, no line breaks") from None
     if len(data) > max_bytes:
         raise too_large(max_bytes)
     return data
 
 
-async def _away(size: int, work: Callable[[], T]) -> T:
-    """The work's result; large work is done in a thread."""
+async def _in_thread(size: int, work: Callable[[], T]) -> T:
+    """Return the result of work, which is done in a thread if it is large."""
     return await asyncio.to_thread(work) if size > INLINE else work()

@@ -1,4 +1,4 @@
-"""Figures for Prometheus: counters and gauges of the engine as they are when asked, times of requests as they end."""
+"""Metrics for Prometheus: counters and gauges of the engine when they are read, times of requests when they end."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from ivl.serve.guard import Note
+from ivl.serve.guard import RequestContext
 from ivl.serve.service import Service
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -17,9 +17,11 @@ TOKENS = (16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 
 
 class Metrics:
+    """Collects the metrics of one service."""
+
     def __init__(self, service: Service) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(_Engine(service))
+        self.registry.register(_EngineCollector(service))
 
         def seconds(name: str, text: str) -> Histogram:
             return Histogram(f"ivl_{name}_seconds", text, buckets=SECONDS, registry=self.registry)
@@ -34,9 +36,9 @@ class Metrics:
         self.prompts = tokens("prompt", "Tokens of a prompt")
         self.replies = tokens("reply", "Tokens of the replies to a request")
 
-    def finished(self, note: Note) -> None:
-        self.requests.labels(note.route, str(note.status)).inc()
-        facts = note.facts
+    def finished(self, context: RequestContext) -> None:
+        self.requests.labels(context.route, str(context.status)).inc()
+        facts = context.facts
         for name, histogram in (
             ("first_token_s", self.first), ("seconds", self.whole), ("queue_s", self.queue),
             ("prompt_tokens", self.prompts), ("new_tokens", self.replies),
@@ -48,19 +50,19 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-class _Engine(Collector):
+class _EngineCollector(Collector):
     def __init__(self, service: Service) -> None:
         self.service = service
 
     def collect(self) -> Iterator[Metric]:
         service, stats = self.service, self.service.stats()
         for name, text, value in (
-            ("ivl_ready", "1 if requests are taken", service.ready),
-            ("ivl_replies_open", "Replies promised and not finished", service.num_open),
+            ("ivl_ready", "1 if the server takes requests", service.ready),
+            ("ivl_replies_open", "Replies accepted and not finished", service.num_open),
             ("ivl_replies_running", "Replies computed together now (the batch)", stats.running),
             ("ivl_replies_waiting", "Replies in the engine's queue", stats.waiting),
             ("ivl_cache_blocks_used", "Key/value blocks of running replies", stats.cache_blocks_used),
-            ("ivl_cache_blocks", "Key/value blocks there are", stats.cache_blocks),
+            ("ivl_cache_blocks", "Key/value blocks in all", stats.cache_blocks),
         ):
             yield GaugeMetricFamily(name, text, float(value))
         for name, text, value in (
@@ -70,7 +72,7 @@ class _Engine(Collector):
             ("ivl_engine_prompt_tokens", "Tokens of all prompts", stats.prompt_tokens),
             ("ivl_prefix_hit_tokens", "Prompt tokens found in the cache", stats.prefix_hit_tokens),
             ("ivl_new_tokens", "Tokens generated", stats.new_tokens),
-            ("ivl_vision_hits", "Tiles whose encoding was known", stats.vision_hits),
+            ("ivl_vision_hits", "Tiles whose encoding was in memory", stats.vision_hits),
             ("ivl_vision_misses", "Tiles encoded", stats.vision_misses),
         ):
             yield CounterMetricFamily(name, text, float(value))

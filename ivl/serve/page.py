@@ -1,4 +1,4 @@
-"""A page to talk with the model: pictures and videos in, streamed replies, tiles and boxes to look at (gradio)."""
+"""The page: a chat with images and videos, streamed replies, tiles and boxes to look at (gradio)."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from gradio.utils import get_upload_folder
 
 from ivl.serve.config import ServeConfig
 from ivl.serve.examples import read_examples
+from ivl.serve.page_chat import PageChat, PageSession, PageSettings
 from ivl.serve.page_gate import PageGate
 from ivl.serve.service import Service
-from ivl.serve.talk import Session, Settings, Talk
 from ivl.types import SamplingParams
 
 KEPT = (600, 7200)
-"""Files that visitors sent are looked through every so many seconds, and deleted after so many."""
+"""Seconds between two searches for old files of visitors, and the age at which a file is old."""
 FORGOTTEN = 7200
 """Seconds of silence after which a conversation is forgotten."""
 DIRECTORY = "GRADIO_TEMP_DIR"
@@ -54,44 +54,44 @@ footer, #chat [aria-label=Clear], #chat [aria-label=Share], #tiles [aria-label=S
 """
 
 
-def build_page(talk: Talk, *, title: str, examples: list[dict[str, Any]]) -> gr.Blocks:
-    """The page. examples: values of the input box, see `ivl.serve.examples`."""
+def build_page(page_chat: PageChat, *, title: str, examples: list[dict[str, Any]]) -> gr.Blocks:
+    """Lay out the page. examples: values of the input box, see `ivl.serve.examples`."""
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=KEPT) as page:
         with gr.Row(equal_height=True):
             gr.Markdown(f"# {title}", elem_id="title", sanitize_html=True)
             clear = gr.Button("New conversation", size="sm", scale=0, min_width=150, elem_id="clear")
-        session = gr.State(Session(), time_to_live=FORGOTTEN, delete_callback=Session.clear)
+        session = gr.State(PageSession(), time_to_live=FORGOTTEN, delete_callback=PageSession.clear)
         chat = gr.Chatbot(
             show_label=False, buttons=["copy"], feedback_options=None, elem_id="chat", allow_tags=False, reasoning_tags=[],
-            latex_delimiters=MATHS, placeholder="Drop pictures or a video below, paste them, or just ask.",
+            latex_delimiters=MATHS, placeholder="Drop images or a video below, paste them, or just ask.",
         )  # fmt: skip
         status = gr.Markdown(elem_id="status", container=False)
-        # "image" and "video" are gradio's words for every such type; what is taken is decided by content.
+        # "image" and "video" are gradio's words for every such type; the gateway decides by content.
         box = gr.MultimodalTextbox(
-            show_label=False, file_count="multiple", file_types=["image", "video"], placeholder="Ask about the pictures",
+            show_label=False, file_count="multiple", file_types=["image", "video"], placeholder="Ask about the images",
             submit_btn=True, stop_btn=True, autofocus=True, elem_id="ask",
-            max_plain_text_length=10 * talk.config.max_text_chars,  # longer text would become a file
+            max_plain_text_length=10 * page_chat.config.max_text_chars,  # longer text would become a file
         )  # fmt: skip
         if examples:
             rows = [[example] for example in examples]
             gr.Examples(rows, [box], label="This model can answer", examples_per_page=6, elem_id="examples")
         with gr.Accordion("How it answers", open=False, elem_id="how"):
-            controls = sampling_controls(talk)
+            controls = sampling_controls(page_chat)
         with gr.Accordion("What the model sees", open=False, elem_id="sees"):
             tiles = gr.Gallery(
                 show_label=False, columns=4, height="auto", object_fit="contain", interactive=False, buttons=[], elem_id="tiles"
             )
 
-        async def ask(sent: dict[str, Any] | None, session: Session, *values: Any) -> AsyncIterator[tuple[Any, ...]]:
+        async def ask(sent: dict[str, Any] | None, session: PageSession, *values: Any) -> AsyncIterator[tuple[Any, ...]]:
             sent = sent or {}
-            async for view in talk.ask(sent.get("text") or "", sent.get("files") or [], session, read_controls(*values)):
+            async for view in page_chat.ask(sent.get("text") or "", sent.get("files") or [], session, read_controls(*values)):
                 # The box is changed as seldom as can be: its visitor may be writing, and the browser mixes up quick changes.
                 text = gr.skip() if view.taken is None else gr.MultimodalTextbox(value=None if view.taken else sent)
                 line = f'<span class="{"running" if view.running else "idle"}">{view.status}</span>'
                 rest = (gr.skip() if value is None else value for value in (view.chat, view.tiles))
                 yield text, session, line, *rest
 
-        def restart(session: Session) -> tuple[Any, ...]:
+        def restart(session: PageSession) -> tuple[Any, ...]:
             session.clear()
             return [], "", []
 
@@ -99,24 +99,25 @@ def build_page(talk: Talk, *, title: str, examples: list[dict[str, Any]]) -> gr.
             ask, [box, session, *controls], [box, session, status, chat, tiles],
             api_visibility="private", concurrency_limit=None, show_progress="hidden",
         )  # fmt: skip
-        box.stop(Session.stop, [session], None, api_visibility="private", show_progress="hidden")
+        box.stop(PageSession.stop, [session], None, api_visibility="private", show_progress="hidden")
         clear.click(restart, [session], [chat, status, tiles], api_visibility="private", show_progress="hidden")
     page.queue(default_concurrency_limit=None, api_open=False)
     return page
 
 
-def sampling_controls(talk: Talk) -> list[Component]:
-    most = talk.service.processor.tiling.max_tiles
-    longest = min(talk.config.max_new_tokens, talk.service.engine.max_context)
+def sampling_controls(page_chat: PageChat) -> list[Component]:
+    """Add the controls whose values `read_controls` takes."""
+    most = min(page_chat.service.processor.tiling.max_tiles, page_chat.config.max_image_tiles)
+    longest = min(page_chat.config.max_new_tokens, page_chat.service.engine.max_context)
     with gr.Row():
-        temperature = gr.Slider(0, 2, 0, step=0.05, label="temperature", info="0 always takes the likeliest word")
-        top_p = gr.Slider(0.05, 1, 1, step=0.05, label="top p", info="share of probability that is kept")
+        temperature = gr.Slider(0, 2, 0, step=0.05, label="temperature", info="0 always takes the most likely token")
+        top_p = gr.Slider(0.05, 1, 1, step=0.05, label="top p", info="share of probability to sample from")
     with gr.Row():
         penalty = gr.Slider(1, 2, 1, step=0.05, label="repetition penalty", info="1 is off")
         tokens = gr.Slider(1, longest, min(512, longest), step=1, label="longest reply", info="tokens")
     with gr.Row():
-        max_tiles = gr.Slider(1, max(2, most), most, step=1, label="tiles", info="most pieces that a picture is cut into")
-        frames = talk.config.max_frames
+        max_tiles = gr.Slider(1, max(2, most), most, step=1, label="tiles", info="tile cap of an image")
+        frames = page_chat.config.max_frames
         num_frames = gr.Slider(1, max(2, frames), min(8, frames), step=1, label="frames", info="taken from a video")
     system = gr.Textbox(label="system message", placeholder="the model's own", lines=1)
     return [temperature, top_p, penalty, tokens, max_tiles, num_frames, system]
@@ -124,19 +125,22 @@ def sampling_controls(talk: Talk) -> list[Component]:
 
 def read_controls(
     temperature: float, top_p: float, penalty: float, tokens: float, max_tiles: float, num_frames: float, system: str | None
-) -> Settings:
-    """Raises TypeError or ValueError for what no control can be set to."""
+) -> PageSettings:
+    """Return the values of the controls. Raises TypeError or ValueError for values that no control has."""
     params = SamplingParams(
         temperature=float(temperature), top_p=float(top_p), repetition_penalty=float(penalty), max_new_tokens=int(tokens)
     )
-    return Settings(params=params, max_tiles=int(max_tiles), num_frames=int(num_frames), system=system or "")
+    return PageSettings(params=params, max_tiles=int(max_tiles), num_frames=int(num_frames), system=system or "")
 
 
 def add_page(app: FastAPI, service: Service, config: ServeConfig, directory: Path) -> None:
-    """Puts the page at /, behind the same guard as every route: with keys, browsers ask for one as password.
+    """Mount the page at /, behind the same guard as every route: with keys, browsers ask for one as password.
 
-    directory: the model's, whose examples are shown. What visitors send lies in a directory that only this user can read,
-    GRADIO_TEMP_DIR if that is set; otherwise it ends with the process.
+    Files that visitors send go to a directory that only this user can read: GRADIO_TEMP_DIR if that is set, else one that
+    ends with the process.
+
+    Args:
+        directory: The model's directory, whose examples are shown.
 
     Raises:
         InputError: if the examples cannot be read.
@@ -147,7 +151,7 @@ def add_page(app: FastAPI, service: Service, config: ServeConfig, directory: Pat
         atexit.register(shutil.rmtree, os.environ[DIRECTORY], ignore_errors=True)
     uploads = Path(get_upload_folder())
     title = config.names[0] if config.names else directory.name
-    page = build_page(Talk(service, config, uploads, app.state.finished), title=title, examples=examples)
+    page = build_page(PageChat(service, config, uploads, app.state.gateway, app.state.finished), title=title, examples=examples)
     theme = Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))  # nothing is fetched elsewhere
     inner = FastAPI(openapi_url=None)
     gr.mount_gradio_app(

@@ -1,7 +1,7 @@
-"""What of gradio can be reached: the few routes that the page uses, from itself only, and no file but those sent to it.
+"""Restricts which Gradio routes and files a browser may reach.
 
-gradio answers many more (API documents, monitoring, a proxy, downloads of addresses and copies of local files named in events,
-which it checks only in servers that it started itself).
+Gradio has many more routes: API documents, monitoring, a proxy, downloads of addresses, and copies of local files named in
+events, which it checks only in servers that it started itself.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ivl.serve.problems import Problem
+from ivl.serve.errors import APIError
 from ivl.serve.service import Service
 
 _FILE = "/gradio_api/file="
@@ -34,50 +34,54 @@ POLICY = (
     "script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; worker-src 'self' blob:; font-src 'self' data:; "
     "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
 )
-"""A reply may name pictures of other servers, put there by text in a picture: no browser fetches them."""
+"""A reply may name images of other servers, put there by text in an image. No browser fetches them."""
 HEADERS = {
     "content-security-policy": POLICY, "x-content-type-options": "nosniff", "referrer-policy": "no-referrer",
 }  # fmt: skip
 
 
 class PageGate:
-    """ASGI application around gradio's. uploads: the one directory whose files may be named and fetched."""
+    """ASGI application around Gradio's. uploads: the one directory whose files may be named and fetched."""
 
     def __init__(self, app: ASGIApp, service: Service, uploads: Path) -> None:
         self.app, self.service, self.uploads = app, service, uploads.resolve()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            raise Problem(404, "there is nothing here")
+            raise APIError(404, "there is nothing here")
         request = Request(scope, receive)
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         method = "GET" if request.method == "HEAD" else request.method
         known = ROUTES.get(method)
         if known is None or not known.fullmatch(path) or ".." in path:
-            raise Problem(404, "there is nothing here")
+            raise APIError(404, "there is nothing here")
         if method == "POST" and not _is_own(request):
-            raise Problem(403, "another page may not speak for its visitor", code="cross_site")
+            raise APIError(403, "another site may not use this page", code="cross_site")
         if path.startswith(_FILE) and not self._is_upload(path.removeprefix(_FILE)):
-            raise Problem(404, "there is nothing here")
+            raise APIError(404, "there is nothing here")
         if path == "/":
-            scope = {**scope, "query_string": b""}  # of which gradio would load states
+            scope = {**scope, "query_string": b""}  # Gradio would load states from it
         if path in _EVENTS:
             receive = await self._event(request)
         await self._run(scope, receive, _with_headers(send))
 
     async def _event(self, request: Request) -> Receive:
-        """The body again, once it names no file but those that were sent."""
+        """Read the body of an event, and return a receive that gives it again.
+
+        Raises:
+            APIError: if the event names a file that was not sent to this page.
+        """
         body = b""
         async for chunk in request.stream():
             body += chunk
             if len(body) > MAX_EVENT_BYTES:
-                raise Problem(413, f"the event is larger than {MAX_EVENT_BYTES} bytes", code="request_too_large")
+                raise APIError(413, f"the event is larger than {MAX_EVENT_BYTES} bytes", code="request_too_large")
         try:
             event = json.loads(body)
         except (ValueError, RecursionError):
-            raise Problem(400, "the event is no JSON") from None
+            raise APIError(400, "the event is not JSON") from None
         if not all(self._is_upload(path) for path in _paths(event)):
-            raise Problem(403, "only files that were sent to this page can be named")
+            raise APIError(403, "only files that were sent to this page can be named")
         whole = iter([{"type": "http.request", "body": body, "more_body": False}])
 
         async def receive() -> Message:
@@ -88,11 +92,11 @@ class PageGate:
     def _is_upload(self, path: Any) -> bool:
         if not isinstance(path, str) or "\0" in path:
             return False
-        found = Path(path)
-        return found.is_absolute() and found.resolve().is_relative_to(self.uploads) and found.is_file()
+        file = Path(path)
+        return file.is_absolute() and file.resolve().is_relative_to(self.uploads) and file.is_file()
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Streams of open pages have no end of their own; they must not hold up a server that shuts down."""
+        """Run the application until the server shuts down: streams of open pages have no end of their own."""
         task = asyncio.ensure_future(self.app(scope, receive, send))
         try:
             while not task.done():
@@ -106,7 +110,7 @@ class PageGate:
 
 
 def _is_own(request: Request) -> bool:
-    """Whether a browser sends this for the page itself. Other sites could use the key that it keeps, or a local server."""
+    """Whether a browser sends a request for the page itself. Other sites could use the key that the browser keeps."""
     site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
     if site is not None:
         return site in ("same-origin", "none")
@@ -114,16 +118,16 @@ def _is_own(request: Request) -> bool:
 
 
 def _paths(value: Any) -> list[Any]:
-    """Whatever is named as a path anywhere inside."""
-    found, left = [], [value]
-    while left:
-        each = left.pop()
-        if isinstance(each, dict):
-            found += [each["path"]] if "path" in each else []
-            left += each.values()
-        elif isinstance(each, list):
-            left += each
-    return found
+    """Return every value named path, however deep it lies."""
+    paths, pending = [], [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, dict):
+            paths += [item["path"]] if "path" in item else []
+            pending += item.values()
+        elif isinstance(item, list):
+            pending += item
+    return paths
 
 
 def _with_headers(send: Send) -> Send:

@@ -1,4 +1,4 @@
-"""The process: connections with time limits, signals, logs."""
+"""Runs the server process: connections with time limits, signals, logs."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from ivl.errors import InputError
 from ivl.serve.app import create_app
 from ivl.serve.config import ServeConfig
+from ivl.serve.errors import APIError
 from ivl.serve.guard import JSONLines
-from ivl.serve.problems import Problem
 from ivl.serve.service import Service
 
 SPARE = 5.0
-"""Seconds after shutdown_timeout for the last words to reach their clients."""
+"""Seconds after shutdown_timeout in which errors reach the clients of replies that were cut off."""
 log = logging.getLogger("ivl.serve")
 
 
 def open_socket(config: ServeConfig, keys: Sequence[str]) -> socket.socket:
-    """The address, taken before a model is loaded.
+    """Bind the address, before a model is loaded.
 
     Raises:
         InputError: if it is taken or unknown, or others could reach it without a key.
     """
     if not (config.is_local or keys or config.no_key):
         raise InputError(
-            f"{config.host} can be reached from other machines: set IVL_API_KEYS or --key-file, or say --no-key if everybody "
+            f"{config.host} can be reached from other machines: set IVL_API_KEYS or --key-file, or give --no-key if everybody "
             "may use the model"
         )
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
-        found = socket.socket(family, kind, protocol)
+        listener = socket.socket(family, kind, protocol)
     except OSError as error:
         raise InputError(f"{config.host}: not an address of this machine ({error.strerror})") from error
     try:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
     except OSError as error:
-        found.close()
+        listener.close()
         raise InputError(f"cannot listen on {config.host} port {config.port}: {error.strerror}") from error
-    return found
+    return listener
 
 
 def run(
@@ -61,7 +61,9 @@ def run(
 ) -> None:
     """Serve until SIGTERM or SIGINT; then running replies have shutdown_timeout to end. A second SIGINT ends at once.
 
-    page_of: directory of the model, if there is to be a page at / (the `web` extra).
+    Args:
+        load_seconds: Time that loading the model took, for the log.
+        page_of: Directory of the model, for a page at / (the `web` extra); None serves no page.
 
     Raises:
         InputError: if the page is wanted and gradio is not installed.
@@ -77,7 +79,7 @@ def run(
     make_server(app, service, config).run(sockets=[listener])
 
 
-def make_server(app: FastAPI, service: Service, config: ServeConfig) -> Server:
+def make_server(app: FastAPI, service: Service, config: ServeConfig) -> DrainingServer:
     settings = uvicorn.Config(
         app,
         http=type("Connection", (_Connection,), {"limits": config}),
@@ -90,11 +92,11 @@ def make_server(app: FastAPI, service: Service, config: ServeConfig) -> Server:
         timeout_graceful_shutdown=round(config.shutdown_timeout + SPARE),
         backlog=config.max_connections,
     )
-    return Server(settings, service, config)
+    return DrainingServer(settings, service, config)
 
 
-class Server(uvicorn.Server):
-    """Tells the service when to take nothing new, which uvicorn's lifespan would do only after the last reply."""
+class DrainingServer(uvicorn.Server):
+    """Drains the service at the beginning of a shutdown; uvicorn's lifespan would tell it only after the last reply."""
 
     def __init__(self, settings: uvicorn.Config, service: Service, config: ServeConfig) -> None:
         super().__init__(settings)
@@ -102,8 +104,8 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        for each in sockets or []:
-            host, port = each.getsockname()[:2]
+        for listener in sockets or []:
+            host, port = listener.getsockname()[:2]
             log.info("listening", extra={"fields": {"address": f"http://{f'[{host}]' if ':' in host else host}:{port}"}})
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -113,7 +115,7 @@ class Server(uvicorn.Server):
 
 
 class _Connection(H11Protocol):
-    """A connection that is dropped when its client takes too long: to send headers, to read, or to be there at all."""
+    """Drops a connection whose client takes too long to send headers or to read, or is gone."""
 
     limits: ServeConfig
     refused = False
@@ -126,10 +128,10 @@ class _Connection(H11Protocol):
             self.refused = True
             transport.write(_too_many())
             transport.write_eof()
-            self.loop.call_later(1.0, transport.abort)  # not at once: what was sent and not read would reset the connection
+            self.loop.call_later(1.0, transport.abort)  # not at once: unread data would reset the connection
             return
-        if (found := transport.get_extra_info("socket")) is not None:
-            _notice_absence(found, self.limits.write_timeout)
+        if (connected := transport.get_extra_info("socket")) is not None:
+            _detect_lost_client(connected, self.limits.write_timeout)
         self._await_headers()
 
     def data_received(self, data: bytes) -> None:
@@ -157,15 +159,15 @@ class _Connection(H11Protocol):
         self._stop("_reading_due")
 
     def send_400_response(self, msg: str) -> None:
-        body = Problem(400, "this is not HTTP that can be understood", code="invalid_http").body
+        body = APIError(400, "this is not valid HTTP", code="invalid_http").body
         self.transport.write(_raw(400, "Bad Request", body))
         self.transport.close()
 
     def _await_headers(self) -> None:
         self._stop("_headers_due")
-        self._headers_due = self.loop.call_later(self.limits.header_timeout, self._late)
+        self._headers_due = self.loop.call_later(self.limits.header_timeout, self._on_headers_late)
 
-    def _late(self) -> None:
+    def _on_headers_late(self) -> None:
         self._headers_due = None
         if self.cycle is None or self.cycle.response_complete:
             self.transport.abort()
@@ -176,19 +178,19 @@ class _Connection(H11Protocol):
             setattr(self, name, None)
 
 
-def _notice_absence(found: socket.socket, seconds: float) -> None:
-    """Have the kernel find out that a client is gone without a word, or leaves what was sent unread."""
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+def _detect_lost_client(connected: socket.socket, seconds: float) -> None:
+    """Have the kernel detect a client that is gone without closing, or leaves data unread."""
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (
         ("TCP_KEEPIDLE", max(1, round(seconds / 2))), ("TCP_KEEPINTVL", max(1, round(seconds / 6))), ("TCP_KEEPCNT", 3),
         ("TCP_USER_TIMEOUT", round(seconds * 1000)),
     ):  # fmt: skip
-        if hasattr(socket, name) and found.family in (socket.AF_INET, socket.AF_INET6):
-            found.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        if hasattr(socket, name) and connected.family in (socket.AF_INET, socket.AF_INET6):
+            connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _too_many() -> bytes:
-    return _raw(503, "Service Unavailable", Problem(503, "too many connections", code="busy").body, b"retry-after: 5\r\n")
+    return _raw(503, "Service Unavailable", APIError(503, "too many connections", code="busy").body, b"retry-after: 5\r\n")
 
 
 def _raw(status: int, phrase: str, body: bytes, more: bytes = b"") -> bytes:
@@ -197,7 +199,7 @@ def _raw(status: int, phrase: str, body: bytes, more: bytes = b"") -> bytes:
 
 
 def set_up_log(level: int = logging.INFO) -> None:
-    """JSON lines on standard error, for the server and what it stands on."""
+    """Write JSON lines to standard error, for the server and the libraries below it."""
     handler = logging.StreamHandler()
     handler.setFormatter(JSONLines())
     for name, least in (("ivl.serve", level), ("uvicorn", logging.WARNING), ("asyncio", logging.WARNING)):

@@ -1,8 +1,8 @@
-"""The engine as a service: it lives in one thread of its own, and asyncio code gets its replies as streams.
+"""Runs the engine in a thread of its own and gives asyncio code its replies as streams.
 
     submit: thread pool prepares -> command queue -> engine thread: add, step, step, ... -> event loop: deltas by the batch
 
-What reaches the event loop after a step is one call, however many replies advanced in it.
+The event loop gets one call per step, however many replies advanced in it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from collections.abc import Sequence as Seq
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -22,97 +21,111 @@ from ivl.inference.engine import Engine, EngineStats
 from ivl.inference.request import Request
 from ivl.processing.processor import Processor
 from ivl.serve.config import ServeConfig
-from ivl.serve.problems import Problem, internal
+from ivl.serve.errors import APIError, internal_error, stopping_error
 from ivl.types import Conversation, Prompt, SamplingParams, TextDelta
 
 T = TypeVar("T")
 TILES_AHEAD = 128
-"""Preparation waits while so many tiles wait for the engine: each is 0.6 MB."""
+"""Preparation waits while this many tiles wait for the engine: each is 0.6 MB."""
 MAX_FAILURES = 3
-"""Failed steps in a row after which the service says that it is not ready."""
+"""Failed steps in a row after which the service is not ready."""
 log = logging.getLogger("ivl.serve")
 
 
-class Stream:
-    """One reply on its way to a client: an async iterator of its deltas. request has its counts and timings.
+News = tuple["ReplyStream", Sequence[TextDelta], APIError | None]
+"""What a step has brought to a stream: its deltas, and an error that ends it."""
+
+
+class ReplyStream:
+    """One reply on its way to a client: an async iterator of its deltas. `request` has its counts and timings.
 
     Raises:
-        Problem: from the iterator, if the reply cannot be finished.
+        APIError: from the iterator, if the reply cannot be finished.
     """
 
     def __init__(self, service: Service, request: Request, ready: asyncio.Event) -> None:
+        self.service = service
         self.request = request
         self.ready = ready
-        """Set when there is something to take; replies to one prompt share it."""
+        """Set when there are deltas to take; replies that are merged share it."""
         self.ended = False
-        self.problem: Problem | None = None
+        self.error: APIError | None = None
         self.started_at: float | None = None
-        self._service = service
         self._deltas: deque[TextDelta] = deque()
 
     def take(self) -> list[TextDelta]:
-        """All deltas that are there."""
+        """Take all deltas that are there.
+
+        Raises:
+            APIError: if there are none and the reply has failed.
+        """
         taken = list(self._deltas)
         self._deltas.clear()
-        if not taken and self.problem is not None:
-            raise self.problem
+        if not taken and self.error is not None:
+            raise self.error
         return taken
 
     def cancel(self) -> None:
-        """The reply is not wanted any more; the engine drops it before its next step. A finished one stays as it is."""
+        """Give up the reply; the engine drops it before its next step. Does nothing to a finished one."""
         if not self.ended:
-            self._end(None)
-            self._service._do(lambda: self._service._drop(self))
+            self.end(None)
+            self.service.drop(self)
 
     async def __aiter__(self) -> AsyncIterator[TextDelta]:
         try:
-            async for news in follow([self]):
-                for _, delta in news:
+            async for batch in merge([self]):
+                for _, delta in batch:
                     yield delta
         finally:
             self.cancel()
 
-    def _receive(self, deltas: Seq[TextDelta], problem: Problem | None) -> None:
+    def receive(self, deltas: Sequence[TextDelta], error: APIError | None) -> None:
+        """Add deltas; the last one, or an error, ends the stream."""
         if self.ended:
             return
         if deltas and self.started_at is None:
             self.started_at = time.perf_counter()
-            self._service._started(self)
+            self.service.on_started(self)
         self._deltas.extend(deltas)
-        if problem is not None or (deltas and deltas[-1].finish_reason is not None):
-            self._end(problem)
+        if error is not None or (deltas and deltas[-1].finish_reason is not None):
+            self.end(error)
         self.ready.set()
 
-    def _end(self, problem: Problem | None) -> None:
-        self.ended, self.problem = True, problem
-        self._service._ended(self)
+    def end(self, error: APIError | None) -> None:
+        """Mark the stream as ended."""
+        self.ended, self.error = True, error
+        self.service.on_ended(self)
         self.ready.set()
 
 
-async def follow(
-    streams: Seq[Stream], *, ping: float | None = None, deadline: float | None = None
+async def merge(
+    streams: Sequence[ReplyStream], *, ping: float | None = None, deadline: float | None = None
 ) -> AsyncGenerator[list[tuple[int, TextDelta]], None]:
-    """What comes in several streams of one submission, with their numbers; an empty list after `ping` seconds of silence.
+    """Yield the deltas of streams that share `ready`, as they come, each with the number of its stream.
 
-    Cancels what is left when closed early. deadline: time.perf_counter() by which all must have ended.
+    Closing the generator early cancels the streams.
+
+    Args:
+        ping: Seconds of silence after which an empty list comes.
+        deadline: time.perf_counter() by which all streams must have ended.
 
     Raises:
-        Problem: as the streams, and 503 after the deadline.
+        APIError: as the streams do, and 503 after the deadline.
     """
     ready = streams[0].ready
     try:
         while True:
             ready.clear()
-            over = all(stream.ended for stream in streams)
-            news = [(number, delta) for number, stream in enumerate(streams) for delta in stream.take()]
-            if news:
-                yield news
-            elif over:
+            ended = all(stream.ended for stream in streams)  # before taking, or the last deltas might be missed
+            batch = [(number, delta) for number, stream in enumerate(streams) for delta in stream.take()]
+            if batch:
+                yield batch
+            elif ended:
                 return
             elif not ready.is_set():
                 left = None if deadline is None else deadline - time.perf_counter()
                 if left is not None and left <= 0:
-                    raise Problem(503, "the reply took longer than a request may", code="timeout", retry_after=10)
+                    raise APIError(503, "the reply took longer than a request may", code="timeout", retry_after=10)
                 waits = [wait for wait in (ping, left) if wait is not None]
                 try:
                     await asyncio.wait_for(ready.wait(), min(waits) if waits else None)
@@ -125,7 +138,7 @@ async def follow(
 
 
 class Service:
-    """Replies to many clients at once. Use as `async with service:`; everything but `stats` belongs to that event loop."""
+    """Replies to many clients at once, as `async with service:`. Only `stats` may be called outside that event loop."""
 
     def __init__(self, engine: Engine, config: ServeConfig | None = None) -> None:
         assert isinstance(engine.processor, Processor)
@@ -135,8 +148,8 @@ class Service:
         self.capacity = engine.scheduler.max_sequences + self.config.max_queue
         self.draining = False
         self.num_cancelled = self.num_failed_steps = 0
-        self._live: dict[Stream, None] = {}  # the engine thread's
-        self._streams: set[Stream] = set()
+        self._live: dict[ReplyStream, None] = {}  # the engine thread's
+        self._streams: set[ReplyStream] = set()
         self._coming = 0
         self._tiles_ahead = 0
         self._seconds_per_reply = 1.0
@@ -146,7 +159,7 @@ class Service:
         self._thread: threading.Thread | None = None
         self._stopping = False
 
-    # Life
+    # Start and end
 
     async def __aenter__(self) -> Service:
         self._loop = asyncio.get_running_loop()
@@ -166,92 +179,100 @@ class Service:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def drain(self, seconds: float) -> None:
-        """Take nothing new; what still runs after so many seconds ends with an error."""
+        """Refuse new requests; replies that still run after so many seconds end with an error."""
         if not self.draining and self._loop is not None:
             self.draining = True
             self._loop.call_later(seconds, self.stop)
 
     def stop(self) -> None:
-        """End everything now, with an error to those who wait."""
+        """End every reply now, with an error."""
         self.draining = True
         if not self._stopped.done():
             self._stopped.set_result(None)
         for stream in list(self._streams):
-            stream._end(stopping())
-            self._do(lambda stream=stream: self._drop(stream))
+            stream.end(stopping_error())
+            self.drop(stream)
 
     @property
     def ready(self) -> bool:
-        """Whether new requests would be tried."""
+        """Whether requests are taken."""
         alive = self._thread is not None and self._thread.is_alive()
         return alive and not self.draining and self._failures < MAX_FAILURES
 
     @property
     def num_open(self) -> int:
-        """Replies promised and not finished."""
+        """Number of replies that are promised and not finished."""
         return len(self._streams) + self._coming
 
     def stats(self) -> EngineStats:
+        """Return the engine's counts."""
         return self.engine.stats()
 
-    # In
+    # Requests
 
     def check(self, count: int = 1) -> None:
-        """Raises Problem 503 if nothing can be taken at all, 429 if not so many more replies at this time."""
+        """Check whether so many more replies can be taken.
+
+        Raises:
+            APIError: 503 if none can be taken at all, 429 if not so many at this time, 400 if never.
+        """
         if not self.ready:
-            raise stopping() if self.draining else Problem(503, "the engine has failed", code="not_ready", retry_after=30)
+            raise (
+                stopping_error() if self.draining else APIError(503, "the engine has failed", code="not_ready", retry_after=30)
+            )
         if count > self.capacity:
-            raise Problem(400, f"{count} replies at once, but there is room for {self.capacity}", param="n")
+            raise APIError(400, f"{count} replies at once, but there is room for {self.capacity}", param="n")
         if self.num_open + count > self.capacity:
             wait = self._seconds_per_reply * self.config.max_queue / self.engine.scheduler.max_sequences
-            raise Problem(
+            raise APIError(
                 429, "too many requests at this time: try again later", code="queue_full", retry_after=min(60, max(1, wait))
             )
 
-    async def submit(self, conversation: Conversation | Prompt, params: SamplingParams) -> Stream:
-        """The stream of one reply.
+    async def submit(self, conversation: Conversation | Prompt, params: SamplingParams) -> ReplyStream:
+        """Return the stream of one reply.
 
         Raises:
-            Problem: if there is no room, or the service ends.
-            InputError: for what cannot be prepared.
+            APIError: if there is no room, or the service ends.
+            InputError: if the conversation cannot be prepared.
         """
         return (await self.submit_all(conversation, [params]))[0]
 
     async def submit_all(
-        self, conversation: Conversation | Prompt, params: Seq[SamplingParams], ready: asyncio.Event | None = None
-    ) -> list[Stream]:
-        """Streams of several replies to one conversation, which is prepared once. Raises as `submit`.
+        self, conversation: Conversation | Prompt, params: Sequence[SamplingParams], ready: asyncio.Event | None = None
+    ) -> list[ReplyStream]:
+        """Return streams of several replies to one conversation, which is prepared once. Raises as `submit`.
 
-        ready: an event shared with other streams that are followed together with these.
+        Args:
+            ready: The event of other streams that are merged with these.
         """
         self.check(len(params))
         self._coming += len(params)
         try:
-            requests = await self.away(lambda: self.engine.prepare_all(conversation, params))
+            requests = await self.in_pool(lambda: self.engine.prepare_all(conversation, params))
         finally:
             self._coming -= len(params)
         self.check_size(requests[0])
         if self._stopped.done():
-            raise stopping()
+            raise stopping_error()
         ready = ready or asyncio.Event()
-        streams = [Stream(self, request, ready) for request in requests]
+        streams = [ReplyStream(self, request, ready) for request in requests]
         self._streams.update(streams)
         self._tiles_ahead += sum(stream.request.num_tiles for stream in streams)
         self._do(lambda: self._add(streams))
         return streams
 
-    async def away(self, work: Callable[[], T]) -> T:
-        """The result of work in the pool, when the engine has caught up with what was prepared before."""
-        task = asyncio.ensure_future(self._away(work))
+    async def in_pool(self, work: Callable[[], T]) -> T:
+        """Return the result of work in the thread pool, which waits while the engine has enough prepared tiles ahead."""
+        task = asyncio.ensure_future(self._in_pool(work))
         try:
             await asyncio.wait({task, self._stopped}, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
-                raise stopping()
+                raise stopping_error()
             return task.result()
         finally:
             task.cancel()
 
-    async def _away(self, work: Callable[[], T]) -> T:
+    async def _in_pool(self, work: Callable[[], T]) -> T:
         assert self._loop is not None
         async with self._preparing:
             while self._tiles_ahead >= TILES_AHEAD:
@@ -260,27 +281,33 @@ class Service:
             return await self._loop.run_in_executor(self._pool, work)
 
     def check_size(self, request: Request) -> None:
-        """Raises Problem 400 for more prompt tokens or tiles than are allowed."""
+        """Check the size of a prompt. Raises APIError 400 for more tokens or tiles than are allowed."""
         limit, tiles = self.config.max_prompt_tokens, self.config.max_request_tiles
         if limit is not None and request.num_prompt > limit:
             message = f"the prompt has {request.num_prompt} tokens, the limit is {limit}"
-            raise Problem(400, message, param="messages", code="context_length_exceeded")
+            raise APIError(400, message, param="messages", code="context_length_exceeded")
         if request.num_tiles > tiles:
-            raise Problem(400, f"the images and frames are {request.num_tiles} tiles, the limit is {tiles}", param="messages")
+            raise APIError(400, f"the images and frames are {request.num_tiles} tiles, the limit is {tiles}", param="messages")
 
-    def _started(self, stream: Stream) -> None:
+    def on_started(self, stream: ReplyStream) -> None:
+        """Count the tiles of a reply as read: its first token has come."""
         self._tiles_ahead -= stream.request.num_tiles
         self._room.set()
 
-    def _ended(self, stream: Stream) -> None:
+    def on_ended(self, stream: ReplyStream) -> None:
+        """Forget a stream that has ended."""
         if stream not in self._streams:
             return
         self._streams.discard(stream)
         if stream.started_at is None:
-            self._started(stream)
+            self.on_started(stream)
         if stream.request.finish_reason is not None:
             seconds = time.perf_counter() - stream.request.timings.added_at
             self._seconds_per_reply += 0.1 * (seconds - self._seconds_per_reply)
+
+    def drop(self, stream: ReplyStream) -> None:
+        """Have the engine cancel a reply."""
+        self._do(lambda: self._drop(stream))
 
     # The engine thread
 
@@ -290,14 +317,14 @@ class Service:
     def _run(self) -> None:
         try:
             while not self._stopping:
-                self._obey()
+                self._run_commands()
                 if self._live:
                     self._step()
         finally:
-            self._tell([(stream, (), internal()) for stream in self._live])
+            self._report([(stream, (), internal_error()) for stream in self._live])
 
-    def _obey(self) -> None:
-        """Carry out all commands; wait for one if there is nothing to compute."""
+    def _run_commands(self) -> None:
+        """Run all commands; wait for one if there is nothing to compute."""
         if not self._live:
             self._commands.get()()
         while not self._commands.empty():
@@ -306,13 +333,13 @@ class Service:
     def _halt(self) -> None:
         self._stopping = True
 
-    def _add(self, streams: list[Stream]) -> None:
+    def _add(self, streams: list[ReplyStream]) -> None:
         for stream in streams:
             if not stream.ended:
                 self.engine.add(stream.request)
                 self._live[stream] = None
 
-    def _drop(self, stream: Stream) -> None:
+    def _drop(self, stream: ReplyStream) -> None:
         if stream in self._live:
             del self._live[stream]
             self.engine.cancel(stream.request)
@@ -322,38 +349,33 @@ class Service:
         try:
             self.engine.step()
             self._failures = 0
-        except Exception as error:  # whatever it is, only those whose step it was are lost
+        except Exception as error:  # whatever it is, only the requests of this step are lost
             self._failures += 1
             self.num_failed_steps += 1
             log.error("step failed", exc_info=error, extra={"fields": {"failures": self._failures}})
             if not any(stream.request.cancelled for stream in self._live) or self._failures >= MAX_FAILURES:
                 for stream in self._live:
                     self.engine.cancel(stream.request)
-        news: list[tuple[Stream, Seq[TextDelta], Problem | None]] = []
-        for stream in list(self._live):
-            request = stream.request
-            deltas = tuple(request.deltas)
-            request.deltas.clear()
-            if request.finish_reason is not None or request.cancelled:
-                del self._live[stream]
-            lost = request.cancelled and request.finish_reason is None
-            if request.failure is not None:
-                log.error("reply failed", exc_info=request.failure)
-            if deltas or lost:
-                news.append((stream, deltas, internal() if lost else None))
-        if news:
-            self._tell(news)
+        self._report([news for stream in list(self._live) if (news := self._collect(stream)) is not None])
 
-    def _tell(self, news: Seq[tuple[Stream, Seq[TextDelta], Problem | None]]) -> None:
+    def _collect(self, stream: ReplyStream) -> News | None:
+        """Take what a step has brought to a stream."""
+        request = stream.request
+        deltas = tuple(request.deltas)
+        request.deltas.clear()
+        if request.finish_reason is not None or request.cancelled:
+            del self._live[stream]
+        if request.failure is not None:
+            log.error("reply failed", exc_info=request.failure)
+        lost = request.cancelled and request.finish_reason is None
+        return (stream, deltas, internal_error() if lost else None) if deltas or lost else None
+
+    def _report(self, news: Sequence[News]) -> None:
         assert self._loop is not None
-        if not self._loop.is_closed():
+        if news and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(_deliver, news)
 
 
-def _deliver(news: Seq[tuple[Stream, Seq[TextDelta], Problem | None]]) -> None:
-    for stream, deltas, problem in news:
-        stream._receive(deltas, problem)
-
-
-def stopping() -> Problem:
-    return Problem(503, "the server is shutting down", code="shutting_down", retry_after=5)
+def _deliver(news: Sequence[News]) -> None:
+    for stream, deltas, error in news:
+        stream.receive(deltas, error)

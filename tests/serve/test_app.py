@@ -57,12 +57,12 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
 def test_no_route_but_health_opens_without_a_key(tiny_engine: Engine) -> None:
     async def walk() -> None:
         async with client_of(tiny_engine, key=None) as client:
-            paths = {getattr(route, "path", "/") for route in client.app.routes}  # type: ignore[attr-defined]
+            paths = {*client.app.openapi()["paths"], "/openapi.json"}  # type: ignore[attr-defined]
             assert {CHAT, "/metrics", "/openapi.json", "/ready"} <= paths
             for path in [*paths, "/", "/none", "//health", "/health/", "/health%2f", "/HEALTH", "/.//health"]:
                 for method in ("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS"):
                     for headers in ({}, {"Authorization": "Bearer x"}, {"Authorization": "Basic Og=="}):
-                        response = await client.request(method, path.replace("{name:path}", "tiny"), headers=headers)
+                        response = await client.request(method, path.replace("{name}", "tiny"), headers=headers)
                         if path == "/health":
                             assert response.status_code in (200, 405)
                         else:

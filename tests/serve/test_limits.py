@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from ivl.inference.engine import Engine
-from ivl.serve.service import Stream
+from ivl.serve.service import ReplyStream
 from ivl.types import ImageRef, SamplingParams
 from tests.helpers import servers
 from tests.helpers.engines import ask, assert_idle, picture
@@ -75,14 +75,14 @@ def test_who_leaves_is_cancelled_within_a_step(
 ) -> None:
     """Within one step of when the server sees it: when it does is up to how busy the machine is."""
     seen: list[int] = []
-    cancel = Stream.cancel
+    cancel = ReplyStream.cancel
 
-    def counted(self: Stream) -> None:
+    def counted(self: ReplyStream) -> None:
         if not self.ended:
             seen.append(tiny_engine.num_steps)
         cancel(self)
 
-    monkeypatch.setattr(Stream, "cancel", counted)
+    monkeypatch.setattr(ReplyStream, "cancel", counted)
     with socket.create_connection(slow.address) as connection:
         connection.sendall(request_bytes(says("what?", **LONG) | {"stream": stream}))
         until(lambda: tiny_engine.stats().running == 1)

@@ -12,7 +12,7 @@ from PIL import Image
 from ivl.config import TilingConfig
 from ivl.processing.image import load_image, load_pixels, tile_image
 from ivl.processing.video import load_frames
-from ivl.serve.media import MediaConfig, MediaError, MediaGateway
+from ivl.serve.media import MediaConfig, MediaGateway, MediaRefusal
 from ivl.types import ImageRef, VideoRef
 from tests.helpers import media as samples
 from tests.helpers.media import data_url
@@ -27,7 +27,7 @@ def video(url: str, **limits: object) -> VideoRef:
 
 
 def refused(url: str, *, status: int = 400, match: str = ".", get=image, **limits: object) -> None:
-    with pytest.raises(MediaError, match=match) as caught:
+    with pytest.raises(MediaRefusal, match=match) as caught:
         get(url, **limits)
     assert caught.value.status == status, caught.value
 

@@ -12,7 +12,7 @@ import pytest
 
 from ivl.serve import fetch
 from ivl.serve.fetch import Fetcher, is_public
-from ivl.serve.media import MediaConfig, MediaError, MediaGateway
+from ivl.serve.media import MediaConfig, MediaGateway, MediaRefusal
 from tests.helpers import media as samples
 
 IMAGE = samples.encoded("PNG")
@@ -122,7 +122,7 @@ def test_s1_no_address_of_the_table_is_ever_connected_to(remote: bool) -> None:
             for port in (here.port, inside.port):
                 for url in TABLE:
                     for get in (media.image, media.video):
-                        with pytest.raises(MediaError) as caught:
+                        with pytest.raises(MediaRefusal) as caught:
                             await get(url.replace("{port}", str(port)))
                         assert caught.value.status in (400, 403), url
                         assert "127" not in str(caught.value) and "passwd" not in str(caught.value), caught.value
@@ -154,7 +154,7 @@ def test_s1_one_private_address_among_public_ones_spoils_them_all() -> None:
             return ["93.184.216.34", "127.0.0.1"]
 
         config = MediaConfig(allow_remote=True, allowed_domains=("*",))
-        with pytest.raises(MediaError, match="not on the public internet") as caught:
+        with pytest.raises(MediaRefusal, match="not on the public internet") as caught:
             await MediaGateway(config, fetcher=Fetcher(config, lookup=names)).image("http://good.example/")
         assert caught.value.status == 403
 
@@ -178,7 +178,7 @@ def test_s1_a_name_is_resolved_once_and_the_connection_pinned() -> None:
             media = MediaGateway(config, fetcher=Fetcher(config, lookup=flips, permitted=lambda address: address == HERE))
             assert (await media.image(f"http://good.example:{here.port}/a.png")).source == IMAGE
             assert len(answers) == 2 and here.seen == 1
-            with pytest.raises(MediaError, match="not on the public internet"):  # the next request looks again
+            with pytest.raises(MediaRefusal, match="not on the public internet"):  # the next request looks again
                 await media.image(f"http://good.example:{here.port}/a.png")
             assert here.seen == 1 and inside.seen == 0
             assert b"Host: good.example" in here.asked and b"identity" in here.asked and b"Cookie" not in here.asked
@@ -217,7 +217,7 @@ def test_s1_every_hop_is_checked_again(hops: int, target: str) -> None:
             async with Listener(serve).on(HERE) as here:
                 domains = (f"*:{here.port}", f"*:{inside.port}")
                 media = gateway(here.port, allowed_domains=domains, max_redirects=6)
-                with pytest.raises(MediaError) as caught:
+                with pytest.raises(MediaRefusal) as caught:
                     await media.image(f"http://good.example:{here.port}/from/{hops}")
                 assert caught.value.status in (400, 403) and "redirects more" not in str(caught.value)
                 assert (here.seen, inside.seen) == (hops + 1, 0)
@@ -234,7 +234,7 @@ def test_s1_redirects_are_followed_up_to_the_limit() -> None:
         async with Listener(serve).on(HERE) as here:
             media = gateway(here.port, max_redirects=3)
             assert (await media.image(f"http://good.example:{here.port}/3")).source == IMAGE
-            with pytest.raises(MediaError, match="redirects more than 3 times"):
+            with pytest.raises(MediaRefusal, match="redirects more than 3 times"):
                 await media.image(f"http://good.example:{here.port}/4")
             assert here.seen == 8
 
@@ -246,7 +246,7 @@ def test_s1_off_unless_switched_on_and_only_for_the_names_given() -> None:
         config = MediaConfig(allow_remote=remote, allowed_domains=domains)
         try:
             Fetcher(config).checked(url)
-        except MediaError as error:
+        except MediaRefusal as error:
             return error.status
         return 200
 
@@ -280,17 +280,17 @@ def test_s1_proxies_of_the_environment_are_not_used(monkeypatch: pytest.MonkeyPa
     asyncio.run(run())
 
 
-def fetched(answer: Callable[[asyncio.StreamWriter], Awaitable[None]], **limits: object) -> tuple[MediaError | bytes, float]:
+def fetched(answer: Callable[[asyncio.StreamWriter], Awaitable[None]], **limits: object) -> tuple[MediaRefusal | bytes, float]:
     """What the gateway makes of a server, and after how many seconds."""
 
-    async def run() -> tuple[MediaError | bytes, float]:
+    async def run() -> tuple[MediaRefusal | bytes, float]:
         async with Listener(lambda path, writer: answer(writer)).on(HERE) as here:
             media = gateway(here.port, **limits)
             start = time.monotonic()
             try:
                 outcome = (await media.image(f"http://good.example:{here.port}/")).source
                 assert isinstance(outcome, bytes)
-            except MediaError as error:
+            except MediaRefusal as error:
                 outcome = error
             return outcome, time.monotonic() - start
 
@@ -299,7 +299,7 @@ def fetched(answer: Callable[[asyncio.StreamWriter], Awaitable[None]], **limits:
 
 def refused(answer: Callable[[asyncio.StreamWriter], Awaitable[None]], status: int, **limits: object) -> float:
     error, seconds = fetched(answer, **limits)
-    assert isinstance(error, MediaError) and error.status == status, error
+    assert isinstance(error, MediaRefusal) and error.status == status, error
     return seconds
 
 
@@ -360,7 +360,7 @@ def test_s3_slow_names_end_at_the_deadline() -> None:
             return [HERE]
 
         config = MediaConfig(allow_remote=True, allowed_domains=("*",), timeout=0.2)
-        with pytest.raises(MediaError, match=r"within 0.2 s"):
+        with pytest.raises(MediaRefusal, match=r"within 0.2 s"):
             await MediaGateway(config, fetcher=Fetcher(config, lookup=names)).image("http://good.example/")
 
     asyncio.run(run())
@@ -414,5 +414,5 @@ def test_s3_nonsense_is_a_clean_400() -> None:
     )
     for answer in answers:
         error, _ = fetched(serve, timeout=2.0)
-        assert isinstance(error, MediaError) and error.status in (400, 403), answer[:60]
+        assert isinstance(error, MediaRefusal) and error.status in (400, 403), answer[:60]
         assert "good.example" not in str(error) and "127" not in str(error)

@@ -19,7 +19,7 @@ from PIL import Image
 from ivl.errors import InputError
 from ivl.processing.image import load_pixels
 from ivl.processing.video import load_frames
-from ivl.serve.media import MediaConfig, MediaError, MediaGateway
+from ivl.serve.media import MediaConfig, MediaGateway, MediaRefusal
 from tests.helpers import media as samples
 from tests.helpers.media import data_url
 
@@ -91,7 +91,7 @@ def test_s2_bombs_are_refused_in_no_time_and_memory(name: str, monkeypatch: pyte
     measured = []
     for _ in range(3):  # threads of earlier tests may still be spinning: the least is the bomb's
         before, start = peak(reset=True), time.process_time()
-        with pytest.raises(MediaError) as caught:
+        with pytest.raises(MediaRefusal) as caught:
             asyncio.run(gateway.image(url))
         measured.append((time.process_time() - start, peak() - before))
         assert caught.value.status in (400, 413) and not LEAK.search(str(caught.value))
@@ -117,7 +117,7 @@ def test_s2_a_video_whose_pictures_are_larger_than_its_header() -> None:
     lie = lie.replace(struct.pack("<HH", 2000, 1500), struct.pack("<HH", 64, 48))
     assert lie != data
     limits = {"max_pixels": 1_000_000}
-    with pytest.raises(MediaError) as caught:
+    with pytest.raises(MediaRefusal) as caught:
         asyncio.run(MediaGateway(MediaConfig(**limits)).video(data_url(lie)))
     assert caught.value.status == 413
 

@@ -11,8 +11,8 @@ import pytest
 from ivl.errors import InputError
 from ivl.inference.engine import Engine
 from ivl.serve.config import ServeConfig
-from ivl.serve.problems import Problem
-from ivl.serve.service import Service, follow
+from ivl.serve.errors import APIError
+from ivl.serve.service import Service, merge
 from ivl.types import ImageRef, SamplingParams
 from tests.helpers.engines import ask, assert_idle, picture
 from tests.helpers.servers import engine
@@ -88,7 +88,7 @@ def test_a_failed_step_ends_only_its_own(service: Service, tiny_engine: Engine, 
             expected = await text(service, "what?")
             stream = await service.submit(ask("why?"), LONG)
             failing[0] = True
-            with pytest.raises(Problem) as error:
+            with pytest.raises(APIError) as error:
                 async for _ in stream:
                     pass
             assert error.value.status_code == 500 and "secret" not in error.value.message
@@ -105,10 +105,10 @@ def test_an_engine_that_always_fails_is_not_ready(service: Service, tiny_engine:
     async def fail() -> None:
         async with service:
             for _ in range(3):
-                with pytest.raises(Problem):
+                with pytest.raises(APIError):
                     await text(service, "what?")
             assert not service.ready
-            with pytest.raises(Problem) as error:
+            with pytest.raises(APIError) as error:
                 await service.submit(ask("what?"), SHORT)
             assert error.value.status_code == 503
 
@@ -120,10 +120,10 @@ def test_no_more_than_there_is_room_for(service: Service, tiny_engine: Engine) -
     async def fill() -> None:
         async with service:
             streams = [await service.submit(ask("what?"), LONG) for _ in range(8)]
-            with pytest.raises(Problem) as error:
+            with pytest.raises(APIError) as error:
                 await service.submit(ask("what?"), SHORT)
             assert error.value.status_code == 429 and int((error.value.headers or {})["Retry-After"]) >= 1
-            with pytest.raises(Problem) as error:
+            with pytest.raises(APIError) as error:
                 await service.submit_all(ask("what?"), [SHORT] * 9)
             assert error.value.status_code == 400
             streams[0].cancel()
@@ -143,7 +143,7 @@ def test_what_cannot_be_prepared_leaves_nothing(service: Service, tiny_engine: E
                     await service.submit(bad, SHORT)
             many = Service(tiny_engine, ServeConfig(max_request_tiles=1))
             async with many:
-                with pytest.raises(Problem):
+                with pytest.raises(APIError):
                     await many.submit(ask("?", ImageRef(picture(1)), ImageRef(picture(2))), SHORT)
                 assert many.num_open == 0
             assert service.num_open == 0
@@ -159,14 +159,14 @@ def test_replies_end_with_the_service(service: Service, tiny_engine: Engine) -> 
             waiting = asyncio.ensure_future(text(service, "what?", params=LONG))
             await asyncio.sleep(0)
             service.drain(0.05)
-            with pytest.raises(Problem):
+            with pytest.raises(APIError):
                 await service.submit(ask("what?"), SHORT)
             for stream in streams:
-                with pytest.raises(Problem) as error:
+                with pytest.raises(APIError) as error:
                     async for _ in stream:
                         pass
                 assert error.value.code == "shutting_down"
-            with pytest.raises(Problem):
+            with pytest.raises(APIError):
                 await waiting
 
     asyncio.run(end())
@@ -181,8 +181,8 @@ def test_a_deadline_and_silence(service: Service, tiny_engine: Engine, monkeypat
         async with service:
             stream = await service.submit(ask("what?"), LONG)
             sizes = []
-            with pytest.raises(Problem) as error:
-                async for news in follow([stream], ping=0.02, deadline=time.perf_counter() + 2):
+            with pytest.raises(APIError) as error:
+                async for news in merge([stream], ping=0.02, deadline=time.perf_counter() + 2):
                     sizes.append(len(news))
             assert error.value.code == "timeout" and stream.ended
             return sizes

@@ -1,4 +1,4 @@
-"""The one error a client gets, shaped as OpenAI's."""
+"""The one error that clients get, in OpenAI's form."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
+from ivl.errors import InputError
+
 TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error", 500: "server_error",
     503: "server_error", 504: "server_error",
@@ -14,28 +16,44 @@ TYPES = {
 """Error types by status; all others are invalid_request_error."""
 
 
-class Problem(HTTPException):
-    """An answer other than 2xx. The message is for the client; it never holds a library's text."""
+class APIError(HTTPException):
+    """A response other than 2xx. The message is for the client; it never repeats the text of a library."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry_after: float | None = None
     ) -> None:
         headers = {} if retry_after is None else {"Retry-After": str(max(1, round(retry_after)))}
         if status == 401:
-            headers["WWW-Authenticate"] = 'Basic realm="ivl"'  # what browsers know, and no second scheme
+            headers["WWW-Authenticate"] = 'Basic realm="ivl"'  # the scheme that browsers know, and no second one
         super().__init__(status, message, headers)
         self.message, self.param, self.code = message, param, code
 
     @property
     def content(self) -> dict[str, Any]:
-        """{"error": {message, type, param, code}}"""
+        """The body as {"error": {message, type, param, code}}."""
         kind = TYPES.get(self.status_code, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     @property
     def body(self) -> bytes:
+        """The body as JSON."""
         return json.dumps(self.content, ensure_ascii=False).encode(errors="backslashreplace")
 
 
-def internal() -> Problem:
-    return Problem(500, "something went wrong inside the server; the log has the place", code="internal_error")
+def internal_error() -> APIError:
+    """Return the error for a fault of the server."""
+    return APIError(500, "something went wrong inside the server; the log has the place", code="internal_error")
+
+
+def stopping_error() -> APIError:
+    """Return the error for a server that ends."""
+    return APIError(503, "the server is shutting down", code="shutting_down", retry_after=5)
+
+
+def to_api_error(error: Exception) -> APIError:
+    """Return any error as one that may be shown to a client."""
+    if isinstance(error, APIError):
+        return error
+    if isinstance(error, InputError):
+        return APIError(getattr(error, "status", 400), str(error), code="invalid_value")
+    return internal_error()

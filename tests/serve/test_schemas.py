@@ -12,8 +12,8 @@ from ivl.errors import InputError
 from ivl.serve import conversation
 from ivl.serve.auth import Keys, load_keys
 from ivl.serve.config import ServeConfig
-from ivl.serve.problems import Problem
-from ivl.serve.protocol import ChatRequest, CompletionRequest, problem_of
+from ivl.serve.errors import APIError
+from ivl.serve.schemas import ChatRequest, CompletionRequest, validation_error
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -22,17 +22,17 @@ def parsed(**options: Any) -> ChatRequest:
     return ChatRequest.model_validate_json(json.dumps({"messages": HELLO, **options}))
 
 
-def refused(**options: Any) -> Problem:
+def refused(**options: Any) -> APIError:
     with pytest.raises(ValidationError) as error:
         parsed(**options)
-    return problem_of(error.value)
+    return validation_error(error.value)
 
 
 def test_null_is_nothing_and_what_asks_for_nothing_is_taken() -> None:
     body = parsed(
         stop=None, tools=[], tool_choice="none", logit_bias={}, audio=None, user="me", metadata={"a": "b"}, store=False
     )
-    assert conversation.params(body, ServeConfig()) == conversation.params(parsed(), ServeConfig())
+    assert conversation.sampling_params(body, ServeConfig()) == conversation.sampling_params(parsed(), ServeConfig())
 
 
 @pytest.mark.parametrize(
@@ -77,13 +77,15 @@ def test_what_is_no_request_is_refused(body: str) -> None:
      {"logprobs": True, "top_logprobs": 21}],
 )  # fmt: skip
 def test_limits_of_sampling(options: dict[str, Any]) -> None:
-    with pytest.raises(Problem) as error:
-        conversation.params(parsed(**options), ServeConfig())
+    with pytest.raises(APIError) as error:
+        conversation.sampling_params(parsed(**options), ServeConfig())
     assert error.value.status_code == 400
 
 
 def test_each_reply_has_its_own_seed() -> None:
-    every = conversation.params(parsed(n=3, seed=(1 << 63) - 2, temperature=1.0, max_completion_tokens=7), ServeConfig())
+    every = conversation.sampling_params(
+        parsed(n=3, seed=(1 << 63) - 2, temperature=1.0, max_completion_tokens=7), ServeConfig()
+    )
     assert [params.seed for params in every] == [(1 << 63) - 2, (1 << 63) - 1, 0]
     assert {params.max_new_tokens for params in every} == {7}
 
@@ -94,11 +96,14 @@ def test_limits_of_messages() -> None:
     def image(**options: Any) -> dict[str, Any]:
         return {"type": "image_url", "image_url": {"url": "data:,", **options}}
 
+    def check(body: ChatRequest) -> None:
+        conversation.check_conversation(conversation.to_conversation(body.messages, config), config)
+
     for content in ([image(), image()], [image(max_dynamic_patch=5)], "x" * 11, [{"type": "text", "text": "x"}] * 11):
-        with pytest.raises(Problem):
-            conversation.check_messages(parsed(messages=[{"role": "user", "content": content}]).messages, config)
-    with pytest.raises(Problem):
-        conversation.check_messages(parsed(messages=HELLO * 3).messages, config)
+        with pytest.raises(APIError):
+            check(parsed(messages=[{"role": "user", "content": content}]))
+    with pytest.raises(APIError):
+        check(parsed(messages=HELLO * 3))
 
 
 def test_prompts_of_completions() -> None:

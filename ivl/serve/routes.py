@@ -1,0 +1,218 @@
+"""The routes of the API."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import Response
+from pydantic import BaseModel, ValidationError
+
+from ivl.serve.config import ServeConfig
+from ivl.serve.conversation import check_text, load_conversation, plain_prompt, sampling_params
+from ivl.serve.errors import APIError
+from ivl.serve.guard import RequestContext
+from ivl.serve.media import MediaGateway
+from ivl.serve.metrics import CONTENT_TYPE, Metrics
+from ivl.serve.responses import EventStream, ResponseBuilder, while_connected
+from ivl.serve.schemas import (
+    ChatRequest,
+    ChatResponse,
+    CompletionRequest,
+    CompletionResponse,
+    ErrorResponse,
+    ModelCard,
+    ModelList,
+    RequestPart,
+    SamplingBody,
+    StatusResponse,
+    TokenizeRequest,
+    TokenizeResponse,
+    validation_error,
+)
+from ivl.serve.service import ReplyStream, Service
+
+B = TypeVar("B", bound=RequestPart)
+T = TypeVar("T")
+STATUSES = {
+    400: "Not understood, or beyond a limit", 401: "No valid key", 404: "No such model or page", 408: "Sent too slowly",
+    413: "Too large", 415: "Not JSON", 421: "Another Host", 429: "Too busy", 500: "Failed", 503: "Not ready",
+}  # fmt: skip
+POST: dict[int | str, dict[str, Any]] = {k: {"model": ErrorResponse, "description": text} for k, text in STATUSES.items()}
+GET: dict[int | str, dict[str, Any]] = {status: POST[status] for status in (401, 404, 421)}
+router = APIRouter()
+
+
+class RouteContext:
+    """What a route works with, as a dependency: the service, its configuration and the request."""
+
+    def __init__(self, request: Request) -> None:
+        state = request.app.state
+        self.service: Service = state.service
+        self.config: ServeConfig = state.config
+        self.gateway: MediaGateway = state.gateway
+        self.metrics: Metrics = state.metrics
+        self.created: int = state.created
+        self.request = request
+        self.context = RequestContext.of(request.scope)
+
+    @property
+    def deadline(self) -> float:
+        """time.perf_counter() at which the request ends."""
+        return self.context.arrived + self.config.request_timeout
+
+    async def within_deadline(self, work: Awaitable[T]) -> T:
+        """Return the result of work, in the time that a request may take, while its client stays."""
+        try:
+            async with asyncio.timeout(self.deadline - time.perf_counter()):
+                return await while_connected(self.request.receive, work)
+        except TimeoutError:
+            raise APIError(503, "the request took longer than it may", code="timeout", retry_after=10) from None
+
+    async def respond(self, body: SamplingBody, submit: Awaitable[list[ReplyStream]]) -> Response:
+        """Return the response from streams that submit gives."""
+        streams = await self.within_deadline(submit)
+        self.context.release()
+        tokenizer = self.service.processor.tokenizer
+        builder = ResponseBuilder(
+            self.context, body, self.config.names[0], streams, tokenizer, self.deadline, self.config.ping
+        )  # fmt: skip
+        if body.stream:
+            return EventStream(builder.events())
+        whole = await while_connected(self.request.receive, builder.whole())
+        return Response(whole.model_dump_json(), media_type="application/json")
+
+    def check_model(self, name: str) -> None:
+        """Raise APIError 404 for a name that the model does not have."""
+        if name and name not in self.config.names:
+            names = ", ".join(self.config.names)
+            raise APIError(404, f"there is no such model here; known: {names}", param="model", code="model_not_found")
+
+    def card(self, name: str) -> ModelCard:
+        """Return the model under one of its names."""
+        return ModelCard(id=name, created=self.created, max_model_len=self.service.engine.max_context)
+
+
+Shared = Annotated[RouteContext, Depends()]
+
+
+def _body(kind: type[B]) -> Callable[[Request], Awaitable[B]]:
+    """Return a dependency that reads the body as a request of this kind, if the service takes requests at all."""
+
+    async def body(request: Request) -> B:
+        request.app.state.service.check()
+        content = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if content != "application/json":
+            raise APIError(415, "the body must be JSON, with `Content-Type: application/json`", code="unsupported_media_type")
+        chunks = [chunk async for chunk in request.stream()]  # not request.body(), which would keep it
+        try:
+            return kind.model_validate_json(b"".join(chunks))
+        except ValidationError as error:
+            raise validation_error(error) from None
+
+    return body
+
+
+def _describe(body: type[RequestPart], response: type[BaseModel], *, streams: bool = False) -> dict[str, Any]:
+    """Return the arguments by which a route tells the OpenAPI document what it reads itself and what it answers."""
+    schema = {"$ref": f"#/components/schemas/{body.__name__}"}
+    success: dict[str, Any] = {"model": response}
+    if streams:
+        success["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+    return {
+        "responses": {200: success, **POST},
+        "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}},
+    }
+
+
+@router.post("/v1/chat/completions", **_describe(ChatRequest, ChatResponse, streams=True), tags=["v1"])
+async def chat_completions(shared: Shared, body: Annotated[ChatRequest, Depends(_body(ChatRequest))]) -> Response:
+    """A reply to a conversation with images and videos, whole or as server-sent events."""
+    shared.check_model(body.model)
+    params = sampling_params(body, shared.config)
+
+    async def submit() -> list[ReplyStream]:
+        conversation = await load_conversation(body.messages, shared.config, shared.gateway, shared.context.hold)
+        body.messages.clear()  # they may be large, and a stream may be long
+        return await shared.service.submit_all(conversation, params)
+
+    return await shared.respond(body, submit())
+
+
+@router.post("/v1/completions", **_describe(CompletionRequest, CompletionResponse, streams=True), tags=["v1"])
+async def completions(shared: Shared, body: Annotated[CompletionRequest, Depends(_body(CompletionRequest))]) -> Response:
+    """The continuation of a text, without the model's template."""
+    shared.check_model(body.model)
+    service, config = shared.service, shared.config
+    params, prompts = sampling_params(body, config), body.prompts
+    if not prompts or len(prompts) * body.n > config.max_n:
+        reason = f"{len(prompts)} prompts of {body.n} replies each: at least 1 and at most {config.max_n} replies"
+        raise APIError(400, reason, param="prompt")
+
+    async def submit() -> list[ReplyStream]:
+        rendered = await service.in_pool(lambda: [plain_prompt(prompt, config, service.processor) for prompt in prompts])
+        streams: list[ReplyStream] = []
+        ready = asyncio.Event()
+        try:
+            for prompt in rendered:
+                streams += await service.submit_all(prompt, params, ready)
+        except BaseException:
+            for stream in streams:
+                stream.cancel()
+            raise
+        return streams
+
+    return await shared.respond(body, submit())
+
+
+@router.post("/tokenize", **_describe(TokenizeRequest, TokenizeResponse))
+async def tokenize(shared: Shared, body: Annotated[TokenizeRequest, Depends(_body(TokenizeRequest))]) -> TokenizeResponse:
+    """Token ids of a text, or of a conversation as the model gets it; those of images are placeholders."""
+    shared.check_model(body.model)
+    service = shared.service
+
+    async def encode() -> list[int]:
+        if body.messages is None:
+            text = body.prompt or ""
+            check_text([text], shared.config, "prompt")
+            return await service.in_pool(lambda: service.processor.tokenizer.encode(text))
+        conversation = await load_conversation(body.messages, shared.config, shared.gateway, shared.context.hold)
+        return await service.in_pool(lambda: service.processor.prompt(conversation).tokens_T.tolist())
+
+    tokens = await shared.within_deadline(encode())
+    return TokenizeResponse(count=len(tokens), max_model_len=service.engine.max_context, tokens=tokens)
+
+
+@router.get("/v1/models", responses=GET, tags=["v1"])
+async def models(shared: Shared) -> ModelList:
+    """The model under each of its names."""
+    return ModelList(data=[shared.card(name) for name in shared.config.names])
+
+
+@router.get("/v1/models/{name:path}", responses=GET, tags=["v1"])
+async def model(shared: Shared, name: str) -> ModelCard:
+    """The model under one of its names."""
+    shared.check_model(name)
+    return shared.card(name)
+
+
+@router.get("/health")
+async def health() -> StatusResponse:
+    """Whether the process answers. The one route without a key."""
+    return StatusResponse(status="ok")
+
+
+@router.get("/ready", responses={**GET, 503: POST[503]})
+async def ready(shared: Shared) -> StatusResponse:
+    """Whether requests are taken now."""
+    shared.service.check(0)
+    return StatusResponse(status="ready")
+
+
+@router.get("/metrics", responses={**GET, 200: {"content": {"text/plain": {}}}}, response_class=Response)
+async def metrics(shared: Shared) -> Response:
+    """Figures in the text format of Prometheus."""
+    return Response(shared.metrics.text(), media_type=CONTENT_TYPE)
