@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 Role = Literal["system", "user", "assistant"]
 FinishReason = Literal["stop", "length"]
+Averaging = Literal["token", "sample", "square"]
+"""Loss weight of a token in a sequence of n trained tokens: 1, 1/n or 1/sqrt(n) (arXiv:2412.05271, section 3.4)."""
 IGNORE = -100
 """Label of a token that is not trained."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers
 
 from ivl.errors import InputError
-from ivl.processing.tokenizer import CHATML_TOKENS, Tokenizer, byte_level, set_bos, spell, token_text
+from ivl.processing.tokenizer import CHATML_TOKENS, Tokenizer, byte_letters, byte_level, set_bos, token_text
 from ivl.utils.files import write_json
 from ivl.utils.strict_json import read_json
 
@@ -147,11 +148,22 @@ def from_ranks(file: Path) -> tokenizers.Tokenizer:
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(token) > 1:
             left, right = _last_merge(token, rank, ranks)
-            merges.append((spell(left), spell(right)))
-    backend = from_merges({spell(token): rank for token, rank in ranks.items()}, merges)
+            merges.append((_spell(left), _spell(right)))
+    backend = from_merges({_spell(token): rank for token, rank in ranks.items()}, merges)
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in QWEN_ADDED if t not in QWEN_PLAIN])
     backend.add_tokens([AddedToken(t, special=False, normalized=False) for t in QWEN_PLAIN])
     return backend
+
+
+@cache
+def _letters_of_bytes() -> dict[int, str]:
+    return {byte: letter for letter, byte in byte_letters().items()}
+
+
+def _spell(token: bytes) -> str:
+    """Write bytes as the letters of a byte-level vocabulary."""
+    letters = _letters_of_bytes()
+    return "".join(letters[byte] for byte in token)
 
 
 def _last_merge(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:

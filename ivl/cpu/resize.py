@@ -84,7 +84,7 @@ def tiles(image_YXC: np.ndarray, size: int, columns: int, rows: int, *, thumbnai
     return out_GSSC
 
 
-Rule = Callable[[int, int, int, int], bool]
+PassOrder = Callable[[int, int, int, int], bool]
 """Whether Pillow does the columns first, by the old and the new width and height."""
 
 
@@ -210,7 +210,7 @@ def scratch(sizes: list[int]) -> list[int]:
 
 
 @cache
-def _rule() -> Rule | None:
+def _rule() -> PassOrder | None:
     """Which passes Pillow does first, seen from its pixels: sums are rounded in between, so the order shows. None if
     kernels cannot be built, or its pixels follow neither rule."""
     if not kernels_wanted():

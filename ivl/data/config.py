@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ivl.processing.augment import Augmentation
+from ivl.types import Averaging
 from ivl.utils.checks import check_choices
 
-Averaging = Literal["token", "sample", "square"]
 Weighting = Literal["size", "root"] | float
 
 

@@ -9,11 +9,13 @@ import io
 import random
 import typing
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 from PIL import Image, ImageEnhance, ImageFilter
+
+if TYPE_CHECKING:  # a configuration of training holds an Augmentation, and imports no torch
+    import torch
 
 Corruption = Literal["blur", "noise", "rescale", "brightness", "contrast"]
 CORRUPTIONS: tuple[Corruption, ...] = typing.get_args(Corruption)

@@ -54,6 +54,10 @@ class Rendered:
     cuts: list[tuple[int, int]]
     """Numbers of tokens and of media up to the end of each reply, which are those of the conversation that ends there."""
 
+    def first(self, num_tokens: int) -> Rendered:
+        """The first tokens alone."""
+        return Rendered(self.ids[:num_tokens], self.trained[:num_tokens], [])
+
     def add(self, ids: Sequence[int], *, trained: bool = False) -> None:
         self.ids.extend(ids)
         self.trained.extend([trained] * len(ids))
@@ -165,10 +169,6 @@ def _body(
     return ids + tokenizer.encode(text)
 
 
-def _text(content: Sequence[Part]) -> str:
-    return "".join(part.text for part in content if isinstance(part, Text))
-
-
 def open_lines(content: Sequence[Part]) -> Sequence[Part]:
     """Media given before the text rather than marked in it stand on lines of their own.
 
@@ -176,7 +176,7 @@ def open_lines(content: Sequence[Part]) -> Sequence[Part]:
     leading media they were marked in the text on purpose, and it stays as it is.
     """
     lead = next((n for n, part in enumerate(content) if isinstance(part, Text)), len(content))
-    text = _text(content[lead : lead + 1])
+    text = "".join(part.text for part in content[lead : lead + 1] if isinstance(part, Text))
     if not text or text[0].isspace():
         return content
     return [part for medium in content[:lead] for part in (medium, Text("\n"))] + list(content[lead:])

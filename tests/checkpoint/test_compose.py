@@ -21,7 +21,7 @@ from ivl.errors import InputError
 from ivl.lora.layers import add_lora, lora_parameters, merge_lora
 from ivl.model.vlm import VLM
 from ivl.processing.processor import Processor
-from ivl.processing.tokenizer import Tokenizer, train_bpe
+from ivl.processing.tokenizer import Tokenizer, train_tokenizer
 from ivl.types import ImageRef, Layout, Message, Text
 from tests.helpers.checkpoints import random_model, same_weights, tiny_like
 
@@ -29,7 +29,9 @@ TEXTS = ("A red square stands beside a blue circle. 12 of 34 are green.",) * 3
 
 
 def tokenizer(*special: str, size: int = 280) -> Tokenizer:
-    words = Tokenizer(train_bpe(TEXTS, size), config={"eos_token": "<|im_end|>", "add_bos_token": False})
+    words = Tokenizer(
+        train_tokenizer(TEXTS, size, special=()).backend, config={"eos_token": "<|im_end|>", "add_bos_token": False}
+    )
     words.add_special(special)
     return words
 

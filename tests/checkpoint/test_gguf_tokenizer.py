@@ -13,7 +13,7 @@ import tokenizers
 from ivl.checkpoint import load_tokenizer, save_tokenizer
 from ivl.checkpoint.gguf.tokenizer import GgufVocabulary, gguf_vocabulary, tokenizer_from_gguf
 from ivl.errors import InputError
-from ivl.processing.tokenizer import Tokenizer, train_bpe
+from ivl.processing.tokenizer import Tokenizer, train_tokenizer
 
 TEXTS = [
     "A red square stands beside a blue circle.", "12 of 345 are green; isn't that 6789?", "  two  spaces\n\n\tand tabs ",
@@ -28,7 +28,7 @@ def described(kind: str, tokens: list[str], types: list[int], **more: object) ->
 
 def byte_level(pre: str = "qwen2") -> tuple[Tokenizer, GgufVocabulary]:
     """A trained vocabulary, and how a converter of Qwen2 would describe it: padded with unused entries at the end."""
-    backend = train_bpe(TEXTS * 3, 330)
+    backend = train_tokenizer(TEXTS * 3, 330, special=()).backend
     original = Tokenizer(backend, config={"eos_token": "<|im_end|>", "add_bos_token": False})
     original.add_special(("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
     data = json.loads(original.backend.to_str())

@@ -14,7 +14,7 @@ from ivl.checkpoint import load_tokenizer, save_tokenizer
 from ivl.checkpoint.vocabulary import QWEN_ADDED
 from ivl.config import SPECIAL_TOKENS
 from ivl.errors import InputError
-from ivl.processing.tokenizer import GROUNDING, _letters_of_bytes, train_tokenizer
+from ivl.processing.tokenizer import GROUNDING, byte_letters, train_tokenizer
 from tests.helpers.processors import CORPUS
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *SPECIAL_TOKENS[:3])
@@ -135,7 +135,7 @@ def test_ranks(tokenizer, tmp_path):
     """A .tiktoken file has bytes and ranks only; the merges it implies are those of the trained vocabulary."""
     import base64
 
-    letters = {letter: byte for byte, letter in _letters_of_bytes().items()}
+    letters = byte_letters()
     model = json.loads(tokenizer.backend.to_str())["model"]
     tokens = [t for t, _ in sorted(model["vocab"].items(), key=lambda item: item[1])]
     singles = [t for t in tokens if len(t) == 1]

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from ivl.checkpoint.vocabulary import merges_from_scores
 from ivl.errors import InputError
-from ivl.processing.tokenizer import GROUNDING, QWEN_PATTERN, Tokenizer, decoding_style, set_bos, token_text
+from ivl.processing.tokenizer import GROUNDING, QWEN_PATTERN, Tokenizer, set_bos, spelling_of, token_text
 
 LLAMA3_PATTERN = QWEN_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -138,7 +138,7 @@ def gguf_vocabulary(tokenizer: Tokenizer, *, eos: int, pad: int | None = None) -
     types = [UNUSED] * len(tokens)
     for token, i in ids.items():
         tokens[i], types[i] = token, NORMAL
-    style, space_prefix = decoding_style(tokenizer.backend)
+    style, space_prefix = spelling_of(tokenizer.backend)
     byte_level = style == "bytes"
     unknown = None if byte_level else ids.get(data["model"]["unk_token"] or "")
     if not byte_level:
