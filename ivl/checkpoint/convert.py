@@ -26,7 +26,6 @@ from ivl.processing.chat import template_of
 from ivl.quant.layers import Scheme, Schemes, quantize, quantize_layers, quantized_layers, unpacked
 from ivl.utils.files import write_json
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 LANGUAGE_GGUF, VISION_GGUF = "model.gguf", "mmproj.gguf"
 
 

@@ -4,174 +4,184 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from ivl.checkpoint.config_json import Dialect
+from ivl.errors import InputError
+from ivl.utils.progress import counting
+
 if TYPE_CHECKING:
     from ivl.checkpoint.weights import ByteProgress
+    from ivl.quant.layers import Schemes
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
-Dialect = Literal["internvl_chat", "transformers"]
-Dtype = Literal["keep", "bfloat16", "float16", "float32"]
+StoredDtype = Literal["keep", "bfloat16", "float16", "float32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeOptions:
+    """Linear layers that are written as integers."""
+
+    quantize: Literal["no", "int8", "int4"] = "no"
+    """Weights of the language model as integers: int8 with a scale per row, or int4 with a scale per group. Embeddings keep
+    their type."""
+    group_size: Literal[32, 64, 128] = 32
+    """Input elements that share a scale of int4."""
+    zero_point: Flag = False
+    """Give int4 groups a zero point, too."""
+    quantize_head: Literal["int8", "int4"] = "int8"
+    """The output head beside int4; in 4 bits it is read faster and loses most of all layers."""
+    quantize_vision: Literal["no", "w8a8"] = "no"
+    """Weights of the ViT in 8 bits; its activations are rounded to 8 bits per token when it runs."""
+
+    def schemes(self) -> Schemes:
+        """Return the scheme of each part of the model."""
+        from ivl.quant.layers import Scheme, Schemes
+
+        if self.zero_point and self.quantize != "int4":
+            raise InputError("--zero-point is for --quantize int4")
+        int8, int4 = Scheme(bits=8), Scheme(bits=4, group=self.group_size, symmetric=not self.zero_point)
+        return Schemes(
+            language={"no": None, "int8": int8, "int4": int4}[self.quantize],
+            head=None if self.quantize == "no" else int4 if self.quantize == self.quantize_head == "int4" else int8,
+            vision=None if self.quantize_vision == "no" else Scheme(bits=8, activations=True),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """Rewrite a model in the other library's dialect, with quantized weights, or as GGUF files."""
+
+    src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    """Model directory or hub id."""
+    dst: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    """Directory to write."""
+    to: Literal["keep", "internvl_chat", "transformers", "gguf"] = "keep"
+    """Dialect to write: that of the original repository, that of transformers, or the two GGUF files of llama.cpp; keep is
+    that of the source."""
+    dtype: StoredDtype | Literal["q8_0"] = "keep"
+    """Type of the written weights; q8_0 (8 bits) is for gguf."""
+    quantization: Annotated[QuantizeOptions, tyro.conf.arg(name="")] = field(default_factory=QuantizeOptions)
+    force: Flag = False
+    """Replace DST if it is a model directory."""
+    weights_only: Flag = False
+    """Leave out tokenizer and preprocessor files."""
+    max_shard_gb: float = 5.0
+    """Largest weights file, in GB."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComposeOptions:
+    """Build a model from a vision transformer, a language model and a projector."""
+
+    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """Directory to write."""
+    vit: str
+    """InternViT or InternVL, directory or hub id."""
+    llm: str
+    """Qwen2.5, InternLM2.5, LLaMA or InternVL, directory or hub id; or a GGUF file."""
+    projector: str | None = None
+    """InternVL whose projector is taken; without one, a fresh one is drawn."""
+    to: Dialect = "internvl_chat"
+    """Dialect to write."""
+    dtype: StoredDtype = "keep"
+    """Type of the written weights; keep is the narrowest that holds every part unchanged."""
+    seed: int = 0
+    """Seed of every drawn number."""
+    force: Flag = False
+    """Replace OUT if it is a model directory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions:
+    """Merge a LoRA adapter into its model."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """Model directory or hub id."""
+    adapter: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTER")]
+    """Directory of the adapter, as PEFT writes it."""
+    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """Directory to write."""
+    force: Flag = False
+    """Replace OUT if it is a model directory."""
 
 
 def convert(args: list[str]) -> None:
-    tyro.cli(run_convert, prog="ivl convert", args=args)
-
-
-def run_convert(
-    src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")],
-    dst: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")],
-    *,
-    to: Literal["keep", "internvl_chat", "transformers", "gguf"] = "keep",
-    dtype: Literal["keep", "bfloat16", "float16", "float32", "q8_0"] = "keep",
-    quantize: Literal["no", "int8", "int4"] = "no",
-    group_size: Literal[32, 64, 128] = 32,
-    zero_point: Flag = False,
-    quantize_head: Literal["int8", "int4"] = "int8",
-    quantize_vision: Literal["no", "w8a8"] = "no",
-    force: Flag = False,
-    weights_only: Flag = False,
-    max_shard_gb: float = 5.0,
-) -> None:
-    """Rewrite a model in the other library's dialect, with quantized weights, or as GGUF files.
-
-    Args:
-        src: Model directory or hub id.
-        dst: Directory to write.
-        to: Dialect to write: that of the original repository, that of transformers, or the two GGUF files of llama.cpp;
-            keep is that of the source.
-        dtype: Type of the written weights; q8_0 (8 bits) is for gguf.
-        quantize: Weights of the language model as integers: int8 with a scale per row, or int4 with a scale per group.
-            Embeddings keep their type.
-        group_size: Input elements that share a scale of int4.
-        zero_point: Give int4 groups a zero point, too.
-        quantize_head: The output head beside int4; in 4 bits it is read faster and loses most of all layers.
-        quantize_vision: Weights of the ViT in 8 bits, its activations rounded to 8 bits per token as they come.
-        force: Replace dst if it is a model directory.
-        weights_only: Leave out tokenizer and preprocessor files.
-        max_shard_gb: Largest weights file, in GB.
-    """
-    from ivl.checkpoint import convert as operation
-    from ivl.errors import InputError
-    from ivl.quant.layers import Scheme, Schemes
-
-    if max_shard_gb <= 0:
-        raise InputError(f"--max-shard-gb is {max_shard_gb}, must be above 0")
-    if zero_point and quantize != "int4":
-        raise InputError("--zero-point is for --quantize int4")
-    int8, int4 = Scheme(bits=8), Scheme(bits=4, group=group_size, symmetric=not zero_point)
-    schemes = Schemes(
-        language={"no": None, "int8": int8, "int4": int4}[quantize],
-        head=None if quantize == "no" else int4 if quantize == "int4" and quantize_head == "int4" else int8,
-        vision=None if quantize_vision == "no" else Scheme(bits=8, activations=True),
-    )
-    if to == "gguf":
-        if schemes.named():
-            raise InputError("--quantize is not for --to gguf, which has formats of its own: --dtype q8_0")
-        if weights_only:
-            raise InputError("--weights-only is not for --to gguf: llama.cpp needs the tokenizer in the file")
-        with _progress(f"writing {dst}") as progress:
-            storage = None if dtype == "keep" else dtype
-            wider = operation.convert_to_gguf(src, dst, storage=storage, force=force, progress=progress)
-        note = f"; {wider} matrices do not fit q8_0 (rows no multiple of 32) and are float16" if wider else ""
-        print(f"{dst}: {operation.LANGUAGE_GGUF} and {operation.VISION_GGUF} written{note}")
+    options = tyro.cli(ConvertOptions, prog="ivl convert", args=args)
+    schemes = options.quantization.schemes()
+    if options.max_shard_gb <= 0:
+        raise InputError(f"--max-shard-gb is {options.max_shard_gb}, must be above 0")
+    if options.to != "gguf":
+        _convert_to_safetensors(options, schemes)
         return
-    if dtype == "q8_0":
+    if schemes.named():
+        raise InputError("--quantize is not for --to gguf, which has formats of its own: --dtype q8_0")
+    if options.weights_only:
+        raise InputError("--weights-only is not for --to gguf: llama.cpp needs the tokenizer in the file")
+    from ivl.checkpoint.convert import LANGUAGE_GGUF, VISION_GGUF, convert_to_gguf
+
+    storage = None if options.dtype == "keep" else options.dtype
+    with _megabytes(f"writing {options.dst}") as progress:
+        wider = convert_to_gguf(options.src, options.dst, storage=storage, force=options.force, progress=progress)
+    note = f"; {wider} matrices do not fit q8_0 (rows no multiple of 32) and are float16" if wider else ""
+    print(f"{options.dst}: {LANGUAGE_GGUF} and {VISION_GGUF} written{note}")
+
+
+def _convert_to_safetensors(options: ConvertOptions, schemes: Schemes) -> None:
+    from ivl.checkpoint.convert import convert as convert_model
+
+    if options.dtype == "q8_0":
         raise InputError("--dtype q8_0 is for --to gguf; safetensors take bfloat16, float16 or float32")
-    with _progress(f"writing {dst}") as progress:
-        losses = operation.convert(
-            src,
-            dst,
-            to=None if to == "keep" else to,
-            dtype=operation.DTYPES.get(dtype),
-            schemes=schemes,
-            force=force,
-            weights_only=weights_only,
-            max_shard_bytes=int(max_shard_gb * 1e9),
-            progress=progress,
-        )
+    to = None if options.to in ("keep", "gguf") else options.to
+    with _megabytes(f"writing {options.dst}") as progress:
+        losses = convert_model(
+            options.src, options.dst, to=to, dtype=_torch_dtype(options.dtype), schemes=schemes, force=options.force,
+            weights_only=options.weights_only, max_shard_bytes=int(options.max_shard_gb * 1e9), progress=progress,
+        )  # fmt: skip
     if not losses:
-        print(f"{dst}: {'' if to == 'keep' else f'{to} '}model written")
+        print(f"{options.dst}: {f'{to} ' if to else ''}model written")
         return
-    names = ", ".join(f"{name} {scheme.name}" for name, scheme in schemes.named().items())
-    print(f"{dst}: written with {names}; of {len(losses)} layers these lost most (share of the weights; quantization.json):")
-    for loss in losses[:5]:
-        print(f"  {loss.error:7.3%}  {loss.layer}")
+    parts = ", ".join(f"{name} {scheme.name}" for name, scheme in schemes.named().items())
+    print(f"{options.dst}: written with {parts}; of {len(losses)} layers these lost most (share of the weights; ", end="")
+    print("quantization.json):", *(f"  {loss.error:7.3%}  {loss.layer}" for loss in losses[:5]), sep="\n")
 
 
 def compose(args: list[str]) -> None:
-    tyro.cli(run_compose, prog="ivl compose", args=args)
-
-
-def run_compose(
-    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
-    *,
-    vit: str,
-    llm: str,
-    projector: str | None = None,
-    to: Dialect = "internvl_chat",
-    dtype: Dtype = "keep",
-    seed: int = 0,
-    force: Flag = False,
-) -> None:
-    """Build a model from a vision transformer, a language model and a projector.
-
-    Args:
-        out: Directory to write.
-        vit: InternViT or InternVL, directory or hub id.
-        llm: Qwen2.5, InternLM2.5, LLaMA or InternVL, directory or hub id; or a GGUF file.
-        projector: InternVL whose projector is taken; without one, a fresh one is drawn.
-        to: Dialect to write.
-        dtype: Type of the written weights; keep is the narrowest that holds every part unchanged.
-        seed: Of every drawn number.
-        force: Replace out if it is a model directory.
-    """
-    from ivl.checkpoint import compose as operation
-    from ivl.checkpoint.convert import DTYPES
+    options = tyro.cli(ComposeOptions, prog="ivl compose", args=args)
+    from ivl.checkpoint import compose as composing
     from ivl.checkpoint.files import new_directory
 
-    with _progress(f"writing {out}") as progress, new_directory(out, force=force) as part:
-        operation.compose(vit, llm, projector, part, seed=seed, dtype=DTYPES.get(dtype), dialect=to, progress=progress)
-    print(f"{out}: composed model written")
+    dtype = _torch_dtype(options.dtype)
+    with _megabytes(f"writing {options.out}") as progress, new_directory(options.out, force=options.force) as part:
+        composing.compose(
+            options.vit, options.llm, options.projector, part,
+            seed=options.seed, dtype=dtype, dialect=options.to, progress=progress,
+        )  # fmt: skip
+    print(f"{options.out}: composed model written")
 
 
 def merge(args: list[str]) -> None:
-    tyro.cli(run_merge, prog="ivl merge", args=args)
-
-
-def run_merge(
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")],
-    adapter: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTER")],
-    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
-    *,
-    force: Flag = False,
-) -> None:
-    """Merge a LoRA adapter into its model.
-
-    Args:
-        model: Model directory or hub id.
-        adapter: Directory of the adapter, as PEFT writes it.
-        out: Directory to write.
-        force: Replace out if it is a model directory.
-    """
-    from ivl.checkpoint import adapter as operation
+    options = tyro.cli(MergeOptions, prog="ivl merge", args=args)
+    from ivl.checkpoint import adapter
     from ivl.checkpoint.files import new_directory
 
-    with new_directory(out, force=force) as part:
-        operation.merge(model, adapter, part)
-    print(f"{out}: merged model written")
+    with new_directory(options.out, force=options.force) as part:
+        adapter.merge(options.model, options.adapter, part)
+    print(f"{options.out}: merged model written")
+
+
+def _torch_dtype(name: StoredDtype) -> Any:
+    import torch
+
+    return None if name == "keep" else getattr(torch, name)
 
 
 @contextmanager
-def _progress(title: str) -> Iterator[ByteProgress]:
-    """A bar of bytes on stderr."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+def _megabytes(title: str) -> Iterator[ByteProgress]:
+    """Show a bar of written megabytes on stderr."""
+    with counting() as bar:
+        task = bar.add_task(title, total=None, note="MB")
+        yield lambda done, total: bar.update(task, completed=done // 10**6, total=total // 10**6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
@@ -10,21 +11,21 @@ import tyro
 from ivl.config import PUBLISHED, SIZES, published_config
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelsOptions:
+    """List the fourteen published models with their parts and exact parameter counts."""
+
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print a JSON list of objects instead of a table."""
+
+
 def models(args: list[str]) -> None:
-    tyro.cli(run, prog="ivl models", args=args)
-
-
-def run(*, as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False) -> None:
-    """List the fourteen published models with their parts and exact parameter counts.
-
-    Args:
-        as_json: Print a JSON list of objects instead of a table.
-    """
+    options = tyro.cli(ModelsOptions, prog="ivl models", args=args)
     counts = {size: count_parameters(size) for size in SIZES}
     rows = [
         {"name": m.name, "hub_id": m.hub_id, "vision": m.vision, "language": m.language, **counts[m.size]} for m in PUBLISHED
     ]
-    if as_json:
+    if options.json:
         print(json.dumps(rows, indent=2))
         return
     from rich.console import Console
@@ -40,7 +41,7 @@ def run(*, as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCr
 
 
 def count_parameters(size: str) -> dict[str, int]:
-    """Exact parameter counts of one published size, by part."""
+    """Count the parameters of one published size exactly, by part."""
     import torch
 
     from ivl.model.vlm import VLM
