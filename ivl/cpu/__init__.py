@@ -13,9 +13,10 @@ def accelerate(target: T) -> T:
     Returns:
         The same object.
     """
+    from ivl.cpu.jpeg import FastLoader
     from ivl.cpu.resize import fast_resize
     from ivl.processing.processor import Processor
 
     if isinstance(target, Processor):
-        target.resize = fast_resize
+        target.load, target.resize = FastLoader(), fast_resize
     return target

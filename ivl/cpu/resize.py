@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from ivl.processing.image import resize
+from ivl.processing.image import Pixels, resize
 
 SUPPORT = 2.0
 """Reach of the bicubic filter, in pixels of the smaller of both images."""
@@ -35,7 +35,7 @@ _Kernel = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _memory = threading.local()
 
 
-def fast_resize(image: Image.Image | np.ndarray, size: int, columns: int, rows: int, *, thumbnail: bool) -> np.ndarray:
+def fast_resize(image: Pixels, size: int, columns: int, rows: int, *, thumbnail: bool) -> np.ndarray:
     """Resize an RGB image to a grid of tiles: `ivl.processing.image.resize`, by kernels where they apply.
 
     Images of a few pixels, tiles of a few pixels and extreme reductions are left to Pillow.

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import io
 import os
-import threading
 import warnings
-from collections.abc import Callable
-from functools import cache, lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,10 +25,6 @@ MAX_PIXELS = 178_956_970
 """Largest image that is decoded, in pixels (512 MiB of RGB); a header announcing more is refused before decoding."""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
 """What may be opened; the decoders of other formats are never started."""
-ORIENTATION = 0x0112
-"""The EXIF tag that says how the camera was held."""
-ORIENTATION_MARKS = (b"Exif\0\0", b"Orientation")
-"""A JPEG file that states an orientation, in EXIF or XMP, contains one of these."""
 
 
 def load_image(ref: ImageRef, root: str = "", *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -54,7 +49,7 @@ def load_image(ref: ImageRef, root: str = "", *, max_pixels: int = MAX_PIXELS) -
         stream = _open_file(name)
     with stream:
         try:
-            image = _open_stream(stream, FORMATS)
+            image = open_image(stream, FORMATS)
             _check_size(image, name, max_pixels)
             return to_rgb(ImageOps.exif_transpose(image))
         except InputError:
@@ -76,7 +71,8 @@ def _open_file(name: str) -> io.BufferedReader:
         raise MediaError(kind, f"{name}: cannot read the image ({why})") from error
 
 
-def _open_stream(stream: Any, formats: tuple[str, ...]) -> Image.Image:
+def open_image(stream: Any, formats: Sequence[str]) -> Image.Image:
+    """Open an image without decoding it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked instead
         return Image.open(stream, formats=formats)
@@ -86,82 +82,6 @@ def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
     if image.width * image.height > max_pixels:
         size = f"{image.width} x {image.height} pixels, the limit is {max_pixels:,}"
         raise MediaError("undecodable_media", f"{name}: {size}; scale it down")
-
-
-class PixelBuffer(threading.local):
-    """Memory for the pixels of one image, reused for the next image of the same thread.
-
-    Fresh memory costs a quarter of the decoding: the system clears each page when it is first touched.
-    """
-
-    KEPT_BYTES = 64 << 20
-    """Images larger than this get memory of their own."""
-
-    def __init__(self) -> None:
-        self._memory = np.empty(0, np.uint8)
-
-    def __reduce__(self) -> tuple[type[PixelBuffer], tuple[()]]:
-        return PixelBuffer, ()  # a worker process starts with an empty one
-
-    def room(self, num_bytes: int) -> np.ndarray | None:
-        """At least num_bytes of memory, or None for more than is kept."""
-        if num_bytes > self.KEPT_BYTES:
-            return None
-        if len(self._memory) < num_bytes:
-            self._memory = np.empty(num_bytes, np.uint8)
-        return self._memory
-
-
-def load_pixels(
-    ref: ImageRef, root: str = "", *, max_pixels: int = MAX_PIXELS, buffer: PixelBuffer | None = None
-) -> np.ndarray:
-    """Open an image as uint8 RGB [height, width, 3], with the pixels and errors of `load_image`.
-
-    An ordinary JPEG is decoded by simplejpeg if that is installed: the same library as Pillow's, without two copies on the
-    way. With a buffer the pixels may lie in it, and then last until its next use by the same thread.
-    """
-    pixels_YXC = None if isinstance(ref.source, Image.Image) else _decode_jpeg(ref.source, root, max_pixels, buffer)
-    return np.asarray(load_image(ref, root, max_pixels=max_pixels)) if pixels_YXC is None else pixels_YXC
-
-
-def _decode_jpeg(source: str | bytes, root: str, max_pixels: int, buffer: PixelBuffer | None) -> np.ndarray | None:
-    """Pixels of an undamaged, upright color JPEG; None for any other image, which Pillow opens."""
-    if not (decoder := _jpeg_decoder()):
-        return None
-    read_header, decode = decoder
-    try:
-        with io.BytesIO(source) if isinstance(source, bytes) else (Path(root) / source).open("rb") as stream:
-            if stream.read(3) != b"\xff\xd8\xff":
-                return None
-            stream.seek(0)
-            data = stream.read()
-        height, width, color_space, _ = read_header(data)
-        if color_space not in ("YCbCr", "RGB") or width * height > max_pixels:
-            return None
-        # Searching for the marks of an orientation costs less than parsing for one.
-        marked = any(mark in data for mark in ORIENTATION_MARKS)
-        if marked and _open_stream(io.BytesIO(data), ("JPEG",)).getexif().get(ORIENTATION, 1) != 1:
-            return None
-        memory = buffer.room(3 * width * height) if buffer else None
-        return decode(data, "RGB", buffer=memory)  # strict: a warning of the library is a ValueError
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return None
-
-
-@cache
-def _jpeg_decoder() -> tuple[Callable[..., tuple[int, int, str, str]], Callable[..., np.ndarray]] | None:
-    """simplejpeg's readers of headers and of pixels, if it is installed and gives Pillow's pixels."""
-    try:
-        from simplejpeg import decode_jpeg, decode_jpeg_header
-    except ImportError:
-        return None
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (33, 47, 3), np.uint8))
-    for subsampling in (0, 1, 2):
-        file = io.BytesIO()
-        noise.save(file, "JPEG", subsampling=subsampling)
-        if not np.array_equal(decode_jpeg(file.getvalue(), "RGB"), np.asarray(Image.open(file))):
-            return None
-    return decode_jpeg_header, decode_jpeg
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -218,16 +138,20 @@ def num_tiles(width: int, height: int, tiling: TilingConfig, max_tiles: int | No
     return count + (tiling.thumbnail and count > 1)
 
 
-class Resize(Protocol):
-    """A function that resizes an image to a grid of tiles, with the pixels of Pillow's bicubic filter."""
+Pixels = Image.Image | np.ndarray
+"""An RGB image of Pillow, or uint8 RGB [height, width, 3]."""
+Loader = Callable[..., Pixels]
+"""Opens an image as `load_image` does, with the same pixels and errors."""
+Resizer = Callable[..., np.ndarray]
+"""Resizes an image as `resize` does, with the same pixels."""
 
-    def __call__(self, image: Image.Image | np.ndarray, size: int, columns: int, rows: int, *, thumbnail: bool) -> np.ndarray:
-        """uint8 RGB tiles [columns * rows (+ 1), size, size, 3], row by row, the thumbnail last."""
-        ...
 
+def resize(image: Pixels, size: int, columns: int, rows: int, *, thumbnail: bool) -> np.ndarray:
+    """Resize an image to a grid of tiles by Pillow's bicubic filter.
 
-def resize(image: Image.Image | np.ndarray, size: int, columns: int, rows: int, *, thumbnail: bool) -> np.ndarray:
-    """Resize by Pillow; see Resize."""
+    Returns:
+        uint8 RGB tiles [columns * rows (+ 1), size, size, 3], row by row, the thumbnail last.
+    """
     rgb = image if isinstance(image, Image.Image) else Image.fromarray(image)
     whole = np.asarray(rgb.resize((columns * size, rows * size), Image.Resampling.BICUBIC))
     tiles_GSSC = whole.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
@@ -237,10 +161,8 @@ def resize(image: Image.Image | np.ndarray, size: int, columns: int, rows: int, 
     return tiles_GSSC.copy()  # a single tile is a view of Pillow's memory, which cannot be written
 
 
-def tile_image(
-    image: Image.Image | np.ndarray, tiling: TilingConfig, max_tiles: int | None = None, *, resize: Resize = resize
-) -> torch.Tensor:
-    """Cut an image, or uint8 RGB [height, width, 3], into uint8 RGB tiles [G, size, size, 3].
+def tile_image(image: Pixels, tiling: TilingConfig, max_tiles: int | None = None, *, resize: Resizer = resize) -> torch.Tensor:
+    """Cut an image into uint8 RGB tiles [G, size, size, 3].
 
     Args:
         max_tiles: replaces tiling.max_tiles.

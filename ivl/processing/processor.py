@@ -63,24 +63,26 @@ class Processor:
         tiling: TilingConfig | None = None,
         *,
         max_pixels: int = image.MAX_PIXELS,
-        resize: image.Resize = image.resize,
+        load: image.Loader = image.load_image,
+        resize: image.Resizer = image.resize,
     ) -> None:
         """Combine the parts of a processor.
 
         Args:
             tiling: replaces the model's.
             max_pixels: an image or frame of more pixels is refused before it is decoded.
-            resize: resizes images to tiles; `ivl.cpu.accelerate(processor)` puts in a faster one with the same pixels.
+            load: opens images.
+            resize: resizes images to tiles; `ivl.cpu.accelerate(processor)` replaces both by faster ones.
 
         Raises:
             InputError: if the tokenizer's placeholder is not the model's, or the template is unknown.
         """
         self.config = config
         self.max_pixels = max_pixels
+        self.load = load
         self.resize = resize
         self.tokenizer = tokenizer
         self.tiling = tiling or config.tiling
-        self.buffer = image.PixelBuffer()
         if (placeholder := tokenizer.id(PLACEHOLDER)) != config.image_token_id:
             raise InputError(f"the tokenizer's {PLACEHOLDER} has id {placeholder}, the model's is {config.image_token_id}")
         chat.template_of(config.template)
@@ -257,12 +259,11 @@ class _MediaReader:
 
     def _image(self, ref: ImageRef, max_tiles: int) -> torch.Tensor:
         processor, augment, generator = self._processor, self._options.augment, self._options.generator
-        root, max_pixels = self._options.root, processor.max_pixels
         damage = augment.drawn(generator) if augment and generator else None
-        if damage is None:
-            pixels = image.load_pixels(ref, root, max_pixels=max_pixels, buffer=processor.buffer)
-        else:
-            pixels = corrupt(image.load_image(ref, root, max_pixels=max_pixels), *damage)
+        load = processor.load if damage is None else image.load_image
+        pixels = load(ref, self._options.root, max_pixels=processor.max_pixels)
+        if damage is not None:
+            pixels = corrupt(pixels, *damage)
         tiles_GSSC = image.tile_image(pixels, processor.tiling, max_tiles, resize=processor.resize)
         if augment and generator and (qualities := augment.qualities(len(tiles_GSSC), generator)):
             compress_(tiles_GSSC, qualities)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from ivl.config import TilingConfig
 from ivl.errors import InputError
-from ivl.processing.image import PixelBuffer, grid_for, grids, load_image, load_pixels, num_tiles, tile_image
+from ivl.processing.image import grid_for, grids, load_image, num_tiles, tile_image
 from ivl.types import ImageRef
 
 
@@ -166,40 +166,3 @@ def test_large_images_are_refused_before_decoding():
     with pytest.raises(InputError, match="20 x 20 pixels, the limit is 399"):
         load_image(ImageRef(png(picture(20, 20))), max_pixels=399)
     assert load_image(ImageRef(png(picture(20, 20))), max_pixels=400).size == (20, 20)
-
-
-def jpeg(image: Image.Image, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", **options)
-    return buffer.getvalue()
-
-
-def test_pixels_are_those_of_the_image(tmp_path: Path):
-    """load_pixels, whoever decodes, gives what load_image gives: usual JPEG, unusual ones, other formats, and errors."""
-    noise, exif, kept = picture(47, 33), Image.Exif(), PixelBuffer()
-    exif[0x0112] = 6
-    whole = jpeg(noise, quality=90)
-    files = {
-        "444": jpeg(noise, subsampling=0), "420": whole, "progressive": jpeg(noise, progressive=True),
-        "grey": jpeg(noise.convert("L")),
-        "cmyk": jpeg(noise.convert("CMYK")), "turned": jpeg(noise, exif=exif), "png": png(noise), "tail": whole + b"tail",
-        "xmp": jpeg(noise, xmp=b"<rdf:Description tiff:Orientation=\"3\"/>"), "upright": jpeg(noise, exif=Image.Exif()),
-    }  # fmt: skip
-    for name, data in files.items():
-        wanted = np.asarray(load_image(ImageRef(data)))
-        (tmp_path / name).write_bytes(data)
-        for ref in (ImageRef(data), ImageRef(name)):
-            for buffer in (None, kept):
-                assert np.array_equal(load_pixels(ref, str(tmp_path), buffer=buffer), wanted), name
-    assert np.array_equal(load_pixels(ImageRef(noise)), np.asarray(noise))
-    for name, data in {"cut.jpg": whole[: len(whole) // 2], "empty.jpg": b"", "head.jpg": whole[:3]}.items():
-        (tmp_path / name).write_bytes(data)
-        with pytest.raises(InputError, match=name):
-            load_pixels(ImageRef(name), str(tmp_path))
-    with pytest.raises(InputError, match=r"gone\.jpg"):
-        load_pixels(ImageRef("gone.jpg"), str(tmp_path))
-    with pytest.raises(InputError, match="47 x 33 pixels, the limit is 1,550"):
-        load_pixels(ImageRef(whole), max_pixels=1550)
-    assert tile_image(load_pixels(ImageRef(whole)), TilingConfig()).equal(
-        tile_image(load_image(ImageRef(whole)), TilingConfig())
-    )

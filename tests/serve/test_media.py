@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from ivl.config import TilingConfig
-from ivl.processing.image import load_image, load_pixels, tile_image
+from ivl.cpu.jpeg import FastLoader
+from ivl.processing.image import load_image, tile_image
 from ivl.processing.video import load_frames
 from ivl.serve.media import MediaConfig, MediaGateway, MediaRefusal
 from ivl.types import ImageRef, VideoRef
@@ -39,14 +40,14 @@ def test_every_kind_becomes_the_pixels_of_the_processor(name: str) -> None:
     assert ref == ImageRef(data) and load_image(ref).mode == "RGB"
     shown = load_image(ref).size
     assert shown == ((48, 64) if name == "jpeg turned" else (6, 5) if name == "png 16 bit" else (64, 48))
-    assert np.array_equal(load_pixels(ref), np.asarray(load_image(ImageRef(data))))
+    assert np.array_equal(FastLoader()(ref), np.asarray(load_image(ImageRef(data))))
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 20_000), (20_000, 1), (3, 2000)])
 def test_extreme_shapes_are_answered(width: int, height: int) -> None:
     """Each a crash of some server."""
     ref = image(data_url(samples.encoded("PNG", Image.new("RGB", (width, height), "red"))))
-    tiles = tile_image(load_pixels(ref), TilingConfig())
+    tiles = tile_image(FastLoader()(ref), TilingConfig())
     assert tiles.shape[1:] == (448, 448, 3) and tiles[0, 0, 0].tolist() == [255, 0, 0]
 
 

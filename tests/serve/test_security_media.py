@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from ivl.cpu.jpeg import FastLoader
 from ivl.errors import InputError
-from ivl.processing.image import load_pixels
 from ivl.processing.video import load_frames
 from ivl.serve.media import MediaConfig, MediaGateway, MediaRefusal
 from tests.helpers import media as samples
@@ -105,7 +105,7 @@ def test_s2_a_body_shorter_or_longer_than_its_header_stays_within_it() -> None:
         ref = asyncio.run(MediaGateway().image(data_url(samples.png(8, 8, body=body))))
         before = peak(reset=True)
         try:
-            assert load_pixels(ref).shape == (8, 8, 3)
+            assert FastLoader()(ref).shape == (8, 8, 3)
         except InputError as error:
             assert not LEAK.search(str(error)), error
         assert peak() - before < 20 << 20
@@ -188,7 +188,7 @@ def test_s4_bad_images_are_clean_errors(caplog: pytest.LogCaptureFixture, capfd:
             data = mutated(seeds[n % len(seeds)], rng)
             try:
                 ref = await gateway.image(data_url(data))
-                assert load_pixels(ref, max_pixels=1_000_000).shape[2] == 3
+                assert FastLoader()(ref, max_pixels=1_000_000).shape[2] == 3
                 outcomes["shown"] += 1
             except InputError as error:
                 outcomes["refused"] += 1
