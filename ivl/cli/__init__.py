@@ -22,8 +22,9 @@ COMMANDS = {
 
 
 def usage() -> str:
+    """Return the list of commands."""
     rows = "\n".join(f"  {name:10}{text}" for name, (_, text) in COMMANDS.items())
-    return f"usage: ivl COMMAND ...\n\nInternVL2.5 in plain PyTorch.\n\n{rows}\n\n`ivl COMMAND --help` tells the rest."
+    return f"usage: ivl COMMAND ...\n\nInternVL2.5 in plain PyTorch.\n\n{rows}\n\n`ivl COMMAND --help` shows its options."
 
 
 def main() -> None:
@@ -32,7 +33,7 @@ def main() -> None:
 
     args = sys.argv[1:]
     if not args or args[0] in ("-h", "--help"):
-        with contextlib.suppress(BrokenPipeError):  # the reader, such as head, has seen enough
+        with contextlib.suppress(BrokenPipeError):  # a reader such as head has closed the pipe
             print(usage(), flush=True)
         raise SystemExit(0 if args else 2)
     if args[0] == "--version":
@@ -50,7 +51,7 @@ def main() -> None:
     except InputError as error:
         print(f"ivl {args[0]}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    except BrokenPipeError:  # the reader, such as head, has seen enough
+    except BrokenPipeError:  # a reader such as head has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except KeyboardInterrupt:
