@@ -1,6 +1,7 @@
 """A model directory composed of the parts of other model directories.
 
-Composing is how progressive scaling works: a ViT trained beside a small language model moves to a larger one (spec 4.5).
+Composing is how progressive scaling works (InternVL2.5, arXiv:2412.05271, section 3.2): a ViT that was trained beside a small
+language model moves to a larger one.
 """
 
 from __future__ import annotations
@@ -12,17 +13,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ivl.checkpoint import load_config, resolve
-from ivl.checkpoint.config_json import Dialect, Section, decoder_from, family_of, tied, vision_from
-from ivl.checkpoint.config_write import generation_json, to_json
+from ivl.checkpoint.config_json import Dialect, decoder_from, family_of, load_config, open_section, tied, vision_from
 from ivl.checkpoint.files import read_object, refuse_sources
 from ivl.checkpoint.gguf.reader import GgufModel
 from ivl.checkpoint.gguf.tokenizer import tokenizer_from_gguf
-from ivl.checkpoint.keymaps import Entry, decoder_map, key_map, vision_map
-from ivl.checkpoint.model_dir import empty_model, open_weights, read, untie
+from ivl.checkpoint.hub import resolve
+from ivl.checkpoint.keymaps import Entry, decoder_map, vision_map
+from ivl.checkpoint.model_dir import empty_model, open_weights, read, untie, write_model
 from ivl.checkpoint.processor_files import save_processor
 from ivl.checkpoint.vocabulary import load_tokenizer
-from ivl.checkpoint.weights import ByteProgress, StoredWeights, TensorSource, check_entries, write_shards
+from ivl.checkpoint.weights import ByteProgress, StoredWeights, TensorSource, check_entries
 from ivl.config import SPECIAL_TOKENS, DecoderConfig, ModelConfig, VisionConfig, published_config
 from ivl.errors import InputError
 from ivl.model.decoder import Decoder
@@ -30,18 +30,45 @@ from ivl.model.projector import Projector
 from ivl.model.vit import VisionTransformer
 from ivl.processing.processor import Processor
 from ivl.processing.tokenizer import Tokenizer, token_text
-from ivl.utils.files import write_json
 
 CHATML = ("<|im_start|>", "<|im_end|>")
 NEW_ROW_STD = 0.02
-"""Deviation of embedding rows that no checkpoint has (spec 1.3)."""
+"""Deviation of embedding rows that no checkpoint has: `initializer_range` of the published config.json."""
 _DEFAULTS = published_config("1B")
 """Tiling, layer, template and pixel shuffle of parts that are no InternVL and say nothing about them."""
 _INTERNVL = ("internvl_chat", "internvl")
 _VISION_ALONE: dict[str, Dialect] = {"intern_vit_6b": "internvl_chat", "internvl_vision": "transformers"}
 
-Tensors = dict[str, Callable[[], torch.Tensor]]
-"""Our parameter names and how to get each."""
+TensorReaders = dict[str, Callable[[], torch.Tensor]]
+"""Functions that read our parameters, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelPart:
+    """A part of a model, and where its tensors come from."""
+
+    place: Path
+    dtype: torch.dtype
+    tensors: TensorReaders
+    whole: ModelConfig = _DEFAULTS
+    """Configuration of the InternVL that it is a part of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionPart(ModelPart):
+    """A ViT."""
+
+    vision: VisionConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguagePart(ModelPart):
+    """A language model with its tokenizer."""
+
+    decoder: DecoderConfig
+    tokenizer: Tokenizer
+    eos_ids: tuple[int, ...]
+    pad_id: int | None
 
 
 def compose(
@@ -57,9 +84,9 @@ def compose(
 ) -> ModelConfig:
     """Write a complete model made of a ViT, a language model and a projector.
 
-    The special tokens that the language model lacks are added to its tokenizer; the vocabulary becomes exactly that of the
-    tokenizer (spec 1.3, 11): embedding rows that exist are kept, others are drawn with deviation 0.02; the output rows of
-    added tokens are the mean of all rows before them. Weights are streamed, one shard at a time.
+    The special tokens that the language model lacks are added to its tokenizer, and the vocabulary becomes exactly that of
+    the tokenizer: embedding rows that exist are kept, others are drawn with deviation 0.02; the output rows of added tokens
+    are the mean of all rows before them. Weights are streamed, one shard at a time.
 
     Args:
         vit: an InternViT or an InternVL, directory or hub id.
@@ -71,104 +98,70 @@ def compose(
     Raises:
         InputError: if a part is unreadable, parts do not fit each other, or out is one of the sources.
     """
-    seeing = _vision_part(resolve(vit))
-    speaking = _language_part(llm)
-    parts = [seeing, speaking]
-    tokenizer, added = _extended(speaking.tokenizer, speaking.decoder.vocab_size, llm)
-    sees, speaks = seeing.whole or _DEFAULTS, speaking.whole or _DEFAULTS
-    chat_end = tokenizer.id(CHATML[1])
-    config = ModelConfig(
-        vision=seeing.vision,
-        decoder=replace(speaking.decoder, vocab_size=len(tokenizer)),
-        tiling=replace(sees.tiling, tile_size=seeing.vision.image_size),
-        image_token_id=tokenizer.id(SPECIAL_TOKENS[2]),
-        eos_token_ids=speaking.eos_ids if chat_end in speaking.eos_ids else (chat_end, *speaking.eos_ids),
-        pad_token_id=speaking.pad_id,
-        bos_token_id=tokenizer.bos,
-        select_layer=sees.select_layer,
-        pixel_shuffle=sees.pixel_shuffle,
-        template=speaks.template,
-        system_message=speaks.system_message,
-    )
-    tensors = {**seeing.tensors, **_resized(speaking.tensors, config.decoder, added, seed)}
+    vit_part = _vision_part(resolve(vit))
+    llm_part = _language_part(llm)
+    tokenizer, added = _extended(llm_part.tokenizer, llm_part.decoder.vocab_size, llm)
+    config = _composed_config(vit_part, llm_part, tokenizer)
+    parts = [vit_part, llm_part]
+    tensors = vit_part.tensors | _resized(llm_part.tensors, config.decoder, added, seed)
     if projector is None:
         tensors |= _fresh_projector(config, seed)
     else:
-        joining = _projector_part(resolve(projector), config)
-        parts.append(joining)
-        tensors |= joining.tensors
+        projector_part = _projector_part(resolve(projector), config)
+        parts.append(projector_part)
+        tensors |= projector_part.tensors
     target = refuse_sources(out, *(part.place for part in parts))
     dtype = dtype or _widest([part.dtype for part in parts])
-    described = to_json(config, dialect, str(dtype).removeprefix("torch."))
-    target.mkdir(parents=True, exist_ok=True)
-    model = empty_model(config)
-    write_shards(
-        target,
-        key_map(model, dialect),
-        dict(model.named_parameters()),
-        lambda entry: tensors[entry.ours](),
-        dtype=dtype,
-        progress=progress,
-    )
-    write_json(target / "generation_config.json", generation_json(config))
-    write_json(target / "config.json", described)
+    write_model(target, empty_model(config), dialect, lambda name: tensors[name](), dtype=dtype, progress=progress)
     save_processor(Processor(config, tokenizer), target)
     return config
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Part:
-    """Something to take tensors from."""
-
-    place: Path
-    dtype: torch.dtype
-    tensors: Tensors
-    whole: ModelConfig | None = None
-    """The InternVL model it is a part of."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _VisionPart(_Part):
-    vision: VisionConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class _LanguagePart(_Part):
-    decoder: DecoderConfig
-    tokenizer: Tokenizer
-    eos_ids: tuple[int, ...]
-    pad_id: int | None
+def _composed_config(vit_part: VisionPart, llm_part: LanguagePart, tokenizer: Tokenizer) -> ModelConfig:
+    vit_config, llm_config, chat_end = vit_part.whole, llm_part.whole, tokenizer.id(CHATML[1])
+    return ModelConfig(
+        vision=vit_part.vision,
+        decoder=replace(llm_part.decoder, vocab_size=len(tokenizer)),
+        tiling=replace(vit_config.tiling, tile_size=vit_part.vision.image_size),
+        image_token_id=tokenizer.id(SPECIAL_TOKENS[2]),
+        eos_token_ids=llm_part.eos_ids if chat_end in llm_part.eos_ids else (chat_end, *llm_part.eos_ids),
+        pad_token_id=llm_part.pad_id,
+        bos_token_id=tokenizer.bos,
+        select_layer=vit_config.select_layer,
+        pixel_shuffle=vit_config.pixel_shuffle,
+        template=llm_config.template,
+        system_message=llm_config.system_message,
+    )
 
 
-def _tensors(entries: Sequence[Entry], weights: TensorSource, ours: str = "") -> Tensors:
-    """Entries whose parameter name starts with `ours`."""
-    return {e.ours: lambda e=e: read(e, weights) for e in entries if e.ours.startswith(ours)}
+# -- reading parts
 
 
-def _checked(module: nn.Module, entries: Sequence[Entry], weights: TensorSource, prefix: str) -> Tensors:
-    """Tensors of a part that is a checkpoint of its own, after comparing names and shapes."""
+def _readers(entries: Sequence[Entry], weights: TensorSource, prefix: str = "") -> TensorReaders:
+    """Readers of the entries whose parameter name starts with the prefix."""
+    return {entry.ours: lambda e=entry: read(e, weights) for entry in entries if entry.ours.startswith(prefix)}
+
+
+def _checked(module: nn.Module, entries: Sequence[Entry], weights: TensorSource, prefix: str) -> TensorReaders:
+    """Readers of a part that is a checkpoint of its own, after comparing names and shapes."""
     check_entries(entries, {f"{prefix}{name}": p.shape for name, p in module.named_parameters()}, weights)
-    return _tensors(entries, weights)
+    return _readers(entries, weights)
 
 
-def _top(directory: Path) -> Section:
-    return Section(read_object(directory / "config.json"), str(directory / "config.json"))
-
-
-def _whole(directory: Path, ours: str) -> tuple[_Part, ModelConfig]:
+def _of_internvl(directory: Path, prefix: str) -> ModelPart:
     """One part of an InternVL directory; the whole directory is checked."""
     config = load_config(directory)
     weights, entries = open_weights(directory, empty_model(config))
-    tensors = _tensors(entries, weights, ours)
-    return _Part(place=directory, dtype=weights.main_dtype, tensors=tensors, whole=config), config
+    tensors = _readers(entries, weights, prefix)
+    return ModelPart(place=directory, dtype=weights.main_dtype, tensors=tensors, whole=config)
 
 
-def _vision_part(directory: Path) -> _VisionPart:
-    top = _top(directory)
+def _vision_part(directory: Path) -> VisionPart:
+    top = open_section(directory / "config.json")
     kind = top.get("model_type")
     if kind in _INTERNVL:
-        part, config = _whole(directory, "vision.")
-        return _VisionPart(**vars(part), vision=config.vision)
+        part = _of_internvl(directory, "vision.")
+        return VisionPart(**vars(part), vision=part.whole.vision)
     if kind not in _VISION_ALONE:
         known = ", ".join((*_VISION_ALONE, *_INTERNVL))
         raise InputError(f"{top.place}: model_type is {kind!r}; a ViT comes from one of {known}")
@@ -177,19 +170,19 @@ def _vision_part(directory: Path) -> _VisionPart:
         module = VisionTransformer(config)
     weights = StoredWeights(directory)
     tensors = _checked(module, vision_map(module, _VISION_ALONE[kind], ours="vision."), weights, "vision.")
-    return _VisionPart(place=directory, dtype=weights.main_dtype, tensors=tensors, vision=config)
+    return VisionPart(place=directory, dtype=weights.main_dtype, tensors=tensors, vision=config)
 
 
-def _language_part(llm: str | Path) -> _LanguagePart:
+def _language_part(llm: str | Path) -> LanguagePart:
     if str(llm).endswith(".gguf"):
         return _gguf_part(Path(llm).expanduser())
     directory = resolve(llm)
-    top = _top(directory)
+    top = open_section(directory / "config.json")
     tokenizer = load_tokenizer(directory)
     if top.get("model_type") in _INTERNVL:
-        part, whole = _whole(directory, "decoder.")
-        ends = {"eos_ids": whole.eos_token_ids, "pad_id": whole.pad_token_id}
-        return _LanguagePart(**vars(part), **ends, decoder=whole.decoder, tokenizer=tokenizer)
+        part = _of_internvl(directory, "decoder.")
+        ends = {"eos_ids": part.whole.eos_token_ids, "pad_id": part.whole.pad_token_id}
+        return LanguagePart(**vars(part), **ends, decoder=part.whole.decoder, tokenizer=tokenizer)
     config = decoder_from(top, family_of(top))
     with torch.device("meta"):
         module = Decoder(config)
@@ -197,7 +190,7 @@ def _language_part(llm: str | Path) -> _LanguagePart:
     entries = decoder_map(module, internlm2=config.family == "internlm2", ours="decoder.")
     if tied(directory):
         untie(entries, weights, "decoder.")
-    return _LanguagePart(
+    return LanguagePart(
         place=directory,
         dtype=weights.main_dtype,
         tensors=_checked(module, entries, weights, "decoder."),
@@ -208,22 +201,22 @@ def _language_part(llm: str | Path) -> _LanguagePart:
     )
 
 
-def _gguf_part(path: Path) -> _LanguagePart:
+def _gguf_part(path: Path) -> LanguagePart:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     file = GgufModel(path)
     with torch.device("meta"):
         module = Decoder(file.config)
     entries = [replace(entry, ours=f"decoder.{entry.ours}") for entry in file.key_map(module)]
-    words = file.vocabulary()
-    tokenizer = tokenizer_from_gguf(words)
-    return _LanguagePart(
+    vocabulary = file.vocabulary()
+    tokenizer = tokenizer_from_gguf(vocabulary)
+    return LanguagePart(
         place=path,
         dtype=file.main_dtype,
         tensors=_checked(module, entries, file, "decoder."),
         decoder=file.config,
         tokenizer=tokenizer,
-        eos_ids=() if words.eos is None else (words.eos,),
+        eos_ids=() if vocabulary.eos_token_id is None else (vocabulary.eos_token_id,),
         pad_id=_pad_id(tokenizer),
     )
 
@@ -235,30 +228,33 @@ def _pad_id(tokenizer: Tokenizer) -> int | None:
 
 def _eos_ids(directory: Path) -> tuple[int, ...]:
     """Where the language model alone ends a reply: generation_config.json, else config.json."""
-    for name in ("generation_config.json", "config.json"):
-        if (directory / name).exists():
-            value = read_object(directory / name).get("eos_token_id")
-            if value is None:
-                continue
-            ids = tuple(i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int))
-            if not ids:
-                raise InputError(f"{directory / name}: eos_token_id is {value!r}, expected an id or a list of ids")
-            return ids
+    for path in (directory / "generation_config.json", directory / "config.json"):
+        value = read_object(path).get("eos_token_id") if path.exists() else None
+        if value is None:
+            continue
+        ids = tuple(i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int))
+        if not ids:
+            raise InputError(f"{path}: eos_token_id is {value!r}, expected an id or a list of ids")
+        return ids
     return ()
 
 
-def _projector_part(directory: Path, config: ModelConfig) -> _Part:
-    """The projector of an InternVL directory, if it joins the two parts.
+# -- the projector, and rows of new tokens
+
+
+def _projector_part(directory: Path, config: ModelConfig) -> ModelPart:
+    """The projector of an InternVL directory, if it fits the two parts.
 
     Raises:
         InputError: with both shapes, if it does not.
     """
-    kind = _top(directory).get("model_type")
+    kind = open_section(directory / "config.json").get("model_type")
     if kind not in _INTERNVL:
         raise InputError(
             f"{directory}: model_type is {kind!r}; a projector comes from an InternVL model ({', '.join(_INTERNVL)})"
         )
-    part, theirs = _whole(directory, "projector.")
+    part = _of_internvl(directory, "projector.")
+    theirs = part.whole
     have = (4 * theirs.vision.width, theirs.decoder.width)
     need = (4 * config.vision.width, config.decoder.width)
     if have != need:
@@ -273,7 +269,7 @@ def _projector_part(directory: Path, config: ModelConfig) -> _Part:
     return part
 
 
-def _fresh_projector(config: ModelConfig, seed: int) -> Tensors:
+def _fresh_projector(config: ModelConfig, seed: int) -> TensorReaders:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = Projector(config.vision.width, config.decoder.width)
@@ -288,13 +284,13 @@ def _extended(tokenizer: Tokenizer, num_rows: int, place: str | Path) -> tuple[T
     before = len(tokenizer)
     missing = [token for token in (*CHATML, *SPECIAL_TOKENS) if token not in tokenizer]
     added = tokenizer.add_special(missing)
-    got = [tokenizer.id(token) for token in missing]
-    if got != list(range(before, before + added)):
-        raise InputError(f"{place}: the vocabulary of {before} tokens has gaps: new tokens get the ids {got}")
+    ids = [tokenizer.id(token) for token in missing]
+    if ids != list(range(before, before + added)):
+        raise InputError(f"{place}: the vocabulary of {before} tokens has gaps: new tokens get the ids {ids}")
     return tokenizer, added
 
 
-def _resized(tensors: Tensors, config: DecoderConfig, added: int, seed: int) -> Tensors:
+def _resized(tensors: TensorReaders, config: DecoderConfig, added: int, seed: int) -> TensorReaders:
     """The decoder's tensors with embedding and head of config.vocab_size rows, the last `added` of them new tokens."""
     size = config.vocab_size
 

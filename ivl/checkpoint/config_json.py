@@ -1,21 +1,122 @@
-"""`config.json` of both dialects to ModelConfig (spec 1.1, 1.3, 1.4, 1.6).
+"""config.json of both dialects: ModelConfig in and out, by one table of fields and keys.
 
-A value that would change the computation and is not supported is refused, never dropped.
+A value that would change the computation and is not supported is refused, never dropped. Keys that only one dialect knows
+(tiling, template, the language model's original family) are written to both, so that nothing is lost on the way and back.
+Nothing here needs torch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from ivl.checkpoint.files import read_object
 from ivl.config import DecoderConfig, Family, ModelConfig, TilingConfig, VisionConfig
 from ivl.errors import InputError
 
+T = TypeVar("T")
 Dialect = Literal["internvl_chat", "transformers"]
-IMAGE_TOKEN = "<IMG_CONTEXT>"
-CHAT_END = "<|im_end|>"
+"""internvl_chat is that of the original repository, transformers that of transformers' InternVLConfig."""
+
+
+class FieldKey(NamedTuple):
+    """A field of a configuration of ours, and its key in internvl_chat and in transformers."""
+
+    field: str
+    keys: tuple[str, str]
+    defaults: tuple[Any, Any] = (None, None)
+    """The value where the key is absent; None: it must be there."""
+
+    def of(self, dialect: Dialect) -> tuple[str, Any]:
+        """Return the key and the default in a dialect."""
+        column = int(dialect == "transformers")
+        return self.keys[column], self.defaults[column]
+
+
+def _same(field: str, key: str, default: Any = None) -> FieldKey:
+    return FieldKey(field, (key, key), (default, default))
+
+
+VISION_KEYS = (
+    _same("width", "hidden_size"),
+    _same("num_layers", "num_hidden_layers"),
+    _same("mlp_width", "intermediate_size"),
+    _same("num_heads", "num_attention_heads"),
+    FieldKey("norm", ("norm_type", "norm_type"), ("rms_norm", "layer_norm")),
+    FieldKey("qkv_bias", ("qkv_bias", "attention_bias"), (False, False)),
+    FieldKey("qk_norm", ("qk_normalization", "use_qk_norm"), (True, False)),
+    _same("patch_size", "patch_size", 14),
+    _same("image_size", "image_size", 448),
+    _same("norm_eps", "layer_norm_eps", 1e-6),
+    FieldKey("layer_scale_init", ("initializer_factor", "layer_scale_init_value"), (0.1, 0.1)),
+)
+DECODER_KEYS = (
+    _same("vocab_size", "vocab_size"),
+    _same("width", "hidden_size"),
+    _same("num_layers", "num_hidden_layers"),
+    _same("mlp_width", "intermediate_size"),
+    _same("num_heads", "num_attention_heads"),
+    _same("num_kv_heads", "num_key_value_heads"),
+    _same("head_dim", "head_dim"),
+    _same("norm_eps", "rms_norm_eps", 1e-6),
+    _same("max_positions", "max_position_embeddings", 32768),
+)
+TILING_KEYS = (
+    _same("dynamic", "dynamic_image_size", False),
+    _same("thumbnail", "use_thumbnail", False),
+    _same("min_tiles", "min_dynamic_patch", 1),
+    _same("max_tiles", "max_dynamic_patch"),
+)
+TEXT_CONFIG: dict[Dialect, str] = {"internvl_chat": "llm_config", "transformers": "text_config"}
+SELECT_LAYER: dict[Dialect, str] = {"internvl_chat": "select_layer", "transformers": "vision_feature_layer"}
+DTYPE: dict[Dialect, str] = {"internvl_chat": "torch_dtype", "transformers": "dtype"}
+MODEL_TYPE: dict[Dialect, str] = {"internvl_chat": "internvl_chat", "transformers": "internvl"}
+VISION_TYPE: dict[Dialect, str] = {"internvl_chat": "intern_vit_6b", "transformers": "internvl_vision"}
+
+CONSTANTS: dict[str, dict[str, Any]] = {
+    "internvl_chat": {
+        "architectures": ["InternVLChatModel"], "downsample_ratio": 0.5, "pad2square": False, "use_backbone_lora": 0,
+        "use_llm_lora": 0,
+    },
+    "internvl": {
+        "architectures": ["InternVLForConditionalGeneration"], "downsample_ratio": 0.5, "projector_hidden_act": "gelu",
+        "vision_feature_select_strategy": "default",
+    },
+    "intern_vit_6b": {
+        "architectures": ["InternVisionModel"], "hidden_act": "gelu", "num_channels": 3, "initializer_range": 0.02,
+        "dropout": 0.0, "attention_dropout": 0.0, "drop_path_rate": 0.0, "use_flash_attn": False,
+    },
+    "internvl_vision": {
+        "architectures": ["InternVLVisionModel"], "hidden_act": "gelu", "num_channels": 3, "initializer_range": 0.02,
+        "hidden_dropout_prob": 0.0, "attention_dropout": 0.0, "projection_dropout": 0.0, "use_mean_pooling": True,
+        "use_mask_token": False, "use_absolute_position_embeddings": True,
+    },
+    "qwen2": {
+        "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "attention_dropout": 0.0, "use_sliding_window": False,
+    },
+    "llama": {
+        "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "attention_dropout": 0.0, "attention_bias": False,
+        "mlp_bias": False, "pretraining_tp": 1,
+    },
+    "internlm2": {
+        "architectures": ["InternLM2ForCausalLM"], "hidden_act": "silu", "bias": False, "attn_implementation": "eager",
+    },
+}  # fmt: skip
+"""What is written by `model_type` whatever the configuration. On reading, keys that change the computation are checked."""
+_CHECKED = {
+    "downsample_ratio", "pad2square", "use_backbone_lora", "use_llm_lora", "projector_hidden_act", "num_channels", "bias",
+    "force_image_size", "vision_feature_select_strategy", "hidden_act", "use_mean_pooling", "use_mask_token",
+    "use_absolute_position_embeddings", "use_sliding_window", "attention_bias", "mlp_bias",
+}  # fmt: skip
+_FAMILIES: tuple[Family, ...] = ("qwen2", "internlm2", "llama")
+ARCHITECTURES: dict[str, Family] = {CONSTANTS[family]["architectures"][0]: family for family in _FAMILIES}
+_CODE_REPOS: dict[Family, str] = {
+    "qwen2": "OpenGVLab/InternVL2_5-1B", "internlm2": "OpenGVLab/InternVL2_5-8B", "llama": "OpenGVLab/InternVL2_5-8B",
+}  # fmt: skip
+"""Where the original library's classes live. Written for that library, which asks its user first; never followed here."""
+
 LIMITS = {
     "hidden_size": 1 << 16, "num_hidden_layers": 1024, "intermediate_size": 1 << 20, "num_attention_heads": 1024,
     "num_key_value_heads": 1024, "head_dim": 1 << 12, "vocab_size": 1 << 22, "image_size": 1 << 13, "patch_size": 1 << 9,
@@ -23,9 +124,11 @@ LIMITS = {
     "max_patches": 1 << 10,
 }  # fmt: skip
 """Larger values are nonsense or an attack, and refused before anything is built."""
-ARCHITECTURES: dict[str, Family] = {
-    "Qwen2ForCausalLM": "qwen2", "InternLM2ForCausalLM": "internlm2", "LlamaForCausalLM": "llama",
-}  # fmt: skip
+CHOICES = {"norm_type": ("layer_norm", "rms_norm"), "ps_version": ("v1", "v2"), "original_family": ("llama", "internlm2")}
+IMAGE_TOKEN = "<IMG_CONTEXT>"
+CHAT_END = "<|im_end|>"
+_PUBLISHED_IMAGE_TOKENS = {("qwen2", 151674): 151667, ("internlm2", 92553): 92546}
+"""Id of IMAGE_TOKEN in the published models, by family and vocabulary, for directories without tokenizer files."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +138,13 @@ class Section:
     values: dict[str, Any]
     place: str
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return a value, or the default if it is absent or null."""
+        value = self.values.get(key)
+        return default if value is None else value
+
     def number(self, key: str, default: float | None = None) -> Any:
-        """A number above 0, within LIMITS and whole if LIMITS has the key; a list of equal numbers counts as one."""
+        """Return a number above 0, within LIMITS and whole if LIMITS has the key; a list of equal numbers counts as one."""
         value = self.get(key, default)
         if isinstance(value, list) and value and all(v == value[0] for v in value):
             value = value[0]
@@ -49,59 +157,68 @@ class Section:
             raise InputError(f"{self.place}: {key} is {value}, expected above 0 and at most {limit or 1e30}")
         return value
 
-    def get(self, key: str, default: Any = None) -> Any:
-        """A value, or the default if it is absent or null."""
-        value = self.values.get(key)
-        return default if value is None else value
-
-    def require(self, key: str, expected: Any, default: Any) -> None:
-        """Refuse any value but the one that the model computes."""
+    def text(self, key: str, default: str) -> Any:
+        """Return a text, one of CHOICES if that has the key."""
         value = self.get(key, default)
-        if value != expected:
-            raise InputError(f"{self.place}: {key} is {value!r}; only {expected!r} is supported")
+        if not isinstance(value, str) or value not in CHOICES.get(key, (value,)):
+            raise InputError(f"{self.place}: {key} is {value!r}, expected {' or '.join(CHOICES.get(key, ('a text',)))}")
+        return value
+
+    def require(self, constants: Mapping[str, Any]) -> None:
+        """Refuse another value of a key that is there and changes the computation."""
+        for key, expected in constants.items():
+            value = self.get(key, expected)
+            if key in _CHECKED and value != expected:
+                raise InputError(f"{self.place}: {key} is {value!r}; only {expected!r} is supported")
 
     def section(self, key: str) -> Section:
+        """Return an object inside this one."""
         value = self.get(key)
         if not isinstance(value, dict):
             raise InputError(f"{self.place}: {key} is {value!r}, expected an object")
         return Section(value, f"{self.place}: {key}")
 
+    def read(self, kind: type[T], keys: Sequence[FieldKey], dialect: Dialect, **known: Any) -> T:
+        """Build a configuration of ours from its keys and from fields that are known already."""
+        for key in keys:
+            name, default = key.of(dialect)
+            if isinstance(default, bool):
+                known[key.field] = bool(self.get(name, default))
+            else:
+                known[key.field] = self.text(name, default) if isinstance(default, str) else self.number(name, default)
+        try:
+            return kind(**known)
+        except ValueError as error:
+            raise InputError(f"{self.place}: {error}") from None
+
+
+def open_section(path: Path, *, optional: bool = False) -> Section:
+    """Read a JSON file as a section; an optional one that is not there is empty."""
+    return Section({} if optional and not path.exists() else read_object(path), str(path))
+
+
+# -- reading
+
 
 def dialect_of(directory: Path) -> Dialect:
-    """The dialect of a model directory, by `model_type`.
+    """Return the dialect of a model directory, by `model_type`.
 
     Raises:
         InputError: if it is neither.
     """
-    return _dialect(Section(read_object(directory / "config.json"), str(directory / "config.json")))
+    return _dialect(open_section(directory / "config.json"))
 
 
-def load_config(directory: Path | str) -> ModelConfig:
-    """The configuration of a model directory of either dialect, from its JSON files.
-
-    Drop path is a matter of the training run and not read.
-
-    Raises:
-        InputError: naming file and key, if something is missing, out of bounds or not supported.
-    """
-    directory = Path(directory)
-    top = Section(read_object(directory / "config.json"), str(directory / "config.json"))
-    for key in ("use_backbone_lora", "use_llm_lora"):
-        top.require(key, 0, 0)
-    top.require("downsample_ratio", 0.5, 0.5)
-    top.require("pad2square", False, False)
-    try:
-        if _dialect(top) == "internvl_chat":
-            return _from_internvl_chat(top, directory)
-        return _from_transformers(top, directory)
-    except InputError:
-        raise
-    except (ValueError, TypeError, OverflowError, AttributeError) as error:  # values of the wrong kind
-        raise InputError(f"{top.place}: {error}") from None
+def _dialect(top: Section) -> Dialect:
+    model_type = top.get("model_type")
+    for dialect, known in MODEL_TYPE.items():
+        if model_type == known:
+            return dialect
+    raise InputError(f"{top.place}: model_type is {model_type!r}; expected internvl_chat, or internvl of transformers")
 
 
 def tied(directory: Path) -> bool:
-    """Whether the output head of a checkpoint without one is its embedding table."""
+    """Return whether the output head of a checkpoint without one is its embedding table."""
     values = read_object(directory / "config.json")
     inner = values.get("llm_config") or values.get("text_config") or {}
     # transformers' own default for an InternVL configuration is true.
@@ -109,61 +226,84 @@ def tied(directory: Path) -> bool:
     return bool(values.get("tie_word_embeddings", inner.get("tie_word_embeddings", default)))
 
 
-def vision_from(section: Section) -> VisionConfig:
-    """InternViT from the vision part of either dialect, or from the config.json of a ViT alone."""
-    transformers = section.get("model_type") == "internvl_vision" or "use_qk_norm" in section.values
-    section.require("hidden_act", "gelu", "gelu")
-    section.require("num_channels", 3, 3)
-    if transformers:
-        section.require("use_mean_pooling", True, True)
-        section.require("use_mask_token", False, False)
-        section.require("use_absolute_position_embeddings", True, True)
-    norm = section.get("norm_type", "layer_norm" if transformers else "rms_norm")
-    if norm not in ("layer_norm", "rms_norm"):
-        raise InputError(f"{section.place}: norm_type is {norm!r}; layer_norm and rms_norm are supported")
-    return VisionConfig(
-        width=section.number("hidden_size"),
-        num_layers=section.number("num_hidden_layers"),
-        mlp_width=section.number("intermediate_size"),
-        num_heads=section.number("num_attention_heads"),
-        norm=norm,
-        qkv_bias=bool(section.get("attention_bias" if transformers else "qkv_bias", False)),
-        qk_norm=bool(section.get("use_qk_norm", False) if transformers else section.get("qk_normalization", True)),
-        patch_size=section.number("patch_size", 14),
-        image_size=section.number("image_size", 448),
-        norm_eps=section.number("layer_norm_eps", 1e-6),
-        layer_scale_init=section.number("layer_scale_init_value" if transformers else "initializer_factor", 0.1),
+def load_config(directory: Path | str) -> ModelConfig:
+    """Read the configuration of a model directory of either dialect from its JSON files.
+
+    Drop path is a matter of the training run and not read.
+
+    Raises:
+        InputError: naming file and key, if something is missing, out of bounds or not supported.
+    """
+    directory = Path(directory)
+    top = open_section(directory / "config.json")
+    dialect = _dialect(top)
+    top.require(CONSTANTS["internvl_chat"] | CONSTANTS[MODEL_TYPE[dialect]])
+    try:
+        return _model_config(top, dialect, directory)
+    except InputError:
+        raise
+    except (ValueError, TypeError, OverflowError, AttributeError) as error:  # values of the wrong kind
+        raise InputError(f"{top.place}: {error}") from None
+
+
+def _model_config(top: Section, dialect: Dialect, directory: Path) -> ModelConfig:
+    vision = vision_from(top.section("vision_config"))
+    text = top.section(TEXT_CONFIG[dialect])
+    family = family_of(text)
+    if dialect == "internvl_chat":
+        # The stored position table is that of the ViT's own size; interpolating it here would be a guess.
+        top.require({"force_image_size": vision.image_size})
+    elif family == "llama":
+        # InternLM2 is stored as LLaMA here; ours say so, and the published ones have its vocabulary.
+        published = text.get("vocab_size") == 92553 and top.get("image_token_id") == 92546
+        family = top.text("original_family", "internlm2" if published else "llama")
+    decoder = decoder_from(text, family)
+    generation = open_section(directory / "generation_config.json", optional=True)
+    # Qwen names a bos token that its tokenizer never writes.
+    bos = None if family == "qwen2" else text.get("bos_token_id")
+    return ModelConfig(
+        vision=vision,
+        decoder=decoder,
+        tiling=_tiling(top, directory, vision.image_size),
+        image_token_id=_image_token(top, directory, decoder),
+        eos_token_ids=_eos_tokens(top, generation, text, directory),
+        pad_token_id=top.get("pad_token_id", generation.get("pad_token_id", text.get("pad_token_id"))),
+        bos_token_id=top.get("bos_token_id", bos),
+        select_layer=top.get(SELECT_LAYER[dialect], -1),
+        pixel_shuffle=top.text("ps_version", "v1") if dialect == "internvl_chat" else "v2",
+        template=top.text("template", "internvl2_5"),
+        system_message=top.get("system_message"),
     )
+
+
+def vision_from(section: Section) -> VisionConfig:
+    """Read InternViT from the vision part of either dialect, or from the config.json of a ViT alone."""
+    transformers = section.get("model_type") == "internvl_vision" or "use_qk_norm" in section.values
+    dialect: Dialect = "transformers" if transformers else "internvl_chat"
+    section.require(CONSTANTS[VISION_TYPE[dialect]])
+    return section.read(VisionConfig, VISION_KEYS, dialect)
 
 
 def decoder_from(section: Section, family: Family) -> DecoderConfig:
-    """A decoder from the language part of either dialect, or from the config.json of a language model alone."""
-    section.require("hidden_act", "silu", "silu")
-    section.require("use_sliding_window", False, False)
-    section.require("bias", False, section.get("model_type") == "internlm2")  # its own default is true
-    section.require("attention_bias", family == "qwen2", family == "qwen2")
-    section.require("mlp_bias", False, False)
+    """Read a decoder from the language part of either dialect, or from the config.json of a language model alone."""
     width, num_heads = section.number("hidden_size"), section.number("num_attention_heads")
+    defaults = {
+        "num_key_value_heads": num_heads,
+        "head_dim": width // num_heads,
+        "bias": section.get("model_type") == "internlm2",  # its class has biases unless told otherwise
+    }
+    section = Section(defaults | {key: value for key, value in section.values.items() if value is not None}, section.place)
+    biased = family == "qwen2"
+    section.require(CONSTANTS["qwen2"] | CONSTANTS["internlm2"] | CONSTANTS["llama"] | {"attention_bias": biased})
     theta, factor = _rope(section)
-    return DecoderConfig(
-        family=family,
-        vocab_size=section.number("vocab_size"),
-        width=width,
-        num_layers=section.number("num_hidden_layers"),
-        mlp_width=section.number("intermediate_size"),
-        num_heads=num_heads,
-        num_kv_heads=section.number("num_key_value_heads", num_heads),
-        head_dim=section.number("head_dim", width // num_heads),
-        rope_theta=theta,
-        rope_dynamic_factor=factor,
-        norm_eps=section.number("rms_norm_eps", 1e-6),
-        qkv_bias=family == "qwen2",
-        max_positions=section.number("max_position_embeddings", 32768),
-    )
+    return section.read(
+        DecoderConfig, DECODER_KEYS, "internvl_chat",
+        family=family, rope_theta=theta, rope_dynamic_factor=factor, qkv_bias=biased,
+    )  # fmt: skip
 
 
 def family_of(section: Section) -> Family:
-    """The family of a language model's configuration.
+    """Return the family of a language model's configuration.
 
     Raises:
         InputError: if it is none that the decoder computes.
@@ -175,124 +315,150 @@ def family_of(section: Section) -> Family:
     raise InputError(f"{section.place}: language model {names or model_type!r} is not one of {', '.join(ARCHITECTURES)}")
 
 
-def token_id(directory: Path, token: str) -> int | None:
-    """Id of an added token, from whichever tokenizer file tells it; None if none does."""
-    for name in ("added_tokens.json", "tokenizer_config.json", "tokenizer.json"):
-        if not (directory / name).exists():
-            continue
-        values = read_object(directory / name)
-        if name == "added_tokens.json":
-            found = values
-        elif name == "tokenizer.json":
-            found = {row.get("content"): row.get("id") for row in values.get("added_tokens") or ()}
-        else:
-            found = {row.get("content"): int(key) for key, row in (values.get("added_tokens_decoder") or {}).items()}
-        if isinstance(found.get(token), int):
-            return found[token]
-    return None
-
-
-def _dialect(top: Section) -> Dialect:
-    model_type = top.get("model_type")
-    if model_type == "internvl_chat":
-        return "internvl_chat"
-    if model_type == "internvl":
-        return "transformers"
-    raise InputError(f"{top.place}: model_type is {model_type!r}; expected internvl_chat, or internvl of transformers")
-
-
 def _rope(section: Section) -> tuple[float, float | None]:
     """Rotary base and dynamic factor, from the older keys (rope_theta, rope_scaling) or the newer (rope_parameters)."""
     scaling = Section(section.get("rope_parameters") or section.get("rope_scaling") or {}, section.place)
     theta = scaling.number("rope_theta", section.number("rope_theta", 10000.0))
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return float(theta), None
-    if kind == "dynamic":
-        return float(theta), float(scaling.number("factor"))
-    raise InputError(f"{section.place}: rope scaling {kind!r} is not supported; default and dynamic are")
+    if kind not in ("default", "dynamic"):
+        raise InputError(f"{section.place}: rope scaling {kind!r} is not supported; default and dynamic are")
+    return float(theta), float(scaling.number("factor")) if kind == "dynamic" else None
 
 
-def _common(top: Section, directory: Path, vision: VisionConfig, decoder: DecoderConfig) -> ModelConfig:
-    """What both dialects keep at the top or in other files of the directory."""
-    text = top.section("llm_config" if "llm_config" in top.values else "text_config")
-    path = directory / "generation_config.json"
-    generation = Section(read_object(path) if path.exists() else {}, str(path))
-    image_token = top.get("image_token_id", token_id(directory, IMAGE_TOKEN))
-    if image_token is None:
-        published = {("qwen2", 151674): 151667, ("internlm2", 92553): 92546}
-        image_token = published.get((decoder.family, decoder.vocab_size))
-    if not isinstance(image_token, int):
+def _tiling(top: Section, directory: Path, size: int) -> TilingConfig:
+    if "max_dynamic_patch" in top.values:
+        return top.read(TilingConfig, TILING_KEYS, "internvl_chat", tile_size=size)
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        values = open_section(directory / name, optional=True)
+        image = Section(values.get("image_processor", values.values), values.place)
+        if "max_patches" in image.values:
+            low, high = image.number("min_patches", 1), image.number("max_patches")
+            return TilingConfig(tile_size=size, min_tiles=low, max_tiles=high)
+    return TilingConfig(tile_size=size)
+
+
+def _added_token(directory: Path, token: str) -> int | None:
+    """Id of an added token, from whichever tokenizer file tells it; None if none does."""
+    for name in ("added_tokens.json", "tokenizer_config.json", "tokenizer.json"):
+        section = open_section(directory / name, optional=True)
+        if name == "added_tokens.json":
+            ids = section.values
+        elif name == "tokenizer.json":
+            ids = {row.get("content"): row.get("id") for row in section.get("added_tokens", ())}
+        else:
+            ids = {row.get("content"): int(key) for key, row in section.get("added_tokens_decoder", {}).items()}
+        if isinstance(ids.get(token), int):
+            return ids[token]
+    return None
+
+
+def _image_token(top: Section, directory: Path, decoder: DecoderConfig) -> int:
+    token = top.get("image_token_id", _added_token(directory, IMAGE_TOKEN))
+    if token is None:
+        token = _PUBLISHED_IMAGE_TOKENS.get((decoder.family, decoder.vocab_size))
+    if not isinstance(token, int):
         raise InputError(
             f"{top.place}: the id of {IMAGE_TOKEN} is in neither config.json nor the tokenizer's files; copy those"
         )
-    template = top.get("template", "internvl2_5")
+    return token
+
+
+def _eos_tokens(top: Section, generation: Section, text: Section, directory: Path) -> tuple[int, ...]:
     listed = generation.get("eos_token_id", top.get("eos_token_id", ()))
     eos: list[Any] = list(listed) if isinstance(listed, (list, tuple)) else [listed]
-    chat_end = token_id(directory, CHAT_END)
+    chat_end = _added_token(directory, CHAT_END)
     if chat_end is not None and chat_end not in eos:
         eos.append(chat_end)  # A ChatML reply ends here, whatever the base model's list says.
     if not eos:
         eos = [text.get("eos_token_id")]
     if not all(isinstance(token, int) for token in eos):
-        raise InputError(f"{path}: eos_token_id is {eos}, expected one id or a list of ids")
-    # Qwen names a bos token that its tokenizer never writes.
-    bos = top.get("bos_token_id", None if decoder.family == "qwen2" else text.get("bos_token_id"))
-    return ModelConfig(
-        vision=vision,
-        decoder=decoder,
-        tiling=_tiling(top, directory, vision.image_size),
-        image_token_id=image_token,
-        eos_token_ids=tuple(eos),
-        pad_token_id=top.get("pad_token_id", generation.get("pad_token_id", text.get("pad_token_id"))),
-        bos_token_id=bos,
-        template=template,
-        system_message=top.get("system_message"),
-    )
+        raise InputError(f"{generation.place}: eos_token_id is {eos}, expected one id or a list of ids")
+    return tuple(eos)
 
 
-def _tiling(top: Section, directory: Path, size: int) -> TilingConfig:
-    if "max_dynamic_patch" in top.values:
-        return TilingConfig(
-            tile_size=size,
-            min_tiles=top.number("min_dynamic_patch", 1),
-            max_tiles=top.number("max_dynamic_patch"),
-            thumbnail=bool(top.get("use_thumbnail", False)),
-            dynamic=bool(top.get("dynamic_image_size", False)),
-        )
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if (directory / name).exists():
-            values = read_object(directory / name)
-            image = Section(values.get("image_processor", values), str(directory / name))
-            if "max_patches" in image.values:
-                low, high = image.number("min_patches", 1), image.number("max_patches")
-                return TilingConfig(tile_size=size, min_tiles=low, max_tiles=high)
-    return TilingConfig(tile_size=size)
+# -- writing
 
 
-def _from_internvl_chat(top: Section, directory: Path) -> ModelConfig:
-    vision = vision_from(top.section("vision_config"))
-    if top.get("force_image_size") is not None:
-        # The stored position table is that of the ViT's own size; interpolating it here would be a guess.
-        top.require("force_image_size", vision.image_size, vision.image_size)
-    text = top.section("llm_config")
-    config = _common(top, directory, vision, decoder_from(text, family_of(text)))
-    version = top.get("ps_version", "v1")
-    if version not in ("v1", "v2"):
-        raise InputError(f"{top.place}: ps_version is {version!r}, expected v1 or v2")
-    return replace(config, pixel_shuffle=version, select_layer=top.get("select_layer", -1))
+def to_json(config: ModelConfig, dialect: Dialect, dtype: str) -> dict[str, Any]:
+    """Return `config.json` for a configuration.
+
+    Args:
+        dtype: torch's name without `torch.`, such as bfloat16.
+
+    Raises:
+        InputError: if the dialect cannot express the configuration.
+    """
+    family = config.decoder.family
+    if config.decoder.qkv_bias != (family == "qwen2"):
+        raise InputError(f"family {family} with qkv_bias {config.decoder.qkv_bias} has no checkpoint format")
+    if dialect == "internvl_chat":
+        code = _CODE_REPOS[family]
+        chat_model = f"{code}--modeling_internvl_chat.InternVLChatModel"
+        auto_config = f"{code}--configuration_internvl_chat.InternVLChatConfig"
+        own = {
+            "auto_map": {"AutoConfig": auto_config, "AutoModel": chat_model, "AutoModelForCausalLM": chat_model},
+            "ps_version": config.pixel_shuffle,
+            "force_image_size": config.vision.image_size,
+            "hidden_size": config.decoder.width,
+        }
+    elif config.pixel_shuffle == "v2":
+        own = {"image_seq_length": config.tokens_per_tile, "original_family": family}
+        family = "qwen2" if family == "qwen2" else "llama"
+    else:
+        raise InputError(f"pixel_shuffle {config.pixel_shuffle} cannot be written for transformers, which computes v2 only")
+    return {
+        "model_type": MODEL_TYPE[dialect],
+        **CONSTANTS[MODEL_TYPE[dialect]],
+        **own,
+        **_values(config.tiling, TILING_KEYS, dialect),
+        SELECT_LAYER[dialect]: config.select_layer,
+        DTYPE[dialect]: dtype,
+        "template": config.template,
+        **({} if config.system_message is None else {"system_message": config.system_message}),
+        "image_token_id": config.image_token_id,
+        **_end_tokens(config),
+        "tie_word_embeddings": False,
+        "vision_config": _vision_json(config.vision, dialect) | {DTYPE[dialect]: dtype},
+        TEXT_CONFIG[dialect]: _decoder_json(config, family) | {DTYPE[dialect]: dtype},
+    }
 
 
-def _from_transformers(top: Section, directory: Path) -> ModelConfig:
-    top.require("projector_hidden_act", "gelu", "gelu")
-    top.require("vision_feature_select_strategy", "default", "default")
-    text = top.section("text_config")
-    family = family_of(text)
-    if family == "llama":
-        # InternLM2 is stored as LLaMA here; ours say so, and the published ones have its vocabulary.
-        known = text.get("vocab_size") == 92553 and top.get("image_token_id") == 92546
-        family = top.get("original_family", "internlm2" if known else "llama")
-        if family not in ("llama", "internlm2"):
-            raise InputError(f"{top.place}: original_family is {family!r}, expected llama or internlm2")
-    config = _common(top, directory, vision_from(top.section("vision_config")), decoder_from(text, family))
-    return replace(config, select_layer=top.get("vision_feature_layer", -1))
+def generation_json(config: ModelConfig) -> dict[str, Any]:
+    """Return `generation_config.json`, which says where generation ends."""
+    return {key: value for key, value in _end_tokens(config).items() if value is not None}
+
+
+def _values(config: object, keys: Sequence[FieldKey], dialect: Dialect) -> dict[str, Any]:
+    return {key.of(dialect)[0]: getattr(config, key.field) for key in keys}
+
+
+def _end_tokens(config: ModelConfig) -> dict[str, Any]:
+    first, *rest = config.eos_token_ids
+    eos = [first, *rest] if rest else first
+    return {"eos_token_id": eos, "bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id}
+
+
+def _vision_json(vision: VisionConfig, dialect: Dialect) -> dict[str, Any]:
+    model_type = VISION_TYPE[dialect]
+    values = {"model_type": model_type, **CONSTANTS[model_type], **_values(vision, VISION_KEYS, dialect)}
+    if dialect == "transformers":
+        values |= {key: [values[key], values[key]] for key in ("patch_size", "image_size")}
+    return values
+
+
+def _decoder_json(config: ModelConfig, model_type: Family) -> dict[str, Any]:
+    factor = config.decoder.rope_dynamic_factor
+    # Both spellings of the same key would be refused by older libraries, so each model type gets the one it knows.
+    kind = "type" if model_type == "internlm2" else "rope_type"
+    return {
+        "model_type": model_type,
+        **CONSTANTS[model_type],
+        **_values(config.decoder, DECODER_KEYS, "internvl_chat"),
+        "rope_theta": config.decoder.rope_theta,
+        "rope_scaling": None if factor is None else {kind: "dynamic", "factor": factor},
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "tie_word_embeddings": False,
+        **_end_tokens(config),
+        "eos_token_id": config.eos_token_ids[-1],
+    }

@@ -1,26 +1,22 @@
-"""Rewrite a model directory in the other dialect, quantised or as GGUF files, whole or not at all."""
+"""Rewrite a model directory in the other dialect, quantized or as GGUF files, whole or not at all."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from ivl.checkpoint import load_config, resolve
-from ivl.checkpoint.config_json import Dialect, dialect_of
-from ivl.checkpoint.config_write import generation_json, to_json
+from ivl.checkpoint.config_json import Dialect, dialect_of, load_config
 from ivl.checkpoint.files import new_directory
 from ivl.checkpoint.gguf.tokenizer import gguf_vocabulary
 from ivl.checkpoint.gguf.writer import STORAGE, write_language, write_vision
-from ivl.checkpoint.keymaps import key_map
-from ivl.checkpoint.model_dir import empty_model, open_weights, read, tensors_of
+from ivl.checkpoint.hub import resolve
+from ivl.checkpoint.model_dir import empty_model, open_weights, read, write_model
 from ivl.checkpoint.processor_files import jinja, load_processor, save_processor
-from ivl.checkpoint.quantization import quantization_json, quantized_entries, weight_shapes
-from ivl.checkpoint.weights import MAX_SHARD_BYTES, ByteProgress, write_shards
+from ivl.checkpoint.weights import MAX_SHARD_BYTES, ByteProgress
 from ivl.errors import InputError
 from ivl.processing.chat import template_of
 from ivl.quant.layers import Scheme, Schemes, quantize, quantize_layers, quantized_layers, unpacked
@@ -43,57 +39,45 @@ def convert(
 ) -> list[QuantizationLoss]:
     """Rewrite a model directory or hub id in a dialect: configuration, weights, tokenizer and preprocessor files.
 
-    Tensors stream from shard to shard, so any size fits a small machine. What quantising loses is returned by layer, worst
-    first, and written to `quantization.json`.
+    Tensors stream from shard to shard, so any size fits a small machine. `quantization.json` reports the loss of each
+    quantized layer.
 
     Args:
         to: dialect to write; None keeps that of the source.
         dtype: of the written weights; None keeps that of the source. Integers stay integers.
-        schemes: quantise linear layers in these ways.
+        schemes: of linear layers to quantize.
         force: replace the target if it is a model directory.
-        weights_only: do not ask for, and do not write, tokenizer and preprocessor files.
+        weights_only: neither read nor write tokenizer and preprocessor files.
+
+    Returns:
+        The loss of each quantized layer, the largest first.
 
     Raises:
         InputError: if the source is not one complete model, or the target exists; the target is then untouched.
     """
     directory = resolve(source)
-    config = load_config(directory)
-    model = empty_model(config)
+    model = empty_model(load_config(directory))
     weights, entries = open_weights(directory, model)
-    dtype = dtype or weights.main_dtype
-    to = to or dialect_of(directory)
-    config_json = to_json(config, to, str(dtype).removeprefix("torch."))
     processor = None if weights_only else load_processor(directory)
-    ours = {entry.ours: entry for entry in entries}
-    theirs = key_map(model, to)
-    quantizer = Quantizer(model, lambda name: read(ours[name], weights), schemes or Schemes())
-    if schemes and schemes.named():
-        theirs = quantized_entries(model, theirs)
-        config_json["quantization_config"] = quantization_json(schemes)
+    stored = {entry.ours: entry for entry in entries}
+    quantizer = Quantizer(model, lambda name: read(stored[name], weights), schemes or Schemes())
     with new_directory(target, force=force) as out:
-        write_shards(
-            out,
-            theirs,
-            tensors_of(model),
-            lambda entry: quantizer.get(entry.ours),
-            dtype=dtype,
-            extra=weight_shapes(model, theirs),
-            max_shard_bytes=max_shard_bytes,
-            progress=progress,
-        )
-        write_json(out / "generation_config.json", generation_json(config))
+        write_model(
+            out, model, to or dialect_of(directory), quantizer.get,
+            dtype=dtype or weights.main_dtype, max_shard_bytes=max_shard_bytes, progress=progress,
+        )  # fmt: skip
         if processor:
             save_processor(processor, out)
         losses = sorted(quantizer.losses, key=lambda loss: -loss.error)
         if losses:
-            write_json(out / "quantization.json", _report(losses))
-        write_json(out / "config.json", config_json)
+            error = "norm of the difference of the weights, as a share of their norm; worst layers first"
+            write_json(out / "quantization.json", {"error": error, "layers": [asdict(loss) for loss in losses]})
     return losses
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationLoss:
-    """What quantising lost of a layer."""
+    """The difference that quantizing made to a layer."""
 
     layer: str
     scheme: str
@@ -102,7 +86,10 @@ class QuantizationLoss:
 
 
 class Quantizer:
-    """Puts quantised layers into an empty model and gives their tensors, from those of the model that it reads.
+    """Replaces layers of an empty model by quantized ones, and computes their tensors from those of the original model.
+
+    Args:
+        read: returns a tensor of the original model by its name.
 
     Raises:
         InputError: if a layer does not fit its scheme.
@@ -125,7 +112,7 @@ class Quantizer:
         self._last: tuple[str, dict[str, torch.Tensor]] = ("", {})
 
     def get(self, name: str) -> torch.Tensor:
-        """A parameter or buffer of the model; those of a quantised layer are asked for one after another."""
+        """Return a parameter or buffer of the model. The last quantized layer is kept: its tensors are read in a row."""
         path, _, leaf = name.rpartition(".")
         if path not in self._paths or leaf == "bias":
             return self._read(name)
@@ -141,18 +128,13 @@ class Quantizer:
             raise InputError(f"{path}: {error}") from None
         lost, norm = 0.0, 0.0
         for first in range(0, len(matrix), 4096):
-            some = slice(first, first + 4096)
-            wanted = matrix[some].float()
-            got = unpacked(weight[some], scale[some].float(), None if zero is None else zero[some], scheme)
-            lost += float((got - wanted).square().sum())
-            norm += float(wanted.square().sum())
+            rows = slice(first, first + 4096)
+            original = matrix[rows].float()
+            restored = unpacked(weight[rows], scale[rows].float(), None if zero is None else zero[rows], scheme)
+            lost += float((restored - original).square().sum())
+            norm += float(original.square().sum())
         self.losses.append(QuantizationLoss(layer=path, scheme=scheme.name, error=(lost / norm) ** 0.5 if norm else 0.0))
         return {"weight": weight, "scale": scale, **({} if zero is None else {"zero": zero})}
-
-
-def _report(losses: list[QuantizationLoss]) -> dict[str, Any]:
-    meaning = "norm of the difference of the weights, as a share of their norm; worst layers first"
-    return {"error": meaning, "layers": [asdict(loss) for loss in losses]}
 
 
 def convert_to_gguf(
@@ -173,26 +155,26 @@ def convert_to_gguf(
         How many matrices q8_0 does not fit (rows no multiple of 32), which are float16 instead.
 
     Raises:
-        InputError: as convert, and if llama.cpp does not compute such a model or has no words for its tokenizer.
+        InputError: as convert, and if llama.cpp does not compute such a model or GGUF cannot describe its tokenizer.
     """
     directory = resolve(source)
-    config = load_config(directory)
-    model = empty_model(config)
+    model = empty_model(load_config(directory))
+    config = model.config
     weights, entries = open_weights(directory, model)
     processor = load_processor(directory)
-    form = template_of(config.template)
-    end = processor.tokenizer.id(form.end)
+    template = template_of(config.template)
+    end = processor.tokenizer.id(template.end)
     eos = end if end in config.eos_token_ids else config.eos_token_ids[0]
     vocabulary = gguf_vocabulary(processor.tokenizer, eos=eos, pad=config.pad_token_id)
-    ours = {entry.ours: entry for entry in entries}
+    stored = {entry.ours: entry for entry in entries}
+    kind = STORAGE[storage] if storage else STORAGE.get(str(weights.main_dtype).removeprefix("torch."), "F32")
 
-    def stored(name: str) -> torch.Tensor:
-        return read(ours[name], weights)
+    def get(name: str) -> torch.Tensor:
+        return read(stored[name], weights)
 
-    kind = STORAGE[storage or str(weights.main_dtype).removeprefix("torch.")]
     with new_directory(target, force=force, mark=LANGUAGE_GGUF) as out:
+        chat_template = jinja(template, config.system_message)
         wider = write_language(
-            out / LANGUAGE_GGUF, model, stored, vocabulary,
-            chat_template=jinja(form, config.system_message), storage=kind, progress=progress,
-        )  # fmt: skip
-        return wider + write_vision(out / VISION_GGUF, model, stored, storage=kind, progress=progress)
+            out / LANGUAGE_GGUF, model, get, vocabulary, chat_template=chat_template, storage=kind, progress=progress
+        )
+        return wider + write_vision(out / VISION_GGUF, model, get, storage=kind, progress=progress)

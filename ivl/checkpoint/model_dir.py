@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from ivl.checkpoint.config_json import Dialect, dialect_of, load_config, tied
-from ivl.checkpoint.config_write import generation_json, to_json
+from ivl.checkpoint.config_json import Dialect, dialect_of, generation_json, load_config, tied, to_json
 from ivl.checkpoint.files import listing, read_object
 from ivl.checkpoint.hub import resolve
 from ivl.checkpoint.keymaps import Entry, current_name, key_map
@@ -81,27 +80,44 @@ def save_model(
     Raises:
         InputError: if the dialect cannot express the model, or the model carries LoRA adapters.
     """
-    dtype = dtype or model.dtype
-    directory = Path(out_dir)
+    tensors = tensors_of(model)
+    write_model(
+        Path(out_dir), model, dialect, lambda name: tensors[name].detach(),
+        dtype=dtype or model.dtype, max_shard_bytes=max_shard_bytes, progress=progress,
+    )  # fmt: skip
+
+
+def write_model(
+    directory: Path,
+    model: VLM,
+    dialect: Dialect,
+    get: Callable[[str], torch.Tensor],
+    *,
+    dtype: torch.dtype,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: ByteProgress | None = None,
+) -> None:
+    """Write config.json, generation_config.json and the weights of a model that may be on the meta device.
+
+    Args:
+        get: returns a parameter or buffer by its name; called shard by shard, so that at most one shard is held.
+
+    Raises:
+        InputError: as save_model.
+    """
+    config = to_json(model.config, dialect, str(dtype).removeprefix("torch."))
+    if quantized_layers(model):
+        config["quantization_config"] = quantization_json(schemes_of(model))
     tensors = tensors_of(model)
     entries = quantized_entries(model, key_map(empty_model(model.config), dialect))
     extra = sorted(tensors.keys() - {entry.ours for entry in entries})
     if extra:
         raise InputError(f"the model has parameters that no checkpoint holds: {listing(extra)}; merge LoRA adapters first")
-    config = to_json(model.config, dialect, str(dtype).removeprefix("torch."))
-    if quantized_layers(model):
-        config["quantization_config"] = quantization_json(schemes_of(model))
     directory.mkdir(parents=True, exist_ok=True)
     write_shards(
-        directory,
-        entries,
-        tensors,
-        lambda entry: tensors[entry.ours].detach(),
-        dtype=dtype,
-        extra=weight_shapes(model, entries),
-        max_shard_bytes=max_shard_bytes,
-        progress=progress,
-    )
+        directory, entries, tensors, lambda entry: get(entry.ours),
+        dtype=dtype, extra=weight_shapes(model, entries), max_shard_bytes=max_shard_bytes, progress=progress,
+    )  # fmt: skip
     write_json(directory / "generation_config.json", generation_json(model.config))
     write_json(directory / "config.json", config)
 

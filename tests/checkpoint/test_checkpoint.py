@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ivl.checkpoint import load_config, load_model, save_model
-from ivl.checkpoint.config_json import Dialect
-from ivl.checkpoint.config_write import generation_json, to_json
+from ivl.checkpoint.config_json import Dialect, generation_json, to_json
 from ivl.checkpoint.keymaps import Entry, key_map
 from ivl.checkpoint.model_dir import empty_model
 from ivl.checkpoint.weights import StoredWeights
@@ -131,6 +132,13 @@ def test_every_field_survives_but_drop_path(dialect: Dialect, tmp_path: Path) ->
     write_json(tmp_path / "config.json", to_json(config, dialect, "bfloat16"))
     write_json(tmp_path / "generation_config.json", generation_json(config))
     assert load_config(tmp_path) == replace(config, vision=replace(config.vision, drop_path=0.0))
+
+
+def test_reading_a_configuration_imports_no_torch(tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", to_json(published_config("8B"), "internvl_chat", "bfloat16"))
+    code = "import sys; from ivl.checkpoint import load_config; load_config(sys.argv[1]); print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
 
 
 def test_pixel_shuffle_v1_is_refused_where_it_cannot_be_expressed() -> None:
