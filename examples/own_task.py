@@ -8,6 +8,7 @@ Without a model a small one of random weights is asked, so expect a score near z
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from own_model_from_config import build
 from PIL import Image
 
 import ivl
-from ivl.evaluation.run import evaluate, write_report
+from ivl.evaluation.run import evaluate
 from ivl.evaluation.scoring import exact_match
 from ivl.evaluation.task import Example
 
@@ -45,7 +46,7 @@ def main() -> None:
     predictions = RUN / "predictions.jsonl"
     predictions.unlink(missing_ok=True)  # kept, it would continue an interrupted run
     report = evaluate(Colours(), ivl.load(model).engine, model=model, predictions=predictions)
-    write_report(RUN / "report.json", report)
+    (RUN / "report.json").write_text(json.dumps(report, indent=2))
     low, high = report["ci95"]
     print(f"{report['task']}: {report['value']:.0%} of {report['n']}, 95% interval {low:.0%} to {high:.0%}")
     for name, group in report["by_type"].items():

@@ -25,11 +25,12 @@ import ivl
 from examples.quickstart.alignment import ASKED, GREEDY, write_rows
 from examples.quickstart.compositions import compositions
 from ivl.checkpoint.files import fingerprint
-from ivl.evaluation.curve import Point, by_size, draw, interval
+from ivl.evaluation.config import Method
+from ivl.evaluation.curve import CurvePoint, by_size, draw, interval
 from ivl.evaluation.run import evaluate, versions
 from ivl.evaluation.scoring import exact_match
-from ivl.evaluation.task import Example, Method
-from ivl.evaluation.voting import Candidate, Reader, rate
+from ivl.evaluation.task import Example
+from ivl.evaluation.voting import Candidate, RewardModel, rate
 from ivl.types import SamplingParams
 from ivl.utils import html as pages
 from ivl.utils.progress import counting
@@ -104,13 +105,13 @@ def curves(task: Compositions, found: list[dict[str, Any]], judge: Any = None) -
     }
     if judge is not None:
         asked = {example.id: example.conversation for example in task.examples()}
-        read = rate(Reader(judge), [asked[row["id"]] for row in found], samples)
+        read = rate(RewardModel(judge), [asked[row["id"]] for row in found], samples)
         ways["judge"] = by_size(read, scores, "judge")
     return ways
 
 
-def point(size: int, values: np.ndarray) -> Point:
-    return Point(samples=size, value=float(values.mean()), ci95=interval(values))
+def point(size: int, values: np.ndarray) -> CurvePoint:
+    return CurvePoint(samples=size, value=float(values.mean()), ci95=interval(values))
 
 
 def gain(values: np.ndarray, base: np.ndarray) -> list[float]:
@@ -195,7 +196,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     for row, result in zip(grid, results, strict=True):
         for axes, (temperature, ways) in zip(row, result["temperatures"].items(), strict=True):
             for way, points in ways.items():
-                chosen = [Point(samples=p["samples"], value=p["value"], ci95=tuple(p["ci95"])) for p in points]
+                chosen = [CurvePoint(samples=p["samples"], value=p["value"], ci95=tuple(p["ci95"])) for p in points]
                 draw(axes, chosen, way, COLOURS[way])
             axes.axhline(100 * result["greedy"]["value"], color="#333", linestyle="--", linewidth=1, label="greedy")
             if own := result.get("judge_greedy"):

@@ -17,6 +17,7 @@ from ivl.errors import InputError
 from ivl.evaluation.tasks import easy_vqa
 from ivl.recipes import nano
 from ivl.runs.config import RunConfig
+from ivl.utils.files import write_json
 
 COLOUR, SHAPE = "what color is the shape?", "what shape is in the image?"
 Recipe = Callable[[], RunConfig]
@@ -42,7 +43,7 @@ def main() -> None:
 def quickstart(out: Path) -> dict[str, Any]:
     from examples.quickstart.report import write_page
     from ivl.api import load
-    from ivl.evaluation.run import evaluate, write_report
+    from ivl.evaluation.run import evaluate
     from ivl.evaluation.tasks import find
     from ivl.serve.examples import write_examples
 
@@ -64,7 +65,7 @@ def quickstart(out: Path) -> dict[str, Any]:
         "training_minutes": round(minutes, 2), "evaluation_seconds": round(time.monotonic() - began, 1), "stages": stages,
         "versions": report["versions"], "preference": align(out),
     }  # fmt: skip
-    write_report(out / "report.json", result)
+    write_json(out / "report.json", result)
     page = write_page(out, result)
     low, high = report["ci95"]
     print(

@@ -17,16 +17,16 @@ RESAMPLED = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
+class CurvePoint:
     samples: int
     value: float
     ci95: tuple[float, float]
 
 
-def curve(samples: Sequence[Sequence[Candidate]], scores: Sequence[Sequence[float]], select: Select) -> list[Point]:
+def curve(samples: Sequence[Sequence[Candidate]], scores: Sequence[Sequence[float]], select: Select) -> list[CurvePoint]:
     """The mean score of the reply that is selected from 1, 2, 4, ... and all replies."""
     found = by_size(samples, scores, select)
-    return [Point(samples=size, value=float(means.mean()), ci95=interval(means)) for size, means in found.items()]
+    return [CurvePoint(samples=size, value=float(means.mean()), ci95=interval(means)) for size, means in found.items()]
 
 
 def by_size(samples: Sequence[Sequence[Candidate]], scores: Sequence[Sequence[float]], select: Select) -> dict[int, np.ndarray]:
@@ -59,10 +59,10 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def draw(axes: Any, points: Sequence[Point], label: str, colour: str | None = None) -> None:
+def draw(axes: Any, points: Sequence[CurvePoint], label: str, color: str | None = None) -> None:
     """A line with its interval as a band, on matplotlib axes."""
     sizes, values = [p.samples for p in points], [100 * p.value for p in points]
-    (line,) = axes.plot(sizes, values, "o-", label=label, color=colour)
+    (line,) = axes.plot(sizes, values, "o-", label=label, color=color)
     low, high = ([100 * p.ci95[side] for p in points] for side in (0, 1))
     axes.fill_between(sizes, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
     axes.set_xscale("log", base=2)

@@ -6,10 +6,10 @@ import re
 from dataclasses import replace
 from typing import Literal
 
-from ivl.evaluation.scoring import Style
+from ivl.evaluation.scoring import AnswerStyle
 from ivl.types import Conversation, Text
 
-Language = Literal["en", "zh"]
+PromptLanguage = Literal["en", "zh"]
 Domain = Literal["science", "visual", "grounded"]
 
 SHORT_ANSWER = re.compile(
@@ -20,7 +20,7 @@ SHORT_ANSWER = re.compile(
 )
 """Requests for a bare answer, which would contradict the request to reason."""
 
-REASON: dict[tuple[Style, Language], str] = {
+REASON: dict[tuple[AnswerStyle, PromptLanguage], str] = {
     ("final_answer", "en"): (
         "Work the question out step by step before you answer. Close with a line of its own that reads "
         '"Final answer: ..." and holds nothing but the answer.'
@@ -45,7 +45,7 @@ INSTRUCTIONS: dict[Domain, str] = {
 """Asked of questions without a checked answer, by the kind of picture (spec 6.2)."""
 
 
-def ask(question: str, style: Style, language: Language = "en", domain: Domain | None = None) -> str:
+def ask(question: str, style: AnswerStyle, language: PromptLanguage = "en", domain: Domain | None = None) -> str:
     """The question as the model gets it. `direct` leaves it as it is, instruction aside."""
     text = question if style == "direct" else SHORT_ANSWER.sub("", question)
     extra = [INSTRUCTIONS[domain]] if domain else []
@@ -54,7 +54,7 @@ def ask(question: str, style: Style, language: Language = "en", domain: Domain |
     return "\n".join([text, *extra])
 
 
-def reasoned(conversation: Conversation, style: Style) -> Conversation:
+def reasoned(conversation: Conversation, style: AnswerStyle) -> Conversation:
     """The conversation with its last text asked so, in Chinese where the last turn is Chinese."""
     *before, last = conversation
     language = "zh" if CHINESE.search(last.text) else "en"

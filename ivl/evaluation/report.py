@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ivl.evaluation.curve import Point, draw
+from ivl.evaluation.curve import CurvePoint, draw
 from ivl.utils import html as pages
 from ivl.utils.files import write_atomic
 
@@ -13,7 +13,7 @@ from ivl.utils.files import write_atomic
 def write_page(path: Path, report: dict[str, Any]) -> None:
     """One HTML file: the metric by number of replies as a plot and a table, and by type of question."""
     method, samples = report["method"], report["samples"]
-    points = [Point(**point) for point in samples["curve"]]
+    points = [CurvePoint(**point) for point in samples["curve"]]
     figure, axes = pages.pyplot().subplots(figsize=(6, 3.2), layout="constrained")
     draw(axes, points, method["select"])
     axes.set(ylabel=f"{report['metric']}, %", title=f"{report['task']}, temperature {report['params']['temperature']:g}")

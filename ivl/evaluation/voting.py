@@ -1,8 +1,8 @@
-"""More than one reply to a question, and which of them to take: majority voting, or the best by likelihood or by a judge.
+"""Several replies to a question, and the choice among them: majority voting, or the best by likelihood or by a judge.
 
-    sample -> candidates of each question -> vote or best_of -> the index of the one to take
+    sample -> candidates of each question -> vote or best_of -> the index of the chosen one
 
-Folds over `generate` of any BatchGenerator: n replies are n requests with seeds of their own.
+Works with any generator: n replies are n requests with seeds of their own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Literal
 
 from ivl.errors import InputError
-from ivl.evaluation.scoring import Style, extract, normalize
+from ivl.evaluation.scoring import AnswerStyle, extract, normalize
 from ivl.evaluation.scoring.spelling import wording
 from ivl.generators import Generator, ReplyLike, answers_of, replies_of
 from ivl.types import Conversation, Grammar, Message, SamplingParams, Text
@@ -23,33 +23,37 @@ from ivl.types import Conversation, Grammar, Message, SamplingParams, Text
 Select = Literal["vote", "likelihood", "judge"]
 RATING = SamplingParams(max_new_tokens=8)
 GUIDED_RATING = replace(RATING, guide=Grammar("choice", json.dumps([str(n) for n in range(11)])))
-"""For judges whose replies can be constrained: a rating is always found."""
+"""For judges whose replies can be constrained: each reply is a rating."""
 _RATING = re.compile(r"(?<![\d.,])(?:10|\d)(?:\.\d+)?(?![\d%]|[.,]\d)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One of several replies. answer is None where the reply gives none; likelihood is its mean log-probability per token and
-    rating that of a judge, both only if asked for."""
+    """One of several replies to a question."""
 
     text: str
     answer: str | None
+    """None where the reply gives no answer."""
     likelihood: float | None = None
+    """Mean log-probability of a token, if it was asked for."""
     rating: float | None = None
+    """The judge's rating, if there is a judge."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Vote:
+    """The result of a majority vote."""
+
     index: int
     """The first reply that gives the winning answer; 0 if none gives any."""
     votes: int
-    """Replies that give it."""
+    """Replies that give the winning answer."""
     abstained: int
     """Replies without an answer."""
 
 
 @dataclass(frozen=True)
-class Judge:
+class RatingJudge:
     """Another model that rates replies from 0 to 10, seeing the conversation with its images."""
 
     generator: Generator
@@ -57,14 +61,16 @@ class Judge:
 
 
 @dataclass(frozen=True)
-class Reader:
-    """Another model that runs here and rates a reply by the mean log-probability per token that it gives it itself, such as one
-    trained on preferences."""
+class RewardModel:
+    """Another model that runs here, such as one trained on preferences.
+
+    It rates a reply by the mean log-probability per token under the model.
+    """
 
     generator: Generator
 
 
-Rater = Judge | Reader | Callable[[Conversation, str], float]
+Rater = RatingJudge | RewardModel | Callable[[Conversation, str], float]
 """A model, or a function of a conversation and a reply."""
 
 
@@ -74,56 +80,60 @@ def sample(
     params: SamplingParams | Sequence[SamplingParams],
     count: int,
     *,
-    style: Style = "direct",
+    style: AnswerStyle = "direct",
     likelihood: bool = False,
 ) -> list[list[Candidate]]:
-    """`count` replies to each conversation; reply k has the seed k above that of params, so more replies begin with the same.
+    """Ask for `count` replies to each conversation. The engine computes a prompt once for all its replies.
 
-    params: one for all, or one per conversation. The engine computes a prompt once for all its replies.
-    style: how a reply shows its answer. A reply in a reasoning style that was cut off at the limit has none.
+    Args:
+        params: One for all, or one per conversation. Reply k has the seed k above that of params, so a larger count begins
+            with the same replies.
+        style: How a reply shows its answer. A reply in a reasoning style that was cut off at the limit has none.
+        likelihood: Note the log-probabilities of replies.
 
     Raises:
-        InputError: if log-probabilities are wanted of a generator that does not tell them; if several replies are wanted
-            at temperature 0, where all are the same.
+        InputError: if the generator gives no log-probabilities that are asked for, or if several replies are asked for at
+            temperature 0, where all are the same.
     """
-    each = [params] * len(conversations) if isinstance(params, SamplingParams) else list(params)
+    params = [params] * len(conversations) if isinstance(params, SamplingParams) else params
     if count < 1:
         raise InputError(f"need at least 1 reply to each question, got {count}")
-    if count > 1 and any(p.temperature == 0 for p in each):
+    if count > 1 and any(p.temperature == 0 for p in params):
         raise InputError(f"at temperature 0 all {count} replies are the same: raise the temperature")
-    every = [
+    seeded = [
         replace(p, seed=None if p.seed is None else p.seed + k, logprobs=(p.logprobs or 0) if likelihood else p.logprobs)
-        for p in each
+        for p in params
         for k in range(count)
     ]
-    replies = replies_of(generator, [c for c in conversations for _ in range(count)], every)
-    found = [_candidate(reply, style, likelihood) for reply in replies]
-    return [found[at : at + count] for at in range(0, len(found), count)]
+    replies = replies_of(generator, [c for c in conversations for _ in range(count)], seeded)
+    candidates = [_candidate(reply, style, likelihood) for reply in replies]
+    return [candidates[at : at + count] for at in range(0, len(candidates), count)]
 
 
-def _candidate(reply: ReplyLike, style: Style, likelihood: bool) -> Candidate:
-    cut = style != "direct" and reply.finish_reason == "length"
-    answer = None if cut else extract(reply.text, style).answer
+def _candidate(reply: ReplyLike, style: AnswerStyle, likelihood: bool) -> Candidate:
+    is_cut = style != "direct" and reply.finish_reason == "length"
+    answer = None if is_cut else extract(reply.text, style).answer
     return Candidate(text=reply.text, answer=answer, likelihood=mean_logprob(reply) if likelihood else None)
 
 
 def mean_logprob(reply: ReplyLike) -> float:
-    """Mean log-probability of a reply's tokens, its end included, by the model's own scores.
+    """Return the mean log-probability of a reply's tokens, its end included, by the model's own scores.
 
     Raises:
-        InputError: if the reply does not carry them.
+        InputError: if the reply does not carry log-probabilities.
     """
-    found = [token.logprob for token in getattr(reply, "logprobs", ())]
-    if not found:
+    logprobs = [token.logprob for token in getattr(reply, "logprobs", ())]
+    if not logprobs:
         raise InputError("the replies carry no log-probabilities; choose by vote or judge, or use a model that runs here")
-    return sum(found) / len(found)
+    return sum(logprobs) / len(logprobs)
 
 
 def vote(candidates: Sequence[Candidate], same: Callable[[str, str], bool] | None = None) -> Vote:
-    """The answer that most replies give; of several, the one that came first (self-consistency, arXiv 2203.11171).
+    """Choose the answer that most replies give; of several, the one that came first (self-consistency, arXiv:2203.11171).
 
-    Answers count as one if they have the same wording (`two dogs.` and `2 dogs`), or by `same`, such as
-    `ivl.evaluation.scoring.correct`.
+    Args:
+        same: Says which answers count as one besides those of the same wording (`two dogs.` and `2 dogs`), such as
+            `ivl.evaluation.scoring.correct`.
     """
     first: dict[str, int] = {}
     votes: dict[str, int] = {}
@@ -132,7 +142,7 @@ def vote(candidates: Sequence[Candidate], same: Callable[[str, str], bool] | Non
             continue
         key = _key(candidate.answer)
         if key not in first and same is not None:
-            key = next((known for known, at in first.items() if same(candidate.answer, candidates[at].answer or "")), key)
+            key = next((other for other, at in first.items() if same(candidate.answer, candidates[at].answer or "")), key)
         first.setdefault(key, index)
         votes[key] = votes.get(key, 0) + 1
     abstained = sum(candidate.answer is None for candidate in candidates)
@@ -148,8 +158,10 @@ def _key(answer: str) -> str:
 
 
 def best_of(candidates: Sequence[Candidate], by: Literal["likelihood", "judge"]) -> int:
-    """The index of the reply that scores highest; of several, the first. Replies without an answer, or that the judge gave no
-    rating, are taken only if there are no others."""
+    """Return the index of the reply that scores highest; of several, the first.
+
+    Replies without an answer, or without a rating, are taken only if there are no others.
+    """
 
     def rank(index: int) -> tuple[bool, float, int]:
         candidate = candidates[index]
@@ -160,48 +172,49 @@ def best_of(candidates: Sequence[Candidate], by: Literal["likelihood", "judge"])
 
 
 def choose(candidates: Sequence[Candidate], select: Select) -> int:
-    """The index of the reply to take."""
+    """Return the index of the reply that counts."""
     return vote(candidates).index if select == "vote" else best_of(candidates, select)
 
 
 def rate(
-    judge: Rater, conversations: Sequence[Conversation], candidates: Sequence[Sequence[Candidate]]
+    rater: Rater, conversations: Sequence[Conversation], candidates: Sequence[Sequence[Candidate]]
 ) -> list[list[Candidate]]:
-    """The candidates with their ratings; None where a judge's reply has no number from 0 to 10, or a reader has nothing to
-    read. Equal replies to a question are rated once."""
+    """Return the candidates with their ratings. Equal replies to a question are rated once.
+
+    A rating is None where a judge's reply has no number from 0 to 10, and where a reward model gets an empty reply.
+    """
     pairs = {
         (number, candidate.text): conversation
-        for number, (conversation, some) in enumerate(zip(conversations, candidates, strict=True))
-        for candidate in some
+        for number, (conversation, replies) in enumerate(zip(conversations, candidates, strict=True))
+        for candidate in replies
     }
-    ratings = dict(zip(pairs, _ratings(judge, [(c, text) for (_, text), c in pairs.items()]), strict=True))
-    return [[replace(c, rating=ratings[number, c.text]) for c in some] for number, some in enumerate(candidates)]
+    rated = [(conversation, text) for (_, text), conversation in pairs.items()]
+    if isinstance(rater, RewardModel):
+        scores: list[float | None] = _rewards(rater.generator, rated)
+    elif isinstance(rater, RatingJudge):
+        asked = [judged(conversation, text) for conversation, text in rated]
+        scores = [rating_of(text) for text in answers_of(rater.generator, asked, rater.params)]
+    else:
+        scores = [float(rater(conversation, text)) for conversation, text in rated]
+    ratings = dict(zip(pairs, scores, strict=True))
+    return [[replace(c, rating=ratings[number, c.text]) for c in replies] for number, replies in enumerate(candidates)]
 
 
-def _ratings(judge: Rater, pairs: list[tuple[Conversation, str]]) -> list[float | None]:
-    if isinstance(judge, Reader):
-        return _read(judge.generator, pairs)
-    if not isinstance(judge, Judge):
-        return [float(judge(conversation, text)) for conversation, text in pairs]
-    said = answers_of(judge.generator, [judged(conversation, text) for conversation, text in pairs], judge.params)
-    return [rating_of(text) for text in said]
-
-
-def _read(generator: Generator, pairs: list[tuple[Conversation, str]]) -> list[float | None]:
-    """A guide that allows one reply only makes the engine say it, and tell how likely it was. An empty reply has no rating."""
-    said = [(conversation, text) for conversation, text in pairs if text]
+def _rewards(generator: Generator, pairs: list[tuple[Conversation, str]]) -> list[float | None]:
+    """Score replies by their likelihood. A grammar that allows one reply only makes the engine write it with its scores."""
+    nonempty = [(conversation, text) for conversation, text in pairs if text]
     params = [
         SamplingParams(
             max_new_tokens=len(text.encode()) + 1, guide=Grammar("choice", json.dumps([text], ensure_ascii=False)), logprobs=0
         )
-        for _, text in said
+        for _, text in nonempty
     ]
-    replies = iter(replies_of(generator, [conversation for conversation, _ in said], params))
+    replies = iter(replies_of(generator, [conversation for conversation, _ in nonempty], params))
     return [mean_logprob(next(replies)) if text else None for _, text in pairs]
 
 
 def judged(conversation: Conversation, reply: str) -> Conversation:
-    """What a judge is asked: the last question with its images, the reply, and for a number."""
+    """Write the request to a judge: the last question with its images, the reply, and the wish for a number."""
     question = conversation[-1]
     request = (
         "\n\nA reply to the above:\n"
@@ -213,5 +226,5 @@ def judged(conversation: Conversation, reply: str) -> Conversation:
 
 
 def rating_of(text: str) -> float | None:
-    """The first number from 0 to 10 of a judge's reply."""
+    """Return the first number from 0 to 10 of a judge's reply."""
     return next((float(match[0]) for match in _RATING.finditer(text) if float(match[0]) <= 10), None)

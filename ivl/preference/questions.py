@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ivl.errors import InputError, nearest
-from ivl.evaluation.prompts import Domain, Language, Style, ask
-from ivl.evaluation.scoring import Mode, mode_for
+from ivl.evaluation.prompts import AnswerStyle, Domain, PromptLanguage, ask
+from ivl.evaluation.scoring import AnswerMode, mode_for
 from ivl.processing.chat import user
 from ivl.types import Conversation, ImageRef, Message, Text
 
@@ -28,14 +28,14 @@ class Source:
     """A .jsonl file."""
     root: str = ""
     """Folder that relative image paths start from; empty is the file's own."""
-    style: Style = "final_answer"
+    style: AnswerStyle = "final_answer"
     """How a reply is asked to show its answer; direct leaves the question as it is."""
     instruct: bool = True
     """False asks the bare question of a model that was trained to reason in this style."""
-    language: Language = "en"
+    language: PromptLanguage = "en"
     domain: Domain | None = None
     """Adds the instruction for questions without a checked answer (Dropout-NTP)."""
-    mode: Mode = "auto"
+    mode: AnswerMode = "auto"
     """How answers are compared, by ivl.evaluation.scoring.verify; `load_sources` goes by the name where none is given."""
     max_tiles: int | None = None
     """Tiles of an image; None takes the model's."""

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 
 from ivl.errors import InputError
-from ivl.evaluation.run import Progress, evaluate, write_report
+from ivl.evaluation.run import EvalProgress, evaluate
 from ivl.evaluation.scoring import exact_match, wilson
 from ivl.evaluation.task import Example
 from ivl.evaluation.tasks import TASKS, find
 from ivl.types import Conversation, Message, SamplingParams, Text, TextDelta
+from ivl.utils.files import write_json
 
 
 class Sums:
@@ -68,13 +69,13 @@ def run(path: Path, generator: Streaming | None = None, **options: object) -> di
 
 
 def test_report(tmp_path: Path) -> None:
-    seen: list[Progress] = []
+    seen: list[EvalProgress] = []
     report = run(tmp_path / "p.jsonl", on_progress=seen.append)
     assert (report["task"], report["metric"], report["n"], report["value"]) == ("sums", "exact_match", 40, 0.8)
     assert report["ci95"] == list(wilson(32, 40)) and report["model"] == "m" and "ivl" in report["versions"]
     assert {name: (row["n"], row["value"]) for name, row in report["by_type"].items()} == {"even": (20, 0.8), "odd": (20, 0.8)}
     assert [p.done for p in seen] == [7, 14, 21, 28, 35, 40] and seen[-1].value == 0.8
-    write_report(tmp_path / "deep" / "report.json", report)
+    write_json(tmp_path / "deep" / "report.json", report)
     assert json.loads((tmp_path / "deep" / "report.json").read_text()) == report
     assert [f.name for f in (tmp_path / "deep").iterdir()] == ["report.json"]
 
@@ -141,7 +142,7 @@ def test_predictions_of_something_else_are_refused(tmp_path: Path) -> None:
         run(path, fingerprint="abc")
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:3], "{broken", *lines[3:]]) + "\n")
-    with pytest.raises(InputError, match=r"p\.jsonl:4: not JSON"):
+    with pytest.raises(InputError, match=r"p\.jsonl:4: not valid JSON"):
         run(path)
 
 

@@ -13,10 +13,11 @@ import pytest
 
 from ivl.cli.eval import evaluate as command
 from ivl.errors import InputError
+from ivl.evaluation.config import Method
 from ivl.evaluation.curve import by_size, curve, interval
 from ivl.evaluation.run import evaluate
 from ivl.evaluation.scoring import exact_match
-from ivl.evaluation.task import Example, Method
+from ivl.evaluation.task import Example
 from ivl.evaluation.voting import Candidate
 from ivl.generators import PlainReply
 from ivl.types import Conversation, Message, SamplingParams, Text
@@ -171,7 +172,7 @@ def test_the_command_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--samples", "0"], "at least 1 reply"),
         (["--samples", "4", "--select", "judge"], "needs --samples of 2 or more and one of"),
         (["--samples", "4", "--judge-model", "m"], "else no judge"),
-        (["--samples", "4", "--select", "judge", "--judge-url", "http://x/v1"], "--judge-url needs --judge-url-model"),
+        (["--samples", "4", "--select", "judge", "--judge-url", "http://x/v1"], "--judge.url needs --judge.url-model"),
         (["--temperature", "-1"], "temperature must be >= 0"),
         (["--samples", "2", "--temperature", "0"], "at temperature 0 all 2 replies are the same"),
         (["--samples", "2", "--max-new-tokens", "0"], "max_new_tokens must be >= 1"),

@@ -15,7 +15,19 @@ import ivl
 from ivl.errors import InputError
 from ivl.evaluation.prompts import reasoned
 from ivl.evaluation.scoring import correct, normalize
-from ivl.evaluation.voting import GUIDED_RATING, Candidate, Judge, Reader, Vote, best_of, judged, rate, rating_of, sample, vote
+from ivl.evaluation.voting import (
+    GUIDED_RATING,
+    Candidate,
+    RatingJudge,
+    RewardModel,
+    Vote,
+    best_of,
+    judged,
+    rate,
+    rating_of,
+    sample,
+    vote,
+)
 from ivl.generators import PlainReply
 from ivl.types import Conversation, ImageRef, Message, SamplingParams, Text, TextDelta
 from tests.helpers.engines import picture, tiny_directory
@@ -134,7 +146,7 @@ def test_a_judge_sees_the_question_with_its_pictures_and_equal_replies_once() ->
     asked = (Message("system", (Text("be brief"),)), *question("what is it?", image))
     some = [Candidate(text=text, answer=text) for text in ("a dog", "a cat", "a dog", "a bird")]
     speaker = Speaker([PlainReply("3", "stop"), PlainReply("9", "stop"), PlainReply("no idea", "stop")])
-    (rated,) = rate(Judge(speaker), [asked], [some])
+    (rated,) = rate(RatingJudge(speaker), [asked], [some])
     assert [c.rating for c in rated] == [3, 9, 3, None] and best_of(rated, "judge") == 1
     assert speaker.asked[0] == judged(asked, "a dog") and image in speaker.asked[0][-1].content
     assert speaker.asked[0][0] == asked[0] and "a dog" in speaker.asked[0][-1].text
@@ -145,7 +157,7 @@ def test_a_judge_sees_the_question_with_its_pictures_and_equal_replies_once() ->
 def test_a_local_judge_can_only_say_a_number(directory: Path) -> None:
     pytest.importorskip("llguidance")
     some = [[Candidate(text=text, answer=text) for text in ("red", "blue", "a circle")]]
-    (rated,) = rate(Judge(ivl.load(directory).engine, GUIDED_RATING), [question("what colour?")], some)
+    (rated,) = rate(RatingJudge(ivl.load(directory).engine, GUIDED_RATING), [question("what colour?")], some)
     assert all(c.rating is not None and 0 <= c.rating <= 10 for c in rated)
 
 
@@ -154,7 +166,7 @@ def test_a_reader_tells_how_likely_it_would_have_said_the_reply(directory: Path)
     engine, asked = ivl.load(directory).engine, question("what colour?", ImageRef(picture(1)))
     own = engine.generate([asked], SamplingParams(max_new_tokens=200, logprobs=0))[0].text.strip("\ufffd")[:9]
     texts = ("red", "a 蓝 🦊", "two\nlines", "", own)
-    (rated,) = rate(Reader(engine), [asked], [[Candidate(text=text, answer=text) for text in texts]])
+    (rated,) = rate(RewardModel(engine), [asked], [[Candidate(text=text, answer=text) for text in texts]])
     assert rated[3].rating is None and all(c.rating is not None and c.rating < 0 for c in rated if c.text)
     token = engine.processor.tokenizer
     ids = token.encode("red")

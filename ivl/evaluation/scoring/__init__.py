@@ -3,19 +3,19 @@
 The import is light: rapidfuzz and math-verify (extra `eval`) are loaded where they are used.
 """
 
-from ivl.evaluation.scoring.extraction import Extracted, FormatProblem, Style, extract, fix_answer
+from ivl.evaluation.scoring.extraction import AnswerStyle, Extracted, FormatProblem, extract, fix_answer
 from ivl.evaluation.scoring.formulas import ComparisonStopped, FormulaComparer
 from ivl.evaluation.scoring.metrics import anls, edit_distance, exact_match, normalize, wilson
-from ivl.evaluation.scoring.verification import ACCEPT, Mode, Verdict, compare, correct, mode_for, verify
+from ivl.evaluation.scoring.verification import ACCEPT, AnswerMode, Verdict, compare, correct, mode_for, verify
 
 __all__ = [
     "ACCEPT",
+    "AnswerMode",
+    "AnswerStyle",
     "ComparisonStopped",
     "Extracted",
     "FormatProblem",
     "FormulaComparer",
-    "Mode",
-    "Style",
     "Verdict",
     "anls",
     "compare",

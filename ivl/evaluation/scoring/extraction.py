@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from ivl.errors import InputError
 
-Style = Literal["direct", "final_answer", "boxed", "think"]
+AnswerStyle = Literal["direct", "final_answer", "boxed", "think"]
 FormatProblem = Literal[
     "no answer", "too many answers", "empty answer", "answer of several lines", "too few lines", "no reasoning",
     "unclosed box", "broken think tags", "broken answer tags", "text outside the tags",
@@ -28,7 +28,7 @@ class Extracted:
     problem: FormatProblem | None = None
 
 
-def extract(reply: str, style: Style) -> Extracted:
+def extract(reply: str, style: AnswerStyle) -> Extracted:
     """The answer of a reply.
 
     direct: the whole reply. final_answer: `final_answer`. boxed: `boxed`. think: `think`.
@@ -36,8 +36,8 @@ def extract(reply: str, style: Style) -> Extracted:
     Raises:
         InputError: for an unknown style.
     """
-    if style not in get_args(Style):
-        raise InputError(f"style {style!r} is not one of {', '.join(get_args(Style))}")
+    if style not in get_args(AnswerStyle):
+        raise InputError(f"style {style!r} is not one of {', '.join(get_args(AnswerStyle))}")
     if style == "direct":
         return _found(reply)
     return {"final_answer": final_answer, "boxed": boxed, "think": think}[style](reply)

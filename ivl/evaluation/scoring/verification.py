@@ -14,7 +14,7 @@ from ivl.evaluation.scoring.metrics import agreement, anls, exact_match, normali
 from ivl.evaluation.scoring.quantities import quantities, same_quantity
 from ivl.evaluation.scoring.spelling import bare, wording
 
-Mode = Literal["exact", "choice", "number", "relaxed", "anls", "vqa", "math", "geometry", "mavis", "auto"]
+AnswerMode = Literal["exact", "choice", "number", "relaxed", "anls", "vqa", "math", "geometry", "mavis", "auto"]
 ACCEPT = 0.9
 """A reply is right if its score is above this."""
 MOST_CHARACTERS = 1000
@@ -22,7 +22,7 @@ MOST_CHARACTERS = 1000
 FEWEST_PEOPLE = 10
 """So many answers are those of people who were asked, and agreement with them counts; fewer are alternatives."""
 
-_BY_NAME: tuple[tuple[str, Mode], ...] = (
+_BY_NAME: tuple[tuple[str, AnswerMode], ...] = (
     ("chartqa", "relaxed"), ("docvqa", "anls"), ("infographic", "anls"), ("infovqa", "anls"), ("sroie", "geometry"),
     ("clevr", "geometry"), ("geo", "geometry"), ("unigeo", "geometry"), ("mavis", "mavis"),
 )  # fmt: skip
@@ -54,7 +54,7 @@ _AnswerRule = Callable[[str, _Question], bool | None]
 """Prediction and question -> right, wrong, or None where the rule does not apply."""
 
 
-def mode_for(dataset: str) -> Mode:
+def mode_for(dataset: str) -> AnswerMode:
     """Return the mode of a data set by its name; auto for unknown names."""
     name = dataset.lower()
     return next((mode for part, mode in _BY_NAME if part in name), "auto")
@@ -64,7 +64,7 @@ def compare(
     prediction: str,
     truth: str | Sequence[str],
     *,
-    mode: Mode = "auto",
+    mode: AnswerMode = "auto",
     choices: Sequence[str] = (),
     comparer: FormulaComparer | None = None,
 ) -> Verdict:
@@ -81,8 +81,8 @@ def compare(
     Raises:
         InputError: for an unknown mode, no truth, or without the library that the mode needs.
     """
-    if mode not in get_args(Mode):
-        raise InputError(f"mode {mode!r} is not one of {', '.join(get_args(Mode))}")
+    if mode not in get_args(AnswerMode):
+        raise InputError(f"mode {mode!r} is not one of {', '.join(get_args(AnswerMode))}")
     truths = [truth] if isinstance(truth, str) else list(truth)
     if not truths:
         raise InputError("no truth to compare with; give at least one accepted answer")
@@ -96,17 +96,17 @@ def compare(
     return Verdict(best, "" if best > ACCEPT else next((v.stopped for v in verdicts if v.stopped), ""))
 
 
-def verify(prediction: str, truth: str | Sequence[str], *, mode: Mode = "auto", choices: Sequence[str] = ()) -> float:
+def verify(prediction: str, truth: str | Sequence[str], *, mode: AnswerMode = "auto", choices: Sequence[str] = ()) -> float:
     """Return the score of `compare`."""
     return compare(prediction, truth, mode=mode, choices=choices).score
 
 
-def correct(prediction: str, truth: str | Sequence[str], *, mode: Mode = "auto", choices: Sequence[str] = ()) -> bool:
+def correct(prediction: str, truth: str | Sequence[str], *, mode: AnswerMode = "auto", choices: Sequence[str] = ()) -> bool:
     """Return whether `compare` finds the answer right."""
     return compare(prediction, truth, mode=mode, choices=choices).correct
 
 
-def _verdict(prediction: str, question: _Question, mode: Mode) -> Verdict:
+def _verdict(prediction: str, question: _Question, mode: AnswerMode) -> Verdict:
     truth = question.truth
     if not truth.strip():
         return Verdict(0.0)
@@ -165,7 +165,7 @@ def _formula(prediction: str, question: _Question) -> bool | None:
 
 
 _TEXT: tuple[_AnswerRule, ...] = (_words, _yes_or_no)
-_RULES: dict[Mode, tuple[_AnswerRule, ...]] = {
+_RULES: dict[AnswerMode, tuple[_AnswerRule, ...]] = {
     "choice": (_choice, *_TEXT),
     "number": (_number, _words),
     "relaxed": (_relaxed, *_TEXT),

@@ -10,7 +10,7 @@ from typing import get_args
 
 import pytest
 
-from ivl.evaluation.scoring import ACCEPT, Mode, verify
+from ivl.evaluation.scoring import ACCEPT, AnswerMode, verify
 from ivl.evaluation.scoring.formulas import shared_comparer
 
 CASES = [json.loads(line) for line in (Path(__file__).parent / "cases.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -43,6 +43,6 @@ def test_the_table_is_wide_enough() -> None:
     assert sum(kinds.values()) >= 300 and min(kinds.values()) >= 10
     for kind in ("units", "fraction", "latex", "choice text", "chinese", "percent", "thousands", "negation"):
         assert kinds[kind] >= 15, kind
-    assert {case["mode"] for case in CASES} == set(get_args(Mode))
+    assert {case["mode"] for case in CASES} == set(get_args(AnswerMode))
     asked = [json.dumps({**case, "accept": None, "why": None}) for case in CASES]
     assert len(set(asked)) == len(asked)

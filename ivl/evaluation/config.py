@@ -1,0 +1,105 @@
+"""The settings of an evaluation; `ivl eval` takes its options from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from ivl.errors import InputError
+from ivl.evaluation.scoring import AnswerStyle
+from ivl.evaluation.voting import Select
+from ivl.generators import GeneratorConfig
+from ivl.types import SamplingParams
+
+SAMPLED_TEMPERATURE, REASONED_TOKENS = 0.7, 1024
+"""Temperature of several replies, and longest reply that reasons, where the user sets none."""
+_Flag = tyro.conf.FlagCreatePairsOff
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """How often a question is asked, and which of its replies counts. The default is one reply, scored as it is."""
+
+    style: AnswerStyle = "direct"
+    """How replies show their answer, which alone is scored: direct (the whole reply), final_answer (a last line "Final
+    answer: ..."), boxed, think (tags)."""
+    instruct: Annotated[bool, tyro.conf.arg(name="cot"), _Flag] = False
+    """Ask the model to reason first and to close with its answer in the style, by default final_answer. A model that was
+    trained to reason in this style needs no asking."""
+    samples: int = 1
+    """Replies to each question, of which one counts; all are saved."""
+    select: Select = "vote"
+    """Which reply counts: vote (the answer that most replies give), likelihood (the highest mean log-probability of a token)
+    or judge (the highest rating by another model)."""
+    likelihood: Annotated[bool, _Flag] = False
+    """Save the log-probability of every reply, whatever selects."""
+    judge: tyro.conf.Suppress[str] = ""
+    """The name of the judge, which tells predictions of one judge from those of another."""
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise InputError(f"need at least 1 reply to each question, got --samples {self.samples}")
+        if self.instruct and self.style == "direct":
+            object.__setattr__(self, "style", "final_answer")
+
+    @property
+    def needs_judge(self) -> bool:
+        """Whether a judge selects among several replies."""
+        return self.select == "judge" and self.samples > 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeConfig(GeneratorConfig):
+    """The model that rates replies."""
+
+    by: Literal["rating", "likelihood"] = "rating"
+    """Ask the judge for a rating, or take the likelihood of the reply under a reward model, such as a model trained on
+    preferences."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What is evaluated, how, and where the results go."""
+
+    task: str = "easy-vqa"
+    """The benchmark; --list shows all."""
+    limit: int | None = None
+    """Ask only this many examples, the first ones."""
+    out: Path | None = None
+    """The report (task, metric, value, ci95, n, by_type, model, versions) as a JSON file."""
+    predictions: Path | None = None
+    """The file of predictions; by default beside --out, or under runs/eval."""
+    fresh: Annotated[bool, _Flag] = False
+    """Forget the predictions of an earlier run."""
+    batch_size: int = 512
+    """Most questions that are answered and saved at a time; fewer while the model is slow."""
+    method: Annotated[Method, tyro.conf.arg(name="")] = Method()
+    sampling: Annotated[SamplingParams | None, tyro.conf.arg(name="")] = None
+    """None takes the task's, with temperature 0.7 for several replies and 1,024 tokens for replies that reason."""
+    judge: JudgeConfig = JudgeConfig()
+
+    def __post_init__(self) -> None:
+        if (self.limit is not None and self.limit < 1) or self.batch_size < 1:
+            raise InputError(f"--limit and --batch-size must be at least 1, got {self.limit} and {self.batch_size}")
+        if self.judge.url and not self.judge.url_model:
+            raise InputError("--judge.url needs --judge.url-model, the name of the judge at the endpoint")
+        num_judges = bool(self.judge.model) + bool(self.judge.url)
+        if num_judges != (self.method.select == "judge") or (num_judges and not self.method.needs_judge):
+            raise InputError(
+                "--select judge needs --samples of 2 or more and one of --judge.model and --judge.url; else no judge"
+            )
+        if self.judge.by == "likelihood" and not self.judge.model:
+            raise InputError("--judge.by likelihood needs --judge.model: an endpoint gives no likelihood of a given reply")
+        if self.sampling is not None and self.method.samples > 1 and self.sampling.temperature == 0:
+            raise InputError(f"at temperature 0 all {self.method.samples} replies are the same: raise --temperature")
+
+    def sampling_for(self, params: SamplingParams) -> SamplingParams:
+        """Return the sampling parameters of the run, where the task's are `params`."""
+        if self.sampling is not None:
+            return self.sampling
+        if self.method.samples > 1:
+            params = replace(params, temperature=SAMPLED_TEMPERATURE, seed=0)
+        return params if self.method.style == "direct" else replace(params, max_new_tokens=REASONED_TOKENS)
