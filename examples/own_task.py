@@ -24,18 +24,18 @@ from ivl.evaluation.task import Example
 RUN = Path("runs/examples/own-task")
 
 
-class Colours:
-    """Name the colour of a plain picture."""
+class Colors:
+    """Name the color of a plain picture."""
 
-    name = "colours"
+    name = "colors"
     metric = "exact_match"
     params = ivl.SamplingParams(max_new_tokens=5)
 
     def examples(self) -> Iterator[Example]:
-        for colour in ("red", "green", "blue", "yellow"):
+        for color in ("red", "green", "blue", "yellow"):
             for size in (64, 200):
-                asked = ivl.ask("what color is the shape?", Image.new("RGB", (size, size), colour))
-                yield Example(id=f"{colour}-{size}", conversation=asked, answers=(colour,), group=f"{size} px")
+                asked = ivl.ask("what color is the shape?", Image.new("RGB", (size, size), color))
+                yield Example(id=f"{color}-{size}", conversation=asked, answers=(color,), group=f"{size} px")
 
     def score(self, prediction: str, answers: tuple[str, ...]) -> float:
         return exact_match(prediction, answers)
@@ -45,7 +45,7 @@ def main() -> None:
     model = sys.argv[1] if len(sys.argv) > 1 else str(build(RUN / "model"))
     predictions = RUN / "predictions.jsonl"
     predictions.unlink(missing_ok=True)  # kept, it would continue an interrupted run
-    report = evaluate(Colours(), ivl.load(model).engine, model=model, predictions=predictions)
+    report = evaluate(Colors(), ivl.load(model).engine, model=model, predictions=predictions)
     (RUN / "report.json").write_text(json.dumps(report, indent=2))
     low, high = report["ci95"]
     print(f"{report['task']}: {report['value']:.0%} of {report['n']}, 95% interval {low:.0%} to {high:.0%}")

@@ -13,7 +13,7 @@ from PIL import Image
 from ivl.preference.pairs import build_pairs
 from ivl.preference.questions import load_sources
 from ivl.preference.report import write_report
-from ivl.preference.sampling import sample
+from ivl.preference.sampling import SamplingConfig, sample
 from ivl.types import SamplingParams
 
 OUT = Path("runs/preference-example")
@@ -39,8 +39,8 @@ def main() -> None:
     rows = [{"id": n, "image": "picture.png", "question": "how many shapes are there?", "answer": "3"} for n in range(4)]
     (OUT / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sources = load_sources(OUT / "questions.jsonl", style="final_answer")
-    params = SamplingParams(temperature=1.0, max_new_tokens=64)
-    replies = sample(Guesser(), sources, OUT / "replies.jsonl", model="guesser", num_replies=8, params=params)
+    config = SamplingConfig(num_replies=8, params=SamplingParams(temperature=1.0, max_new_tokens=64))
+    replies = sample(Guesser(), sources, OUT / "replies.jsonl", model="guesser", config=config)
     tallies = build_pairs(replies, OUT / "pairs", limit=5)
     write_report(OUT / "pairs", tallies)
     [tally] = tallies.values()

@@ -23,7 +23,7 @@ from ivl.api import load
 from ivl.errors import InputError
 from ivl.preference.config import PreferenceConfig
 from ivl.preference.pairs import read_pairs
-from ivl.preference.sampling import continue_without_images
+from ivl.preference.sampling import DropoutConfig, continue_without_images
 from ivl.recipes import nano
 from ivl.runs.config import RunConfig
 from ivl.train.config import ObjectiveConfig
@@ -100,8 +100,9 @@ def preference_data(args: argparse.Namespace, model: Path) -> tuple[Path, Path]:
     began = time.monotonic()
     replies = alignment.write_pairs(model, args.out, questions=args.questions, replies=args.replies)
     print(f"{args.questions * args.replies:,} replies in {time.monotonic() - began:.0f} s", flush=True)
+    config = DropoutConfig(params=alignment.SAMPLED)
     continued = continue_without_images(
-        load(model).engine, replies, args.out / "dropout.jsonl", model=str(model), params=alignment.SAMPLED
+        load(model).engine, replies, args.out / "dropout.jsonl", model=str(model), config=config
     )
     alignment.pair_up(continued, args.out / "dropout-pairs")
     return args.out / "pairs", args.out / "dropout-pairs"

@@ -34,14 +34,13 @@ def write_pairs(model: Path, out: Path, *, questions: int, replies: int) -> Path
     already is not done again."""
     from ivl.api import load
     from ivl.preference.questions import load_sources
-    from ivl.preference.sampling import sample
+    from ivl.preference.sampling import SamplingConfig, sample
 
     rows = compositions("train", questions, seed=2, prefix="fresh")
     path = write_rows(out / "fresh.jsonl", ({key: row[key] for key in ASKED} for row in rows))
     sources = load_sources(path, style="final_answer", instruct=False)
-    journal = sample(
-        load(model).engine, sources, out / "replies.jsonl", model=str(model), num_replies=replies, params=SAMPLED, chunk=64
-    )
+    config = SamplingConfig(num_replies=replies, params=SAMPLED, chunk=64)
+    journal = sample(load(model).engine, sources, out / "replies.jsonl", model=str(model), config=config)
     pair_up(journal, out / "pairs")
     return journal
 
@@ -58,11 +57,11 @@ def held_out(model: Path, count: int, folder: Path, *, seed: int = 9) -> dict[st
     replies that repeat until they are cut off, and of replies whose reasoning is right."""
     from ivl.api import load
     from ivl.preference.grading import grade
-    from ivl.preference.questions import Source, read_questions
+    from ivl.preference.questions import QuestionSource, read_questions
 
     rows = compositions("test", count, seed=seed, prefix="test")
     path = write_rows(folder / "test.jsonl", ({key: row[key] for key in ASKED} for row in rows))
-    source = Source(name="test", questions=str(path), instruct=False)
+    source = QuestionSource(name="test", questions=str(path), instruct=False)
     questions = list(read_questions((source,)))
     replies = load(model).engine.generate([question.conversation() for question in questions], GREEDY)
     grades = [grade(r.text, r.finish_reason, q.answers, source) for r, q in zip(replies, questions, strict=True)]

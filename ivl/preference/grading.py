@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ivl.evaluation.scoring import compare, extract, fix_answer
-from ivl.preference.questions import Source
+from ivl.preference.questions import QuestionSource
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Grade:
     """Why there is no answer, or which comparison of formulas was stopped and counts as different."""
 
 
-def grade(text: str, finish_reason: str, answers: Sequence[str], source: Source) -> Grade:
+def grade(text: str, finish_reason: str, answers: Sequence[str], source: QuestionSource) -> Grade:
     """Grade one reply by the accepted answers."""
     if finish_reason == "length":
         return Grade(text, None, None, "cut off at the limit")

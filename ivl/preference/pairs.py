@@ -1,4 +1,7 @@
-"""Replies -> preference pairs: correct against wrong, well formed against not, with images against without (spec 6)."""
+"""Makes preference pairs of replies: correct against wrong, well formed against not, with images against without.
+
+The rules are those of MPO's data pipeline (arXiv:2411.10442).
+"""
 
 from __future__ import annotations
 
@@ -14,20 +17,23 @@ from typing import Any, Literal
 
 from ivl.errors import InputError
 from ivl.preference.grading import Grade, grade
-from ivl.preference.questions import Source
-from ivl.utils.files import write_atomic
+from ivl.preference.questions import QuestionSource
+from ivl.utils.files import write_json
 from ivl.utils.jsonl import read_journal
+from ivl.utils.strict_json import from_json
 
-Kind = Literal["correctness", "format", "dropout"]
+PairKind = Literal["correctness", "format", "dropout"]
 MAX_PAIRS, MAX_PAIRS_HUGE, HUGE = 15, 3, 500_000
-"""Pairs of one question, and of one question among more than HUGE."""
+"""Most pairs of one question, and of one question among more than HUGE (arXiv:2411.10442, section 3)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pair:
+class PreferencePair:
+    """A question with a chosen and a rejected reply."""
+
     id: str
     source: str
-    kind: Kind
+    kind: PairKind
     images: tuple[str, ...]
     question: str
     chosen: str
@@ -35,7 +41,7 @@ class Pair:
     answers: tuple[str, ...]
 
     def row(self) -> dict[str, Any]:
-        """A row that MPO trains on (spec 3.2)."""
+        """Return the row that MPO trains on."""
         marks = "" if "<image>" in self.question else "<image>\n" * len(self.images)
         row: dict[str, Any] = {
             "id": self.id,
@@ -50,10 +56,10 @@ class Pair:
 
 @dataclass
 class Tally:
-    """What became of one source."""
+    """Counts what became of the replies of one source."""
 
     mode: str = "auto"
-    """How its answers were compared."""
+    """How answers were compared."""
     questions: int = 0
     replies: int = 0
     correct: int = 0
@@ -72,41 +78,47 @@ class Tally:
 
     @property
     def accuracy(self) -> float:
+        """Share of correct replies."""
         return self.correct / self.replies if self.replies else 0.0
 
 
 def correctness_pairs(
     row: dict[str, Any], grades: list[Grade], tally: Tally, *, limit: int = MAX_PAIRS, seed: int = 0
-) -> list[Pair]:
-    """Pairs of one question: every correct reply against every wrong one, and against every malformed one, at most `limit` of
-    each kind, drawn by a seed of the question's own. A pair is left out where the right answer is part of the wrong one."""
+) -> list[PreferencePair]:
+    """Pair the replies to one question: every correct one with every wrong one, and with every malformed one.
+
+    A pair is left out where the right answer is part of the wrong one.
+
+    Args:
+        limit: Most pairs of each kind, drawn by a seed of the question's own.
+    """
     right = [g for g in grades if g.correct]
     wrong = [g for g in grades if g.correct is False]
     malformed = [g for g in grades if g.correct is None]
-    made: list[Pair] = []
+    pairs: list[PreferencePair] = []
     for kind, losers in (("correctness", wrong), ("format", malformed)):
         possible: dict[tuple[str, str], None] = {}
         for winner, loser in product(right, losers):
             if kind == "correctness" and _within(winner.answer, loser.answer):
                 tally.left_out["right answer within the wrong one"] += 1
             elif winner.text == loser.text or (winner.text, loser.text) in possible:
-                tally.left_out["met before"] += 1
+                tally.left_out["repeated"] += 1
             else:
                 possible[winner.text, loser.text] = None
         chosen = list(possible)
         if len(chosen) > limit:
             tally.left_out["over the limit"] += len(chosen) - limit
             chosen = random.Random(f"{seed} {row['id']} {kind}").sample(chosen, limit)
-        made += [_pair(row, kind, len(made) + i, *texts) for i, texts in enumerate(chosen)]  # type: ignore[arg-type]
-    return made
+        pairs += [_pair(row, kind, len(pairs) + i, *texts) for i, texts in enumerate(chosen)]  # type: ignore[arg-type]
+    return pairs
 
 
 def _within(right: str | None, wrong: str | None) -> bool:
     return bool(right) and bool(wrong) and right.strip().lower() in wrong.strip().lower()  # type: ignore[union-attr]
 
 
-def dropout_pair(row: dict[str, Any], tally: Tally) -> list[Pair]:
-    """The reply with the image against its first part continued without."""
+def dropout_pair(row: dict[str, Any], tally: Tally) -> list[PreferencePair]:
+    """Pair the reply with the image with its first words continued without."""
     rejected = join(row["prefix"], row["continuation"])
     if rejected == row["chosen"]:
         tally.left_out["the same without the image"] += 1
@@ -118,15 +130,18 @@ def dropout_pair(row: dict[str, Any], tally: Tally) -> list[Pair]:
 
 
 def join(prefix: str, continuation: str) -> str:
-    """The prefix ends with a whole word: a continuation that begins with a letter or digit, as decoders that drop a leading
-    space give it, needs one; Chinese and punctuation do not."""
+    """Join a prefix, which ends with a whole word, and its continuation.
+
+    A continuation that begins with a letter or digit, as decoders that drop a leading space give it, needs a space; Chinese
+    and punctuation do not.
+    """
     first, last = continuation[:1], prefix[-1:]
     spaced = first.isalnum() and last.isalnum() and max(first, last) < "\u2e80"
     return f"{prefix} {continuation}" if spaced else prefix + continuation
 
 
-def _pair(row: dict[str, Any], kind: Kind, index: int, chosen: str, rejected: str) -> Pair:
-    return Pair(
+def _pair(row: dict[str, Any], kind: PairKind, index: int, chosen: str, rejected: str) -> PreferencePair:
+    return PreferencePair(
         id=f"{row['id']}/{kind}-{index}", source=row["source"], kind=kind, images=tuple(row["images"]),
         question=row["question"], chosen=chosen, rejected=rejected, answers=tuple(row["answers"]),
     )  # fmt: skip
@@ -143,24 +158,27 @@ def build_pairs(
     """Grade the replies of a journal and write out/pairs.jsonl, out/format_pairs.jsonl, out/grades.jsonl and out/meta.json.
 
     A journal of continuations gives out/pairs.jsonl of Dropout-NTP pairs. Files appear whole or not at all, and follow from
-    the journal, the limit and the seed alone. limit: pairs of a question and kind; None is 15, or 3 among over 500,000.
+    the journal, the limit and the seed alone.
+
+    Args:
+        limit: Most pairs of a question and kind; None is 15, or 3 among over 500,000 questions.
 
     Raises:
         InputError: for a journal that is broken, or whose questions have no answers to compare with.
     """
     about, rows = read_journal(replies)
-    sources = {entry["name"]: Source(**entry) for entry in about["sources"]}
+    sources = {entry["name"]: from_json(QuestionSource, entry, str(replies)) for entry in about["sources"]}
     total = sum(1 for _ in read_journal(replies)[1])
     if limit is None:
         limit = MAX_PAIRS_HUGE if total > HUGE else MAX_PAIRS
     tallies = {name: Tally(mode=source.mode) for name, source in sources.items()}
-    make = _from_continuations if about["kind"] == "dropout" else _from_replies
+    make_pairs = _from_continuations if about["kind"] == "dropout" else _from_replies
     written: Counter[str] = Counter()
     with _Files(out, ("pairs.jsonl", "format_pairs.jsonl", "grades.jsonl")) as files:
         for done, (number, row) in enumerate(rows, 1):
             tally = tallies[row["source"]]
             tally.questions += 1
-            pairs, graded = make(row, sources[row["source"]], tally, limit, seed, f"{replies}:{number}")
+            pairs, graded = make_pairs(row, sources[row["source"]], tally, limit, seed, f"{replies}:{number}")
             for pair in pairs:
                 name = "format_pairs.jsonl" if pair.kind == "format" else "pairs.jsonl"
                 files.write(name, pair.row())
@@ -171,16 +189,18 @@ def build_pairs(
             tally.with_pairs += bool(pairs)
             on_progress(done, total)
     meta = {name.removesuffix(".jsonl"): {"annotation": name, "root": "", "data_augment": False} for name in written}
-    write_atomic(out / "meta.json", json.dumps(meta, indent=2))
+    write_json(out / "meta.json", meta)
     return tallies
 
 
-def _from_continuations(row, source, tally: Tally, limit, seed, where) -> tuple[list[Pair], list]:
+def _from_continuations(row, source, tally: Tally, limit, seed, where) -> tuple[list[PreferencePair], list]:
     tally.replies += 1
     return dropout_pair(row, tally), []
 
 
-def _from_replies(row, source: Source, tally: Tally, limit: int, seed: int, where: str) -> tuple[list[Pair], list[dict]]:
+def _from_replies(
+    row, source: QuestionSource, tally: Tally, limit: int, seed: int, where: str
+) -> tuple[list[PreferencePair], list[dict]]:
     if not row["answers"]:
         raise InputError(
             f"{where}: question {row['id']!r} has no answer to check replies with; use `ivl prefer dropout` for it"
@@ -229,7 +249,7 @@ class _Files:
 
 
 def read_pairs(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a pairs file; none if there is no such file, for then there were no pairs."""
+    """Yield the rows of a pairs file; none if there is no such file, for then there were no pairs."""
     if not path.exists():
         return
     with path.open(encoding="utf-8") as file:
@@ -237,4 +257,5 @@ def read_pairs(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def as_json(tallies: dict[str, Tally]) -> dict[str, Any]:
+    """Return the counts by source."""
     return {name: {**vars(tally), "accuracy": tally.accuracy} for name, tally in tallies.items()}

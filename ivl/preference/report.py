@@ -1,8 +1,7 @@
-"""What a set of pairs is like, for a person to look at before training: yields, lengths, length bias, samples."""
+"""Reports a set of pairs, for a look before training: yields, lengths, length bias, samples."""
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,17 @@ import numpy as np
 
 from ivl.preference.pairs import Tally, as_json, read_pairs
 from ivl.utils import html as pages
+from ivl.utils.files import write_atomic, write_json
 
 NUM_SAMPLES = 24
 """Pairs shown."""
 
 
 def write_report(out: Path, tallies: dict[str, Tally], *, seed: int = 0) -> dict[str, Any]:
-    """Write out/report.json and out/report.html about the pairs in `out`; returns the former's content."""
+    """Write out/report.json and out/report.html about the pairs in `out`, and return the content of report.json."""
     pairs = [pair for name in ("pairs", "format_pairs") for pair in read_pairs(out / f"{name}.jsonl")]
     report = {"sources": as_json(tallies), "lengths": lengths(pairs)}
-    (out / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(out / "report.json", report)
     sections = [
         "<h2>Yield by source</h2>", pages.table(*_yields(tallies)),
         "<h2>How answers were compared</h2>", pages.table(*_comparisons(tallies)),
@@ -31,22 +31,22 @@ def write_report(out: Path, tallies: dict[str, Tally], *, seed: int = 0) -> dict
             "<h2>Lengths</h2>", pages.table(*_length_rows(report["lengths"])), _length_plot(pairs),
             "<h2>Samples</h2>", _samples(pairs, seed),
         ]  # fmt: skip
-    (out / "report.html").write_text(pages.page("Preference pairs", *sections), encoding="utf-8")
+    write_atomic(out / "report.html", pages.page("Preference pairs", *sections))
     return report
 
 
 def lengths(pairs: list[dict[str, Any]]) -> dict[str, Any]:
-    """By kind of pair: words of chosen and rejected, and how often the chosen one is the longer."""
-    found = {}
+    """Return, by kind of pair, the words of chosen and rejected replies and how often the chosen one is longer."""
+    by_kind = {}
     for kind in sorted({pair["kind"] for pair in pairs}):
         words = _words([pair for pair in pairs if pair["kind"] == kind])
         chosen, rejected = words.T
-        found[kind] = {
+        by_kind[kind] = {
             "pairs": len(words), "chosen_mean": chosen.mean().item(), "rejected_mean": rejected.mean().item(),
             "chosen_median": float(np.median(chosen)), "rejected_median": float(np.median(rejected)),
             "chosen_longer": (chosen > rejected).mean().item(), "rejected_longer": (rejected > chosen).mean().item(),
         }  # fmt: skip
-    return found
+    return by_kind
 
 
 def _words(pairs: list[dict[str, Any]]) -> np.ndarray:
@@ -57,11 +57,11 @@ def _yields(tallies: dict[str, Tally]) -> tuple[list[str], list[list[str]]]:
     head = ["source", "questions", "replies", "correct", "wrong", "malformed", "all right", "all wrong", "with pairs", "pairs"]
     rows = []
     for name, t in tallies.items():
-        made = ", ".join(f"{count:,} {kind}" for kind, count in sorted(t.pairs.items())) or "0"
+        pairs = ", ".join(f"{count:,} {kind}" for kind, count in sorted(t.pairs.items())) or "0"
         shares = (t.correct, t.wrong, sum(t.malformed.values()))
         rows.append([
             name, f"{t.questions:,}", f"{t.replies:,}", *(_share(count, t.replies) for count in shares),
-            *(_share(count, t.questions) for count in (t.all_correct, t.all_wrong, t.with_pairs)), made,
+            *(_share(count, t.questions) for count in (t.all_correct, t.all_wrong, t.with_pairs)), pairs,
         ])  # fmt: skip
     return head, rows
 
@@ -95,8 +95,8 @@ def _length_plot(pairs: list[dict[str, Any]]) -> str:
     words = _words(pairs)
     figure, (left, right) = pages.pyplot().subplots(1, 2, figsize=(10, 3), layout="constrained")
     bins = np.linspace(0, max(1, np.percentile(words, 99)), 40)
-    for column, (name, colour) in enumerate((("chosen", "#2ca02c"), ("rejected", "#d62728"))):
-        left.hist(words[:, column].clip(max=bins[-1]), bins=bins, alpha=0.5, label=name, color=colour)
+    for column, (name, color) in enumerate((("chosen", "#2ca02c"), ("rejected", "#d62728"))):
+        left.hist(words[:, column].clip(max=bins[-1]), bins=bins, alpha=0.5, label=name, color=color)
     left.set(xlabel="words", ylabel="pairs")
     left.legend()
     gap = words[:, 0] - words[:, 1]

@@ -12,7 +12,7 @@ from ivl.data.mixture import Mixture, load_mixture
 from ivl.errors import InputError
 from ivl.evaluation.scoring import ComparisonStopped, FormulaComparer
 from ivl.preference.pairs import Tally, build_pairs, correctness_pairs
-from ivl.preference.questions import Source
+from ivl.preference.questions import QuestionSource
 from ivl.preference.report import write_report
 from ivl.utils.jsonl import Journal
 
@@ -88,7 +88,7 @@ def test_repeated_replies_make_one_pair() -> None:
     grades = [Grade("good", "4", True)] * 3 + [Grade("bad", "5", False)] * 2
     tally = Tally()
     made = correctness_pairs({"id": "x", "source": "s", "images": [], "question": "q", "answers": ["4"]}, grades, tally)
-    assert len(made) == 1 and tally.left_out == {"met before": 5}
+    assert len(made) == 1 and tally.left_out == {"repeated": 5}
 
 
 def test_dropout_pairs(tmp_path: Path, image: str) -> None:
@@ -124,7 +124,7 @@ def test_a_kill_leaves_no_half_file(tmp_path: Path, image: str) -> None:
 
 
 def test_sources_keep_their_fields() -> None:
-    assert Source(name="s", questions="q", mode="choice").mode == "choice"
+    assert QuestionSource(name="s", questions="q", mode="choice").mode == "choice"
 
 
 def test_comparisons_that_were_given_up_are_reported(tmp_path: Path, image: str, monkeypatch: pytest.MonkeyPatch) -> None:

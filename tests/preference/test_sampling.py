@@ -14,7 +14,7 @@ from ivl.errors import InputError
 from ivl.evaluation.prompts import ask
 from ivl.preference.pairs import join
 from ivl.preference.questions import load_sources, read_questions
-from ivl.preference.sampling import continue_without_images, first_words, sample
+from ivl.preference.sampling import DropoutConfig, SamplingConfig, continue_without_images, first_words, sample
 from ivl.types import Conversation, ImageRef, SamplingParams
 from ivl.utils.jsonl import Journal, read_journal
 
@@ -59,7 +59,8 @@ def test_every_reply_has_a_seed_of_its_own_whatever_the_chunk(questions: Path, t
     sources = load_sources(questions)
     texts = []
     for chunk in (1, 3, 10):
-        out = sample(Echo(), sources, tmp_path / f"out{chunk}.jsonl", model="m", num_replies=3, chunk=chunk)
+        config = SamplingConfig(num_replies=3, chunk=chunk)
+        out = sample(Echo(), sources, tmp_path / f"out{chunk}.jsonl", model="m", config=config)
         texts.append([reply["text"] for _, row in read_journal(out)[1] for reply in row["replies"]])
     assert texts[0] == texts[1] == texts[2] and len(set(texts[0])) == 21
     assert "images 1" in texts[0][0]
@@ -69,31 +70,31 @@ def test_every_reply_has_a_seed_of_its_own_whatever_the_chunk(questions: Path, t
 @pytest.mark.parametrize("torn", [0, 5, 60])
 def test_a_killed_run_ends_as_if_it_never_was(questions: Path, tmp_path: Path, dies_at: int, torn: int) -> None:
     sources, out, whole = load_sources(questions), tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
-    sample(Echo(), sources, whole, model="m", num_replies=2, chunk=3)
+    sample(Echo(), sources, whole, model="m", config=SamplingConfig(num_replies=2, chunk=3))
     with pytest.raises(KeyboardInterrupt):
-        sample(Echo(dies_at), sources, out, model="m", num_replies=2, chunk=3)
+        sample(Echo(dies_at), sources, out, model="m", config=SamplingConfig(num_replies=2, chunk=3))
     with out.open("ab") as file:  # what a kill leaves of a chunk
         file.write(whole.read_bytes()[len(out.read_bytes()) :][:torn])
     again = Echo()
-    sample(again, sources, out, model="m", num_replies=2, chunk=3)
+    sample(again, sources, out, model="m", config=SamplingConfig(num_replies=2, chunk=3))
     assert out.read_bytes() == whole.read_bytes()
     assert again.asked == 14 - 6 * (dies_at - 1), "nothing is asked twice"
 
 
 def test_a_journal_of_another_run_is_refused(questions: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    sample(Echo(), load_sources(questions), out, model="m", num_replies=2)
+    sample(Echo(), load_sources(questions), out, model="m", config=SamplingConfig(num_replies=2))
     with pytest.raises(InputError, match="num_replies was 2, is 3"):
-        sample(Echo(), load_sources(questions), out, model="m", num_replies=3)
+        sample(Echo(), load_sources(questions), out, model="m", config=SamplingConfig(num_replies=3))
     (tmp_path / "notes.txt").write_text("mine\n")
-    with pytest.raises(InputError, match="not a journal"):
+    with pytest.raises(InputError, match=r"notes\.txt:1: not valid JSON .*choose another output"):
         Journal(tmp_path / "notes.txt", {})
     assert (tmp_path / "notes.txt").read_text() == "mine\n"
 
 
 def test_dropout_keeps_half_the_words_and_no_image(questions: Path, tmp_path: Path) -> None:
-    replies = sample(Echo(), load_sources(questions), tmp_path / "r.jsonl", model="m", num_replies=2)
-    out = continue_without_images(Echo(), replies, tmp_path / "d.jsonl", model="m", chunk=2)
+    replies = sample(Echo(), load_sources(questions), tmp_path / "r.jsonl", model="m", config=SamplingConfig(num_replies=2))
+    out = continue_without_images(Echo(), replies, tmp_path / "d.jsonl", model="m", config=DropoutConfig(chunk=2))
     rows = [row for _, row in read_journal(out)[1]]
     assert len(rows) == 7
     for row in rows:
@@ -145,7 +146,7 @@ def test_sources_are_checked(tmp_path: Path, questions: Path) -> None:
     with pytest.raises(InputError, match="did you mean 'style'"):
         load_sources(meta)
     meta.write_text(json.dumps({"x": {"questions": "q.jsonl", "style": "boxd"}}))
-    with pytest.raises(InputError, match="'boxd' is not one of"):
+    with pytest.raises(InputError, match=r"style must be .*got 'boxd'"):
         load_sources(meta)
     meta.write_text(json.dumps({"x": {"questions": "q.jsonl", "style": "boxed", "max_tiles": 3}}))
     [source] = load_sources(meta)
