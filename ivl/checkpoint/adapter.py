@@ -14,7 +14,8 @@ from torch import nn
 from ivl.checkpoint.config_json import dialect_of
 from ivl.checkpoint.files import read_object, refuse_sources
 from ivl.checkpoint.hub import resolve
-from ivl.checkpoint.model_dir import load_model, save_model
+from ivl.checkpoint.keymaps import key_map
+from ivl.checkpoint.model_dir import empty_model, load_model, save_model
 from ivl.checkpoint.processor_files import load_processor, save_processor
 from ivl.config import LoraConfig
 from ivl.errors import InputError
@@ -29,18 +30,6 @@ _PLAIN = {
     "alpha_pattern": {}, "fan_in_fan_out": False,
 }  # fmt: skip
 """Keys of adapter_config.json with the only values that the layers compute."""
-_PATHS = (
-    (r"decoder\.layers\.(\d+)\.qkv\.([qkv]_proj)", r"model.language_model.layers.\1.self_attn.\2"),
-    (r"decoder\.layers\.(\d+)\.out", r"model.language_model.layers.\1.self_attn.o_proj"),
-    (r"decoder\.layers\.(\d+)\.gate_up\.(gate_proj|up_proj)", r"model.language_model.layers.\1.mlp.\2"),
-    (r"decoder\.layers\.(\d+)\.down", r"model.language_model.layers.\1.mlp.down_proj"),
-    (r"decoder\.head", r"lm_head"),
-    (r"vision\.layers\.(\d+)\.attention\.qkv\.([qkv]_proj)", r"model.vision_tower.encoder.layer.\1.attention.\2"),
-    (r"vision\.layers\.(\d+)\.attention\.out", r"model.vision_tower.encoder.layer.\1.attention.projection_layer"),
-    (r"vision\.layers\.(\d+)\.(fc[12])", r"model.vision_tower.encoder.layer.\1.mlp.\2"),
-    (r"projector\.fc([12])", r"model.multi_modal_projector.linear_\1"),
-)
-"""Our names of projections, and the paths of transformers' modules."""
 
 
 def merge(model: str | Path, adapter: str | Path, out: str | Path) -> None:
@@ -108,7 +97,7 @@ def load_adapter(model: VLM, adapter_dir: str | Path) -> LoraConfig:
         tensors = load_file(where / TENSORS_FILE)
     except SafetensorError as error:
         raise InputError(f"{where / TENSORS_FILE}: not a readable safetensors file: {error}") from None
-    names = {transformers_path(name): name for name in projections(model)}
+    names = {path: projection for projection, path in _module_paths(model).items()}
     strangers = [name for name in tensors if _module_path(name) not in names]
     if strangers:
         raise InputError(f"{where}: {len(strangers)} tensors name no linear layer of this model, first {strangers[0]!r}")
@@ -123,12 +112,14 @@ def load_adapter(model: VLM, adapter_dir: str | Path) -> LoraConfig:
     return config
 
 
-def transformers_path(projection: str) -> str:
-    """Return the module path in transformers' InternVLForConditionalGeneration of one of our projections."""
-    for pattern, path in _PATHS:
-        if match := re.fullmatch(pattern, projection):
-            return match.expand(path)
-    raise KeyError(projection)
+def _module_paths(model: VLM) -> dict[str, str]:
+    """Paths of our projections in transformers' InternVLForConditionalGeneration: those of their weights in its dialect."""
+    entries = key_map(empty_model(model.config), "transformers")
+    paths = {entry.ours.removesuffix(".weight"): [name.removesuffix(".weight") for name in entry.theirs] for entry in entries}
+    layers: dict[str, list[str]] = {}
+    for projection, (layer, _) in projections(model).items():
+        layers.setdefault(layer, []).append(projection)
+    return {name: path for layer, names in layers.items() for name, path in zip(names, paths[layer], strict=True)}
 
 
 def _module_path(tensor: str) -> str:
@@ -138,9 +129,9 @@ def _module_path(tensor: str) -> str:
 
 def _adapter_tensors(model: VLM) -> dict[str, nn.Parameter]:
     """A and B of every adapter, by their names in the file."""
-    layers = lora_layers(model)
+    layers, paths = lora_layers(model), _module_paths(model)
     return {
-        f"{PEFT_PREFIX}{transformers_path(projection)}.lora_{letter}.weight": parameters[name]
+        f"{PEFT_PREFIX}{paths[projection]}.lora_{letter}.weight": parameters[name]
         for projection, (path, name) in projections(model).items()
         if path in layers and name in layers[path].spans
         for letter, parameters in (("A", layers[path].lora_A), ("B", layers[path].lora_B))

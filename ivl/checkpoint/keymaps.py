@@ -1,4 +1,4 @@
-"""Which checkpoint tensors make up each of our parameters, in every dialect (spec 1.5, 1.6).
+"""Key maps: which checkpoint tensors make up each of our parameters, in every dialect.
 
 Our modules fuse query/key/value and gate/up into one matrix (`Linear.parts`); checkpoints store them apart, or, InternLM2,
 interleaved by key/value group. An Entry joins on reading and splits on writing, and one is the inverse of the other.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -21,7 +21,8 @@ from ivl.model.vit import VisionTransformer
 from ivl.model.vlm import VLM
 
 Form = Literal["same", "words", "signed", "zeros"]
-Names = dict[str, tuple[str, ...]]
+Names = dict[str, str]
+"""Our names of modules and parameters, and a checkpoint's; names of tensors that ours joins have spaces between them."""
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq", ".weight_shape")
 """Stored by some libraries though they follow from the configuration."""
@@ -93,90 +94,77 @@ def _from_form(theirs: torch.Tensor, form: Form, rows: int) -> torch.Tensor:
     return torch.stack([octets & 15, octets >> 4], dim=2).flatten(0, 2)[:rows]
 
 
-_VISION: dict[Dialect, Names] = {
-    "internvl_chat": {
-        "embeddings.class_token": ("embeddings.class_embedding",),
-        "embeddings.positions": ("embeddings.position_embedding",),
-        "embeddings.patch": ("embeddings.patch_embedding",),
-        "layers": ("encoder.layers",),
-        "attention.qkv": ("attn.qkv",),
-        "attention.q_norm": ("attn.q_norm",),
-        "attention.k_norm": ("attn.k_norm",),
-        "attention.out": ("attn.proj",),
-        "norm1": ("norm1",),
-        "norm2": ("norm2",),
-        "scale1": ("ls1",),
-        "scale2": ("ls2",),
-        "fc1": ("mlp.fc1",),
-        "fc2": ("mlp.fc2",),
-    },
-    "transformers": {
-        "embeddings.class_token": ("embeddings.cls_token",),
-        "embeddings.positions": ("embeddings.position_embeddings",),
-        "embeddings.patch": ("embeddings.patch_embeddings.projection",),
-        "layers": ("encoder.layer",),
-        "attention.qkv": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
-        "attention.q_norm": ("attention.q_norm",),
-        "attention.k_norm": ("attention.k_norm",),
-        "attention.out": ("attention.projection_layer",),
-        "norm1": ("layernorm_before",),
-        "norm2": ("layernorm_after",),
-        "scale1": ("lambda_1",),
-        "scale2": ("lambda_2",),
-        "fc1": ("mlp.fc1",),
-        "fc2": ("mlp.fc2",),
-    },
+_VISION: dict[str, tuple[str, str]] = {
+    "embeddings.class_token": ("embeddings.class_embedding", "embeddings.cls_token"),
+    "embeddings.positions": ("embeddings.position_embedding", "embeddings.position_embeddings"),
+    "embeddings.patch": ("embeddings.patch_embedding", "embeddings.patch_embeddings.projection"),
+    "layers": ("encoder.layers", "encoder.layer"),
+    "attention.qkv": ("attn.qkv", "attention.q_proj attention.k_proj attention.v_proj"),
+    "attention.q_norm": ("attn.q_norm", "attention.q_norm"),
+    "attention.k_norm": ("attn.k_norm", "attention.k_norm"),
+    "attention.out": ("attn.proj", "attention.projection_layer"),
+    "norm1": ("norm1", "layernorm_before"),
+    "norm2": ("norm2", "layernorm_after"),
+    "scale1": ("ls1", "lambda_1"),
+    "scale2": ("ls2", "lambda_2"),
+    "fc1": ("mlp.fc1", "mlp.fc1"),
+    "fc2": ("mlp.fc2", "mlp.fc2"),
 }
-_PROJECTOR: dict[Dialect, Names] = {
-    "internvl_chat": {"norm": ("0",), "fc1": ("1",), "fc2": ("3",)},
-    "transformers": {"norm": ("layer_norm",), "fc1": ("linear_1",), "fc2": ("linear_2",)},
-}
+"""Names in internvl_chat and in transformers."""
+_PROJECTOR = {"norm": ("0", "layer_norm"), "fc1": ("1", "linear_1"), "fc2": ("3", "linear_2")}
 _LLAMA: Names = {
-    "embeddings": ("embed_tokens",),
-    "norm": ("norm",),
-    "head": ("lm_head",),
-    "layers": ("layers",),
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "out": ("self_attn.o_proj",),
-    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
-    "norm1": ("input_layernorm",),
-    "norm2": ("post_attention_layernorm",),
+    "embeddings": "embed_tokens",
+    "norm": "norm",
+    "head": "lm_head",
+    "layers": "layers",
+    "qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+    "out": "self_attn.o_proj",
+    "gate_up": "mlp.gate_proj mlp.up_proj",
+    "down": "mlp.down_proj",
+    "norm1": "input_layernorm",
+    "norm2": "post_attention_layernorm",
 }
 _INTERNLM2: Names = {
-    "embeddings": ("tok_embeddings",),
-    "norm": ("norm",),
-    "head": ("output",),
-    "layers": ("layers",),
-    "qkv": ("attention.wqkv",),
-    "out": ("attention.wo",),
-    "gate_up": ("feed_forward.w1", "feed_forward.w3"),
-    "down": ("feed_forward.w2",),
-    "norm1": ("attention_norm",),
-    "norm2": ("ffn_norm",),
+    "embeddings": "tok_embeddings",
+    "norm": "norm",
+    "head": "output",
+    "layers": "layers",
+    "qkv": "attention.wqkv",
+    "out": "attention.wo",
+    "gate_up": "feed_forward.w1 feed_forward.w3",
+    "down": "feed_forward.w2",
+    "norm1": "attention_norm",
+    "norm2": "ffn_norm",
 }
+
+
+def _names(table: dict[str, tuple[str, str]], dialect: Dialect) -> Names:
+    return {ours: theirs[dialect == "transformers"] for ours, theirs in table.items()}
 
 
 def vision_map(vision: VisionTransformer, dialect: Dialect, prefix: str = "", ours: str = "") -> list[Entry]:
-    """Entries of InternViT; prefix leads the checkpoint's names ('' for a checkpoint of the ViT alone), ours leads our own."""
-    return build_entries(vision, _VISION[dialect], prefix, ours)
+    """Entries of InternViT. `prefix` leads the checkpoint's names (nothing does for a ViT alone), `ours` leads our own."""
+    return build_entries(vision, _names(_VISION, dialect), prefix, ours)
 
 
 def projector_map(projector: nn.Module, dialect: Dialect, prefix: str = "", ours: str = "") -> list[Entry]:
     """Entries of the projector."""
-    return build_entries(projector, _PROJECTOR[dialect], prefix, ours)
+    return build_entries(projector, _names(_PROJECTOR, dialect), prefix, ours)
 
 
 def decoder_map(decoder: Decoder, *, internlm2: bool, body: str = "model.", head: str = "", ours: str = "") -> list[Entry]:
     """Entries of the language model, with InternLM2's names and wqkv or with the names that Qwen2 and LLaMA share.
 
-    body leads the names of embeddings, layers and norm, head that of the output head; the defaults are those of a checkpoint
-    of the language model alone.
+    `body` leads the names of embeddings, layers and norm, `head` that of the output head; the defaults are those of a
+    checkpoint of the language model alone.
     """
     config = decoder.config
     groups = (config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim)
     entries = build_entries(decoder, _INTERNLM2 if internlm2 else _LLAMA, body, ours, groups if internlm2 else None)
-    return [_move(entry, body, head) if entry.ours == f"{ours}head.weight" else entry for entry in entries]
+    head_at = next(n for n, entry in enumerate(entries) if entry.ours == f"{ours}head.weight")
+    (name,) = entries[head_at].theirs
+    entries[head_at] = replace(entries[head_at], theirs=(head + name.removeprefix(body),))
+    return entries
 
 
 def key_map(model: VLM, dialect: Dialect) -> list[Entry]:
@@ -207,30 +195,26 @@ _OLDER = (
 
 
 def current_name(name: str) -> str:
-    """A name of the transformers dialect's older, unprefixed layout in its current one; current names stay."""
+    """Translate a name of the transformers dialect's older, unprefixed layout; current names stay."""
     for old, new in _OLDER:
         if name.startswith(old):
             return new + name.removeprefix(old)
     return name
 
 
-def _move(entry: Entry, body: str, head: str) -> Entry:
-    return Entry(entry.ours, tuple(head + name.removeprefix(body) for name in entry.theirs))
-
-
 def build_entries(
     module: nn.Module, names: Names, prefix: str, ours: str, groups: tuple[int, int, int] | None = None
 ) -> list[Entry]:
-    """One entry per parameter of the module; a parameter that no name covers is a KeyError, not a silent gap."""
+    """Make one entry per parameter of the module; a parameter that no name covers is a KeyError, not a silent gap."""
     entries = []
     for path, _ in module.named_parameters():
         match = re.fullmatch(r"layers\.(\d+)\.(.+)", path)
-        lead, stem = (f"{names['layers'][0]}.{match[1]}.", match[2]) if match else ("", path)
+        lead, stem = (f"{names['layers']}.{match[1]}.", match[2]) if match else ("", path)
         leaf = ""
         if stem not in names:
             stem, _, leaf = stem.rpartition(".")
             leaf = f".{leaf}"
-        theirs = tuple(f"{prefix}{lead}{name}{leaf}" for name in names[stem])
+        theirs = tuple(f"{prefix}{lead}{name}{leaf}" for name in names[stem].split())
         rows: tuple[int, ...] = ()
         if len(theirs) > 1:
             owner = module.get_submodule(path.rpartition(".")[0])

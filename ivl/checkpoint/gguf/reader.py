@@ -35,16 +35,16 @@ DECODER_FIELDS = {
 }
 """Fields of DecoderConfig and their keys, which follow the architecture's name."""
 NAMES: Names = {
-    "embeddings": ("token_embd",),
-    "norm": ("output_norm",),
-    "head": ("output",),
-    "layers": ("blk",),
-    "qkv": ("attn_q", "attn_k", "attn_v"),
-    "out": ("attn_output",),
-    "gate_up": ("ffn_gate", "ffn_up"),
-    "down": ("ffn_down",),
-    "norm1": ("attn_norm",),
-    "norm2": ("ffn_norm",),
+    "embeddings": "token_embd",
+    "norm": "output_norm",
+    "head": "output",
+    "layers": "blk",
+    "qkv": "attn_q attn_k attn_v",
+    "out": "attn_output",
+    "gate_up": "ffn_gate ffn_up",
+    "down": "ffn_down",
+    "norm1": "attn_norm",
+    "norm2": "ffn_norm",
 }
 
 

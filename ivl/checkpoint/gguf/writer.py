@@ -36,22 +36,22 @@ Arrange = Callable[[str, torch.Tensor], torch.Tensor]
 _Q8_BLOCK = 32
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _VISION: Names = {
-    "embeddings.class_token": ("class_embd",),
-    "embeddings.positions": ("position_embd.weight",),
-    "embeddings.patch": ("patch_embd",),
-    "layers": ("blk",),
-    "attention.qkv": ("attn_q", "attn_k", "attn_v"),
-    "attention.q_norm": ("attn_q_norm",),
-    "attention.k_norm": ("attn_k_norm",),
-    "attention.out": ("attn_out",),
-    "norm1": ("ln1",),
-    "norm2": ("ln2",),
-    "scale1": ("ls1.weight",),
-    "scale2": ("ls2.weight",),
-    "fc1": ("ffn_up",),
-    "fc2": ("ffn_down",),
+    "embeddings.class_token": "class_embd",
+    "embeddings.positions": "position_embd.weight",
+    "embeddings.patch": "patch_embd",
+    "layers": "blk",
+    "attention.qkv": "attn_q attn_k attn_v",
+    "attention.q_norm": "attn_q_norm",
+    "attention.k_norm": "attn_k_norm",
+    "attention.out": "attn_out",
+    "norm1": "ln1",
+    "norm2": "ln2",
+    "scale1": "ls1.weight",
+    "scale2": "ls2.weight",
+    "fc1": "ffn_up",
+    "fc2": "ffn_down",
 }
-_PROJECTOR: Names = {"norm": ("0",), "fc1": ("1",), "fc2": ("3",)}
+_PROJECTOR: Names = {"norm": "0", "fc1": "1", "fc2": "3"}
 _RMS_SHAPE = (3200, 45)
 """clip.cpp takes RMSNorm for a ViT of this width and depth (InternViT-6B), and LayerNorm for every other."""
 
