@@ -1,6 +1,6 @@
 """Quantized weights in a model directory: the compressed-tensors layout, which vLLM and transformers read.
 
-A layer's own tensors say how it is stored: `weight_packed` (words of 4 or 8 bit integers) with `weight_scale` and perhaps
+The tensors of a layer say how it is stored: `weight_packed` (words of 4 or 8 bit integers) with `weight_scale` and perhaps
 `weight_zero_point`, or `weight` in int8 with `weight_scale`. `quantization_config` says the same and whether activations
 are rounded, too.
 """
@@ -8,7 +8,7 @@ are rounded, too.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -20,29 +20,28 @@ from ivl.quant.layers import QuantLinear, Scheme, Schemes, quantize_layers, quan
 
 METHOD = "compressed-tensors"
 PACKED, INTS, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
-_TARGETS = {
-    "head": ["re:.*lm_head$", "re:.*language_model.output$"],
-    "vision": ["re:.*(vision_model|vision_tower).*"],
-    "language": ["Linear"],
+_HEAD = ["re:.*lm_head$", "re:.*language_model.output$"]
+_PARTS = {
+    "head": (_HEAD, _HEAD),
+    "vision": (["re:.*(vision_model|vision_tower).*"], ["re:.*vision_model.*", "re:.*vision_tower.*"]),
+    "language": (["Linear"], ["re:.*language_model.*layers.*"]),
 }
-"""The first that fits a layer counts; the general one is last."""
-_IGNORED = {
-    "head": ["re:.*lm_head$", "re:.*language_model.output$"],
-    "vision": ["re:.*vision_model.*", "re:.*vision_tower.*"],
-    "language": ["re:.*language_model.*layers.*"],
-}
+"""Patterns of a part that is quantized, and of one that is not. The first that fits counts; the general one is last."""
 _PROJECTOR = ["re:.*mlp1.*", "re:.*multi_modal_projector.*"]
+_COMMON = {"num_bits": 8, "type": "int", "symmetric": True, "actorder": None, "block_structure": None}
+_TOKEN_INPUTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+"""How activations are rounded, if they are."""
 
 
 def quantization_json(schemes: Schemes) -> dict[str, Any]:
-    """`quantization_config` of config.json."""
+    """Return `quantization_config` of config.json."""
     groups, ignored = {}, list(_PROJECTOR)
-    for part, targets in _TARGETS.items():
+    for part, (targets, patterns) in _PARTS.items():
         scheme = getattr(schemes, part)
         if scheme:
             groups[f"group_{len(groups)}"] = _group_json(scheme, targets)
         else:
-            ignored += _IGNORED[part]
+            ignored += patterns
     formats = {group["format"] for group in groups.values()}
     return {
         "quant_method": METHOD,
@@ -55,9 +54,8 @@ def quantization_json(schemes: Schemes) -> dict[str, Any]:
 
 
 def _group_json(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
-    common = {"num_bits": 8, "type": "int", "symmetric": True, "actorder": None, "block_structure": None}
     weights = {
-        **common,
+        **_COMMON,
         "num_bits": scheme.bits,
         "symmetric": scheme.symmetric,
         "strategy": "channel" if scheme.group is None else "group",
@@ -65,25 +63,24 @@ def _group_json(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
         "dynamic": False,
         "observer": "minmax",
     }
-    inputs = {**common, "strategy": "token", "group_size": None, "dynamic": True, "observer": None}
     return {
         "format": INTS if scheme.activations else PACKED,
         "targets": targets,
         "weights": weights,
-        "input_activations": inputs if scheme.activations else None,
+        "input_activations": {**_COMMON, **_TOKEN_INPUTS, "group_size": None, "observer": None} if scheme.activations else None,
         "output_activations": None,
     }
 
 
 def rounds_activations(place: str, config: Any) -> bool:
-    """Whether layers stored in plain int8 round their input per token, by a `quantization_config`.
+    """Return whether layers stored in plain int8 round their input per token, by a `quantization_config`.
 
     Raises:
         InputError: if it asks for a computation that is not supported.
     """
 
-    def refuse(what: str, value: object, expected: str) -> None:
-        raise InputError(f"{place}: quantization_config: {what} is {value!r}; expected {expected}")
+    def refuse(key: str, value: object, expected: str) -> NoReturn:
+        raise InputError(f"{place}: quantization_config: {key} is {value!r}; expected {expected}")
 
     if not isinstance(config, dict):
         raise InputError(f"{place}: quantization_config is {config!r}, expected an object")
@@ -94,26 +91,27 @@ def rounds_activations(place: str, config: Any) -> bool:
     groups = config.get("config_groups")
     if not isinstance(groups, dict) or not groups or not all(isinstance(group, dict) for group in groups.values()):
         refuse("config_groups", groups, "an object of groups")
-    assert isinstance(groups, dict)
-    found: dict[bool, str] = {}
+    rounding: dict[bool, str] = {}
     for name, group in groups.items():
-        kind = group.get("format") or config.get("format")
+        kind, weights, inputs = (
+            group.get("format") or config.get("format"),
+            group.get("weights"),
+            group.get("input_activations"),
+        )
         if kind not in (PACKED, INTS):
             refuse(f"format of {name}", kind, f"{PACKED} or {INTS}")
-        weights, inputs = group.get("weights"), group.get("input_activations")
         if not isinstance(weights, dict) or weights.get("type") != "int" or weights.get("num_bits") not in (4, 8):
             refuse(f"weights of {name}", weights, "integers of 4 or 8 bits")
         if group.get("output_activations") is not None:
             refuse(f"output_activations of {name}", group["output_activations"], "null")
-        if inputs is not None:
-            wanted = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-            if not isinstance(inputs, dict) or any(inputs.get(key) != value for key, value in wanted.items()) or kind == PACKED:
-                refuse(f"input_activations of {name}", inputs, f"null, or {wanted} in format {INTS}")
+        fits = isinstance(inputs, dict) and all(inputs.get(key) == value for key, value in _TOKEN_INPUTS.items())
+        if inputs is not None and (not fits or kind == PACKED):
+            refuse(f"input_activations of {name}", inputs, f"null, or {_TOKEN_INPUTS} in format {INTS}")
         if kind == INTS:
-            found[inputs is not None] = name
-    if len(found) > 1:
-        raise InputError(f"{place}: quantization_config: {' and '.join(found.values())} differ in input_activations")
-    return found.get(True) is not None
+            rounding[inputs is not None] = name
+    if len(rounding) > 1:
+        raise InputError(f"{place}: quantization_config: {' and '.join(rounding.values())} differ in input_activations")
+    return True in rounding
 
 
 def adopt(model: nn.Module, entries: Sequence[Entry], weights: StoredWeights, activations: bool) -> list[Entry]:
@@ -164,48 +162,49 @@ def _stored_scheme(name: str, width: int, weights: StoredWeights, activations: b
 def quantized_entries(model: nn.Module, entries: Sequence[Entry]) -> list[Entry]:
     """Entries of an ordinary model, with those of its quantized layers' weights in place of the matrices'."""
     layers = quantized_layers(model)
-    found: list[Entry] = []
+    with_parts: list[Entry] = []
     for entry in entries:
         path, _, leaf = entry.ours.rpartition(".")
         layer = layers.get(path)
         if layer is None or leaf != "weight":
-            found.append(entry)
+            with_parts.append(entry)
             continue
         rows, groups = entry.rows, entry.groups
         in_words = not layer.scheme.activations
         names = tuple(f"{name}_packed" for name in entry.theirs) if in_words else entry.theirs
-        found.append(Entry(entry.ours, names, rows, groups, "words" if in_words else "signed"))
-        found.append(Entry(f"{path}.scale", tuple(f"{name}_scale" for name in entry.theirs), rows, groups))
+        with_parts.append(Entry(entry.ours, names, rows, groups, "words" if in_words else "signed"))
+        with_parts.append(Entry(f"{path}.scale", tuple(f"{name}_scale" for name in entry.theirs), rows, groups))
         if layer.zero is not None:
             names = tuple(f"{name}_zero_point" for name in entry.theirs)
-            found.append(Entry(f"{path}.zero", names, rows or (layer.out_features,), groups, "zeros"))
-    return found
+            with_parts.append(Entry(f"{path}.zero", names, rows or (layer.out_features,), groups, "zeros"))
+    return with_parts
 
 
 def weight_shapes(model: nn.Module, entries: Sequence[Entry]) -> dict[str, torch.Tensor]:
-    """`weight_shape` of every packed tensor: rows and columns of the matrix before it was packed."""
+    """Return `weight_shape` of every packed tensor: rows and columns of the matrix before it was packed."""
     layers = quantized_layers(model)
-    return {
-        f"{name.removesuffix('_packed')}_shape": torch.tensor([shape[0], layers[entry.ours.rpartition(".")[0]].in_features])
-        for entry in entries
-        if entry.form == "words"
-        for name, shape in zip(entry.theirs, entry.shapes(layers[entry.ours.rpartition(".")[0]].weight.shape), strict=True)
-    }
+    shapes: dict[str, torch.Tensor] = {}
+    for entry in entries:
+        if entry.form == "words":
+            layer = layers[entry.ours.rpartition(".")[0]]
+            for name, (rows, _) in zip(entry.theirs, entry.shapes(layer.weight.shape), strict=True):
+                shapes[f"{name.removesuffix('_packed')}_shape"] = torch.tensor([rows, layer.in_features])
+    return shapes
 
 
 def schemes_of(model: nn.Module) -> Schemes:
-    """The schemes of a model's parts.
+    """Return the schemes of a model's parts.
 
     Raises:
-        InputError: if layers of a part differ, which is not written.
+        InputError: if layers of a part differ, which no file expresses.
     """
-    found: dict[str, set[Scheme | None]] = {"head": set(), "language": set(), "vision": set()}
+    used: dict[str, set[Scheme | None]] = {"head": set(), "language": set(), "vision": set()}
     for path, layer in model.named_modules():
         part = "head" if path == "decoder.head" else {"decoder": "language", "vision": "vision"}.get(path.partition(".")[0])
         if part and isinstance(layer, nn.Linear | QuantLinear):
-            found[part].add(layer.scheme if isinstance(layer, QuantLinear) else None)
-    for part, schemes in found.items():
+            used[part].add(layer.scheme if isinstance(layer, QuantLinear) else None)
+    for part, schemes in used.items():
         if len(schemes) > 1:
             names = ", ".join(sorted("unquantized" if scheme is None else scheme.name for scheme in schemes))
             raise InputError(f"layers of the {part} part are quantized in different ways ({names}); this cannot be written")
-    return Schemes(**{part: schemes.pop() for part, schemes in found.items()})
+    return Schemes(**{part: schemes.pop() for part, schemes in used.items()})
