@@ -30,3 +30,9 @@ def tiny() -> VLM:
     model = VLM(tiny_config()).eval()
     model.init_weights()
     return model
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "accelerated"])
+def accelerated(request: pytest.FixtureRequest) -> bool:
+    """Whether a law is checked on a model that `ivl.cpu.accelerate` has changed."""
+    return request.param

@@ -1,22 +1,5 @@
-"""Speed on CPUs, put into a model or a processor from outside."""
+"""Speed on a CPU, put into a model or a processor from outside by `accelerate`."""
 
-from __future__ import annotations
+from ivl.cpu.accelerate import accelerate
 
-from typing import TypeVar
-
-T = TypeVar("T")
-
-
-def accelerate(target: T) -> T:
-    """Make a processor fast, in place, with the same results. It can still be pickled for worker processes.
-
-    Returns:
-        The same object.
-    """
-    from ivl.cpu.jpeg import FastLoader
-    from ivl.cpu.resize import fast_resize
-    from ivl.processing.processor import Processor
-
-    if isinstance(target, Processor):
-        target.load, target.resize = FastLoader(), fast_resize
-    return target
+__all__ = ["accelerate"]

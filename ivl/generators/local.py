@@ -31,6 +31,8 @@ def load_engine(name: str | Path, config: LoadConfig | None = None, **engine_opt
     model = load_model(directory, dtype=dtype, device=device, map_embeddings=True)
     if dtype is None:
         model = model.to(_efficient(model.dtype, device))
+    if model.device.type == "cpu":
+        accelerate(model)
     processor = accelerate(load_processor(directory))
     if config.max_tiles is not None:
         tiling = processor.tiling

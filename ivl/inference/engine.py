@@ -16,7 +16,6 @@ from typing import Protocol
 
 import torch
 
-from ivl.cpu.memory import keep_freed_memory
 from ivl.errors import InputError
 from ivl.inference.grammar import GrammarCompiler
 from ivl.inference.request import CacheState, HashedPrompt, Reply, Request, RequestTimes
@@ -100,8 +99,6 @@ class Engine:
         if model.training:
             raise ValueError("the model is in training mode, where drop path is active: call model.eval() first")
         decoder = model.config.decoder
-        if model.device.type == "cpu":
-            keep_freed_memory()
         self.model = model
         self.processor = processor
         self.max_context = decoder.max_positions if max_context is None else max_context

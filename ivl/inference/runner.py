@@ -6,7 +6,6 @@ import time
 
 import torch
 
-from ivl.cpu.replay import Replays
 from ivl.inference.sampling import SampledToken, sample
 from ivl.inference.scheduler import EngineStep, Piece
 from ivl.inference.vision import VisionEncoder
@@ -21,7 +20,6 @@ class Runner:
         self.model = model
         self.cache = cache
         self.encoder = encoder
-        self.replays = Replays(model.decoder, cache)
 
     def run(self, step: EngineStep) -> list[SampledToken | None]:
         """Encode the tiles of a step, compute its pieces in one forward call, and sample a token for each piece that ends
@@ -44,8 +42,7 @@ class Runner:
     def _forward(self, pieces: list[Piece]) -> list[SampledToken | None]:
         device = self.model.device
         step = self.cache.step([piece.request.cache.sequence for piece in pieces], tuple(piece.count for piece in pieces))
-        x_TD = self.model.embed(_tokens(pieces).to(device), _vision(pieces))
-        hidden_TD = self.replays.run(x_TD, step)
+        hidden_TD = self.model(_tokens(pieces).to(device), step.layout, _vision(pieces), step)
         sampling = [number for number, piece in enumerate(pieces) if piece.samples]
         if not sampling:
             return []

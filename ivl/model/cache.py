@@ -1,33 +1,107 @@
-"""Paged key/value store: sequences own blocks of token slots, so memory is shared and nothing is ever moved."""
+"""The paged key/value cache: sequences own blocks of token slots, so memory is shared and nothing is ever moved."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 
 from ivl.config import DecoderConfig
-from ivl.cpu import kernels
-from ivl.cpu.memory import small_pages
-from ivl.model.blocks import BlockPool
 from ivl.types import Layout
 
 
 class CacheFull(RuntimeError):
-    """No free block is left; the caller waits for a sequence to finish."""
+    """Raised when no free block is left; the caller waits for a sequence to finish."""
+
+
+class BlockPool:
+    """Hands out blocks. A block is free, in use by one or more sequences, or evictable: unused, but still cached.
+
+    A cached block is registered under one or more prefix hashes. When no block is free, the evictable block that has been
+    unused for longest loses its hashes and is handed out. The caller decides what a hash covers. Slots that a registered
+    hash covers must not be written again.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self.free = list(range(num_blocks - 1, -1, -1))
+        self.evictable: OrderedDict[int, None] = OrderedDict()
+        """Oldest first."""
+        self.users = [0] * num_blocks
+        """Number of sequences that use each block."""
+        self.cached: dict[bytes, int] = {}
+        """The block of each prefix hash."""
+        self.hashes: dict[int, list[bytes]] = {}
+        """The prefix hashes of each cached block."""
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that `take` can hand out."""
+        return len(self.free) + len(self.evictable)
+
+    def take(self, count: int) -> list[int]:
+        """Return blocks of unknown content for one user: free blocks first, then the oldest evictable ones."""
+        assert count <= self.num_available
+        blocks = [self.free.pop() if self.free else self._evict() for _ in range(count)]
+        for block in blocks:
+            self.users[block] = 1
+        return blocks
+
+    def _evict(self) -> int:
+        block, _ = self.evictable.popitem(last=False)
+        for prefix_hash in self.hashes.pop(block):
+            del self.cached[prefix_hash]
+        return block
+
+    def hold(self, blocks: Sequence[int]) -> None:
+        """Add a user to blocks that are in use or evictable."""
+        for block in blocks:
+            self.evictable.pop(block, None)
+            self.users[block] += 1
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Remove a user from the blocks of a sequence.
+
+        Later blocks become evictable before earlier ones, since a block is found only through those before it.
+        """
+        for block in reversed(blocks):
+            self.users[block] -= 1
+            if self.users[block]:
+                continue
+            if block in self.hashes:
+                self.evictable[block] = None
+            else:
+                self.free.append(block)
+
+    def register(self, block: int, prefix_hash: bytes) -> None:
+        """Make a block in use findable by a prefix hash. A hash that another block has stays with that block."""
+        if prefix_hash not in self.cached:
+            self.cached[prefix_hash] = block
+            self.hashes.setdefault(block, []).append(prefix_hash)
+
+    def find(self, hashes: Sequence[bytes]) -> list[int]:
+        """Return the cached blocks of the longest prefix of a chain of hashes."""
+        blocks: list[int] = []
+        for prefix_hash in hashes:
+            if prefix_hash not in self.cached:
+                break
+            blocks.append(self.cached[prefix_hash])
+        return blocks
 
 
 @dataclass
 class CachedSequence:
-    """One sequence's blocks in a PagedCache and the number of tokens stored there."""
+    """The blocks of one sequence in a PagedCache and the number of its cached tokens."""
 
     blocks: list[int] = field(default_factory=list)
     length: int = 0
 
 
 class PagedCache:
-    """Keys and values of every layer.
+    """Stores the keys and values of every layer.
 
     keys, values: [num_layers, num_slots, K, H]; slot = block * block_size + offset. Pages of memory are only touched
     when written, so a generous number of blocks costs address space, not memory.
@@ -45,17 +119,18 @@ class PagedCache:
         self.block_size = block_size
         self.num_blocks = -(-num_tokens // block_size)
         shape = (config.num_layers, self.num_blocks * block_size, config.num_kv_heads, config.head_dim)
-        self.keys, self.values = (small_pages(torch.empty(shape, dtype=dtype, device=device)) for _ in range(2))
+        self.keys, self.values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
         self.pool = BlockPool(self.num_blocks)
 
     def blocks_needed(self, sequence: CachedSequence, num_new: int) -> int:
+        """Return how many more blocks a sequence needs for its next tokens."""
         return -(-(sequence.length + num_new) // self.block_size) - len(sequence.blocks)
 
     def step(self, sequences: list[CachedSequence], new_lens: tuple[int, ...]) -> CacheStep:
-        """Reserve room for new_lens tokens and return the store as one forward call sees it.
+        """Reserve slots for the new tokens and return the cache as one forward call sees it.
 
         Raises:
-            CacheFull: if the free blocks do not suffice; nothing is reserved then.
+            CacheFull: if too few blocks are free; nothing is reserved then.
         """
         needed = [max(0, self.blocks_needed(s, n)) for s, n in zip(sequences, new_lens, strict=True)]
         if sum(needed) > self.pool.num_available:
@@ -72,22 +147,22 @@ class PagedCache:
         return CacheStep(self, layout, [tuple(s.blocks) for s in sequences])
 
     def _clear(self, block: int) -> None:
-        """Slots past the end of a sequence are read and masked, so they must hold numbers; all other new blocks are
-        written whole before anything reads them."""
+        """Zero the last block of a sequence: its unused slots are read and masked, so they must hold finite numbers. All
+        other new blocks are written whole before anything reads them."""
         slots = slice(block * self.block_size, (block + 1) * self.block_size)
         self.keys[:, slots] = 0
         self.values[:, slots] = 0
 
     def resume(self, sequence: CachedSequence, blocks: list[int]) -> None:
-        """Begin an empty sequence with cached blocks, which it shares them."""
+        """Begin an empty sequence with cached blocks, which it shares with other sequences."""
         assert not sequence.blocks
         self.pool.hold(blocks)
         sequence.blocks, sequence.length = list(blocks), len(blocks) * self.block_size
 
     def append_copy(self, sequence: CachedSequence, block: int, count: int) -> None:
-        """Add the first count tokens of a block to a sequence of full blocks, as its own: others may go on writing there."""
+        """Append a copy of the first tokens of a block to a sequence of full blocks; the block's owner may keep writing."""
         assert sequence.length == len(sequence.blocks) * self.block_size
-        self.pool.hold([block])  # or it might be the one that is taken
+        self.pool.hold([block])  # otherwise take() could evict it
         sequence.blocks += self.pool.take(1)
         self._clear(sequence.blocks[-1])
         source, target = block * self.block_size, sequence.blocks[-1] * self.block_size
@@ -97,12 +172,16 @@ class PagedCache:
         self.pool.release([block])
 
     def release(self, sequence: CachedSequence) -> None:
+        """Give back the blocks of a sequence and empty it."""
         self.pool.release(sequence.blocks)
         sequence.blocks, sequence.length = [], 0
 
 
 class CacheStep:
-    """A PagedCache during one forward call. Blocks of sequence s, in order, are blocks[s]; its new tokens come last."""
+    """A PagedCache during one forward call.
+
+    blocks[s] are the blocks of sequence s in order. The new tokens of a sequence come after its cached ones.
+    """
 
     def __init__(self, store: PagedCache, layout: Layout, blocks: list[tuple[int, ...]]) -> None:
         self.store = store
@@ -111,7 +190,7 @@ class CacheStep:
         self._parts: dict[tuple[int, int], CacheStep] = {}
 
     def part(self, first: int, stop: int) -> CacheStep:
-        """The same forward call as the sequences from first up to stop see it."""
+        """Return the forward call as the sequences from first up to stop see it."""
         if (first, stop) == (0, len(self.blocks)):
             return self
         if (first, stop) not in self._parts:
@@ -119,19 +198,12 @@ class CacheStep:
         return self._parts[first, stop]
 
     def write(self, layer: int, k_TKH: torch.Tensor, v_TKH: torch.Tensor) -> None:
+        """Store the keys and values of the new tokens."""
         self.store.keys[layer].index_copy_(0, self.new_slots_T, k_TKH)
         self.store.values[layer].index_copy_(0, self.new_slots_T, v_TKH)
 
-    def decode(self, layer: int, qkv_SXH: torch.Tensor, cos_S1H: torch.Tensor, sin_S1H: torch.Tensor) -> torch.Tensor:
-        """Rotary positions, writing and attention of one new token per sequence in one kernel; returns out_SNH."""
-        store = self.store
-        return kernels.decode_attention(
-            qkv_SXH, cos_S1H, sin_S1H, store.keys[layer], store.values[layer], self.table_SB, self.past_S, store.block_size,
-            self.longest,
-        )  # fmt: skip
-
     def read(self, layer: int, seq: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of one sequence, [past + new, K, H] each; views where its blocks lie in a row."""
+        """Return keys and values of one sequence, [past + new, K, H] each; views if its blocks are consecutive."""
         blocks, length = self.blocks[seq], self.layout.total_lens[seq]
         keys, values = self.store.keys[layer], self.store.values[layer]
         if blocks == tuple(range(blocks[0], blocks[0] + len(blocks))):
@@ -141,13 +213,13 @@ class CacheStep:
         return self._gather(keys, table)[:length], self._gather(values, table)[:length]
 
     def read_all(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of all sequences, [S, L, K, H] each, padded to whole blocks of the longest: see mask_SL."""
+        """Return keys and values of all sequences, [S, L, K, H] each, padded to the blocks of the longest; see mask_SL."""
         keys, values = (self._gather(x[layer], self.table_SB.flatten()) for x in (self.store.keys, self.store.values))
         return keys.unflatten(0, (len(self.blocks), -1)), values.unflatten(0, (len(self.blocks), -1))
 
     @cached_property
     def new_slots_T(self) -> torch.Tensor:
-        """Where the new tokens go."""
+        """The slots of the new tokens."""
         spans = zip(self.blocks, self.layout.past_lens, self.layout.total_lens, strict=True)
         size = self.store.block_size
         slots = [b[at // size] * size + at % size for b, past, total in spans for at in range(past, total)]
@@ -155,26 +227,17 @@ class CacheStep:
 
     @cached_property
     def mask_SL(self) -> torch.Tensor:
-        """Which positions of read_all hold a token."""
+        """True where a position of read_all holds a token."""
         lens_S1 = torch.tensor(self.layout.total_lens, device=self.store.keys.device).unsqueeze(1)
         longest = max(map(len, self.blocks)) * self.store.block_size
         return torch.arange(longest, device=lens_S1.device) < lens_S1
 
     @cached_property
     def table_SB(self) -> torch.Tensor:
-        """Blocks of every sequence, each padded to the longest with its own last block."""
+        """The blocks of every sequence, padded to the longest with the sequence's own last block."""
         longest = max(map(len, self.blocks))
         padded = [block for blocks in self.blocks for block in blocks + blocks[-1:] * (longest - len(blocks))]
         return torch.tensor(padded, device=self.store.keys.device).view(-1, longest)
-
-    @cached_property
-    def longest(self) -> int:
-        """Tokens of the longest sequence, or a bound of it."""
-        return max(self.layout.total_lens)
-
-    @cached_property
-    def past_S(self) -> torch.Tensor:
-        return torch.tensor(self.layout.past_lens, device=self.store.keys.device)
 
     def _gather(self, slots_XKH: torch.Tensor, blocks_B: torch.Tensor) -> torch.Tensor:
         whole_blocks = slots_XKH.unflatten(0, (-1, self.store.block_size))

@@ -1,4 +1,4 @@
-"""One decoder for Qwen2.5, InternLM2.5 and LLaMA-shaped language models, on the flat token axis (spec 1.3)."""
+"""One decoder for Qwen2.5, InternLM2.5 and LLaMA-shaped language models, on the flat token axis."""
 
 from __future__ import annotations
 
@@ -7,22 +7,19 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ivl.config import DecoderConfig
-from ivl.cpu import kernels
-from ivl.model.attention import attend
+from ivl.model.attention import Sdpa, attend
 from ivl.model.cache import CacheStep
-from ivl.model.linear import Linear, RMSNorm, in_chunks, product, swiglu
+from ivl.model.linear import Linear, RMSNorm, swiglu
 from ivl.types import Layout
 
-CHUNK_ROWS = 512
-"""Tokens that pass the wide middle of a layer together at inference on a CPU."""
 Rotary = tuple[torch.Tensor, torch.Tensor]
 """cos and sin, [T, 1, H] each."""
 
 
 def rotary(config: DecoderConfig, layout: Layout, device: torch.device, dtype: torch.dtype) -> Rotary:
-    """Rotary factors of every token; positions count from 0 within each sequence, past included.
+    """Return the rotary factors of every token. Positions count from 0 within each sequence, past included.
 
-    With dynamic NTK, a sequence longer than max_positions uses a larger base that depends on its current length.
+    With dynamic NTK scaling, a sequence longer than max_positions uses a larger base that depends on its length.
     """
     half = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     spans = zip(layout.past_lens, layout.total_lens, strict=True)
@@ -38,6 +35,7 @@ def rotary(config: DecoderConfig, layout: Layout, device: torch.device, dtype: t
 
 
 def rotary_base(config: DecoderConfig, length: int) -> float:
+    """Return the rotary base for a sequence of a length (as transformers' `_compute_dynamic_ntk_parameters`)."""
     factor = config.rope_dynamic_factor
     if factor is None or length <= config.max_positions:
         return config.rope_theta
@@ -46,24 +44,18 @@ def rotary_base(config: DecoderConfig, length: int) -> float:
 
 
 def rotate(x_TNH: torch.Tensor, factors: Rotary) -> torch.Tensor:
-    """Queries and keys turned to their positions; by our kernel in place where it applies."""
-    if kernels.usable(x_TNH) and factors[0].dtype is torch.float32 and x_TNH.shape[-1] % 64 == 0:
-        return kernels.rotate_(x_TNH, *factors)
+    """Rotate queries and keys to their positions. The two halves of a head are the real and imaginary parts."""
     cos, sin = (factor.to(x_TNH.dtype) for factor in factors)
     first, second = x_TNH.chunk(2, dim=-1)
     return x_TNH * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-def decodes_by_kernel(qkv_TXH: torch.Tensor, factors: Rotary, num_heads: int, num_kv_heads: int) -> bool:
-    """Whether one kernel turns, stores and attends where a sequence has one new token."""
-    return (
-        factors[0].dtype is torch.float32
-        and kernels.usable(qkv_TXH)
-        and kernels.decode_attention_usable(qkv_TXH.shape[-1], num_heads, num_kv_heads)
-    )
-
-
 class DecoderLayer(nn.Module):
+    """One layer: attention and a gated MLP, each with an RMS norm before and a residual around it."""
+
+    backend: Sdpa | None = None
+    """The attention backend; None takes the backend of the table in attention.py."""
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
@@ -78,36 +70,24 @@ class DecoderLayer(nn.Module):
         self.down = Linear(config.mlp_width, config.width, bias=False)
 
     def forward(self, x_TD: torch.Tensor, factors: Rotary, layout: Layout, cache: CacheStep | None, layer: int) -> torch.Tensor:
-        N, K = self.num_heads, self.num_kv_heads
-        qkv_TXH = product(self.qkv, x_TD, before=self.norm1).unflatten(-1, (N + 2 * K, self.head_dim))
-        n, num_seqs = 0, len(layout.new_lens)
-        if cache is not None and layout.num_decoding and decodes_by_kernel(qkv_TXH, factors, N, K):
-            n = layout.num_decoding
-        if cache is None or n == 0:
-            out_TNH = self.attend(qkv_TXH, factors, layout, cache, layer)
-        else:
-            cos, sin = factors
-            out_TNH = cache.part(0, n).decode(layer, qkv_TXH[:n], cos[:n], sin[:n])
-            if n < num_seqs:  # prompts beside the replies
-                rest = cache.part(n, num_seqs)
-                read_TNH = self.attend(qkv_TXH[n:], (cos[n:], sin[n:]), rest.layout, rest, layer)
-                out_TNH = torch.cat([out_TNH, read_TNH])
-        x_TD = product(self.out, out_TNH.flatten(1), plus=x_TD)
-        return in_chunks(self.mlp, x_TD, CHUNK_ROWS)
+        """Residual stream in, residual stream out; layer is this layer's index in the cache."""
+        heads_TNH = self.attend(self.qkv(self.norm1(x_TD)), factors, layout, cache, layer)
+        x_TD = x_TD + self.out(heads_TNH.flatten(1))
+        return x_TD + self.down(swiglu(self.gate_up(self.norm2(x_TD))))
 
     def attend(
-        self, qkv_TXH: torch.Tensor, factors: Rotary, layout: Layout, cache: CacheStep | None, layer: int
+        self, qkv_TX: torch.Tensor, factors: Rotary, layout: Layout, cache: CacheStep | None, layer: int
     ) -> torch.Tensor:
-        N, K = self.num_heads, self.num_kv_heads
-        q_TNH, k_TKH = rotate(qkv_TXH[:, : N + K], factors).split((N, K), dim=1)
-        return attend(q_TNH, k_TKH, qkv_TXH[:, N + K :], layout, cache, layer)
-
-    def mlp(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return product(self.down, product(self.gate_up, x_TD, before=self.norm2), before=swiglu, plus=x_TD)
+        """Rotate and attend. qkv_TX holds query, key and value heads side by side. Returns out_TNH."""
+        num_turned = self.num_heads + self.num_kv_heads
+        qkv_TXH = qkv_TX.unflatten(-1, (num_turned + self.num_kv_heads, self.head_dim))
+        turned_TXH = rotate(qkv_TXH[:, :num_turned], factors)
+        q_TNH, k_TKH = turned_TXH.split((self.num_heads, self.num_kv_heads), dim=1)
+        return attend(q_TNH, k_TKH, qkv_TXH[:, num_turned:], layout, cache, layer, self.backend)
 
 
 class Decoder(nn.Module):
-    """Embeddings, layers, final norm and an output head of its own (embeddings are never tied)."""
+    """Embeddings, layers, a final norm and an output head of its own (embeddings are never tied)."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -120,25 +100,27 @@ class Decoder(nn.Module):
         self.head = Linear(config.width, config.vocab_size, bias=False)
 
     def forward(self, x_TD: torch.Tensor, layout: Layout, cache: CacheStep | None = None) -> torch.Tensor:
-        """Embedded tokens to final, normalised hidden states, [T, D] each.
+        """Turn embedded tokens into final, normalized hidden states, [T, D] each.
 
         Raises:
             ValueError: if the layout does not describe exactly the given tokens.
         """
         if layout.num_tokens != len(x_TD):
             raise ValueError(f"layout describes {layout.num_tokens} tokens but {len(x_TD)} were given")
-        dtype = torch.float32 if kernels.usable(x_TD) else x_TD.dtype
-        factors = rotary(self.config, layout, x_TD.device, dtype)
+        factors = self.rotary(x_TD, layout)
         for number, layer in enumerate(self.layers):
             if self.checkpointing and torch.is_grad_enabled():
-                args = (x_TD, factors, layout, cache, number)
-                x_TD = checkpoint(layer, *args, use_reentrant=False)
+                x_TD = checkpoint(layer, x_TD, factors, layout, cache, number, use_reentrant=False)
             else:
                 x_TD = layer(x_TD, factors, layout, cache, number)
         return self.norm(x_TD)
 
+    def rotary(self, x_TD: torch.Tensor, layout: Layout) -> Rotary:
+        """Return the rotary factors for the layers, in the dtype of the tokens."""
+        return rotary(self.config, layout, x_TD.device, x_TD.dtype)
+
     def init_weights(self) -> None:
-        """Random initialisation for training from nothing."""
+        """Initialize randomly, for training from nothing."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)

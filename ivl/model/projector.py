@@ -1,4 +1,4 @@
-"""Pixel unshuffle and the two-layer projector between InternViT and the decoder (spec 1.2)."""
+"""Pixel unshuffle and the two-layer projector between InternViT and the decoder (arXiv:2412.05271, section 3.1)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from ivl.model.linear import Linear
 def pixel_unshuffle(patches_GPD: torch.Tensor, version: Literal["v1", "v2"] = "v2") -> torch.Tensor:
     """Merge each 2 x 2 block of patches: [G, P, D] to [G, P / 4, 4 D], row-major.
 
-    Channel order within a token is upper left, upper right, lower left, lower right. v1 gives the same vectors with the
-    grid of tokens transposed.
+    The channels of a token are in the order upper left, upper right, lower left, lower right. Version v1 (ps_version of
+    config.json) gives the same vectors with the grid of tokens transposed.
+
+    Raises:
+        ValueError: if the patches are not a square grid of even side.
     """
     num_tiles, num_patches, width = patches_GPD.shape
     side = int(num_patches**0.5)
@@ -28,7 +31,7 @@ def pixel_unshuffle(patches_GPD: torch.Tensor, version: Literal["v1", "v2"] = "v
 
 
 class Projector(nn.Module):
-    """LayerNorm, Linear, GELU, Linear: vision tokens [G, U, 4 * vision width] to [G, U, decoder width]."""
+    """Projects unshuffled patches [G, U, 4 * vision width] to vision tokens [G, U, decoder width]."""
 
     def __init__(self, vision_width: int, width: int) -> None:
         super().__init__()
@@ -40,7 +43,7 @@ class Projector(nn.Module):
         return self.fc2(F.gelu(self.fc1(self.norm(tokens_GUC))))
 
     def init_weights(self) -> None:
-        """Random initialisation for training from nothing."""
+        """Initialize randomly, for training from nothing."""
         self.norm.reset_parameters()
         for layer in (self.fc1, self.fc2):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)

@@ -1,4 +1,4 @@
-"""InternViT: the 300M (LayerNorm) and 6B (RMSNorm, QK norm) vision transformers by configuration (spec 1.1)."""
+"""InternViT: the 300M (LayerNorm) and 6B (RMSNorm, QK norm) vision transformers by configuration (arXiv:2412.05271)."""
 
 from __future__ import annotations
 
@@ -8,33 +8,21 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ivl.config import VisionConfig
-from ivl.model.attention import attend_all
+from ivl.model.attention import Sdpa, attend_all
 from ivl.model.linear import Linear, RMSNorm
-from ivl.quant.layers import QuantLinear
 
 POSITION_STD = 0.1
-"""The reference draws class token and positions from N(0, 1), which drowns the patches of a ViT that is small or untrained."""
+"""Of class token and positions. InternVL draws them from N(0, 1), which drowns the patches of a small, untrained ViT."""
 
 
 def make_norm(config: VisionConfig) -> nn.Module:
+    """Return the norm that the configuration names."""
     kind = nn.LayerNorm if config.norm == "layer_norm" else RMSNorm
     return kind(config.width, eps=config.norm_eps)
 
 
-def gelu(x: torch.Tensor) -> torch.Tensor:
-    """Exact GELU; overwrites x when no gradient is wanted."""
-    return F.gelu(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
-
-
-def activated(layer: nn.Module, x_GPD: torch.Tensor) -> torch.Tensor:
-    """gelu(layer(x)), [G, P, M]."""
-    if isinstance(layer, QuantLinear) and layer.takes_rounded(x_GPD):
-        return layer.rounded(x_GPD, gelu=True)
-    return gelu(layer(x_GPD))
-
-
 class VisionEmbeddings(nn.Module):
-    """Patches to vectors, a class token in front, learned positions interpolated to the grid at hand."""
+    """Embeds patches, puts the class token in front, and adds learned positions interpolated to the grid."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -44,6 +32,7 @@ class VisionEmbeddings(nn.Module):
         self.patch = nn.Conv2d(3, config.width, config.patch_size, config.patch_size)
 
     def forward(self, pixels_GCYX: torch.Tensor) -> torch.Tensor:
+        """Pixels [G, 3, height, width] to embeddings [G, 1 + P, D]."""
         size = self.config.patch_size
         rows, cols = pixels_GCYX.shape[-2] // size, pixels_GCYX.shape[-1] // size
         # The patch convolution does not overlap, so it is one matrix product over flattened patches.
@@ -54,7 +43,7 @@ class VisionEmbeddings(nn.Module):
         return torch.cat([class_G1D, patches_GPD], dim=1) + self.positions_for(rows, cols)
 
     def positions_for(self, rows: int, cols: int) -> torch.Tensor:
-        """Position table [1, 1 + rows * cols, D], bicubically interpolated when the grid is not the stored one."""
+        """Return the position table [1, 1 + rows * cols, D], bicubically interpolated unless the grid is the stored one."""
         grid = self.config.grid
         if (rows, cols) == (grid, grid):
             return self.positions
@@ -64,6 +53,11 @@ class VisionEmbeddings(nn.Module):
 
 
 class VisionAttention(nn.Module):
+    """Full attention among the patches of a tile."""
+
+    backend: Sdpa | None = None
+    """The attention backend; None takes the backend of the table in attention.py."""
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
@@ -75,14 +69,19 @@ class VisionAttention(nn.Module):
         self.out = Linear(width, width, bias=True)
 
     def forward(self, x_GPD: torch.Tensor) -> torch.Tensor:
-        """What the heads see, [G, P, D]; `out` is left to the layer, which adds it."""
+        """Patches in, patches out, [G, P, D] each."""
+        return self.out(self.heads(x_GPD))
+
+    def heads(self, x_GPD: torch.Tensor) -> torch.Tensor:
+        """Return the output of all heads side by side, [G, P, D], before the output projection."""
         q, k, v = self.qkv(x_GPD).chunk(3, dim=-1)
-        q, k = self.q_norm(q), self.k_norm(k)
-        heads = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k, v))
-        return attend_all(*heads).flatten(2)
+        q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in (self.q_norm(q), self.k_norm(k), v))
+        return attend_all(q, k, v, self.backend).flatten(2)
 
 
 class VisionLayer(nn.Module):
+    """One layer: attention and an MLP, each with a norm before, a learned scale after, and a residual around it."""
+
     def __init__(self, config: VisionConfig, drop_path: float) -> None:
         super().__init__()
         self.drop_path = drop_path
@@ -95,17 +94,12 @@ class VisionLayer(nn.Module):
         self.scale2 = nn.Parameter(torch.empty(config.width))
 
     def forward(self, x_GPD: torch.Tensor) -> torch.Tensor:
-        x_GPD = self.residual(x_GPD, self.attention.out, self.attention(self.norm1(x_GPD)), self.scale1)
-        return self.residual(x_GPD, self.fc2, activated(self.fc1, self.norm2(x_GPD)), self.scale2)
-
-    def residual(self, x_GPD: torch.Tensor, layer: nn.Module, y_GPI: torch.Tensor, scale_D: torch.Tensor) -> torch.Tensor:
-        """x + scale * layer(y), in training with drop path."""
-        if isinstance(layer, QuantLinear) and layer.takes_rounded(y_GPI):
-            return layer.rounded(y_GPI, plus=x_GPD, factor_O=scale_D)
-        return torch.addcmul(x_GPD, self.drop(layer(y_GPI)), scale_D)
+        """Residual stream in, residual stream out, [G, P, D] each."""
+        x_GPD = torch.addcmul(x_GPD, self.drop(self.attention(self.norm1(x_GPD))), self.scale1)
+        return torch.addcmul(x_GPD, self.drop(self.fc2(F.gelu(self.fc1(self.norm2(x_GPD))))), self.scale2)
 
     def drop(self, branch_GPD: torch.Tensor) -> torch.Tensor:
-        """Drop path: zero the whole branch of a tile with probability drop_path, rescale the rest."""
+        """Apply drop path: zero the whole branch of a tile with probability drop_path and rescale the others."""
         if not self.training or self.drop_path == 0:
             return branch_GPD
         keep = 1 - self.drop_path
@@ -114,7 +108,7 @@ class VisionLayer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """InternViT. No final norm and no pooling: the projector takes the patch rows of the selected layer."""
+    """InternViT. It has no final norm and no pooling: the projector takes the patches of the selected layer."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -126,9 +120,9 @@ class VisionTransformer(nn.Module):
         self.layers = nn.ModuleList(VisionLayer(config, rate) for rate in rates)
 
     def forward(self, pixels_GCYX: torch.Tensor, select_layer: int = -1) -> torch.Tensor:
-        """Normalised pixels [G, 3, height, width] to hidden states [G, 1 + P, D], class token first.
+        """Turn normalized pixels [G, 3, height, width] into hidden states [G, 1 + P, D], class token first.
 
-        select_layer counts hidden states from the embedding output (0); negative from the last layer's output (-1).
+        select_layer counts hidden states from the embeddings (0), or backwards from the last layer's output (-1).
         """
         depth = select_layer % (self.config.num_layers + 1)
         x_GPD = self.embeddings(pixels_GCYX)
@@ -140,7 +134,7 @@ class VisionTransformer(nn.Module):
         return x_GPD
 
     def init_weights(self) -> None:
-        """Random initialisation for training from nothing."""
+        """Initialize randomly, for training from nothing."""
         nn.init.normal_(self.embeddings.class_token, std=POSITION_STD)
         nn.init.normal_(self.embeddings.positions, std=POSITION_STD)
         for module in self.modules():

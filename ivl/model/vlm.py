@@ -1,44 +1,27 @@
-"""The vision-language model: tiles to vision tokens, checked placement among text, one forward for every purpose."""
+"""The vision-language model: it encodes tiles, places their tokens among the text, and has one forward for every use."""
 
 from __future__ import annotations
-
-from functools import cache
 
 import torch
 from torch import nn
 
 from ivl.config import ModelConfig
-from ivl.cpu import kernels
 from ivl.model.cache import CacheStep
 from ivl.model.decoder import Decoder
-from ivl.model.linear import in_chunks
 from ivl.model.projector import Projector, pixel_unshuffle
 from ivl.model.vit import VisionTransformer
 from ivl.types import Layout
 
-CHUNK_TILES = 2
-"""Tiles encoded together at inference on a CPU: enough rows for fast products, and few enough to stay in the caches."""
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
 
 
-def normalise(tiles_GSSC: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """uint8 RGB tiles [G, size, size, 3] to normalised pixels [G, 3, size, size] (ImageNet mean and deviation)."""
-    if tiles_GSSC.dtype is torch.uint8 and len(tiles_GSSC):  # a colour has 256 values: the kernel looks them up
-        found = kernels.looked_up(tiles_GSSC, _normalised_values(dtype))
-        if found is not None:
-            return found
+def normalize(tiles_GSSC: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Turn uint8 RGB tiles [G, size, size, 3] into pixels [G, 3, size, size] with ImageNet's mean and deviation removed."""
     mean, std = (torch.tensor(x, device=tiles_GSSC.device).view(3, 1, 1) for x in (PIXEL_MEAN, PIXEL_STD))
-    # Channels apart first: the sums are then over long rows, and in place.
+    # Channels are moved first: the arithmetic then runs in place over long rows.
     pixels_GCYX = tiles_GSSC.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     return pixels_GCYX.div_(255).sub_(mean).div_(std).to(dtype)
-
-
-@cache
-def _normalised_values(dtype: torch.dtype) -> torch.Tensor:
-    """What each byte of each colour becomes, [3, 256]."""
-    mean_C1, std_C1 = (torch.tensor(x).unsqueeze(1) for x in (PIXEL_MEAN, PIXEL_STD))
-    return torch.arange(256, dtype=torch.float32).expand(3, 256).div(255).sub(mean_C1).div(std_C1).to(dtype)
 
 
 class VLM(nn.Module):
@@ -60,25 +43,28 @@ class VLM(nn.Module):
         return self.decoder.embeddings.weight.device
 
     def init_weights(self) -> None:
-        """Random initialisation for training from nothing; seed torch first to repeat it."""
+        """Initialize randomly, for training from nothing; seed torch first to repeat it."""
         for part in (self.vision, self.projector, self.decoder):
             part.init_weights()
 
-    def encode_tiles(self, tiles_GSSC: torch.Tensor, *, chunk: int | None = CHUNK_TILES) -> torch.Tensor:
-        """uint8 tiles [G, size, size, 3] to vision tokens [G, U, D]; None encodes them in one call wherever it runs."""
-        return in_chunks(self._encode_some, tiles_GSSC.to(self.device), chunk or len(tiles_GSSC))
-
-    def _encode_some(self, tiles_GSSC: torch.Tensor) -> torch.Tensor:
-        return self.encode_pixels(normalise(tiles_GSSC, self.dtype))
+    def encode_tiles(self, tiles_GSSC: torch.Tensor) -> torch.Tensor:
+        """Turn uint8 tiles [G, size, size, 3] into vision tokens [G, U, D]."""
+        return self.encode_pixels(normalize(tiles_GSSC.to(self.device), self.dtype))
 
     def encode_pixels(self, pixels_GCYX: torch.Tensor) -> torch.Tensor:
-        """Normalised pixels [G, 3, size, size] to vision tokens [G, U, D]."""
+        """Turn normalized pixels [G, 3, size, size] into vision tokens [G, U, D]."""
         hidden_GPD = self.vision(pixels_GCYX, self.config.select_layer)
         return self.projector(pixel_unshuffle(hidden_GPD[:, 1:], self.config.pixel_shuffle))
 
     def embed(self, tokens_T: torch.Tensor, vision_RUD: torch.Tensor | None = None) -> torch.Tensor:
-        """Token embeddings with vision tokens in place of the image placeholders, in order. Where the tokens begin or end
-        within a run, vision tokens come without runs, [X, D].
+        """Embed tokens, with vision tokens in place of the image placeholders, in order.
+
+        Args:
+            tokens_T: Token ids.
+            vision_RUD: The vision tokens of each placeholder run. If the tokens begin or end within a run: [X, D].
+
+        Returns:
+            Embeddings [T, D].
 
         Raises:
             ValueError: unless there is exactly one placeholder per vision token; nothing is cut to fit.
@@ -99,12 +85,16 @@ class VLM(nn.Module):
         vision_RUD: torch.Tensor | None = None,
         cache: CacheStep | None = None,
     ) -> torch.Tensor:
-        """A training pack, a prefill or a decode step: tokens of all sequences to hidden states [T, D].
+        """Turn the tokens of all sequences into hidden states [T, D]: a training pack, a prefill or a decode step.
 
-        vision_RUD holds the vision tokens of each placeholder run, in the order of the placeholders; [X, D] of any runs.
+        Args:
+            tokens_T: Token ids of the sequences, one after another.
+            layout: The new and past lengths of the sequences.
+            vision_RUD: As in `embed`.
+            cache: Keys and values of the past; the new ones are written there.
         """
         return self.decoder(self.embed(tokens_T, vision_RUD), layout, cache)
 
     def head(self, hidden_TD: torch.Tensor) -> torch.Tensor:
-        """Logits [T, V]; ask only for the tokens that are sampled or trained."""
+        """Return logits [T, V]; pass only the tokens that are sampled or trained."""
         return self.decoder.head(hidden_TD)

@@ -15,8 +15,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ivl.cpu import kernels
-
 Bits = Literal[4, 8]
 GROUPS = (32, 64, 128)
 PANEL = 1 << 20
@@ -112,70 +110,23 @@ class QuantLinear(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         x_TI = input.reshape(-1, self.in_features)
-        if self.scheme.activations:
-            y_TO = self.rounded(x_TI) if self.takes_rounded(x_TI) else self._round_inputs(x_TI)
-        elif not self.has_kernel(x_TI):
-            y_TO = self._by_panels(x_TI)
-        elif self.takes_few(x_TI):
-            y_TO = self.few(x_TI)
-        elif len(x_TI) > 1 and kernels.has_tiles():
-            y_TO = kernels.quant_matmul(x_TI, self.weight, self.scale, self.zero, self.bias)
-        else:
-            y_TO = self.product(x_TI) if len(x_TI) <= kernels.MAX_ROWS else self._by_panels(x_TI)
+        y_TO = self._round_inputs(x_TI) if self.scheme.activations else self.by_panels(x_TI, self.dequantized)
         return y_TO.view(*input.shape[:-1], self.out_features)
 
-    def has_kernel(self, x_TI: torch.Tensor) -> bool:
-        """Whether `product` takes these rows."""
-        group = self.scheme.group or self.in_features
-        return not self.scheme.activations and kernels.quant_usable(x_TI, self.scale, group)
-
-    def product(
-        self,
-        x_TI: torch.Tensor,
-        *,
-        norm: tuple[torch.Tensor, float] | None = None,
-        gated: bool = False,
-        plus: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """A few rows by our kernel; a single one may be normalised or gated before, and have something added after."""
-        return kernels.quant_linear(x_TI, self.weight, self.scale, self.zero, self.bias, norm=norm, gated=gated, plus=plus)
-
-    def takes_few(self, x_TI: torch.Tensor) -> bool:
-        """Whether `few` takes these rows, or as many of its own width."""
-        return self.has_kernel(x_TI) and kernels.takes_few(len(x_TI), self.in_features, self.scheme.bits)
-
-    def few(self, x_TI: torch.Tensor, *, plus: torch.Tensor | None = None) -> torch.Tensor:
-        """2 to 16 rows by our kernel, on matrix tiles; something may be added after."""
-        return kernels.quant_few(x_TI, self.weight, self.scale, self.zero, self.bias, plus=plus)
-
-    def takes_rounded(self, x: torch.Tensor) -> bool:
-        """Whether `rounded` takes these inputs."""
-        return self.scheme.activations and kernels.quant_usable(x, self.scale, self.in_features) and kernels.has_tiles()
-
-    def rounded(
-        self, x: torch.Tensor, *, gelu: bool = False, plus: torch.Tensor | None = None, factor_O: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """y of inputs rounded to 8 bits, by our kernel; `gelu` of it, or plus + factor * y."""
-        x_TI, shape = x.reshape(-1, self.in_features), (*x.shape[:-1], self.out_features)
-        plus_TO = None if plus is None else plus.reshape(-1, self.out_features)
-        y_TO = kernels.quant_rounded(x_TI, self.weight, self.scale, self.bias, gelu=gelu, plus_TO=plus_TO, factor_O=factor_O)
-        return y_TO.view(shape)
-
     def matrix(self) -> torch.Tensor:
-        """The weight as numbers, [out, in], in the dtype of the scales."""
-        return unpacked(self.weight, self.scale, self.zero, self.scheme)
+        """Return the dequantized weight, [out, in], in the dtype of the scales."""
+        return self.dequantized(slice(None))
 
-    def _by_panels(self, x_TI: torch.Tensor) -> torch.Tensor:
-        """Many rows: the weight is unpacked a panel at a time."""
-        size, kernel, parts = max(PANEL // self.in_features, 1), self.has_kernel(x_TI), []
+    def dequantized(self, rows: slice) -> torch.Tensor:
+        """Return rows of `matrix`."""
+        return unpacked(self.weight[rows], self.scale[rows], None if self.zero is None else self.zero[rows], self.scheme)
+
+    def by_panels(self, x_TI: torch.Tensor, dequantized: Callable[[slice], torch.Tensor]) -> torch.Tensor:
+        """Dequantize and multiply a panel of rows at a time. dequantized: returns rows of the weight."""
+        size, parts = max(PANEL // self.in_features, 1), []
         for first in range(0, self.out_features, size):
             rows = slice(first, first + size)
-            zero = None if self.zero is None else self.zero[rows]
-            if kernel:
-                panel = kernels.quant_unpack(self.weight[rows], self.scale[rows], zero, self.in_features)
-            else:
-                panel = unpacked(self.weight[rows], self.scale[rows], zero, self.scheme).to(x_TI.dtype)
-            parts.append(F.linear(x_TI, panel, None if self.bias is None else self.bias[rows]))
+            parts.append(F.linear(x_TI, dequantized(rows).to(x_TI.dtype), None if self.bias is None else self.bias[rows]))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def _round_inputs(self, x_TI: torch.Tensor) -> torch.Tensor:

@@ -69,11 +69,14 @@ def adapt(model: VLM, config: RunConfig) -> None:
 
 
 def place(model: VLM, config: RunConfig, world: World) -> None:
-    """Shard the model over the ranks where the run says so, or move it to this rank's device."""
+    """Shard the model over the ranks where the run says so, or move it to this rank's device and accelerate it there.
+
+    A sharded model stays plain: ranks must call its modules equally often.
+    """
     if config.shard and world.size > 1:
         shard(model, (*model.vision.layers, *model.decoder.layers), world, methods=("encode_tiles",))
-    else:
-        model.to(world.device)
+    elif model.to(world.device).device.type == "cpu":
+        accelerate(model)
 
 
 def build_processor(config: RunConfig, model: VLM) -> Processor:

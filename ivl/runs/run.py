@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ivl.cpu.memory import keep_freed_memory
 from ivl.processing.processor import Processor
 from ivl.runs.build import (
     adapt,
@@ -69,7 +68,6 @@ def run(
 def _train_in(config: RunConfig, world: World, checkpoint: Path | None, make_evaluators: MakeEvaluators | None) -> None:
     """Train from the checkpoint, or from the start, and write the final model."""
     run_dir = Path(config.run_dir)
-    keep_freed_memory()
     model = build_model(config, checkpoint)
     processor = build_processor(config, model)
     adapt(model, config)

@@ -128,8 +128,7 @@ def encode_vision(model: VLM, batch: Batch) -> torch.Tensor | None:
 def _encode(model: VLM, tiles_GSSC: torch.Tensor) -> torch.Tensor:
     trains = any(p.requires_grad for part in (model.vision, model.projector) for p in part.parameters())
     with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
-        # Shards are gathered once a call, and ranks that share them must call equally often.
-        return model.encode_tiles(tiles_GSSC, chunk=None) if is_sharded(model) else model.encode_tiles(tiles_GSSC)
+        return model.encode_tiles(tiles_GSSC)
 
 
 def check_batch(batch: Batch, model: VLM) -> None:

@@ -6,19 +6,21 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from ivl.cpu import kernels
+from ivl.cpu import accelerate
+from ivl.cpu.kernels import features, ops
+from ivl.cpu.layers import normalized
+from ivl.cpu.linear import fused_linear
 from ivl.model.cache import CachedSequence, PagedCache
 from ivl.model.decoder import rotary, rotate
-from ivl.model.linear import Linear, RMSNorm, product, swiglu
-from ivl.model.vlm import VLM, normalise
+from ivl.model.linear import Linear, RMSNorm, swiglu
+from ivl.model.vlm import VLM, normalize
 from tests.conftest import tiny_config
 
 BF16 = torch.bfloat16
-pytestmark = pytest.mark.skipif(
-    kernels.parallel() is None or kernels.address_of("rms_norm") is None, reason="no kernels on this platform"
-)
+pytestmark = pytest.mark.skipif(not features.available(), reason="no kernels on this platform")
 
 
 def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
@@ -26,12 +28,12 @@ def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
     return (actual.double() - exact).square().mean().sqrt().item()
 
 
-@pytest.fixture(params=["tiles", "vectors"])
+@pytest.fixture(params=["amx", "vectors"])
 def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both forms of the linear kernel, where the processor has both."""
-    if request.param == "tiles" and not kernels.has_tiles():
-        pytest.skip("no matrix tiles on this processor")
-    monkeypatch.setattr(kernels, "has_tiles", lambda: request.param == "tiles")
+    if request.param == "amx" and not features.has_amx():
+        pytest.skip("no AMX on this processor")
+    monkeypatch.setattr(features, "has_amx", lambda: request.param == "amx")
 
 
 @torch.inference_mode()
@@ -43,46 +45,46 @@ def test_linear_is_as_accurate_as_torch(rows: int, out: int, width: int) -> None
     x, weight, bias = torch.randn(rows, width).to(BF16), torch.randn(out, width).to(BF16), torch.randn(out).to(BF16)
     for b in (bias, None):
         exact = F.linear(x.double(), weight.double(), None if b is None else b.double())
-        assert error(kernels.linear(x, weight, b), exact) <= 1.01 * error(F.linear(x, weight, b), exact)
+        assert error(ops.linear(x, weight, b), exact) <= 1.01 * error(F.linear(x, weight, b), exact)
 
 
 @torch.inference_mode()
 @pytest.mark.usefixtures("instructions")
 def test_a_row_does_not_depend_on_its_company() -> None:
     x, weight = torch.randn(16, 256).to(BF16), torch.randn(100, 256).to(BF16)
-    together = kernels.linear(x, weight, None)
+    together = ops.linear(x, weight, None)
     for rows in (1, 2, 5, 8):
-        assert torch.equal(kernels.linear(x[:rows], weight, None), together[:rows])
+        assert torch.equal(ops.linear(x[:rows], weight, None), together[:rows])
 
 
 @torch.inference_mode()
 @pytest.mark.usefixtures("instructions")
 def test_linear_takes_rows_of_a_wider_tensor_and_more_dimensions() -> None:
     wide, weight = torch.randn(6, 128).to(BF16), torch.randn(40, 64).to(BF16)
-    assert torch.equal(kernels.linear(wide[:, 64:], weight, None), kernels.linear(wide[:, 64:].clone(), weight, None))
-    assert kernels.linear(wide.view(2, 3, 128)[..., :64], weight, None).shape == (2, 3, 40)
+    assert torch.equal(ops.linear(wide[:, 64:], weight, None), ops.linear(wide[:, 64:].clone(), weight, None))
+    assert ops.linear(wide.view(2, 3, 128)[..., :64], weight, None).shape == (2, 3, 40)
 
 
 @torch.inference_mode()
 def test_rms_norm_swiglu_and_rotation_are_as_accurate_as_torch() -> None:
     x, weight = 5 * torch.randn(37, 896).to(BF16), torch.randn(896).to(BF16)
     exact = F.rms_norm(x.double(), (896,), weight.double(), 1e-6)
-    assert error(kernels.rms_norm(x, weight, 1e-6), exact) <= 1.01 * error(F.rms_norm(x, (896,), weight, 1e-6), exact)
+    assert error(ops.rms_norm(x, weight, 1e-6), exact) <= 1.01 * error(F.rms_norm(x, (896,), weight, 1e-6), exact)
 
     gate_up = 8 * torch.randn(37, 512).to(BF16)
     gate, up = gate_up.chunk(2, dim=-1)
     exact = F.silu(gate.double()) * up.double()
-    assert error(kernels.swiglu(gate_up), exact) <= 1.01 * error(F.silu(gate) * up, exact)
+    assert error(ops.swiglu(gate_up), exact) <= 1.01 * error(F.silu(gate) * up, exact)
 
     heads, angles = torch.randn(37, 18, 64).to(BF16), torch.rand(37, 1, 32).repeat(1, 1, 2) * 100
     exact = rotate(heads.double(), (angles.double().cos(), angles.double().sin()))[:, :16]
     by_torch = rotate(heads[:, :16].float(), (angles.cos(), angles.sin())).to(BF16)
     untouched = heads[:, 16:].clone()
-    kernels.rotate_(heads[:, :16], angles.cos(), angles.sin())
+    ops.rotate_(heads[:, :16], angles.cos(), angles.sin())
     assert error(heads[:, :16], exact) <= 1.01 * error(by_torch, exact) and torch.equal(heads[:, 16:], untouched)
 
 
-@pytest.mark.skipif(not kernels.has_tiles(), reason="no matrix tiles on this processor")
+@pytest.mark.skipif(not features.has_amx(), reason="no AMX on this processor")
 @torch.inference_mode()
 @pytest.mark.parametrize(
     ("new", "total", "heads", "kv_heads", "size"), [(64, 64, 4, 2, 64), (131, 300, 6, 2, 64), (97, 97, 3, 3, 128)]
@@ -101,7 +103,7 @@ def test_attention_is_as_accurate_as_torch(new: int, total: int, heads: int, kv_
         return out.squeeze(0).transpose(0, 1)
 
     exact = by_torch(torch.float64)
-    assert error(kernels.attention(q, k, v, causal=causal), exact) <= 1.05 * error(by_torch(BF16), exact)
+    assert error(ops.attention(q, k, v, causal=causal), exact) <= 1.05 * error(by_torch(BF16), exact)
 
 
 @torch.inference_mode()
@@ -119,9 +121,12 @@ def test_decoding_writes_the_cache_and_attends_to_it(size: int, heads: int, kv_h
     cache.values.normal_()
     qkv = torch.randn(len(lens), heads + 2 * kv_heads, size).to(BF16)
     factors = rotary(config, step.layout, torch.device("cpu"), torch.float32)
-    out = step.decode(1, qkv.clone(), *factors)
+    past_S = torch.tensor(step.layout.past_lens)
+    out = ops.decode_attention(
+        qkv.clone(), factors, cache.keys[1], cache.values[1], step.table_SB, past_S, block_size=16, longest=71
+    )
     keys, values = cache.keys.clone(), cache.values.clone()
-    q, k = rotate(qkv.clone()[:, : heads + kv_heads], factors).split((heads, kv_heads), dim=1)
+    q, k = ops.rotate_(qkv.clone()[:, : heads + kv_heads], *factors).split((heads, kv_heads), dim=1)
     step.write(1, k, qkv[:, heads + kv_heads :])
     assert torch.equal(cache.keys, keys) and torch.equal(cache.values, values)
     precise = rotate(qkv.double()[:, :heads], tuple(factor.double() for factor in factors))
@@ -141,10 +146,11 @@ def test_decoding_writes_the_cache_and_attends_to_it(size: int, heads: int, kv_h
 def test_what_goes_round_a_product_may_go_into_it(rows: int) -> None:
     torch.manual_seed(0)
     norm, up, down = RMSNorm(64, eps=1e-6).to(BF16), Linear(64, 192, bias=True).to(BF16), Linear(96, 64, bias=False).to(BF16)
+    accelerate(nn.ModuleList([norm, up, down]))
     for tensor in (norm.weight, up.weight, up.bias, down.weight):
         tensor.normal_()
     x = torch.randn(rows, 64).to(BF16)
-    fused = product(down, product(up, x, before=norm), before=swiglu, plus=x)
+    fused = fused_linear(down, fused_linear(up, x, norm=norm), gated=True, residual=x)
     pieces = x + down(swiglu(up(norm(x))))
     x_, up_ = x.double(), up.weight.double()
     gate_up = F.linear(F.rms_norm(x_, (64,), norm.weight.double(), 1e-6), up_, up.bias.double())
@@ -153,39 +159,36 @@ def test_what_goes_round_a_product_may_go_into_it(rows: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16])
-def test_pixels_are_normalised_to_the_very_numbers_of_torch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pixels_are_normalized_to_the_very_numbers_of_torch(dtype: torch.dtype) -> None:
     tiles = torch.randint(0, 256, (3, 48, 32, 3), dtype=torch.uint8)
-    by_kernel = normalise(tiles, dtype)
-    assert kernels.looked_up(tiles, torch.zeros(3, 256)) is not None
-    monkeypatch.setattr(kernels, "looked_up", lambda *_: None)
-    assert torch.equal(by_kernel, normalise(tiles, dtype)) and by_kernel.dtype is dtype
-    monkeypatch.undo()
-    assert normalise(tiles[:, ::3, ::3], dtype).shape == (3, 3, 16, 11)  # what the kernel does not take
+    by_kernel = normalized(tiles, dtype)
+    assert ops.lookup_table(tiles, torch.zeros(3, 256)) is not None
+    assert torch.equal(by_kernel, normalize(tiles, dtype)) and by_kernel.dtype is dtype
+    assert normalized(tiles[:, ::3, ::3], dtype).shape == (3, 3, 16, 11)  # what the kernel does not take
 
 
 @torch.inference_mode()
 def test_extreme_values_stay_what_they_are() -> None:
     gate = torch.tensor([-300.0, -88.0, 0.0, 88.0, 300.0, 3e38, -3e38, float("nan")] * 4).to(BF16)
     gate_up = torch.cat([gate, torch.ones_like(gate)]).unsqueeze(0)
-    assert torch.allclose(kernels.swiglu(gate_up), F.silu(gate.float()).to(BF16), atol=1e-35, equal_nan=True)
+    assert torch.allclose(ops.swiglu(gate_up), F.silu(gate.float()).to(BF16), atol=1e-35, equal_nan=True)
     x = torch.full((1, 32), float("inf")).to(BF16)
-    assert kernels.linear(x, torch.ones(32, 32).to(BF16), None).isinf().all()
-    assert kernels.linear(x, torch.zeros(32, 32).to(BF16), None).isnan().all()
+    assert ops.linear(x, torch.ones(32, 32).to(BF16), None).isinf().all()
+    assert ops.linear(x, torch.zeros(32, 32).to(BF16), None).isnan().all()
 
 
 def test_torch_takes_what_the_kernels_do_not() -> None:
     layer = Linear(48, 40, bias=True).to(BF16)
     layer.weight.data.normal_()
     layer.bias.data.zero_()
-    x = torch.randn(2, 48).to(BF16)
+    assert type(accelerate(layer)) is Linear, "48 is no multiple of 32"
     with torch.no_grad():
-        assert not kernels.usable(x) and torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
-        assert not kernels.usable(torch.randn(2, 64)) and kernels.usable(torch.randn(2, 64).to(BF16))
-    assert not kernels.usable(torch.randn(2, 64).to(BF16)), "a gradient may be wanted"
+        assert not ops.takes(torch.randn(2, 64)) and ops.takes(torch.randn(2, 64).to(BF16))
+    assert not ops.takes(torch.randn(2, 64).to(BF16)), "a gradient may be wanted"
 
 
 def test_gradients_are_those_of_the_formulas() -> None:
-    norm = RMSNorm(64, eps=1e-6).to(BF16)
+    norm = accelerate(RMSNorm(64, eps=1e-6).to(BF16))
     x = torch.randn(3, 64).to(BF16).requires_grad_()
     swiglu(norm(x)).sum().backward()
     exact = x.detach().double().requires_grad_()
@@ -206,7 +209,7 @@ def test_a_bfloat16_model_prefills_and_decodes_as_in_one_pass() -> None:
     from ivl.types import Layout
 
     whole = model.float()(torch.cat(tokens), Layout.packed(tuple(len(t) for t in tokens))).split([len(t) for t in tokens])
-    model.to(BF16)
+    accelerate(model.to(BF16))
     cache = PagedCache(decoder, num_tokens=512, block_size=16, dtype=BF16)
     cache.keys.fill_(float("nan"))
     cache.values.fill_(float("nan"))

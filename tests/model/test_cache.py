@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ivl.model.blocks import BlockPool
-from ivl.model.cache import CachedSequence, CacheFull, PagedCache
+from ivl.cpu import accelerate
+from ivl.model.cache import BlockPool, CachedSequence, CacheFull, PagedCache
 from ivl.model.vlm import VLM
 from tests.conftest import tiny_config
 
@@ -93,13 +93,13 @@ def test_a_full_cache_gives_up_what_is_kept(tiny: VLM) -> None:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.06)])
 @torch.no_grad()
-def test_replies_and_prompts_of_one_step_equal_each_alone(dtype: torch.dtype, tolerance: float) -> None:
-    """Replies, prompts that go on and prompts that begin, in any order: in bfloat16 by kernels where there are any."""
+def test_replies_and_prompts_of_one_step_equal_each_alone(dtype: torch.dtype, tolerance: float, accelerated: bool) -> None:
+    """Replies, prompts that continue and prompts that begin, in any order."""
     config = tiny_config()
     torch.manual_seed(0)
     model = VLM(replace(config, decoder=replace(config.decoder, width=64, mlp_width=128, head_dim=64, num_layers=3))).eval()
     model.init_weights()
-    model = model.to(dtype)
+    model = accelerate(model.to(dtype)) if accelerated else model.to(dtype)
     for lens in [
         [(1, 30), (1, 71), (80, 40), (5, 90), (41, 300), (40, 0), (3, 0)],
         [(70, 0), (1, 9), (66, 64), (1, 64), (1, 0)],

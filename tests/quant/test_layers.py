@@ -16,10 +16,12 @@ from ivl.checkpoint.adapter import merge
 from ivl.checkpoint.convert import convert
 from ivl.checkpoint.keymaps import Entry
 from ivl.config import LoraConfig
-from ivl.cpu import kernels
+from ivl.cpu import accelerate
+from ivl.cpu.kernels import features
+from ivl.cpu.linear import AmxW8A8Linear, VnniLinear, fused_linear
 from ivl.errors import InputError
 from ivl.lora.layers import add_lora
-from ivl.model.linear import RMSNorm, product, swiglu
+from ivl.model.linear import RMSNorm, swiglu
 from ivl.quant.layers import QuantLinear, Scheme, Schemes, quantize, quantized_layers, unpacked
 from ivl.types import Layout
 from tests.helpers.checkpoints import random_model, tiny_like
@@ -194,9 +196,7 @@ def test_foreign_schemes_are_refused_by_name(source: Path, tmp_path: Path, chang
         load_model(tmp_path / "q")
 
 
-with torch.inference_mode():
-    _usable = kernels.quant_usable(torch.zeros(1, 128).bfloat16(), torch.ones(32, 1).bfloat16(), 128)
-needs_kernels = pytest.mark.skipif(not _usable, reason="no VNNI")
+needs_kernels = pytest.mark.skipif(not features.has_vnni(), reason="no VNNI")
 
 
 @needs_kernels
@@ -207,12 +207,12 @@ def test_kernels_equal_the_matrix_they_stand_for(scheme: Scheme) -> None:
     group = scheme.group or 32
     for width, out in ((128, 32), (128 + max(group, 32) * (group < 128), 70), (896, 129)):
         matrix = normal(out, width) + 0.2
-        layer = layer_of(matrix, scheme, normal(out).bfloat16())
+        layer = accelerate(layer_of(matrix, scheme, normal(out).bfloat16()))
         exact = unpacked(layer.weight, layer.scale.float(), layer.zero, scheme)
         assert layer.bias is not None
         for tokens in (1, 7, 40):
             x = normal(tokens, width, seed=tokens).bfloat16()
-            assert layer.has_kernel(x)
+            assert isinstance(layer, VnniLinear)
             wanted = x.float() @ exact.t() + layer.bias.float()
             assert float((layer(x).float() - wanted).norm() / wanted.norm()) < 4e-3
 
@@ -222,11 +222,14 @@ def test_kernels_equal_the_matrix_they_stand_for(scheme: Scheme) -> None:
 def test_what_goes_around_one_row_is_part_of_the_kernel() -> None:
     norm = RMSNorm(128, eps=1e-6).bfloat16()
     norm.weight.data = normal(128, seed=3).bfloat16()
+    accelerate(norm)
     for scheme in (INT8, INT4):
-        layer = layer_of(normal(40, 128), scheme)
+        layer = accelerate(layer_of(normal(40, 128), scheme))
         wide, plus = normal(1, 256, seed=1).bfloat16(), normal(1, 40, seed=2).bfloat16()
         for x, before in ((wide[:, :128], norm), (wide, swiglu), (wide[:, :128], None)):
-            together = product(layer, x, before=before, plus=plus)
+            together = fused_linear(
+                layer, x, norm=before if isinstance(before, RMSNorm) else None, gated=before is swiglu, residual=plus
+            )
             apart = layer(x if before is None else before(x)) + plus
             torch.testing.assert_close(together, apart, atol=0.02, rtol=0.02)
 
@@ -235,7 +238,7 @@ def test_what_goes_around_one_row_is_part_of_the_kernel() -> None:
 @torch.inference_mode()
 def test_numbers_that_are_none_are_not_hidden() -> None:
     for scheme in (INT8, INT4):
-        layer = layer_of(normal(40, 128), scheme)
+        layer = accelerate(layer_of(normal(40, 128), scheme))
         for bad in (torch.nan, torch.inf):
             x = normal(1, 128).bfloat16()
             x[0, 77] = bad
@@ -247,13 +250,14 @@ def test_numbers_that_are_none_are_not_hidden() -> None:
 @torch.inference_mode()
 @pytest.mark.parametrize("scheme", [*SCHEMES, W8A8], ids=lambda s: s.name)
 def test_every_way_of_computing_gives_nearly_the_same(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles, vectors and torch alone, as on processors that have only some of them."""
+    """AMX, vectors and torch alone, as on processors that have only some of them."""
     layer = layer_of(normal(70, 256), scheme, normal(70).bfloat16())
     inputs = [normal(tokens, 256, seed=tokens).bfloat16() for tokens in (1, 16, 40)]
-    ways = [[layer(x) for x in inputs]]
-    monkeypatch.setattr(kernels, "has_tiles", lambda: False)
-    ways.append([layer(x) for x in inputs])
-    monkeypatch.setattr(kernels, "quant_usable", lambda *_: False)
+    ways = [[accelerate(layer)(x) for x in inputs]]
+    monkeypatch.setattr(features, "has_amx", lambda: False)
+    ways.append([accelerate(layer)(x) for x in inputs])
+    monkeypatch.setattr(features, "has_vnni", lambda: False)
+    assert type(accelerate(layer)) is QuantLinear
     ways.append([layer(x) for x in inputs])
     for other in ways[:2]:
         for a, b in zip(other, ways[2], strict=True):
@@ -262,17 +266,18 @@ def test_every_way_of_computing_gives_nearly_the_same(scheme: Scheme, monkeypatc
 
 @needs_kernels
 @torch.inference_mode()
-@pytest.mark.skipif(not kernels.has_tiles(), reason="no matrix tiles on this processor")
+@pytest.mark.skipif(not features.has_amx(), reason="no AMX on this processor")
 @pytest.mark.parametrize("tokens", [1, 33, 700])
 def test_what_follows_a_rounded_product_may_be_done_in_it(tokens: int) -> None:
     """GELU and the residual, over one and over several panels of tokens: to what rounding in between costs."""
-    layer = layer_of(3 * normal(96, 4096) / 64, W8A8, 2 * normal(96).bfloat16())
+    layer = accelerate(layer_of(3 * normal(96, 4096) / 64, W8A8, 2 * normal(96).bfloat16()))
+    assert isinstance(layer, AmxW8A8Linear)
     x, plus, factor = normal(2, tokens, 4096, seed=1).bfloat16(), normal(2, tokens, 96).bfloat16(), normal(96).bfloat16()
     plain = layer(x)
     assert torch.equal(plain[1], layer(x[1]))
     for fused, wanted in (
-        (layer.rounded(x, gelu=True), F.gelu(plain.double())),
-        (layer.rounded(x, plus=plus, factor_O=factor), plus + factor.double() * plain),
+        (layer.fused(x, gelu=True), F.gelu(plain.double())),
+        (layer.fused(x, residual=plus, factor_O=factor), plus + factor.double() * plain),
     ):
         assert fused.shape == plain.shape
         assert float((fused - wanted).norm() / wanted.norm()) < 4e-3
@@ -282,6 +287,6 @@ def test_what_follows_a_rounded_product_may_be_done_in_it(tokens: int) -> None:
 @needs_kernels
 @torch.inference_mode()
 def test_in_8_bits_a_token_does_not_depend_on_its_batch() -> None:
-    layer = layer_of(normal(70, 256), INT8)
+    layer = accelerate(layer_of(normal(70, 256), INT8))
     x = normal(16, 256).bfloat16()
     assert torch.equal(layer(x), torch.cat([layer(row) for row in x.split(1)]))

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from ivl.cpu.kernels.emitter import F32, F32S, I8, I16, I32, I32S, LANES, TILE, Emitter, Value
+from ivl.cpu.kernels.emitter import AMX_ROWS, F32, F32S, I8, I16, I32, I32S, LANES, Emitter, Value
 from ivl.cpu.kernels.rows import transposed
 
-BLOCK = 2 * TILE
+BLOCK = 2 * AMX_ROWS
 """Keys whose probabilities meet their values together, in pairs."""
-QUERIES = 2 * TILE
+QUERIES = 2 * AMX_ROWS
 """Queries that share every load of keys and values."""
-PAIR_TILE = TILE * TILE
-"""32-bit elements of a tile."""
+AMX_WORDS = AMX_ROWS * AMX_ROWS
+"""32-bit elements of a register."""
 ROW_GAP = 32
 """Elements between rows of scores, lest rows of a power of two all meet in the same few lines of the cache."""
 HIDDEN = -3e38
@@ -44,7 +44,7 @@ def attention(e: Emitter, head_size: int, causal: int) -> None:
     row_size = e.b.add(all_keys, e.int(ROW_GAP))
     probs = e.at(scores, I8, e.b.mul(row_size, e.int(4 * QUERIES)))
     outcome = e.at(probs, I8, e.b.mul(row_size, e.int(2 * QUERIES)))
-    e.tiles([(TILE, 4 * TILE)] * 8)
+    e.amx_configure([(AMX_ROWS, 4 * AMX_ROWS)] * 8)
     with e.claimed(num_heads, 1) as (first, stop), e.loop(first, stop, 1) as head:
         kv_head = e.b.udiv(head.index, group)
         _pack_keys(e, e.at(keys, I16, e.b.mul(kv_head, k_head)), k_token, num_keys, packed_k, head_size)
@@ -69,36 +69,38 @@ def attention(e: Emitter, head_size: int, causal: int) -> None:
                 for part in range(0, head_size, LANES):
                     place = e.b.add(e.b.mul(row.index, e.int(head_size)), e.int(part))
                     e.store_floats(target, e.int(part), e.b.fmul(e.read(F32S, outcome, F32, place), scale))
-    e.tiles_done()
+    e.amx_release()
 
 
 def _pack_keys(e: Emitter, keys: Value, stride: Value, num_keys: Value, packed: Value, head_size: int) -> None:
-    """Tiles [key tile, H / 32] of pairs along the head: row i, column j has elements 2 i and 2 i + 1 of key j."""
+    """Tiles [key register, H / 32] of pairs along the head: row i, column j has elements 2 i and 2 i + 1 of key j."""
     steps = head_size // (2 * LANES)
     with e.loop(e.int(0), num_keys, BLOCK) as block:
-        for tile in range(2):
-            ids = [e.b.add(block.index, e.int(tile * TILE + row)) for row in range(TILE)]
+        for register in range(2):
+            ids = [e.b.add(block.index, e.int(register * AMX_ROWS + row)) for row in range(AMX_ROWS)]
             rows = [e.at(keys, I16, e.b.mul(e.smaller(i, e.b.sub(num_keys, e.int(1))), stride)) for i in ids]
             for step in range(steps):
                 vectors = transposed(e, [e.read(I32S, row, I16, e.int(2 * LANES * step)) for row in rows])
-                tile_index = e.b.add(e.b.mul(e.b.udiv(block.index, e.int(TILE)), e.int(steps)), e.int(tile * steps + step))
-                target = e.at(packed, I32, e.b.mul(tile_index, e.int(PAIR_TILE)))
+                register_index = e.b.add(
+                    e.b.mul(e.b.udiv(block.index, e.int(AMX_ROWS)), e.int(steps)), e.int(register * steps + step)
+                )
+                target = e.at(packed, I32, e.b.mul(register_index, e.int(AMX_WORDS)))
                 for i, vector in enumerate(vectors):
-                    e.write(vector, target, I32, e.int(i * TILE))
+                    e.write(vector, target, I32, e.int(i * AMX_ROWS))
 
 
 def _pack_values(e: Emitter, values: Value, stride: Value, num_keys: Value, packed: Value, head_size: int) -> None:
     """Tiles [key block, H / 16] of pairs of keys: row i has key 2 i in the even halves, key 2 i + 1 in the odd ones."""
     shorts, last = ir.VectorType(I16, LANES), e.b.sub(num_keys, e.int(1))
-    with e.loop(e.int(0), num_keys, BLOCK) as block, e.loop(e.int(0), e.int(TILE), 1) as row:
+    with e.loop(e.int(0), num_keys, BLOCK) as block, e.loop(e.int(0), e.int(AMX_ROWS), 1) as row:
         first = e.b.add(block.index, e.b.mul(row.index, e.int(2)))
         ids = (e.smaller(first, last), e.smaller(e.b.add(first, e.int(1)), last))
         even_row, odd_row = (e.at(values, I16, e.b.mul(i, stride)) for i in ids)
-        for part in range(head_size // TILE):
-            even, odd = (e.b.zext(e.read(shorts, r, I16, e.int(part * TILE)), I32S) for r in (even_row, odd_row))
-            place = e.b.add(e.b.mul(block.index, e.int(head_size // 2)), e.b.mul(row.index, e.int(TILE)))
+        for part in range(head_size // AMX_ROWS):
+            even, odd = (e.b.zext(e.read(shorts, r, I16, e.int(part * AMX_ROWS)), I32S) for r in (even_row, odd_row))
+            place = e.b.add(e.b.mul(block.index, e.int(head_size // 2)), e.b.mul(row.index, e.int(AMX_ROWS)))
             pairs = e.b.or_(even, e.b.shl(odd, e.ints(16)))
-            e.write(pairs, packed, I32, e.b.add(place, e.int(part * PAIR_TILE)))
+            e.write(pairs, packed, I32, e.b.add(place, e.int(part * AMX_WORDS)))
 
 
 def _scores(
@@ -106,21 +108,21 @@ def _scores(
 ) -> None:
     """scores[32, keys] of 32 queries with all keys below limit, in whole blocks: two tiles by two."""
     steps = head_size // (2 * LANES)
-    q_bytes, row_bytes, tile_bytes = e.b.mul(q_stride, e.int(2)), e.b.mul(row_size, e.int(4)), e.int(4 * TILE)
-    q_tiles = [e.at(q, I16, e.b.mul(q_stride, e.int(part * TILE))) for part in range(2)]
+    q_bytes, row_bytes, register_bytes = e.b.mul(q_stride, e.int(2)), e.b.mul(row_size, e.int(4)), e.int(4 * AMX_ROWS)
+    q_blocks = [e.at(q, I16, e.b.mul(q_stride, e.int(part * AMX_ROWS))) for part in range(2)]
     with e.loop(e.int(0), limit, BLOCK) as block:
-        k_tiles = e.at(packed_k, I32, e.b.mul(block.index, e.int(head_size // 2)))
-        for tile in range(4):
-            e.tile_zero(tile)
+        k_blocks = e.at(packed_k, I32, e.b.mul(block.index, e.int(head_size // 2)))
+        for register in range(4):
+            e.amx_zero(register)
         for step in range(steps):
             for part in range(2):
-                e.tile_load(4 + part, e.at(q_tiles[part], I16, e.int(2 * LANES * step)), q_bytes)
-                e.tile_load(6 + part, e.at(k_tiles, I32, e.int((part * steps + step) * PAIR_TILE)), tile_bytes)
-            for tile in range(4):
-                e.tile_product(tile, 4 + tile // 2, 6 + tile % 2)
-        for tile in range(4):
-            row = e.at(scores, F32, e.b.mul(row_size, e.int(tile // 2 * TILE)))
-            e.tile_store(tile, e.at(row, F32, e.b.add(block.index, e.int(tile % 2 * TILE))), row_bytes)
+                e.amx_load(4 + part, e.at(q_blocks[part], I16, e.int(2 * LANES * step)), q_bytes)
+                e.amx_load(6 + part, e.at(k_blocks, I32, e.int((part * steps + step) * AMX_WORDS)), register_bytes)
+            for register in range(4):
+                e.amx_dot_bf16(register, 4 + register // 2, 6 + register % 2)
+        for register in range(4):
+            row = e.at(scores, F32, e.b.mul(row_size, e.int(register // 2 * AMX_ROWS)))
+            e.amx_store(register, e.at(row, F32, e.b.add(block.index, e.int(register % 2 * AMX_ROWS))), row_bytes)
 
 
 def _hide(e: Emitter, seen: Value, causal: bool, limit: Value, row_size: Value, scores: Value) -> None:
@@ -130,7 +132,7 @@ def _hide(e: Emitter, seen: Value, causal: bool, limit: Value, row_size: Value, 
     with e.loop(e.int(0), e.int(QUERIES), 1) as row, e.loop(start, limit, BLOCK) as block:
         last = e.int_splat(e.b.trunc(e.b.add(seen, row.index) if causal else seen, I32))
         for part in range(2):
-            index = e.b.add(block.index, e.int(part * TILE))
+            index = e.b.add(block.index, e.int(part * AMX_ROWS))
             place = e.b.add(e.b.mul(row.index, row_size), index)
             visible = e.b.icmp_signed("<=", e.b.add(e.int_splat(e.b.trunc(index, I32)), lanes), last)
             e.write(e.b.select(visible, e.read(F32S, scores, F32, place), e.splat(HIDDEN)), scores, F32, place)
@@ -141,7 +143,7 @@ def _softmax(e: Emitter, row: Value, limit: Value, row_size: Value, scores: Valu
     offset = e.b.mul(row, row_size)
 
     def score(block: Value, part: int) -> Value:
-        return e.read(F32S, scores, F32, e.b.add(e.b.add(offset, block), e.int(part * TILE)))
+        return e.read(F32S, scores, F32, e.b.add(e.b.add(offset, block), e.int(part * AMX_ROWS)))
 
     with e.loop(e.int(0), limit, BLOCK, e.splat(HIDDEN), e.splat(HIDDEN)) as block:
         pairs = ((score(block.index, part), top) for part, top in enumerate(block.values))
@@ -162,17 +164,17 @@ def _weighted_values(
 ) -> None:
     """outcome[32, H] = probs @ values, two tiles by two."""
     row_bytes, out_bytes = e.b.mul(row_size, e.int(2)), e.int(4 * head_size)
-    p_tiles = [e.at(probs, I16, e.b.mul(row_size, e.int(part * TILE))) for part in range(2)]
-    for pair in range(0, head_size // TILE, 2):
-        for tile in range(4):
-            e.tile_zero(tile)
+    p_blocks = [e.at(probs, I16, e.b.mul(row_size, e.int(part * AMX_ROWS))) for part in range(2)]
+    for pair in range(0, head_size // AMX_ROWS, 2):
+        for register in range(4):
+            e.amx_zero(register)
         with e.loop(e.int(0), limit, BLOCK) as block:
-            v_tiles = e.at(packed_v, I32, e.b.mul(block.index, e.int(head_size // 2)))
+            v_blocks = e.at(packed_v, I32, e.b.mul(block.index, e.int(head_size // 2)))
             for part in range(2):
-                e.tile_load(4 + part, e.at(p_tiles[part], I16, block.index), row_bytes)
-                e.tile_load(6 + part, e.at(v_tiles, I32, e.int((pair + part) * PAIR_TILE)), e.int(4 * TILE))
-            for tile in range(4):
-                e.tile_product(tile, 4 + tile // 2, 6 + tile % 2)
-        for tile in range(4):
-            place = tile // 2 * TILE * head_size + (pair + tile % 2) * TILE
-            e.tile_store(tile, e.at(outcome, F32, e.int(place)), out_bytes)
+                e.amx_load(4 + part, e.at(p_blocks[part], I16, block.index), row_bytes)
+                e.amx_load(6 + part, e.at(v_blocks, I32, e.int((pair + part) * AMX_WORDS)), e.int(4 * AMX_ROWS))
+            for register in range(4):
+                e.amx_dot_bf16(register, 4 + register // 2, 6 + register % 2)
+        for register in range(4):
+            place = register // 2 * AMX_ROWS * head_size + (pair + register % 2) * AMX_ROWS
+            e.amx_store(register, e.at(outcome, F32, e.int(place)), out_bytes)

@@ -2,51 +2,26 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import threading
 from collections.abc import Callable
-from functools import cache
 
 import llvmlite.binding as llvm
 
-from ivl.cpu.kernels.attention_amx import attention
-from ivl.cpu.kernels.decode import decode_attention
-from ivl.cpu.kernels.dense import linear, linear_amx, normalise, replay, rms_norm, rotate, swiglu
+from ivl.cpu.kernels import attention_amx, decode, dense, quant, quant_amx
 from ivl.cpu.kernels.emitter import Emitter
-from ivl.cpu.kernels.quant import quant_linear, quant_prepare, quant_unpack
-from ivl.cpu.kernels.quant_amx import quant_few, quant_matmul, quant_round, quant_rounded
 
 KERNELS: dict[str, Callable[..., None]] = {
-    "linear": linear,
-    "linear_amx": linear_amx,
-    "normalise": normalise,
-    "replay": replay,
-    "rms_norm": rms_norm,
-    "swiglu": swiglu,
-    "rotate": rotate,
-    "attention": attention,
-    "decode_attention": decode_attention,
-    "quant_few": quant_few,
-    "quant_linear": quant_linear,
-    "quant_matmul": quant_matmul,
-    "quant_prepare": quant_prepare,
-    "quant_round": quant_round,
-    "quant_rounded": quant_rounded,
-    "quant_unpack": quant_unpack,
-}
+    kernel.__name__: kernel
+    for kernel in (
+        dense.linear, dense.linear_amx, dense.rms_norm, dense.swiglu, dense.rotate, dense.lookup_table, dense.repeat_calls,
+        attention_amx.attention, decode.decode_attention,
+        quant.quantize_inputs, quant.quant_gemv, quant.dequantize,
+        quant_amx.quant_small_batch8, quant_amx.quant_small_batch4, quant_amx.quant_gemm,
+        quant_amx.w8a8_round, quant_amx.w8a8_gemm,
+    )
+}  # fmt: skip
 _compiling = threading.Lock()
 _engines: list[llvm.ExecutionEngine] = []  # own the machine code; it lives as long as the process
-
-
-@cache
-def has_amx() -> bool:
-    """Whether this process may use matrix tiles of bfloat16, and AVX-512 beside them; Linux wants to be asked first."""
-    features = llvm.get_host_cpu_features()
-    if sys.platform != "linux" or not all(features.get(name, False) for name in ("amx-bf16", "avx512dq", "avx512bf16")):
-        return False
-    request_permission, tile_data = 0x1023, 18
-    return ctypes.CDLL(None).syscall(158, request_permission, tile_data) == 0  # arch_prctl
 
 
 def compile_kernel(name: str, *shape: int | str) -> int:

@@ -34,7 +34,7 @@ def decode_attention(e: Emitter, head_size: int, group: int, block_size: int, ti
     num_heads = e.b.mul(num_kv_heads, e.int(group))
     slot_size = e.b.mul(num_kv_heads, e.int(head_size))
     if tiles:
-        decode_amx.tile_shapes(e, group)
+        decode_amx.amx_shapes(e, group)
     with e.claimed(e.b.mul(num_seqs, num_kv_heads), 1) as (start, stop), e.loop(start, stop, 1) as item:
         seq, head = e.b.udiv(item.index, num_kv_heads), e.b.urem(item.index, num_kv_heads)
         past = e.b.load(e.at(pasts, I64, seq), typ=I64)
@@ -63,7 +63,7 @@ def decode_attention(e: Emitter, head_size: int, group: int, block_size: int, ti
         stored = decode_amx.Stored(partial(slot, keys), partial(slot, values), slot_size, e.b.add(past, e.int(1)))
         attend(e, scratch, pairs, stored, head_size, out)
     if tiles:
-        e.tiles_done()
+        e.amx_release()
 
 
 def _attend(

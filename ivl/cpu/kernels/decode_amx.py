@@ -1,6 +1,6 @@
 """One query token against the keys and values of its sequence, on matrix tiles (AMX). See emitter.py for the terms.
 
-16 keys lie in a tile as they lie in the cache, and meet the queries of all heads that share them; so a vector holds one
+16 keys lie in a register as they lie in the cache, and meet the queries of all heads that share them; so a vector holds one
 position's scores for 16 heads. Probabilities are rounded to bfloat16 before they meet the values, as in torch's own kernel.
 """
 
@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ivl.cpu.kernels.emitter import F32, F32S, I16, I32, I32S, LANES, TILE, Emitter, Pair, Value
+from ivl.cpu.kernels.emitter import AMX_ROWS, F32, F32S, I16, I32, I32S, LANES, Emitter, Pair, Value
 from ivl.cpu.kernels.rows import transposed
 
 HIDDEN = -3e38
-CHUNK = 2 * TILE
+CHUNK = 2 * AMX_ROWS
 """Positions whose probabilities meet their values together: the first 16 in the even halves of words, the others in the odd."""
-TILE_WORDS = TILE * TILE
+AMX_WORDS = AMX_ROWS * AMX_ROWS
 SUMS, SCORES, PROBS, MEMORY, QUERIES = (0, 1, 2, 3), 4, 5, 6, 7
 """Tiles. MEMORY holds keys, later values."""
 
@@ -32,11 +32,11 @@ class Stored(NamedTuple):
 def scratch_bytes(head_size: int, longest: int) -> int:
     """What one thread needs: queries, scores and probabilities, values of a chunk, the outcome, one over the sums."""
     room = -(-longest // CHUNK) * CHUNK
-    return 4 * (TILE * head_size // 2 + room * (TILE + TILE // 2) + 4 * TILE_WORDS + TILE * 64 + TILE)
+    return 4 * (AMX_ROWS * head_size // 2 + room * (AMX_ROWS + AMX_ROWS // 2) + 4 * AMX_WORDS + AMX_ROWS * 64 + AMX_ROWS)
 
 
-def tile_shapes(e: Emitter, group: int) -> None:
-    e.tiles([(rows, 64) for rows in [group] * len(SUMS) + [TILE, group, TILE, TILE]])
+def amx_shapes(e: Emitter, group: int) -> None:
+    e.amx_configure([(rows, 64) for rows in [group] * len(SUMS) + [AMX_ROWS, group, AMX_ROWS, AMX_ROWS]])
 
 
 def attend(
@@ -52,38 +52,38 @@ def attend(
     group, steps = len(queries), head_size // (2 * LANES)
     words = e.b.bitcast(scratch, I32.as_pointer())
     room = e.b.and_(e.b.add(length, e.int(CHUNK - 1)), e.int(-CHUNK))
-    scores = e.at(words, I32, e.int(TILE * head_size // 2))
-    probs = e.at(scores, I32, e.b.mul(room, e.int(TILE)))
-    values = e.at(probs, I32, e.b.mul(room, e.int(TILE // 2)))
-    outcome = e.at(values, I32, e.int(4 * TILE_WORDS))
-    sums_at = e.at(outcome, I32, e.int(TILE * 64))
+    scores = e.at(words, I32, e.int(AMX_ROWS * head_size // 2))
+    probs = e.at(scores, I32, e.b.mul(room, e.int(AMX_ROWS)))
+    values = e.at(probs, I32, e.b.mul(room, e.int(AMX_ROWS // 2)))
+    outcome = e.at(values, I32, e.int(4 * AMX_WORDS))
+    sums_at = e.at(outcome, I32, e.int(AMX_ROWS * 64))
     for step in range(steps):
-        vectors = [_words(e, member[step]) for member in queries] + [e.ints(0)] * (TILE - group)
+        vectors = [_words(e, member[step]) for member in queries] + [e.ints(0)] * (AMX_ROWS - group)
         for row, vector in enumerate(transposed(e, vectors)):
-            e.write(vector, words, I32, e.int(step * TILE_WORDS + row * TILE))
+            e.write(vector, words, I32, e.int(step * AMX_WORDS + row * AMX_ROWS))
     _scores(e, words, scores, key_at, slot_size, length, steps)
     _probabilities(e, scores, probs, sums_at, length, room, group, head_size)
     last = e.b.sub(length, e.int(1))
     for half in range(0, head_size, 64):
-        for tile in SUMS:
-            e.tile_zero(tile)
+        for register in SUMS:
+            e.amx_zero(register)
         with e.loop(e.int(0), room, CHUNK) as chunk:
-            with e.loop(e.int(0), e.int(TILE), 1) as i:
-                both = [e.b.add(e.b.add(chunk.index, i.index), e.int(part * TILE)) for part in range(2)]
+            with e.loop(e.int(0), e.int(AMX_ROWS), 1) as i:
+                both = [e.b.add(e.b.add(chunk.index, i.index), e.int(part * AMX_ROWS)) for part in range(2)]
                 rows = [value_at(e.smaller(place, last)) for place in both]
                 for part in range(2):
                     first, second = (e.read(I32S, row, I16, e.int(half + part * 2 * LANES)) for row in rows)
                     even = e.b.or_(e.b.and_(first, e.ints(0xFFFF)), e.b.shl(second, e.ints(16)))
                     odd = e.b.or_(e.b.lshr(first, e.ints(16)), e.b.and_(second, e.ints(-65536)))
                     for n, vector in enumerate((even, odd)):
-                        at = e.b.add(e.b.mul(i.index, e.int(TILE)), e.int((2 * part + n) * TILE_WORDS))
+                        at = e.b.add(e.b.mul(i.index, e.int(AMX_ROWS)), e.int((2 * part + n) * AMX_WORDS))
                         e.write(vector, values, I32, at)
-            e.tile_load(PROBS, e.at(probs, I32, e.b.mul(chunk.index, e.int(TILE // 2))), e.int(64))
-            for n, tile in enumerate(SUMS):
-                e.tile_load(MEMORY, e.at(values, I32, e.int(n * TILE_WORDS)), e.int(64))
-                e.tile_product(tile, PROBS, MEMORY)
-        for n, tile in enumerate(SUMS):
-            e.tile_store(tile, e.at(outcome, F32, e.int(n * TILE)), e.int(4 * 64))
+            e.amx_load(PROBS, e.at(probs, I32, e.b.mul(chunk.index, e.int(AMX_ROWS // 2))), e.int(64))
+            for n, register in enumerate(SUMS):
+                e.amx_load(MEMORY, e.at(values, I32, e.int(n * AMX_WORDS)), e.int(64))
+                e.amx_dot_bf16(register, PROBS, MEMORY)
+        for n, register in enumerate(SUMS):
+            e.amx_store(register, e.at(outcome, F32, e.int(n * AMX_ROWS)), e.int(4 * 64))
         for member in range(group):
             scale = e.splat(e.b.load(e.at(sums_at, F32, e.int(member)), typ=F32))
             for part in range(2):
@@ -96,41 +96,41 @@ def _scores(
     e: Emitter, queries: Value, scores: Value, key_at: Callable[[Value], Value], slot_size: Value, length: Value, steps: int
 ) -> None:
     """scores[position, member]; those of the last 16 beyond the length are of whatever lies there."""
-    with e.loop(e.int(0), length, TILE) as block:
+    with e.loop(e.int(0), length, AMX_ROWS) as block:
         keys = key_at(block.index)
-        e.tile_zero(SCORES)
+        e.amx_zero(SCORES)
         for step in range(steps):
-            e.tile_load(MEMORY, e.at(keys, I16, e.int(step * 2 * LANES)), e.b.mul(slot_size, e.int(2)))
-            e.tile_load(QUERIES, e.at(queries, I32, e.int(step * TILE_WORDS)), e.int(64))
-            e.tile_product(SCORES, MEMORY, QUERIES)
-        e.tile_store(SCORES, e.at(scores, F32, e.b.mul(block.index, e.int(TILE))), e.int(64))
+            e.amx_load(MEMORY, e.at(keys, I16, e.int(step * 2 * LANES)), e.b.mul(slot_size, e.int(2)))
+            e.amx_load(QUERIES, e.at(queries, I32, e.int(step * AMX_WORDS)), e.int(64))
+            e.amx_dot_bf16(SCORES, MEMORY, QUERIES)
+        e.amx_store(SCORES, e.at(scores, F32, e.b.mul(block.index, e.int(AMX_ROWS))), e.int(64))
 
 
 def _probabilities(
     e: Emitter, scores: Value, probs: Value, sums_at: Value, length: Value, room: Value, group: int, head_size: int
 ) -> None:
-    """probs: for every chunk a tile [member, word]; and one over the sums of exp(score - maximum) by member."""
+    """probs: for every chunk a register [member, word]; and one over the sums of exp(score - maximum) by member."""
 
     def score(position: Value) -> Value:
-        return e.read(F32S, scores, F32, e.b.mul(position, e.int(TILE)))
+        return e.read(F32S, scores, F32, e.b.mul(position, e.int(AMX_ROWS)))
 
     with e.loop(e.int(0), length, 1, e.splat(HIDDEN)) as position:
         position.carry([e.larger(score(position.index), position.values[0])])
     scale = head_size**-0.5 * 1.4426950408889634  # powers of two are cheaper than of e
     minus_top = e.b.fmul(position.values[0], e.splat(-scale))
     with e.loop(length, e.b.add(room, e.int(1)), 1) as position:  # one more than there are, so that there is one
-        e.write(e.splat(HIDDEN), scores, F32, e.b.mul(position.index, e.int(TILE)))
+        e.write(e.splat(HIDDEN), scores, F32, e.b.mul(position.index, e.int(AMX_ROWS)))
     with e.loop(e.int(0), room, CHUNK, e.splat(0.0)) as chunk:
-        with e.loop(e.int(0), e.int(TILE), 1, chunk.values[0]) as i:
-            both = [e.b.add(e.b.add(chunk.index, i.index), e.int(part * TILE)) for part in range(2)]
+        with e.loop(e.int(0), e.int(AMX_ROWS), 1, chunk.values[0]) as i:
+            both = [e.b.add(e.b.add(chunk.index, i.index), e.int(part * AMX_ROWS)) for part in range(2)]
             pair = [e.small_exp2(e.fma(score(place), e.splat(scale), minus_top)) for place in both]
             i.carry([e.b.fadd(i.values[0], e.b.fadd(*pair))])
             # In place of the first score, which is read.
-            e.write(_words(e, (pair[0], pair[1])), scores, I32, e.b.mul(both[0], e.int(TILE)))
+            e.write(_words(e, (pair[0], pair[1])), scores, I32, e.b.mul(both[0], e.int(AMX_ROWS)))
         total = i.values[0]
-        words = [e.read(I32S, scores, I32, e.b.mul(e.b.add(chunk.index, e.int(i)), e.int(TILE))) for i in range(TILE)]
+        words = [e.read(I32S, scores, I32, e.b.mul(e.b.add(chunk.index, e.int(i)), e.int(AMX_ROWS))) for i in range(AMX_ROWS)]
         for member, vector in enumerate(transposed(e, words)[:group]):
-            e.write(vector, probs, I32, e.b.add(e.b.mul(chunk.index, e.int(TILE // 2)), e.int(member * TILE)))
+            e.write(vector, probs, I32, e.b.add(e.b.mul(chunk.index, e.int(AMX_ROWS // 2)), e.int(member * AMX_ROWS)))
         chunk.carry([total])
     e.write(e.b.fdiv(e.splat(1.0), chunk.values[0]), sums_at, F32, e.int(0))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from ivl.cpu.kernels.emitter import F32, F32S, I8, I16, I32, I32S, I64, LANES, TILE, Emitter
+from ivl.cpu.kernels.emitter import AMX_ROWS, F32, F32S, I8, I16, I32, I32S, I64, LANES, Emitter
 from ivl.cpu.kernels.rows import bias_at, bias_vector, norm_row, swiglu_row, transposed
 
 ROW_BLOCK, COLUMN_BLOCK = 4, 4
@@ -59,7 +59,7 @@ def linear_amx(e: Emitter, num_columns: int, before: str = "", plus: bool = Fals
     """The same on a processor with matrix tiles (AMX), where even 16 columns cost no more than reading the weight. There may be
     fewer input rows than columns: every number of them compiled for itself would take longer than it saves.
 
-    One step multiplies two tiles of 16 weight rows by 32 elements, straight from the weight, with one tile of pairs of
+    One step multiplies two tiles of 16 weight rows by 32 elements, straight from the weight, with one register of pairs of
     inputs, pairs[i / 2, column], which every thread lays out for itself.
     """
     scratch = e.thread_scratch(1, 2, 3)
@@ -82,26 +82,26 @@ def linear_amx(e: Emitter, num_columns: int, before: str = "", plus: bool = Fals
             e.write(vector, pairs, I32, e.b.add(start, e.int(p * num_columns)))
     added = e.pointer(13) if plus else None
     row_bytes, pair_bytes = e.b.mul(width, e.int(2)), e.int(4 * num_columns)
-    block = 2 * TILE
+    block = 2 * AMX_ROWS
     sums, weights, inputs = (0, 1), (2, 3), 4
-    e.tiles([(TILE, 4 * num_columns)] * 2 + [(TILE, 64)] * 2 + [(TILE, 4 * num_columns)])
+    e.amx_configure([(AMX_ROWS, 4 * num_columns)] * 2 + [(AMX_ROWS, 64)] * 2 + [(AMX_ROWS, 4 * num_columns)])
     corner = e.b.alloca(F32, size=block * num_columns + LANES)  # the last rows are read beyond their end
     with e.claimed(rows, block) as (start, stop), e.loop(start, stop, block) as outer:
         first = e.smaller(outer.index, e.b.sub(rows, e.int(block)))
         w_block = e.at(w, I16, e.b.mul(first, width))
-        for tile in sums:
-            e.tile_zero(tile)
+        for register in sums:
+            e.amx_zero(register)
         with e.loop(e.int(0), width, 2 * LANES) as inner:
-            e.tile_load(inputs, e.at(pairs, I32, e.b.mul(e.b.lshr(inner.index, e.int(1)), e.int(num_columns))), pair_bytes)
+            e.amx_load(inputs, e.at(pairs, I32, e.b.mul(e.b.lshr(inner.index, e.int(1)), e.int(num_columns))), pair_bytes)
             for part, (target, weight) in enumerate(zip(sums, weights, strict=True)):
-                place = e.b.add(e.b.mul(width, e.int(part * TILE)), inner.index)
-                e.tile_load(weight, e.at(w_block, I16, place), row_bytes)
-                e.tile_product(target, weight, inputs)
-        for part, tile in enumerate(sums):
-            e.tile_store(tile, e.at(corner, F32, e.int(part * TILE * num_columns)), pair_bytes)
+                place = e.b.add(e.b.mul(width, e.int(part * AMX_ROWS)), inner.index)
+                e.amx_load(weight, e.at(w_block, I16, place), row_bytes)
+                e.amx_dot_bf16(target, weight, inputs)
+        for part, register in enumerate(sums):
+            e.amx_store(register, e.at(corner, F32, e.int(part * AMX_ROWS * num_columns)), pair_bytes)
         for part in range(2):
-            place = e.b.add(first, e.int(part * TILE))
-            lines = [e.read(F32S, corner, F32, e.int((part * TILE + row) * num_columns)) for row in range(TILE)]
+            place = e.b.add(first, e.int(part * AMX_ROWS))
+            lines = [e.read(F32S, corner, F32, e.int((part * AMX_ROWS + row) * num_columns)) for row in range(AMX_ROWS)]
             bias = bias_vector(e, bias_address, place)
             for c, total in enumerate(transposed(e, [e.b.bitcast(line, I32S) for line in lines])[:num_columns]):
                 with e.b.if_then(e.b.icmp_signed(">", given, e.int(c))):
@@ -109,7 +109,7 @@ def linear_amx(e: Emitter, num_columns: int, before: str = "", plus: bool = Fals
                     if added is not None:
                         total = e.b.fadd(total, e.floats(added, e.b.add(e.b.mul(rows, e.int(c)), place)))
                     e.store_floats(y, e.b.add(e.b.mul(rows, e.int(c)), place), total)
-    e.tiles_done()
+    e.amx_release()
 
 
 def rms_norm(e: Emitter) -> None:
@@ -147,7 +147,7 @@ def rotate(e: Emitter) -> None:
             e.store(row, other, (turned[0][1], turned[1][1]))
 
 
-def normalise(e: Emitter, size: int) -> None:
+def lookup_table(e: Emitter, size: int) -> None:
     """out[g, c, p] = table[c, tiles[g, p, c]]: bytes of three colours to numbers of `size` bytes, whose bits the table has."""
     tiles, out, table = e.pointer(1, I8), e.pointer(2, I8), e.pointer(3, I32)
     count, pixels = e.argument(4), e.argument(5)
@@ -166,7 +166,7 @@ def normalise(e: Emitter, size: int) -> None:
             e.write(e.b.trunc(bits, whole) if size < 4 else bits, out, ir.IntType(8 * size), target)
 
 
-def replay(e: Emitter) -> None:
+def repeat_calls(e: Emitter) -> None:
     """Recorded calls, each of an address, its arguments, threads, and whether argument 1 is a counter that begins at 0."""
     entries, count, parallel = e.pointer(0, I64), e.argument(1), e.argument(2)
     place = I8.as_pointer()

@@ -18,7 +18,7 @@ from llvmlite import ir
 
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 LANES = 16
-TILE = 16
+AMX_ROWS = 16
 F32S, I32S, I16S = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(I16, LANES)
 Value = Any
 Pair = tuple[Value, Value]
@@ -79,7 +79,7 @@ class Emitter:
         return self.b.bitcast(pointer, I8.as_pointer())
 
     # Matrix tiles (AMX): up to 8 registers of 16 rows of at most 64 bytes
-    def tiles(self, shapes: list[tuple[int, int]]) -> None:
+    def amx_configure(self, shapes: list[tuple[int, int]]) -> None:
         """Describe the tiles of this thread: rows and bytes per row of each. Palette 1, first row 0."""
         rows, widths = ([shape[i] for shape in shapes] for i in (0, 1))
         unused = 16 - len(shapes)
@@ -90,20 +90,20 @@ class Emitter:
         self.b.store(ir.Constant(kind, bytearray(layout)), place, align=1)
         self.call("llvm.x86.ldtilecfg", ir.VoidType(), self.bytes(place))
 
-    def tile_zero(self, tile: int) -> None:
-        self.call("llvm.x86.tilezero", ir.VoidType(), ir.Constant(I8, tile))
+    def amx_zero(self, register: int) -> None:
+        self.call("llvm.x86.tilezero", ir.VoidType(), ir.Constant(I8, register))
 
-    def tile_load(self, tile: int, pointer: Value, row_bytes: Value) -> None:
-        self.call("llvm.x86.tileloadd64", ir.VoidType(), ir.Constant(I8, tile), self.bytes(pointer), row_bytes)
+    def amx_load(self, register: int, pointer: Value, row_bytes: Value) -> None:
+        self.call("llvm.x86.tileloadd64", ir.VoidType(), ir.Constant(I8, register), self.bytes(pointer), row_bytes)
 
-    def tile_store(self, tile: int, pointer: Value, row_bytes: Value) -> None:
-        self.call("llvm.x86.tilestored64", ir.VoidType(), ir.Constant(I8, tile), self.bytes(pointer), row_bytes)
+    def amx_store(self, register: int, pointer: Value, row_bytes: Value) -> None:
+        self.call("llvm.x86.tilestored64", ir.VoidType(), ir.Constant(I8, register), self.bytes(pointer), row_bytes)
 
-    def tile_product(self, total: int, left: int, right: int) -> None:
+    def amx_dot_bf16(self, total: int, left: int, right: int) -> None:
         """total += left @ right: rows of 32 bfloat16 times 16 rows of pairs, float32 sums."""
-        self.call("llvm.x86.tdpbf16ps", ir.VoidType(), *(ir.Constant(I8, tile) for tile in (total, left, right)))
+        self.call("llvm.x86.tdpbf16ps", ir.VoidType(), *(ir.Constant(I8, register) for register in (total, left, right)))
 
-    def tiles_done(self) -> None:
+    def amx_release(self) -> None:
         self.call("llvm.x86.tilerelease", ir.VoidType())
 
     def prefetch(self, pointer: Value) -> None:

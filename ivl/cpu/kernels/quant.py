@@ -11,9 +11,6 @@ offset adds in this step. In 4 bits a step has 128 elements, 8 to a lane, so tha
 
 from __future__ import annotations
 
-import sys
-
-import llvmlite.binding as llvm
 from llvmlite import ir
 
 from ivl.cpu.kernels.emitter import F32, F32S, I8, I16, I32, I32S, LANES, Emitter, Value
@@ -30,11 +27,6 @@ TOP = 32512
 """Largest 16-bit input: h is then 127 at most."""
 
 
-def has_vnni() -> bool:
-    features = llvm.get_host_cpu_features()
-    return sys.byteorder == "little" and all(features.get(name, False) for name in ("avx512f", "avx512bw", "avx512vnni"))
-
-
 def step_of(bits: int) -> int:
     """Elements of a row that are multiplied in a step: 64 bytes of weight."""
     return 512 // bits
@@ -49,7 +41,7 @@ def token_bytes(bits: int, width: int) -> int:
     return HEAD + -(-width // step_of(bits)) * step_bytes(bits)
 
 
-def quant_prepare(e: Emitter, bits: int, zero: int, width: int) -> None:
+def quantize_inputs(e: Emitter, bits: int, zero: int, width: int) -> None:
     """Rows of bfloat16 to tokens as above."""
     x, tokens = e.pointer(1), e.pointer(2, I8)
     rows, x_stride = e.argument(3), e.argument(4)
@@ -58,7 +50,7 @@ def quant_prepare(e: Emitter, bits: int, zero: int, width: int) -> None:
         _prepare(e, e.at(x, I16, e.b.mul(row.index, x_stride)), token, bits, bool(zero), width)
 
 
-def quant_linear(e: Emitter, bits: int, groups: int, zero: int, width: int, num_tokens: int, before: str, plus: int) -> None:
+def quant_gemv(e: Emitter, bits: int, groups: int, zero: int, width: int, num_tokens: int, before: str, plus: int) -> None:
     """y[c, r] = sum_i x[c, i] w[r, i] + bias[r] for num_tokens prepared tokens c, or for one row of bfloat16.
 
     The single row may be normalised or gated `before`, by every thread for itself, and something added to the outcome.
@@ -106,7 +98,7 @@ def quant_linear(e: Emitter, bits: int, groups: int, zero: int, width: int, num_
                     e.store_one(e.at(y, I16, e.b.add(e.b.mul(rows, e.int(block + c)), row_id)), total)
 
 
-def quant_unpack(e: Emitter, bits: int, groups: int, zero: int, width: int) -> None:
+def dequantize(e: Emitter, bits: int, groups: int, zero: int, width: int) -> None:
     """w[r, i] = (q - z) scale as bfloat16, rounded half up."""
     w, scales, zeros, out = e.pointer(1, I8), e.pointer(2), e.pointer(3, I8), e.pointer(4)
     rows = e.argument(5)

@@ -6,24 +6,26 @@ they are in its cache. In 8 bits the integers themselves are unpacked, without l
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from llvmlite import ir
 
-from ivl.cpu.kernels.emitter import F32, F32S, I8, I16, I16S, I32, I32S, LANES, TILE, Emitter, Value
+from ivl.cpu.kernels.emitter import AMX_ROWS, F32, F32S, I8, I16, I16S, I32, I32S, LANES, Emitter, Value
 from ivl.cpu.kernels.quant import BYTES, HEAD, row_scale, step_bytes, step_of, token_bytes, weight_bytes
 from ivl.cpu.kernels.rows import bias_vector, gelu, transposed
 
-ROWS = 2 * TILE
-TILE_BYTES = 1024
+ROWS = 2 * AMX_ROWS
+AMX_BYTES = 1024
 AHEAD = 4096
 """Bytes ahead that are fetched."""
 
 
 def scratch_bytes(width: int) -> int:
     """What one thread needs for 32 unpacked rows."""
-    return width // 32 * 2 * TILE_BYTES
+    return width // 32 * 2 * AMX_BYTES
 
 
-def quant_matmul(e: Emitter, bits: int, groups: int, zero: int, width: int, height: int, together: int) -> None:
+def quant_gemm(e: Emitter, bits: int, groups: int, zero: int, width: int, height: int, together: int) -> None:
     """y[t, r] = sum_i x[t, i] w[r, i] + bias[r] for tokens t in tiles of `height`, `together` (1 or 2) of them at a time."""
     scratch = e.thread_scratch(1, 2, 3)
     x, w, scales, zeros = e.pointer(4), e.pointer(5, I8), e.pointer(6), e.pointer(7, I8)
@@ -32,48 +34,48 @@ def quant_matmul(e: Emitter, bits: int, groups: int, zero: int, width: int, heig
     row_bytes, x_bytes = width * bits // 8, e.b.mul(x_stride, e.int(2))
     sums, inputs, weights = [0, 1, 2, 3][: 2 * together], [4, 5][:together], (6, 7)
     # Sums and inputs have a row for each token, weights one for each pair of elements.
-    e.tiles([(height, 64)] * 6 + [(TILE, 64)] * 2)
+    e.amx_configure([(height, 64)] * 6 + [(AMX_ROWS, 64)] * 2)
     block = together * height
     corner = e.b.alloca(F32, size=e.int(block * ROWS))
     corner.align = 64  # type: ignore[misc]
     with e.claimed(rows, ROWS) as (start, stop), e.loop(start, stop, ROWS) as outer:
         first = e.smaller(outer.index, e.b.sub(rows, e.int(ROWS)))
         for part in range(2):
-            row_ids = [e.b.add(first, e.int(part * TILE + r)) for r in range(TILE)]
+            row_ids = [e.b.add(first, e.int(part * AMX_ROWS + r)) for r in range(AMX_ROWS)]
             w_rows = [e.at(w, I8, e.b.mul(row, e.int(row_bytes))) for row in row_ids]
             places = [e.b.mul(row, e.int(groups)) for row in row_ids]
-            _unpack(e, e.at(scratch, I8, e.int(part * TILE_BYTES)), w_rows, scales, zeros if zero else None, places, bits,
+            _unpack(e, e.at(scratch, I8, e.int(part * AMX_BYTES)), w_rows, scales, zeros if zero else None, places, bits,
                     groups, width)  # fmt: skip
-        offsets = [e.read(F32S, biases, F32, e.b.add(first, e.int(part * TILE))) for part in range(2)]
+        offsets = [e.read(F32S, biases, F32, e.b.add(first, e.int(part * AMX_ROWS))) for part in range(2)]
         factors = None
         if bits == 8:
-            factors = [e.floats(scales, e.b.add(first, e.int(part * TILE))) for part in range(2)]
+            factors = [e.floats(scales, e.b.add(first, e.int(part * AMX_ROWS))) for part in range(2)]
         with e.loop(e.int(0), tokens, block) as column:
             token = e.smaller(column.index, e.b.sub(tokens, e.int(block)))
-            x_tiles = [e.at(x, I16, e.b.mul(e.b.add(token, e.int(n * height)), x_stride)) for n in range(together)]
-            for tile in sums:
-                e.tile_zero(tile)
+            x_blocks = [e.at(x, I16, e.b.mul(e.b.add(token, e.int(n * height)), x_stride)) for n in range(together)]
+            for register in sums:
+                e.amx_zero(register)
             with e.loop(e.int(0), e.int(width), 32) as inner:
-                place = e.at(scratch, I8, e.b.mul(inner.index, e.int(TILE_BYTES // TILE)))
-                for tile, start_x in zip(inputs, x_tiles, strict=True):
-                    e.tile_load(tile, e.at(start_x, I16, inner.index), x_bytes)
-                for part, tile in enumerate(weights):
-                    e.tile_load(tile, e.at(place, I8, e.int(part * TILE_BYTES)), e.int(64))
-                for n, tile in enumerate(sums):
-                    e.tile_product(tile, inputs[n // 2], weights[n % 2])
-            for n, tile in enumerate(sums):
-                e.tile_store(tile, e.at(corner, F32, e.int(n // 2 * height * ROWS + n % 2 * TILE)), e.int(4 * ROWS))
+                place = e.at(scratch, I8, e.b.mul(inner.index, e.int(AMX_BYTES // AMX_ROWS)))
+                for register, start_x in zip(inputs, x_blocks, strict=True):
+                    e.amx_load(register, e.at(start_x, I16, inner.index), x_bytes)
+                for part, register in enumerate(weights):
+                    e.amx_load(register, e.at(place, I8, e.int(part * AMX_BYTES)), e.int(64))
+                for n, register in enumerate(sums):
+                    e.amx_dot_bf16(register, inputs[n // 2], weights[n % 2])
+            for n, register in enumerate(sums):
+                e.amx_store(register, e.at(corner, F32, e.int(n // 2 * height * ROWS + n % 2 * AMX_ROWS)), e.int(4 * ROWS))
             with e.loop(e.int(0), e.int(block), 1) as line:
                 out = e.b.add(e.b.mul(e.b.add(token, line.index), rows), first)
                 for part in range(2):
-                    at = e.b.add(e.b.mul(line.index, e.int(ROWS)), e.int(part * TILE))
+                    at = e.b.add(e.b.mul(line.index, e.int(ROWS)), e.int(part * AMX_ROWS))
                     total = e.read(F32S, corner, F32, at)
                     total = e.fma(total, factors[part], offsets[part]) if factors else e.b.fadd(total, offsets[part])
-                    e.store_floats(y, e.b.add(out, e.int(part * TILE)), total)
-    e.tiles_done()
+                    e.store_floats(y, e.b.add(out, e.int(part * AMX_ROWS)), total)
+    e.amx_release()
 
 
-def quant_round(e: Emitter, width: int) -> None:
+def w8a8_round(e: Emitter, width: int) -> None:
     """Rows of bfloat16 to 8 bits: int8 [width], then scale (float32) and -128 times the sum (int32) in 64 bytes."""
     x, out, rows, x_stride = e.pointer(1), e.pointer(2, I8), e.argument(3), e.argument(4)
     with e.claimed(rows, 1) as (start, stop), e.loop(start, stop, 1) as row:
@@ -93,7 +95,7 @@ def quant_round(e: Emitter, width: int) -> None:
         e.b.store(e.b.mul(total, ir.Constant(I32, -128)), e.at(end, I32, e.int(1)))
 
 
-def quant_rounded(e: Emitter, width: int, height: int, together: int, after: str) -> None:
+def w8a8_gemm(e: Emitter, width: int, height: int, together: int, after: str) -> None:
     """y[t, r] = sum_i x[t, i] w[r, i] + bias[r] for tokens from quant_round and weights of 8 bits; sums are exact. `after`:
     "gelu" of it, "add" for plus[t, r] + factor[r] times it, or nothing."""
     scratch = e.thread_scratch(1, 2, 3)
@@ -102,19 +104,19 @@ def quant_rounded(e: Emitter, width: int, height: int, together: int, after: str
     plus, factor = (e.pointer(11), e.pointer(12)) if after == "add" else (None, None)
     size, steps, block = width + 64, -(-width // 64), together * height
     sums, inputs, weights = [0, 1, 2, 3][: 2 * together], [4, 5][:together], (6, 7)
-    e.tiles([(height, 64)] * 6 + [(TILE, 64)] * 2)
+    e.amx_configure([(height, 64)] * 6 + [(AMX_ROWS, 64)] * 2)
     corner = e.b.alloca(I32, size=e.int(block * ROWS))
     corner.align = 64  # type: ignore[misc]
     with e.claimed(rows, ROWS) as (start, stop), e.loop(start, stop, ROWS) as outer:
         first = e.smaller(outer.index, e.b.sub(rows, e.int(ROWS)))
         for part in range(2):
-            w_rows = [e.at(w, I8, e.b.mul(e.b.add(first, e.int(part * TILE + r)), e.int(width))) for r in range(TILE)]
+            w_rows = [e.at(w, I8, e.b.mul(e.b.add(first, e.int(part * AMX_ROWS + r)), e.int(width))) for r in range(AMX_ROWS)]
 
             def some(number: Value, count: int, w_rows: list[Value] = w_rows, part: int = part) -> None:
                 at = e.b.mul(number, e.int(64))
                 words = transposed(e, [e.b.bitcast(weight_bytes(e, row, at, count), I32S) for row in w_rows])
                 for j, word in enumerate(words):
-                    place = e.b.add(e.b.mul(number, e.int(2 * TILE_BYTES)), e.int(part * TILE_BYTES + j * 64))
+                    place = e.b.add(e.b.mul(number, e.int(2 * AMX_BYTES)), e.int(part * AMX_BYTES + j * 64))
                     e.write(word, scratch, I8, place)
 
             if width >= 64:
@@ -122,24 +124,24 @@ def quant_rounded(e: Emitter, width: int, height: int, together: int, after: str
                     some(number.index, 64)
             if width % 64:
                 some(e.int(width // 64), width % 64)
-        offsets = [e.read(F32S, biases, F32, e.b.add(first, e.int(part * TILE))) for part in range(2)]
-        factors = [e.floats(scales, e.b.add(first, e.int(part * TILE))) for part in range(2)]
+        offsets = [e.read(F32S, biases, F32, e.b.add(first, e.int(part * AMX_ROWS))) for part in range(2)]
+        factors = [e.floats(scales, e.b.add(first, e.int(part * AMX_ROWS))) for part in range(2)]
         with e.loop(e.int(0), tokens, block) as column:
             token = e.smaller(column.index, e.b.sub(tokens, e.int(block)))
-            x_tiles = [e.at(x, I8, e.b.mul(e.b.add(token, e.int(n * height)), e.int(size))) for n in range(together)]
-            for tile in sums:
-                e.tile_zero(tile)
+            x_blocks = [e.at(x, I8, e.b.mul(e.b.add(token, e.int(n * height)), e.int(size))) for n in range(together)]
+            for register in sums:
+                e.amx_zero(register)
             with e.loop(e.int(0), e.int(steps), 1) as inner:
-                place = e.at(scratch, I8, e.b.mul(inner.index, e.int(2 * TILE_BYTES)))
-                for tile, start_x in zip(inputs, x_tiles, strict=True):
-                    e.tile_load(tile, e.at(start_x, I8, e.b.mul(inner.index, e.int(64))), e.int(size))
-                for part, tile in enumerate(weights):
-                    e.tile_load(tile, e.at(place, I8, e.int(part * TILE_BYTES)), e.int(64))
-                for n, tile in enumerate(sums):
-                    numbers = (tile, inputs[n // 2], weights[n % 2])
+                place = e.at(scratch, I8, e.b.mul(inner.index, e.int(2 * AMX_BYTES)))
+                for register, start_x in zip(inputs, x_blocks, strict=True):
+                    e.amx_load(register, e.at(start_x, I8, e.b.mul(inner.index, e.int(64))), e.int(size))
+                for part, register in enumerate(weights):
+                    e.amx_load(register, e.at(place, I8, e.int(part * AMX_BYTES)), e.int(64))
+                for n, register in enumerate(sums):
+                    numbers = (register, inputs[n // 2], weights[n % 2])
                     e.call("llvm.x86.tdpbsud", ir.VoidType(), *(ir.Constant(I8, number) for number in numbers))
-            for n, tile in enumerate(sums):
-                e.tile_store(tile, e.at(corner, I32, e.int(n // 2 * height * ROWS + n % 2 * TILE)), e.int(4 * ROWS))
+            for n, register in enumerate(sums):
+                e.amx_store(register, e.at(corner, I32, e.int(n // 2 * height * ROWS + n % 2 * AMX_ROWS)), e.int(4 * ROWS))
             with e.loop(e.int(0), e.int(block), 1) as line:
                 number = e.b.add(token, line.index)
                 end = e.at(x, I8, e.b.add(e.b.mul(number, e.int(size)), e.int(width)))
@@ -147,17 +149,17 @@ def quant_rounded(e: Emitter, width: int, height: int, together: int, after: str
                 offset = e.int_splat(e.b.load(e.at(end, I32, e.int(1)), typ=I32))
                 out = e.b.add(e.b.mul(number, rows), first)
                 for part in range(2):
-                    at = e.b.add(e.b.mul(line.index, e.int(ROWS)), e.int(part * TILE))
+                    at = e.b.add(e.b.mul(line.index, e.int(ROWS)), e.int(part * AMX_ROWS))
                     total = e.b.sitofp(e.b.add(e.read(I32S, corner, I32, at), offset), F32S)
                     total = e.fma(e.b.fmul(total, scale), factors[part], offsets[part])
-                    place = e.b.add(out, e.int(part * TILE))
+                    place = e.b.add(out, e.int(part * AMX_ROWS))
                     if after == "gelu":
                         total = gelu(e, total)
                     elif plus is not None:
-                        scaled = e.floats(factor, e.b.add(first, e.int(part * TILE)))
+                        scaled = e.floats(factor, e.b.add(first, e.int(part * AMX_ROWS)))
                         total = e.fma(total, scaled, e.floats(plus, place))
                     e.store_floats(y, place, total)
-    e.tiles_done()
+    e.amx_release()
 
 
 def _unpack(
@@ -190,8 +192,8 @@ def _unpack(
                     even, odd = (e.b.add(bit, e.ints(0x8000)) for bit in (even, odd))
                 pair = e.b.or_(e.b.lshr(even, e.ints(16)), e.b.and_(odd, e.ints(-65536)))
                 index = j * per_lane // 2 + h  # of the pair within the step
-                at = index // 16 * 2 * TILE_BYTES + index % 16 * 64
-                e.write(pair, out, I8, e.b.add(e.b.mul(number, e.int(step // 32 * 2 * TILE_BYTES)), e.int(at)))
+                at = index // 16 * 2 * AMX_BYTES + index % 16 * 64
+                e.write(pair, out, I8, e.b.add(e.b.mul(number, e.int(step // 32 * 2 * AMX_BYTES)), e.int(at)))
 
     if width >= step:
         with e.loop(e.int(0), e.int(width // step), 1) as number:
@@ -217,131 +219,198 @@ def _affine(e: Emitter, scales: Value, zeros: Value | None, places: list[Value])
     return factor, e.b.fneg(e.b.fmul(factor, middle))
 
 
-def quant_few(e: Emitter, bits: int, groups: int, zero: int, width: int, plus: int) -> None:
-    """y[t, r] of at most 16 tokens, with integer tiles: 16 weight rows times the bytes h and l of 16 tokens.
+class _SmallBatch(NamedTuple):
+    """What both small-batch kernels work on."""
 
-    Tokens come as quant.py prepares them; every thread transposes them for itself, x[word, token] in words of 4 bytes.
-    Sums of a group are exact.
-    """
+    x: Value
+    """The tokens as quant.py prepares them, transposed: x[word, token] in words of 4 bytes."""
+    w: Value
+    scales: Value
+    zeros: Value
+    bias_address: Value
+    y: Value
+    rows: Value
+    residual: Value | None
+    given: Value
+    """The number of tokens; the others of the 16 repeat the last one."""
+    token_scales: Value
+    sums: Value
+    """Memory for the four sum registers."""
+    digits: Value
+    """Memory for 32 rows of 4-bit weights, a byte each: 64 bytes of even elements per row, then those of odd ones."""
+    totals: Value
+    """Memory for float32 sums [row, token]."""
+
+    def word(self, e: Emitter, row: Value) -> Value:
+        """Where a word of every token is."""
+        return e.at(self.x, I32, e.b.mul(row, e.int(AMX_ROWS)))
+
+
+# Integer products of a small batch use all 8 AMX registers: sums of h (0, 2) and of l (1, 3) for rows 0-15 and 16-31 of a
+# block, weight bytes (4, 5) of its two halves, and the tokens' bytes h and l (6, 7). Two weight registers against two token
+# registers make four products from four loads.
+SUMS, LEFT, RIGHT = ((0, 1), (2, 3)), (4, 5), (6, 7)
+
+
+def _begin_batch(e: Emitter, bits: int, width: int, step: int, plus: int) -> _SmallBatch:
+    """Read the arguments, transpose the tokens, and describe the registers. step: bytes of a weight row in a register."""
     x = e.b.bitcast(e.thread_scratch(1, 2, 3), I32.as_pointer())
     tokens, w, scales, zeros = e.pointer(4, I32), e.pointer(5, I8), e.pointer(6), e.pointer(7, I8)
     bias_address, y, rows = e.argument(8), e.pointer(9), e.argument(10)
-    added_to, given = e.pointer(11) if plus else None, e.argument(12)
+    residual, given = e.pointer(11) if plus else None, e.argument(12)
     words = token_bytes(bits, width) // 4
     starts = [e.b.mul(e.smaller(e.int(t), e.b.sub(given, e.int(1))), e.int(words)) for t in range(LANES)]
     with e.loop(e.int(0), e.int(words), LANES) as column:
         lines = [e.read(I32S, tokens, I32, e.b.add(column.index, start)) for start in starts]
         for n, line in enumerate(transposed(e, lines)):
-            e.write(line, x, I32, e.b.mul(e.b.add(column.index, e.int(n)), e.int(TILE)))
-    size = width * bits // 8
-    group = width // groups
-    step = 64 if bits == 8 else group // 2  # bytes of a weight row in a tile
-    token_scales = e.read(F32S, x, I32, e.int(32 * TILE))
-    sums = [(0, 1), (2, 3)]
-    e.tiles([(TILE, 64)] * 4 + [(TILE, step)] * 2 + [(step // 4, 64)] * 2)
-    corners = e.b.alloca(I32, size=e.int(4 * TILE * TILE))
-    corners.align = 64  # type: ignore[misc]
-    nibbles = e.b.alloca(I8, size=e.int(4 * TILE_BYTES))
-    nibbles.align = 64  # type: ignore[misc]
-    sums_at = e.b.alloca(F32, size=e.int(ROWS * TILE))
-    sums_at.align = 64  # type: ignore[misc]
-    body = HEAD // 4
+            e.write(line, x, I32, e.b.mul(e.b.add(column.index, e.int(n)), e.int(AMX_ROWS)))
+    token_scales = e.read(F32S, x, I32, e.int(32 * AMX_ROWS))
+    e.amx_configure([(AMX_ROWS, 64)] * 4 + [(AMX_ROWS, step)] * 2 + [(step // 4, 64)] * 2)
+    memory = [e.b.alloca(kind, size=e.int(size)) for kind, size in
+              ((I32, 4 * AMX_ROWS * AMX_ROWS), (I8, 4 * AMX_BYTES), (F32, ROWS * AMX_ROWS))]  # fmt: skip
+    for place in memory:
+        place.align = 64  # type: ignore[misc]
+    return _SmallBatch(x, w, scales, zeros, bias_address, y, rows, residual, given, token_scales, *memory)
 
-    def word(row: Value) -> Value:
-        """Where a word of every token is."""
-        return e.at(x, I32, e.b.mul(row, e.int(TILE)))
 
-    def products(left: list[Value], stride: int, right: list[Value]) -> None:
-        for tile, place in zip((6, 7), right, strict=True):
-            e.tile_load(tile, place, e.int(64))
-        for part, place in enumerate(left):
-            e.tile_load(4 + part, place, e.int(stride))
-            for total, tile in zip(sums[part], (6, 7), strict=True):
-                call = "llvm.x86.tdpbusd"
-                e.call(call, ir.VoidType(), *(ir.Constant(I8, number) for number in (total, 4 + part, tile)))
+def _multiply(e: Emitter, left: list[Value], stride: int, right: list[Value]) -> None:
+    """Add the products of unsigned weight bytes and the tokens' signed bytes to the sum registers."""
+    for register, place in zip(RIGHT, right, strict=True):
+        e.amx_load(register, place, e.int(64))
+    for part, place in enumerate(left):
+        e.amx_load(LEFT[part], place, e.int(stride))
+        for total, register in zip(SUMS[part], RIGHT, strict=True):
+            numbers = (total, LEFT[part], register)
+            e.call("llvm.x86.tdpbusd", ir.VoidType(), *(ir.Constant(I8, number) for number in numbers))
 
-    def totals(part: int, r: int, offsets: list[Value]) -> list[Value]:
-        """Sums of h and of l for a row, by token."""
-        both = []
-        for tile, offset in zip(sums[part], offsets, strict=True):
-            both.append(e.b.add(e.read(I32S, corners, I32, e.int((tile * TILE + r) * TILE)), offset))
-        return both
 
-    def store_tiles() -> None:
-        for tile in range(4):
-            e.tile_store(tile, e.at(corners, I32, e.int(tile * TILE * TILE)), e.int(64))
+def _zero_sums(e: Emitter) -> None:
+    for register in range(4):
+        e.amx_zero(register)
 
-    def added(first: int, count: int, base: Value) -> Value:
-        total = e.ints(0) if bits == 8 or not zero else e.splat(0.0)
-        for n in range(first, first + count):
-            term = e.read(total.type, word(e.b.add(base, e.int(n))), I32, e.int(0))  # type: ignore[union-attr]
-            total = e.b.fadd(total, term) if total.type == F32S else e.b.add(total, term)  # type: ignore[union-attr]
-        return total
 
-    with e.claimed(rows, ROWS) as (start, stop), e.loop(start, stop, ROWS) as outer:
-        first = e.smaller(outer.index, e.b.sub(rows, e.int(ROWS)))
+def _store_sums(e: Emitter, batch: _SmallBatch) -> None:
+    for register in range(4):
+        e.amx_store(register, e.at(batch.sums, I32, e.int(register * AMX_ROWS * AMX_ROWS)), e.int(64))
+
+
+def _row_sums(e: Emitter, batch: _SmallBatch, part: int, r: int, offsets: list[Value]) -> list[Value]:
+    """Sums of h and of l for a weight row, by token."""
+    both = []
+    for register, offset in zip(SUMS[part], offsets, strict=True):
+        both.append(e.b.add(e.read(I32S, batch.sums, I32, e.int((register * AMX_ROWS + r) * AMX_ROWS)), offset))
+    return both
+
+
+def _offset(e: Emitter, batch: _SmallBatch, zero: Value, first: int, count: int, base: Value) -> Value:
+    """What the weights' offset adds, by token: `count` words of the tokens, summed from `zero`."""
+    total = zero
+    for n in range(first, first + count):
+        term = e.read(total.type, batch.word(e, e.b.add(base, e.int(n))), I32, e.int(0))
+        total = e.b.fadd(total, term) if total.type == F32S else e.b.add(total, term)
+    return total
+
+
+def _store_batch(e: Emitter, batch: _SmallBatch, first: Value, found: list[Value]) -> None:
+    """y[t, first + r] = found[r][t] * scale of the token + bias + residual."""
+    for part in range(2):
+        bias = bias_vector(e, batch.bias_address, e.b.add(first, e.int(part * AMX_ROWS)))
+        outs = [e.b.fmul(total, batch.token_scales) for total in found[part * AMX_ROWS : (part + 1) * AMX_ROWS]]
+        for t, total in enumerate(transposed(e, outs)):
+            with e.b.if_then(e.b.icmp_signed(">", batch.given, e.int(t))):
+                place = e.b.add(e.b.mul(batch.rows, e.int(t)), e.b.add(first, e.int(part * AMX_ROWS)))
+                total = e.b.fadd(total, bias)
+                added = batch.residual
+                e.store_floats(batch.y, place, total if added is None else e.b.fadd(total, e.floats(added, place)))
+
+
+def quant_small_batch8(e: Emitter, width: int, plus: int) -> None:
+    """y[t, r] of at most 16 tokens and weights of 8 bits, with AMX on integers. The sums of a row are exact.
+
+    Weight bytes are multiplied as they lie in memory: 16 rows of 64 bytes fill a register.
+    """
+    batch = _begin_batch(e, 8, width, 64, plus)
+    with e.claimed(batch.rows, ROWS) as (start, stop), e.loop(start, stop, ROWS) as outer:
+        first = e.smaller(outer.index, e.b.sub(batch.rows, e.int(ROWS)))
         row_ids = [e.b.add(first, e.int(r)) for r in range(ROWS)]
         found: list[Value] = []
-        if bits == 8:
-            for tile in range(4):
-                e.tile_zero(tile)
-            with e.loop(e.int(0), e.int(width // 64), 1) as inner:
-                at = e.b.mul(inner.index, e.int(64))
-                left = [e.at(w, I8, e.b.add(e.b.mul(row_ids[part * TILE], e.int(size)), at)) for part in range(2)]
-                base = e.b.add(e.b.mul(inner.index, e.int(32)), e.int(body))
-                for row in row_ids:
-                    e.prefetch(e.at(w, I8, e.b.add(e.b.mul(row, e.int(size)), e.b.add(at, e.int(AHEAD)))))
-                products(left, size, [word(base), word(e.b.add(base, e.int(TILE)))])
-            store_tiles()
-            offsets = [added(part * TILE, TILE, e.int(0)) for part in range(2)]
-            for part in range(2):
-                for r in range(TILE):
-                    high, low = (e.b.sitofp(total, F32S) for total in totals(part, r, offsets))
-                    total = e.b.fadd(e.b.fmul(high, e.splat(256.0)), low)
-                    scale = e.load_one(e.at(scales, I16, row_ids[part * TILE + r]))
-                    found.append(e.b.fmul(total, e.splat(scale)))
-        else:
-            for r in range(ROWS):
-                e.write(e.splat(0.0), sums_at, F32, e.int(r * TILE))
-            mask = ir.Constant(BYTES, [15] * 64)
-            w_rows = [e.at(w, I8, e.b.mul(row, e.int(size))) for row in row_ids]
-            scale_rows = [e.at(scales, I16, e.b.mul(row, e.int(groups))) for row in row_ids]
-            zero_rows = [e.at(zeros, I8, e.b.mul(row, e.int(groups))) for row in row_ids]
-            with e.loop(e.int(0), e.int(width // 128), 1) as inner:
-                for r, row in enumerate(w_rows):
-                    e.prefetch(e.at(row, I8, e.b.add(e.b.mul(inner.index, e.int(64)), e.int(AHEAD))))
-                    both = e.read(BYTES, row, I8, e.b.mul(inner.index, e.int(64)))
-                    shifted = e.b.bitcast(e.b.lshr(e.b.bitcast(both, I32S), e.ints(4)), BYTES)
-                    e.write(e.b.and_(both, mask), nibbles, I8, e.int(r * 64))
-                    e.write(e.b.and_(shifted, mask), nibbles, I8, e.int(2 * TILE_BYTES + r * 64))
-                base = e.b.add(e.b.mul(inner.index, e.int(step_bytes(4) // 4)), e.int(body))
-                for g in range(128 // group):
-                    for tile in range(4):
-                        e.tile_zero(tile)
-                    within = g * step
-                    for odd in range(2):
-                        left = [e.at(nibbles, I8, e.int((odd * 2 + part) * TILE_BYTES + within)) for part in range(2)]
-                        right = [word(e.b.add(base, e.int((2 * low + odd) * TILE + within // 4))) for low in range(2)]
-                        products(left, 64, right)
-                    store_tiles()
-                    offset = added(4 * TILE + within // 4, step // 4, base)
-                    place = e.b.add(e.b.mul(inner.index, e.int(128 // group)), e.int(g))
-                    for r in range(ROWS):
-                        high, low = totals(r // TILE, r % TILE, [e.ints(0), e.ints(0) if zero else offset])
-                        term = e.b.sitofp(e.b.add(e.b.shl(high, e.ints(8)), low), F32S)
-                        if zero:
-                            middle = e.b.uitofp(e.b.load(e.at(zero_rows[r], I8, place), typ=I8), F32)
-                            term = e.fma(e.splat(middle), offset, term)
-                        total = e.read(F32S, sums_at, F32, e.int(r * TILE))
-                        scale = e.splat(e.load_one(e.at(scale_rows[r], I16, place)))
-                        e.write(e.fma(term, scale, total), sums_at, F32, e.int(r * TILE))
-            found = [e.read(F32S, sums_at, F32, e.int(r * TILE)) for r in range(ROWS)]
+        _zero_sums(e)
+        with e.loop(e.int(0), e.int(width // 64), 1) as inner:
+            at = e.b.mul(inner.index, e.int(64))
+            left = [e.at(batch.w, I8, e.b.add(e.b.mul(row_ids[part * AMX_ROWS], e.int(width)), at)) for part in range(2)]
+            base = e.b.add(e.b.mul(inner.index, e.int(32)), e.int(HEAD // 4))
+            for row in row_ids:
+                e.prefetch(e.at(batch.w, I8, e.b.add(e.b.mul(row, e.int(width)), e.b.add(at, e.int(AHEAD)))))
+            _multiply(e, left, width, [batch.word(e, base), batch.word(e, e.b.add(base, e.int(AMX_ROWS)))])
+        _store_sums(e, batch)
+        offsets = [_offset(e, batch, e.ints(0), part * AMX_ROWS, AMX_ROWS, e.int(0)) for part in range(2)]
         for part in range(2):
-            bias = bias_vector(e, bias_address, e.b.add(first, e.int(part * TILE)))
-            outs = [e.b.fmul(total, token_scales) for total in found[part * TILE : (part + 1) * TILE]]
-            for t, total in enumerate(transposed(e, outs)):
-                with e.b.if_then(e.b.icmp_signed(">", given, e.int(t))):
-                    place = e.b.add(e.b.mul(rows, e.int(t)), e.b.add(first, e.int(part * TILE)))
-                    total = e.b.fadd(total, bias)
-                    e.store_floats(y, place, total if added_to is None else e.b.fadd(total, e.floats(added_to, place)))
-    e.tiles_done()
+            for r in range(AMX_ROWS):
+                high, low = (e.b.sitofp(total, F32S) for total in _row_sums(e, batch, part, r, offsets))
+                total = e.b.fadd(e.b.fmul(high, e.splat(256.0)), low)
+                scale = e.load_one(e.at(batch.scales, I16, row_ids[part * AMX_ROWS + r]))
+                found.append(e.b.fmul(total, e.splat(scale)))
+        _store_batch(e, batch, first, found)
+    e.amx_release()
+
+
+def quant_small_batch4(e: Emitter, groups: int, zero: int, width: int, plus: int) -> None:
+    """y[t, r] of at most 16 tokens and weights of 4 bits, with AMX on integers. The sums of a group are exact.
+
+    A step unpacks 128 elements of 32 rows to bytes, even and odd ones apart, and multiplies them group by group: a group's
+    sums leave the registers to be scaled and added in float32.
+    """
+    group = width // groups
+    step = group // 2
+    batch = _begin_batch(e, 4, width, step, plus)
+    with e.claimed(batch.rows, ROWS) as (start, stop), e.loop(start, stop, ROWS) as outer:
+        first = e.smaller(outer.index, e.b.sub(batch.rows, e.int(ROWS)))
+        row_ids = [e.b.add(first, e.int(r)) for r in range(ROWS)]
+        for r in range(ROWS):
+            e.write(e.splat(0.0), batch.totals, F32, e.int(r * AMX_ROWS))
+        w_rows = [e.at(batch.w, I8, e.b.mul(row, e.int(width // 2))) for row in row_ids]
+        scale_rows = [e.at(batch.scales, I16, e.b.mul(row, e.int(groups))) for row in row_ids]
+        zero_rows = [e.at(batch.zeros, I8, e.b.mul(row, e.int(groups))) for row in row_ids]
+        with e.loop(e.int(0), e.int(width // 128), 1) as inner:
+            _unpack_digits(e, batch, w_rows, inner.index)
+            base = e.b.add(e.b.mul(inner.index, e.int(step_bytes(4) // 4)), e.int(HEAD // 4))
+            for g in range(128 // group):
+                _zero_sums(e)
+                within = g * step
+                for odd in range(2):
+                    left = [e.at(batch.digits, I8, e.int((odd * 2 + part) * AMX_BYTES + within)) for part in range(2)]
+                    words = [(2 * low + odd) * AMX_ROWS + within // 4 for low in range(2)]
+                    _multiply(e, left, 64, [batch.word(e, e.b.add(base, e.int(word))) for word in words])
+                _store_sums(e, batch)
+                offset = _offset(e, batch, e.splat(0.0) if zero else e.ints(0), 4 * AMX_ROWS + within // 4, step // 4, base)
+                place = e.b.add(e.b.mul(inner.index, e.int(128 // group)), e.int(g))
+                _add_group(e, batch, scale_rows, zero_rows if zero else None, place, offset)
+        found = [e.read(F32S, batch.totals, F32, e.int(r * AMX_ROWS)) for r in range(ROWS)]
+        _store_batch(e, batch, first, found)
+    e.amx_release()
+
+
+def _unpack_digits(e: Emitter, batch: _SmallBatch, w_rows: list[Value], number: Value) -> None:
+    """Write 128 elements of 32 rows to batch.digits."""
+    mask = ir.Constant(BYTES, [15] * 64)
+    for r, row in enumerate(w_rows):
+        e.prefetch(e.at(row, I8, e.b.add(e.b.mul(number, e.int(64)), e.int(AHEAD))))
+        both = e.read(BYTES, row, I8, e.b.mul(number, e.int(64)))
+        shifted = e.b.bitcast(e.b.lshr(e.b.bitcast(both, I32S), e.ints(4)), BYTES)
+        e.write(e.b.and_(both, mask), batch.digits, I8, e.int(r * 64))
+        e.write(e.b.and_(shifted, mask), batch.digits, I8, e.int(2 * AMX_BYTES + r * 64))
+
+
+def _add_group(
+    e: Emitter, batch: _SmallBatch, scale_rows: list[Value], zero_rows: list[Value] | None, place: Value, offset: Value
+) -> None:
+    """totals[r, t] += scale[r] * the sum of a group. offset: -8 times the inputs' sum, or minus that sum with zero points."""
+    for r in range(ROWS):
+        high, low = _row_sums(e, batch, r // AMX_ROWS, r % AMX_ROWS, [e.ints(0), e.ints(0) if zero_rows else offset])
+        term = e.b.sitofp(e.b.add(e.b.shl(high, e.ints(8)), low), F32S)
+        if zero_rows:
+            middle = e.b.uitofp(e.b.load(e.at(zero_rows[r], I8, place), typ=I8), F32)
+            term = e.fma(e.splat(middle), offset, term)
+        total = e.read(F32S, batch.totals, F32, e.int(r * AMX_ROWS))
+        scale = e.splat(e.load_one(e.at(scale_rows[r], I16, place)))
+        e.write(e.fma(term, scale, total), batch.totals, F32, e.int(r * AMX_ROWS))

@@ -1,4 +1,4 @@
-"""Laws of replayed steps: the very numbers of the model's own way, whatever the lengths, and never on weights that are gone."""
+"""Laws of captured steps: the numbers of the model's usual way, whatever the lengths, and never on weights that are gone."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from ivl.cpu import kernels, replay
-from ivl.cpu.replay import SHORTEST, Replays, Workspace
+from ivl.cpu import accelerate, captured_step
+from ivl.cpu.captured_step import SHORTEST, CapturedStep
+from ivl.cpu.kernels import features
+from ivl.cpu.kernels.launch import Workspace
+from ivl.cpu.layers import FastDecoder
 from ivl.lora.layers import LoraConfig, LoraLinear
 from ivl.model.cache import CachedSequence, PagedCache
 from ivl.model.decoder import Decoder, DecoderLayer
@@ -19,14 +22,12 @@ from ivl.model.linear import RMSNorm
 from ivl.quant.layers import Scheme, quantize, quantize_layers, quantized_layers
 from tests.conftest import tiny_config
 
-pytestmark = pytest.mark.skipif(
-    kernels.parallel() is None or kernels.address_of("rms_norm") is None, reason="no kernels on this platform"
-)
+pytestmark = pytest.mark.skipif(not features.available(), reason="no kernels on this platform")
 LENS = (5, SHORTEST - 3, 1, 40)
 """Prompts, one of which grows past the shortest length that calls are made for."""
 
 
-def quantised(bits: int) -> Callable[[Decoder], None]:
+def quantized(bits: int) -> Callable[[Decoder], None]:
     def change(decoder: Decoder) -> None:
         weights = {path: module.weight for path, module in decoder.named_modules() if isinstance(module, nn.Linear)}
         scheme = Scheme(bits=bits, group=None if bits == 8 else 32)
@@ -39,34 +40,39 @@ def quantised(bits: int) -> Callable[[Decoder], None]:
 
 @pytest.fixture
 def decoder(monkeypatch: pytest.MonkeyPatch) -> Decoder:
-    monkeypatch.setattr(replay, "PATIENCE", 0)
+    monkeypatch.setattr(captured_step, "PATIENCE", 0)
     torch.manual_seed(0)
     config = replace(tiny_config().decoder, width=128, mlp_width=256, num_heads=4, num_kv_heads=2, head_dim=64)
     made = Decoder(config).eval()
     made.init_weights()
     for name, weight in made.named_parameters():
         weight.data.normal_(std=0.2, mean=float("norm" in name))
-    return made.to(torch.bfloat16)
+    return accelerate(made.to(torch.bfloat16))
 
 
 class Both:
-    """The same sequences twice: replayed, and as the model does it."""
+    """The same sequences twice: by captured steps, and by the layers."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
         self.caches = [PagedCache(decoder.config, num_tokens=1024, block_size=16, dtype=torch.bfloat16) for _ in range(2)]
         self.sequences = [[CachedSequence() for _ in LENS] for _ in range(2)]
-        self.replays = Replays(decoder, self.caches[0])
         x = torch.randn(sum(LENS), decoder.config.width).bfloat16()
         for cache, sequences in zip(self.caches, self.sequences, strict=True):
             step = cache.step(sequences, LENS)
             self.decoder(x, step.layout, step)
 
+    @property
+    def captured(self) -> dict[tuple[int, int, int], CapturedStep | None]:
+        assert isinstance(self.decoder, FastDecoder)
+        return self.decoder._captured(self.caches[0]).steps
+
     def step(self, which: list[int]) -> None:
         x = torch.randn(len(which), self.decoder.config.width).bfloat16()
         steps = [c.step([s[i] for i in which], (1,) * len(which)) for c, s in zip(self.caches, self.sequences, strict=True)]
-        replayed, direct = self.replays.run(x, steps[0]), self.decoder(x, steps[1].layout, steps[1])
-        assert torch.equal(replayed, direct) and direct.isfinite().all()
+        captured = self.decoder(x, steps[0].layout, steps[0])
+        direct = Decoder.forward(self.decoder, x, steps[1].layout, steps[1])
+        assert torch.equal(captured, direct) and direct.isfinite().all()
         for a, b in ((self.caches[0].keys, self.caches[1].keys), (self.caches[0].values, self.caches[1].values)):
             for one, other in zip(*self.sequences, strict=True):
                 for mine, theirs in zip(one.blocks, other.blocks, strict=True):
@@ -74,17 +80,18 @@ class Both:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("change", [None, quantised(8), quantised(4)], ids=["bfloat16", "int8", "int4"])
-def test_a_replayed_step_is_the_models_own(decoder: Decoder, change: Callable[[Decoder], None] | None) -> None:
+@pytest.mark.parametrize("change", [None, quantized(8), quantized(4)], ids=["bfloat16", "int8", "int4"])
+def test_a_captured_step_equals_the_layers(decoder: Decoder, change: Callable[[Decoder], None] | None) -> None:
     if change is not None:
         change(decoder)
+        accelerate(decoder)
     both = Both(decoder)
     for which in ([0, 1, 2, 3], [1], [0, 3], [0, 1, 2, 3], [2, 1, 0], [1], [1], [3, 2, 1, 0]):
         both.step(which)
-    made = both.replays.programs
-    assert {key[:2] for key in made} >= {(1, 128), (2, 64), (4, 64), (4, 128)}
-    assert made[1, 128, torch.get_num_threads()] is not None
-    assert (made[4, 64, torch.get_num_threads()] is not None) == kernels.has_tiles()
+    steps, threads = both.captured, torch.get_num_threads()
+    assert {key[:2] for key in steps} >= {(1, 128), (2, 64), (4, 64), (4, 128)}
+    assert (steps[1, 128, threads] is not None) == (change is None or features.has_vnni())
+    assert (steps[4, 64, threads] is not None) == features.has_amx()
 
 
 @torch.inference_mode()
@@ -98,24 +105,24 @@ def test_weights_that_are_replaced_are_used_and_what_is_no_kernel_is_left_to_the
         both.step([0])
     layer.out.weight.mul_(2)  # in place
     both.step([0])
-    layer.norm1 = RMSNorm(128, eps=1e-6).bfloat16()
+    layer.norm1 = accelerate(RMSNorm(128, eps=1e-6).bfloat16())
     both.step([0])
-    assert None not in both.replays.programs.values()
+    assert None not in both.captured.values()
     layer.down = LoraLinear(layer.down, ["down_proj"], LoraConfig(rank=4)).bfloat16()
     both.step([0])
     layer.down.enabled = False
     both.step([0])
     both.step([0, 1])
-    assert set(both.replays.programs.values()) == {None}
+    assert set(both.captured.values()) == {None}
 
 
 @torch.inference_mode()
 def test_another_type_goes_the_decoders_way(decoder: Decoder) -> None:
     decoder.float()
     cache, sequence = PagedCache(decoder.config, num_tokens=512, block_size=16), CachedSequence()
-    replays = Replays(decoder, cache)
-    assert replays.run(torch.randn(1, 128), cache.step([sequence], (1,))).dtype is torch.float32
-    assert not replays.programs
+    step = cache.step([sequence], (1,))
+    assert decoder(torch.randn(1, 128), step.layout, step).dtype is torch.float32
+    assert isinstance(decoder, FastDecoder) and not decoder._captured(cache).steps
 
 
 def test_a_workspace_hands_out_each_byte_once_until_it_is_rewound() -> None:

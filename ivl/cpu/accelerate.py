@@ -1,0 +1,71 @@
+"""accelerate(): speed for a CPU, put into a model after loading, or into a processor."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+
+from ivl.cpu.jpeg import FastLoader
+from ivl.cpu.kernels import features, ops
+from ivl.cpu.layers import FastDecoder, FastDecoderLayer, FastVisionAttention, FastVisionLayer, FastVLM
+from ivl.cpu.linear import AmxQuantLinear, AmxW8A8Linear, FastLinear, FastLoraLinear, FastRMSNorm, VnniLinear
+from ivl.cpu.memory import keep_freed_memory
+from ivl.cpu.resize import fast_resize
+from ivl.lora.layers import LoraLinear
+from ivl.model.decoder import Decoder, DecoderLayer
+from ivl.model.linear import Linear, RMSNorm
+from ivl.model.vit import VisionAttention, VisionLayer
+from ivl.model.vlm import VLM
+from ivl.processing.processor import Processor
+from ivl.quant.layers import QuantLinear
+
+Target = TypeVar("Target")
+FAST: dict[type[nn.Module], type[nn.Module]] = {
+    VLM: FastVLM, VisionAttention: FastVisionAttention, VisionLayer: FastVisionLayer, DecoderLayer: FastDecoderLayer,
+    Decoder: FastDecoder,
+}  # fmt: skip
+"""Classes that are replaced whatever the dtype."""
+FAST_BFLOAT16: dict[type[nn.Module], type[nn.Module]] = {
+    Linear: FastLinear, LoraLinear: FastLoraLinear, RMSNorm: FastRMSNorm,
+}  # fmt: skip
+"""Classes that are replaced where kernels take the weight."""
+
+
+def accelerate(target: Target) -> Target:
+    """Make a model on a CPU, a part of one, or a processor faster, in place, and return it.
+
+    A processor gives the same results as before. It can still be pickled for worker processes.
+
+    Modules of a model get fast subclasses of their classes. Their parameters stay the same objects under the same names, so
+    the model can be trained, saved, copied, adapted and merged as before. Where gradients are wanted it computes as before,
+    except that short attention is spelled out. Modules that are put in later are plain until accelerate is called again. The
+    process keeps the memory that tensors free (see memory.py).
+    """
+    if isinstance(target, nn.Module):
+        keep_freed_memory()
+        for module in target.modules():
+            module.__class__ = fast_class(module)
+    elif isinstance(target, Processor):
+        target.load, target.resize = FastLoader(), fast_resize
+    return target
+
+
+def fast_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class that computes what the module computes, fastest on this processor."""
+    kind = type(module)
+    if isinstance(module, QuantLinear):
+        return quantized_class(module)
+    if kind in FAST_BFLOAT16 and ops.fits(weight := module.weight):  # type: ignore[arg-type]
+        return FAST_BFLOAT16[kind] if kind is RMSNorm or len(weight) >= ops.MIN_OUT else kind
+    return FAST.get(kind, kind)
+
+
+def quantized_class(layer: QuantLinear) -> type[QuantLinear]:
+    """Choose the product of a quantized layer by the processor, the scheme and the shape."""
+    scheme = layer.scheme
+    if not ops.quant_fits(layer.scale, layer.in_features, scheme.group or layer.in_features):
+        return QuantLinear
+    if scheme.activations:
+        return AmxW8A8Linear if features.has_amx() else QuantLinear
+    return AmxQuantLinear if features.has_amx() else VnniLinear

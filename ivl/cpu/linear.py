@@ -1,0 +1,179 @@
+"""Fast linear layers, plain and quantized, and the RMS norm; `fused_linear` joins them for few tokens."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ivl.cpu.kernels import features, ops
+from ivl.cpu.kernels.launch import NOW, Launch
+from ivl.cpu.kernels.ops import NormArgs, QuantizedWeight
+from ivl.lora.layers import LoraLinear
+from ivl.model.linear import Linear, RMSNorm, swiglu
+from ivl.quant.layers import QuantLinear
+
+
+@cache
+def _mkldnn_bf16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+class FastLinear(Linear):
+    """A Linear with a bfloat16 weight: few rows by our kernel, more by torch."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        weight_OI, bias_O = self.weight, self.bias
+        if not ops.takes(input) or weight_OI.dtype is not torch.bfloat16:
+            return super().forward(input)
+        if input.numel() <= ops.MAX_ROWS * self.in_features:
+            return ops.linear(input, weight_OI, bias_O)
+        if bias_O is not None and _mkldnn_bf16():
+            # F.linear writes the bias over the whole result first; this adds it within the product.
+            return torch.ops.mkldnn._linear_pointwise(input, weight_OI, bias_O, "none", [], "")
+        return F.linear(input, weight_OI, bias_O)
+
+    def few_rows(
+        self, x_TI: torch.Tensor, norm: NormArgs | None, gated: bool, residual: torch.Tensor | None, launch: Launch = NOW
+    ) -> torch.Tensor | None:
+        """Return the fused product of `fused_linear` for at most MAX_ROWS rows; None if it cannot be fused."""
+        if len(x_TI) > 1 and not features.has_amx():
+            return None
+        return ops.linear(x_TI, self.weight, self.bias, norm=norm, gated=gated, residual=residual, launch=launch)
+
+
+class FastLoraLinear(LoraLinear, FastLinear):
+    """A LoraLinear whose frozen product is a FastLinear's, which comes after LoraLinear in the order of base classes."""
+
+    def few_rows(self, *args: object, **kwargs: object) -> None:
+        """Refuse to be fused or captured: adapters come after the product, and may be switched off and on."""
+
+
+class FastRMSNorm(RMSNorm):
+    """An RMSNorm with a bfloat16 weight, in one pass."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not ops.takes(x) or self.weight.dtype is not torch.bfloat16:
+            return super().forward(x)
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+class VnniLinear(QuantLinear):
+    """A QuantLinear of 8 or 4 bits with VNNI: few rows by a GEMV, more by dequantizing and torch's product."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not ops.takes(input) or self.scale.dtype is not torch.bfloat16:
+            return super().forward(input)
+        x_TI = input.reshape(-1, self.in_features)
+        return self.product(x_TI).view(*input.shape[:-1], self.out_features)
+
+    def stored(self) -> QuantizedWeight:
+        """Return the tensors as kernels take them."""
+        return QuantizedWeight(self.weight, self.scale, self.zero, self.bias)
+
+    def product(self, x_TI: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output for rows that kernels take."""
+        if len(x_TI) <= ops.MAX_ROWS:
+            return ops.quant_gemv(x_TI, self.stored())
+        return self.by_panels(x_TI, self._panel)
+
+    def _panel(self, rows: slice) -> torch.Tensor:
+        zero = None if self.zero is None else self.zero[rows]
+        return ops.dequantize(self.weight[rows], self.scale[rows], zero, self.in_features)
+
+    def few_rows(
+        self, x_TI: torch.Tensor, norm: NormArgs | None, gated: bool, residual: torch.Tensor | None, launch: Launch = NOW
+    ) -> torch.Tensor | None:
+        """Return the fused product of `fused_linear` for at most MAX_ROWS rows; None if it cannot be fused."""
+        if len(x_TI) > 1:
+            return None
+        return ops.quant_gemv(x_TI, self.stored(), norm=norm, gated=gated, residual=residual, launch=launch)
+
+
+class AmxQuantLinear(VnniLinear):
+    """A QuantLinear of 8 or 4 bits with AMX: one row by a GEMV, few by a small-batch GEMM, more by dequantizing GEMM."""
+
+    def product(self, x_TI: torch.Tensor) -> torch.Tensor:
+        if len(x_TI) == 1:
+            return ops.quant_gemv(x_TI, self.stored())
+        if len(x_TI) <= ops.MAX_ROWS and ops.small_batch_fits(self.in_features, self.scheme.bits):
+            return ops.quant_small_batch(x_TI, self.stored())
+        return ops.quant_gemm(x_TI, self.stored())
+
+    def few_rows(
+        self, x_TI: torch.Tensor, norm: NormArgs | None, gated: bool, residual: torch.Tensor | None, launch: Launch = NOW
+    ) -> torch.Tensor | None:
+        if len(x_TI) == 1 or not ops.small_batch_fits(self.in_features, self.scheme.bits):
+            return super().few_rows(x_TI, norm, gated, residual, launch)
+        if norm is not None:
+            x_TI = ops.rms_norm(x_TI, *norm, launch)
+        elif gated:
+            x_TI = ops.swiglu(x_TI, launch)
+        return ops.quant_small_batch(x_TI, self.stored(), residual=residual, launch=launch)
+
+
+class AmxW8A8Linear(QuantLinear):
+    """A W8A8 QuantLinear with AMX: inputs are rounded to 8 bits and multiplied as integers."""
+
+    def takes(self, x: torch.Tensor) -> bool:
+        """Whether the kernel takes these inputs."""
+        return ops.takes(x) and self.scale.dtype is torch.bfloat16
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.fused(input) if self.takes(input) else super().forward(input)
+
+    def fused(
+        self,
+        x: torch.Tensor,
+        *,
+        gelu: bool = False,
+        residual: torch.Tensor | None = None,
+        factor_O: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the layer's output y: gelu(y), or residual + factor * y."""
+        x_TI = x.reshape(-1, self.in_features)
+        residual_TO = None if residual is None else residual.reshape(-1, self.out_features)
+        q = QuantizedWeight(self.weight, self.scale, None, self.bias)
+        y_TO = ops.w8a8_linear(x_TI, q, gelu=gelu, residual_TO=residual_TO, factor_O=factor_O)
+        return y_TO.view(*x.shape[:-1], self.out_features)
+
+
+def fused_linear(
+    layer: nn.Module,
+    x_TI: torch.Tensor,
+    *,
+    norm: RMSNorm | None = None,
+    gated: bool = False,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return layer(norm(x)) + residual, or layer(swiglu(x)) + residual.
+
+    Few tokens take one or two kernels: norm, gate and residual would cost more in calls than in work.
+    """
+    if len(x_TI) <= ops.MAX_ROWS and ops.takes(x_TI):
+        y_TO = few_rows(layer, x_TI, norm=norm, gated=gated, residual=residual)
+        if y_TO is not None:
+            return y_TO
+    if norm is not None:
+        x_TI = norm(x_TI)
+    elif gated:
+        x_TI = ops.swiglu(x_TI) if ops.takes(x_TI) and x_TI.shape[-1] % 64 == 0 else swiglu(x_TI)
+    y_TO = layer(x_TI)
+    return y_TO if residual is None else residual + y_TO
+
+
+def few_rows(
+    layer: nn.Module,
+    x_TI: torch.Tensor,
+    *,
+    norm: RMSNorm | None = None,
+    gated: bool = False,
+    residual: torch.Tensor | None = None,
+    launch: Launch = NOW,
+) -> torch.Tensor | None:
+    """Return the product of `fused_linear` for at most MAX_ROWS rows, from kernels alone; None if it takes more than those."""
+    if not isinstance(layer, FastLinear | VnniLinear) or not (norm is None or isinstance(norm, FastRMSNorm)):
+        return None
+    return layer.few_rows(x_TI, None if norm is None else (norm.weight, norm.eps), gated, residual, launch)
