@@ -166,7 +166,7 @@ def ours(job: Job) -> None:
 
 
 def our_batches(job: Job) -> list[Any]:
-    from ivl.data.batch import collate
+    from ivl.data.packing import collate
     from ivl.types import IGNORE, Sample
 
     samples = []

@@ -19,7 +19,7 @@ from own_training_recipe import COLOURS, SHAPES, draw, recipe
 from ivl.checkpoint import load_tokenizer
 from ivl.data.loader import Loader
 from ivl.datasets.inspect import inspect
-from ivl.datasets.stats import Stats
+from ivl.datasets.stats import DatasetStats
 from ivl.filters.chain import load_chain
 from ivl.filters.run import run as run_filter
 from ivl.formats.rows import write_jsonl
@@ -39,7 +39,7 @@ def main() -> None:
     # Every problem has a file and a line. Training would stop at the first of them.
     data = replace(config.data, mixture=str(raw), max_tokens=512)
     *problems, stats = inspect(data, processor)
-    assert isinstance(stats, Stats)
+    assert isinstance(stats, DatasetStats)
     print(f"validate: {stats.bad} bad rows, {', '.join(stats.kinds)}; the first at {problems[0].source}")
     print(
         f"stats: {stats.rows} rows, {stats.tokens:,} tokens, {stats.tiles} tiles, longest sample {stats.tokens_per_sample.most}"

@@ -1,23 +1,24 @@
-"""`ivl data ...`: each command of the data engine."""
+"""`ivl data ...`: the commands for training data."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from ivl.data.config import DataConfig
-from ivl.errors import DataError, InputError
 from ivl.utils.progress import counting
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from ivl.datasets.inspect import Watch
-    from ivl.datasets.stats import Stats
+    from ivl.datasets.stats import DatasetStats
+    from ivl.errors import InputError
 
 
 def main(args: list[str]) -> None:
@@ -29,44 +30,50 @@ def main(args: list[str]) -> None:
     tyro.extras.subcommand_cli_from_dict(commands, prog="ivl data", args=args)
 
 
-Mixture = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MIXTURE")]
+@dataclass(frozen=True, kw_only=True)
+class MixtureOptions(DataConfig):
+    """The data configuration as options of a command that reads a mixture."""
+
+    mixture: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MIXTURE")]
+    """A meta JSON, or a file or folder of rows of any format that is read."""
+    num_workers: Annotated[int, tyro.conf.arg(name="workers")] = 0
+    """Processes that read and encode rows; 0 does so in this one."""
 
 
-def validate(
-    mixture: Mixture,
-    *,
-    root: str | None = None,
-    format: str | None = None,
-    model: str | None = None,
-    workers: int = 0,
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
-) -> None:
-    """Print every problem with its file and line, then how many of each kind; exit code 1 if there is one.
+@dataclass(frozen=True, kw_only=True)
+class ValidateOptions(MixtureOptions):
+    model: str | None = None
+    """Model directory whose processor also encodes every row: finds rows that are too long or train nothing."""
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
+    """Print one JSON object a line instead: each problem, then the summary."""
 
-    Args:
-        mixture: A meta JSON, or a file of rows of any format that is read.
-        root: Folder of relative media paths when `mixture` is a file of rows.
-        format: How the rows are read when `mixture` is a file of rows, such as parquet or sharegpt; by default it is found out.
-        model: Model directory whose processor also encodes every row: finds rows that are too long or train nothing.
-        workers: Processes that look at rows; 0 looks in this one.
-        as_json: Print one JSON object a line instead: each problem, then the summary.
-    """
+
+@dataclass(frozen=True, kw_only=True)
+class StatsOptions(MixtureOptions):
+    model: str | None = None
+    """Model directory whose processor counts tokens and tiles; without one, lengths are in characters."""
+    out: str | None = None
+    """Directory for stats.json and for stats.html, a page of plots."""
+
+
+def validate(options: Annotated[ValidateOptions, tyro.conf.arg(name="")]) -> None:
+    """Print every problem with its file and line, then the number of each kind; exit code 1 if there is one."""
     from ivl.datasets.inspect import kind_of
-    from ivl.datasets.stats import Stats, total
+    from ivl.datasets.stats import DatasetStats, total
 
-    done: list[Stats] = []
-    for found in _inspect(mixture, root, format, model, workers):
-        if isinstance(found, Stats):
-            done.append(found)
-            if not as_json:
-                print(f"{found.name}: {found.rows:,} rows ({found.format}), {_problems(found)}")
-        elif as_json:
-            source, problem = getattr(found, "source", None), getattr(found, "problem", str(found))
-            print(json.dumps({"source": source, "kind": kind_of(found), "problem": problem}))
+    done: list[DatasetStats] = []
+    for finding in _inspect(options, options.model):
+        if isinstance(finding, DatasetStats):
+            done.append(finding)
+            if not options.as_json:
+                print(f"{finding.name}: {finding.rows:,} rows ({finding.format}), {_problems(finding)}")
+        elif options.as_json:
+            source, problem = getattr(finding, "source", None), getattr(finding, "problem", str(finding))
+            print(json.dumps({"source": source, "kind": kind_of(finding), "problem": problem}))
         else:
-            print(f"{found} [{kind_of(found)}]")
+            print(f"{finding} [{kind_of(finding)}]")
     whole = total(done)
-    if as_json:
+    if options.as_json:
         datasets = {each.name: {"rows": each.rows, "bad": each.bad, "format": each.format} for each in done}
         print(json.dumps({"rows": whole.rows, "bad": whole.bad, "kinds": whole.kinds, "datasets": datasets}))
     elif whole.bad:
@@ -75,54 +82,28 @@ def validate(
         raise SystemExit(1)
 
 
-def stats(
-    mixture: Mixture,
-    *,
-    root: str | None = None,
-    format: str | None = None,
-    model: str | None = None,
-    out: str | None = None,
-    workers: int = 0,
-) -> None:
-    """Print how much each data set holds.
-
-    Args:
-        mixture: A meta JSON, or a file of rows of any format that is read.
-        root: Folder of relative media paths when `mixture` is a file of rows.
-        format: How the rows are read when `mixture` is a file of rows, such as parquet or sharegpt; by default it is found out.
-        model: Model directory whose processor counts tokens and tiles; without one, lengths are in characters.
-        out: Directory for stats.json and for stats.html, a page of plots.
-        workers: Processes that look at rows; 0 looks in this one.
-    """
-    from rich.console import Console
-
-    from ivl.datasets.stats import Stats
+def stats(options: Annotated[StatsOptions, tyro.conf.arg(name="")]) -> None:
+    """Print the number of rows, turns, media and characters of each data set, and how long they are."""
+    from ivl.datasets.stats import DatasetStats
     from ivl.datasets.stats_report import tables, write_report
+    from ivl.utils.progress import wide_console
 
-    found = [each for each in _inspect(mixture, root, format, model, workers, languages=True) if isinstance(each, Stats)]
-    console = Console()
-    for table in tables(found):
-        Console(width=max(console.width, 200)).print(table)  # cut names and counts would be useless
-    if bad := sum(each.bad for each in found):
-        print(f"{bad:,} bad rows are not in these figures; `ivl data validate` tells where they are")
-    if out:
-        print(write_report(out, found, mixture=mixture, model=model))
+    datasets = [finding for finding in _inspect(options, options.model) if isinstance(finding, DatasetStats)]
+    for table in tables(datasets):
+        wide_console().print(table)
+    if bad := sum(each.bad for each in datasets):
+        print(f"{bad:,} bad rows are not in these figures; `ivl data validate` names their places")
+    if options.out:
+        print(write_report(options.out, datasets, mixture=options.mixture, model=options.model))
 
 
-def _inspect(
-    mixture: str, root: str | None, format: str | None, model: str | None, workers: int, *, languages: bool = False
-) -> Iterator[DataError | InputError | Stats]:
-    """What there is to find, with a progress bar while standard error is a terminal."""
+def _inspect(config: DataConfig, model: str | None) -> Iterator[InputError | DatasetStats]:
+    """Problems and counts, with a progress bar while standard error is a terminal."""
+    from ivl.checkpoint import load_processor, resolve
     from ivl.datasets.inspect import inspect
 
-    processor = None
-    if model:
-        from ivl.checkpoint import load_processor, resolve
-
-        processor = load_processor(resolve(model))
-    config = DataConfig(mixture=mixture, root=root, format=format, num_workers=workers)
     with _progress() as watch:
-        yield from inspect(config, processor, languages=languages, watch=watch)
+        yield from inspect(config, load_processor(resolve(model)) if model else None, watch=watch)
 
 
 @contextlib.contextmanager
@@ -138,9 +119,9 @@ def _progress() -> Iterator[Watch]:
         yield watch
 
 
-def _problems(found: Stats) -> str:
-    return f"{found.bad:,} bad: {_kinds(found)}" if found.bad else "no problems"
+def _problems(dataset: DatasetStats) -> str:
+    return f"{dataset.bad:,} bad: {_kinds(dataset)}" if dataset.bad else "no problems"
 
 
-def _kinds(found: Stats) -> str:
-    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(found.kinds.items()))
+def _kinds(dataset: DatasetStats) -> str:
+    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(dataset.kinds.items()))

@@ -10,6 +10,7 @@ from ivl.types import Averaging
 from ivl.utils.checks import check_choices
 
 Weighting = Literal["size", "root"] | float
+StartMethod = Literal["fork", "spawn"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ class DataConfig:
     """Processes that encode; 0 encodes in the main process. Batches do not depend on it."""
     prefetch: int = 16
     """Samples encoded ahead for each worker."""
-    start_method: Literal["fork", "spawn"] | None = None
+    start_method: StartMethod | None = None
     """How workers start; None is fork on Linux and spawn elsewhere."""
     cache_samples: int = 0
     """Encoded samples kept in memory, for small sets seen many times. Samples with random parts are never kept."""

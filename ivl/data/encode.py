@@ -2,76 +2,42 @@
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
 import os
+import pickle
 import random
 import signal
 import sys
-import threading
-import time
+import traceback
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
 
-from ivl.data.config import DataConfig
+from ivl.data.config import DataConfig, StartMethod
 from ivl.data.mixture import Draw, Mixture
 from ivl.data.records import media_of
-from ivl.data.transport import Parcel, receive, send
-from ivl.errors import DataError, DataFault, MediaError
-from ivl.processing.image import MAX_PIXELS, load_image
+from ivl.errors import DataError
 from ivl.processing.processor import Processor, SampleOptions
-from ivl.processing.video import load_frames
-from ivl.types import ImageRef, Record, Sample, VideoRef
+from ivl.types import Record, Sample, VideoRef
+
+T = TypeVar("T")
+R = TypeVar("R")
+Encoded = Sample | DataError
+"""What a draw becomes: a sample, or the fault of its row."""
 
 PAIR = "a preference pair, whose rejected reply would be trained on; objective preference takes it"
 NO_PAIR = "not a preference pair; the objective preference needs rows with a prompt, `chosen` and `rejected`"
 CHUNK = 8
-"""Samples a worker encodes at a time; spreads the cost of a message between processes."""
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """What came of a bad row."""
-
-    source: str
-    kind: DataFault
-    problem: str
-
-    @property
-    def error(self) -> DataError:
-        return DataError(self.source, self.kind, self.problem)
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A sample that fits a pack after turns were dropped from its end; `problem` says what it was and what is left."""
-
-    sample: Sample
-    problem: str
-
-    @property
-    def num_tokens(self) -> int:
-        return self.sample.num_tokens
-
-    @property
-    def num_tiles(self) -> int:
-        return self.sample.num_tiles
-
-
-Result = Sample | Cut | Dropped
-
-
-class Encoded(NamedTuple):
-    result: Result
-    fixed: bool
-    """Whether every draw of the row gives the same: nothing about it is random."""
+"""Samples that a worker encodes at a time; spreads the cost of a message between processes."""
+SMALL = 1 << 16
+"""Bytes up to which a tensor travels through a pipe, where shared memory costs more than the copy."""
 
 
 class Encoder:
@@ -81,31 +47,30 @@ class Encoder:
         """pairs: whether rows must be preference pairs, or must not be; None takes any."""
         self.config, self.mixture, self.processor, self.pairs = config, mixture, processor, pairs
 
-    def __call__(self, draw: Draw) -> Encoded:
+    def __call__(self, draw: Draw) -> tuple[Encoded, bool]:
+        """The sample or the fault, and whether every draw of the row gives the same: nothing about it is random."""
         try:
             record = self.mixture.record(draw.dataset, draw.row)
             if self.pairs is not None and record.is_pair != self.pairs:
                 raise DataError(record.source, "bad_row", NO_PAIR if self.pairs else PAIR)
             options = self._options(record, draw)
-            sample = self._sample(record, options)
-            if sample.cut:
-                return Encoded(Cut(sample, sample.cut), False)
-            return Encoded(sample, options.generator is None)
+            return self._sample(record, options), options.generator is None
         except DataError as error:
-            return Encoded(Dropped(error.source, error.kind, error.problem), False)
+            # A new one, for the traceback of the old one would keep the row's media in memory.
+            return DataError(error.source, error.kind, error.problem), False
 
     def _options(self, record: Record, draw: Draw) -> SampleOptions:
-        config, spec = self.config, self.mixture.specs[draw.dataset]
+        config, dataset = self.config, self.mixture.specs[draw.dataset]
         generator = None
-        if spec.data_augment or any(isinstance(ref, VideoRef) for ref in media_of(record)):
+        if dataset.data_augment or any(isinstance(ref, VideoRef) for ref in media_of(record)):
             generator = random.Random(f"{self.mixture.seed} {draw.epoch} {draw.dataset} {draw.row} {draw.copy}")
         return SampleOptions(
-            max_tiles_per_image=spec.max_dynamic_patch or config.max_tiles_per_image,
+            max_tiles_per_image=dataset.max_dynamic_patch or config.max_tiles_per_image,
             max_tokens=config.max_tokens,
             max_total_tiles=config.max_tiles,
             overflow="truncate" if config.over_budget == "truncate" else "error",
             averaging=config.averaging,
-            augment=config.augmentation if spec.data_augment else None,
+            augment=config.augmentation if dataset.data_augment else None,
             min_frames=config.min_frames,
             max_frames=config.max_frames,
             generator=generator,
@@ -121,60 +86,7 @@ class Encoder:
             raise
 
 
-def check_media(record: Record, *, max_pixels: int = MAX_PIXELS) -> None:
-    """Raise the DataError of the first medium that is missing or cannot be decoded, if there is one."""
-    for ref in media_of(record):
-        try:
-            if isinstance(ref, ImageRef):
-                load_image(ref, max_pixels=max_pixels)
-            else:
-                load_frames(ref, 1, max_pixels=max_pixels)
-        except MediaError as error:
-            raise DataError(record.source, error.kind, str(error)) from error
-
-
-@contextlib.contextmanager
-def encoding(encoder: Encoder, *, num_workers: int, prefetch: int, start_method: str | None, cache: Cache):
-    """A function that maps draws to (draw, result) in order, reading at most num_workers * prefetch draws ahead."""
-
-    def here(draws: Iterator[Draw]) -> Iterator[tuple[Draw, Result]]:
-        for draw in draws:
-            yield draw, cache.get(draw) or cache.put(draw, encoder(draw))
-
-    if num_workers == 0:
-        yield here
-        return
-    start_method = start_method or ("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(
-        num_workers, multiprocessing.get_context(start_method), initializer=_start_worker, initargs=(encoder, os.getpid())
-    )
-
-    def apart(draws: Iterator[Draw]) -> Iterator[tuple[Draw, Result]]:
-        pending: deque[tuple[list[Draw], dict[int, Sample], Future | None]] = deque()
-
-        def submit() -> None:
-            chunk = list(islice(draws, CHUNK))
-            known = {draw.position: hit for draw in chunk if (hit := cache.get(draw))}
-            missing = [draw for draw in chunk if draw.position not in known]
-            if chunk:
-                pending.append((chunk, known, pool.submit(_encode, missing) if missing else None))
-
-        for _ in range(max(1, num_workers * prefetch // CHUNK)):
-            submit()
-        while pending:
-            chunk, known, future = pending.popleft()
-            arrived = iter(future.result()) if future else iter(())
-            submit()
-            for draw in chunk:
-                yield draw, known.get(draw.position) or cache.put(draw, _unpack(next(arrived)))
-
-    try:
-        yield apart
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-class Cache:
+class SampleCache:
     """The first `limit` samples that come by and have nothing random about them."""
 
     def __init__(self, limit: int) -> None:
@@ -184,58 +96,143 @@ class Cache:
     def get(self, draw: Draw) -> Sample | None:
         return self._kept.get((draw.dataset, draw.row)) if self.limit else None
 
-    def put(self, draw: Draw, encoded: Encoded) -> Result:
-        result, fixed = encoded
+    def put(self, draw: Draw, result: Encoded, fixed: bool) -> Encoded:
         if fixed and isinstance(result, Sample) and len(self._kept) < self.limit:
             self._kept[draw.dataset, draw.row] = result
         return result
 
 
-_encoder: Encoder | None = None
-"""Set in worker processes only, when they start."""
+def encode(encoder: Encoder, draws: Iterator[Draw], cache: SampleCache) -> Generator[tuple[Draw, Encoded]]:
+    """Encode draws in their order, in config.num_workers processes; close the iterator to end them.
+
+    Without workers no draw is taken before its result is asked for.
+    """
+    config = encoder.config
+    size = min(CHUNK, config.prefetch) if config.num_workers else 1
+    pending: deque[list[tuple[Draw, Sample | None]]] = deque()
+
+    def missing() -> Iterator[list[Draw]]:
+        """The draws of each chunk that the cache does not have. DataLoader asks for chunks ahead of their results."""
+        while chunk := [(draw, cache.get(draw)) for draw in islice(draws, size)]:
+            pending.append(chunk)
+            yield [draw for draw, known in chunk if known is None]
+
+    call = partial(_encode_chunk, encoder)
+    prefetch = max(1, config.prefetch // size)
+    with closing(
+        in_order(call, missing(), num_workers=config.num_workers, prefetch=prefetch, start_method=config.start_method)
+    ) as chunks:
+        for chunk in chunks:
+            arrived = iter(chunk)
+            for draw, known in pending.popleft():
+                if known is None:
+                    result, fixed = next(arrived)
+                    known = cache.put(draw, _as_tensors(result), fixed)
+                yield draw, known
 
 
-def _start_worker(encoder: Encoder, parent: int) -> None:
-    global _encoder
-    _encoder = encoder
-    settle(parent)
+def _encode_chunk(encoder: Encoder, draws: list[Draw]) -> list[tuple[Encoded, bool]]:
+    encoded = map(encoder, draws)
+    if not _in_worker():
+        return list(encoded)
+    return [(_as_message(result), fixed) for result, fixed in encoded]
 
 
-def settle(parent: int) -> None:
-    """Make a worker process quiet: one thread, deaf to Ctrl-C, gone when its parent is."""
-    torch.set_num_threads(1)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not survive the fork
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
-    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+def _as_message(result: Encoded) -> Encoded:
+    """Put the small tensors of a sample into arrays, which travel by value.
+
+    A large tensor, in practice the tiles, stays one: torch moves it into shared memory that has a file descriptor and no name,
+    so the system frees it when the last process that has it open ends, however it ends.
+    """
+    if not isinstance(result, Sample):
+        return result
+    tensors = {name: value for name, value in vars(result).items() if isinstance(value, torch.Tensor)}
+    return replace(result, **{name: value.numpy() for name, value in tensors.items() if value.nbytes <= SMALL})
 
 
-def _leave_with(parent: int) -> None:
-    """Do not outlive a parent that was killed."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
+def _as_tensors(result: Encoded) -> Encoded:
+    """Undo `_as_message`; large tensors are copied, or samples in open packs would hold many file descriptors."""
+    if not isinstance(result, Sample):
+        return result
+    arrays = {name: torch.from_numpy(value) for name, value in vars(result).items() if isinstance(value, np.ndarray)}
+    tensors = {name: value for name, value in vars(result).items() if isinstance(value, torch.Tensor)}
+    return replace(result, **arrays, **{name: value.clone() for name, value in tensors.items() if value.is_shared()})
 
 
-def _encode(draws: list[Draw]) -> list[Any]:
-    assert _encoder is not None
-    return [_pack(_encoder(draw)) for draw in draws]
+def in_order(
+    function: Callable[[T], R], items: Iterable[T], *, num_workers: int, prefetch: int, start_method: StartMethod | None
+) -> Generator[R]:
+    """Call a function on every item, here or in worker processes; yields the results in the order of the items.
+
+    Args:
+        function: picklable where start_method is spawn.
+        items: taken at most num_workers * prefetch ahead of the results; one by one without workers.
+        start_method: None is fork on Linux and spawn elsewhere.
+
+    Raises:
+        Exception: the one that the function raised, as it was.
+    """
+    if not num_workers:
+        yield from map(function, items)
+        return
+    loader = DataLoader(
+        _Calls(function),
+        batch_size=None,
+        sampler=items,
+        num_workers=num_workers,
+        prefetch_factor=prefetch,
+        collate_fn=_unchanged,
+        multiprocessing_context=start_method or ("fork" if sys.platform == "linux" else "spawn"),
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # DataLoader would draw from the global one
+    )
+    results = iter(loader)
+    try:
+        for result in results:
+            if isinstance(result, _Failure):
+                raise result.error
+            yield result
+    finally:
+        del results  # ends the workers
 
 
-def _pack(encoded: Encoded) -> Any:
-    """Arrays travel through the pipe as bytes, tiles through shared memory; tensors would each take a file descriptor."""
-    result, fixed = encoded
-    if isinstance(result, Dropped):
-        return encoded
-    sample, problem = (result.sample, result.problem) if isinstance(result, Cut) else (result, None)
-    values = vars(sample).values()  # in the order of the fields
-    parent = os.getppid()
-    return [send(value, parent) if isinstance(value, torch.Tensor) else value for value in values], fixed, problem
+@dataclass(frozen=True)
+class _Failure:
+    """An exception on its way from a worker. DataLoader would raise another one with its text."""
+
+    error: Exception
 
 
-def _unpack(packed: Any) -> Encoded:
-    if isinstance(packed, Encoded):
-        return packed
-    values, fixed, problem = packed
-    fields: list[Any] = [receive(value) if isinstance(value, np.ndarray | Parcel) else value for value in values]
-    sample = Sample(*fields)
-    return Encoded(sample if problem is None else Cut(sample, problem), fixed)
+class _Calls(Dataset[Any]):
+    """A function as a data set: its item for x is function(x)."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self.function = function
+
+    def __getitem__(self, item: Any) -> Any:
+        try:
+            return self.function(item)
+        except Exception as error:
+            error.add_note(f"in a worker process:\n{traceback.format_exc()}")
+            return _Failure(_picklable(error))
+
+
+def _picklable(error: Exception) -> Exception:
+    """The error, or one with its text: what cannot be pickled would be lost on its way, and the reader would wait forever."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError("".join(traceback.format_exception_only(error)))
+
+
+def _unchanged(result: T) -> T:
+    return result
+
+
+def _in_worker() -> bool:
+    return torch.utils.data.get_worker_info() is not None
+
+
+def _start_worker(_: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C, and ends the workers

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
-import numpy as np
-
-from ivl.data.batch import collate
 from ivl.data.config import DataConfig
 from ivl.data.elastic import deal
-from ivl.data.encode import Cache, Cut, Dropped, Encoder, Result, encoding
+from ivl.data.encode import Encoded, Encoder, SampleCache, encode
 from ivl.data.mixture import Draw, Mixture, load_mixture
-from ivl.data.packing import Buffer, Packer
-from ivl.datasets.estimate import PackEstimate, estimate
-from ivl.errors import InputError
+from ivl.data.packing import OpenPack, Packer, collate
+from ivl.errors import DataError, InputError
 from ivl.processing.processor import Processor
 from ivl.types import Batch, Sample
 
@@ -29,12 +26,12 @@ SETTLED = 100
 
 
 @dataclass
-class Report:
-    """What one rank has seen."""
+class LoaderReport:
+    """Counts of the draws of one rank."""
 
     draws: int = 0
     dropped: int = 0
-    """Draws that brought no sample; a bad row counts again whenever it is drawn."""
+    """Draws without a sample; a bad row counts again whenever it is drawn."""
     rows: dict[str, int] = field(default_factory=dict)
     """Bad rows by kind; each counts once, however often it is drawn."""
     truncated: int = 0
@@ -45,21 +42,20 @@ class Report:
     tokens: int = 0
     tiles: int = 0
 
-    def drop(self, bad: Dropped, *, first: bool) -> None:
-        """Count a draw of a bad row; `first` says that no other draw counts this row."""
+    def drop(self, error: DataError, *, first: bool) -> None:
+        """Count a draw of a bad row; `first` is whether no other draw counts this row."""
         self.dropped += 1
         if first:
-            self.rows[bad.kind] = self.rows.get(bad.kind, 0) + 1
-            self._keep(bad.kind, [str(bad.error)])
+            self.rows[error.kind] = self.rows.get(error.kind, 0) + 1
+            self._keep(error.kind, [str(error)])
 
-    def cut(self, cut: Cut, *, first: bool) -> None:
-        """Count a row that was cut to fit; `first` as in drop."""
-        if first:
-            self.truncated += 1
-            self._keep("truncated", [f"{cut.sample.source}: {cut.problem}"])
+    def truncate(self, sample: Sample) -> None:
+        """Count a row that was cut to fit a pack."""
+        self.truncated += 1
+        self._keep("truncated", [f"{sample.source}: {sample.cut}"])
 
-    def merge(self, other: Report) -> None:
-        """Add what another rank has seen."""
+    def merge(self, other: LoaderReport) -> None:
+        """Add the counts of another rank."""
         for name in ("draws", "dropped", "truncated", "packs", "tokens", "tiles"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for kind, count in other.rows.items():
@@ -104,15 +100,16 @@ class Loader:
         self.config, self.rank, self.world_size = config, rank, world_size
         specs = load_mixture(config.mixture, root=config.root, format=config.format)
         self.mixture = Mixture(specs, seed=seed, shuffle=config.shuffle, weighting=config.weighting)
-        self.report = Report()
+        self.report = LoaderReport()
         self._encoder = Encoder(config, self.mixture, processor, pairs)
-        self._cache = Cache(config.cache_samples)
-        self._packer: Packer[Sample | Cut] = self._new_packer()
+        self._cache = SampleCache(config.cache_samples)
+        self._packer: Packer[Sample] = self.new_packer()
         self._next = rank
         """Position in the stream of the first draw not yet taken."""
         self._backlog: deque[int] = deque()
-        """Positions to take before that one: what another number of ranks had left."""
+        """Positions to take before that one: those that another number of ranks had left."""
         self._reopen: list[list[int]] = []
+        """Positions of the samples of each pack that was open when the state was saved."""
 
     @property
     def num_samples(self) -> int | None:
@@ -131,21 +128,32 @@ class Loader:
         return self.report.tokens / (packs * self.config.max_tokens), self.report.tiles / (packs * self.config.max_tiles)
 
     def __iter__(self) -> Iterator[Batch]:
-        with self._encoding() as encode:
-            self._fill_open_packs(encode)
-            backlog, onward = self.mixture.draws(list(self._backlog)), self.mixture.draws(self._positions(self._next))
-            for draw, result in encode(chain(backlog, onward)):
+        reopened = [position for positions in self._reopen for position in positions]
+        parts = (reopened, list(self._backlog), self._positions(self._next))
+        draws = chain.from_iterable(map(self.mixture.draws, parts))
+        with closing(self.encode(draws)) as stream:
+            self._fill_open_packs(islice(stream, len(reopened)))
+            for draw, result in stream:
                 if self._backlog:
                     self._backlog.popleft()
                 else:
                     self._next = draw.position + self.world_size
-                if buffer := self._take(draw, result):
-                    yield self._release(buffer)
-            while buffer := self._packer.flush():
-                yield self._release(buffer)
+                if pack := self._take(draw, result):
+                    yield self._release(pack)
+        while pack := self._packer.flush():
+            yield self._release(pack)
+
+    def encode(self, draws: Iterator[Draw]) -> Generator[tuple[Draw, Encoded]]:
+        """Encode draws in order, by the workers of the configuration; this leaves the position alone."""
+        return encode(self._encoder, draws, self._cache)
+
+    def new_packer(self) -> Packer[Any]:
+        """An empty packer with the budgets of the configuration."""
+        c = self.config
+        return Packer(max_tokens=c.max_tokens, max_tiles=c.max_tiles, max_buffer=c.max_buffer, max_samples=c.max_samples)
 
     def state(self) -> dict[str, Any]:
-        """The position after the last yielded batch, for `restore`; JSON-able, and free of anything read ahead."""
+        """The position after the last yielded batch, for `restore`, as values of JSON; it does not depend on read-ahead."""
         return {
             "epoch": self.epoch,
             "next": self._next,
@@ -167,7 +175,7 @@ class Loader:
         first rank takes over the report of all.
 
         Raises:
-            InputError: if the state belongs to something else; the message says what differs.
+            InputError: if the state belongs to another mixture, seed or budgets; the message names the difference.
         """
         states = [state] if isinstance(state, dict) else list(state)
         mine = self.state()
@@ -175,30 +183,18 @@ class Loader:
             for each in states:
                 if each[name] != mine[name]:
                     raise InputError(f"the saved data position has {name} {each[name]}, this run has {mine[name]}")
-        self._packer, self.report = self._new_packer(), Report()
+        self._packer, self.report = self.new_packer(), LoaderReport()
         own = [each for each in states if (each["rank"], each["world_size"]) == (self.rank, self.world_size)]
         if own:
             self._next, backlog, self._reopen = own[0]["next"], own[0].get("backlog", []), [list(at) for at in own[0]["open"]]
-            self.report.merge(Report(**own[0]["report"]))
+            self.report.merge(LoaderReport(**own[0]["report"]))
         else:
             self._next, backlog = deal(states, self.world_size, self._stop)[self.rank]
             self._reopen = []
             for each in states if self.rank == 0 else ():
-                self.report.merge(Report(**each["report"]))
+                self.report.merge(LoaderReport(**each["report"]))
                 self.report.draws -= sum(map(len, each["open"]))  # these are drawn again
         self._backlog = deque(backlog)
-
-    def estimate_packs(self, sample_rows: int = 64, *, watch: Callable[[], None] | None = None) -> PackEstimate:
-        """Encode some random rows, draw an epoch's lengths from them, and pack those; see ivl.datasets.estimate.
-
-        watch is called after each row.
-        """
-        num_draws = len(range(self.rank, len(self.mixture), self.world_size))
-        rng = np.random.default_rng([self.mixture.seed, 2])
-        chosen = rng.choice(len(self.mixture), min(sample_rows, len(self.mixture)), replace=False)
-        with self._encoding() as encode:
-            results = encode(self.mixture.draws(sorted(chosen.tolist())))
-            return estimate(self.mixture, results, self._new_packer(), num_draws=num_draws, watch=watch)
 
     def _positions(self, start: int) -> range:
         return range(start, max(start, self._stop), self.world_size)
@@ -208,35 +204,28 @@ class Loader:
         """End of the stream."""
         return self.num_samples or sys.maxsize
 
-    def _encoding(self):
-        c = self.config
-        return encoding(
-            self._encoder, num_workers=c.num_workers, prefetch=c.prefetch, start_method=c.start_method, cache=self._cache
-        )
-
-    def _fill_open_packs(self, encode) -> None:
-        """Encode again what was in open packs when the state was saved."""
-        wanted = [at for positions in self._reopen for at in positions]
-        items = {}
-        for draw, result in encode(self.mixture.draws(wanted)):
-            if isinstance(result, Dropped):
-                raise result.error  # it was a good row when the state was saved
-            items[draw.position] = result
+    def _fill_open_packs(self, stream: Iterator[tuple[Draw, Encoded]]) -> None:
+        """Put the samples of the packs that were open when the state was saved, encoded again, into packs."""
+        samples: dict[int, Sample] = {}
+        for draw, result in stream:
+            if isinstance(result, DataError):
+                raise result  # the row was good when the state was saved
+            samples[draw.position] = result
         for positions in self._reopen:
-            self._packer.reopen(positions, [items[at] for at in positions])
+            self._packer.reopen(positions, [samples[position] for position in positions])
         self._reopen = []
 
-    def _take(self, draw: Draw, result: Result) -> Buffer[Sample | Cut] | None:
+    def _take(self, draw: Draw, result: Encoded) -> OpenPack[Sample] | None:
         self.report.draws += 1
-        if not isinstance(result, Dropped):
+        if isinstance(result, Sample):
             return self._packer.add(draw.position, result)
         if self.config.on_error == "refuse" and not (result.kind == "too_long" and self.config.over_budget == "skip"):
-            raise result.error
+            raise result
         self.report.drop(result, first=_is_first(draw))
         self._check_share(result)
         return None
 
-    def _check_share(self, last: Dropped) -> None:
+    def _check_share(self, last: DataError) -> None:
         """Stop when too many rows are bad; also when all are, or an endless run would look for a good one forever."""
         draws, dropped, share = self.report.draws, self.report.dropped, self.config.max_skip_share
         if draws < min(SETTLED, len(range(self.rank, len(self.mixture), self.world_size))):
@@ -244,23 +233,20 @@ class Loader:
         if dropped > share * draws or dropped == draws:
             raise InputError(
                 f"{dropped} of {draws} rows are bad and data.max_skip_share is {share}; {self.report.summary()}; "
-                f"the last: {last.error}"
+                f"the last: {last}"
             )
 
-    def _release(self, buffer: Buffer[Sample | Cut]) -> Batch:
+    def _release(self, pack: OpenPack[Sample]) -> Batch:
         self.report.packs += 1
-        self.report.tokens += buffer.num_tokens
-        self.report.tiles += buffer.num_tiles
-        for position, item in zip(buffer.positions, buffer.items, strict=True):
-            if isinstance(item, Cut):  # counted now, for an open pack may go to another rank
-                self.report.cut(item, first=_is_first(next(self.mixture.draws([position]))))
-        return collate(tuple(item.sample if isinstance(item, Cut) else item for item in buffer.items))
-
-    def _new_packer(self) -> Packer[Sample | Cut]:
-        c = self.config
-        return Packer(max_tokens=c.max_tokens, max_tiles=c.max_tiles, max_buffer=c.max_buffer, max_samples=c.max_samples)
+        self.report.tokens += pack.num_tokens
+        self.report.tiles += pack.num_tiles
+        for position, sample in zip(pack.positions, pack.items, strict=True):
+            # Counted now rather than when it was drawn, since an open pack may go to another rank.
+            if sample.cut and _is_first(next(self.mixture.draws([position]))):
+                self.report.truncate(sample)
+        return collate(tuple(pack.items))
 
 
 def _is_first(draw: Draw) -> bool:
-    """Whether no other draw of a run is of this row before."""
+    """Whether no earlier draw of a run is of the same row."""
     return draw.epoch == 0 and draw.copy == 0

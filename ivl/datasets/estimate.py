@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from ivl.data.encode import Cut, Dropped, Result
-from ivl.data.mixture import Draw, Mixture
-from ivl.data.packing import Packer
-from ivl.errors import InputError
+from ivl.data.encode import Encoded
+from ivl.data.loader import Loader
+from ivl.data.mixture import Mixture
+from ivl.errors import DataError, InputError
+from ivl.types import Sample
 
 SIMULATED = 20_000
 """Samples packed for the guess."""
@@ -65,46 +65,40 @@ class PackEstimate:
 
 
 @dataclass(frozen=True, slots=True)
-class _Size:
+class _SampleSize:
     num_tokens: int
     num_tiles: int
 
 
-def estimate(
-    mixture: Mixture,
-    results: Iterable[tuple[Draw, Result]],
-    packer: Packer[Any],
-    *,
-    num_draws: int,
-    watch: Callable[[], None] | None = None,
-) -> PackEstimate:
-    """Draw an epoch's lengths from the results at random, and pack those.
+def estimate_packs(loader: Loader, sample_rows: int = 64, *, watch: Callable[[], None] | None = None) -> PackEstimate:
+    """Encode some random rows, draw an epoch's lengths from theirs, and pack those. The loader's position stays.
 
-    An estimate, because lengths are known only after encoding: its error falls with the root of the number of results.
+    An estimate, because lengths are known only after encoding: its error falls with the root of the number of rows.
 
     Args:
-        packer: an empty one of the run's budgets.
-        num_draws: rows that one rank draws in an epoch.
-        watch: called after each result.
+        sample_rows: rows to encode; all if there are fewer.
+        watch: called after each row.
 
     Raises:
-        InputError: if no result can be used.
+        InputError: if none of the rows can be used.
     """
-    found: dict[int, list[Result]] = defaultdict(list)
-    for draw, result in results:
-        found[draw.dataset].append(result)
+    mixture, packer = loader.mixture, loader.new_packer()
+    chosen = np.random.default_rng([mixture.seed, 2]).choice(len(mixture), min(sample_rows, len(mixture)), replace=False)
+    by_dataset: dict[int, list[Encoded]] = defaultdict(list)
+    for draw, result in loader.encode(mixture.draws(sorted(chosen.tolist()))):
+        by_dataset[draw.dataset].append(result)
         if watch:
             watch()
-    every = [result for part in found.values() for result in part]
-    sizes_NK = _sizes(every)
+    results = [result for part in by_dataset.values() for result in part]
+    sizes_NK = _sizes(results)
     if not len(sizes_NK):
-        bad = next(result for result in every if isinstance(result, Dropped))
-        raise InputError(f"none of {len(every)} sampled rows can be used; the first: {bad.error}")
-    rng = np.random.default_rng([mixture.seed, 3])
+        error = next(result for result in results if isinstance(result, DataError))
+        raise InputError(f"none of {len(results)} sampled rows can be used; the first: {error}")
+    num_draws = len(range(loader.rank, len(mixture), loader.world_size))
     simulated = min(num_draws, SIMULATED)
-    kept = max(1, round(simulated * len(sizes_NK) / len(every)))
-    drawn_NK = sizes_NK[rng.integers(len(sizes_NK), size=kept)]
-    packs = sum(packer.add(position, _Size(*size)) is not None for position, size in enumerate(drawn_NK.tolist()))
+    num_drawn = max(1, round(simulated * len(sizes_NK) / len(results)))
+    drawn_NK = sizes_NK[np.random.default_rng([mixture.seed, 3]).integers(len(sizes_NK), size=num_drawn)]
+    packs = sum(packer.add(position, _SampleSize(*size)) is not None for position, size in enumerate(drawn_NK.tolist()))
     while packer.flush():
         packs += 1
     tokens, tiles = drawn_NK.sum(axis=0).tolist()
@@ -114,34 +108,35 @@ def estimate(
         packs=max(1, round(packs * num_draws / simulated)),
         error=float(binding_N.std() / max(binding_N.mean(), 1e-9) / len(binding_N) ** 0.5),
         draws=num_draws,
-        sampled=len(every),
-        dropped=len(every) - len(sizes_NK),
-        over_budget=sum(map(_is_over, every)),
-        tokens_per_sample=tokens / kept,
-        tiles_per_sample=tiles / kept,
-        samples_per_pack=kept / packs,
+        sampled=len(results),
+        dropped=len(results) - len(sizes_NK),
+        over_budget=sum(map(_is_over, results)),
+        tokens_per_sample=tokens / num_drawn,
+        tiles_per_sample=tiles / num_drawn,
+        samples_per_pack=num_drawn / packs,
         token_fill=tokens / (packs * budgets[0]),
         tile_fill=tiles / (packs * budgets[1]),
-        datasets=tuple(_of_dataset(mixture, index, found[index]) for index in range(len(mixture.specs))),
+        datasets=tuple(_of_dataset(mixture, index, by_dataset[index]) for index in range(len(mixture.specs))),
     )
 
 
-def _of_dataset(mixture: Mixture, index: int, results: list[Result]) -> DatasetEstimate:
+def _of_dataset(mixture: Mixture, index: int, results: list[Encoded]) -> DatasetEstimate:
     sizes_NK = _sizes(results)
     mean = sizes_NK.mean(axis=0).tolist() if len(sizes_NK) else [0.0, 0.0]
     most = sizes_NK.max(axis=0).tolist() if len(sizes_NK) else [0, 0]
-    bad = sum(isinstance(result, Dropped) and not _is_over(result) for result in results)
+    bad = sum(isinstance(result, DataError) and not _is_over(result) for result in results)
     return DatasetEstimate(
         name=mixture.specs[index].name, rows=len(mixture.files[index]), draws=mixture.num_draws(index), sampled=len(results),
         bad=bad, over_budget=sum(map(_is_over, results)), tokens=mean[0], max_tokens=most[0], tiles=mean[1], max_tiles=most[1],
     )  # fmt: skip
 
 
-def _sizes(results: list[Result]) -> np.ndarray:
-    """Tokens and tiles of the usable ones, int64 [N, 2]."""
-    samples = [result for result in results if not isinstance(result, Dropped)]
-    return np.array([(each.num_tokens, each.num_tiles) for each in samples], dtype=np.int64).reshape(-1, 2)
+def _sizes(results: list[Encoded]) -> np.ndarray:
+    """Tokens and tiles of the usable samples, int64 [N, 2]."""
+    samples = [result for result in results if isinstance(result, Sample)]
+    return np.array([(sample.num_tokens, sample.num_tiles) for sample in samples], dtype=np.int64).reshape(-1, 2)
 
 
-def _is_over(result: Result) -> bool:
-    return isinstance(result, Cut) or (isinstance(result, Dropped) and result.kind == "too_long")
+def _is_over(result: Encoded) -> bool:
+    """Whether the sample was larger than a whole pack."""
+    return bool(result.cut) if isinstance(result, Sample) else result.kind == "too_long"

@@ -1,46 +1,43 @@
-"""Every row of a mixture looked at once: what is wrong, and how much there is."""
+"""Look at every row of a mixture once: find its problems and count its contents."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import sys
-from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import closing
 
 from ivl.data.config import DataConfig
-from ivl.data.encode import Dropped, Encoder, check_media, settle
+from ivl.data.encode import Encoder, in_order
 from ivl.data.mixture import Draw, Mixture, load_mixture
-from ivl.data.records import DataError
-from ivl.datasets.stats import Stats
-from ivl.errors import InputError
+from ivl.data.records import media_of
+from ivl.datasets.stats import DatasetStats
+from ivl.errors import DataError, InputError, MediaError
+from ivl.processing.image import load_image
 from ivl.processing.processor import Processor
+from ivl.processing.video import load_frames
+from ivl.types import ImageRef, Record
 
 CHUNK = 64
-"""Rows looked at between two reports of progress, and sent to a worker at a time."""
+"""Rows between two reports of progress, which a worker gets at a time."""
 
-Found = tuple[list[DataError], Stats]
+Findings = tuple[list[DataError], DatasetStats]
 Watch = Callable[[str, int, int], None]
 """Called with the data set's name, the rows done and the rows it has."""
 
 
 def inspect(
-    config: DataConfig, processor: Processor | None = None, *, languages: bool = False, watch: Watch | None = None
-) -> Iterator[DataError | InputError | Stats]:
-    """Yield every problem in the order of the files, and the Stats of each data set when it is done.
+    config: DataConfig, processor: Processor | None = None, *, watch: Watch | None = None
+) -> Iterator[DataError | InputError | DatasetStats]:
+    """Yield every problem in the order of the files, and the DatasetStats of each data set when it is done.
 
-    Without a processor rows are read and images decoded; with one they are encoded too, which finds samples that are too
-    long or train nothing and counts tokens and tiles. languages: whether Stats tell those of the rows. A file that cannot
-    be opened is a problem, and the next one follows.
-    config.num_workers processes look at rows; what is found does not depend on their number.
+    Without a processor rows are read and media decoded; with one they are encoded too, which finds samples that are too
+    long or train nothing and counts tokens and tiles. A file that cannot be opened is a problem, and the next one follows.
+    The findings do not depend on config.num_workers.
 
     Raises:
         InputError: if the mixture itself is bad.
     """
     for spec in load_mixture(config.mixture, root=config.root, format=config.format):
-        stats = Stats(spec.name)
+        stats = DatasetStats(spec.name)
         try:
             mixture = Mixture((spec,), seed=0, shuffle=False)
         except InputError as error:
@@ -51,9 +48,11 @@ def inspect(
         else:
             rows = mixture.files[0]
             stats.format = rows.format
-            look = _Look(mixture, Encoder(config, mixture, processor) if processor else None, languages)
+            look = _Inspector(mixture, Encoder(config, mixture, processor) if processor else None)
             chunks = (range(at, min(at + CHUNK, len(rows))) for at in range(0, len(rows), CHUNK))
-            with closing(_each(look, chunks, config)) as results:
+            with closing(
+                in_order(look, chunks, num_workers=config.num_workers, prefetch=2, start_method=config.start_method)
+            ) as results:
                 for problems, part in results:
                     yield from problems
                     stats.merge(part)
@@ -63,18 +62,34 @@ def inspect(
 
 
 def kind_of(error: InputError) -> str:
-    """What a problem counts as: a row's kind, or `unreadable_file`."""
+    """The kind that a problem counts as: a row's, or `unreadable_file`."""
     return error.kind if isinstance(error, DataError) else "unreadable_file"
 
 
-class _Look:
-    """Rows of one data set -> their problems and totals."""
+def check_media(record: Record) -> None:
+    """Decode every image, and a frame of every video.
 
-    def __init__(self, mixture: Mixture, encoder: Encoder | None, languages: bool) -> None:
-        self.mixture, self.encoder, self.languages = mixture, encoder, languages
+    Raises:
+        DataError: for the first medium that is missing or cannot be decoded.
+    """
+    for ref in media_of(record):
+        try:
+            if isinstance(ref, ImageRef):
+                load_image(ref)
+            else:
+                load_frames(ref, 1)
+        except MediaError as error:
+            raise DataError(record.source, error.kind, str(error)) from error
 
-    def __call__(self, chunk: range) -> Found:
-        problems, stats = [], Stats("")
+
+class _Inspector:
+    """Rows of one data set -> their problems and counts."""
+
+    def __init__(self, mixture: Mixture, encoder: Encoder | None) -> None:
+        self.mixture, self.encoder = mixture, encoder
+
+    def __call__(self, chunk: range) -> Findings:
+        problems, stats = [], DatasetStats("")
         for row in chunk:
             stats.rows += 1
             try:
@@ -85,47 +100,13 @@ class _Look:
                 problems.append(error)
         return problems, stats
 
-    def _add(self, row: int, stats: Stats) -> None:
+    def _add(self, row: int, stats: DatasetStats) -> None:
         record = self.mixture.record(0, row)
         if self.encoder is None:
             check_media(record)
-            stats.add(record, languages=self.languages)
+            stats.add(record)
             return
-        result = self.encoder(Draw(row, 0, 0, row, 0)).result
-        if isinstance(result, Dropped):
-            raise result.error
-        stats.add(record, size=(result.num_tokens, result.num_tiles), languages=self.languages)
-
-
-def _each(look: _Look, chunks: Iterator[range], config: DataConfig) -> Generator[Found, None, None]:
-    """look(chunk) of every chunk in order, here or in worker processes that are at most a few chunks ahead."""
-    if not config.num_workers:
-        yield from map(look, chunks)
-        return
-    context = multiprocessing.get_context(config.start_method or ("fork" if sys.platform == "linux" else "spawn"))
-    with ProcessPoolExecutor(config.num_workers, context, initializer=_start_worker, initargs=(look, os.getpid())) as pool:
-        pending: deque[Future[Found]] = deque()
-        try:
-            for chunk in chunks:
-                pending.append(pool.submit(_look, chunk))
-                if len(pending) > 2 * config.num_workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-_here: _Look | None = None
-"""Set in worker processes only, when they start."""
-
-
-def _start_worker(look: _Look, parent: int) -> None:
-    global _here
-    _here = look
-    settle(parent)
-
-
-def _look(chunk: range) -> Found:
-    assert _here is not None
-    return _here(chunk)
+        sample, _ = self.encoder(Draw(position=row, epoch=0, dataset=0, row=row, copy=0))
+        if isinstance(sample, DataError):
+            raise sample
+        stats.add(record, size=(sample.num_tokens, sample.num_tiles))

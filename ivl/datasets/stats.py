@@ -1,4 +1,4 @@
-"""How much a data set holds: counts and histograms whose memory does not grow with the data."""
+"""Counts of a data set, and histograms whose memory does not grow with the data."""
 
 from __future__ import annotations
 
@@ -7,14 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ivl.filters.languages import language_of
-from ivl.filters.text import prose
 from ivl.types import ImageRef, Record, VideoRef
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
-LANGUAGE_SAMPLE = 1000
-"""Characters of a row that its language is told from."""
-LEAST_LETTERS, LEAST_SURE = 12, 0.4
 
 
 @dataclass
@@ -65,7 +60,7 @@ class Histogram:
 
 
 @dataclass
-class Stats:
+class DatasetStats:
     """Totals of one data set; bad rows count in `rows`, `bad` and `kinds` alone. Without a processor no tokens and tiles."""
 
     name: str
@@ -82,17 +77,15 @@ class Stats:
     characters: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
     """Bad rows by kind."""
-    languages: Counter[str] = field(default_factory=Counter)
-    """Rows by language, with `short` and `unsure` for those whose language cannot be told."""
     tokens_per_sample: Histogram = field(default_factory=Histogram)
     tiles_per_sample: Histogram = field(default_factory=Histogram)
     characters_per_sample: Histogram = field(default_factory=Histogram)
     characters_per_answer: Histogram = field(default_factory=Histogram)
     turns_per_conversation: Histogram = field(default_factory=Histogram)
 
-    def add(self, record: Record, *, size: tuple[int, int] | None = None, languages: bool = True) -> None:
-        """Count one good row. size: tokens and tiles of its sample, where encoded; languages: whether to tell the row's."""
-        refs, text = set(), []
+    def add(self, record: Record, *, size: tuple[int, int] | None = None) -> None:
+        """Count one good row; size: tokens and tiles of its sample, if it was encoded."""
+        refs, characters = set(), 0
         for conversation in record.conversations:
             answers = [message.text for message in conversation if message.role == "assistant"]
             self.turns += len(answers)
@@ -100,16 +93,13 @@ class Stats:
             for answer in answers:
                 self.characters_per_answer.add(len(answer))
             for message in conversation:
-                text.append(message.text)
+                characters += len(message.text)
                 refs.update(part for part in message.content if isinstance(part, ImageRef | VideoRef))
-        characters = sum(map(len, text))
         self.conversations += len(record.conversations)
         self.images += sum(isinstance(ref, ImageRef) for ref in refs)
         self.videos += sum(isinstance(ref, VideoRef) for ref in refs)
         self.characters += characters
         self.characters_per_sample.add(characters)
-        if languages:
-            self.languages[language(text)] += 1
         if size is not None:
             tokens, tiles = size
             self.tokens += tokens
@@ -117,8 +107,8 @@ class Stats:
             self.tokens_per_sample.add(tokens)
             self.tiles_per_sample.add(tiles)
 
-    def merge(self, other: Stats) -> None:
-        """Add what another part of the data holds; the name and the format stay."""
+    def merge(self, other: DatasetStats) -> None:
+        """Add the counts of another part of the data; the name and the format stay."""
         for name, value in vars(other).items():
             mine = getattr(self, name)
             if isinstance(value, int):
@@ -133,15 +123,11 @@ class Stats:
         return bool(self.tokens)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; figures of tokens and tiles only where rows were encoded."""
-        values = {name: value for name, value in vars(self).items() if self.encoded or not name.startswith(("tokens", "tiles"))}
+        """Plain values; tokens and tiles only where rows were encoded."""
         return {
-            name: value.to_json()
-            if isinstance(value, Histogram)
-            else dict(value.most_common())
-            if isinstance(value, Counter)
-            else value
-            for name, value in values.items()
+            name: _plain(value)
+            for name, value in vars(self).items()
+            if self.encoded or not name.startswith(("tokens", "tiles"))
         }
 
 
@@ -151,24 +137,9 @@ def _plain(value: Any) -> Any:
     return dict(value.most_common()) if isinstance(value, Counter) else value
 
 
-def total(found: Sequence[Stats]) -> Stats:
-    """All data sets as one."""
-    whole = Stats("total")
-    for stats in found:
+def total(datasets: Sequence[DatasetStats]) -> DatasetStats:
+    """The counts of all data sets together."""
+    whole = DatasetStats("total")
+    for stats in datasets:
         whole.merge(stats)
     return whole
-
-
-def language(texts: Sequence[str]) -> str:
-    """The language of a row, as a code such as `en` or `zh`; `short` below 12 letters, `unsure` where none stands out."""
-    left, parts = LANGUAGE_SAMPLE, []
-    for text in texts:
-        parts.append(text[:left])
-        left -= len(text)
-        if left <= 0:
-            break
-    text = prose("\n".join(parts))
-    if sum(map(str.isalpha, text)) < LEAST_LETTERS:
-        return "short"
-    code, sure = language_of(text)
-    return code if sure >= LEAST_SURE else "unsure"

@@ -1,4 +1,4 @@
-"""Stats as tables for a terminal, as stats.json, and as stats.html: one self-contained page of plots."""
+"""DatasetStats as tables for a terminal, as stats.json, and as stats.html: one self-contained page of plots."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from ivl.datasets.stats import PERCENTILES, Histogram, Stats, total
+from ivl.datasets.stats import PERCENTILES, DatasetStats, Histogram, total
 from ivl.errors import InputError
 from ivl.utils import html as pages
 
@@ -18,12 +18,12 @@ MAX_SOURCES = 12
 """Data sets that a plot tells apart; the smaller ones are drawn as one. The tables name them all."""
 
 
-def tables(found: Sequence[Stats]) -> list[Table]:
+def tables(datasets: Sequence[DatasetStats]) -> list[Table]:
     """Counts of each data set and of all, then percentiles of lengths."""
-    return [_table(*_counts(found)), *(_table(*part) for part in _lengths(found))]
+    return [_table(*_counts(datasets)), *(_table(*part) for part in _lengths(datasets))]
 
 
-def write_report(out: str | Path, found: Sequence[Stats], *, mixture: str, model: str | None) -> Path:
+def write_report(out: str | Path, datasets: Sequence[DatasetStats], *, mixture: str, model: str | None) -> Path:
     """Write stats.json and stats.html into a directory; returns the page.
 
     Raises:
@@ -31,16 +31,16 @@ def write_report(out: str | Path, found: Sequence[Stats], *, mixture: str, model
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    whole = total(found)
+    whole = total(datasets)
     values = {
-        "mixture": mixture, "model": model, "datasets": {each.name: each.to_json() for each in found},
+        "mixture": mixture, "model": model, "datasets": {each.name: each.to_json() for each in datasets},
         "total": whole.to_json(),
     }  # fmt: skip
     (out / "stats.json").write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if not whole.conversations:
         raise InputError(f"{mixture}: no row could be read, so there is nothing to plot")
     page = out / "stats.html"
-    page.write_text(_page(found, whole, mixture, model), encoding="utf-8")
+    page.write_text(_page(datasets, whole, mixture, model), encoding="utf-8")
     return page
 
 
@@ -48,8 +48,8 @@ Cells = tuple[str, list[str], list[list[str]]]
 """A title, the head and the rows of a table."""
 
 
-def _counts(found: Sequence[Stats]) -> Cells:
-    encoded = any(each.encoded for each in found)
+def _counts(datasets: Sequence[DatasetStats]) -> Cells:
+    encoded = any(each.encoded for each in datasets)
     columns = [
         "rows",
         "bad",
@@ -60,28 +60,22 @@ def _counts(found: Sequence[Stats]) -> Cells:
         *(["tokens", "tiles"] if encoded else []),
         "characters",
     ]
-    every = [*found, total(found)] if len(found) > 1 else found
+    every = [*datasets, total(datasets)] if len(datasets) > 1 else datasets
     size = "tokens" if encoded else "characters"
-    whole = sum(getattr(each, size) for each in found) or 1
+    whole = sum(getattr(each, size) for each in datasets) or 1
     rows = [
         [each.name, each.format, *(f"{getattr(each, column):,}" for column in columns),
-         f"{getattr(each, size) / whole:.1%}", _shares(each)]
+         f"{getattr(each, size) / whole:.1%}"]
         for each in every
     ]  # fmt: skip
-    return "", ["dataset", "format", *columns, f"of {size}", "languages"], rows
+    return "", ["dataset", "format", *columns, f"of {size}"], rows
 
 
-def _shares(stats: Stats) -> str:
-    """The three most frequent languages."""
-    rows = stats.languages.total() or 1
-    return ", ".join(f"{name} {count / rows:.1%}" for name, count in stats.languages.most_common(3))
-
-
-def _lengths(found: Sequence[Stats]) -> list[Cells]:
+def _lengths(datasets: Sequence[DatasetStats]) -> list[Cells]:
     parts = []
-    for title, name in _histograms(found):
+    for title, name in _histograms(datasets):
         rows = []
-        for each in [*found, total(found)] if len(found) > 1 else found:
+        for each in [*datasets, total(datasets)] if len(datasets) > 1 else datasets:
             histogram: Histogram = getattr(each, name)
             if histogram.number:
                 marks = [f"{histogram.percentile(percent):,}" for percent in (*PERCENTILES, 100)]
@@ -91,8 +85,8 @@ def _lengths(found: Sequence[Stats]) -> list[Cells]:
     return parts
 
 
-def _histograms(found: Sequence[Stats]) -> list[tuple[str, str]]:
-    encoded = any(each.encoded for each in found)
+def _histograms(datasets: Sequence[DatasetStats]) -> list[tuple[str, str]]:
+    encoded = any(each.encoded for each in datasets)
     return [
         *([("tokens per sample", "tokens_per_sample"), ("tiles per sample", "tiles_per_sample")] if encoded else []),
         ("characters per sample", "characters_per_sample"),
@@ -104,46 +98,45 @@ def _histograms(found: Sequence[Stats]) -> list[tuple[str, str]]:
 def _table(title: str, head: list[str], rows: list[list[str]]) -> Table:
     table = Table(box=None, header_style="bold", title=f"\n{title}" if title else None, title_justify="left")
     for number, name in enumerate(head):
-        table.add_column(name, justify="right" if number and name not in ("format", "languages") else "left", no_wrap=True)
+        table.add_column(name, justify="right" if number and name != "format" else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     return table
 
 
-def _page(found: Sequence[Stats], whole: Stats, mixture: str, model: str | None) -> str:
+def _page(datasets: Sequence[DatasetStats], whole: DatasetStats, mixture: str, model: str | None) -> str:
     unit = f"Tokens and tiles are those of {pages.text(model)}." if model else "No model was given: lengths are in characters."
-    _, *counts = _counts(found)
+    _, *counts = _counts(datasets)
     sections = [f"<p>{unit}</p>", pages.table(*counts)]
     if whole.bad:
         sections += [
             "<h2>Bad rows</h2><p>They are in no other figure.</p>",
             pages.table(["kind", "rows"], whole.kinds.most_common()),
         ]
-    sections += ["<h2>Plots</h2>", _plots(found)]
-    for title, *lengths in _lengths(found):
+    sections += ["<h2>Plots</h2>", _plots(datasets)]
+    for title, *lengths in _lengths(datasets):
         sections += [f"<h2>{title.capitalize()}</h2>", pages.table(*lengths)]
     return pages.page(f"What {mixture} holds", *sections)
 
 
-def _plots(found: Sequence[Stats]) -> str:
-    drawn, histograms = _drawn(found), _histograms(found)
-    size = "tokens" if any(each.encoded for each in found) else "characters"
+def _plots(datasets: Sequence[DatasetStats]) -> str:
+    drawn, histograms = _drawn(datasets), _histograms(datasets)
+    size = "tokens" if any(each.encoded for each in datasets) else "characters"
     figure, axes = pages.pyplot().subplots(
-        (len(histograms) + 3) // 2, 2, figsize=(11, 1.7 * (len(histograms) + 3)), layout="constrained"
+        (len(histograms) + 2) // 2, 2, figsize=(11, 1.7 * (len(histograms) + 3)), layout="constrained"
     )
     places = iter(axes.flat)
     for title, name in histograms:
         _stacked(next(places), drawn, name, title)
-    _bars(next(places), "rows by language", dict(total(found).languages.most_common(MAX_SOURCES)))
     _bars(next(places), f"{size} by data set", {each.name: getattr(each, size) for each in drawn})
     for left_over in places:
         left_over.axis("off")
     return pages.plot(figure, "distributions")
 
 
-def _drawn(found: Sequence[Stats]) -> list[Stats]:
+def _drawn(datasets: Sequence[DatasetStats]) -> list[DatasetStats]:
     """The data sets to draw, largest first; the smallest as one."""
-    ordered = sorted((each for each in found if each.conversations), key=lambda each: -each.rows)
+    ordered = sorted((each for each in datasets if each.conversations), key=lambda each: -each.rows)
     if len(ordered) <= MAX_SOURCES:
         return ordered
     rest = total(ordered[MAX_SOURCES - 1 :])
@@ -151,7 +144,7 @@ def _drawn(found: Sequence[Stats]) -> list[Stats]:
     return [*ordered[: MAX_SOURCES - 1], rest]
 
 
-def _stacked(axis: Any, drawn: Sequence[Stats], name: str, title: str) -> None:
+def _stacked(axis: Any, drawn: Sequence[DatasetStats], name: str, title: str) -> None:
     """A histogram whose bars are made up of the data sets; lengths on a log scale."""
     from matplotlib.ticker import LogLocator, NullFormatter
 

@@ -9,15 +9,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from ivl.errors import InputError
 from ivl.formats.base import RowLayout, Rows, Shards
 from ivl.formats.text import TextRows
 
-CONTAINERS = ("jsonl", "json", "parquet", "arrow", "webdataset")
-FORMATS = (*CONTAINERS, *get_args(RowLayout))
-"""What `open_rows` may be told: how the file is built, or what its rows must be."""
+Container = Literal["jsonl", "json", "parquet", "arrow", "webdataset"]
+"""How a file or folder is built."""
+RowFormat = Container | RowLayout
+"""A format that `open_rows` can be told: how the file is built, or the layout that its rows must have."""
+CONTAINERS: tuple[Container, ...] = get_args(Container)
+FORMATS: tuple[RowFormat, ...] = (*CONTAINERS, *get_args(RowLayout))
 
 SUFFIXES = {".jsonl": "jsonl", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 BOM = b"\xef\xbb\xbf"

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress
 
 
@@ -52,3 +53,10 @@ def reporting(what: str, unit: str) -> Iterator[ShowProgress]:
                 print(f"{what}: {done:,}/{total:,} {unit}, {note}, {left:,.0f} s left", file=sys.stderr, flush=True)
 
         yield show
+
+
+def wide_console(width: int = 200) -> Console:
+    """A console of at least this width, since tables with cut names and counts would be useless."""
+    from rich.console import Console
+
+    return Console(width=max(Console().width, width))

@@ -333,7 +333,7 @@ def test_unexpected_errors_name_the_row(tmp_path, monkeypatch):
     assert caught.value.__notes__ == [f"while encoding {path}:1"]
 
 
-# -- processes and estimates
+# -- processes
 
 
 def test_workers_end_with_the_iteration(meta):
@@ -371,23 +371,6 @@ def _runs(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return Path(f"/proc/{pid}/stat").read_text().rsplit(")")[1].split()[0] != "Z"
-
-
-def test_estimate_is_near_the_truth(tmp_path):
-    path = make_file(tmp_path, 200)
-    one = loader(path, epochs=1)
-    guess = one.estimate_packs(sample_rows=200)
-    packs = len(list(one))
-    assert guess.draws == 200 and guess.sampled == 200 and guess.dropped == 0
-    assert abs(guess.packs - packs) <= 0.1 * packs
-    assert abs(guess.token_fill - one.fill[0]) < 0.1
-    assert one.report.packs == packs
-
-
-def test_estimate_leaves_the_position_alone(meta, whole):
-    one = loader(meta)
-    one.estimate_packs(10)
-    assert all(map(same, list(one), whole))
 
 
 @pytest.mark.parametrize(

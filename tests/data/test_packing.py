@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.packing import BUDGETS, STREAMS, measure
-from ivl.data.batch import collate
-from ivl.data.packing import Buffer, Packer, Shelf
+from ivl.data.packing import OpenPack, Packer, _Shelf, collate
 from ivl.types import Sample
 
 
@@ -88,9 +87,9 @@ def fullness(tokens, tiles):
 @pytest.mark.parametrize("steps", [10, 1000])
 def test_search_takes_logarithmic_time_however_many_packs_are_open(steps, monkeypatch):
     """Counts the nodes that a search looks at, in the worst case: every pack has the tokens but none the tiles."""
-    shelf = Shelf(0, 8192)
+    shelf = _Shelf(0, 8192)
     for n in range(steps):
-        buffer = Buffer()
+        buffer = OpenPack()
         buffer.put(n, Item(n % 4000, 40))
         shelf.put(buffer)
     looks = []

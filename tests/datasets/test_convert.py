@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from ivl.data.records import read_record, to_record
 from ivl.data.rows import from_record
-from ivl.datasets.convert import convert
+from ivl.datasets import convert as convert_module
+from ivl.datasets.convert import ConvertConfig, ConvertReport
 from ivl.errors import DataError, InputError
 from ivl.formats.rows import open_rows, write_jsonl
 from ivl.types import ImageRef, Message, Record, Text, VideoRef
@@ -24,6 +25,10 @@ NAMES = {
     "parquet": "e.parquet",
     "webdataset": "f.tar",
 }
+
+
+def convert(source: Path, target: Path, *, on_bad=lambda error: None, **options) -> ConvertReport:
+    return convert_module.convert(ConvertConfig(source=source, target=target, **options), on_bad=on_bad)
 
 
 def read(path: Path, format: str | None = None) -> list[Record]:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ivl.data.config import DataConfig
 from ivl.datasets.inspect import inspect
-from ivl.datasets.stats import PERCENTILES, Histogram, Stats, language, total
+from ivl.datasets.stats import PERCENTILES, DatasetStats, Histogram, total
 from ivl.datasets.stats_report import MAX_SOURCES, write_report
 from ivl.errors import InputError
 from ivl.types import ImageRef, Message, Record, Text
@@ -45,28 +45,17 @@ def test_memory_does_not_grow_with_the_data():
 def test_a_row_is_counted():
     image = ImageRef("a.png")
     talk = (Message("user", (image, Text("what is this?"))), Message("assistant", (Text("a red circle"),)))
-    stats = Stats("one")
+    stats = DatasetStats("one")
     stats.add(Record("1", (talk, talk + talk), "rows:1"), size=(50, 3))
     assert (stats.conversations, stats.turns, stats.images, stats.videos) == (2, 3, 1, 0)
     assert (stats.tokens, stats.tiles, stats.characters) == (50, 3, 3 * 25)
-    assert stats.languages == {"en": 1} and stats.turns_per_conversation.counts == {1: 1, 2: 1}
-
-
-def test_languages():
-    said = {
-        "en": "there is a red triangle in the upper half of the picture",
-        "de": "in der oberen Hälfte des Bildes ist ein rotes Dreieck",
-        "zh": "图片的上半部分有一个红色的三角形，没有别的东西",
-        "ja": "画像の上半分に赤い三角形があります",
-        "short": "A.",
-    }
-    assert {code: language([text]) for code, text in said.items()} == {code: code for code in said}
+    assert stats.turns_per_conversation.counts == {1: 1, 2: 1}
 
 
 def test_report_is_one_file(tmp_path):
     path = make_file(tmp_path, 30)
-    *_, stats = inspect(DataConfig(mixture=str(path)), processor(), languages=True)
-    page = write_report(tmp_path / "out", [stats, Stats("<empty>")], mixture=str(path), model="tiny").read_text()
+    *_, stats = inspect(DataConfig(mixture=str(path)), processor())
+    page = write_report(tmp_path / "out", [stats, DatasetStats("<empty>")], mixture=str(path), model="tiny").read_text()
     assert "tokens per sample" in page.lower() and "data:image/png;base64," in page and "&lt;empty&gt;" in page
     assert set(re.findall(r"""(?:src|href)=["']?(.{5})""", page)) == {"data:"}
     saved = json.loads((tmp_path / "out/stats.json").read_text())
@@ -89,4 +78,4 @@ def test_many_sources_without_a_model(tmp_path):
 
 def test_nothing_to_plot(tmp_path):
     with pytest.raises(InputError, match="no row could be read"):
-        write_report(tmp_path, [Stats("bad", rows=1, bad=1)], mixture="m.json", model=None)
+        write_report(tmp_path, [DatasetStats("bad", rows=1, bad=1)], mixture="m.json", model=None)
