@@ -10,7 +10,7 @@ import tyro
 
 from ivl.datasets.convert import ConvertConfig
 from ivl.formats.rows import RowFormat
-from ivl.utils.progress import counting
+from ivl.utils.progress import reporting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,15 +30,8 @@ def convert(
     """
     from ivl.datasets.convert import convert as convert_rows
 
-    with counting() as bar:
-        task = bar.add_task(options.target.name, total=None, note="")
-
-        def progress(done: int, rows: int) -> None:
-            bar.update(task, completed=done, total=rows, note=f"{bar.tasks[task].speed or 0:,.0f} rows/s")
-
-        report = convert_rows(
-            options, on_bad=lambda error: print(f"{error} [{error.kind}]", file=sys.stderr), on_progress=progress
-        )
+    with reporting(options.target.name, "rows") as show:
+        report = convert_rows(options, on_bad=lambda error: print(f"{error} [{error.kind}]", file=sys.stderr), on_progress=show)
     print(f"{options.target}: {report.rows:,} rows from {report.format}")
     for key, count in report.dropped.items():
         print(f"`{key}` of {count:,} rows is not carried over")

@@ -9,7 +9,8 @@ import tyro
 
 from ivl.cli.data import MixtureOptions
 from ivl.data.config import DataConfig
-from ivl.utils.progress import counting, wide_console
+from ivl.errors import InputError
+from ivl.utils.progress import reporting, wide_console
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,7 +37,7 @@ class PackOptions(MixtureOptions):
         super().__post_init__()
         for name in ("ranks", "accumulation", "rows"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+                raise InputError(f"--{name} must be >= 1, got {getattr(self, name)}")
 
 
 def pack(options: Annotated[PackOptions, tyro.conf.arg(name="")]) -> None:
@@ -49,13 +50,8 @@ def pack(options: Annotated[PackOptions, tyro.conf.arg(name="")]) -> None:
     from ivl.datasets.estimate import estimate_packs
 
     loader = Loader(options, load_processor(resolve(options.model)), seed=options.seed, world_size=options.ranks)
-    with counting() as bar:
-        task = bar.add_task("encoding", total=min(options.rows, len(loader.mixture)), note="")
-
-        def watch() -> None:
-            bar.update(task, advance=1, note=f"{bar.tasks[0].speed or 0:,.0f} rows/s")
-
-        estimate = estimate_packs(loader, options.rows, watch=watch)
+    with reporting("encoding", "rows") as show:
+        estimate = estimate_packs(loader, options.rows, on_progress=show)
     console = wide_console()
     console.print(_table(estimate))
     for line in describe(estimate, options, ranks=options.ranks, accumulation=options.accumulation):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ivl.errors import InputError
 from ivl.processing.augment import Augmentation
 from ivl.types import Averaging
 from ivl.utils.checks import check_choices
@@ -71,16 +72,16 @@ class DataConfig:
         for name in at_least_one:
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"data.{name} must be >= 1, got {value}")
+                raise InputError(f"data.{name} must be >= 1, got {value}")
         for name in ("num_workers", "cache_samples"):
             if getattr(self, name) < 0:
-                raise ValueError(f"data.{name} must be >= 0, got {getattr(self, name)}")
+                raise InputError(f"data.{name} must be >= 0, got {getattr(self, name)}")
         if self.max_frames < self.min_frames:
-            raise ValueError(f"data.max_frames {self.max_frames} is below data.min_frames {self.min_frames}")
+            raise InputError(f"data.max_frames {self.max_frames} is below data.min_frames {self.min_frames}")
         if not 0 <= self.max_skip_share <= 1:
-            raise ValueError(f"data.max_skip_share must be in [0, 1], got {self.max_skip_share}")
+            raise InputError(f"data.max_skip_share must be in [0, 1], got {self.max_skip_share}")
         if self.weighting not in ("size", "root") and not (
             isinstance(self.weighting, int | float) and 0.1 <= self.weighting <= 100
         ):
-            raise ValueError(f"data.weighting must be size, root or a temperature in [0.1, 100], got {self.weighting!r}")
+            raise InputError(f"data.weighting must be size, root or a temperature in [0.1, 100], got {self.weighting!r}")
         check_choices(self, "data.")

@@ -7,10 +7,13 @@ import pickle
 import random
 import signal
 import sys
+import threading
+import time
 import traceback
+import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -171,29 +174,60 @@ def in_order(
 
     Raises:
         Exception: the one that the function raised, as it was.
+        RuntimeError: if a worker died.
     """
     if not num_workers:
         yield from map(function, items)
         return
-    loader = DataLoader(
-        _Calls(function),
-        batch_size=None,
-        sampler=items,
-        num_workers=num_workers,
-        prefetch_factor=prefetch,
-        collate_fn=_unchanged,
-        multiprocessing_context=start_method or ("fork" if sys.platform == "linux" else "spawn"),
-        worker_init_fn=_start_worker,
-        generator=torch.Generator(),  # DataLoader would draw from the global one
-    )
-    results = iter(loader)
+    with _quiet_start():
+        loader = DataLoader(
+            _Calls(function),
+            batch_size=None,
+            sampler=items,
+            num_workers=num_workers,
+            prefetch_factor=prefetch,
+            collate_fn=_unchanged,
+            multiprocessing_context=start_method or ("fork" if sys.platform == "linux" else "spawn"),
+            worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # DataLoader would draw from the global one
+        )
+        results = iter(loader)
     try:
-        for result in results:
+        while (result := _next_result(results)) is not _END:
             if isinstance(result, _Failure):
                 raise result.error
             yield result
     finally:
         del results  # ends the workers
+
+
+_END = object()
+
+
+def _next_result(results: Iterator[Any]) -> Any:
+    """The next result, or _END. Errors of the function are results, so that any other error is of the workers."""
+    try:
+        return next(results, _END)
+    except (RuntimeError, OSError, EOFError) as error:
+        problem = f"a worker process died; if memory ran out, lower data.num_workers or data.prefetch ({error})"
+        # Without the traceback, whose frames would keep the other workers alive.
+        raise RuntimeError(problem) from error.with_traceback(None)
+
+
+@contextmanager
+def _quiet_start() -> Iterator[None]:
+    """Keep DataLoader from warning about the number of workers, and from changing how the main process takes signals.
+
+    Its handler of SIGCHLD raises wherever the main thread is when a worker dies, and may do so again in the middle of cleaning
+    up. Without it the loop notices a dead worker when it next waits for a result, within seconds.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGCHLD)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        yield
+    if in_main_thread:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 @dataclass(frozen=True)
@@ -236,3 +270,11 @@ def _in_worker() -> bool:
 def _start_worker(_: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C, and ends the workers
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End this process soon after its parent, even one that was killed; DataLoader's workers may take over 10 seconds."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)

@@ -70,14 +70,16 @@ class _SampleSize:
     num_tiles: int
 
 
-def estimate_packs(loader: Loader, sample_rows: int = 64, *, watch: Callable[[], None] | None = None) -> PackEstimate:
+def estimate_packs(
+    loader: Loader, sample_rows: int = 64, *, on_progress: Callable[[int, int], None] = lambda done, rows: None
+) -> PackEstimate:
     """Encode some random rows, draw an epoch's lengths from theirs, and pack those. The loader's position stays.
 
     An estimate, because lengths are known only after encoding: its error falls with the root of the number of rows.
 
     Args:
         sample_rows: rows to encode; all if there are fewer.
-        watch: called after each row.
+        on_progress: called after each row with rows done and all rows.
 
     Raises:
         InputError: if none of the rows can be used.
@@ -85,10 +87,9 @@ def estimate_packs(loader: Loader, sample_rows: int = 64, *, watch: Callable[[],
     mixture, packer = loader.mixture, loader.new_packer()
     chosen = np.random.default_rng([mixture.seed, 2]).choice(len(mixture), min(sample_rows, len(mixture)), replace=False)
     by_dataset: dict[int, list[Encoded]] = defaultdict(list)
-    for draw, result in loader.encode(mixture.draws(sorted(chosen.tolist()))):
+    for done, (draw, result) in enumerate(loader.encode(mixture.draws(sorted(chosen.tolist()))), 1):
         by_dataset[draw.dataset].append(result)
-        if watch:
-            watch()
+        on_progress(done, len(chosen))
     results = [result for part in by_dataset.values() for result in part]
     sizes_NK = _sizes(results)
     if not len(sizes_NK):

@@ -6,6 +6,8 @@ import types
 import typing
 from typing import Any
 
+from ivl.errors import InputError
+
 
 def check_choices(config: Any, prefix: str = "") -> None:
     """Check every field whose type is a Literal, or a Literal or None.
@@ -15,7 +17,7 @@ def check_choices(config: Any, prefix: str = "") -> None:
         prefix: stands before the field's name in the error, such as `data.`.
 
     Raises:
-        ValueError: naming the field, the choices and the value.
+        InputError: naming the field, the choices and the value.
     """
     for name, hint in typing.get_type_hints(type(config)).items():
         parts = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
@@ -24,4 +26,4 @@ def check_choices(config: Any, prefix: str = "") -> None:
         choices = [choice for part in parts for choice in typing.get_args(part) or (None,)]
         value = getattr(config, name)
         if not any(value == choice and type(value) is type(choice) for choice in choices):
-            raise ValueError(f"{prefix}{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+            raise InputError(f"{prefix}{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

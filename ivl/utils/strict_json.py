@@ -54,11 +54,10 @@ def from_json(kind: type[T], values: Any, where: str, extra: Iterable[str] = ())
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
             raise InputError(f"{where}: {name} is missing")
+    arguments = {name: _value(hints[name], value, f"{where}: {name}") for name, value in values.items() if name in fields}
     try:
-        return kind(**{k: _value(hints[k], v, f"{where}: {k}") for k, v in values.items() if k in fields})
-    except InputError:
-        raise
-    except (TypeError, ValueError) as error:
+        return kind(**arguments)
+    except (TypeError, ValueError) as error:  # the dataclass's own checks, which do not know the place
         raise InputError(f"{where}: {error}") from error
 
 
