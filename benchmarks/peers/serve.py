@@ -47,12 +47,11 @@ def ours(size: str, threads: int) -> Callable[[list[Ask]], int]:
     import torch
 
     from ivl.checkpoint import load_model
-    from ivl.cpu import accelerate
     from ivl.inference.engine import Engine
     from ivl.types import Message, Prompt, SamplingParams, Text
 
     torch.set_num_threads(threads)
-    model = accelerate(load_model(FILES / kind_of("ivl", size)))
+    model = load_model(FILES / kind_of("ivl", size))
     config = model.config
 
     class Prompts:

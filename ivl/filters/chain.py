@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import importlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from ivl.errors import InputError, nearest
 from ivl.filters.judge import DOMAINS, JudgeConfig, JudgedStage
-from ivl.types import Record
 from ivl.utils.strict_json import from_json, read_json
 
 UNREADABLE = "unreadable"
@@ -37,16 +36,19 @@ FILTERS: dict[str, tuple[str, str | None]] = {
 CONFIGS = Path(__file__).with_name("configs")
 
 
-class RowIndex(Protocol):
-    def seen(self, signature: bytes, key: str) -> str | None: ...
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """The keys that a stage has beside the thresholds of its filter."""
 
+    use: str
+    name: str = ""
+    """The stage's name in reports; by default the filter's."""
+    exempt: tuple[str, ...] = ()
+    """Patterns of data set names, or groups of them, that skip the stage."""
 
-@runtime_checkable
-class Deduplicates(Protocol):
-    """A stage that compares rows with earlier ones: signatures are computed anywhere, the index takes them in order."""
-
-    def signature(self, record: Record) -> bytes: ...
-    def index(self) -> RowIndex: ...
+    def __post_init__(self) -> None:
+        if self.name == UNREADABLE:
+            raise ValueError(f"name must be a word other than {UNREADABLE!r}")
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,16 @@ class FilterStage:
     name: str
     use: str
     rule: Any
-    """A Rule, a Deduplicates or a JudgedStage."""
+    """A Rule, a JudgedStage, or Duplicates, which compares rows with earlier ones."""
     exempt: tuple[str, ...] = ()
-    """Patterns of data set names that skip the stage."""
 
     @property
     def judged(self) -> bool:
         return isinstance(self.rule, JudgedStage)
+
+    @property
+    def compares(self) -> bool:
+        return hasattr(self.rule, "signature")
 
     @property
     def limit(self) -> float | None:
@@ -155,27 +160,17 @@ def read_chain(values: Any, where: str) -> Chain:
     return Chain(config, stages)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _StageKeys:
-    """The keys of every stage, whatever filter it uses."""
-
-    use: str
-    name: str = ""
-    exempt: tuple[str, ...] = ()
-
-
 def _stage(entry: Any, groups: dict[str, tuple[str, ...]], where: str) -> FilterStage:
     use = entry.get("use") if isinstance(entry, dict) else entry
-    if not isinstance(entry, dict) or not isinstance(use, str) or use not in FILTERS:
+    if not isinstance(use, str) or use not in FILTERS or not isinstance(entry, dict):
         raise InputError(f"{where}: `use` must be a filter, got {use!r}; {nearest(use, FILTERS, 'filters')}")
     where = f"{where} ({use})"
-    module, _, kind = FILTERS[use][0].partition(":")
+    module, _, name = FILTERS[use][0].partition(":")
     try:
-        rule = from_json(getattr(importlib.import_module(module), kind), entry, where, extra=("use", "name", "exempt"))
+        kind = getattr(importlib.import_module(module), name)
     except ImportError as error:
         raise InputError(f"{where}: needs the package {error.name}: pip install 'ivl[data]'") from None
-    keys = from_json(_StageKeys, {key: entry[key] for key in ("use", "name", "exempt") if key in entry}, where)
-    if keys.name == UNREADABLE:
-        raise InputError(f"{where}: name must be a word other than {UNREADABLE!r}")
-    patterns = tuple(pattern for each in keys.exempt for pattern in groups.get(each, (each,)))
-    return FilterStage(keys.name or use, use, rule, patterns)
+    rule = from_json(kind, entry, where, extra=[each.name for each in fields(StageConfig)])
+    config = from_json(StageConfig, entry, where, extra=[each.name for each in fields(kind)])
+    patterns = tuple(pattern for each in config.exempt for pattern in groups.get(each, (each,)))
+    return FilterStage(config.name or use, use, rule, patterns)

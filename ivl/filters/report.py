@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
-import heapq
 import json
 from collections import Counter
 from dataclasses import dataclass, field
@@ -14,14 +14,13 @@ import numpy as np
 from ivl.data.records import media_of
 from ivl.errors import InputError
 from ivl.filters.chain import UNREADABLE, FilterStage
-from ivl.filters.rows import RowChecker
+from ivl.filters.rows import Entry, RowChecker
 from ivl.processing.image import load_image
 from ivl.types import ImageRef, Record, Text
 from ivl.utils import html
 
-EXAMPLES = 12
-"""Dropped rows shown for each stage, spread over its reasons; and kept rows shown that it nearly dropped."""
-PER_REASON = 4
+PER_REASON, EXAMPLES = 4, 12
+"""Dropped rows shown for each of the commonest reasons; reasons shown, and kept rows that a stage nearly dropped."""
 NEAR = 0.5
 """A kept score farther from the limit than this share of the limit is not near it."""
 THUMB, MAX_IMAGES = 160, 3
@@ -34,12 +33,11 @@ h3 { font-size: 1rem; margin-bottom: .3rem }
 .turn { white-space: pre-wrap; margin: .25rem 0 } .turn b { color: #555; font-weight: 600 } .row img { margin: .2rem .4rem 0 0 }
 """
 
-Example = tuple[float, int, dict[str, Any]]
-"""A worth, a number that follows from the row and decides between equals, and the row's entry in the journal."""
-
 
 @dataclass
-class _StageFigures:
+class StageFigures:
+    """The figures of one stage."""
+
     reached: int = 0
     dropped: int = 0
     exempt: int = 0
@@ -47,16 +45,14 @@ class _StageFigures:
     reasons: Counter[str] = field(default_factory=Counter)
     kept_scores: Counter[float] = field(default_factory=Counter)
     dropped_scores: Counter[float] = field(default_factory=Counter)
-    examples: dict[str, list[Example]] = field(default_factory=dict)
-    """A heap of random rows for each reason."""
-    near: list[Example] = field(default_factory=list)
-    """A heap of the kept rows whose score lies closest to the limit."""
+    examples: dict[str, list[tuple[float, int, Entry]]] = field(default_factory=dict)
+    """A few random rows by reason; the empty reason has the kept rows whose score lies closest to the limit."""
 
-    def spread(self) -> list[dict[str, Any]]:
-        """Return a few dropped rows of every reason, the commonest reason first."""
-        queues = [sorted(self.examples[reason], key=lambda each: each[1]) for reason, _ in self.reasons.most_common()]
-        chosen = [queue[n][2] for n in range(PER_REASON) for queue in queues if n < len(queue)]
-        return sorted(chosen[:EXAMPLES], key=lambda entry: (-self.reasons[entry["reason"]], entry["reason"]))
+    def keep(self, reason: str, few: int, *example: Any) -> None:
+        """Keep the few examples of the least worth; of equals, those of the least random number."""
+        examples = self.examples.setdefault(reason, [])
+        bisect.insort(examples, example, key=lambda each: each[:2])
+        del examples[few:]
 
 
 class FilterReport:
@@ -64,11 +60,10 @@ class FilterReport:
 
     def __init__(self, checker: RowChecker) -> None:
         self.checker, self.chain = checker, checker.chain
-        self.names = [spec.name for spec in checker.specs]
-        self.datasets = {name: {"rows": 0, "kept": 0, "dropped": Counter()} for name in self.names}
-        self.stages = {name: _StageFigures() for name in [UNREADABLE, *(stage.name for stage in self.chain.stages)]}
+        self.datasets = {name: {"rows": 0, "kept": 0, "dropped": Counter()} for name in checker.specs}
+        self.stages = {name: StageFigures() for name in [UNREADABLE, *(stage.name for stage in self.chain.stages)]}
 
-    def count(self, entry: dict[str, Any]) -> None:
+    def count(self, entry: Entry) -> None:
         place = f"{entry['dataset']}\n{entry['source']}".encode("utf-8", "replace")
         lot = int.from_bytes(hashlib.blake2b(place, digest_size=8).digest())
         dataset = self.datasets[entry["dataset"]]
@@ -76,24 +71,24 @@ class FilterReport:
         dataset["kept"] += entry["keep"]
         self.stages[UNREADABLE].reached += 1
         for stage in self.chain.stages if entry.get("stage") != UNREADABLE else ():
-            figures, dropped = self.stages[stage.name], entry.get("stage") == stage.name
+            figures, dropped, score = self.stages[stage.name], entry.get("stage") == stage.name, entry["scores"].get(stage.name)
             if stage.exempts(entry["dataset"]):
                 figures.exempt += 1
                 continue
             figures.reached += 1
             figures.unjudged += stage.name in entry.get("unjudged", ())
-            if (score := entry["scores"].get(stage.name)) is not None:
+            if score is not None:
                 (figures.dropped_scores if dropped else figures.kept_scores)[float(f"{score:.3g}")] += 1
-                if entry["keep"] and stage.limit is not None and abs(score - stage.limit) <= NEAR * stage.limit:
-                    _keep_few(figures.near, (-abs(score - stage.limit), lot, entry), EXAMPLES)
+                if entry["keep"] and stage.limit and abs(score - stage.limit) <= NEAR * stage.limit:
+                    figures.keep("", EXAMPLES, abs(score - stage.limit), lot, entry)
             if dropped:
                 break
         if not entry["keep"]:
-            figures = self.stages[entry["stage"]]
+            figures, reason = self.stages[entry["stage"]], entry["reason"]
             dataset["dropped"][entry["stage"]] += 1
             figures.dropped += 1
-            figures.reasons[entry["reason"]] += 1
-            _keep_few(figures.examples.setdefault(entry["reason"], []), (-float(lot), lot, entry), PER_REASON)
+            figures.reasons[reason] += 1
+            figures.keep(reason, PER_REASON, 0, lot, entry)
 
     def figures(self, judge: str | None) -> dict[str, Any]:
         """Return the content of report.json."""
@@ -120,7 +115,7 @@ class FilterReport:
 
     def page(self, figures: dict[str, Any]) -> str:
         """Return report.html for the content of report.json."""
-        stages, datasets, kept, rows = figures["stages"], figures["datasets"], figures["kept"], figures["rows"]
+        stages, kept, rows = figures["stages"], figures["kept"], figures["rows"]
         judge = f" Judge: {html.text(figures['judge'])}." if figures["judge"] else ""
         about = html.text(figures["chain"]["about"])
         stage_rows = [
@@ -129,7 +124,7 @@ class FilterReport:
         ]
         dataset_rows = [
             [name, d["rows"], d["kept"], _share(d["kept"], d["rows"]), *(d["dropped"][s["name"]] for s in stages)]
-            for name, d in datasets.items()
+            for name, d in figures["datasets"].items()
         ]
         return html.page(
             "Filtered data",
@@ -143,35 +138,25 @@ class FilterReport:
         )
 
     def _section(self, figures: dict[str, Any]) -> str:
-        name, counted = figures["name"], self.stages[figures["name"]]
+        name, examples = figures["name"], self.stages[figures["name"]].examples
         text = f"<h2>{html.text(name)}</h2>" + (_plot(figures) if "histogram" in figures else "")
-        if dropped := counted.spread():
-            examples = "".join(self._example(entry, "why", name) for entry in dropped)
-            text += f"<h3>Dropped: {len(dropped)} of {counted.dropped:,}</h3>{examples}"
-        if counted.near:
-            near = sorted(counted.near, key=lambda each: each[:2], reverse=True)
-            examples = "".join(self._example(entry, "near", name) for _, _, entry in near)
-            text += f"<h3>Kept, but closest to the limit of {figures['limit']:g}</h3>{examples}"
+        for reason in [*list(figures["reasons"])[:EXAMPLES], ""]:
+            if reason in examples:
+                head = f"Dropped: {reason}" if reason else f"Kept, but closest to the limit of {figures['limit']:g}"
+                text += f"<h3>{html.text(head)}</h3>" + "".join(self._example(entry, name) for *_, entry in examples[reason])
         return text
 
-    def _example(self, entry: dict[str, Any], style: str, stage: str) -> str:
+    def _example(self, entry: Entry, stage: str) -> str:
         score = entry["scores"].get(stage)
         why = entry.get("reason", "") + (f" score {score:.3g}" if score is not None else "")
         twin = f"; duplicate of {entry['duplicate_of']}" if "duplicate_of" in entry else ""
         where = html.text(f"{entry['source']}, id {entry['id']}{twin}")
+        style = "near" if entry["keep"] else "why"
         try:
-            body = _record(self.checker.record(self.names.index(entry["dataset"]), entry["row"]))
+            body = _record(self.checker.record(entry))
         except InputError as error:
             body = _turn("problem", str(error))
         return f"<div class='row'><span class='{style}'>{html.text(why)}</span><div class='where'>{where}</div>{body}</div>"
-
-
-def _keep_few(heap: list[Example], example: Example, few: int) -> None:
-    """Keep the examples of greatest worth."""
-    if len(heap) < few:
-        heapq.heappush(heap, example)
-    elif example[:2] > heap[0][:2]:
-        heapq.heapreplace(heap, example)
 
 
 def _edges(scores: list[float], *, judged: bool) -> np.ndarray:

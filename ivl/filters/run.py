@@ -19,17 +19,16 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ivl.data.mixture import load_mixture
 from ivl.errors import InputError
-from ivl.filters.chain import Chain, Deduplicates
+from ivl.filters.chain import Chain
 from ivl.filters.judge import DataJudge
 from ivl.filters.outputs import write_outputs
-from ivl.filters.rows import FilteredRow, RowChecker
-from ivl.filters.rules import Verdict
+from ivl.filters.rows import Entry, Results, RowChecker, add_verdict
+from ivl.filters.rules import KEEP, Verdict
 from ivl.filters.workers import ordered_map
 from ivl.utils.jsonl import Journal, read_journal
 from ivl.utils.progress import ShowProgress
@@ -82,26 +81,29 @@ def run(
         names = ", ".join(stage.name for stage in chain.stages if stage.judged)
         raise InputError(f"the stages {names} need a judge: give a model or an endpoint, or take the filter `heuristic`")
     checker = RowChecker(chain, load_mixture(mixture, root=options.root, format=options.format))
-    counts = [len(checker.rows(n)) for n in range(len(checker.specs))]
-    with _folder(out, fresh=options.fresh), _journal(out, checker, counts, judge) as journal:
-        report = out / "report.json"
+    report, total = out / "report.json", sum(map(len, checker.files.values()))
+    with _folder(out, fresh=options.fresh), _journal(out, checker, judge) as journal:
         if not report.is_file():
-            stages = _OrderedStages(checker, judge)
-            first = done = sum(map(stages.replay, _entries(journal)))
-            kept, size = 0, max(BLOCK, 4 * judge.threads) if judge else BLOCK
-            on_progress(done, sum(counts), resumed=first)
-            for rows in ordered_map(checker, _blocks(counts, done, size), workers=options.workers, ray=options.ray):
-                entries = stages.entries(rows)
+            stages, first, kept = _OrderedStages(checker, judge), 0, 0
+            for entry in _entries(journal):
+                stages.replay(entry)
+                first += 1
+            done, size = first, max(BLOCK, 4 * judge.threads) if judge else BLOCK
+            on_progress(done, total, resumed=first)
+            for rows in ordered_map(checker, checker.blocks(done, size), workers=options.workers, ray=options.ray):
+                entries = stages.judge_rows(rows)
                 journal.add(entries)
                 done, kept = done + len(entries), kept + sum(entry["keep"] for entry in entries)
-                on_progress(done, sum(counts), resumed=first, note=f"{kept / (done - first):.1%} kept")
+                on_progress(done, total, resumed=first, note=f"{kept / (done - first):.1%} kept")
             write_outputs(out, checker, _entries(journal), judge.name if judge else None)
+            with journal.path.open("rb+") as file:  # its first line still tells which run this was
+                file.truncate(len(file.readline()))
         return read_json(report)
 
 
 @contextmanager
 def _folder(out: Path, *, fresh: bool) -> Iterator[None]:
-    """Check and lock the folder of a run, and name it when the disk is full."""
+    """Check and lock the folder of a run; an error of the disk becomes an InputError that names it."""
     try:
         if not (out / "progress.jsonl").exists() and ((out / "meta.json").exists() or any(out.glob("kept/*"))):
             raise InputError(f"{out}: holds files that are not of a filter run; choose another folder")
@@ -122,68 +124,60 @@ def _folder(out: Path, *, fresh: bool) -> Iterator[None]:
         raise InputError(f"{out}: {error.strerror or error}; the same command goes on from here") from error
 
 
-@contextmanager
-def _journal(out: Path, checker: RowChecker, counts: Sequence[int], judge: DataJudge | None) -> Iterator[Journal]:
-    data = [[spec.name, str(Path(spec.root).absolute()), checker.rows(n).num_bytes] for n, spec in enumerate(checker.specs)]
+def _journal(out: Path, checker: RowChecker, judge: DataJudge | None) -> Journal:
+    """Open the journal. Its first line tells chain, data and judge, so that a run with others does not continue it."""
+    roots = [str(Path(spec.root).absolute()) for spec in checker.specs.values()]
+    sizes = {name: [len(rows), rows.num_bytes] for name, rows in checker.files.items()}
     about = {
         "chain": ", ".join(stage.name for stage in checker.chain.stages) + _digest(checker.chain.spelled_out()),
-        "data": f"{sum(counts):,} rows of {len(counts)} data sets" + _digest([data, counts]),
+        "data": f"{len(sizes)} data sets of {sum(count for count, _ in sizes.values()):,} rows" + _digest([roots, sizes]),
         "judge": judge and judge.name,
     }
     try:
-        journal = Journal(out / "progress.jsonl", about)
+        return Journal(out / "progress.jsonl", about)
     except InputError as error:
         raise InputError(f"{error}, or give --fresh to start again") from None
-    with journal:
-        yield journal
 
 
 def _digest(value: Any) -> str:
     return f" ({hashlib.blake2b(json.dumps(value).encode(), digest_size=6).hexdigest()})"
 
 
-def _entries(journal: Journal) -> Iterator[dict[str, Any]]:
+def _entries(journal: Journal) -> Iterator[Entry]:
     return (entry for _, entry in read_journal(journal.path)[1])
 
 
-def _blocks(counts: Sequence[int], start: int, size: int) -> Iterator[list[tuple[int, int]]]:
-    """Yield the (data set, row) of all rows from row `start` on, `size` at a time."""
-    places = islice(((dataset, row) for dataset, count in enumerate(counts) for row in range(count)), start, None)
-    while block := list(islice(places, size)):
-        yield block
-
-
 class _OrderedStages:
-    """Runs the stages on the rows in order: it takes the verdicts of the workers, finds duplicates and asks the judge."""
+    """Completes the verdicts of the rows in order: takes those of the workers, finds duplicates and asks the judge."""
 
     def __init__(self, checker: RowChecker, judge: DataJudge | None) -> None:
         self.checker, self.judge, self.chain = checker, judge, checker.chain
-        self.indexes = {s.name: s.rule.index() for s in self.chain.stages if isinstance(s.rule, Deduplicates)}
+        self.indexes = {stage.name: stage.rule.index() for stage in self.chain.stages if stage.compares}
 
-    def replay(self, entry: dict[str, Any]) -> int:
-        """Feed the indexes with a row that an earlier run has judged; returns 1."""
-        for name, signature in entry.get("signatures", {}).items():
-            self.indexes[name].seen(base64.b85decode(signature), entry["source"])
-        return 1
+    def replay(self, entry: Entry) -> None:
+        """Feed the indexes with a row of an earlier run."""
+        for stage, signature in entry.get("signatures", {}).items():
+            self.indexes[stage].seen(base64.b85decode(signature), entry["source"])
 
-    def entries(self, rows: Sequence[FilteredRow]) -> list[dict[str, Any]]:
-        """Send rows through all stages; returns their entries in the journal."""
-        names = [spec.name for spec in self.checker.specs]
+    def judge_rows(self, rows: Sequence[tuple[Entry, Results]]) -> list[Entry]:
+        """Send a block of rows through all stages, and return its entries."""
         for n, stage in enumerate(self.chain.stages):
-            alive = [row for row in rows if row.verdict.keep and not stage.exempts(names[row.dataset])]
+            alive = [(entry, results) for entry, results in rows if entry["keep"] and not stage.exempts(entry["dataset"])]
             if self.judge and stage.judged:
-                asked = [(self.checker.record(r.dataset, r.row), self.chain.domain_of(names[r.dataset])) for r in alive]
+                asked = [(self.checker.record(entry), self.chain.domain_of(entry["dataset"])) for entry, _ in alive]
                 verdicts = self.judge.verdicts(stage.rule, asked)
             else:
-                verdicts = [self._verdict(stage.name, row, row.results[n]) for row in alive]
-            for row, verdict in zip(alive, verdicts, strict=True):
-                row.add(stage.name, verdict)
-        return [row.entry(names[row.dataset]) for row in rows]
+                verdicts = [self._verdict(stage.name, entry, results[n]) for entry, results in alive]
+            for (entry, _), verdict in zip(alive, verdicts, strict=True):
+                add_verdict(entry, stage.name, verdict)
+        return [entry for entry, _ in rows]
 
-    def _verdict(self, stage: str, row: FilteredRow, result: Verdict | bytes | None) -> Verdict:
+    def _verdict(self, stage: str, entry: Entry, result: Verdict | bytes | None) -> Verdict:
         if not isinstance(result, bytes):
             assert result is not None
             return result
-        row.signatures[stage] = base64.b85encode(result).decode()
-        row.duplicate_of = self.indexes[stage].seen(result, row.source) or ""
-        return Verdict(False, "near-duplicate") if row.duplicate_of else Verdict(True)
+        entry.setdefault("signatures", {})[stage] = base64.b85encode(result).decode()
+        if (earlier := self.indexes[stage].seen(result, entry["source"])) is None:
+            return KEEP
+        entry["duplicate_of"] = earlier
+        return Verdict(False, "near-duplicate")

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
+
+from torch.utils.data import DataLoader, Dataset
 
 from ivl.errors import InputError
 
@@ -25,67 +22,52 @@ def ordered_map(function: Callable[[C], R], chunks: Iterable[C], *, workers: int
     """Yield function(chunk) for each chunk, in order.
 
     Args:
-        function: what each process gets once, pickled; it may keep files open between chunks.
+        function: is sent to each process once.
         workers: processes of this machine; 0 computes here.
         ray: address of a cluster, or `local` for one of this machine with `workers` processors.
 
     Raises:
-        InputError: if a worker dies or no cluster answers, and whatever the function raises.
+        InputError: if a worker dies or no cluster answers, and whatever InputError the function raises.
     """
-    if not workers and ray is None:
-        yield from map(function, chunks)
-        return
-    with _processes(function, workers) if ray is None else _cluster(function, ray, workers) as (submit, count):
-        waiting: deque[Future[R]] = deque()
-        for chunk in chunks:
-            if len(waiting) == AHEAD * count:
-                yield waiting.popleft().result()
-            waiting.append(submit(chunk))
-        while waiting:
-            yield waiting.popleft().result()
+    guarded = _Guarded(function)
+    for result in _loader(guarded, chunks, workers) if ray is None else _cluster(guarded, chunks, ray, workers):
+        if isinstance(result, InputError):
+            raise result
+        yield result
 
 
-Pool = Iterator[tuple[Callable[[Any], Future[Any]], int]]
-"""A function that submits a chunk, and the number of processes."""
+class _Guarded(Dataset):
+    """Returns the InputError of a function, since a process would lose its type or show it with a traceback."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self.function = function
+
+    def __getitem__(self, chunk: Any) -> Any:
+        try:
+            return self.function(chunk)
+        except InputError as error:
+            return error
 
 
-@contextmanager
-def _processes(function: Callable[[Any], Any], workers: int) -> Pool:
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(workers, context, _start, (function,))
+def _loader(function: _Guarded, chunks: Iterable[Any], workers: int) -> Iterator[Any]:
+    options = {"prefetch_factor": AHEAD, "multiprocessing_context": "fork" if sys.platform == "linux" else "spawn"}
+    loader = DataLoader(
+        function, batch_size=None, sampler=chunks, num_workers=workers, collate_fn=_same, **(options if workers else {})
+    )  # fmt: skip
     try:
-        yield lambda chunk: pool.submit(_call, chunk), workers
-    except BrokenProcessPool:
-        raise InputError("a worker process died, most likely for want of memory; try fewer --workers") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+        yield from loader
+    except RuntimeError as error:
+        if "worker" in str(error) and "exited unexpectedly" in str(error):
+            raise InputError("a worker process died, most likely for want of memory; try fewer --workers") from None
+        raise
 
 
-_function: Callable[[Any], Any]
-"""The function of this worker process."""
+def _same(value: Any) -> Any:
+    return value
 
 
-def _start(function: Callable[[Any], Any]) -> None:
-    global _function
-    _function = function
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """End this process when its parent is gone: one that was killed cannot tell its workers to end."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _call(chunk: Any) -> Any:
-    return _function(chunk)
-
-
-@contextmanager
-def _cluster(function: Callable[[Any], Any], address: str, workers: int) -> Pool:
-    """Start a Ray actor for each processor. Ray starts an actor that died again, and gives it its chunks again."""
+def _cluster(function: _Guarded, chunks: Iterable[Any], address: str, workers: int) -> Iterator[Any]:
+    """Give the chunks to an actor for each processor. Ray starts an actor that died again, with its chunks."""
     try:
         import ray
     except ImportError as error:
@@ -94,27 +76,22 @@ def _cluster(function: Callable[[Any], Any], address: str, workers: int) -> Pool
     if started:
         local = {"num_cpus": workers or os.cpu_count(), "include_dashboard": False} if address == "local" else {}
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **local)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **cast(Any, local))
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise InputError(f"--ray {address}: no cluster answers there ({error})") from None
-
-    class Worker:
-        def call(self, chunk: Any) -> Any:
-            return function(chunk)
-
-    kind = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(Worker)
-    actors = deque(kind.remote() for _ in range(int(ray.cluster_resources()["CPU"])))
-
-    def submit(chunk: Any) -> Future[Any]:
-        actors.rotate()
-        return actors[0].call.remote(chunk).future()
-
+    actor = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(_Guarded)
+    actors = deque(actor.remote(function.function) for _ in range(int(ray.cluster_resources()["CPU"])))
     try:
-        yield submit, len(actors)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
+        waiting: deque[Any] = deque()
+        for chunk in chunks:
+            actors.rotate()
+            waiting.append(actors[0].__getitem__.remote(chunk))
+            if len(waiting) == AHEAD * len(actors):
+                yield ray.get(waiting.popleft())
+        while waiting:
+            yield ray.get(waiting.popleft())
     finally:
-        for actor in actors:
-            ray.kill(actor)
+        for each in actors:
+            ray.kill(each)
         if started:
             ray.shutdown()

@@ -22,15 +22,15 @@ OLDER_SYSTEM = "你是由上海人工智能实验室联合商汤科技开发的�
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """The form of a turn: header, a newline, the text, end, newline."""
+    """How a turn is written: header(role), newline, text, end, newline_after."""
 
     system_message: str
-    """Used for a conversation without a system turn; empty for none."""
+    """Used when the conversation brings no system turn; empty for none."""
     header: str = "<|im_start|>{role}"
     """One control token, or one followed by the role."""
     end: str = "<|im_end|>"
     newline: str = "\n"
-    """Text after the end."""
+    """What follows `end`."""
 
 
 _CHATML = Template(system_message="")
@@ -64,7 +64,7 @@ class Rendered:
 
 
 def template_of(name: str) -> Template:
-    """The template of a name in config.json.
+    """One of TEMPLATES.
 
     Raises:
         InputError: for an unknown name.
@@ -84,18 +84,17 @@ def render(
     tokens_per_tile: int = 256,
     reply: bool = False,
 ) -> Rendered:
-    """Render a conversation.
+    """Token ids and trained mask of a conversation.
 
-    Args:
-        num_tiles: one number per medium, in order: tiles of an image, or frames of a video (one tile each).
-        system_message: replaces the template's ('' for none); a system turn of the conversation replaces both.
-        reply: whether the tokens end where the assistant begins to speak, or continues a last turn of its own, instead of with
-            the end of the last turn.
+    num_tiles has one entry per medium in order: tiles of an image, or frames of a video (one tile each).
+    system_message overrides the template's default ('' for none); a system turn of the conversation overrides both.
+    With reply the ids end where the assistant begins to speak, or goes on where the last turn is its own, unfinished one;
+    without it they end with the last turn.
 
     Raises:
         InputError: for turns out of order, an empty reply, media outside user turns, or a wrong number of entries in num_tiles.
     """
-    _check(conversation, num_tiles)
+    check(conversation, num_tiles, reply=reply)
     form = template_of(template)
     system = form.system_message if system_message is None else system_message
     turns = list(conversation)
@@ -136,10 +135,10 @@ def _header(form: Template, role: Role, tokenizer: Tokenizer) -> tuple[int, str]
 
 
 def _continue(opening: str, text: str, tokenizer: Tokenizer) -> list[int]:
-    """Ids of a text after an opening, without those of the opening.
+    """Ids of text that stands after opening, none of them shared with it.
 
-    The two are encoded together, since SentencePiece puts a space before text that is encoded alone. Where the first letters
-    would merge with the opening (a reply that begins with a newline), the text is encoded alone.
+    Encoded together where that keeps the opening's ids (SentencePiece would put a space before text encoded alone), and alone
+    where the first letters would merge with the opening (a reply that begins with a newline).
     """
     head, both = tokenizer.encode(opening), tokenizer.encode(opening + text)
     return both[len(head) :] if both[: len(head)] == head else tokenizer.encode(text)
@@ -148,7 +147,7 @@ def _continue(opening: str, text: str, tokenizer: Tokenizer) -> list[int]:
 def _body(
     opening: str, content: Sequence[Part], counts: Iterator[int], tokenizer: Tokenizer, tokens_per_tile: int
 ) -> list[int]:
-    """Ids of a system or user turn: text between two media is encoded whole, media are placeholders between brackets."""
+    """A system or user turn: text between two media is encoded whole, media are placeholders between brackets."""
     start, placeholder, end = (tokenizer.id(token) for token in (IMAGE_START, PLACEHOLDER, IMAGE_END))
     ids: list[int] = []
     text = opening
@@ -171,10 +170,10 @@ def _body(
 
 
 def open_lines(content: Sequence[Part]) -> Sequence[Part]:
-    """Put media that are given before the text on lines of their own.
+    """Media given before the text rather than marked in it stand on lines of their own.
 
     `(image, image, "Compare.")` becomes `<image>`, newline, `<image>`, newline, `Compare.`. Where white space follows the
-    leading media, the text marked their places, and it stays as it is.
+    leading media they were marked in the text on purpose, and it stays as it is.
     """
     lead = next((n for n, part in enumerate(content) if isinstance(part, Text)), len(content))
     text = "".join(part.text for part in content[lead : lead + 1] if isinstance(part, Text))
@@ -184,7 +183,7 @@ def open_lines(content: Sequence[Part]) -> Sequence[Part]:
 
 
 def user(text: str, *media: ImageRef | VideoRef) -> Message:
-    """Make a user turn: each `<image>` or `<video>` in the text takes the next medium; without marks the media come first.
+    """A user turn: each `<image>` or `<video>` in the text takes the next medium; without marks the media come first.
 
     Raises:
         InputError: if there are marks and their number differs from the number of media.
@@ -201,10 +200,8 @@ def user(text: str, *media: ImageRef | VideoRef) -> Message:
 
 
 def marked(text: str, media: Sequence[ImageRef | VideoRef]) -> str:
-    """The text with marks for its media. A text that has marks stays; else the marks come first, each on a line of its own.
-
-    Several images are marked as `Image-1: <image>`, `Image-2: <image>`, as VLMEvalKit asks InternVL.
-    """
+    """The text with marks of its media: its own if it has any, else all of them first, each on a line of its own, several
+    images as `Image-1: <image>`, `Image-2: <image>`, the form in which VLMEvalKit asks InternVL."""
     if "<image>" in text or "<video>" in text:
         return text
     marks = ["<video>" if isinstance(ref, VideoRef) else "<image>" for ref in media]
@@ -213,8 +210,8 @@ def marked(text: str, media: Sequence[ImageRef | VideoRef]) -> str:
     return "".join(f"{mark}\n" for mark in marks) + text
 
 
-def _check(conversation: Conversation, num_tiles: Sequence[int]) -> None:
-    """Raise InputError unless turns alternate (system first, then user), replies have text, and users alone show media."""
+def check(conversation: Conversation, num_tiles: Sequence[int], *, reply: bool) -> None:
+    """Raises InputError unless turns alternate (system first, then user), replies say something, and media are users'."""
     if not conversation or all(message.role == "system" for message in conversation):
         raise InputError("the conversation has no user turn")
     expected: Role = "user"

@@ -110,16 +110,20 @@ def test_rows_are_checked_the_same_in_another_process(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write('{"id": 1}\n{"broken\n')
     checker = RowChecker(load_chain("heuristic"), load_mixture(path))
-    places = [(0, row) for row in range(32)]
-    found = checker(places)
-    assert pickle.loads(pickle.dumps(checker))(places) == pickle.loads(pickle.dumps(found)) == found
-    assert [each.verdict.reason for each in found if each.problem] == ["bad_row", "broken_json"]
-    assert any(isinstance(result, bytes) for result in found[0].results)
+    (block,) = checker.blocks(0, 100)
+    found = checker(block)
+    assert pickle.loads(pickle.dumps(checker))(block) == pickle.loads(pickle.dumps(found)) == found
+    assert [entry["reason"] for entry, _ in found if "problem" in entry] == ["bad_row", "broken_json"]
+    assert any(isinstance(result, bytes) for result in found[0][1])
 
 
 def test_a_missing_image_is_a_bad_row_and_a_rule_s_own_error_is_not(tmp_path: Path) -> None:
     path = make_file(tmp_path, 3)
     (tmp_path / "0.png").unlink()
     (tmp_path / "1.png").write_bytes(b"no image")
-    found = RowChecker(chain({"use": "duplicates"}), load_mixture(path))([(0, 0), (0, 1), (0, 2)])
-    assert [each.verdict.reason for each in found] == ["missing_media", "undecodable_media", ""]
+    checker = RowChecker(chain({"use": "duplicates"}), load_mixture(path))
+    assert [entry.get("reason") for block in checker.blocks(0, 1) for entry, _ in checker(block)] == [
+        "missing_media",
+        "undecodable_media",
+        None,
+    ]

@@ -9,6 +9,7 @@ import pytest
 
 from ivl.filters import run as run_module
 from ivl.filters.judge import DataJudge
+from ivl.filters.rows import RowChecker
 from ivl.filters.run import FilterOptions, run
 from tests.filters.test_run import CountingJudge, chain, outputs, world
 
@@ -36,9 +37,11 @@ def test_ray_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_blocks_cover_every_row_once() -> None:
+    checker = RowChecker(chain(), ())
+    checker.files = {"a": range(5), "b": (), "c": range(1), "d": range(6)}  # type: ignore[assignment]
     for start in range(13):
         for size in (1, 4, 20):
-            blocks = list(run_module._blocks((5, 0, 1, 6), start, size))
+            blocks = list(checker.blocks(start, size))
             places = [place for block in blocks for place in block]
-            assert places == [(d, r) for d, count in enumerate((5, 0, 1, 6)) for r in range(count)][start:]
+            assert places == [(name, row) for name, rows in checker.files.items() for row in range(len(rows))][start:]
             assert all(len(block) == size for block in blocks[:-1])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ivl.errors import InputError, nearest
+import difflib
+
+from ivl.errors import InputError
 from ivl.evaluation.task import Task
 from ivl.evaluation.tasks.easy_vqa import SHORT_ANSWER, EasyVQA
 
@@ -16,11 +18,13 @@ TASKS: dict[str, tuple[Task, str]] = {
 
 
 def find(name: str) -> Task:
-    """Return the task of this name.
+    """The task of that name.
 
     Raises:
-        InputError: naming the nearest task.
+        InputError: suggesting near names.
     """
     if name not in TASKS:
-        raise InputError(f"unknown task {name!r}; {nearest(name, TASKS, 'tasks')}")
+        near = difflib.get_close_matches(name, TASKS, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"tasks are {', '.join(TASKS)}"
+        raise InputError(f"unknown task {name!r}; {hint}")
     return TASKS[name][0]
