@@ -178,3 +178,15 @@ def test_what_the_decoder_does_not_compute_is_refused(tmp_path: Path) -> None:
         path.write_bytes(damage)
         with pytest.raises(InputError, match=r"not a readable GGUF file|fetch it again"):
             GgufModel(path)
+
+
+def test_a_length_beyond_the_file_is_refused_at_once(tmp_path: Path) -> None:
+    """A list of numbers that claims to be endless: the gguf package alone would read on without an end."""
+    path = tmp_path / "a.gguf"
+    write_gguf(path, random_decoder(replace(CONFIG, family="llama")), add_token_types=[1] * 96)
+    data = path.read_bytes()
+    at = data.index(b"tokenizer.ggml.token_type") + len(b"tokenizer.ggml.token_type") + 8
+    assert int.from_bytes(data[at : at + 8], "little") == 96
+    path.write_bytes(data[:at] + (1 << 62).to_bytes(8, "little") + data[at + 8 :])
+    with pytest.raises(InputError, match=r"a\.gguf: not a readable GGUF file: it ends at byte \d+"):
+        GgufModel(path)
