@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.quickstart import alignment
+from examples.quickstart.ranks import spawn
 from ivl.api import load
 from ivl.errors import InputError
 from ivl.preference.config import PreferenceConfig
@@ -27,7 +28,6 @@ from ivl.preference.sampling import DropoutConfig, continue_without_images
 from ivl.recipes import nano
 from ivl.runs.config import RunConfig
 from ivl.train.config import ObjectiveConfig
-from ivl.train.world import spawn
 from ivl.utils import html as pages
 
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}

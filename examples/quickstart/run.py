@@ -160,7 +160,7 @@ def turns(question: str, answer: str) -> list[dict[str, str]]:
 
 def train(recipes: tuple[Recipe, ...]) -> list[dict[str, Any]]:
     """Train stages one after another, or go on with them; what each took."""
-    from ivl.train.world import spawn
+    from examples.quickstart.ranks import spawn
 
     spawn(train_stages, (recipes,), nano.RANKS)
     return [json.loads((Path(recipe().run_dir) / RECORD).read_text()) for recipe in recipes]

@@ -23,7 +23,9 @@ USAGE = """usage: ivl train RECIPE [--optim.lr 2e-5 ...]     train a recipe, wit
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class TrainOptions:
+    """Options of `ivl train`: those of the run's configuration, and three more."""
+
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the plan (parameters trained and frozen, steps, memory) and stop."""
     allow_changed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -47,11 +49,12 @@ def train(args: list[str]) -> None:
         name, *args = args
         start = find(name)
     options = tyro.cli(
-        Options,
+        TrainOptions,
         prog=f"ivl train {name}",
         description=start.name,
-        default=Options(config=start),
-        args=args,
+        default=TrainOptions(config=start),
+        # Preference was a part of every run's configuration once: its options go on working by their old names.
+        args=[f"--objective.{arg.removeprefix('--preference.')}" if arg.startswith("--preference.") else arg for arg in args],
         config=(tyro.conf.AvoidSubcommands,),
     )
     config = options.config

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from ivl.config import LoraConfig
 from ivl.data.config import DataConfig
 from ivl.train.config import ObjectiveConfig, Stage
+from ivl.utils.checks import check_choices
 
 TERMS_WITH_REFERENCE = ("sigmoid", "bco", "ipo", "hinge", "robust", "kto")
 TERMS = (*TERMS_WITH_REFERENCE, "generation", "orpo", "simpo")
@@ -67,8 +68,7 @@ class PreferenceConfig(ObjectiveConfig):
             raise ValueError(f"objective.beta must be > 0, got {self.beta}")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"objective.label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
-        if self.reference not in ("file", "model", "adapters"):
-            raise ValueError(f"objective.reference must be file, model or adapters, got {self.reference!r}")
+        check_choices(self, "objective.")
 
     @property
     def needs_reference(self) -> bool:

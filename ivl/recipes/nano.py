@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from ivl.config import SPECIAL_TOKENS, DecoderConfig, ModelConfig, TilingConfig, VisionConfig
 from ivl.data.config import DataConfig
@@ -17,16 +19,13 @@ from ivl.train.config import ObjectiveConfig, OptimConfig, Stage, TrainConfig
 
 RUN = "runs/quickstart"
 VOCAB_SIZE = 382
-"""Of the tokenizer trained on the questions: bytes, pieces up to every whole word, control tokens and SPECIAL_TOKENS. An
-answer must be one token: two words that share a piece blur what the warm-up of the ViT is asked for."""
-
+"""Size of the tokenizer that is trained on the questions: bytes, pieces up to every whole word, control tokens and
+SPECIAL_TOKENS. Each answer is one token: two words that share a piece would blur the labels of the ViT's warm-up."""
 RANKS = 2
-"""Processes that the quickstart trains in. Every step is RANKS packs, one a rank; one process takes them in turn."""
-
-
+"""Processes that the quickstart trains in. A step has RANKS packs, one a rank; a single process takes them in turn."""
 BETA = 2.0
-"""Of the preference losses. They sum log-probabilities over a reply, and replies here have 20 tokens: at the published 0.1 they
-never saturate, and go on pushing rejected replies down until others than the chosen rise."""
+"""Scale of the rewards in preference training. The losses sum log-probabilities over a reply, and replies here have 20 tokens:
+at the published 0.1 the losses never saturate, and push rejected replies down until replies other than the chosen rise."""
 
 
 def architecture() -> ModelConfig:
@@ -52,6 +51,18 @@ def _data(name: str, **options: int) -> DataConfig:
     return DataConfig(mixture=f"{RUN}/data/{name}.jsonl", num_workers=0, cache_samples=8192, **options)  # type: ignore[arg-type]
 
 
+def _muon(lr: float, warmup_ratio: float = 0.05) -> OptimConfig:
+    return OptimConfig(name="muon", lr=lr, warmup_ratio=warmup_ratio, min_lr_ratio=0.05)
+
+
+def _after(base: RunConfig, name: str, *, optim: OptimConfig | None = None, num_steps: int, **changes: Any) -> RunConfig:
+    """The run that goes on from the final model of another, on the same data unless they are changed."""
+    number = int(Path(base.run_dir).name.split("-")[0]) + 1
+    train = replace(base.train, optim=optim or base.train.optim, num_steps=num_steps)
+    out_dir = f"{RUN}/{number}-{name}"
+    return replace(base, name=f"nano-{name}", out_dir=out_dir, model=f"{base.run_dir}/model", train=train, **changes)
+
+
 def language() -> RunConfig:
     """Warm-up 1: the decoder learns to answer from descriptions in words; no pictures."""
     return RunConfig(
@@ -61,9 +72,7 @@ def language() -> RunConfig:
         tokenizer=f"{RUN}/tokenizer",
         stage=Stage(trainable=("decoder",)),
         data=_data("language", epochs=1, max_tokens=1536),
-        train=TrainConfig(
-            optim=OptimConfig(name="muon", lr=2e-3, warmup_ratio=0.1, min_lr_ratio=0.05), packs_per_step=RANKS, log_every=20
-        ),
+        train=TrainConfig(optim=_muon(2e-3, warmup_ratio=0.1), packs_per_step=RANKS, log_every=20),
     )
 
 
@@ -76,9 +85,7 @@ def vision() -> RunConfig:
         stage=Stage(trainable=("vision", "projector")),
         objective=ObjectiveConfig(path="ivl.recipes.nano_objectives:flipped_caption_words"),
         data=_data("captions", epochs=12, max_tiles=25),
-        train=TrainConfig(
-            optim=OptimConfig(name="muon", lr=2e-3, warmup_ratio=0.05, min_lr_ratio=0.05), packs_per_step=RANKS, log_every=70
-        ),
+        train=TrainConfig(optim=_muon(2e-3), packs_per_step=RANKS, log_every=70),
     )
 
 
@@ -90,67 +97,31 @@ def stage1() -> RunConfig:
         model=f"{RUN}/2-vision/model",
         stage=Stage(trainable=("projector",)),
         data=_data("questions", max_tokens=3072),
-        train=TrainConfig(
-            optim=OptimConfig(name="muon", lr=1e-3, warmup_ratio=0.05, min_lr_ratio=0.05),
-            num_steps=80,
-            packs_per_step=RANKS,
-            log_every=50,
-        ),
+        train=TrainConfig(optim=_muon(1e-3), num_steps=80, packs_per_step=RANKS, log_every=50),
     )
 
 
 def stage15() -> RunConfig:
     """Stage 1.5: the ViT learns too, from what the decoder asks of it."""
-    base = stage1()
-    return replace(
-        base,
-        name="nano-stage1.5",
-        out_dir=f"{RUN}/4-stage1.5",
-        model=f"{RUN}/3-stage1/model",
-        stage=Stage(trainable=("vision", "projector")),
-        train=replace(base.train, num_steps=240),
-    )
+    return _after(stage1(), "stage1.5", num_steps=240, stage=Stage(trainable=("vision", "projector")))
 
 
 def stage2() -> RunConfig:
     """Stage 2: everything learns."""
-    base = stage1()
-    return replace(
-        base,
-        name="nano-stage2",
-        out_dir=f"{RUN}/5-stage2",
-        model=f"{RUN}/4-stage1.5/model",
-        stage=Stage(trainable=("vision", "projector", "decoder")),
-        train=replace(base.train, num_steps=360),
-    )
+    return _after(stage15(), "stage2", num_steps=360, stage=Stage(trainable=("vision", "projector", "decoder")))
 
 
 def reason() -> RunConfig:
     """Supervised: questions about several pictures, with short written reasoning before the answer."""
-    base = stage2()
-    optim = OptimConfig(name="muon", lr=2e-3, warmup_ratio=0.05, min_lr_ratio=0.05)
-    return replace(
-        base,
-        name="nano-reason",
-        out_dir=f"{RUN}/6-reason",
-        model=f"{RUN}/5-stage2/model",
-        data=_data("reasoning", max_tokens=3072, max_tiles=120),
-        train=replace(base.train, optim=optim, num_steps=300),
-    )
+    data = _data("reasoning", max_tokens=3072, max_tiles=120)
+    return _after(stage2(), "reason", num_steps=300, optim=_muon(2e-3), data=data)
 
 
 def mpo() -> RunConfig:
     """Mixed Preference Optimization on pairs of the model's own replies."""
     base = reason()
-    return replace(
-        base,
-        name="nano-mpo",
-        out_dir=f"{RUN}/7-mpo",
-        model=f"{RUN}/6-reason/model",
-        objective=PreferenceConfig(beta=BETA),
-        data=replace(base.data, mixture=f"{RUN}/pairs/pairs.jsonl"),
-        train=replace(base.train, optim=replace(base.train.optim, lr=5e-5), num_steps=50),
-    )
+    data = replace(base.data, mixture=f"{RUN}/pairs/pairs.jsonl")
+    return _after(base, "mpo", num_steps=50, optim=_muon(5e-5), data=data, objective=PreferenceConfig(beta=BETA))
 
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {

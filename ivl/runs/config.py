@@ -12,6 +12,7 @@ from ivl.config import LoraConfig, ModelConfig
 from ivl.data.config import DataConfig
 from ivl.errors import InputError
 from ivl.train.config import ObjectiveConfig, Stage, TrainConfig
+from ivl.utils.checks import check_choices
 from ivl.utils.imports import import_object
 from ivl.utils.strict_json import from_json
 
@@ -52,6 +53,7 @@ class RunConfig:
     """Type of the final model's weights; None keeps that of the parameters."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if not self.model and self.architecture is None:
             raise ValueError("give `model` (a directory or hub id) or `architecture` (to start from random weights)")
         if self.lora is None and not self.stage.trainable:

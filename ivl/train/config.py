@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from ivl.config import LoraConfig
 from ivl.data.config import DataConfig
+from ivl.utils.checks import check_choices
 
 Part = Literal["vision", "projector", "decoder"]
 PARTS: tuple[Part, ...] = ("vision", "projector", "decoder")
@@ -74,6 +75,7 @@ class OptimConfig:
     """adamw scales updates to the size of AdamW's, so its rates carry over; original scales by sqrt(max(1, rows / columns))."""
 
     def __post_init__(self) -> None:
+        check_choices(self, "optim.")
         for name in ("lr", "lr_vision", "lr_projector", "lr_decoder", "muon_lr"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
@@ -143,6 +145,7 @@ class TrainConfig:
     """Write TensorBoard events when tensorboard is installed."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.num_steps is None and (self.optim.warmup_steps or self.optim.schedule_steps):
             raise ValueError("without num_steps the length is not known in steps: use optim.warmup_ratio, no schedule_steps")
         minimums = {"num_steps": 1, "packs_per_step": 1, "save_every": 0, "keep_last": 0, "log_every": 1}

@@ -221,13 +221,15 @@ class Trainer:
         counters.tokens += tokens
         counters.samples += samples
         counters.seconds = now - self.started
-        metrics = {k.removeprefix("metric/"): float(v[0] / v[1]) for k, v in total.items() if k.startswith("metric/") and v[1]}
-        return StepResult(
-            step=counters.step, loss=loss_sum / weight, lr=self.config.optim.lr * factor, grad_norm=norm, metrics=metrics,
-            tokens=tokens, samples=samples, tiles=tiles, packs=packs, ids=ids, total_tokens=counters.tokens,
-            total_samples=counters.samples, seconds=counters.seconds, took=now - began, share=share,
-            memory_gb=peak_memory_gb(self.world.device),
-        )  # fmt: skip
+        took = now - began
+        figures: dict[str, float] = {"loss": loss_sum / weight, "lr": self.config.optim.lr * factor, "grad_norm": norm}
+        figures |= {k.removeprefix("metric/"): float(v[0] / v[1]) for k, v in total.items() if k.startswith("metric/") and v[1]}
+        figures |= {
+            "tokens": tokens, "samples": samples, "tiles": tiles, "packs": packs, "total_tokens": counters.tokens,
+            "total_samples": counters.samples, "tokens_per_second": tokens / took, "samples_per_second": samples / took,
+            "seconds": counters.seconds, "memory_gb": peak_memory_gb(self.world.device),
+        }  # fmt: skip
+        return StepResult(counters.step, figures, ids, share)
 
     def _loss(self, batch: Batch) -> Loss:
         """Compute the loss of one pack, and refuse one that is not finite or trains nothing."""

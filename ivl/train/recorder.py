@@ -15,47 +15,18 @@ from ivl.train.config import TrainConfig
 from ivl.utils.jsonl import AppendLog, read_rows
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class StepResult:
-    """The figures of one optimizer step, over all ranks."""
+    """One optimizer step, over all ranks."""
 
     step: int
     """Steps done, this one included."""
-    loss: float
-    lr: float
-    grad_norm: float
-    metrics: dict[str, float]
-    """Figures of the objective."""
-    tokens: int
-    samples: int
-    tiles: int
-    packs: int
+    figures: dict[str, float]
+    """Loss, rate, gradient norm, the objective's figures, counts, pace and memory, by their names in metrics.jsonl."""
     ids: list[str]
     """Samples of this rank."""
-    total_tokens: int
-    total_samples: int
-    seconds: float
-    """Time since the run began, interruptions left out."""
-    took: float
-    """Time of this step."""
     share: float
     """Share of the run that is done, 0 to 1."""
-    memory_gb: float
-
-    def row(self, budgets: tuple[int, int] | None = None) -> dict[str, Any]:
-        """Return the figures as a row of metrics.jsonl; budgets are the tokens and tiles of a full pack."""
-        row: dict[str, Any] = {"step": self.step, "loss": self.loss, "lr": self.lr, "grad_norm": self.grad_norm}
-        row |= self.metrics
-        row |= {
-            "tokens": self.tokens, "samples": self.samples, "tiles": self.tiles, "packs": self.packs,
-            "total_tokens": self.total_tokens, "total_samples": self.total_samples,
-        }  # fmt: skip
-        if budgets is not None:
-            row |= {"fill": self.tokens / (self.packs * budgets[0]), "tile_fill": self.tiles / (self.packs * budgets[1])}
-        return row | {
-            "tokens_per_second": self.tokens / self.took, "samples_per_second": self.samples / self.took,
-            "seconds": self.seconds, "memory_gb": self.memory_gb,
-        }  # fmt: skip
 
 
 class Recorder:
@@ -90,7 +61,10 @@ class Recorder:
 
     def write(self, result: StepResult) -> dict[str, Any]:
         """Write the figures of a step and return them as a row."""
-        row = result.row(self.budgets)
+        row: dict[str, Any] = {"step": result.step, **result.figures}
+        if self.budgets is not None:
+            tokens, tiles = (row["packs"] * budget for budget in self.budgets)
+            row |= {"fill": row["tokens"] / tokens, "tile_fill": row["tiles"] / tiles}
         self._log(row | ({"ids": result.ids} if self.log_samples else {}), "train")
         self.console.show(row, result.share)
         return row

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from ivl.errors import InputError
 from ivl.train.world import World
-from ivl.utils.files import sync
+from ivl.utils.files import sync, write_json
 
 MARKER = "COMPLETE"
 
@@ -58,12 +58,12 @@ class CheckpointWriter:
             shutil.rmtree(temp, ignore_errors=True)
             (temp / "trainer").mkdir(parents=True)
         world.barrier()
-        _write_json(temp / "trainer" / f"rank-{world.rank}.json", data)
+        write_json(temp / "trainer" / f"rank-{world.rank}.json", data)
         self.write_model(temp)
         if world.is_main:
             tensors = {name: value.detach().cpu().contiguous() for name, value in optimizer.items()}
             save_file(tensors, temp / "trainer" / "optimizer.safetensors")
-            _write_json(temp / "trainer" / "state.json", {"step": step, "world_size": world.size, **state})
+            write_json(temp / "trainer" / "state.json", {"step": step, "world_size": world.size, **state})
         world.barrier()
         if world.is_main:
             _complete(temp, final)
@@ -80,9 +80,7 @@ def _complete(temp: Path, final: Path) -> None:
     sizes = {p.relative_to(temp).as_posix(): p.stat().st_size for p in files}
     for path in (*files, *(p for p in temp.rglob("*") if p.is_dir())):
         sync(path)
-    _write_json(temp / MARKER, sizes)
-    sync(temp / MARKER)
-    sync(temp)
+    write_json(temp / MARKER, sizes)
     _remove(final)  # an incomplete directory of this name, or that of a run which does the same step again
     temp.rename(final)
     sync(final.parent)
@@ -155,7 +153,3 @@ def _remove(directory: Path) -> None:
         shutil.rmtree(gone, ignore_errors=True)
         directory.rename(gone)
         shutil.rmtree(gone)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
