@@ -70,14 +70,13 @@ def make_photographs(folder: Path, count: int = 8) -> dict[str, list[str]]:
 
 def ours(paths: list[str], max_tiles: int, jpeg: bool) -> Iterator[torch.Tensor]:
     from ivl.config import TilingConfig
-    from ivl.cpu import resize
+    from ivl.cpu import accelerate, resize
     from ivl.data.config import DataConfig
     from ivl.data.loader import Loader
-    from ivl.processing import degrade
     from ivl.processing.processor import Processor
     from tests.helpers.mixtures import processor  # a real tokenizer, if a small one
 
-    resize.available(), degrade.available()  # compiled once, before the worker is forked
+    resize.available()  # compiled once, before the worker is forked
     folder = Path(paths[0]).parent
     rows = folder / "rows.jsonl"
     turns = [{"from": "human", "value": "<image>\nwhat is this"}, {"from": "gpt", "value": "a red circle on white"}]
@@ -89,15 +88,15 @@ def ours(paths: list[str], max_tiles: int, jpeg: bool) -> Iterator[torch.Tensor]
         mixture=str(folder / "meta.json"), max_tokens=10**6, max_tiles=10**4, max_samples=BATCH, max_tiles_per_image=max_tiles,
         num_workers=1, epochs=1, shuffle=False,
     )  # fmt: skip
-    for batch in Loader(config, Processor(small.config, small.tokenizer, TilingConfig()), seed=0):
+    for batch in Loader(config, accelerate(Processor(small.config, small.tokenizer, TilingConfig())), seed=0):
         yield batch.tiles_GSSC
 
 
 def finish_ours(tiles_GSSC: torch.Tensor) -> None:
-    from ivl.model.vlm import CHUNK_TILES, normalise
+    from ivl.model.vlm import CHUNK_TILES, normalize
 
     for chunk in tiles_GSSC.split(CHUNK_TILES):
-        normalise(chunk, torch.float32)
+        normalize(chunk, torch.float32)
 
 
 class Reference(torch.utils.data.Dataset):

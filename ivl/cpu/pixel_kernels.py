@@ -1,7 +1,7 @@
 """Kernels on 8-bit pixels, in the assembler of the model's (see ivl/cpu/kernels/emitter.py).
 
-Numbers are whole throughout. Where they fit into the 24 bits that a float32 holds exactly they are added and multiplied as
-floats, which processors do twice as fast as with 32-bit integers.
+All numbers are integers. Where they fit into the 24 bits that a float32 holds exactly, they are added and multiplied as floats,
+which takes half the time of 32-bit integers.
 """
 
 from __future__ import annotations
@@ -55,22 +55,22 @@ def transposed(e: Emitter, rows: list[Value]) -> list[Value]:
 
 
 def clipped(e: Emitter, x: Value) -> Value:
-    """Whole numbers to bytes, 0 to 255."""
+    """Clip integers to bytes, 0 to 255."""
     x = e.b.select(e.b.icmp_signed(">", x, e.ints(0)), x, e.ints(0))
     x = e.b.select(e.b.icmp_signed("<", x, e.ints(255)), x, e.ints(255))
     return e.b.trunc(x, I8S)
 
 
 def _weighed(e: Emitter, high: Value, low: Value) -> Value:
-    """Two sums of digits to a byte, halves rounded up."""
+    """Combine the sums of both digits to a byte, halves rounded up."""
     total = e.b.add(e.b.shl(e.b.fptosi(high, I32S), e.ints(DIGIT)), e.b.fptosi(low, I32S))
     return clipped(e, e.b.ashr(e.b.add(total, e.ints(1 << SHIFT - 1)), e.ints(SHIFT)))
 
 
 def across(e: Emitter, num_targets: int) -> None:
-    """Rows of RGB to rows of another length, for one or two lengths at once.
+    """Emit the kernel that resizes rows of RGB to another length, or to two lengths at once.
 
-    LANES rows at a time are turned on their side, so that a vector holds one byte of every row and weights are scalars.
+    LANES rows at a time are transposed, so that a vector holds one byte of every row and weights are scalars.
     Arguments: 1 source, 2 its bytes per row, 3 bytes used, 4 rows, 5 scratch; then for each target address, bytes per row,
     pixels, scratch, starts (pixel), counts, taps per pixel in the tables, high digits, low digits.
     """
@@ -118,7 +118,7 @@ def _across_one(e: Emitter, turned: Value, rows: list[Value], at: int) -> None:
 
 
 def down(e: Emitter) -> None:
-    """Columns to another length, written as tiles.
+    """Emit the kernel that resizes columns to another length and writes tiles.
 
     Arguments: 1 source, 2 its bytes per row, 3 out, 4 rows out, 5 tiles side by side, 6 rows of a tile, 7 bytes of a tile's
     row, 8 starts, 9 counts, 10 taps per row in the tables, 11 high digits, 12 low digits.
@@ -152,7 +152,7 @@ def down(e: Emitter) -> None:
 
 
 def build(name: str, emit: Callable[..., None], *shape: int) -> int:
-    """Machine address of a kernel."""
+    """Compile a kernel and return its address."""
     e = Emitter(name)
     emit(e, *shape)
     return finish(e)

@@ -29,7 +29,7 @@ MAX_TAPS = 500
 MIN_WIDTH = 6
 """Fewest pixels of a row: 16 bytes are read at a time."""
 KEPT_BYTES = 64 << 20
-"""Scratch memory above this is not kept for the next image."""
+"""Scratch memory above this is replaced at the next image."""
 
 _Kernel = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _memory = threading.local()
@@ -52,25 +52,18 @@ def resizable(width: int, height: int, size: int) -> bool:
     return width >= MIN_WIDTH and 3 * size >= 64 and 2 * SUPPORT * longest / size + 3 < MAX_TAPS and available()
 
 
-def kernels_wanted() -> bool:
-    """IVL_KERNELS=0 leaves everything to Pillow."""
-    return os.environ.get("IVL_KERNELS") != "0"
-
-
-@cache
 def available() -> bool:
     """Whether kernels can be built here and give Pillow's pixels."""
-    return _rule() is not None
+    return _pass_order() is not None
 
 
 def tiles(image_YXC: np.ndarray, size: int, columns: int, rows: int, *, thumbnail: bool) -> np.ndarray:
-    """uint8 RGB [height, width, 3] to uint8 [rows * columns (+ 1), size, size, 3]: the image resized to the grid, cut row by
-    row, and the whole of it as the last tile. Rows of the image must be contiguous. Ask `resizable` first."""
+    """Resize uint8 RGB [height, width, 3] to tiles by kernels. Its rows must be contiguous, and `resizable` must be true."""
     grids = [(columns, rows), (1, 1)] if thumbnail else [(columns, rows)]
     out_GSSC = np.empty((sum(c * r for c, r in grids), size, size, 3), np.uint8)
     parts = [out_GSSC[: columns * rows], out_GSSC[columns * rows :]]
     height, width = image_YXC.shape[:2]
-    columns_first = _rule()
+    columns_first = _pass_order()
     assert columns_first is not None
     upright = [columns_first(width, height, c * size, r * size) for c, r in grids]
     if not any(upright):
@@ -85,16 +78,16 @@ def tiles(image_YXC: np.ndarray, size: int, columns: int, rows: int, *, thumbnai
 
 
 PassOrder = Callable[[int, int, int, int], bool]
-"""Whether Pillow does the columns first, by the old and the new width and height."""
+"""Whether Pillow resizes columns first, given the old and the new width and height."""
 
 
 def columns_first_where_it_saves(width: int, height: int, new_width: int, new_height: int) -> bool:
-    """From Pillow 13 on."""
+    """The order of Pillow 13 and later."""
     return height > new_height and height - new_height > 2 * (width - new_width)
 
 
 def columns_first_of_strips(width: int, height: int, new_width: int, new_height: int) -> bool:
-    """Before Pillow 13."""
+    """The order before Pillow 13."""
     return height > 100 * width and height > new_height
 
 
@@ -188,20 +181,17 @@ def _kernels() -> tuple[tuple[int, int], int]:
 
 
 def call(address: int, *arguments: int) -> None:
-    """Without the interpreter's lock."""
+    """Call a kernel, without the interpreter's lock."""
     packed = (ctypes.c_int64 * (1 + len(arguments)))(0, *arguments)  # named, to live through the call
     _Kernel(address)(ctypes.addressof(packed))
 
 
 def scratch(sizes: list[int]) -> list[int]:
-    """Addresses of scratch memory of this thread, 64-byte aligned; good until asked again."""
+    """Addresses of this thread's scratch memory, 64-byte aligned; valid until the next call."""
     room = sum(-(-size // 64) * 64 for size in sizes) + 64
     memory = getattr(_memory, "kept", None)
-    if memory is None or len(memory) < room:
+    if memory is None or len(memory) < room or len(memory) > KEPT_BYTES:
         memory = _memory.kept = np.empty(room, np.uint8)
-        if room > KEPT_BYTES:
-            del _memory.kept
-            _memory.last = memory  # lives until the next image
     at, addresses = -(-memory.ctypes.data // 64) * 64, []
     for size in sizes:
         addresses.append(at)
@@ -210,16 +200,18 @@ def scratch(sizes: list[int]) -> list[int]:
 
 
 @cache
-def _rule() -> PassOrder | None:
-    """Which passes Pillow does first, seen from its pixels: sums are rounded in between, so the order shows. None if
-    kernels cannot be built, or its pixels follow neither rule."""
-    if not kernels_wanted():
+def _pass_order() -> PassOrder | None:
+    """Find the order of Pillow's passes by its pixels: sums are rounded between the passes, so the order shows.
+
+    None if kernels cannot be built, or the pixels follow neither order.
+    """
+    if os.environ.get("IVL_KERNELS") == "0":
         return None
     try:
         _kernels()
     except ImportError:  # no llvmlite for this platform
         return None
-    rules = [columns_first_where_it_saves, columns_first_of_strips]
+    orders = [columns_first_where_it_saves, columns_first_of_strips]
     # Width, height, grid: enlarged, shrunk, and on both sides of the lines where columns begin to go first.
     shapes = ((61, 75, 1, 1), (20, 25, 2, 2), (61, 75, 3, 1), (84, 57, 2, 1), (84, 86, 2, 1), (84, 84, 2, 1))
     for width, height, c, r in (*shapes, (6, 600, 1, 1), (6, 601, 1, 1)):
@@ -230,5 +222,6 @@ def _rule() -> PassOrder | None:
         found, turned = np.empty(shape, np.uint8), np.empty(shape, np.uint8)
         _across_then_down(noise_YXC, [grid], [found])
         _down_then_across(noise_YXC, grid, turned)
-        rules = [rule for rule in rules if np.array_equal(turned if rule(width, height, 28 * c, 28 * r) else found, wanted)]
-    return rules[0] if rules else None
+        given = (width, height, 28 * c, 28 * r)
+        orders = [order for order in orders if np.array_equal(turned if order(*given) else found, wanted)]
+    return orders[0] if orders else None
