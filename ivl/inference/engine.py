@@ -75,17 +75,9 @@ class Engine:
     """
 
     def __init__(
-        self,
-        model: VLM,
-        processor: ProcessorLike,
-        *,
-        max_cache_tokens: int | None = None,
-        max_batch_tokens: int = 2048,
-        max_sequences: int = 256,
-        max_context: int | None = None,
-        vision_cache_bytes: int = 256 << 20,
-        block_size: int = 64,
-    ) -> None:
+        self, model: VLM, processor: ProcessorLike, *, max_cache_tokens: int | None = None, max_batch_tokens: int = 2048,
+        max_sequences: int = 256, max_context: int | None = None, vision_cache_bytes: int = 256 << 20, block_size: int = 64,
+    ) -> None:  # fmt: skip
         """Set up the cache and the scheduler.
 
         Args:
@@ -105,13 +97,8 @@ class Engine:
         cache_tokens = default_cache_tokens(model) if max_cache_tokens is None else max_cache_tokens
         self.cache = PagedCache(decoder, num_tokens=cache_tokens, block_size=block_size, dtype=model.dtype, device=model.device)
         self.vision = VisionEncoder(model, max_bytes=vision_cache_bytes)
-        self.scheduler = Scheduler(
-            self.cache,
-            self.vision,
-            max_batch_tokens=max_batch_tokens,
-            max_sequences=max_sequences,
-            tile_cost=tile_cost(model.config),
-        )
+        limits = {"max_batch_tokens": max_batch_tokens, "max_sequences": max_sequences}
+        self.scheduler = Scheduler(self.cache, self.vision, tile_cost=tile_cost(model.config), **limits)
         self.runner = Runner(model, self.cache, self.vision)
         self.eos = frozenset(model.config.eos_token_ids)
         self.grammars = GrammarCompiler(processor.tokenizer, vocab_size=decoder.vocab_size, eos=self.eos)
@@ -177,7 +164,7 @@ class Engine:
         stretched = decoder.rope_dynamic_factor is not None and num_prompt + max(limits) > decoder.max_positions
         hashes = [tile_hash(tile_SSC) for tile_SSC in prompt.tiles_GSSC]
         hashed = HashedPrompt(prompt, hashes, self.model.config, None if stretched else self.cache.block_size)
-        ids = prompt.tokens_T.tolist()
+        ids: list[int] = prompt.tokens_T.tolist()
         return [
             Request(
                 prompt=hashed,

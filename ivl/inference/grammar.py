@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 MAX_ERROR_CHARS = 400
 """Characters of llguidance's errors that are repeated: they quote the schema."""
-JSON_OPTIONS: dict[str, Any] = {"whitespace_pattern": r"[ \n]{1,32}"}
+JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \n]{1,32}"}
 """White space between the parts of JSON; without a limit a model may write nothing else."""
 
 

@@ -38,7 +38,7 @@ class HashedPrompt:
         """
         self.tokens_T = prompt.tokens_T
         self.num_tiles = len(tile_hashes)
-        self.run_tiles = [tile_hashes[tile] for tile in prompt.tile_ids_R.tolist()]
+        self.run_tiles: list[bytes] = [tile_hashes[tile] for tile in prompt.tile_ids_R.tolist()]
         """The tile that each placeholder run shows."""
         self.run_length = config.tokens_per_tile
         self.placeholders = array("q", (prompt.tokens_T == config.image_token_id).nonzero().flatten().tolist())
@@ -48,7 +48,8 @@ class HashedPrompt:
             raise ValueError(f"{len(self.placeholders)} image placeholder tokens but {num_vision} vision tokens")
         self.hashes: list[bytes] = []
         if block_size is not None:
-            tokens, before = prompt.tokens_T.tolist(), b""
+            tokens: list[int] = prompt.tokens_T.tolist()
+            before = b""
             for start in range(0, len(tokens), block_size):
                 before = self.hash_block(before, start, tokens[start : start + block_size])
                 self.hashes.append(before)

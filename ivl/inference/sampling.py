@@ -35,7 +35,9 @@ class Sampler:
         self.counts: Counter[int] = Counter()
         self.greedy = params.temperature == 0 and params.repetition_penalty == 1 and not self.by_count and matcher is None
         self.generator = generator(params.seed) if params.temperature > 0 else None
-        self.seen = torch.tensor(prompt, dtype=torch.long).unique() if params.repetition_penalty != 1 else None
+        self.seen: torch.Tensor | None = None
+        if params.repetition_penalty != 1:
+            self.seen = torch.tensor(prompt, dtype=torch.long).unique()
 
     def sample(self, logits_V: torch.Tensor, best: int) -> SampledToken:
         """Return the next token. best: the token with the highest score."""

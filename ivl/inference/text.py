@@ -31,7 +31,7 @@ class StopFilter:
 
     def __init__(self, stop: tuple[str, ...]) -> None:
         self.stop = tuple(s for s in stop if s)
-        self.held = ""
+        self.held: str = ""
         self.stopped = False
 
     def push(self, text: str) -> str:
