@@ -19,6 +19,7 @@ from typing import Literal
 
 import skimage
 
+from examples.quickstart.data import captions
 from ivl.evaluation.tasks import easy_vqa
 from ivl.types import ImageRef, Message, Record, Text
 from studies.filter_structured import MAKERS
@@ -100,7 +101,7 @@ def _vqa(split: Split) -> dict[str, list[easy_vqa.Row]]:
 
 @cache
 def _captions(split: Split) -> list[tuple[str, str]]:
-    return sorted(easy_vqa.captions([row for rows in _vqa(split).values() for row in rows]).items())
+    return sorted(captions([row for rows in _vqa(split).values() for row in rows]).items())
 
 
 def sentence(row: easy_vqa.Row, rng: random.Random) -> str:

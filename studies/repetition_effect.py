@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import ivl
-from examples.quickstart.run import turns
+from examples.quickstart.data import captions, turns
 from ivl.checkpoint import load_tokenizer, save_tokenizer
 from ivl.config import ModelConfig
 from ivl.data.config import DataConfig
@@ -124,7 +124,7 @@ def filtered(raw: Path, out: Path) -> dict[str, int]:
 
 def prepare(out: Path, shares: list[float]) -> dict[str, Any]:
     """Tokenizer and data files; how the filter did on each share."""
-    train, test = (easy_vqa.captions(easy_vqa.rows(split)) for split in ("train", "test"))
+    train, test = (captions(easy_vqa.rows(split)) for split in ("train", "test"))
     data = out / "data"
     clean = rows(train, share=0)
     tokenizer = train_tokenizer(
@@ -225,14 +225,14 @@ def outputs(model: Path) -> list[dict[str, Any]]:
     so that no two are the same task."""
     path = model.parent / "outputs.jsonl"
     if not path.exists():
-        captions = easy_vqa.captions(easy_vqa.rows("test"))
-        images = list(captions)[:: max(1, len(captions) // NUM_OUTPUTS)][:NUM_OUTPUTS]
-        begun = [" ".join(describe(captions[image], random.Random(image))[:BEGUN]) for image in images]
+        described = captions(easy_vqa.rows("test"))
+        images = list(described)[:: max(1, len(described) // NUM_OUTPUTS)][:NUM_OUTPUTS]
+        begun = [" ".join(describe(described[image], random.Random(image))[:BEGUN]) for image in images]
         asked = [(*ivl.ask(QUESTION, i), Message("assistant", (Text(text),))) for i, text in zip(images, begun, strict=True)]
         replies = ivl.load(model).engine.generate(asked, SamplingParams(max_new_tokens=MAX_NEW_TOKENS))
         write_jsonl(
             (
-                {"image": Path(image).stem, "caption": captions[image], "begun": text, "said": reply.text,
+                {"image": Path(image).stem, "caption": described[image], "begun": text, "said": reply.text,
                  "tokens": len(reply.tokens), "ended": reply.finish_reason == "stop"}
                 for image, text, reply in zip(images, begun, replies, strict=True)
             ),

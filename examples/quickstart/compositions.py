@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from examples.quickstart.data import captions
 from ivl.evaluation.tasks import easy_vqa
 from ivl.evaluation.tasks.easy_vqa import COLORS, Split
 
@@ -23,7 +24,7 @@ def compositions(split: Split, count: int, *, seed: int, prefix: str) -> list[di
     """Rows {id, image: [paths], question, answer, reasoning, mistake}: the mistake is the answer of who
     reads the colours but not the question. The pictures are those of the official split whose colour its
     own questions tell."""
-    described = {image: text.split()[0] for image, text in easy_vqa.captions(easy_vqa.rows(split)).items()}
+    described = {image: text.split()[0] for image, text in captions(easy_vqa.rows(split)).items()}
     images, rng = sorted(described), random.Random(f"{seed} {split}")
     rows = []
     for number in range(count):

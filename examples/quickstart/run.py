@@ -1,5 +1,4 @@
-"""`make quickstart`: easy-vqa from nothing to a model that answers questions about pictures, and then its alignment by
-preference, in minutes on a CPU."""
+"""The stages of the quickstart: from random weights to a model that answers about pictures, then preference training."""
 
 from __future__ import annotations
 
@@ -13,24 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from examples.quickstart import alignment
+from examples.quickstart.data import prepare
 from ivl.errors import InputError
 from ivl.evaluation.tasks import easy_vqa
 from ivl.recipes import nano
 from ivl.runs.config import RunConfig
 from ivl.utils.files import write_json
 
-COLOUR, SHAPE = "what color is the shape?", "what shape is in the image?"
 Recipe = Callable[[], RunConfig]
 STAGES: tuple[Recipe, ...] = (nano.language, nano.vision, nano.stage1, nano.stage15, nano.stage2)
 RECORD = "stage.json"
 FRESH_QUESTIONS, REPLIES, HELD_OUT = 600, 8, 1000
-"""Of the preference step: questions sampled, replies to each, test questions."""
+"""Questions sampled for preference training, replies to each of them, and test questions."""
 
 
 def main() -> None:
-    """Write the data, train the five stages, evaluate on the official test split, align by preference, write the report page.
+    """Write the data, train the five stages, evaluate on the official test split, train by preference, write the report page.
 
-    Run again after an interruption, it goes on where it stopped; `--fresh` starts over.
+    After an interruption the same command goes on where it stopped; `--fresh` starts over.
     """
     if "--fresh" in sys.argv[1:]:
         shutil.rmtree(nano.RUN, ignore_errors=True)
@@ -41,6 +40,7 @@ def main() -> None:
 
 
 def quickstart(out: Path) -> dict[str, Any]:
+    """Do everything in the directory `out`; returns what report.json holds."""
     from examples.quickstart.report import write_page
     from ivl.api import load
     from ivl.evaluation.run import evaluate
@@ -70,14 +70,14 @@ def quickstart(out: Path) -> dict[str, Any]:
     low, high = report["ci95"]
     print(
         f"\n{report['value']:.2%} of {report['n']:,} test questions (95% interval {low:.2%} to {high:.2%}), "
-        f"{minutes:.1f} minutes of training\n{told(result['preference'])}\nreport: {page}\n\nTalk to it:\n"
-        f'  .venv/bin/ivl chat {out / "model"} {example_image()} -p "what shape is in the image?"'
+        f"{minutes:.1f} minutes of training\n{summarize(result['preference'])}\nreport: {page}\n\nTalk to it:\n"
+        f'  .venv/bin/ivl chat {out / "model"} {example_rows()[0].image} -p "what shape is in the image?"'
     )
     return result
 
 
 def align(out: Path) -> dict[str, Any]:
-    """Questions about several pictures: careless supervised data, then MPO on the model's own checked replies."""
+    """Train on questions about several pictures: on careless supervised data, then by MPO on the model's checked replies."""
     print("\npreference: questions about several pictures, answered with reasoning", flush=True)
     reason, mpo = nano.reason(), nano.mpo()
     alignment.write_reasoning(Path(reason.data.mixture), reason.train.num_steps or 0)
@@ -98,7 +98,8 @@ def align(out: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def told(preference: dict[str, Any]) -> str:
+def summarize(preference: dict[str, Any]) -> str:
+    """Say in one sentence what preference training brought."""
     before, after = (preference[when]["accuracy"] for when in ("before", "after"))
     minutes = (sum(stage["seconds"] for stage in preference["stages"]) + preference["sampling_seconds"]) / 60
     return (
@@ -107,59 +108,8 @@ def told(preference: dict[str, Any]) -> str:
     )
 
 
-def prepare(out: Path) -> None:
-    """The tokenizer and the three data files, from the training split alone."""
-    from ivl.checkpoint import save_tokenizer
-    from ivl.processing.tokenizer import train_tokenizer
-
-    rows = easy_vqa.rows("train")
-    captions = easy_vqa.captions(rows)
-    by_image: dict[str, list[easy_vqa.Row]] = {}
-    for row in rows:
-        by_image.setdefault(row.image, []).append(row)
-
-    texts = [text for row in rows for text in (row.question, row.answer, "user", "assistant", "system")]
-    tokenizer = train_tokenizer([*texts, *captions.values()], nano.VOCAB_SIZE)
-    if len(tokenizer) != nano.VOCAB_SIZE:
-        raise InputError(f"the tokenizer has {len(tokenizer)} tokens, the nano recipe needs {nano.VOCAB_SIZE}")
-    save_tokenizer(tokenizer, out / "tokenizer")
-
-    # One row an image: its questions share the picture's encoding, but never see each other's answers.
-    questions = [
-        {"id": Path(image).stem, "image": image, "conversations": [turns(f"<image>\n{r.question}", r.answer) for r in asked]}
-        for image, asked in by_image.items()
-    ]
-    described = [
-        {
-            "id": Path(image).stem,
-            "image": image,
-            "conversations": [
-                turns(f"<image>\n{question}", word) for question, word in zip((COLOUR, SHAPE), text.split(), strict=True)
-            ],
-        }
-        for image, text in captions.items()
-    ]
-    in_words = [
-        {"id": Path(image).stem, "conversations": [turns(f"{text}\n{r.question}", r.answer) for r in by_image[image]]}
-        for image, text in captions.items()
-    ]
-    data = out / "data"
-    data.mkdir(parents=True, exist_ok=True)
-    for name, lines in (("questions", questions), ("captions", described), ("language", in_words)):
-        (data / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (data / "done").touch()
-    print(
-        f"{len(rows):,} training questions about {len(by_image):,} images; "
-        f"{len(captions):,} of the images are described by what their questions say"
-    )
-
-
-def turns(question: str, answer: str) -> list[dict[str, str]]:
-    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-
-
 def train(recipes: tuple[Recipe, ...]) -> list[dict[str, Any]]:
-    """Train stages one after another, or go on with them; what each took."""
+    """Train stages one after another, or go on with them; returns the record of each."""
     from examples.quickstart.ranks import spawn
 
     spawn(train_stages, (recipes,), nano.RANKS)
@@ -167,20 +117,20 @@ def train(recipes: tuple[Recipe, ...]) -> list[dict[str, Any]]:
 
 
 def train_stages(recipes: tuple[Recipe, ...]) -> None:
-    """All stages, in every rank."""
+    """Train all stages; every rank calls this."""
     is_main = os.environ.get("RANK", "0") == "0"
     for recipe in recipes:
         config = recipe()
         done = (Path(config.run_dir) / RECORD).exists()
         if is_main:
-            said = f"already trained, in {config.run_dir}" if done else (recipe.__doc__ or "").split(": ", 1)[-1]
-            print(f"\n{config.name}: {said}", flush=True)
+            status = f"already trained, in {config.run_dir}" if done else (recipe.__doc__ or "").split(": ", 1)[-1]
+            print(f"\n{config.name}: {status}", flush=True)
         if not done:
             train_stage(config, is_main)
 
 
 def train_stage(config: RunConfig, is_main: bool) -> None:
-    """Train one stage or go on with it, and leave a record of what it took."""
+    """Train one stage or go on with it, and write a record of its time and figures."""
     from ivl.runs.run import run
 
     began = time.monotonic()
@@ -196,17 +146,9 @@ def train_stage(config: RunConfig, is_main: bool) -> None:
     (Path(config.run_dir) / RECORD).write_text(json.dumps(stage, indent=2))
 
 
-def example_image() -> str:
-    return easy_vqa.rows("test")[0].image
-
-
 def example_rows() -> list[easy_vqa.Row]:
-    """A question about each of the first pictures of the test split: what the server's page offers first."""
+    """Choose a question about each of the first six pictures of the test split, for the server's page to offer."""
     first: dict[str, easy_vqa.Row] = {}
     for row in easy_vqa.rows("test"):
         first.setdefault(row.image, row)
     return list(first.values())[:6]
-
-
-if __name__ == "__main__":
-    main()

@@ -8,7 +8,8 @@ import pytest
 
 pytest.importorskip("easy_vqa")
 
-from examples.quickstart.run import STAGES, prepare
+from examples.quickstart.data import captions, prepare
+from examples.quickstart.run import STAGES
 from ivl.evaluation.tasks import easy_vqa
 from ivl.recipes import nano
 from tests.helpers.training import changed
@@ -16,11 +17,11 @@ from tests.helpers.training import changed
 
 def test_captions_agree_with_every_answer() -> None:
     rows = easy_vqa.rows("train")
-    captions = easy_vqa.captions(rows)
-    assert len(captions) > 3500
+    described = captions(rows)
+    assert len(described) > 3500
     for row in rows:
-        if row.image in captions and row.kind != "yes/no":
-            assert row.answer in captions[row.image].split()
+        if row.image in described and row.kind != "yes/no":
+            assert row.answer in described[row.image].split()
 
 
 def test_a_negated_question_states_its_words_when_answered_no() -> None:
@@ -32,8 +33,8 @@ def test_a_negated_question_states_its_words_when_answered_no() -> None:
         row("is no red shape present?", "yes"),
         row("what color is the circle?", "teal"),
     ]
-    assert easy_vqa.captions(rows) == {"i": "teal circle"}
-    assert easy_vqa.captions(rows[:2]) == {}
+    assert captions(rows) == {"i": "teal circle"}
+    assert captions(rows[:2]) == {}
 
 
 def test_every_stage_runs_on_what_the_stage_before_left(tmp_path, monkeypatch) -> None:

@@ -6,7 +6,7 @@ trained on. The evaluation task asks the 9,673 questions of the official test sp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -73,22 +73,6 @@ def conversation(row: Row, *, answered: bool, suffix: str = "") -> Conversation:
     if not answered:
         return (question,)
     return question, Message("assistant", (Text(row.answer),))
-
-
-def captions(questions: Sequence[Row]) -> dict[str, str]:
-    """Derive a caption such as `blue rectangle` for each image from its questions and answers; keys are image paths.
-
-    Only images whose questions give away both color and shape have a caption. A yes/no question states its words when
-    the answer is yes, or when it is no to a negated question.
-    """
-    stated: dict[str, set[str]] = {}
-    for row in questions:
-        words = row.question.rstrip("?").split()
-        negated = "not" in words or "no" in words
-        facts = words if row.kind != "yes/no" or (row.answer == "yes") != negated else []
-        stated.setdefault(row.image, set()).update({row.answer, *facts} & {*COLORS, *SHAPES})
-    pairs = {image: (words & {*COLORS}, words & {*SHAPES}) for image, words in stated.items()}
-    return {image: f"{min(c)} {min(s)}" for image, (c, s) in pairs.items() if len(c) == len(s) == 1}
 
 
 class EasyVQA:
