@@ -153,7 +153,7 @@ class Processor:
             tokens_T=torch.tensor(tokens),
             labels_T=torch.tensor(labels),
             weights_T=torch.tensor(weights, dtype=torch.float32),
-            seq_lens=tuple(sequence.num_tokens for sequence in sequences),
+            seq_lens=tuple(len(sequence.rendered.ids) for sequence in sequences),
             tiles_GSSC=tiles_GSSC,
             tile_ids_R=tile_ids_R,
             id=record.id,
@@ -170,10 +170,6 @@ class _Sequence:
     rendered: chat.Rendered
     media: list[torch.Tensor]
 
-    @property
-    def num_tokens(self) -> int:
-        return len(self.rendered.ids)
-
 
 def _media_of(sequences: Iterable[_Sequence]) -> list[torch.Tensor]:
     return [tiles_GSSC for sequence in sequences for tiles_GSSC in sequence.media]
@@ -181,7 +177,7 @@ def _media_of(sequences: Iterable[_Sequence]) -> list[torch.Tensor]:
 
 def _sizes(sequences: Sequence[_Sequence]) -> tuple[int, int]:
     """Tokens and tiles; a medium counts once, however often it is shown."""
-    return sum(each.num_tokens for each in sequences), sum(len(tiles_GSSC) for tiles_GSSC in set(_media_of(sequences)))
+    return sum(len(each.rendered.ids) for each in sequences), sum(len(tiles_GSSC) for tiles_GSSC in set(_media_of(sequences)))
 
 
 def _fit(source: str, sequences: list[_Sequence], options: SampleOptions) -> tuple[list[_Sequence], str]:

@@ -10,7 +10,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,17 +105,19 @@ class _VideoFile:
     choose: Callable[[int, float], list[int]]
     """Picks frames, given how many there are and their rate a second."""
 
-    def error(self, problem: str) -> MediaError:
-        """The error for the problem. The name of a video in memory says nothing about its owner."""
+    def error(self, problem: str | Exception) -> MediaError:
+        """The error for a problem, or for the error of a library.
+
+        The name of a video in memory says nothing about its owner, and a library's words about it are kept back.
+        """
+        if isinstance(problem, MediaError):
+            return problem
+        in_memory = isinstance(self.source, bytes)
+        if isinstance(problem, Exception):
+            words = "damaged or cut short" if in_memory else f"{type(problem).__name__}: {problem}"
+            problem = f"not a readable video ({words})"
         name = f"video of {len(self.source)} bytes" if isinstance(self.source, bytes) else self.source
         return MediaError("undecodable_media", f"{name}: {problem}")
-
-    def unreadable(self, error: Exception) -> MediaError:
-        """The error of a library as ours. Its words about a video in memory are not sent back to whoever sent that."""
-        if isinstance(error, MediaError):
-            return error
-        words = "damaged or cut short" if isinstance(self.source, bytes) else f"{type(error).__name__}: {error}"
-        return self.error(f"not a readable video ({words})")
 
     def open(self) -> Any:
         """The video as Pillow and PyAV take it."""
@@ -127,27 +129,27 @@ class _VideoFile:
 
     def pick(self, starts: Sequence[float], rate: float) -> list[int]:
         """Choose among the frames that start within the clip, or among all without one."""
-        frames = list(range(len(starts)))
-        if self.clip is not None:
-            first, last = self.clip
-            frames = [n for n, start in enumerate(starts) if first - 1e-6 <= start <= last + 1e-6]
-            if not frames:
-                raise self.error(f"no frame between {first} s and {last} s; it lasts {starts[-1]:.3f} s")
+        first, last = self.clip or (0.0, float("inf"))
+        frames = [n for n, start in enumerate(starts) if first - 1e-6 <= start <= last + 1e-6]
+        if not frames:
+            raise self.error(f"no frame between {first} s and {last} s; it lasts {starts[-1]:.3f} s")
         return [frames[i] for i in self.choose(len(frames), rate)]
 
+    def bounded(self, container: Any) -> Any:
+        """The container's stream, with the limit for its decoder, which believes the sizes in the pictures alone."""
+        stream = container.streams.video[0]
+        stream.codec_context.options = {"max_pixels": str(self.max_pixels)}
+        return stream
+
     def read_folder(self, folder: Path) -> list[Image.Image]:
-        files: list[tuple[int, str]] = []
-        for file in folder.iterdir():
-            if file.suffix.lower() in SUFFIXES:
-                numbers = re.findall(r"\d+", file.stem)
-                if not numbers:
-                    raise self.error(f"the name of a frame must hold its number, got {file.name}")
-                files.append((int(numbers[-1]), str(file)))
+        files = [file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES]
         if not files:
             raise self.error(f"no frames here; expected files ending in {', '.join(SUFFIXES)}")
-        files.sort()
+        if unnumbered := [file.name for file in files if not re.search(r"\d", file.stem)]:
+            raise self.error(f"the name of a frame must hold its number, got {unnumbered[0]}")
+        files.sort(key=lambda file: (int(re.findall(r"\d+", file.stem)[-1]), file.name))
         picked = self.choose(len(files), 0.0)
-        images = {i: load_image(ImageRef(files[i][1]), max_pixels=self.max_pixels) for i in sorted(set(picked))}
+        images = {i: load_image(ImageRef(str(files[i])), max_pixels=self.max_pixels) for i in sorted(set(picked))}
         return [images[i] for i in picked]
 
     def read_gif(self) -> list[Image.Image]:
@@ -155,7 +157,8 @@ class _VideoFile:
             with Image.open(self.open(), formats=["GIF"]) as gif:
                 self.check_size(gif.width, gif.height)
                 total = getattr(gif, "n_frames", 1)
-                starts, now = [], 0
+                starts: list[float] = []
+                now = 0
                 for n in range(total):
                     gif.seek(n)
                     starts.append(now / 1000)
@@ -167,7 +170,7 @@ class _VideoFile:
                     images[n] = to_rgb(gif.copy())
                 return [images[n] for n in picked]
         except Exception as error:  # Pillow's readers raise whatever their parsing meets
-            raise self.unreadable(error) from error
+            raise self.error(error) from error
 
     def read_container(self) -> list[Image.Image]:
         try:
@@ -189,28 +192,23 @@ class _VideoFile:
             picked = self.pick(seconds, rate or len(times) / max(seconds[-1], 1e-9))
             images: dict[int, Image.Image] = {}
             if keys:
-                with _bounded(av.open(self.open(), options=OPEN), self.max_pixels) as container:
-                    images = _decode_by_seeking(container, times, sorted(set(picked)), keys)
+                with av.open(self.open(), options=OPEN) as container:
+                    images = _decode_by_seeking(self.bounded(container), container, times, sorted(set(picked)), keys)
             if any(n not in images for n in picked):  # formats without exact time stamps or exact seeking: AVI, MPEG-TS
-                with _bounded(av.open(self.open(), options=OPEN), self.max_pixels) as container:
-                    images = _decode_by_counting(container, set(picked))
+                with av.open(self.open(), options=OPEN) as container:
+                    frames = enumerate(container.decode(self.bounded(container)))
+                    images = {n: _upright(frame) for n, frame in islice(frames, max(picked) + 1) if n in picked}
             if missing := [n for n in picked if n not in images]:
                 raise self.error(f"the frame at {seconds[missing[0]]:.3f} s cannot be decoded")
             return [images[n] for n in picked]
         except (FFmpegError, OSError, ValueError) as error:
-            raise self.unreadable(error) from error
-
-
-def _bounded(container: Any, max_pixels: int) -> Any:
-    """Give the limit to the decoder as well: it believes the sizes in the pictures, whatever the container says."""
-    container.streams.video[0].codec_context.options = {"max_pixels": str(max_pixels)}
-    return container
+            raise self.error(error) from error
 
 
 def _timestamps(container: Any, stream: Any) -> tuple[list[int], list[int]]:
-    """Times of all frames in the order they are shown, and of key frames, read without decoding, in units of the stream.
+    """Times of all frames in the order they are shown, and of key frames, in units of the stream; nothing is decoded.
 
-    There are no key frames where times to show are not written and decoding times stand in for them.
+    Where the times to show are not written, decoding times replace them, and there are no key frames.
     """
     packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
     if all(packet.pts is not None for packet in packets):
@@ -219,12 +217,12 @@ def _timestamps(container: Any, stream: Any) -> tuple[list[int], list[int]]:
 
 
 def _decode_by_seeking(
-    container: Any, times: Sequence[int], wanted: Sequence[int], keys: Sequence[int]
+    stream: Any, container: Any, times: Sequence[int], wanted: Sequence[int], keys: Sequence[int]
 ) -> dict[int, Image.Image]:
-    """The frames of these numbers; jumps to the last key frame before each where that saves decoding."""
-    stream = container.streams.video[0]
+    """Decode the wanted frames, seeking to the last key frame before each where that saves decoding."""
     images: dict[int, Image.Image] = {}
-    frames, at = iter(()), None
+    frames: Any = iter(())
+    at: int | None = None
     for n in wanted:
         target = times[n]
         start = max((key for key in keys if key <= target), default=keys[0])
@@ -240,17 +238,7 @@ def _decode_by_seeking(
     return images
 
 
-def _decode_by_counting(container: Any, wanted: set[int]) -> dict[int, Image.Image]:
-    images: dict[int, Image.Image] = {}
-    for n, frame in enumerate(container.decode(container.streams.video[0])):
-        if n in wanted:
-            images[n] = _upright(frame)
-        if len(images) == len(wanted):
-            break
-    return images
-
-
 def _upright(frame: Any) -> Image.Image:
-    """As players show it: the container's rotation applied."""
+    """The frame as players show it, with the container's rotation."""
     image = frame.to_image()
     return image.rotate(frame.rotation, expand=True) if frame.rotation else image
