@@ -1,24 +1,24 @@
-"""A mixture of data sets: which rows one epoch draws, and in which order (spec 3.1, 9.3)."""
+"""A mixture of data sets: the rows that one epoch draws, and their order."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ivl.data.config import Weighting
-from ivl.data.records import read_record
-from ivl.errors import InputError, nearest
-from ivl.formats.rows import FORMATS, container_of, open_rows
+from ivl.data.records import TURN_KEYS, read_record
+from ivl.errors import InputError
+from ivl.formats.rows import RowFormat, container_of, open_rows
 from ivl.types import Record
+from ivl.utils.checks import check_choices
+from ivl.utils.strict_json import from_json, read_json
 
 MAX_REPEAT = 4
-"""Most draws of a row in an epoch (spec 9.3)."""
+"""Most draws of a row in an epoch (InternVL2.5, arXiv:2412.05271, section 4)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,23 +37,18 @@ class DatasetSpec:
     repeat_time: float = 1.0
     """Draws per row and epoch, in (0, 4]; a fraction is a seeded random subset, the same in every epoch."""
     length: int | None = None
-    """For information only."""
-    format: str | None = None
-    """How the rows are read, one of ivl.formats.rows.FORMATS; None looks."""
+    """Rows, for people only."""
+    format: RowFormat | None = None
+    """How the rows are read; None looks."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.annotation, str) or not self.annotation or not isinstance(self.root, str):
-            raise InputError(f"dataset {self.name!r}: annotation and root must be paths")
-        if not isinstance(self.data_augment, bool):
-            raise InputError(f"dataset {self.name!r}: data_augment must be true or false, got {self.data_augment!r}")
-        cap = self.max_dynamic_patch
-        if cap is not None and (not isinstance(cap, int) or isinstance(cap, bool) or cap < 1):
-            raise InputError(f"dataset {self.name!r}: max_dynamic_patch must be an integer >= 1, got {cap!r}")
-        repeat = self.repeat_time
-        if isinstance(repeat, bool) or not isinstance(repeat, int | float) or not 0 < repeat <= MAX_REPEAT:
-            raise InputError(f"dataset {self.name!r}: repeat_time must be in (0, 4], got {repeat!r}")
-        if self.format is not None and self.format not in FORMATS:
-            raise InputError(f"dataset {self.name!r}: format must be one of {', '.join(FORMATS)}, got {self.format!r}")
+        if not self.annotation:
+            raise InputError("annotation must be a path")
+        if self.max_dynamic_patch is not None and self.max_dynamic_patch < 1:
+            raise InputError(f"max_dynamic_patch must be >= 1, got {self.max_dynamic_patch}")
+        if not 0 < self.repeat_time <= MAX_REPEAT:
+            raise InputError(f"repeat_time must be in (0, {MAX_REPEAT}], got {self.repeat_time}")
+        check_choices(self)
 
 
 def load_mixture(path: str | Path, *, root: str | None = None, format: str | None = None) -> tuple[DatasetSpec, ...]:
@@ -81,35 +76,28 @@ def load_mixture(path: str | Path, *, root: str | None = None, format: str | Non
 
 
 def _read_meta(path: Path) -> dict[str, Any] | None:
-    """The object a meta JSON holds; None when the file holds rows."""
+    """The object in a meta JSON; None if the file holds rows."""
     with path.open("rb") as file:
-        head = file.read(4096).lstrip()
-    if head[:1] == b"[":
-        return None
+        if file.read(4096).lstrip()[:1] == b"[":
+            return None
     try:
-        meta = json.loads(path.read_bytes())
-    except RecursionError:
-        raise InputError(f"{path}: not valid JSON (nested too deep)") from None
-    except ValueError as error:
-        if "Extra data" in str(error):
-            return None  # jsonl under another name
-        raise InputError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(meta, dict) or any(key in meta for key in ("conversations", "messages", "texts")):
-        return None
-    return meta
+        meta = read_json(path)
+    except InputError as error:
+        if "Extra data" in str(error):  # jsonl under another name
+            return None
+        raise
+    is_meta = isinstance(meta, dict) and not any(key in meta for key in TURN_KEYS[None])
+    return meta if is_meta else None
 
 
 def _read_spec(path: Path, name: str, entry: Any) -> DatasetSpec:
-    if not isinstance(entry, dict):
-        raise InputError(f"{path}: dataset {name!r} must be an object, got {entry!r}")
-    known = [field.name for field in dataclasses.fields(DatasetSpec) if field.name != "name"]
-    for key in entry:
-        if key not in known:
-            raise InputError(f"{path}: dataset {name!r} has an unknown key {key!r}; {nearest(key, known, 'keys')}")
-    if "annotation" not in entry:
-        raise InputError(f"{path}: dataset {name!r} has no annotation")
-    spec = DatasetSpec(name=name, **entry)
-    return dataclasses.replace(
+    where = f"{path}: dataset {name!r}"
+    if isinstance(entry, dict):
+        if "name" in entry:
+            raise InputError(f"{where}: unknown key 'name'; the entry's own key is its name")
+        entry = {**entry, "name": name}
+    spec = from_json(DatasetSpec, entry, where)
+    return replace(
         spec, annotation=_resolve(path, spec.annotation), root=_resolve(path, spec.root) if spec.root else str(path.parent)
     )
 
@@ -274,7 +262,7 @@ class Permutation:
 
 
 def _mix(x_N: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64; array arithmetic wraps modulo 2^64."""
+    """The finalizer of splitmix64; array arithmetic wraps modulo 2^64."""
     x_N = (x_N ^ (x_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x_N = (x_N ^ (x_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x_N ^ (x_N >> np.uint64(31))

@@ -1,33 +1,29 @@
-"""Where the rows of a file lie: arrays computed once, kept beside the file, memory-mapped by every process.
+"""Rows at byte offsets of one file; the offsets are computed once, kept beside the file, and mapped by every process.
 
-The index file is the arrays one after another, then a JSON footer (what it was computed from, and where each array lies),
-then the footer's length and a magic word. Its name starts with a dot, or it lies in the user's cache folder.
+An index is a .npy file of int64: its version, the container's number, size and time of the file that it belongs to, the length
+of each array, then the arrays. Its name starts with a dot, or it lies in the user's cache folder.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import secrets
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from ivl.errors import InputError
 from ivl.formats.base import Rows, Stamp
 
-VERSION = 1
-MAGIC = b"ivl-rows"
+VERSION = 2
 MIN_BYTES = 1 << 25
 """Smaller files are indexed in memory: that takes milliseconds."""
+CONTAINER_NUMBERS = {"jsonl": 0, "json": 1, "webdataset": 2}
 
 Arrays = dict[str, np.ndarray]
-Build = Callable[[], Iterator[tuple[str, np.ndarray]]]
-"""Yields (name, piece); the pieces of one array come one after another, all int64."""
 
 
 class IndexedRows(Rows):
@@ -37,18 +33,20 @@ class IndexedRows(Rows):
         InputError: if the file is missing or empty; when a row is read and the file has changed since it was opened.
     """
 
+    array_names: ClassVar[tuple[str, ...]]
+    """Names of the arrays of the index, in their order in the file."""
     _fd: int | None = None
 
     def __init__(self, path: Path, container: str) -> None:
         self.path, self.container = path, container
         self._stamp = Stamp(path)
-        self._arrays, self._index = load_or_build(self._stamp, container, self._build)
+        self._arrays, self._index = self._load_or_build()
         if not len(self):
             raise InputError(f"{path}: has no rows")
 
     @abstractmethod
-    def _build(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Compute the index."""
+    def _build(self) -> Arrays:
+        """Compute the index: int64 arrays by `array_names`."""
 
     def _read(self, start: int, end: int) -> bytes:
         if self._fd is None:
@@ -63,16 +61,13 @@ class IndexedRows(Rows):
         return os.pread(self._fd, end - start, start)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is mapped from a file is mapped again, not copied."""
+        """Arrays that are mapped from a file are mapped again by the receiver, not copied."""
         return {**self.__dict__, "_fd": None, "_arrays": None if self._index else self._arrays}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         if self._index:
-            arrays = load(self._index, self._stamp, self.container)
-            if arrays is None:  # deleted since
-                arrays, self._index = load_or_build(self._stamp, self.container, self._build)
-            self._arrays = arrays
+            self._arrays, self._index = self._load_or_build()
 
     def __del__(self) -> None:
         self.close()
@@ -86,86 +81,60 @@ class IndexedRows(Rows):
     def num_bytes(self) -> int:
         return self._stamp.size
 
+    # -- the index
 
-def load_or_build(stamp: Stamp, kind: str, build: Build) -> tuple[Arrays, Path | None]:
-    """The arrays of a file, and the index file they are mapped from if there is one.
+    def _load_or_build(self) -> tuple[Arrays, Path | None]:
+        """The arrays, and the index file that they are mapped from if there is one.
 
-    Several processes may do this at once: each writes its own file and moves it into place whole.
-    """
-    if stamp.size < MIN_BYTES:
-        return _in_memory(build), None
-    places = _places(stamp.path)
-    for place in places:
-        if (arrays := load(place, stamp, kind)) is not None:
-            return arrays, place
-    for place in places:
-        if _write(place, stamp, kind, build) and (arrays := load(place, stamp, kind)) is not None:
-            return arrays, place
-    return _in_memory(build), None
+        Several processes may do this at once: each writes its own file and moves it into place whole.
+        """
+        places = _places(self.path) if self._stamp.size >= MIN_BYTES else ()
+        for place in places:
+            if (mapped := self._load(place)) is not None:
+                return mapped, place
+        arrays = self._build()
+        for place in places:
+            if self._save(place, arrays) and (mapped := self._load(place)) is not None:
+                return mapped, place
+        return arrays, None
 
+    def _head(self, lengths: list[int]) -> list[int]:
+        return [VERSION, CONTAINER_NUMBERS[self.container], self._stamp.size, self._stamp.mtime_ns, *lengths]
 
-def load(place: Path, stamp: Stamp, kind: str) -> Arrays | None:
-    """Map the arrays of an index file; None if it is missing, of another file, or not whole."""
-    try:
-        with place.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(size - 16, 0))
-            tail = file.read()
-            if len(tail) != 16 or tail[8:] != MAGIC:
-                return None
-            length = int.from_bytes(tail[:8], "little")
-            if length > size - 16:
-                return None
-            file.seek(size - 16 - length)
-            footer = json.loads(file.read(length))
-        if footer["of"] != _identity(stamp, kind):
+    def _load(self, place: Path) -> Arrays | None:
+        """Map the arrays of an index file; None if it is missing, of another file, or damaged."""
+        try:
+            whole = np.load(place, mmap_mode="r")
+        except (OSError, ValueError, EOFError):
             return None
-        if any(8 * (at + count) > size for at, count in footer["arrays"].values()):
+        start = len(self._head([])) + len(self.array_names)
+        lengths = whole[start - len(self.array_names) : start].tolist() if whole.ndim == 1 and whole.dtype == np.int64 else []
+        if whole[:start].tolist() != self._head(lengths) or start + sum(lengths) != len(whole) or min(lengths, default=-1) < 0:
             return None
-        whole = np.memmap(place, dtype="<i8", mode="r", shape=(size // 8,)) if size >= 8 else np.zeros(0, np.int64)
-        return {name: whole[at : at + count] for name, (at, count) in footer["arrays"].items()}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        ends = np.cumsum([start, *lengths]).tolist()
+        return {name: whole[ends[n] : ends[n + 1]] for n, name in enumerate(self.array_names)}
+
+    def _save(self, place: Path, arrays: Arrays) -> bool:
+        """Write an index file; returns whether the folder took it, for the index is a convenience."""
+        partial = place.with_name(f"{place.name}.{os.getpid()}.{secrets.token_hex(4)}")
+        parts = [arrays[name] for name in self.array_names]
+        head = np.array(self._head([len(part) for part in parts]), dtype="<i8")
+        header = {"descr": "<i8", "fortran_order": False, "shape": (len(head) + sum(map(len, parts)),)}
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("xb") as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                for part in (head, *parts):
+                    file.write(np.ascontiguousarray(part, dtype="<i8").data)
+            partial.replace(place)
+        except OSError:
+            return False
+        finally:
+            partial.unlink(missing_ok=True)
+        return True
 
 
-def _identity(stamp: Stamp, kind: str) -> dict[str, int | str]:
-    return {"version": VERSION, "kind": kind, "size": stamp.size, "mtime_ns": stamp.mtime_ns}
-
-
-def _places(path: Path) -> tuple[Path, Path]:
+def _places(path: Path) -> tuple[Path, ...]:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ivl" / "rows"
     name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
     return path.with_name(f".{path.name}.ivl-rows"), cache / f"{name}.ivl-rows"
-
-
-def _in_memory(build: Build) -> Arrays:
-    pieces: dict[str, list[np.ndarray]] = {}
-    for name, piece in build():
-        pieces.setdefault(name, []).append(piece)
-    return {name: np.concatenate(each).astype("<i8", copy=False) for name, each in pieces.items()}
-
-
-def _write(place: Path, stamp: Stamp, kind: str, build: Build) -> bool:
-    """Write the index; False if the folder does not take it."""
-    partial = place.with_name(f"{place.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        file = partial.open("xb")
-    except OSError:
-        return False
-    try:
-        with file:
-            arrays: dict[str, list[int]] = {}
-            at = 0
-            for name, piece in build():
-                file.write(np.ascontiguousarray(piece, dtype="<i8").data)
-                arrays.setdefault(name, [at, 0])[1] += len(piece)
-                at += len(piece)
-            footer = json.dumps({"of": _identity(stamp, kind), "arrays": arrays}).encode()
-            file.write(footer + len(footer).to_bytes(8, "little") + MAGIC)
-        partial.replace(place)
-        return True
-    except OSError:  # a full disk, say: the index is a convenience
-        return False
-    finally:
-        partial.unlink(missing_ok=True)

@@ -17,10 +17,10 @@ from ivl.formats.text import TextRows
 
 Container = Literal["jsonl", "json", "parquet", "arrow", "webdataset"]
 """How a file or folder is built."""
-RowFormat = Container | RowLayout
+RowFormat = Literal[Container, RowLayout]
 """A format that `open_rows` can be told: how the file is built, or the layout that its rows must have."""
 CONTAINERS: tuple[Container, ...] = get_args(Container)
-FORMATS: tuple[RowFormat, ...] = (*CONTAINERS, *get_args(RowLayout))
+FORMATS: tuple[RowFormat, ...] = get_args(RowFormat)
 
 SUFFIXES = {".jsonl": "jsonl", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 BOM = b"\xef\xbb\xbf"
@@ -72,7 +72,7 @@ def container_of(path: str | Path) -> str:
 
 def _container_of_folder(folder: Path) -> str:
     if (folder / "dataset_dict.json").is_file():
-        splits = sorted(each.name for each in folder.iterdir() if each.is_dir())
+        splits = sorted(path.name for path in folder.iterdir() if path.is_dir())
         raise InputError(f"{folder}: holds the splits {', '.join(splits)}; name one of these folders")
     if (folder / "state.json").is_file():
         return "arrow"
@@ -85,15 +85,9 @@ def _container_of_folder(folder: Path) -> str:
 
 
 def _open(path: Path, container: str) -> Rows:
-    if not path.is_dir():
+    if not path.is_dir() or (container == "arrow" and (path / "state.json").is_file()):
         return _open_file(path, container)
-    if container == "arrow" and (path / "state.json").is_file():
-        from ivl.formats.table import saved_files
-
-        files = saved_files(path)
-    else:
-        files = [file for file in _files(path) if SUFFIXES[file.suffix] == container]
-    shards = [_open_file(file, container) for file in files]
+    shards = [_open_file(file, container) for file in _files(path) if SUFFIXES[file.suffix] == container]
     if not shards:
         raise InputError(f"{path}: has no file of {container} rows")
     return shards[0] if len(shards) == 1 else Shards(shards)
@@ -106,23 +100,15 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _open_file(path: Path, container: str) -> Rows:
-    match container:
-        case "parquet":
-            from ivl.formats.table import ParquetRows
+    if container in ("parquet", "arrow"):
+        from ivl.formats.table import ArrowRows, ParquetRows, SavedRows
 
-            return ParquetRows(path)
-        case "arrow":
-            from ivl.formats.table import ArrowRows
+        return ParquetRows(path) if container == "parquet" else SavedRows(path) if path.is_dir() else ArrowRows(path)
+    if container == "webdataset":
+        from ivl.formats.tar import TarRows
 
-            return ArrowRows(path)
-        case "webdataset":
-            from ivl.formats.tar import TarRows
-
-            return TarRows(path)
-        case "json":
-            return TextRows(path, "json")
-        case _:
-            return TextRows(path, "jsonl")
+        return TarRows(path)
+    return TextRows(path, "json" if container == "json" else "jsonl")
 
 
 def write_jsonl(rows: Iterable[dict[str, Any]], path: str | Path) -> Path:

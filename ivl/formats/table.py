@@ -1,8 +1,8 @@
-"""Rows of parquet files and of Arrow files, such as a saved HF data set. Needs pyarrow (the `data` extra)."""
+"""Rows of parquet and Arrow files and of saved Hugging Face data sets. Needs pyarrow and datasets (the `data` extra)."""
 
 from __future__ import annotations
 
-import json
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +20,7 @@ except ImportError:  # pragma: no cover
     raise InputError("reading tables needs pyarrow; pip install 'ivl[data]'") from None
 
 KEPT_BYTES = 1 << 25
-"""Decoded row groups of one parquet file that stay in memory, so that neighbouring rows are cheap."""
+"""Decoded row groups of one parquet file that stay in memory, so that neighboring rows are cheap."""
 
 
 class TableRows(Rows):
@@ -28,7 +28,7 @@ class TableRows(Rows):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._stamp = Stamp(path)
+        self._stamp = Stamp(path / "state.json" if path.is_dir() else path)
         self._file: Any = None
         with self._errors():
             sizes = self._block_sizes()
@@ -36,33 +36,36 @@ class TableRows(Rows):
                 raise ValueError(f"blocks of {sizes} rows")
             self._ends = np.cumsum(sizes, dtype=np.int64)
         self.close()
-        if not len(self._ends) or not self._ends[-1]:
+        if not len(self):
             raise InputError(f"{path}: has no rows")
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return int(self._ends[-1]) if len(self._ends) else 0
 
     def raw(self, index: int) -> dict[str, Any]:
-        stamp = Stamp(self.path)
+        stamp = Stamp(self._stamp.path)
         self._stamp.check(stamp.size, stamp.mtime_ns)
         block = int(np.searchsorted(self._ends, index, side="right"))
         at = index - int(self._ends[block - 1] if block else 0)
         with self._errors(index):
-            row = self._block(block).slice(at, 1)
+            row = self._row(block, at)
             row.validate(full=True)
             return row.to_pylist()[0]
 
-    def _block_sizes(self) -> list[int]:
-        raise NotImplementedError
+    @abstractmethod
+    def _block_sizes(self) -> list[int]: ...
 
-    def _block(self, number: int) -> pa.Table | pa.RecordBatch:
-        raise NotImplementedError
+    @abstractmethod
+    def _row(self, block: int, at: int) -> pa.Table | pa.RecordBatch:
+        """A table of one row: the row `at` of a block."""
 
     @contextmanager
     def _errors(self, index: int | None = None) -> Iterator[None]:
         try:
             yield
-        except (pa.ArrowException, OSError, ValueError, OverflowError, KeyError, IndexError, MemoryError) as error:
+        except InputError:
+            raise
+        except Exception as error:  # libraries raise whatever their parsing meets
             words = " ".join(str(error).split())[:200] or type(error).__name__
             if index is None:
                 raise InputError(f"{self.path}: is no whole {self.container} file ({words})") from None
@@ -104,7 +107,10 @@ class ParquetRows(TableRows):
             raise ValueError(f"row groups of {sum(sizes)} rows, but {metadata.num_rows} rows")
         return sizes
 
-    def _block(self, number: int) -> pa.Table:
+    def _row(self, block: int, at: int) -> pa.Table:
+        return self._group(block).slice(at, 1)
+
+    def _group(self, number: int) -> pa.Table:
         if number not in self._kept:
             table = self._open().read_row_group(number, use_threads=False)
             while self._kept and sum(each.nbytes for each in self._kept.values()) + table.nbytes > KEPT_BYTES:
@@ -121,43 +127,50 @@ class ParquetRows(TableRows):
 
 
 class ArrowRows(TableRows):
-    """An IPC file or stream, memory-mapped: a row costs its own bytes."""
+    """An Arrow file or stream, memory-mapped: a row costs its own bytes."""
 
     container = "arrow"
 
     def _open(self) -> list[pa.RecordBatch]:
         if self._file is None:
             source = pa.memory_map(str(self.path))
-            if source.read(6) == b"ARROW1":
+            is_file = source.read(6) == b"ARROW1"
+            source.seek(0)
+            if is_file:
                 reader = pa.ipc.open_file(source)
                 self._file = [reader.get_batch(number) for number in range(reader.num_record_batches)]
             else:
-                source.seek(0)
                 self._file = list(pa.ipc.open_stream(source))
         return self._file
 
     def _block_sizes(self) -> list[int]:
         return [batch.num_rows for batch in self._open()]
 
-    def _block(self, number: int) -> pa.RecordBatch:
-        return self._open()[number]
+    def _row(self, block: int, at: int) -> pa.RecordBatch:
+        return self._open()[block].slice(at, 1)
 
 
-def saved_files(folder: Path) -> list[Path]:
-    """The Arrow files of a folder written by `save_to_disk`, in order.
+class SavedRows(TableRows):
+    """A folder that `save_to_disk` of Hugging Face's datasets wrote."""
 
-    Raises:
-        InputError: if its state.json does not name them, or names what lies elsewhere or is missing.
-    """
-    state = folder / "state.json"
-    try:
-        described = json.loads(state.read_bytes())
-        names = [each["filename"] for each in described["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise InputError(f"{state}: does not list the files of a saved data set") from None
-    if described.get("_indices_data_files"):
-        raise InputError(f"{state}: the data set is a selection over its files; save it again after flatten_indices()")
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
-            raise InputError(f"{state}: names {name!r}, which is no file of this folder")
-    return [folder / name for name in names]
+    container = "arrow"
+
+    def _open(self) -> Any:
+        """The data set, which gives tables; images stay encoded."""
+        if self._file is None:
+            try:
+                import datasets
+            except ImportError:  # pragma: no cover
+                raise InputError(f"{self.path}: reading it needs datasets; pip install 'ivl[data]'") from None
+            self._file = datasets.load_from_disk(str(self.path)).with_format("arrow")
+        return self._file
+
+    def _block_sizes(self) -> list[int]:
+        return [len(self._open())]
+
+    def _row(self, block: int, at: int) -> pa.Table:
+        return self._open()[at]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.path.glob("*.arrow"))

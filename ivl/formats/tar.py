@@ -11,14 +11,14 @@ import numpy as np
 
 from ivl.errors import DataError, InputError
 from ivl.formats.base import parse_row
-from ivl.formats.offsets import IndexedRows
+from ivl.formats.offsets import Arrays, IndexedRows
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jp2", "ppm")
 UNREADABLE = ("mp4", "mkv", "webm", "avi", "mov", "mp3", "wav", "flac")
 TURNS = ("conversations", "messages", "texts")
 
 
-class Member(NamedTuple):
+class TarMember(NamedTuple):
     name: str
     kind: str
     """What follows the first dot, such as `jpg` or `0.jpg`, in small letters."""
@@ -38,10 +38,12 @@ class TarRows(IndexedRows):
             members do not stand together.
     """
 
+    array_names = ("starts", "sizes", "name_ends", "firsts", "names")
+
     def __init__(self, path: Path) -> None:
         super().__init__(path, "webdataset")
 
-    def _build(self) -> Iterator[tuple[str, np.ndarray]]:
+    def _build(self) -> Arrays:
         columns: dict[str, list[int]] = {"starts": [], "sizes": [], "name_ends": [0], "firsts": []}
         names = bytearray()
         seen: set[str] = set()
@@ -58,21 +60,20 @@ class TarRows(IndexedRows):
             for column, value in (("starts", start), ("sizes", size), ("name_ends", len(names))):
                 columns[column].append(value)
         columns["firsts"].append(len(columns["starts"]))
-        for column, values in columns.items():
-            yield column, np.array(values, dtype=np.int64)
-        yield "names", np.frombuffer(bytes(names) + bytes(-len(names) % 8), dtype="<i8")
+        arrays = {column: np.array(values, dtype=np.int64) for column, values in columns.items()}
+        return arrays | {"names": np.frombuffer(bytes(names) + bytes(-len(names) % 8), dtype="<i8")}
 
     def __len__(self) -> int:
         return len(self._arrays["firsts"]) - 1
 
-    def _members_of(self, index: int) -> list[Member]:
+    def _members_of(self, index: int) -> list[TarMember]:
         arrays = self._arrays
         found = []
         for member in range(*arrays["firsts"][index : index + 2].tolist()):
             first, last = arrays["name_ends"][member : member + 2].tolist()
             words = arrays["names"][first // 8 : -(-last // 8)].tobytes()
             name = words[first % 8 : first % 8 + last - first].decode()
-            found.append(Member(name, split_name(name)[1], int(arrays["starts"][member]), int(arrays["sizes"][member])))
+            found.append(TarMember(name, split_name(name)[1], int(arrays["starts"][member]), int(arrays["sizes"][member])))
         return found
 
     def raw(self, index: int) -> dict[str, Any]:
@@ -102,10 +103,10 @@ class TarRows(IndexedRows):
             )
         return {"id": split_name(members[0].name)[0], **row, "image": None, "images": images}
 
-    def _bytes(self, member: Member) -> bytes:
+    def _bytes(self, member: TarMember) -> bytes:
         return self._read(member.start, member.start + member.size)
 
-    def _caption(self, member: Member | None, num_images: int, source: str) -> dict[str, Any]:
+    def _caption(self, member: TarMember | None, num_images: int, source: str) -> dict[str, Any]:
         if member is None:
             raise DataError(source, "bad_row", "neither a .json with turns nor a .txt")
         if not num_images:
@@ -127,8 +128,8 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, kind.lower()
 
 
-def _images(members: list[Member], source: str) -> list[Member]:
-    numbered: list[tuple[int, Member]] = []
+def _images(members: list[TarMember], source: str) -> list[TarMember]:
+    numbered: list[tuple[int, TarMember]] = []
     for member in members:
         number, dot, suffix = member.kind.rpartition(".")
         if suffix not in IMAGES:

@@ -3,38 +3,45 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from ivl.errors import DataError, InputError
-from ivl.formats.offsets import IndexedRows
+from ivl.formats.offsets import Arrays, IndexedRows
+from ivl.utils.progress import reporting
 
 CHUNK = 1 << 24
 SLOW = 1 << 28
-"""Files of more bytes show a progress bar while they are indexed."""
+"""Files of more bytes show their progress while they are indexed."""
+
+Advance = Callable[[int], None]
 
 
 class TextRows(IndexedRows):
     """Row i begins at byte starts[i] and ends before starts[i + 1], but for white space and the comma of an array.
 
-    Its line is 1, plus i where each row has a line of its own (jsonl), plus the number of gaps[k] <= i: `gaps` holds, for
-    every other line break, the row that follows it.
+    Its line is 1, plus i where each row has a line of its own (jsonl), plus the number of gaps[k] <= i: `gaps` holds the row
+    that follows each other line break.
     """
+
+    array_names = ("starts", "gaps")
 
     def __init__(self, path: Path, container: Literal["json", "jsonl"]) -> None:
         super().__init__(path, container)
 
-    def _build(self) -> Iterator[tuple[str, np.ndarray]]:
-        try:
-            with _progress(self.path, self._stamp.size) as advance:
-                yield from (_index_lines if self.container == "jsonl" else _index_array)(self.path, advance)
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be read ({error.strerror})") from None
+    def _build(self) -> Arrays:
+        size = self._stamp.size
+        index = _index_lines if self.container == "jsonl" else _index_array
+        slow = size >= SLOW
+        with reporting(f"indexing {self.path.name}", "bytes") if slow else nullcontext() as show:
+            try:
+                return index(self.path, (lambda at: show(at, size)) if show else lambda _: None)
+            except OSError as error:
+                raise InputError(f"{self.path}: cannot be read ({error.strerror})") from None
 
     def __len__(self) -> int:
         return len(self._arrays["starts"]) - 1
@@ -51,11 +58,12 @@ class TextRows(IndexedRows):
         return f"{self.path}:{self.line(index)}"
 
 
-def _index_lines(path: Path, advance) -> Iterator[tuple[str, np.ndarray]]:
+def _index_lines(path: Path, advance: Advance) -> Arrays:
     """The start of every line that is not blank, and the end of the file; for each blank line, the row that follows.
 
     Blank is an empty line or a lone carriage return.
     """
+    starts: list[np.ndarray] = []
     gaps: list[np.ndarray] = []
     at = line_start = num_rows = 0
     last = 0  # the byte before the chunk
@@ -65,12 +73,12 @@ def _index_lines(path: Path, advance) -> Iterator[tuple[str, np.ndarray]]:
             breaks = np.flatnonzero(bytes_N == ord("\n"))
             if len(breaks):
                 ends = breaks + at
-                starts = np.concatenate([[line_start], ends[:-1] + 1])
+                lines = np.concatenate([[line_start], ends[:-1] + 1])
                 before = bytes_N[np.maximum(breaks, 1) - 1]
                 if breaks[0] == 0:
                     before[0] = last
-                full = ends - starts > (before == ord("\r"))
-                yield "starts", starts[full]
+                full = ends - lines > (before == ord("\r"))
+                starts.append(lines[full])
                 if not full.all():
                     gaps.append(num_rows + np.cumsum(full)[~full])
                 num_rows += int(full.sum())
@@ -79,12 +87,12 @@ def _index_lines(path: Path, advance) -> Iterator[tuple[str, np.ndarray]]:
             at += len(chunk)
             advance(at)
     if at - line_start > (last == ord("\r")):
-        yield "starts", np.array([line_start])
-    yield "starts", np.array([at])
-    yield "gaps", np.concatenate([*gaps, np.zeros(0, np.int64)]).astype(np.int64)
+        starts.append(np.array([line_start]))
+    empty = np.zeros(0, np.int64)
+    return {"starts": np.concatenate([*starts, [at]]).astype(np.int64), "gaps": np.concatenate([*gaps, empty]).astype(np.int64)}
 
 
-def _index_array(path: Path, advance) -> Iterator[tuple[str, np.ndarray]]:
+def _index_array(path: Path, advance: Advance) -> Arrays:
     """The start of every element of a JSON array and the end of the last; for each line break, the element that follows.
 
     Latin-1 makes one character of each byte, and leaves quotes and brackets of UTF-8 text where they are.
@@ -118,9 +126,8 @@ def _index_array(path: Path, advance) -> Iterator[tuple[str, np.ndarray]]:
             raise _broken(path, text, at, "expected a comma or the end of the array")
     if (rest := _skip(text, at + 1)) < len(text):
         raise _broken(path, text, rest, "something follows the array")
-    yield "starts", np.array([*starts, end])
     breaks = np.flatnonzero(np.frombuffer(data, dtype=np.uint8) == ord("\n"))
-    yield "gaps", np.searchsorted(np.array(starts), breaks)
+    return {"starts": np.array([*starts, end]), "gaps": np.searchsorted(np.array(starts), breaks)}
 
 
 def _broken(path: Path, text: str, at: int, problem: str) -> DataError:
@@ -131,18 +138,3 @@ def _skip(text: str, at: int) -> int:
     while text[at : at + 1] in (" ", "\t", "\r", "\n"):
         at += 1
     return at
-
-
-@contextmanager
-def _progress(path: Path, size: int) -> Iterator[Any]:
-    """A bar for large files, where a person is looking."""
-    if size < SLOW:
-        yield lambda at: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(f"indexing {path.name}", total=size)
-        yield lambda at: bar.update(task, completed=at)

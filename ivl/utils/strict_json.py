@@ -64,8 +64,7 @@ def from_json(kind: type[T], values: Any, where: str, extra: Iterable[str] = ())
 def _value(hint: Any, value: Any, where: str) -> Any:
     """The value as its field holds it: lists as tuples, objects as dataclasses where the hint names one."""
     if not _fits(value, hint):
-        name = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-        raise InputError(f"{where} must be {name}, got {value!r}")
+        raise InputError(f"{where} must be {_describe(hint)}, got {value!r}")
     choices = typing.get_args(hint) if _is_union(hint) else (hint,)
     if isinstance(value, dict):
         for choice in choices:
@@ -102,6 +101,16 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _describe(hint: Any) -> str:
+    """A type in the words of JSON."""
+    if _is_union(hint):
+        return " or ".join(map(_describe, typing.get_args(hint)))
+    if typing.get_origin(hint) is typing.Literal:
+        return f"one of {', '.join(map(repr, typing.get_args(hint)))}"
+    names: dict[Any, str] = {type(None): "null", bool: "true or false", str: "a string", int: "an integer", float: "a number"}
+    return names.get(hint) or (hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", ""))
 
 
 def _is_union(hint: Any) -> bool:

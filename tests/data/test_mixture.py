@@ -90,12 +90,12 @@ def test_meta_json(tmp_path):
     ("entry", "words"),
     [
         ({"annotation": "a.jsonl", "repeat_times": 2}, "unknown key 'repeat_times'; did you mean 'repeat_time'?"),
-        ({"annotation": "a.jsonl", "zzz": 2}, "unknown key 'zzz'; keys are annotation"),
-        ({"root": "x"}, "has no annotation"),
+        ({"annotation": "a.jsonl", "zzz": 2}, "unknown key 'zzz'; keys are name, annotation"),
+        ({"root": "x"}, "annotation is missing"),
         ({"annotation": "a.jsonl", "repeat_time": 0}, r"repeat_time must be in \(0, 4\], got 0"),
         ({"annotation": "a.jsonl", "repeat_time": 4.5}, r"repeat_time must be in \(0, 4\], got 4.5"),
         ({"annotation": "a.jsonl", "data_augment": "yes"}, "data_augment must be true or false, got 'yes'"),
-        ({"annotation": "a.jsonl", "max_dynamic_patch": 0}, "max_dynamic_patch must be an integer >= 1, got 0"),
+        ({"annotation": "a.jsonl", "max_dynamic_patch": 0}, "max_dynamic_patch must be >= 1, got 0"),
         (["a.jsonl"], "must be an object"),
     ],
 )
