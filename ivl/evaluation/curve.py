@@ -11,26 +11,28 @@ import numpy as np
 from ivl.evaluation.voting import Candidate, Select, choose
 
 MOST_SUBSETS, FEWEST_SUBSETS, CHOICES = 200, 10, 100_000
-"""Random subsets of each question's replies: so many, but about so many choices in all."""
-RESAMPLED = 2000
-"""Resamplings of the questions, for the interval."""
+"""Random subsets of the replies to a question; over all questions about so many choices."""
+RESAMPLINGS = 2000
+"""Resamplings of the questions for an interval."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CurvePoint:
+    """The metric for one number of replies."""
+
     samples: int
     value: float
     ci95: tuple[float, float]
 
 
 def curve(samples: Sequence[Sequence[Candidate]], scores: Sequence[Sequence[float]], select: Select) -> list[CurvePoint]:
-    """The mean score of the reply that is selected from 1, 2, 4, ... and all replies."""
-    found = by_size(samples, scores, select)
-    return [CurvePoint(samples=size, value=float(means.mean()), ci95=interval(means)) for size, means in found.items()]
+    """Return the mean score of the reply that is selected from 1, 2, 4, ... and all replies."""
+    expected = by_size(samples, scores, select)
+    return [CurvePoint(samples=size, value=float(means.mean()), ci95=interval(means)) for size, means in expected.items()]
 
 
 def by_size(samples: Sequence[Sequence[Candidate]], scores: Sequence[Sequence[float]], select: Select) -> dict[int, np.ndarray]:
-    """For 1, 2, 4, ... and all replies: the expected score of each question [Q], over random subsets of its replies."""
+    """Return, for 1, 2, 4, ... and all replies, each question's expected score [Q] over random subsets of its replies."""
     most = min(map(len, samples))
     sizes = sorted({2**k for k in range(most.bit_length()) if 2**k <= most} | {most})
     return {size: np.array([_expected(c, s, size, select, len(samples)) for c, s in zip(samples, scores, strict=True)])
@@ -46,21 +48,21 @@ def _expected(candidates: Sequence[Candidate], scores: Sequence[float], size: in
     subsets = min(MOST_SUBSETS, max(FEWEST_SUBSETS, CHOICES // questions))
     total = 0.0
     for _ in range(subsets):
-        some = rng.permutation(len(candidates))[:size]
-        total += scores[some[choose([candidates[at] for at in some], select)]]
+        subset = rng.permutation(len(candidates))[:size]
+        total += scores[subset[choose([candidates[at] for at in subset], select)]]
     return total / subsets
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """95% of the means of resampled questions: the bootstrap."""
+    """Return the 95% bootstrap interval of the mean over questions."""
     rng = np.random.default_rng(0)
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLED)]
+    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLINGS)]
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
 
 def draw(axes: Any, points: Sequence[CurvePoint], label: str, color: str | None = None) -> None:
-    """A line with its interval as a band, on matplotlib axes."""
+    """Draw a line with its interval as a band on matplotlib axes."""
     sizes, values = [p.samples for p in points], [100 * p.value for p in points]
     (line,) = axes.plot(sizes, values, "o-", label=label, color=color)
     low, high = ([100 * p.ci95[side] for p in points] for side in (0, 1))

@@ -1,4 +1,4 @@
-"""How questions are put so that a reply reasons first and ends with an answer that can be found (spec 6.1, 6.2)."""
+"""Chain-of-thought prompts: a reply reasons first and ends with an answer that can be read (arXiv:2411.10442)."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ INSTRUCTIONS: dict[Domain, str] = {
     "visual": "Begin with what the picture shows that matters here, such as its text and figures, then reason from it.",
     "grounded": "Name the objects that you rely on and where in the picture they are, then answer.",
 }
-"""Asked of questions without a checked answer, by the kind of picture (spec 6.2)."""
+"""Instructions for questions without a checked answer, by the kind of picture."""
 
 
 def ask(question: str, style: AnswerStyle, language: PromptLanguage = "en", domain: Domain | None = None) -> str:
-    """The question as the model gets it. `direct` leaves it as it is, instruction aside."""
+    """Return the question as the model gets it. The style `direct` adds no request to reason."""
     text = question if style == "direct" else SHORT_ANSWER.sub("", question)
     extra = [INSTRUCTIONS[domain]] if domain else []
     if style != "direct":
@@ -55,7 +55,7 @@ def ask(question: str, style: AnswerStyle, language: PromptLanguage = "en", doma
 
 
 def reasoned(conversation: Conversation, style: AnswerStyle) -> Conversation:
-    """The conversation with its last text asked so, in Chinese where the last turn is Chinese."""
+    """Add the request to reason to the last text of a conversation, in Chinese where the last turn is Chinese."""
     *before, last = conversation
     language = "zh" if CHINESE.search(last.text) else "en"
     parts = list(last.content)

@@ -34,7 +34,7 @@ def test_eval_writes_report_and_predictions(tmp_path: Path, capsys: pytest.Captu
 def test_eval_lists_tasks_and_suggests_names(capsys: pytest.CaptureFixture[str]) -> None:
     evaluate(["--list"])
     assert "easy-vqa" in capsys.readouterr().out
-    with pytest.raises(InputError, match="did you mean easy-vqa"):
+    with pytest.raises(InputError, match="did you mean 'easy-vqa"):
         evaluate(["model", "--task", "easyvqa"])
     with pytest.raises(InputError, match="name a model"):
         evaluate([])

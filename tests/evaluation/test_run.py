@@ -148,7 +148,7 @@ def test_predictions_of_something_else_are_refused(tmp_path: Path) -> None:
 
 def test_tasks_are_found_by_name() -> None:
     assert find("easy-vqa").metric == "exact_match" and "easy-vqa" in TASKS
-    with pytest.raises(InputError, match="unknown task 'easy_vqa'; did you mean easy-vqa"):
+    with pytest.raises(InputError, match="unknown task 'easy_vqa'; did you mean 'easy-vqa"):
         find("easy_vqa")
     with pytest.raises(InputError, match="tasks are easy-vqa"):
         find("zzz")

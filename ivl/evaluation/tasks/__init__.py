@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-
-from ivl.errors import InputError
+from ivl.errors import InputError, nearest
 from ivl.evaluation.task import Task
 from ivl.evaluation.tasks.easy_vqa import SHORT_ANSWER, EasyVQA
 
@@ -18,13 +16,11 @@ TASKS: dict[str, tuple[Task, str]] = {
 
 
 def find(name: str) -> Task:
-    """The task of that name.
+    """Return the task of this name.
 
     Raises:
-        InputError: suggesting near names.
+        InputError: naming the nearest task.
     """
     if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"tasks are {', '.join(TASKS)}"
-        raise InputError(f"unknown task {name!r}; {hint}")
+        raise InputError(f"unknown task {name!r}; {nearest(name, TASKS, 'tasks')}")
     return TASKS[name][0]
