@@ -18,7 +18,7 @@ Input = tyro.conf.Positional[Path]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleOptions:
+class PreferSampleOptions:
     """Ask every question many times. The same command goes on where an interrupted one stopped."""
 
     questions: Input
@@ -97,7 +97,7 @@ class PairsOptions:
 
 def main(args: list[str]) -> None:
     """Run the command."""
-    commands = {"sample": SampleOptions, "pairs": PairsOptions, "dropout": DropoutOptions}
+    commands = {"sample": PreferSampleOptions, "pairs": PairsOptions, "dropout": DropoutOptions}
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)
     try:
         options = tyro.extras.subcommand_cli_from_dict(commands, prog="ivl prefer", args=args, config=config)

@@ -1,11 +1,11 @@
-"""Which option of a multiple-choice question a short answer names."""
+"""Reads the option of a multiple-choice question that a short answer names."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
-from ivl.evaluation.scoring.quantities import quantities, same_quantity
+from ivl.evaluation.scoring.numbers import quantities, same_quantity
 from ivl.evaluation.scoring.spelling import plain, wording
 
 _LETTERS = "ABCDEFGH"
@@ -23,7 +23,7 @@ _LEAD = re.compile(
 
 
 def split_option(text: str) -> tuple[str, str] | None:
-    """`B. cat` -> ("B", "cat"), and ("B", "") for the letter alone; None for what names no option."""
+    """Split `B. cat` into ("B", "cat"), and the letter alone into ("B", ""); None for text that names no option."""
     text = plain(text)
     if len(text) > 1000:
         return None
@@ -34,13 +34,13 @@ def split_option(text: str) -> tuple[str, str] | None:
         return found[1].upper(), ""
     if found := _WITH_TEXT.fullmatch(text):
         letter, rest = (found[1] or found[2] or found[3]).upper(), found[4]
-        # More letters behind the first: several options, or none.
+        # More letters after the first: several options, or none.
         return None if _ANOTHER.search(rest) else (letter, rest)
     return None
 
 
 def letters(text: str) -> frozenset[str] | None:
-    """`A, C and D` or `ACD` as a set of at least two letters, else None."""
+    """Return `A, C and D` or `ACD` as a set of at least two letters; None for other text."""
     text = plain(text).rstrip(".")
     if re.fullmatch(r"[A-H]{2,8}", text) or re.fullmatch(
         r"[(\[]?[A-H][)\]]?(?:(?: ?[,;&] ?| and |, and | )[(\[]?[A-H][)\]]?){1,7}", text
@@ -51,29 +51,31 @@ def letters(text: str) -> frozenset[str] | None:
 
 
 def same_choice(prediction: str, truth: str, choices: Sequence[str] = ()) -> bool | None:
-    """None unless both name options, by letter, text or both. A letter counts before its text, unless that is
-    another option's.
+    """Compare two options named by letter, text or both; None unless both texts name options.
 
-    choices: the texts of options A, B, ...; without them letters go from A to H and texts are those that the truth gives.
+    A letter counts before its text, unless that is another option's.
+
+    Args:
+        choices: The texts of options A, B, ...; without them letters go from A to H, and the truth gives the only text.
     """
     several = letters(truth)
     if several and (len(plain(truth)) > len(several) or plain(truth) == "".join(sorted(several))) and not choices:
         named = letters(prediction)
         return named == several if named else None
-    meant = _option(truth, choices)
-    if meant is None or (not choices and meant[0] not in _LETTERS):
+    expected = _option(truth, choices)
+    if expected is None or (not choices and expected[0] not in _LETTERS):
         return None
-    said = _option(prediction, choices)
-    if said is None:
+    given = _option(prediction, choices)
+    if given is None:
         if letters(prediction):
             return False
-        return same_text(prediction, meant[1]) or None if meant[1] else None
-    if said[0] != meant[0]:
+        return same_text(prediction, expected[1]) or None if expected[1] else None
+    if given[0] != expected[0]:
         return False
     if choices:
-        return not said[1] or _letter_of(said[1], choices) in (None, said[0])
+        return not given[1] or _letter_of(given[1], choices) in (None, given[0])
     # Two people may be called A., so that their names decide.
-    return True if not said[1] or not meant[1] or same_text(said[1], meant[1]) else None
+    return True if not given[1] or not expected[1] or same_text(given[1], expected[1]) else None
 
 
 def _option(text: str, choices: Sequence[str]) -> tuple[str, str] | None:
@@ -87,14 +89,14 @@ def _option(text: str, choices: Sequence[str]) -> tuple[str, str] | None:
 
 
 def _letter_of(text: str, choices: Sequence[str]) -> str | None:
-    """The one option with this text."""
+    """Return the letter of the one option with this text."""
     same = [chr(ord("A") + n) for n, choice in enumerate(choices) if same_text(text, choice)]
     return same[0] if len(same) == 1 else None
 
 
 def same_text(prediction: str, truth: str) -> bool:
-    """The same words or the same number; empty texts are the same as nothing."""
+    """Return whether two texts have the same words or are the same number; an empty text equals nothing."""
     if both := quantities(prediction, truth):
         return same_quantity(*both)
-    said = wording(prediction)
-    return bool(said) and said == wording(truth)
+    words = wording(prediction)
+    return bool(words) and words == wording(truth)

@@ -1,4 +1,4 @@
-"""The answer that a reply gives in one of the agreed styles, or what is wrong with the reply's form (spec 6.1)."""
+"""Reads the answer of a reply in one of the agreed styles (arXiv:2411.10442), or names the fault of the reply's form."""
 
 from __future__ import annotations
 
@@ -22,16 +22,14 @@ _MOST_MARKERS, _FEWEST_NEWLINES = 2, 2
 
 @dataclass(frozen=True, kw_only=True)
 class Extracted:
-    """Exactly one of the two is set."""
+    """An answer or a problem; exactly one of the two is set."""
 
     answer: str | None = None
     problem: FormatProblem | None = None
 
 
 def extract(reply: str, style: AnswerStyle) -> Extracted:
-    """The answer of a reply.
-
-    direct: the whole reply. final_answer: `final_answer`. boxed: `boxed`. think: `think`.
+    """Return the answer of a reply. In the style `direct` it is the whole reply; functions below read the other styles.
 
     Raises:
         InputError: for an unknown style.
@@ -44,7 +42,7 @@ def extract(reply: str, style: AnswerStyle) -> Extracted:
 
 
 def final_answer(reply: str) -> Extracted:
-    """What stands behind the last "Final answer:" or "最终答案：", in one line.
+    """Return the text after the last "Final answer:" or "最终答案：", which must be one line.
 
     A reply is malformed with no marker or more than two of them, without reasoning before the first, or with fewer than two
     line breaks in all.
@@ -62,7 +60,7 @@ def final_answer(reply: str) -> Extracted:
 
 
 def boxed(reply: str) -> Extracted:
-    r"""The content of the last `\boxed{...}` whose braces are balanced."""
+    r"""Return the content of the last `\boxed{...}` whose braces are balanced."""
     box = last_box(reply)
     if box is None:
         return Extracted(problem="unclosed box" if "\\boxed{" in reply else "no answer")
@@ -70,7 +68,7 @@ def boxed(reply: str) -> Extracted:
 
 
 def last_box(text: str) -> str | None:
-    """In one pass, whatever the nesting."""
+    """Find the last box in one pass, whatever the nesting."""
     best: tuple[int, str] | None = None
     opened: list[tuple[int, bool]] = []
     for found in re.finditer(r"\\boxed\s{0,3}\{|\\[^\W\d_]+|\\.|[{}]", text, re.DOTALL):
@@ -86,7 +84,10 @@ def last_box(text: str) -> str | None:
 
 
 def think(reply: str) -> Extracted:
-    """`<think>reasoning</think><answer>answer</answer>`, each tag once, with nothing around them; a box inside is opened."""
+    """Return the answer of `<think>reasoning</think><answer>answer</answer>`, out of its box if there is one.
+
+    Each tag must occur once, with nothing around them.
+    """
     if reply.count("<think>") != 1 or reply.count("</think>") != 1:
         return Extracted(problem="broken think tags")
     if "<answer>" not in reply and "</answer>" not in reply:
@@ -123,10 +124,10 @@ def _found(answer: str, *, one_line: bool = False) -> Extracted:
 
 
 def fix_answer(reply: str, answer: str, truth: str) -> str:
-    """The reply with its answer in the form of the truth, where the answer contains it: `5 cm` becomes `5`, `B. cat`
-    becomes `B` (spec 6.1). For replies that were found right; others are not made right by it.
+    """Write the answer of a right reply in the form of the truth, where it contains that: `5 cm` becomes `5`.
 
-    answer: as `extract` gave it. The last place in the reply where it stands is rewritten.
+    Args:
+        answer: As `extract` gave it. Its last place in the reply is rewritten.
     """
     at = reply.rfind(answer) if answer else -1
     if at < 0 or not truth or answer == truth or not _contains(answer, truth):
@@ -135,7 +136,7 @@ def fix_answer(reply: str, answer: str, truth: str) -> str:
 
 
 def _contains(answer: str, truth: str) -> bool:
-    """As whole words and numbers: neither 1 in 12 or 1.5, nor 5 in -5."""
+    """Look for the truth as whole words and numbers: neither 1 in 12 or 1.5, nor 5 in -5."""
     left = r"(?<![\w.,+\-/])" if truth[0].isalnum() and truth[0] < "\u2e80" else ""
     right = r"(?!\w|[.,/]\d)" if truth[-1].isalnum() and truth[-1] < "\u2e80" else ""
     return bool(re.search(left + re.escape(truth) + right, answer, re.IGNORECASE))

@@ -1,4 +1,4 @@
-"""Answers in a spelling that can be compared: what people write in many ways, written in one."""
+"""Spells answers in one way, so that they can be compared."""
 
 from __future__ import annotations
 
@@ -40,8 +40,10 @@ _LEADS = re.compile(
 
 
 def plain(text: str) -> str:
-    """Full-width and typographic characters as ASCII, raised digits as ^n, text out of LaTeX's and Markdown's wrappers,
-    single spaces. Case is kept, and so are formulas."""
+    """Normalize characters: full-width and typographic ones to ASCII, raised digits to ^n, white space to single spaces.
+
+    Text comes out of LaTeX's and Markdown's wrappers. Case and formulas stay.
+    """
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+", lambda found: "^" + found[0].translate(_RAISED), text)
     text = re.sub("[¼½¾⅐-⅞]", lambda found: " " + unicodedata.normalize("NFKC", found[0]), text)
     text = unicodedata.normalize("NFKC", text).translate(_SIGNS)
@@ -69,13 +71,13 @@ def _without_latex(text: str) -> str:
 
 
 def unboxed(text: str) -> str | None:
-    """What stands inside when the whole text is one box."""
+    """Return the content if the whole text is one box."""
     text = text.strip()
     return text[7:-1] if text.startswith("\\boxed{") and text.endswith("}") else None
 
 
 def bare(text: str) -> str:
-    """The plain text without an introduction ("The answer is") and a closing full stop."""
+    """Return the plain text without an introduction ("The answer is") and a closing full stop."""
     text = plain(text)
     text = text[found.end() :] if (found := _LEADS.match(text)) and found.end() < len(text) else text
     text = re.sub(r"(?<=[^\W\d_]{2})[!?]+\.?$", "", text)  # n! is a factorial
@@ -83,7 +85,9 @@ def bare(text: str) -> str:
 
 
 def wording(text: str) -> str:
-    """Lower case, digits for number words, no articles, no punctuation around words; signs within and before numbers stay.
+    """Normalize words: lower case, digits for number words, no articles, no punctuation around words.
+
+    Signs within and before numbers stay.
 
     Stricter than the form of VQAv2's metric, in which -5 is 5, O- is O+ and 1/2 is 1 2.
     """
@@ -107,6 +111,6 @@ def _stripped(word: str) -> str:
 
 
 def without_left_side(text: str) -> tuple[str, str]:
-    """A short left side such as `x`, `AB` or `\\angle ABC`, empty if none, and the rest."""
+    """Split off a short left side such as `x`, `AB` or `\\angle ABC`; it is empty if there is none."""
     found = re.match(r"((?:\\[a-zA-Z]+ ?|∠ ?)?[A-Za-z]{0,4}(?:_\w|\([a-z]\))?) ?[=≈] ?(?=[^=])", text)
     return (found[1].strip(), text[found.end() :]) if found and found[1] else ("", text)

@@ -11,7 +11,7 @@ from ivl.errors import InputError
 from ivl.evaluation.scoring.choices import same_choice, same_text, split_option
 from ivl.evaluation.scoring.formulas import ComparisonStopped, FormulaComparer, same_formula
 from ivl.evaluation.scoring.metrics import agreement, anls, exact_match, normalize
-from ivl.evaluation.scoring.quantities import quantities, same_quantity
+from ivl.evaluation.scoring.numbers import quantities, same_quantity
 from ivl.evaluation.scoring.spelling import bare, wording
 
 AnswerMode = Literal["exact", "choice", "number", "relaxed", "anls", "vqa", "math", "geometry", "mavis", "auto"]
