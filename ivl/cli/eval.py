@@ -33,9 +33,9 @@ class EvalOptions:
 def evaluate(args: list[str]) -> None:
     """Run the command."""
     args = [re.sub("^--judge-", "--judge.", arg) for arg in args]
-    known = [arg for arg in args if arg not in ("-h", "--help")]
+    without_help = [arg for arg in args if arg not in ("-h", "--help")]
     # The defaults of sampling follow from the task and the method, which are read first.
-    first, _ = tyro.cli(EvalOptions, args=known, return_unknown_args=True, config=(tyro.conf.AvoidSubcommands,))
+    first, _ = tyro.cli(EvalOptions, args=without_help, return_unknown_args=True, config=(tyro.conf.AvoidSubcommands,))
     sampling = first.config.sampling_for(find(first.config.task).params)
     try:
         default = EvalOptions(config=EvalConfig(sampling=sampling))

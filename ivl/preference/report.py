@@ -80,14 +80,14 @@ def _left_out(tallies: dict[str, Tally]) -> tuple[list[str], list[list[str]]]:
     return ["source", "what", "how many"], rows or [["-", "nothing", "0"]]
 
 
-def _length_rows(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def _length_rows(by_kind: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     head = ["kind", "pairs", "words chosen (mean, median)", "rejected", "chosen longer", "rejected longer"]
     return head, [
         [
             kind, f"{f['pairs']:,}", f"{f['chosen_mean']:.1f}, {f['chosen_median']:.0f}",
             f"{f['rejected_mean']:.1f}, {f['rejected_median']:.0f}", f"{f['chosen_longer']:.1%}", f"{f['rejected_longer']:.1%}",
         ]
-        for kind, f in found.items()
+        for kind, f in by_kind.items()
     ]  # fmt: skip
 
 

@@ -27,13 +27,13 @@ def split_option(text: str) -> tuple[str, str] | None:
     text = plain(text)
     if len(text) > 1000:
         return None
-    if (found := _LEAD.match(text)) and found.end() < len(text):
-        text = text[found.end() :]
+    if (match := _LEAD.match(text)) and match.end() < len(text):
+        text = text[match.end() :]
     text = re.sub(r"(?<=^\w),? (?:because|since) .*", "", text)
-    if found := _NAMED.fullmatch(text):
-        return found[1].upper(), ""
-    if found := _WITH_TEXT.fullmatch(text):
-        letter, rest = (found[1] or found[2] or found[3]).upper(), found[4]
+    if match := _NAMED.fullmatch(text):
+        return match[1].upper(), ""
+    if match := _WITH_TEXT.fullmatch(text):
+        letter, rest = (match[1] or match[2] or match[3]).upper(), match[4]
         # More letters after the first: several options, or none.
         return None if _ANOTHER.search(rest) else (letter, rest)
     return None
@@ -45,8 +45,8 @@ def letters(text: str) -> frozenset[str] | None:
     if re.fullmatch(r"[A-H]{2,8}", text) or re.fullmatch(
         r"[(\[]?[A-H][)\]]?(?:(?: ?[,;&] ?| and |, and | )[(\[]?[A-H][)\]]?){1,7}", text
     ):
-        found = re.findall("[A-H]", text)
-        return frozenset(found) if len(set(found)) == len(found) else None
+        match = re.findall("[A-H]", text)
+        return frozenset(match) if len(set(match)) == len(match) else None
     return None
 
 

@@ -37,7 +37,7 @@ def extract(reply: str, style: AnswerStyle) -> Extracted:
     if style not in get_args(AnswerStyle):
         raise InputError(f"style {style!r} is not one of {', '.join(get_args(AnswerStyle))}")
     if style == "direct":
-        return _found(reply)
+        return _extracted(reply)
     return {"final_answer": final_answer, "boxed": boxed, "think": think}[style](reply)
 
 
@@ -56,7 +56,7 @@ def final_answer(reply: str) -> Extracted:
         return Extracted(problem="no reasoning")
     if reply.count("\n") < _FEWEST_NEWLINES:
         return Extracted(problem="too few lines")
-    return _found(reply[markers[-1].end() :], one_line=True)
+    return _extracted(reply[markers[-1].end() :], one_line=True)
 
 
 def boxed(reply: str) -> Extracted:
@@ -64,22 +64,22 @@ def boxed(reply: str) -> Extracted:
     box = last_box(reply)
     if box is None:
         return Extracted(problem="unclosed box" if "\\boxed{" in reply else "no answer")
-    return _found(box)
+    return _extracted(box)
 
 
 def last_box(text: str) -> str | None:
     """Find the last box in one pass, whatever the nesting."""
     best: tuple[int, str] | None = None
     opened: list[tuple[int, bool]] = []
-    for found in re.finditer(r"\\boxed\s{0,3}\{|\\[^\W\d_]+|\\.|[{}]", text, re.DOTALL):
-        token = found[0]
+    for match in re.finditer(r"\\boxed\s{0,3}\{|\\[^\W\d_]+|\\.|[{}]", text, re.DOTALL):
+        token = match[0]
         if token == "}":
             if opened:
                 start, is_box = opened.pop()
                 if is_box and (best is None or start > best[0]):
-                    best = start, text[start : found.start()]
+                    best = start, text[start : match.start()]
         elif token == "{" or (token.startswith("\\boxed") and token.endswith("{")):
-            opened.append((found.end(), token != "{"))
+            opened.append((match.end(), token != "{"))
     return best and best[1]
 
 
@@ -107,10 +107,10 @@ def think(reply: str) -> Extracted:
     if not reasoning.strip():
         return Extracted(problem="no reasoning")
     box = last_box(answer)
-    return _found(answer if box is None else box)
+    return _extracted(answer if box is None else box)
 
 
-def _found(answer: str, *, one_line: bool = False) -> Extracted:
+def _extracted(answer: str, *, one_line: bool = False) -> Extracted:
     answer = answer.strip()
     for mark in ("**", "__"):
         # Markdown that began before the marker ends after the answer.

@@ -160,9 +160,9 @@ def formula(text: str) -> str | None:
     if len(text) > 4 * _MOST_CHARACTERS:
         return None
     text = _UNIT.sub("", plain(text).strip("$ ").rstrip("."))
-    text = re.sub(r"√ ?(\d+|[a-zA-Z]|\{[^{}]*\})", lambda found: r"\sqrt{" + found[1].strip("{}") + "}", text)
+    text = re.sub(r"√ ?(\d+|[a-zA-Z]|\{[^{}]*\})", lambda match: r"\sqrt{" + match[1].strip("{}") + "}", text)
     text = re.sub(r"√ ?\(([^()]*)\)", r"\\sqrt{\1}", text)
-    text = re.sub(r"(?<![\\a-zA-Z])(?:pi|sqrt)(?![a-zA-Z])", lambda found: "\\" + found[0], text)
+    text = re.sub(r"(?<![\\a-zA-Z])(?:pi|sqrt)(?![a-zA-Z])", lambda match: "\\" + match[0], text)
     for character, command in _COMMANDS.items():
         text = text.replace(character, command)
     if re.search(r"(?:sin|cos|tan|cot|sec|csc)(?![a-z])", text):

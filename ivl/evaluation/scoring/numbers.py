@@ -67,17 +67,17 @@ def quantity(text: str) -> Quantity | None:
     text = bare(text).removesuffix("左右")
     if len(text) > 120 or re.fullmatch(r"(?:1\d|20)\d0'?s", text):  # 1990s is a decade
         return None
-    text = text[found.end() :] if (found := _ABOUT.match(text)) else text
+    text = text[match.end() :] if (match := _ABOUT.match(text)) else text
     text = re.sub(r"^(\d+) and (?=\d+/\d+)", r"\1 ", re.sub(r"^(?:a|one)(?= dozen)", "1", text, flags=re.IGNORECASE))
-    if found := _MINUS.match(text):
-        inner = _unsigned(text[found.end() :])
+    if match := _MINUS.match(text):
+        inner = _unsigned(text[match.end() :])
         return inner and replace(inner, value=-inner.value, year=False)
     return _unsigned(text)
 
 
 def _unsigned(text: str) -> Quantity | None:
-    if found := re.match(r"百分之(.+)", text):
-        inner = _unsigned(found[1])
+    if match := re.match(r"百分之(.+)", text):
+        inner = _unsigned(match[1])
         return inner and replace(inner, percent=True)
     read = _digits(text) or _english(text) or _chinese(text)
     if read is None:
@@ -85,11 +85,11 @@ def _unsigned(text: str) -> Quantity | None:
     value, integer, places, rest = read
     spaced, rest = rest[:1] == " ", rest.strip()
     scale, money = 1, re.match(r"[+-]? ?([$€£¥])", text)
-    if (found := _SCALE.match(rest)) and not (spaced and not money and found[0] in "kKMB"):
-        scale, rest = _SCALES[found[0].lower() if len(found[0]) > 1 else found[0]], rest[found.end() :].strip()
+    if (match := _SCALE.match(rest)) and not (spaced and not money and match[0] in "kKMB"):
+        scale, rest = _SCALES[match[0].lower() if len(match[0]) > 1 else match[0]], rest[match.end() :].strip()
     number = Quantity(value=value * scale, integer=integer, places=places, scale=scale)
-    if found := re.match(r"(?:%|percent(?:age)?|per cent|pct)(?![A-Za-z])(?: points?)?", rest):
-        return replace(number, percent=True) if re.fullmatch(r"(?: of(?: [^\W\d_]+){1,4})?", rest[found.end() :]) else None
+    if match := re.match(r"(?:%|percent(?:age)?|per cent|pct)(?![A-Za-z])(?: points?)?", rest):
+        return replace(number, percent=True) if re.fullmatch(r"(?: of(?: [^\W\d_]+){1,4})?", rest[match.end() :]) else None
     unit = unit_of(rest, spaced=spaced)
     if unit is None or (money and conversion(money[1], unit) is None):
         return None
@@ -100,10 +100,10 @@ def _unsigned(text: str) -> Quantity | None:
 
 def _digits(text: str) -> tuple[Fraction, bool, int, str] | None:
     """Return the value, whether it is an integer in digits, its decimal places, and the rest of the text."""
-    if not (found := _NUMBER.match(text)):
+    if not (match := _NUMBER.match(text)):
         return None
-    part = found.groupdict()
-    sign, rest = -1 if "-" in part["sign"] else 1, text[found.end() :]
+    part = match.groupdict()
+    sign, rest = -1 if "-" in part["sign"] else 1, text[match.end() :]
     if any(len(value or "") > _MOST_DIGITS for value in part.values()):
         return None
     up, down = part["up"] or part["digit_up"] or part["over"], part["down"] or part["digit_down"] or part["under"]
@@ -122,11 +122,11 @@ def _digits(text: str) -> tuple[Fraction, bool, int, str] | None:
 
 def _english(text: str) -> tuple[Fraction, bool, int, str] | None:
     if (
-        (found := re.match(r"(.+) and (?:a|one) (half|quarter)(?![a-z])", text))
-        and (whole := _english(found[1]))
+        (match := re.match(r"(.+) and (?:a|one) (half|quarter)(?![a-z])", text))
+        and (whole := _english(match[1]))
         and not whole[3].strip()
     ):
-        return whole[0] + _PARTS[found[2]], False, 0, text[found.end() :]
+        return whole[0] + _PARTS[match[2]], False, 0, text[match.end() :]
     words = text.replace("-", " ").split()
     total, current, read = 0, 0, 0
     for word in (word.lower() for word in words):
@@ -153,12 +153,12 @@ _CHINESE_SCALES = {"十": 10, "百": 100, "千": 1000}
 
 
 def _chinese(text: str) -> tuple[Fraction, bool, int, str] | None:
-    if found := re.match("([零〇一二两三四五六七八九十百千万亿]{1,12})分之([零〇一二两三四五六七八九十百千万亿]{1,12})$", text):
-        down = chinese_integer(found[1])
-        return (Fraction(chinese_integer(found[2]), down), False, 0, "") if down else None
-    if not (found := re.match("[零〇一二两三四五六七八九十百千万亿]{1,20}", text)) or found[0][0] in "百千万亿":
+    if match := re.match("([零〇一二两三四五六七八九十百千万亿]{1,12})分之([零〇一二两三四五六七八九十百千万亿]{1,12})$", text):
+        down = chinese_integer(match[1])
+        return (Fraction(chinese_integer(match[2]), down), False, 0, "") if down else None
+    if not (match := re.match("[零〇一二两三四五六七八九十百千万亿]{1,20}", text)) or match[0][0] in "百千万亿":
         return None
-    return Fraction(chinese_integer(found[0])), True, 0, text[found.end() :]
+    return Fraction(chinese_integer(match[0])), True, 0, text[match.end() :]
 
 
 def chinese_integer(text: str) -> int:
@@ -196,7 +196,7 @@ def same_quantity(prediction: Quantity, truth: Quantity, *, tolerance: float = T
         values.add(value / 100 if prediction.percent else value * 100)
     if relaxed and 1 in (prediction.scale, truth.scale):
         values.add(value * truth.scale / prediction.scale)
-    return any(_close(each, prediction, truth, Fraction(tolerance), relaxed) for each in values)
+    return any(_close(reading, prediction, truth, Fraction(tolerance), relaxed) for reading in values)
 
 
 def _close(value: Fraction, prediction: Quantity, truth: Quantity, tolerance: Fraction, relaxed: bool) -> bool:

@@ -44,8 +44,8 @@ def plain(text: str) -> str:
 
     Text comes out of LaTeX's and Markdown's wrappers. Case and formulas stay.
     """
-    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+", lambda found: "^" + found[0].translate(_RAISED), text)
-    text = re.sub("[¼½¾⅐-⅞]", lambda found: " " + unicodedata.normalize("NFKC", found[0]), text)
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+", lambda match: "^" + match[0].translate(_RAISED), text)
+    text = re.sub("[¼½¾⅐-⅞]", lambda match: " " + unicodedata.normalize("NFKC", match[0]), text)
     text = unicodedata.normalize("NFKC", text).translate(_SIGNS)
     if "\\" in text or "$" in text or "{,}" in text:
         text = _without_latex(text)
@@ -79,7 +79,7 @@ def unboxed(text: str) -> str | None:
 def bare(text: str) -> str:
     """Return the plain text without an introduction ("The answer is") and a closing full stop."""
     text = plain(text)
-    text = text[found.end() :] if (found := _LEADS.match(text)) and found.end() < len(text) else text
+    text = text[match.end() :] if (match := _LEADS.match(text)) and match.end() < len(text) else text
     text = re.sub(r"(?<=[^\W\d_]{2})[!?]+\.?$", "", text)  # n! is a factorial
     return text.rstrip(".,; ") or text
 
@@ -112,5 +112,5 @@ def _stripped(word: str) -> str:
 
 def without_left_side(text: str) -> tuple[str, str]:
     """Split off a short left side such as `x`, `AB` or `\\angle ABC`; it is empty if there is none."""
-    found = re.match(r"((?:\\[a-zA-Z]+ ?|∠ ?)?[A-Za-z]{0,4}(?:_\w|\([a-z]\))?) ?[=≈] ?(?=[^=])", text)
-    return (found[1].strip(), text[found.end() :]) if found and found[1] else ("", text)
+    match = re.match(r"((?:\\[a-zA-Z]+ ?|∠ ?)?[A-Za-z]{0,4}(?:_\w|\([a-z]\))?) ?[=≈] ?(?=[^=])", text)
+    return (match[1].strip(), text[match.end() :]) if match and match[1] else ("", text)

@@ -57,7 +57,10 @@ _AnswerRule = Callable[[str, _Question], bool | None]
 def mode_for(dataset: str) -> AnswerMode:
     """Return the mode of a data set by its name; auto for unknown names."""
     name = dataset.lower()
-    return next((mode for part, mode in _BY_NAME if part in name), "auto")
+    for part, mode in _BY_NAME:
+        if part in name:
+            return mode
+    return "auto"
 
 
 def compare(
@@ -153,11 +156,11 @@ def _words(prediction: str, question: _Question) -> bool | None:
 def _yes_or_no(prediction: str, question: _Question) -> bool | None:
     """`Yes, it is.` for yes, unless the sentence goes on to the contrary."""
     expected = bare(question.truth).lower()
-    found = re.match(r"(yes|no)[,.;] ?(.*)", bare(prediction).lower())
-    if expected not in ("yes", "no") or not found:
+    match = re.match(r"(yes|no)[,.;] ?(.*)", bare(prediction).lower())
+    if expected not in ("yes", "no") or not match:
         return None
-    other = {"yes": r"\b(?:no|not|never)\b|n't\b", "no": r"\byes\b"}[found[1]]
-    return found[1] == expected and not re.search(other, found[2])
+    other = {"yes": r"\b(?:no|not|never)\b|n't\b", "no": r"\byes\b"}[match[1]]
+    return match[1] == expected and not re.search(other, match[2])
 
 
 def _formula(prediction: str, question: _Question) -> bool | None:
