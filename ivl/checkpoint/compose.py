@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ivl.checkpoint.config_json import Dialect, decoder_from, family_of, load_config, open_section, tied, vision_from
+from ivl.checkpoint.config_json import decoder_from, family_of, load_config, open_section, tied, vision_from
+from ivl.checkpoint.config_table import Dialect
 from ivl.checkpoint.files import read_object, refuse_sources
 from ivl.checkpoint.gguf.reader import GgufModel
 from ivl.checkpoint.gguf.tokenizer import tokenizer_from_gguf

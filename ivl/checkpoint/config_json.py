@@ -1,4 +1,4 @@
-"""config.json of both dialects: ModelConfig in and out, by one table of fields and keys.
+"""config.json of both dialects: ModelConfig in and out, both by the one table of config_table.
 
 A value that would change the computation and is not supported is refused, never dropped. Keys that only one dialect knows
 (tiling, template, the language model's original family) are written to both, so that nothing is lost on the way and back.
@@ -10,121 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
+from ivl.checkpoint import config_table as table
+from ivl.checkpoint.config_table import Dialect, FieldKey
 from ivl.checkpoint.files import read_object
 from ivl.config import DecoderConfig, Family, ModelConfig, TilingConfig, VisionConfig
 from ivl.errors import InputError
 
 T = TypeVar("T")
-Dialect = Literal["internvl_chat", "transformers"]
-"""internvl_chat is that of the original repository, transformers that of transformers' InternVLConfig."""
-
-
-class FieldKey(NamedTuple):
-    """A field of a configuration of ours, and its key in internvl_chat and in transformers."""
-
-    field: str
-    keys: tuple[str, str]
-    defaults: tuple[Any, Any] = (None, None)
-    """The value where the key is absent; None: it must be there."""
-
-    def of(self, dialect: Dialect) -> tuple[str, Any]:
-        """Return the key and the default in a dialect."""
-        column = int(dialect == "transformers")
-        return self.keys[column], self.defaults[column]
-
-
-def _same(field: str, key: str, default: Any = None) -> FieldKey:
-    return FieldKey(field, (key, key), (default, default))
-
-
-VISION_KEYS = (
-    _same("width", "hidden_size"),
-    _same("num_layers", "num_hidden_layers"),
-    _same("mlp_width", "intermediate_size"),
-    _same("num_heads", "num_attention_heads"),
-    FieldKey("norm", ("norm_type", "norm_type"), ("rms_norm", "layer_norm")),
-    FieldKey("qkv_bias", ("qkv_bias", "attention_bias"), (False, False)),
-    FieldKey("qk_norm", ("qk_normalization", "use_qk_norm"), (True, False)),
-    _same("patch_size", "patch_size", 14),
-    _same("image_size", "image_size", 448),
-    _same("norm_eps", "layer_norm_eps", 1e-6),
-    FieldKey("layer_scale_init", ("initializer_factor", "layer_scale_init_value"), (0.1, 0.1)),
-)
-DECODER_KEYS = (
-    _same("vocab_size", "vocab_size"),
-    _same("width", "hidden_size"),
-    _same("num_layers", "num_hidden_layers"),
-    _same("mlp_width", "intermediate_size"),
-    _same("num_heads", "num_attention_heads"),
-    _same("num_kv_heads", "num_key_value_heads"),
-    _same("head_dim", "head_dim"),
-    _same("norm_eps", "rms_norm_eps", 1e-6),
-    _same("max_positions", "max_position_embeddings", 32768),
-)
-TILING_KEYS = (
-    _same("dynamic", "dynamic_image_size", False),
-    _same("thumbnail", "use_thumbnail", False),
-    _same("min_tiles", "min_dynamic_patch", 1),
-    _same("max_tiles", "max_dynamic_patch"),
-)
-TEXT_CONFIG: dict[Dialect, str] = {"internvl_chat": "llm_config", "transformers": "text_config"}
-SELECT_LAYER: dict[Dialect, str] = {"internvl_chat": "select_layer", "transformers": "vision_feature_layer"}
-DTYPE: dict[Dialect, str] = {"internvl_chat": "torch_dtype", "transformers": "dtype"}
-MODEL_TYPE: dict[Dialect, str] = {"internvl_chat": "internvl_chat", "transformers": "internvl"}
-VISION_TYPE: dict[Dialect, str] = {"internvl_chat": "intern_vit_6b", "transformers": "internvl_vision"}
-
-CONSTANTS: dict[str, dict[str, Any]] = {
-    "internvl_chat": {
-        "architectures": ["InternVLChatModel"], "downsample_ratio": 0.5, "pad2square": False, "use_backbone_lora": 0,
-        "use_llm_lora": 0,
-    },
-    "internvl": {
-        "architectures": ["InternVLForConditionalGeneration"], "downsample_ratio": 0.5, "projector_hidden_act": "gelu",
-        "vision_feature_select_strategy": "default",
-    },
-    "intern_vit_6b": {
-        "architectures": ["InternVisionModel"], "hidden_act": "gelu", "num_channels": 3, "initializer_range": 0.02,
-        "dropout": 0.0, "attention_dropout": 0.0, "drop_path_rate": 0.0, "use_flash_attn": False,
-    },
-    "internvl_vision": {
-        "architectures": ["InternVLVisionModel"], "hidden_act": "gelu", "num_channels": 3, "initializer_range": 0.02,
-        "hidden_dropout_prob": 0.0, "attention_dropout": 0.0, "projection_dropout": 0.0, "use_mean_pooling": True,
-        "use_mask_token": False, "use_absolute_position_embeddings": True,
-    },
-    "qwen2": {
-        "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "attention_dropout": 0.0, "use_sliding_window": False,
-    },
-    "llama": {
-        "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "attention_dropout": 0.0, "attention_bias": False,
-        "mlp_bias": False, "pretraining_tp": 1,
-    },
-    "internlm2": {
-        "architectures": ["InternLM2ForCausalLM"], "hidden_act": "silu", "bias": False, "attn_implementation": "eager",
-    },
-}  # fmt: skip
-"""What is written by `model_type` whatever the configuration. On reading, keys that change the computation are checked."""
-_CHECKED = {
-    "downsample_ratio", "pad2square", "use_backbone_lora", "use_llm_lora", "projector_hidden_act", "num_channels", "bias",
-    "force_image_size", "vision_feature_select_strategy", "hidden_act", "use_mean_pooling", "use_mask_token",
-    "use_absolute_position_embeddings", "use_sliding_window", "attention_bias", "mlp_bias",
-}  # fmt: skip
-_FAMILIES: tuple[Family, ...] = ("qwen2", "internlm2", "llama")
-ARCHITECTURES: dict[str, Family] = {CONSTANTS[family]["architectures"][0]: family for family in _FAMILIES}
-_CODE_REPOS: dict[Family, str] = {
-    "qwen2": "OpenGVLab/InternVL2_5-1B", "internlm2": "OpenGVLab/InternVL2_5-8B", "llama": "OpenGVLab/InternVL2_5-8B",
-}  # fmt: skip
-"""Where the original library's classes live. Written for that library, which asks its user first; never followed here."""
-
-LIMITS = {
-    "hidden_size": 1 << 16, "num_hidden_layers": 1024, "intermediate_size": 1 << 20, "num_attention_heads": 1024,
-    "num_key_value_heads": 1024, "head_dim": 1 << 12, "vocab_size": 1 << 22, "image_size": 1 << 13, "patch_size": 1 << 9,
-    "max_position_embeddings": 1 << 30, "min_dynamic_patch": 1 << 10, "max_dynamic_patch": 1 << 10, "min_patches": 1 << 10,
-    "max_patches": 1 << 10,
-}  # fmt: skip
-"""Larger values are nonsense or an attack, and refused before anything is built."""
-CHOICES = {"norm_type": ("layer_norm", "rms_norm"), "ps_version": ("v1", "v2"), "original_family": ("llama", "internlm2")}
 IMAGE_TOKEN = "<IMG_CONTEXT>"
 CHAT_END = "<|im_end|>"
 _PUBLISHED_IMAGE_TOKENS = {("qwen2", 151674): 151667, ("internlm2", 92553): 92546}
@@ -150,7 +44,7 @@ class Section:
             value = value[0]
         if value is None:
             raise InputError(f"{self.place}: {key} is missing")
-        limit = LIMITS.get(key)
+        limit = table.LIMITS.get(key)
         if isinstance(value, bool) or not isinstance(value, int if limit else (int, float)):
             raise InputError(f"{self.place}: {key} is {value!r}, expected a {'whole ' if limit else ''}number")
         if not 0 < value <= (limit or 1e30):
@@ -160,15 +54,15 @@ class Section:
     def text(self, key: str, default: str) -> Any:
         """Return a text, one of CHOICES if that has the key."""
         value = self.get(key, default)
-        if not isinstance(value, str) or value not in CHOICES.get(key, (value,)):
-            raise InputError(f"{self.place}: {key} is {value!r}, expected {' or '.join(CHOICES.get(key, ('a text',)))}")
+        if not isinstance(value, str) or value not in table.CHOICES.get(key, (value,)):
+            raise InputError(f"{self.place}: {key} is {value!r}, expected {' or '.join(table.CHOICES.get(key, ('a text',)))}")
         return value
 
     def require(self, constants: Mapping[str, Any]) -> None:
         """Refuse another value of a key that is there and changes the computation."""
         for key, expected in constants.items():
             value = self.get(key, expected)
-            if key in _CHECKED and value != expected:
+            if key in table.CHECKED and value != expected:
                 raise InputError(f"{self.place}: {key} is {value!r}; only {expected!r} is supported")
 
     def section(self, key: str) -> Section:
@@ -211,7 +105,7 @@ def dialect_of(directory: Path) -> Dialect:
 
 def _dialect(top: Section) -> Dialect:
     model_type = top.get("model_type")
-    for dialect, known in MODEL_TYPE.items():
+    for dialect, known in table.MODEL_TYPE.items():
         if model_type == known:
             return dialect
     raise InputError(f"{top.place}: model_type is {model_type!r}; expected internvl_chat, or internvl of transformers")
@@ -237,7 +131,7 @@ def load_config(directory: Path | str) -> ModelConfig:
     directory = Path(directory)
     top = open_section(directory / "config.json")
     dialect = _dialect(top)
-    top.require(CONSTANTS["internvl_chat"] | CONSTANTS[MODEL_TYPE[dialect]])
+    top.require(table.CONSTANTS["internvl_chat"] | table.CONSTANTS[table.MODEL_TYPE[dialect]])
     try:
         return _model_config(top, dialect, directory)
     except InputError:
@@ -248,7 +142,7 @@ def load_config(directory: Path | str) -> ModelConfig:
 
 def _model_config(top: Section, dialect: Dialect, directory: Path) -> ModelConfig:
     vision = vision_from(top.section("vision_config"))
-    text = top.section(TEXT_CONFIG[dialect])
+    text = top.section(table.TEXT_CONFIG[dialect])
     family = family_of(text)
     if dialect == "internvl_chat":
         # The stored position table is that of the ViT's own size; interpolating it here would be a guess.
@@ -269,7 +163,7 @@ def _model_config(top: Section, dialect: Dialect, directory: Path) -> ModelConfi
         eos_token_ids=_eos_tokens(top, generation, text, directory),
         pad_token_id=top.get("pad_token_id", generation.get("pad_token_id", text.get("pad_token_id"))),
         bos_token_id=top.get("bos_token_id", bos),
-        select_layer=top.get(SELECT_LAYER[dialect], -1),
+        select_layer=top.get(table.SELECT_LAYER[dialect], -1),
         pixel_shuffle=top.text("ps_version", "v1") if dialect == "internvl_chat" else "v2",
         template=top.text("template", "internvl2_5"),
         system_message=top.get("system_message"),
@@ -280,8 +174,8 @@ def vision_from(section: Section) -> VisionConfig:
     """Read InternViT from the vision part of either dialect, or from the config.json of a ViT alone."""
     transformers = section.get("model_type") == "internvl_vision" or "use_qk_norm" in section.values
     dialect: Dialect = "transformers" if transformers else "internvl_chat"
-    section.require(CONSTANTS[VISION_TYPE[dialect]])
-    return section.read(VisionConfig, VISION_KEYS, dialect)
+    section.require(table.CONSTANTS[table.VISION_TYPE[dialect]])
+    return section.read(VisionConfig, table.VISION_KEYS, dialect)
 
 
 def decoder_from(section: Section, family: Family) -> DecoderConfig:
@@ -294,10 +188,12 @@ def decoder_from(section: Section, family: Family) -> DecoderConfig:
     }
     section = Section(defaults | {key: value for key, value in section.values.items() if value is not None}, section.place)
     biased = family == "qwen2"
-    section.require(CONSTANTS["qwen2"] | CONSTANTS["internlm2"] | CONSTANTS["llama"] | {"attention_bias": biased})
+    section.require(
+        table.CONSTANTS["qwen2"] | table.CONSTANTS["internlm2"] | table.CONSTANTS["llama"] | {"attention_bias": biased}
+    )
     theta, factor = _rope(section)
     return section.read(
-        DecoderConfig, DECODER_KEYS, "internvl_chat",
+        DecoderConfig, table.DECODER_KEYS, "internvl_chat",
         family=family, rope_theta=theta, rope_dynamic_factor=factor, qkv_bias=biased,
     )  # fmt: skip
 
@@ -309,10 +205,10 @@ def family_of(section: Section) -> Family:
         InputError: if it is none that the decoder computes.
     """
     names, model_type = section.get("architectures", []), section.get("model_type")
-    for architecture, family in ARCHITECTURES.items():
+    for architecture, family in table.ARCHITECTURES.items():
         if architecture in names or (not names and model_type == family):
             return family
-    raise InputError(f"{section.place}: language model {names or model_type!r} is not one of {', '.join(ARCHITECTURES)}")
+    raise InputError(f"{section.place}: language model {names or model_type!r} is not one of {', '.join(table.ARCHITECTURES)}")
 
 
 def _rope(section: Section) -> tuple[float, float | None]:
@@ -327,7 +223,7 @@ def _rope(section: Section) -> tuple[float, float | None]:
 
 def _tiling(top: Section, directory: Path, size: int) -> TilingConfig:
     if "max_dynamic_patch" in top.values:
-        return top.read(TilingConfig, TILING_KEYS, "internvl_chat", tile_size=size)
+        return top.read(TilingConfig, table.TILING_KEYS, "internvl_chat", tile_size=size)
     for name in ("preprocessor_config.json", "processor_config.json"):
         values = open_section(directory / name, optional=True)
         image = Section(values.get("image_processor", values.values), values.place)
@@ -392,7 +288,7 @@ def to_json(config: ModelConfig, dialect: Dialect, dtype: str) -> dict[str, Any]
     if config.decoder.qkv_bias != (family == "qwen2"):
         raise InputError(f"family {family} with qkv_bias {config.decoder.qkv_bias} has no checkpoint format")
     if dialect == "internvl_chat":
-        code = _CODE_REPOS[family]
+        code = table.CODE_REPOS[family]
         chat_model = f"{code}--modeling_internvl_chat.InternVLChatModel"
         auto_config = f"{code}--configuration_internvl_chat.InternVLChatConfig"
         own = {
@@ -407,19 +303,19 @@ def to_json(config: ModelConfig, dialect: Dialect, dtype: str) -> dict[str, Any]
     else:
         raise InputError(f"pixel_shuffle {config.pixel_shuffle} cannot be written for transformers, which computes v2 only")
     return {
-        "model_type": MODEL_TYPE[dialect],
-        **CONSTANTS[MODEL_TYPE[dialect]],
+        "model_type": table.MODEL_TYPE[dialect],
+        **table.CONSTANTS[table.MODEL_TYPE[dialect]],
         **own,
-        **_values(config.tiling, TILING_KEYS, dialect),
-        SELECT_LAYER[dialect]: config.select_layer,
-        DTYPE[dialect]: dtype,
+        **_values(config.tiling, table.TILING_KEYS, dialect),
+        table.SELECT_LAYER[dialect]: config.select_layer,
+        table.DTYPE[dialect]: dtype,
         "template": config.template,
         **({} if config.system_message is None else {"system_message": config.system_message}),
         "image_token_id": config.image_token_id,
         **_end_tokens(config),
         "tie_word_embeddings": False,
-        "vision_config": _vision_json(config.vision, dialect) | {DTYPE[dialect]: dtype},
-        TEXT_CONFIG[dialect]: _decoder_json(config, family) | {DTYPE[dialect]: dtype},
+        "vision_config": _vision_json(config.vision, dialect) | {table.DTYPE[dialect]: dtype},
+        table.TEXT_CONFIG[dialect]: _decoder_json(config, family) | {table.DTYPE[dialect]: dtype},
     }
 
 
@@ -439,8 +335,8 @@ def _end_tokens(config: ModelConfig) -> dict[str, Any]:
 
 
 def _vision_json(vision: VisionConfig, dialect: Dialect) -> dict[str, Any]:
-    model_type = VISION_TYPE[dialect]
-    values = {"model_type": model_type, **CONSTANTS[model_type], **_values(vision, VISION_KEYS, dialect)}
+    model_type = table.VISION_TYPE[dialect]
+    values = {"model_type": model_type, **table.CONSTANTS[model_type], **_values(vision, table.VISION_KEYS, dialect)}
     if dialect == "transformers":
         values |= {key: [values[key], values[key]] for key in ("patch_size", "image_size")}
     return values
@@ -452,8 +348,8 @@ def _decoder_json(config: ModelConfig, model_type: Family) -> dict[str, Any]:
     kind = "type" if model_type == "internlm2" else "rope_type"
     return {
         "model_type": model_type,
-        **CONSTANTS[model_type],
-        **_values(config.decoder, DECODER_KEYS, "internvl_chat"),
+        **table.CONSTANTS[model_type],
+        **_values(config.decoder, table.DECODER_KEYS, "internvl_chat"),
         "rope_theta": config.decoder.rope_theta,
         "rope_scaling": None if factor is None else {kind: "dynamic", "factor": factor},
         "initializer_range": 0.02,

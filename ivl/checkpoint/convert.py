@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ivl.checkpoint.config_json import Dialect, dialect_of, load_config
+from ivl.checkpoint.config_json import dialect_of, load_config
+from ivl.checkpoint.config_table import Dialect
 from ivl.checkpoint.files import new_directory
 from ivl.checkpoint.gguf.tokenizer import gguf_vocabulary
 from ivl.checkpoint.gguf.writer import STORAGE, write_language, write_vision

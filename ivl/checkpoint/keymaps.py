@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ivl.checkpoint.config_json import Dialect
+from ivl.checkpoint.config_table import Dialect
 from ivl.model.decoder import Decoder
 from ivl.model.linear import Linear
 from ivl.model.vit import VisionTransformer

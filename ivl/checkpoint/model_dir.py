@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from ivl.checkpoint.config_json import Dialect, dialect_of, generation_json, load_config, tied, to_json
+from ivl.checkpoint.config_json import dialect_of, generation_json, load_config, tied, to_json
+from ivl.checkpoint.config_table import Dialect
 from ivl.checkpoint.files import listing, read_object
 from ivl.checkpoint.hub import resolve
 from ivl.checkpoint.keymaps import Entry, current_name, key_map

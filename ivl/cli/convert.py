@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from ivl.checkpoint.config_json import Dialect
+from ivl.checkpoint.config_table import Dialect
 from ivl.errors import InputError
 from ivl.utils.progress import counting
 

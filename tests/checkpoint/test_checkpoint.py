@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ivl.checkpoint import load_config, load_model, save_model
-from ivl.checkpoint.config_json import Dialect, generation_json, to_json
+from ivl.checkpoint.config_json import generation_json, to_json
+from ivl.checkpoint.config_table import Dialect
 from ivl.checkpoint.keymaps import Entry, key_map
 from ivl.checkpoint.model_dir import empty_model
 from ivl.checkpoint.weights import StoredWeights
@@ -37,7 +38,7 @@ def names_and_shapes(model: VLM, dialect: Dialect) -> dict[str, tuple[int, ...]]
 
 
 def expected_internvl_chat(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Spec 1.5, written out."""
+    """The names and shapes of the published checkpoints, written out."""
     v, d = config.vision, config.decoder
     h, m, w, i = v.width, v.mlp_width, d.width, d.mlp_width
     q, kv = d.num_heads * d.head_dim, d.num_kv_heads * d.head_dim
@@ -81,7 +82,7 @@ def expected_internvl_chat(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_internvl_chat_names_and_shapes_are_those_of_the_spec(size: str) -> None:
+def test_internvl_chat_names_and_shapes_are_the_published_ones(size: str) -> None:
     config = published_config(size)
     assert names_and_shapes(empty_model(config), "internvl_chat") == expected_internvl_chat(config)
 
@@ -98,7 +99,7 @@ def test_transformers_names_and_shapes_are_those_of_the_library(size: str) -> No
 
 
 def test_wqkv_rows_are_queries_key_value_by_group() -> None:
-    """The golden rows of spec 10, for the 8B: 32 query heads, 8 groups, head size 128."""
+    """Rows of the published 8B: 32 query heads, 8 groups, head size 128."""
     entry = Entry("qkv", ("wqkv",), groups=(8, 4, 128))
     ours = torch.arange(6144).unsqueeze(1)  # all queries, then all keys, then all values
     (theirs,) = entry.split(ours)

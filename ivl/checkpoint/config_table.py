@@ -1,0 +1,116 @@
+"""The table of config.json: fields of ModelConfig with their keys in both dialects, and constants by model_type."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+from ivl.config import Family
+
+Dialect = Literal["internvl_chat", "transformers"]
+"""internvl_chat is that of the original repository, transformers that of transformers' InternVLConfig."""
+
+
+class FieldKey(NamedTuple):
+    """A field of a configuration of ours, and its key in internvl_chat and in transformers."""
+
+    field: str
+    keys: tuple[str, str]
+    defaults: tuple[Any, Any] = (None, None)
+    """The value where the key is absent; None: it must be there."""
+
+    def of(self, dialect: Dialect) -> tuple[str, Any]:
+        """Return the key and the default in a dialect."""
+        column = int(dialect == "transformers")
+        return self.keys[column], self.defaults[column]
+
+
+def _same(field: str, key: str, default: Any = None) -> FieldKey:
+    return FieldKey(field, (key, key), (default, default))
+
+
+VISION_KEYS = (
+    _same("width", "hidden_size"),
+    _same("num_layers", "num_hidden_layers"),
+    _same("mlp_width", "intermediate_size"),
+    _same("num_heads", "num_attention_heads"),
+    FieldKey("norm", ("norm_type", "norm_type"), ("rms_norm", "layer_norm")),
+    FieldKey("qkv_bias", ("qkv_bias", "attention_bias"), (False, False)),
+    FieldKey("qk_norm", ("qk_normalization", "use_qk_norm"), (True, False)),
+    _same("patch_size", "patch_size", 14),
+    _same("image_size", "image_size", 448),
+    _same("norm_eps", "layer_norm_eps", 1e-6),
+    FieldKey("layer_scale_init", ("initializer_factor", "layer_scale_init_value"), (0.1, 0.1)),
+)
+DECODER_KEYS = (
+    _same("vocab_size", "vocab_size"),
+    _same("width", "hidden_size"),
+    _same("num_layers", "num_hidden_layers"),
+    _same("mlp_width", "intermediate_size"),
+    _same("num_heads", "num_attention_heads"),
+    _same("num_kv_heads", "num_key_value_heads"),
+    _same("head_dim", "head_dim"),
+    _same("norm_eps", "rms_norm_eps", 1e-6),
+    _same("max_positions", "max_position_embeddings", 32768),
+)
+TILING_KEYS = (
+    _same("dynamic", "dynamic_image_size", False),
+    _same("thumbnail", "use_thumbnail", False),
+    _same("min_tiles", "min_dynamic_patch", 1),
+    _same("max_tiles", "max_dynamic_patch"),
+)
+TEXT_CONFIG: dict[Dialect, str] = {"internvl_chat": "llm_config", "transformers": "text_config"}
+SELECT_LAYER: dict[Dialect, str] = {"internvl_chat": "select_layer", "transformers": "vision_feature_layer"}
+DTYPE: dict[Dialect, str] = {"internvl_chat": "torch_dtype", "transformers": "dtype"}
+MODEL_TYPE: dict[Dialect, str] = {"internvl_chat": "internvl_chat", "transformers": "internvl"}
+VISION_TYPE: dict[Dialect, str] = {"internvl_chat": "intern_vit_6b", "transformers": "internvl_vision"}
+
+CONSTANTS: dict[str, dict[str, Any]] = {
+    "internvl_chat": {
+        "architectures": ["InternVLChatModel"], "downsample_ratio": 0.5, "pad2square": False, "use_backbone_lora": 0,
+        "use_llm_lora": 0,
+    },
+    "internvl": {
+        "architectures": ["InternVLForConditionalGeneration"], "downsample_ratio": 0.5, "projector_hidden_act": "gelu",
+        "vision_feature_select_strategy": "default",
+    },
+    "intern_vit_6b": {
+        "architectures": ["InternVisionModel"], "hidden_act": "gelu", "num_channels": 3, "initializer_range": 0.02,
+        "dropout": 0.0, "attention_dropout": 0.0, "drop_path_rate": 0.0, "use_flash_attn": False,
+    },
+    "internvl_vision": {
+        "architectures": ["InternVLVisionModel"], "hidden_act": "gelu", "num_channels": 3, "initializer_range": 0.02,
+        "hidden_dropout_prob": 0.0, "attention_dropout": 0.0, "projection_dropout": 0.0, "use_mean_pooling": True,
+        "use_mask_token": False, "use_absolute_position_embeddings": True,
+    },
+    "qwen2": {
+        "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "attention_dropout": 0.0, "use_sliding_window": False,
+    },
+    "llama": {
+        "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "attention_dropout": 0.0, "attention_bias": False,
+        "mlp_bias": False, "pretraining_tp": 1,
+    },
+    "internlm2": {
+        "architectures": ["InternLM2ForCausalLM"], "hidden_act": "silu", "bias": False, "attn_implementation": "eager",
+    },
+}  # fmt: skip
+"""What is written by `model_type` whatever the configuration. On reading, keys that change the computation are checked."""
+CHECKED = {
+    "downsample_ratio", "pad2square", "use_backbone_lora", "use_llm_lora", "projector_hidden_act", "num_channels", "bias",
+    "force_image_size", "vision_feature_select_strategy", "hidden_act", "use_mean_pooling", "use_mask_token",
+    "use_absolute_position_embeddings", "use_sliding_window", "attention_bias", "mlp_bias",
+}  # fmt: skip
+FAMILIES: tuple[Family, ...] = ("qwen2", "internlm2", "llama")
+ARCHITECTURES: dict[str, Family] = {CONSTANTS[family]["architectures"][0]: family for family in FAMILIES}
+CODE_REPOS: dict[Family, str] = {
+    "qwen2": "OpenGVLab/InternVL2_5-1B", "internlm2": "OpenGVLab/InternVL2_5-8B", "llama": "OpenGVLab/InternVL2_5-8B",
+}  # fmt: skip
+"""Where the original library's classes live. Written for that library, which asks its user first; never followed here."""
+
+LIMITS = {
+    "hidden_size": 1 << 16, "num_hidden_layers": 1024, "intermediate_size": 1 << 20, "num_attention_heads": 1024,
+    "num_key_value_heads": 1024, "head_dim": 1 << 12, "vocab_size": 1 << 22, "image_size": 1 << 13, "patch_size": 1 << 9,
+    "max_position_embeddings": 1 << 30, "min_dynamic_patch": 1 << 10, "max_dynamic_patch": 1 << 10, "min_patches": 1 << 10,
+    "max_patches": 1 << 10,
+}  # fmt: skip
+"""Larger values are nonsense or an attack, and refused before anything is built."""
+CHOICES = {"norm_type": ("layer_norm", "rms_norm"), "ps_version": ("v1", "v2"), "original_family": ("llama", "internlm2")}
