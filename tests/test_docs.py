@@ -84,7 +84,11 @@ def command_of(arguments: list[str]) -> tuple[str, ...]:
 
 
 def all_flags() -> set[str]:
-    chosen = [*(("data", name) for name in ("validate", "stats", "convert", "filter", "pack")), ("train", "nano-language")]
+    chosen = [
+        *(("data", name) for name in ("validate", "stats", "convert", "filter", "pack")),
+        ("train", "nano-language"),
+        ("train", "nano-mpo"),
+    ]
     chosen += [("prefer", name) for name in ("sample", "pairs", "dropout")]
     chosen += [(name,) for name in COMMANDS if name not in ("data", "prefer", "train")]
     return set().union(*(flags(command) for command in chosen), {"--resume", "--fresh", "--nproc-per-node", "--version"})

@@ -213,8 +213,7 @@ class Trainer:
         loss_sum, weight = total["loss"].tolist()
         tokens, samples, tiles, packs = (int(count) for count in total["counts"].tolist())
         norm = self._normalize_gradients(weight, ids)
-        progress, share = self._progress(samples)
-        factor = lr_factor(self.config.optim, progress, self._schedule_steps)
+        factor, share = self._schedule(samples)
         self.optimizer.step(factor)
         counters, now = self.counters, time.monotonic()
         counters.step += 1
@@ -262,18 +261,15 @@ class Trainer:
             gradient.mul_(clip / weight)
         return norm
 
-    @property
-    def _schedule_steps(self) -> int | None:
-        return self.config.optim.schedule_steps or self.config.num_steps if self.config.num_steps is not None else None
-
-    def _progress(self, samples: int) -> tuple[float, float]:
-        """Return the middle of this step as a share of the schedule, and its end as a share of the run."""
-        if (num_steps := self.config.num_steps) is not None:
-            step = self.counters.step
-            return (step + 0.5) / (self._schedule_steps or num_steps), (step + 1) / num_steps
+    def _schedule(self, samples: int) -> tuple[float, float]:
+        """Return the share of the peak rate for this step, and the share of the run that is done after it."""
+        optim, num_steps, counters = self.config.optim, self.config.num_steps, self.counters
+        if num_steps is not None:
+            length = optim.schedule_steps or num_steps
+            return lr_factor(optim, (counters.step + 0.5) / length, length), (counters.step + 1) / num_steps
         assert self.num_samples is not None
-        done = self.counters.samples
-        return (done + 0.5 * samples) / self.num_samples, (done + samples) / self.num_samples
+        middle, end = counters.samples + 0.5 * samples, counters.samples + samples
+        return lr_factor(optim, middle / self.num_samples, None), end / self.num_samples
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
