@@ -14,24 +14,32 @@ from examples.quickstart.compositions import careless, compositions, training_ro
 from ivl.types import SamplingParams
 
 CARELESS = 0.45
-"""Share of the supervised rows that carry the mistake. The model learns the mistake nearly as well as the answer; its own
-replies, checked against answers known to be right, tell the two apart."""
+"""Share of the supervised rows that carry the mistake. The model learns the mistake nearly as well as the answer; checking its
+own replies against right answers tells the two apart."""
 ROWS_PER_STEP = 64
-"""About what the packs of a step of nano-reason hold: no row comes twice."""
+"""Rows that the packs of a step of nano-reason hold, at most: no row comes twice."""
 SAMPLED = SamplingParams(temperature=0.7, top_p=0.95, max_new_tokens=64)
 GREEDY = SamplingParams(max_new_tokens=64)
 ASKED = ("id", "image", "question", "answer")
 
 
 def write_reasoning(path: Path, num_steps: int) -> Path:
-    """Supervised rows for so many steps, reference format."""
+    """Write supervised rows for so many steps."""
     rows = compositions("train", ROWS_PER_STEP * num_steps, seed=1, prefix="sft")
     return write_rows(path, map(training_row, careless(rows, CARELESS, seed=1)))
 
 
 def write_pairs(model: Path, out: Path, *, questions: int, replies: int) -> Path:
-    """Fresh questions, asked often, and pairs of the replies in out/pairs; returns the journal of replies. What is there
-    already is not done again."""
+    """Ask fresh questions several times and write pairs of the replies to out/pairs; returns the journal of replies.
+
+    An interrupted call goes on where it stopped.
+
+    Args:
+        model: directory of the model that replies.
+        out: where the files go.
+        questions: number of questions.
+        replies: replies to each question.
+    """
     from ivl.api import load
     from ivl.preference.questions import load_sources
     from ivl.preference.sampling import SamplingConfig, sample
@@ -46,6 +54,7 @@ def write_pairs(model: Path, out: Path, *, questions: int, replies: int) -> Path
 
 
 def pair_up(journal: Path, out: Path) -> None:
+    """Write pairs of the replies, and their report."""
     from ivl.preference.pairs import build_pairs
     from ivl.preference.report import write_report
 
@@ -53,8 +62,10 @@ def pair_up(journal: Path, out: Path) -> None:
 
 
 def held_out(model: Path, count: int, folder: Path, *, seed: int = 9) -> dict[str, Any]:
-    """Accuracy on questions about pictures of the test split, drawn by the seed, greedy; the share of malformed replies, of
-    replies that repeat until they are cut off, and of replies whose reasoning is right."""
+    """Measure greedy accuracy on questions about pictures of the test split, drawn by the seed.
+
+    Returns also the shares of malformed replies, of replies that run into the limit, and of replies whose reasoning is right.
+    """
     from ivl.api import load
     from ivl.preference.grading import grade
     from ivl.preference.questions import QuestionSource, read_questions
@@ -71,10 +82,11 @@ def held_out(model: Path, count: int, folder: Path, *, seed: int = 9) -> dict[st
         "endless": [r.finish_reason == "length" for r in replies],
         "reasoning": [r.text.startswith(f"{row['reasoning']}\n") for r, row in zip(replies, rows, strict=True)],
     }
-    return {name: sum(said) / len(said) for name, said in shares.items()} | {"n": count}
+    return {name: sum(hits) / len(hits) for name, hits in shares.items()} | {"n": count}
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    """Write rows as JSON lines; returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

@@ -40,9 +40,9 @@ def write_page(out: Path, result: dict[str, Any]) -> Path:
 def preference(result: dict[str, Any]) -> str:
     kinds = {"accuracy": "right", "reasoning": "reasoning right", "malformed": "malformed", "endless": "endless"}
     figure, axis = pages.pyplot().subplots(figsize=(7, 2.4), layout="constrained")
-    for offset, (when, colour) in enumerate((("before", "#9ecae1"), ("after", "#3182bd"))):
+    for offset, (when, color) in enumerate((("before", "#9ecae1"), ("after", "#3182bd"))):
         shares = [result[when][kind] for kind in kinds]
-        bars = axis.bar([at + 0.38 * offset for at in range(len(kinds))], shares, 0.36, color=colour, label=f"{when} MPO")
+        bars = axis.bar([at + 0.38 * offset for at in range(len(kinds))], shares, 0.36, color=color, label=f"{when} MPO")
         axis.bar_label(bars, [f"{share:.1%}" for share in shares], fontsize=8)
     axis.set_xticks([at + 0.19 for at in range(len(kinds))], list(kinds.values()))
     axis.set_ylim(0, 1.12)
@@ -109,7 +109,7 @@ def examples(predictions: list[dict[str, Any]]) -> str:
 
 
 def example(prediction: dict[str, Any], row: easy_vqa.Row) -> str:
-    said = html.escape(prediction["prediction"])
-    verdict = said if prediction["score"] else f"<span class='bad'>{said}</span> (is {html.escape(row.answer)})"
+    reply = html.escape(prediction["prediction"])
+    verdict = reply if prediction["score"] else f"<span class='bad'>{reply}</span> (is {html.escape(row.answer)})"
     picture = base64.b64encode(Path(row.image).read_bytes()).decode()
     return f"<div><img alt='' src='data:image/png;base64,{picture}'>{html.escape(row.question)}<br><b>{verdict}</b></div>"

@@ -1,4 +1,4 @@
-"""Losses of preference pairs, each a pure function (spec 5.1). P pairs; every loss is one number per pair.
+"""Losses of preference pairs, each a pure function (arXiv:2411.10442, section 3.2). P pairs; every loss is one number per pair.
 
 A log-ratio is the summed log-probability of a reply under the policy less that under the reference model. Its product with
 beta is the reply's reward. Losses without a reference take mean log-probabilities per token instead, and say so.

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ from ivl.utils.jsonl import Journal, read_journal
 from ivl.utils.progress import counting
 
 NOT_DATA = frozenset(("num_workers", "prefetch", "start_method", "cache_samples", "epochs", "shuffle", "mixture", "root"))
-"""Fields of DataConfig on which a pair's log-probability does not depend, or that the rows' own fingerprint covers."""
+"""Fields of DataConfig that do not change a pair's log-probability, or that the fingerprint of the rows covers."""
 PAIRS_A_CHUNK = 64
 """Pairs written at a time."""
 
@@ -77,7 +78,7 @@ def adapters_off(model: VLM, batch: Batch) -> torch.Tensor:
 
 
 class FileReference:
-    """Log-probabilities by data set and `file:line` of their pair."""
+    """Log-probabilities from a file, by data set and `file:line` of their pair."""
 
     def __init__(self, pairs: dict[tuple[str, str], tuple[float, float]]) -> None:
         self.pairs = pairs
@@ -112,10 +113,18 @@ class FileReference:
 
 
 def precompute(model: VLM, data: Loader, directory: Path, *, precision: Precision, weights: str, world: World) -> None:
-    """Go through an epoch of the data and write directory/rank-R.jsonl; goes on where an interrupted pass ended.
+    """Go through an epoch of the data and write directory/rank-R.jsonl; go on where an interrupted pass ended.
 
-    The file belongs to these weights, data and precision, and is refused by others; one that is finished is kept, whatever the
-    number of ranks. A kill costs at most PAIRS_A_CHUNK pairs.
+    The file belongs to these weights, data and precision; others are refused. A finished file is kept, whatever the number of
+    ranks. A kill costs at most PAIRS_A_CHUNK pairs.
+
+    Args:
+        model: the reference model.
+        data: this rank's pairs.
+        directory: where the file goes.
+        precision: of the forward pass, as in training.
+        weights: hash of the model's weights.
+        world: the ranks.
 
     Raises:
         InputError: for data whose samples have random parts (JPEG degradation, video), which have no fixed log-probability;
@@ -134,44 +143,49 @@ def precompute(model: VLM, data: Loader, directory: Path, *, precision: Precisio
         done, last = 0, {}
         for _, last in read_journal(path)[1]:
             done += "source" in last
-        if last and not last.get("done"):
-            data.restore(last["position"])
-        found: list[dict] = []
-        with counting(on=world.is_main, lasting=True) as bar:
-            task = bar.add_task("reference log-probabilities", total=len(data.mixture) // world.size, completed=done, note="")
-            for batch in () if last.get("done") else _in_company(model, iter(data), world):
-                if batch is not None:
-                    check_pairs(batch)
-                with torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bf16"):
-                    sums_S = reply_log_probs(model, to_device(batch or _nothing(model), world.device)).log_probs_S
-                if batch is None:
-                    continue
-                names = zip(batch.datasets, batch.sources, batch.ids, sums_S.view(-1, 2).tolist(), strict=True)
-                found += [{"dataset": d, "source": s, "id": i, "chosen": c, "rejected": r} for d, s, i, (c, r) in names]
-                if len(found) >= PAIRS_A_CHUNK:
-                    journal.add([*found, {"position": data.state()}])
-                    done, found = done + len(found), []
-                bar.update(task, completed=done + len(found))
         if not last.get("done"):
-            journal.add([*found, {"done": True, "pairs": done + len(found)}])
+            if last:
+                data.restore(last["position"])
+            _ask(model, data, journal, done, precision, world)
     if is_sharded(model):
         model.reshard()  # type: ignore[operator]  # without a backward pass the outermost parameters stay gathered
     set_modes(model)
     world.barrier()
 
 
-def _is_finished(directory: Path, about: dict) -> bool:
+def _ask(model: VLM, data: Loader, journal: Journal, done: int, precision: Precision, world: World) -> None:
+    """Write the log-probabilities of the pairs that are left; `done` of them are written."""
+    rows: list[dict[str, Any]] = []
+    with counting(on=world.is_main, lasting=True) as bar:
+        task = bar.add_task("reference log-probabilities", total=len(data.mixture) // world.size, completed=done, note="")
+        for batch in _until_all_end(model, iter(data), world):
+            if batch is not None:
+                check_pairs(batch)
+            with torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                sums_S = reply_log_probs(model, to_device(batch or _empty_batch(model), world.device)).log_probs_S
+            if batch is None:
+                continue
+            names = zip(batch.datasets, batch.sources, batch.ids, sums_S.view(-1, 2).tolist(), strict=True)
+            rows += [{"dataset": d, "source": s, "id": i, "chosen": c, "rejected": r} for d, s, i, (c, r) in names]
+            if len(rows) >= PAIRS_A_CHUNK:
+                journal.add([*rows, {"position": data.state()}])
+                done, rows = done + len(rows), []
+            bar.update(task, completed=done + len(rows))
+    journal.add([*rows, {"done": True, "pairs": done + len(rows)}])
+
+
+def _is_finished(directory: Path, about: dict[str, Any]) -> bool:
     """Whether any number of ranks has finished this very file."""
     try:
         FileReference.read(directory)
     except InputError:
         return False
-    found = read_journal(directory / "rank-0.jsonl")[0]
-    return {**found, "ranks": None} == {**json.loads(json.dumps(about)), "ranks": None}
+    written = read_journal(directory / "rank-0.jsonl")[0]
+    return {**written, "ranks": None} == {**json.loads(json.dumps(about)), "ranks": None}
 
 
-def _in_company(model: VLM, batches: Iterator[Batch], world: World) -> Iterator[Batch | None]:
-    """The batches. Ranks that share shards go through the model together: after them None, while another rank has some."""
+def _until_all_end(model: VLM, batches: Iterator[Batch], world: World) -> Iterator[Batch | None]:
+    """Yield the batches; where ranks share shards, then None while another rank has batches, for they run together."""
     if not is_sharded(model):
         yield from batches
         return
@@ -182,17 +196,17 @@ def _in_company(model: VLM, batches: Iterator[Batch], world: World) -> Iterator[
         yield batch
 
 
-def _nothing(model: VLM) -> Batch:
-    """A batch that trains nothing, to go through the model with."""
+def _empty_batch(model: VLM) -> Batch:
+    """Make a batch of one token that trains nothing."""
     size = model.config.vision.image_size
     token = torch.tensor(model.config.eos_token_ids[:1])
     tiles = torch.zeros(0, size, size, 3, dtype=torch.uint8)
-    none = torch.zeros(0, dtype=torch.int64)
-    return Batch(token, torch.tensor([IGNORE]), torch.zeros(1), tiles, none, Layout.packed((1,)))
+    no_tiles = torch.zeros(0, dtype=torch.int64)
+    return Batch(token, torch.tensor([IGNORE]), torch.zeros(1), tiles, no_tiles, Layout.packed((1,)))
 
 
 def weights_hash(model: VLM) -> str:
-    """Of every parameter, by name and content, LoRA adapters aside. All ranks of a sharded model call this together."""
+    """Hash every parameter but LoRA adapters, by name and content. All ranks of a sharded model call this together."""
     digest, adapters = hashlib.blake2b(digest_size=16), lora_parameters(model)
     for name, parameter in model.named_parameters():
         if name in adapters:

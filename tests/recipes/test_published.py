@@ -19,7 +19,7 @@ PARTS = {
     "lora": (),
     "mpo": ("vision", "projector", "decoder"),
 }
-# Spec 4.1, 4.3 and 5.3: weight decay, stage 2 and fine-tuning rate, drop path, stage 2 steps, pairs of a step of MPO.
+# The published scripts: weight decay, stage 2 and fine-tuning rate, drop path, stage 2 steps, pairs of a step of MPO.
 TABLE = {
     "1B": (0.01, 4e-5, 0.1, 22000, 256), "2B": (0.01, 4e-5, 0.1, 22000, 256), "4B": (0.01, 4e-5, 0.1, 11000, 256),
     "8B": (0.05, 4e-5, 0.1, 5500, 256), "26B": (0.05, 2e-5, 0.4, 5500, 256), "38B": (0.05, 2e-5, 0.4, 5500, 512),
@@ -76,7 +76,7 @@ def test_stages_follow_each_other():
     assert len(RECIPES) == 42
 
 
-def test_unknown_recipe_names_its_neighbours():
+def test_unknown_recipe_names_its_neighbors():
     with pytest.raises(InputError, match="did you mean 78B-stage1"):
         find("78B-stage-1")
 
