@@ -41,17 +41,17 @@ class FilterConfig:
     """File of the judge's replies, which several runs may share; by default OUT/judge.sqlite."""
 
     def connect_judge(self, chain: Chain, out: Path) -> DataJudge | None:
-        if not self.judge and not self.judge_url:
+        model, url, url_model, threads = self.judge, self.judge_url, self.judge_model, self.judge_concurrency
+        if not model and not url:
             return None
         if not chain.needs_judge:
             raise InputError(f"the filter {self.config} asks no judge; leave it out, or add a stage such as quality")
-        if (self.judge is None) == (self.judge_url is None) or (self.judge_url is None) != (self.judge_model is None):
+        if (model is None) == (url is None) or (url is None) != (url_model is None):
             raise InputError("name one judge: either --judge DIR, or --judge-url ENDPOINT with --judge-model NAME")
-        where = GeneratorConfig(model=self.judge, url=self.judge_url, url_model=self.judge_model, key_variable=self.judge_key)
-        generator, name = connect(where)
-        # The same model at another address is the same judge.
-        name, threads = self.judge_model or name, self.judge_concurrency if self.judge_url else 1
-        cache = self.judge_cache or out / "judge.sqlite"
+        settings = GeneratorConfig(model=model, url=url, url_model=url_model, key_variable=self.judge_key, concurrency=threads)
+        generator, name = connect(settings)
+        name = url_model or name  # the same model at another address is the same judge
+        cache, threads = self.judge_cache or out / "judge.sqlite", threads if url else 1
         return DataJudge(generator, name=name, cache=cache, config=chain.config.judge, threads=threads)
 
 
