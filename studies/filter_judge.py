@@ -17,7 +17,7 @@ import torch
 from ivl.api import Model, load
 from ivl.checkpoint import save_model
 from ivl.checkpoint.compose import compose
-from ivl.filters.judge import DataJudge, JudgeConfig, Quality
+from ivl.filters.judge import DataJudge, DataJudgeConfig, Quality
 from ivl.generators import answers_of
 from ivl.types import Layout, Message, Record, SamplingParams, Text
 from studies.filter_clean import streams
@@ -63,7 +63,7 @@ def measure(count: int, split: str, seed: int) -> dict:
 
 
 def _staged(model: Model, rows: dict[str, list[Record]]) -> dict:
-    config = JudgeConfig(max_new_tokens=32, batch_size=16, max_unjudged_share=1.0)
+    config = DataJudgeConfig(max_new_tokens=32, batch_size=16, max_unjudged_share=1.0)
     judge = DataJudge(model.engine, name="smollm2-135m-instruct", config=config)
     verdicts = {kind: judge.verdicts(Quality(), [(row, "general") for row in some]) for kind, some in rows.items()}
     return {

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ivl.errors import InputError, nearest
-from ivl.filters.judge import DOMAINS, JudgeConfig, JudgedStage
+from ivl.filters.judge import DOMAINS, DataJudgeConfig, JudgedStage
 from ivl.utils.strict_json import from_json, read_json
 
 UNREADABLE = "unreadable"
@@ -91,7 +91,7 @@ class ChainConfig:
     """Domain by pattern of the data set's name."""
     groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Names for lists of patterns."""
-    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    judge: DataJudgeConfig = field(default_factory=DataJudgeConfig)
     stages: tuple[Any, ...]
     """For each stage the filter it uses, its name, its exemptions and its thresholds."""
 

@@ -114,7 +114,8 @@ class DuplicateIndex:
             # Equal bands mean equal hashes and equal media, since the media flip bits of every hash.
             sketch_N = np.frombuffer(signature, dtype=np.uint32, offset=at) ^ np.uint32(zlib.crc32(media))
             minhash = MinHash(hashvalues=sketch_N, permutations=_permutations(), scheme="affine32")
-            found = min((n for n in self._texts.query(minhash) if self._similar(n, sketch_N, pivots)), default=None)
+            rows: Any = self._texts.query(minhash)
+            found = min((row for row in rows if self._similar(row, sketch_N, pivots)), default=None)
             if found is None:
                 self._texts.insert(len(self.keys), minhash, check_duplication=False)
                 self._sketches[len(self.keys)] = pivots, sketch_N

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from ivl.errors import InputError
-from ivl.filters.rules import Verdict
+from ivl.filters.rules import FilterVerdict
 from ivl.generators import Generator, Refused, answers_of
 from ivl.types import ImageRef, Message, Record, SamplingParams, Text, VideoRef
 
@@ -30,7 +30,7 @@ Reply with the line `Score: N` alone, N a whole number from 0 to 10. No other wo
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgeConfig:
+class DataJudgeConfig:
     """How the judge is asked."""
 
     max_new_tokens: int = 256
@@ -104,11 +104,11 @@ class DataJudge:
         *,
         name: str,
         cache: str | Path = ":memory:",
-        config: JudgeConfig | None = None,
+        config: DataJudgeConfig | None = None,
         threads: int = 1,
     ) -> None:
         self.generator, self.name, self.threads = generator, name, threads
-        self.config = config or JudgeConfig()
+        self.config = config or DataJudgeConfig()
         self.asked = self.unjudged = 0
         try:
             if cache != ":memory:":
@@ -120,7 +120,7 @@ class DataJudge:
         except (OSError, sqlite3.Error) as error:
             raise InputError(f"{cache}: cannot be used as the judge's cache ({error})") from None
 
-    def verdicts(self, stage: JudgedStage, rows: Sequence[tuple[Record, str]]) -> list[Verdict]:
+    def verdicts(self, stage: JudgedStage, rows: Sequence[tuple[Record, str]]) -> list[FilterVerdict]:
         """Return a verdict for each (record, domain), in order.
 
         Raises:
@@ -141,12 +141,12 @@ class DataJudge:
             )
         return [self._verdict(stage, score) for score in scores]
 
-    def _verdict(self, stage: JudgedStage, score: float | None) -> Verdict:
+    def _verdict(self, stage: JudgedStage, score: float | None) -> FilterVerdict:
         if score is None:
-            return Verdict(self.config.unjudged == "keep", "unjudged")
+            return FilterVerdict(self.config.unjudged == "keep", "unjudged")
         if score < stage.min_score:
-            return Verdict(False, f"score below {stage.min_score:g}", score)
-        return Verdict(True, score=score)
+            return FilterVerdict(False, f"score below {stage.min_score:g}", score)
+        return FilterVerdict(True, score=score)
 
     def _replies(self, prompts: list[str]) -> dict[str, str | None]:
         """Return the reply to each prompt, None where the generator refused. Equal prompts are asked once."""

@@ -13,7 +13,7 @@ from typing import Any
 from ivl.data.rows import from_record
 from ivl.errors import DataError
 from ivl.filters.report import FilterReport
-from ivl.filters.rows import Entry, RowChecker
+from ivl.filters.rows import RowChecker, RowEntry
 from ivl.utils.files import write_atomic, write_json
 from ivl.utils.jsonl import AppendLog, json_line
 
@@ -21,7 +21,7 @@ TEXT = ("jsonl", "json")
 """Containers whose rows are kept as they are."""
 
 
-def write_outputs(out: Path, checker: RowChecker, entries: Iterator[Entry], judge: str | None) -> None:
+def write_outputs(out: Path, checker: RowChecker, entries: Iterator[RowEntry], judge: str | None) -> None:
     """Write every file of a run; report.json, written last, tells that the others are complete.
 
     Args:
@@ -49,11 +49,11 @@ def write_outputs(out: Path, checker: RowChecker, entries: Iterator[Entry], judg
     write_json(out / "report.json", figures)
 
 
-def _without(entry: Entry, *keys: str) -> Entry:
+def _without(entry: RowEntry, *keys: str) -> RowEntry:
     return {key: value for key, value in entry.items() if key not in keys}
 
 
-def _kept(checker: RowChecker, entry: Entry) -> bytes:
+def _kept(checker: RowChecker, entry: RowEntry) -> bytes:
     """Return a row as a line: its own bytes if they are one, the same JSON, or else its Record written anew."""
     rows = checker.files[entry["dataset"]]
     data = rows.raw(entry["row"])
@@ -66,7 +66,7 @@ def _kept(checker: RowChecker, entry: Entry) -> bytes:
         return json_line(from_record(record, layout="openai"))
 
 
-def _dropped(checker: RowChecker, entry: Entry) -> bytes:
+def _dropped(checker: RowChecker, entry: RowEntry) -> bytes:
     """Return a row as JSON on one line; a string if it is not JSON, null if its bytes cannot be read."""
     try:
         data = checker.files[entry["dataset"]].raw(entry["row"])

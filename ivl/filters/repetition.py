@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from ivl.filters.rules import Verdict
+from ivl.filters.rules import FilterVerdict
 from ivl.filters.text import reply_texts
 from ivl.types import Record
 
@@ -54,10 +54,10 @@ class Repetition:
         if not 0 < self.max_ngrams < 1:
             raise ValueError(f"max_ngrams must be between 0 and 1, got {self.max_ngrams}")
 
-    def __call__(self, record: Record) -> Verdict:
+    def __call__(self, record: Record) -> FilterVerdict:
         measures = [measure for reply in reply_texts(record) for measure in self.measures(reply)]
         score, reason = max(measures, default=(0.0, ""))
-        return Verdict(score <= 1, reason if score > 1 else "", score)
+        return FilterVerdict(score <= 1, reason if score > 1 else "", score)
 
     def measures(self, text: str) -> list[tuple[float, str]]:
         """Return each measure of one reply in units of its limit, with the reason that it gives when it exceeds 1."""

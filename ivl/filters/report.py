@@ -14,7 +14,7 @@ import numpy as np
 from ivl.data.records import media_of
 from ivl.errors import InputError
 from ivl.filters.chain import UNREADABLE, FilterStage
-from ivl.filters.rows import Entry, RowChecker
+from ivl.filters.rows import RowChecker, RowEntry
 from ivl.processing.image import load_image
 from ivl.types import ImageRef, Record, Text
 from ivl.utils import html
@@ -45,7 +45,7 @@ class StageFigures:
     reasons: Counter[str] = field(default_factory=Counter)
     kept_scores: Counter[float] = field(default_factory=Counter)
     dropped_scores: Counter[float] = field(default_factory=Counter)
-    examples: dict[str, list[tuple[float, int, Entry]]] = field(default_factory=dict)
+    examples: dict[str, list[tuple[float, int, RowEntry]]] = field(default_factory=dict)
     """A few random rows by reason; the empty reason has the kept rows whose score lies closest to the limit."""
 
     def keep(self, reason: str, few: int, *example: Any) -> None:
@@ -63,7 +63,7 @@ class FilterReport:
         self.datasets = {name: {"rows": 0, "kept": 0, "dropped": Counter()} for name in checker.specs}
         self.stages = {name: StageFigures() for name in [UNREADABLE, *(stage.name for stage in self.chain.stages)]}
 
-    def count(self, entry: Entry) -> None:
+    def count(self, entry: RowEntry) -> None:
         place = f"{entry['dataset']}\n{entry['source']}".encode("utf-8", "replace")
         lot = int.from_bytes(hashlib.blake2b(place, digest_size=8).digest())
         dataset = self.datasets[entry["dataset"]]
@@ -146,7 +146,7 @@ class FilterReport:
                 text += f"<h3>{html.text(head)}</h3>" + "".join(self._example(entry, name) for *_, entry in examples[reason])
         return text
 
-    def _example(self, entry: Entry, stage: str) -> str:
+    def _example(self, entry: RowEntry, stage: str) -> str:
         score = entry["scores"].get(stage)
         why = entry.get("reason", "") + (f" score {score:.3g}" if score is not None else "")
         twin = f"; duplicate of {entry['duplicate_of']}" if "duplicate_of" in entry else ""

@@ -11,20 +11,20 @@ from ivl.data.mixture import DatasetSpec
 from ivl.data.records import read_record
 from ivl.errors import DataError
 from ivl.filters.chain import UNREADABLE, Chain
-from ivl.filters.rules import Verdict
+from ivl.filters.rules import FilterVerdict
 from ivl.formats.rows import open_rows
 from ivl.types import Record
 
 Place = tuple[str, int]
 """Data set and row."""
-Entry = dict[str, Any]
+RowEntry = dict[str, Any]
 """A row in the journal: id, dataset, row, source, keep; scores and unjudged by stage; of a dropped row also stage, reason,
 score, and duplicate_of or problem; signatures by stage, for a resumed run."""
-Results = list[Verdict | bytes | None]
+Results = list[FilterVerdict | bytes | None]
 """For each stage up to the first that drops the row: its verdict, a signature, or None (exempt, or judged)."""
 
 
-def add_verdict(entry: Entry, stage: str, verdict: Verdict) -> None:
+def add_verdict(entry: RowEntry, stage: str, verdict: FilterVerdict) -> None:
     """Add the verdict of the next stage to an entry."""
     if verdict.score is not None:
         entry["scores"][stage] = verdict.score
@@ -42,7 +42,7 @@ class RowChecker:
         self.specs = {spec.name: spec for spec in specs}
         self.files = {spec.name: open_rows(spec.annotation, format=spec.format) for spec in specs}
 
-    def record(self, entry: Entry) -> Record:
+    def record(self, entry: RowEntry) -> Record:
         """Read the row of an entry; a bad one raises DataError."""
         dataset = entry["dataset"]
         root = Path(self.specs[dataset].root).absolute()
@@ -55,13 +55,13 @@ class RowChecker:
         while block := list(islice(places, size)):
             yield block
 
-    def __call__(self, places: Sequence[Place]) -> list[tuple[Entry, Results]]:
+    def __call__(self, places: Sequence[Place]) -> list[tuple[RowEntry, Results]]:
         """Check a block of rows."""
         return [self._check(dataset, row) for dataset, row in places]
 
-    def _check(self, dataset: str, row: int) -> tuple[Entry, Results]:
+    def _check(self, dataset: str, row: int) -> tuple[RowEntry, Results]:
         source = self.files[dataset].source(row)
-        entry: Entry = {"id": source, "dataset": dataset, "row": row, "source": source, "keep": True, "scores": {}}
+        entry: RowEntry = {"id": source, "dataset": dataset, "row": row, "source": source, "keep": True, "scores": {}}
         results: Results = []
         try:
             record = self.record(entry)
@@ -71,9 +71,9 @@ class RowChecker:
                     results.append(None)
                 else:
                     results.append(stage.rule.signature(record) if stage.compares else stage.rule(record))
-                    if isinstance(results[-1], Verdict) and not results[-1].keep:
+                    if isinstance(results[-1], FilterVerdict) and not results[-1].keep:
                         break
         except DataError as error:
-            add_verdict(entry, UNREADABLE, Verdict(False, error.kind))
+            add_verdict(entry, UNREADABLE, FilterVerdict(False, error.kind))
             entry["problem"] = error.problem
         return entry, results

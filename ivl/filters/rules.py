@@ -1,7 +1,7 @@
 """Heuristic rules (InternVL2.5, arXiv:2412.05271, section 4: abnormal lengths, runs of zeros, repeated lines), leaked marks
 and cut-off replies.
 
-A rule is a frozen dataclass of thresholds that maps a Record to a Verdict. It is pure and linear in the length of the text.
+A rule is a frozen dataclass of thresholds that maps a Record to a verdict. It is pure and linear in the length of the text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ivl.types import Record
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class FilterVerdict:
     """Whether a stage keeps a row, and why not."""
 
     keep: bool
@@ -29,8 +29,8 @@ class Verdict:
     """The number that was compared with the limit, if there is one."""
 
 
-Rule = Callable[[Record], Verdict]
-KEEP = Verdict(True)
+Rule = Callable[[Record], FilterVerdict]
+KEEP = FilterVerdict(True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,21 +50,21 @@ class Length:
         if not 0 <= self.min_answer <= self.max_answer:
             raise ValueError(f"need 0 <= min_answer <= max_answer, got {self.min_answer} and {self.max_answer}")
 
-    def __call__(self, record: Record) -> Verdict:
+    def __call__(self, record: Record) -> FilterVerdict:
         replies = [reply.strip() for reply in reply_texts(record)]
         longest = float(max(map(len, replies), default=0))
         for reply in replies:
             if len(reply) < self.min_answer:
-                return Verdict(False, "answer too short", float(len(reply)))
+                return FilterVerdict(False, "answer too short", float(len(reply)))
             if len(reply) > self.max_answer:
-                return Verdict(False, "answer too long", longest)
+                return FilterVerdict(False, "answer too long", longest)
             if len(reply) > min(self.max_sentence, self.max_word):
                 text = prose(reply)
                 if _longest(r"[^\n.!?。！？;；|]+", text) > self.max_sentence and not looks_like_code(reply):
-                    return Verdict(False, "sentence too long", longest)
+                    return FilterVerdict(False, "sentence too long", longest)
                 if _longest(r"[^\s\u0e00-\u0eff\u3000-\u9fff\uac00-\ud7ff\uff00-\uffef]+", text) > self.max_word:
-                    return Verdict(False, "word too long", longest)
-        return Verdict(True, score=longest)
+                    return FilterVerdict(False, "word too long", longest)
+        return FilterVerdict(True, score=longest)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,20 +84,20 @@ class Runs:
     max_ruler: int = 120
     """Same white space or line-drawing character in a row."""
 
-    def __call__(self, record: Record) -> Verdict:
+    def __call__(self, record: Record) -> FilterVerdict:
         longest = 1.0
         for reply in reply_texts(record):
             for run in re.finditer(r"(.)\1+", reply, re.DOTALL):
                 length = float(len(run[0]))
                 longest = max(longest, length)
                 if length > self._limit(run[1]):
-                    return Verdict(False, "run of zeros" if run[1] in "0０" else "run of one character", length)
+                    return FilterVerdict(False, "run of zeros" if run[1] in "0０" else "run of one character", length)
             if reply.count("0") + reply.count("０") > self.max_spaced_zeros:
                 kept = re.sub(r"0x|\\x|[\W_]+", "", reply).replace("０", "0")
                 spaced = _longest("0+", kept)
                 if spaced > self.max_spaced_zeros or _densest(kept, "0", 64) > self.max_zero_share:
-                    return Verdict(False, "run of zeros", float(spaced))
-        return Verdict(True, score=longest)
+                    return FilterVerdict(False, "run of zeros", float(spaced))
+        return FilterVerdict(True, score=longest)
 
     def _limit(self, char: str) -> int:
         if char in "0０":
@@ -117,14 +117,14 @@ class RepeatedLines:
     min_letters: int = 8
     """Shorter lines (brackets, rulers, `else:`) do not count."""
 
-    def __call__(self, record: Record) -> Verdict:
+    def __call__(self, record: Record) -> FilterVerdict:
         worst = 0.0
         for reply in reply_texts(record):
             lines = [" ".join(line.split()).casefold() for line in reply.splitlines()]
             times = Counter(line for line in lines if sum(map(str.isalpha, line)) >= self.min_letters)
             again = sum((n - 1) * len(line) for line, n in times.items() if n >= self.min_times)
             worst = max(worst, again / max(1, sum(n * len(line) for line, n in times.items())))
-        return Verdict(True, score=worst) if worst <= self.max_share else Verdict(False, "repeated lines", worst)
+        return FilterVerdict(True, score=worst) if worst <= self.max_share else FilterVerdict(False, "repeated lines", worst)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +135,7 @@ class Truncated:
     min_words: int = 5
     """A last line of fewer words is not judged."""
 
-    def __call__(self, record: Record) -> Verdict:
+    def __call__(self, record: Record) -> FilterVerdict:
         for reply in reply_texts(record):
             words = reply.rstrip().rpartition("\n")[2].split()
             if len(words) < self.min_words or "://" in words[-1] or looks_like_code(reply):
@@ -143,7 +143,7 @@ class Truncated:
             last = words[-1][-1]
             # A capital letter may be the option that was asked for, and an answer may end in a number.
             if last in ",，、([{（" or (last.isalpha() and not last.isupper() and _SENTENCE_END.search(reply)):
-                return Verdict(False, "no final mark")
+                return FilterVerdict(False, "no final mark")
         return KEEP
 
 
@@ -154,14 +154,14 @@ class Leaks:
     roles: bool = True
     """Whether replies with role headings such as `### Human:` are dropped, too."""
 
-    def __call__(self, record: Record) -> Verdict:
+    def __call__(self, record: Record) -> FilterVerdict:
         for message in (message for conversation in record.conversations for message in conversation):
             if match := _LEAKED.search(message.text):
-                return Verdict(False, f"{match[0]} in the text of a turn")
+                return FilterVerdict(False, f"{match[0]} in the text of a turn")
             if message.role == "assistant" and message.text.rstrip().endswith("</s>") and "<s>" not in message.text:
-                return Verdict(False, "</s> in the text of a turn")
+                return FilterVerdict(False, "</s> in the text of a turn")
             if self.roles and message.role == "assistant" and _ROLE.search(message.text):
-                return Verdict(False, "role heading in an answer")
+                return FilterVerdict(False, "role heading in an answer")
         return KEEP
 
 

@@ -27,8 +27,8 @@ from ivl.errors import InputError
 from ivl.filters.chain import Chain
 from ivl.filters.judge import DataJudge
 from ivl.filters.outputs import write_outputs
-from ivl.filters.rows import Entry, Results, RowChecker, add_verdict
-from ivl.filters.rules import KEEP, Verdict
+from ivl.filters.rows import Results, RowChecker, RowEntry, add_verdict
+from ivl.filters.rules import KEEP, FilterVerdict
 from ivl.filters.workers import ordered_map
 from ivl.utils.jsonl import Journal, read_journal
 from ivl.utils.progress import ShowProgress
@@ -143,7 +143,7 @@ def _digest(value: Any) -> str:
     return f" ({hashlib.blake2b(json.dumps(value).encode(), digest_size=6).hexdigest()})"
 
 
-def _entries(journal: Journal) -> Iterator[Entry]:
+def _entries(journal: Journal) -> Iterator[RowEntry]:
     return (entry for _, entry in read_journal(journal.path)[1])
 
 
@@ -154,12 +154,12 @@ class _OrderedStages:
         self.checker, self.judge, self.chain = checker, judge, checker.chain
         self.indexes = {stage.name: stage.rule.index() for stage in self.chain.stages if stage.compares}
 
-    def replay(self, entry: Entry) -> None:
+    def replay(self, entry: RowEntry) -> None:
         """Feed the indexes with a row of an earlier run."""
         for stage, signature in entry.get("signatures", {}).items():
             self.indexes[stage].seen(base64.b85decode(signature), entry["source"])
 
-    def judge_rows(self, rows: Sequence[tuple[Entry, Results]]) -> list[Entry]:
+    def judge_rows(self, rows: Sequence[tuple[RowEntry, Results]]) -> list[RowEntry]:
         """Send a block of rows through all stages, and return its entries."""
         for n, stage in enumerate(self.chain.stages):
             alive = [(entry, results) for entry, results in rows if entry["keep"] and not stage.exempts(entry["dataset"])]
@@ -172,7 +172,7 @@ class _OrderedStages:
                 add_verdict(entry, stage.name, verdict)
         return [entry for entry, _ in rows]
 
-    def _verdict(self, stage: str, entry: Entry, result: Verdict | bytes | None) -> Verdict:
+    def _verdict(self, stage: str, entry: RowEntry, result: FilterVerdict | bytes | None) -> FilterVerdict:
         if not isinstance(result, bytes):
             assert result is not None
             return result
@@ -180,4 +180,4 @@ class _OrderedStages:
         if (earlier := self.indexes[stage].seen(result, entry["source"])) is None:
             return KEEP
         entry["duplicate_of"] = earlier
-        return Verdict(False, "near-duplicate")
+        return FilterVerdict(False, "near-duplicate")

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
 from ivl.errors import InputError
 
-C, R = TypeVar("C"), TypeVar("R")
+C = TypeVar("C")
+R = TypeVar("R")
 AHEAD = 4
 """Chunks in work for each process."""
 
@@ -69,14 +71,14 @@ def _same(value: Any) -> Any:
 def _cluster(function: _Guarded, chunks: Iterable[Any], address: str, workers: int) -> Iterator[Any]:
     """Give the chunks to an actor for each processor. Ray starts an actor that died again, with its chunks."""
     try:
-        import ray
+        ray: Any = importlib.import_module("ray")
     except ImportError as error:
         raise InputError("ray is not installed: pip install 'ivl[ray]'") from error
     started = not ray.is_initialized()
     if started:
         local = {"num_cpus": workers or os.cpu_count(), "include_dashboard": False} if address == "local" else {}
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **cast(Any, local))
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **local)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise InputError(f"--ray {address}: no cluster answers there ({error})") from None
     actor = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(_Guarded)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ivl.errors import InputError
-from ivl.filters.judge import DOMAINS, STRICTER, DataJudge, JudgeConfig, LlmRepetition, Quality, parse_score, sample_text
+from ivl.filters.judge import DOMAINS, STRICTER, DataJudge, DataJudgeConfig, LlmRepetition, Quality, parse_score, sample_text
 from ivl.generators import Refused
 from ivl.types import Conversation, ImageRef, Message, Record, SamplingParams, Text, TextDelta
 
@@ -73,7 +73,7 @@ def test_limits_and_domains() -> None:
 @pytest.mark.parametrize("policy", ["keep", "drop"])
 def test_no_score_is_asked_for_once_more_then_counted(policy) -> None:
     fake = Fake(strict="still nothing")
-    judge = DataJudge(fake, name="fake", config=JudgeConfig(unjudged=policy))
+    judge = DataJudge(fake, name="fake", config=DataJudgeConfig(unjudged=policy))
     (verdict,) = judge.verdicts(Quality(), [(record("says nothing"), "general")])
     assert (verdict.keep, verdict.reason, verdict.score) == (policy == "keep", "unjudged", None)
     assert len(fake.asked) == 2 and fake.asked[1] == fake.asked[0] + STRICTER
@@ -106,7 +106,7 @@ def test_nothing_is_asked_twice(tmp_path: Path) -> None:
     for other in (
         lambda: DataJudge(again, name="another", cache=cache).verdicts(Quality(), rows),
         lambda: DataJudge(again, name="fake", cache=cache).verdicts(LlmRepetition(), rows),
-        lambda: DataJudge(again, name="fake", cache=cache, config=JudgeConfig(temperature=1)).verdicts(Quality(), rows),
+        lambda: DataJudge(again, name="fake", cache=cache, config=DataJudgeConfig(temperature=1)).verdicts(Quality(), rows),
         lambda: DataJudge(again, name="fake", cache=cache).verdicts(Quality(), [(r, "mathematics") for r, _ in rows]),
     ):
         again.asked.clear()
@@ -147,7 +147,7 @@ def test_local_models_get_batches() -> None:
             return [TextDelta("5/10")] * len(conversations)
 
     rows = [(record(f"number {n}"), "general") for n in range(70)]
-    DataJudge(Batches(), name="fake", config=JudgeConfig(batch_size=32)).verdicts(Quality(), rows)
+    DataJudge(Batches(), name="fake", config=DataJudgeConfig(batch_size=32)).verdicts(Quality(), rows)
     assert sizes == [32, 32, 6]
 
 
