@@ -33,7 +33,7 @@ def load(
     max_tiles: int | None = None,
     **engine_options: int,
 ) -> Model:
-    """A model ready to talk, from a directory or a hub id.
+    """Load a model, ready for conversations, from a directory or a hub id.
 
     Args:
         dtype: "auto" keeps the type the weights are stored in, but on a CPU takes float32 for float16 weights, and for
@@ -59,26 +59,26 @@ class Model:
         self.engine = engine
 
     def chat(self, text: str, *media: Medium, **options: Any) -> str:
-        """The reply to one question about any number of images or videos."""
+        """Return the reply to one question about any number of images or videos."""
         return self.start().send(text, *media, **options)
 
     def stream(self, text: str, *media: Medium, **options: Any) -> Generator[str, None, None]:
-        """The reply piece by piece, as it is generated. Closing the iterator stops the generation."""
+        """Yield the reply piece by piece, as it is generated. Closing the iterator stops the generation."""
         return self.start().stream(text, *media, **options)
 
     def generate(
         self, conversations: Sequence[Conversation], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Reply]:
-        """Replies to many conversations (see `ask`) at once, each what it would be alone."""
+        """Reply to many conversations (see `ask`) at once; batching changes no reply."""
         return self.engine.generate(conversations, params or SamplingParams())
 
     def start(self, *, system: str | None = None) -> Chat:
-        """A conversation of several turns; system replaces the model's own system message."""
+        """Start a conversation of several turns; `system` replaces the model's own system message."""
         return Chat(self.engine, system=system)
 
 
 class Chat:
-    """A conversation that remembers. messages is its history; request the last one, with its timings."""
+    """A conversation of several turns: `messages` is its history, `request` the last request, with its timings."""
 
     def __init__(self, engine: Engine, *, system: str | None = None) -> None:
         self.engine = engine
@@ -87,39 +87,42 @@ class Chat:
         self.request: Request | None = None
 
     def send(self, text: str, *media: Medium, **options: Any) -> str:
-        """The whole reply, without white space around it."""
+        """Return the whole reply, without white space around it."""
         return "".join(self.stream(text, *media, **options)).strip()
 
     def stream(self, text: str, *media: Medium, **options: Any) -> Generator[str, None, None]:
-        """The reply piece by piece. Closed early, what was said so far stays in the history; an empty reply does not,
-        nor its question.
+        """Yield the reply piece by piece.
+
+        If the iterator is closed early, the reply so far stays in the history, but an empty reply and its question do not.
 
         Raises:
             InputError: for media that cannot be read, or a conversation longer than the context.
         """
         message = user(text, *media)
         self.request = self.engine.submit((*self.messages, message), SamplingParams(**options))
-        said = ""
+        reply = ""
         try:
             with closing(self.engine.deltas(self.request)) as deltas:
                 for delta in deltas:
-                    said += delta.text
+                    reply += delta.text
                     if delta.text:
                         yield delta.text
         finally:
-            if said.strip():
-                self.messages = (*self.messages, message, Message("assistant", (Text(said.strip()),)))
+            if reply.strip():
+                self.messages = (*self.messages, message, Message("assistant", (Text(reply.strip()),)))
 
 
 def ask(text: str, *media: Medium, system: str | None = None) -> Conversation:
-    """A conversation of one question, for `Model.generate`."""
+    """Make a conversation of one question, for `Model.generate`."""
     first = () if system is None else (Message("system", (Text(system),)),)
     return (*first, user(text, *media))
 
 
 def user(text: str, *media: Medium) -> Message:
-    """A user turn. `<image>` or `<video>` in the text marks the place of the next medium; without marks media come first,
-    each on a line of its own, several images as `Image-1: `, `Image-2: `.
+    """Make a user turn.
+
+    `<image>` or `<video>` in the text marks the place of the next medium. Without marks media come first, one a line, several
+    images as `Image-1: `, `Image-2: `.
 
     Raises:
         InputError: for media that are not there, or marks that do not match them in number.
@@ -131,7 +134,7 @@ def user(text: str, *media: Medium) -> Message:
 
 
 def medium(source: Medium) -> ImageRef | VideoRef:
-    """An image or a video by what it is: folders, video files and animated GIFs are videos, everything else an image.
+    """Make an image or video reference: folders, video files and animated GIFs are videos, everything else is an image.
 
     Raises:
         InputError: if there is no such file, or it is not an image by its first bytes.

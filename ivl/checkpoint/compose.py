@@ -19,7 +19,7 @@ from ivl.checkpoint.files import read_object, refuse_sources
 from ivl.checkpoint.gguf.reader import GgufModel
 from ivl.checkpoint.gguf.tokenizer import tokenizer_from_gguf
 from ivl.checkpoint.hub import resolve
-from ivl.checkpoint.keymaps import Entry, decoder_map, vision_map
+from ivl.checkpoint.keymaps import TensorEntry, decoder_map, vision_map
 from ivl.checkpoint.model_dir import empty_model, open_weights, read, untie, write_model
 from ivl.checkpoint.processor_files import save_processor
 from ivl.checkpoint.vocabulary import load_tokenizer
@@ -138,12 +138,12 @@ def _composed_config(vit_part: VisionPart, llm_part: LanguagePart, tokenizer: To
 # -- reading parts
 
 
-def _readers(entries: Sequence[Entry], weights: TensorSource, prefix: str = "") -> TensorReaders:
+def _readers(entries: Sequence[TensorEntry], weights: TensorSource, prefix: str = "") -> TensorReaders:
     """Readers of the entries whose parameter name starts with the prefix."""
     return {entry.ours: lambda e=entry: read(e, weights) for entry in entries if entry.ours.startswith(prefix)}
 
 
-def _checked(module: nn.Module, entries: Sequence[Entry], weights: TensorSource, prefix: str) -> TensorReaders:
+def _checked(module: nn.Module, entries: Sequence[TensorEntry], weights: TensorSource, prefix: str) -> TensorReaders:
     """Readers of a part that is a checkpoint of its own, after comparing names and shapes."""
     check_entries(entries, {f"{prefix}{name}": p.shape for name, p in module.named_parameters()}, weights)
     return _readers(entries, weights)

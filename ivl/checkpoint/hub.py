@@ -18,14 +18,14 @@ _TRUE = ("1", "on", "yes", "true")
 
 
 def resolve(name_or_dir: str | Path) -> Path:
-    """The local directory of a model, fetched from a hub if need be.
+    """Return the local directory of a model, fetched from a hub if need be.
 
     Honors HF_ENDPOINT, HF_TOKEN, HF_HUB_CACHE, HF_HOME and HF_HUB_OFFLINE. With IVL_MODELSCOPE=1, plain ids too are taken
     from ModelScope, which needs `pip install "ivl[modelscope]"`.
 
     Raises:
-        InputError: saying what to do, if there is no such directory, the id is unknown, private or gated, or the hub is out
-            of reach.
+        InputError: with the remedy, if there is no such directory, the id is unknown, private or gated, or the hub cannot be
+            reached.
     """
     path = Path(name_or_dir).expanduser()
     if path.is_dir():

@@ -1,7 +1,7 @@
 """Key maps: which checkpoint tensors make up each of our parameters, in every dialect.
 
 Our modules fuse query/key/value and gate/up into one matrix (`Linear.parts`); checkpoints store them apart, or, InternLM2,
-interleaved by key/value group. An Entry joins on reading and splits on writing, and one is the inverse of the other.
+interleaved by key/value group. A TensorEntry joins on reading and splits on writing, and one is the inverse of the other.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ IGNORED_SUFFIXES = ("rotary_emb.inv_freq", ".weight_shape")
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One of our parameters and the checkpoint tensors it is made of."""
 
     ours: str
@@ -142,17 +142,19 @@ def _names(table: dict[str, tuple[str, str]], dialect: Dialect) -> Names:
     return {ours: theirs[dialect == "transformers"] for ours, theirs in table.items()}
 
 
-def vision_map(vision: VisionTransformer, dialect: Dialect, prefix: str = "", ours: str = "") -> list[Entry]:
+def vision_map(vision: VisionTransformer, dialect: Dialect, prefix: str = "", ours: str = "") -> list[TensorEntry]:
     """Entries of InternViT. `prefix` leads the checkpoint's names (nothing does for a ViT alone), `ours` leads our own."""
     return build_entries(vision, _names(_VISION, dialect), prefix, ours)
 
 
-def projector_map(projector: nn.Module, dialect: Dialect, prefix: str = "", ours: str = "") -> list[Entry]:
+def projector_map(projector: nn.Module, dialect: Dialect, prefix: str = "", ours: str = "") -> list[TensorEntry]:
     """Entries of the projector."""
     return build_entries(projector, _names(_PROJECTOR, dialect), prefix, ours)
 
 
-def decoder_map(decoder: Decoder, *, internlm2: bool, body: str = "model.", head: str = "", ours: str = "") -> list[Entry]:
+def decoder_map(
+    decoder: Decoder, *, internlm2: bool, body: str = "model.", head: str = "", ours: str = ""
+) -> list[TensorEntry]:
     """Entries of the language model, with InternLM2's names and wqkv or with the names that Qwen2 and LLaMA share.
 
     `body` leads the names of embeddings, layers and norm, `head` that of the output head; the defaults are those of a
@@ -167,7 +169,7 @@ def decoder_map(decoder: Decoder, *, internlm2: bool, body: str = "model.", head
     return entries
 
 
-def key_map(model: VLM, dialect: Dialect) -> list[Entry]:
+def key_map(model: VLM, dialect: Dialect) -> list[TensorEntry]:
     """Entries of a whole model (on any device, meta included), in the order of its parameters."""
     internlm2 = model.config.decoder.family == "internlm2"
     if dialect == "internvl_chat":
@@ -204,7 +206,7 @@ def current_name(name: str) -> str:
 
 def build_entries(
     module: nn.Module, names: Names, prefix: str, ours: str, groups: tuple[int, int, int] | None = None
-) -> list[Entry]:
+) -> list[TensorEntry]:
     """Make one entry per parameter of the module; a parameter that no name covers is a KeyError, not a silent gap."""
     entries = []
     for path, _ in module.named_parameters():
@@ -220,5 +222,5 @@ def build_entries(
             owner = module.get_submodule(path.rpartition(".")[0])
             assert isinstance(owner, Linear)
             rows = tuple(count for _, count in owner.parts)
-        entries.append(Entry(ours + path, theirs, rows, groups if groups and stem == "qkv" else None))
+        entries.append(TensorEntry(ours + path, theirs, rows, groups if groups and stem == "qkv" else None))
     return entries

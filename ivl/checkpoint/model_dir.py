@@ -1,4 +1,4 @@
-"""A model directory in memory and back: VLM to and from config.json and safetensors."""
+"""Model directories in and out: a VLM, its config.json and its safetensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ivl.checkpoint.config_json import dialect_of, generation_json, load_config,
 from ivl.checkpoint.config_table import Dialect
 from ivl.checkpoint.files import listing, read_object
 from ivl.checkpoint.hub import resolve
-from ivl.checkpoint.keymaps import Entry, current_name, key_map
+from ivl.checkpoint.keymaps import TensorEntry, current_name, key_map
 from ivl.checkpoint.quantization import (
     adopt,
     quantization_json,
@@ -124,13 +124,13 @@ def write_model(
 
 
 def empty_model(config: ModelConfig) -> VLM:
-    """The model on the meta device: every name and shape, no memory."""
+    """Build the model on the meta device: every name and shape, no memory."""
     with torch.device("meta"):
         return VLM(config)
 
 
 def tensors_of(model: VLM) -> dict[str, torch.Tensor]:
-    """Everything that a checkpoint holds: parameters, and the buffers of quantized layers."""
+    """Return all tensors that a checkpoint holds: parameters, and the buffers of quantized layers."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
@@ -148,21 +148,22 @@ def allocate(model: torch.nn.Module, device: torch.device | str) -> None:
             setattr(module, name, memory(buffer))
 
 
-def open_weights(directory: Path, model: VLM, *, quantized: bool = False) -> tuple[StoredWeights, list[Entry]]:
-    """The weights of a directory and the entries that map them to the model, checked to fit each other.
+def open_weights(directory: Path, model: VLM, *, quantized: bool = False) -> tuple[StoredWeights, list[TensorEntry]]:
+    """Open the weights of a directory, and map them to the model by entries that are checked to fit both.
 
-    quantized: accept quantized weights; the (empty) model then gets the layers for them.
+    Args:
+        quantized: accept quantized weights; the (empty) model then gets the layers for them.
 
     Raises:
-        InputError: listing missing, unexpected and misshapen tensors, or if the weights are quantized and may not be.
+        InputError: listing missing, unexpected and misshapen tensors, or if weights are quantized unasked.
     """
     dialect = dialect_of(directory)
     entries = key_map(model, dialect)
     config = read_object(directory / "config.json").get("quantization_config")
     if config is not None and not quantized:
         raise InputError(
-            f"{directory}: is quantized, which is for inference only; to train, merge, convert or compose take the model that "
-            "it was made from"
+            f"{directory}: is quantized, which is for inference only; to train, merge, convert or compose, take the "
+            "original model"
         )
     rename = current_name if dialect == "transformers" else str
     weights = StoredWeights(directory, rename, integers=config is not None)
@@ -175,7 +176,7 @@ def open_weights(directory: Path, model: VLM, *, quantized: bool = False) -> tup
     return weights, entries
 
 
-def untie(entries: Sequence[Entry], weights: StoredWeights, ours: str = "") -> None:
+def untie(entries: Sequence[TensorEntry], weights: StoredWeights, ours: str = "") -> None:
     """Let a checkpoint without an output head give its embedding table for one."""
     names = {entry.ours: entry.theirs[0] for entry in entries}
     head, embeddings = names[f"{ours}head.weight"], names[f"{ours}embeddings.weight"]
@@ -184,7 +185,7 @@ def untie(entries: Sequence[Entry], weights: StoredWeights, ours: str = "") -> N
 
 
 @torch.no_grad()
-def fill(parameters: Mapping[str, torch.Tensor], entries: Sequence[Entry], weights: TensorSource) -> None:
+def fill(parameters: Mapping[str, torch.Tensor], entries: Sequence[TensorEntry], weights: TensorSource) -> None:
     """Copy the weights of every entry into our parameters, converting dtype and device."""
     for entry in entries:
         ours = parameters[entry.ours]
@@ -195,6 +196,6 @@ def fill(parameters: Mapping[str, torch.Tensor], entries: Sequence[Entry], weigh
             ours.copy_(read(entry, weights))
 
 
-def read(entry: Entry, weights: TensorSource) -> torch.Tensor:
-    """Our parameter for an entry, as stored."""
+def read(entry: TensorEntry, weights: TensorSource) -> torch.Tensor:
+    """Read our parameter for an entry, as stored."""
     return entry.join([weights.get(name) for name in entry.theirs])

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from ivl.checkpoint.keymaps import Entry
+from ivl.checkpoint.keymaps import TensorEntry
 from ivl.checkpoint.weights import StoredWeights
 from ivl.errors import InputError
 from ivl.quant.layers import QuantLinear, Scheme, Schemes, quantize_layers, quantized_layers
@@ -114,7 +114,7 @@ def rounds_activations(place: str, config: Any) -> bool:
     return True in rounding
 
 
-def adopt(model: nn.Module, entries: Sequence[Entry], weights: StoredWeights, activations: bool) -> list[Entry]:
+def adopt(model: nn.Module, entries: Sequence[TensorEntry], weights: StoredWeights, activations: bool) -> list[TensorEntry]:
     """Give an empty model the quantized layers that a checkpoint has, and return its entries for them.
 
     activations: whether layers stored in plain int8 round their input.
@@ -159,10 +159,10 @@ def _stored_scheme(name: str, width: int, weights: StoredWeights, activations: b
         raise InputError(f"{weights.directory}: {name}: {error}") from None
 
 
-def quantized_entries(model: nn.Module, entries: Sequence[Entry]) -> list[Entry]:
+def quantized_entries(model: nn.Module, entries: Sequence[TensorEntry]) -> list[TensorEntry]:
     """Entries of an ordinary model, with those of its quantized layers' weights in place of the matrices'."""
     layers = quantized_layers(model)
-    with_parts: list[Entry] = []
+    with_parts: list[TensorEntry] = []
     for entry in entries:
         path, _, leaf = entry.ours.rpartition(".")
         layer = layers.get(path)
@@ -172,15 +172,15 @@ def quantized_entries(model: nn.Module, entries: Sequence[Entry]) -> list[Entry]
         rows, groups = entry.rows, entry.groups
         in_words = not layer.scheme.activations
         names = tuple(f"{name}_packed" for name in entry.theirs) if in_words else entry.theirs
-        with_parts.append(Entry(entry.ours, names, rows, groups, "words" if in_words else "signed"))
-        with_parts.append(Entry(f"{path}.scale", tuple(f"{name}_scale" for name in entry.theirs), rows, groups))
+        with_parts.append(TensorEntry(entry.ours, names, rows, groups, "words" if in_words else "signed"))
+        with_parts.append(TensorEntry(f"{path}.scale", tuple(f"{name}_scale" for name in entry.theirs), rows, groups))
         if layer.zero is not None:
             names = tuple(f"{name}_zero_point" for name in entry.theirs)
-            with_parts.append(Entry(f"{path}.zero", names, rows or (layer.out_features,), groups, "zeros"))
+            with_parts.append(TensorEntry(f"{path}.zero", names, rows or (layer.out_features,), groups, "zeros"))
     return with_parts
 
 
-def weight_shapes(model: nn.Module, entries: Sequence[Entry]) -> dict[str, torch.Tensor]:
+def weight_shapes(model: nn.Module, entries: Sequence[TensorEntry]) -> dict[str, torch.Tensor]:
     """Return `weight_shape` of every packed tensor: rows and columns of the matrix before it was packed."""
     layers = quantized_layers(model)
     shapes: dict[str, torch.Tensor] = {}

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ivl.checkpoint.files import listing, read_object
-from ivl.checkpoint.keymaps import IGNORED_SUFFIXES, Entry
+from ivl.checkpoint.keymaps import IGNORED_SUFFIXES, TensorEntry
 from ivl.errors import InputError
 from ivl.utils.files import write_json
 
@@ -122,7 +122,7 @@ class StoredWeights:
         return max(counts, key=lambda dtype: counts[dtype])
 
 
-def check_entries(entries: Sequence[Entry], shapes: Mapping[str, Sequence[int]], weights: TensorSource) -> None:
+def check_entries(entries: Sequence[TensorEntry], shapes: Mapping[str, Sequence[int]], weights: TensorSource) -> None:
     """Compare what a model needs with what a checkpoint has, before anything is allocated.
 
     Args:
@@ -150,9 +150,9 @@ def check_entries(entries: Sequence[Entry], shapes: Mapping[str, Sequence[int]],
 
 def write_shards(
     directory: Path,
-    entries: Sequence[Entry],
+    entries: Sequence[TensorEntry],
     like: Mapping[str, torch.Tensor],
-    get: Callable[[Entry], torch.Tensor],
+    get: Callable[[TensorEntry], torch.Tensor],
     *,
     dtype: torch.dtype,
     extra: Mapping[str, torch.Tensor] | None = None,
@@ -196,10 +196,10 @@ def write_shards(
 
 
 def _plan_shards(
-    entries: Sequence[Entry], like: Mapping[str, torch.Tensor], dtype: torch.dtype, max_shard_bytes: int
-) -> tuple[dict[str, list[Entry]], int]:
+    entries: Sequence[TensorEntry], like: Mapping[str, torch.Tensor], dtype: torch.dtype, max_shard_bytes: int
+) -> tuple[dict[str, list[TensorEntry]], int]:
     """Divide entries into shards, in order: returns the entries by file name, and the bytes of all of them."""
-    groups: list[list[Entry]] = [[]]
+    groups: list[list[TensorEntry]] = [[]]
     room, total = max_shard_bytes, 0
     for entry in entries:
         tensor = like[entry.ours]

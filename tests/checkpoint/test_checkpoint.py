@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from ivl.checkpoint import load_config, load_model, save_model
 from ivl.checkpoint.config_json import generation_json, to_json
 from ivl.checkpoint.config_table import Dialect
-from ivl.checkpoint.keymaps import Entry, key_map
+from ivl.checkpoint.keymaps import TensorEntry, key_map
 from ivl.checkpoint.model_dir import empty_model
 from ivl.checkpoint.weights import StoredWeights
 from ivl.config import SIZES, ModelConfig, TilingConfig, published_config
@@ -100,7 +100,7 @@ def test_transformers_names_and_shapes_are_those_of_the_library(size: str) -> No
 
 def test_wqkv_rows_are_queries_key_value_by_group() -> None:
     """Rows of the published 8B: 32 query heads, 8 groups, head size 128."""
-    entry = Entry("qkv", ("wqkv",), groups=(8, 4, 128))
+    entry = TensorEntry("qkv", ("wqkv",), groups=(8, 4, 128))
     ours = torch.arange(6144).unsqueeze(1)  # all queries, then all keys, then all values
     (theirs,) = entry.split(ours)
     rows = theirs.squeeze(1).tolist()

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from ivl.checkpoint import load_model, save_model
-from ivl.checkpoint.keymaps import Entry
+from ivl.checkpoint.keymaps import TensorEntry
 from ivl.checkpoint.model_dir import fill
 from ivl.checkpoint.weights import WEIGHTS, StoredWeights
 from tests.helpers.checkpoints import random_model, tiny_like
@@ -20,10 +20,10 @@ def test_into_parts_and_other_types(tmp_path):
     ours = {name: torch.full_like(tensor, 9) for name, tensor in tensors.items()}
     ours |= {"fused": torch.zeros(30, 7), "turned": torch.zeros(7, 10).T, "double": torch.zeros(13, 7, dtype=torch.float64)}
     entries = [
-        *(Entry(name, (name,)) for name in tensors),
-        Entry("fused", ("t8", "t0", "t9", "t9"), rows=(9, 1, 10, 10)),
-        Entry("turned", ("t9",)),
-        Entry("double", ("t12",)),
+        *(TensorEntry(name, (name,)) for name in tensors),
+        TensorEntry("fused", ("t8", "t0", "t9", "t9"), rows=(9, 1, 10, 10)),
+        TensorEntry("turned", ("t9",)),
+        TensorEntry("double", ("t12",)),
     ]
     fill(ours, entries, StoredWeights(tmp_path))
     assert all(torch.equal(ours[name], tensors[name]) for name in tensors)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ivl.checkpoint import load_model, save_model
 from ivl.checkpoint.adapter import merge
 from ivl.checkpoint.convert import convert
-from ivl.checkpoint.keymaps import Entry
+from ivl.checkpoint.keymaps import TensorEntry
 from ivl.config import LoraConfig
 from ivl.cpu import accelerate
 from ivl.cpu.kernels import features
@@ -94,10 +94,10 @@ def test_packing_is_that_of_compressed_tensors() -> None:
     matrix = normal(24, 64)
     weight, _, zero = quantize(matrix, Scheme(bits=4, group=32, symmetric=False))
     assert zero is not None
-    (words,) = Entry("w", ("w",), form="words").split(weight)
+    (words,) = TensorEntry("w", ("w",), form="words").split(weight)
     digits = torch.stack([words >> 4 * i & 15 for i in range(8)], dim=2).flatten(1)
     assert torch.equal(digits[:, 0::2].to(torch.uint8) | digits[:, 1::2].to(torch.uint8) << 4, weight)
-    parts = Entry("z", ("a", "b"), rows=(10, 14), form="zeros")
+    parts = TensorEntry("z", ("a", "b"), rows=(10, 14), form="zeros")
     packed = parts.split(zero)
     assert [tuple(part.shape) for part in packed] == [(2, 2), (2, 2)] == [tuple(s) for s in parts.shapes(zero.shape)]
     assert int(packed[0][1, 1] >> 4 & 15) == int(zero[9, 1])

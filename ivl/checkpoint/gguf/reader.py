@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ivl.checkpoint.gguf.tokenizer import NORMAL, GgufVocabulary
-from ivl.checkpoint.keymaps import Entry, Names, build_entries
+from ivl.checkpoint.keymaps import Names, TensorEntry, build_entries
 from ivl.config import DecoderConfig, Family
 from ivl.errors import InputError
 from ivl.model.decoder import Decoder
@@ -127,7 +127,7 @@ class GgufModel:
             tensor = tensor.unflatten(0, (-1, self.config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
         return tensor
 
-    def key_map(self, decoder: Decoder) -> list[Entry]:
+    def key_map(self, decoder: Decoder) -> list[TensorEntry]:
         """Entries of the decoder; without an output matrix the head is the embedding matrix (tied models)."""
         names = NAMES if "output.weight" in self.shapes else {**NAMES, "head": NAMES["embeddings"]}
         return build_entries(decoder, names, "", "")

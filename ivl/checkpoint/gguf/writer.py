@@ -16,7 +16,7 @@ import torch
 
 from ivl.checkpoint.gguf.reader import DECODER_FIELDS, INTERLEAVED_ROTARY, NAMES
 from ivl.checkpoint.gguf.tokenizer import UNUSED, GgufVocabulary
-from ivl.checkpoint.keymaps import Entry, Names, build_entries
+from ivl.checkpoint.keymaps import Names, TensorEntry, build_entries
 from ivl.checkpoint.weights import ByteProgress
 from ivl.config import DecoderConfig, ModelConfig
 from ivl.errors import InputError
@@ -137,7 +137,7 @@ def write_vision(path: Path, model: VLM, read: ReadParameter, *, storage: Storag
 @dataclass(frozen=True)
 class _PlannedTensor:
     name: str
-    entry: Entry
+    entry: TensorEntry
     part: int
     shape: tuple[int, ...]
     storage: Storage
@@ -149,7 +149,7 @@ class _PlannedTensor:
         return count // _Q8_BLOCK * (_Q8_BLOCK + 2) if self.storage == "Q8_0" else count * _FLOATS[self.storage].itemsize
 
 
-def _plan(entries: Sequence[Entry], model: VLM, storage: Storage) -> list[_PlannedTensor]:
+def _plan(entries: Sequence[TensorEntry], model: VLM, storage: Storage) -> list[_PlannedTensor]:
     """The tensors of a file: which part of which parameter, in which shape and type."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     planned = []
