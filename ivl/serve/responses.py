@@ -15,26 +15,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ivl.processing.tokenizer import Tokenizer
+from ivl.serve import schemas
 from ivl.serve.errors import APIError, to_api_error
 from ivl.serve.guard import ClientGone, RequestContext, log
-from ivl.serve.schemas import (
-    ChatChoice,
-    ChatChunk,
-    ChatDelta,
-    ChatLogprobs,
-    ChatRequest,
-    ChatResponse,
-    ChunkChoice,
-    CompletionChoice,
-    CompletionLogprobs,
-    CompletionResponse,
-    PromptDetails,
-    ResponseMessage,
-    SamplingBody,
-    TokenUsage,
-    TopLogprob,
-    WireTokenLogprob,
-)
 from ivl.serve.service import ReplyStream, merge
 from ivl.types import TextDelta
 
@@ -98,7 +81,7 @@ class ResponseBuilder:
     """
 
     context: RequestContext
-    body: SamplingBody
+    body: schemas.SamplingBody
     model: str
     streams: Sequence[ReplyStream]
     tokenizer: Tokenizer
@@ -106,7 +89,7 @@ class ResponseBuilder:
     ping: float
 
     def __post_init__(self) -> None:
-        self.is_chat = isinstance(self.body, ChatRequest)
+        self.is_chat = isinstance(self.body, schemas.ChatRequest)
         self.id = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{self.context.id}"
         self.created = int(time.time())
 
@@ -127,16 +110,16 @@ class ResponseBuilder:
         common = {"id": self.id, "created": self.created, "model": self.model, "usage": usage(self.streams, self.body.n)}
         if self.is_chat:
             choices = [
-                ChatChoice(
+                schemas.ChatChoice(
                     index=number,
-                    message=ResponseMessage(content=_text(deltas)),
+                    message=schemas.ResponseMessage(content=_text(deltas)),
                     logprobs=chat_logprobs(deltas, self.tokenizer),
                     finish_reason=deltas[-1].finish_reason or "stop",
                 )
                 for number, deltas in enumerate(replies)
             ]
-            return ChatResponse(choices=choices, **common)
-        return CompletionResponse(
+            return schemas.ChatResponse(choices=choices, **common)
+        return schemas.CompletionResponse(
             choices=[self._completion_choice(deltas, number, 0) for number, deltas in enumerate(replies)], **common
         )
 
@@ -145,7 +128,9 @@ class ResponseBuilder:
         try:
             if self.is_chat:
                 for number in range(len(self.streams)):
-                    yield self._chunk([ChunkChoice(index=number, delta=ChatDelta(role="assistant", content=""))])
+                    yield self._chunk(
+                        [schemas.ChunkChoice(index=number, delta=schemas.ChatDelta(role="assistant", content=""))]
+                    )
             lengths = [0] * len(self.streams)
             async with aclosing(merge(self.streams, ping=self.ping, deadline=self.deadline)) as batches:
                 async for batch in batches:
@@ -170,19 +155,23 @@ class ResponseBuilder:
 
     def _event(self, deltas: Sequence[TextDelta], number: int, offset: int) -> bytes:
         """Return one chunk for all deltas of a reply that came together; empty if they have no content."""
-        choice: ChunkChoice | CompletionChoice = self._completion_choice(deltas, number, offset)
+        choice: schemas.ChunkChoice | schemas.CompletionChoice = self._completion_choice(deltas, number, offset)
         text, reason = choice.text, choice.finish_reason
         if self.is_chat:
             logprobs = chat_logprobs(deltas, self.tokenizer)
-            choice = ChunkChoice(index=number, delta=ChatDelta(content=text), logprobs=logprobs, finish_reason=reason)
+            choice = schemas.ChunkChoice(
+                index=number, delta=schemas.ChatDelta(content=text), logprobs=logprobs, finish_reason=reason
+            )
         return self._chunk([choice]) if text or reason or choice.logprobs else b""
 
-    def _completion_choice(self, deltas: Sequence[TextDelta], number: int, offset: int) -> CompletionChoice:
+    def _completion_choice(self, deltas: Sequence[TextDelta], number: int, offset: int) -> schemas.CompletionChoice:
         logprobs = completion_logprobs(deltas, self.tokenizer, offset, top=bool(getattr(self.body, "logprobs", None)))
-        return CompletionChoice(index=number, text=_text(deltas), logprobs=logprobs, finish_reason=deltas[-1].finish_reason)
+        return schemas.CompletionChoice(
+            index=number, text=_text(deltas), logprobs=logprobs, finish_reason=deltas[-1].finish_reason
+        )
 
-    def _chunk(self, choices: Sequence[BaseModel], usage: TokenUsage | None = None) -> bytes:
-        kind = ChatChunk if self.is_chat else CompletionResponse
+    def _chunk(self, choices: Sequence[BaseModel], usage: schemas.TokenUsage | None = None) -> bytes:
+        kind = schemas.ChatChunk if self.is_chat else schemas.CompletionResponse
         chunk = kind(id=self.id, created=self.created, model=self.model, choices=choices, usage=usage)  # type: ignore[arg-type]
         content = chunk.model_dump(mode="json")
         if not self.body.wants_usage:
@@ -224,39 +213,39 @@ def facts(streams: Sequence[ReplyStream], n: int, arrived: float) -> dict[str, A
     return figures | ({"first_token_s": round(min(first_tokens) - arrived, 4)} if first_tokens else {})
 
 
-def usage(streams: Sequence[ReplyStream], n: int) -> TokenUsage:
+def usage(streams: Sequence[ReplyStream], n: int) -> schemas.TokenUsage:
     """Return the tokens of a request. A prompt counts once, however many replies it has."""
     firsts = [stream.request for stream in streams[::n]]
     num_prompt, num_new = sum(r.num_prompt for r in firsts), sum(len(stream.request.tokens) for stream in streams)
-    return TokenUsage(
+    return schemas.TokenUsage(
         prompt_tokens=num_prompt,
         completion_tokens=num_new,
         total_tokens=num_prompt + num_new,
-        prompt_tokens_details=PromptDetails(cached_tokens=sum(r.num_cached for r in firsts)),
+        prompt_tokens_details=schemas.PromptDetails(cached_tokens=sum(r.num_cached for r in firsts)),
     )
 
 
-def chat_logprobs(deltas: Sequence[TextDelta], tokenizer: Tokenizer) -> ChatLogprobs | None:
+def chat_logprobs(deltas: Sequence[TextDelta], tokenizer: Tokenizer) -> schemas.ChatLogprobs | None:
     """Return the log-probabilities of the tokens of a piece of reply. Control tokens have no text and are left out."""
     content = [
-        WireTokenLogprob(
+        schemas.WireTokenLogprob(
             **_wire_token(tokenizer, scored.token, scored.logprob),
-            top_logprobs=[TopLogprob(**_wire_token(tokenizer, token, logprob)) for token, logprob in scored.top],
+            top_logprobs=[schemas.TopLogprob(**_wire_token(tokenizer, token, logprob)) for token, logprob in scored.top],
         )
         for delta in deltas
         if (scored := delta.logprob) is not None and not tokenizer.is_control(scored.token)
     ]
-    return ChatLogprobs(content=content) if content else None
+    return schemas.ChatLogprobs(content=content) if content else None
 
 
 def completion_logprobs(
     deltas: Sequence[TextDelta], tokenizer: Tokenizer, offset: int, *, top: bool
-) -> CompletionLogprobs | None:
+) -> schemas.CompletionLogprobs | None:
     """Return the same for /v1/completions. offset: where the piece begins in the reply."""
     scored = chat_logprobs(deltas, tokenizer)
     if scored is None:
         return None
-    logprobs = CompletionLogprobs(top_logprobs=[] if top else None)
+    logprobs = schemas.CompletionLogprobs(top_logprobs=[] if top else None)
     for token in scored.content:
         logprobs.tokens.append(token.token)
         logprobs.token_logprobs.append(token.logprob)

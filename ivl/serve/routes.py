@@ -11,6 +11,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ValidationError
 
+from ivl.serve import schemas
 from ivl.serve.config import ServeConfig
 from ivl.serve.conversation import check_text, load_conversation, plain_prompt, sampling_params
 from ivl.serve.errors import APIError
@@ -18,21 +19,7 @@ from ivl.serve.guard import RequestContext
 from ivl.serve.media import MediaGateway
 from ivl.serve.metrics import CONTENT_TYPE, Metrics
 from ivl.serve.responses import EventStream, ResponseBuilder, while_connected
-from ivl.serve.schemas import (
-    ChatRequest,
-    ChatResponse,
-    CompletionRequest,
-    CompletionResponse,
-    ErrorResponse,
-    ModelCard,
-    ModelList,
-    RequestPart,
-    SamplingBody,
-    StatusResponse,
-    TokenizeRequest,
-    TokenizeResponse,
-    validation_error,
-)
+from ivl.serve.schemas import ChatRequest, CompletionRequest, RequestPart, SamplingBody, TokenizeRequest, validation_error
 from ivl.serve.service import ReplyStream, Service
 
 B = TypeVar("B", bound=RequestPart)
@@ -41,7 +28,9 @@ STATUSES = {
     400: "Not understood, or beyond a limit", 401: "No valid key", 404: "No such model or page", 408: "Sent too slowly",
     413: "Too large", 415: "Not JSON", 421: "Another Host", 429: "Too busy", 500: "Failed", 503: "Not ready",
 }  # fmt: skip
-POST: dict[int | str, dict[str, Any]] = {k: {"model": ErrorResponse, "description": text} for k, text in STATUSES.items()}
+POST: dict[int | str, dict[str, Any]] = {
+    k: {"model": schemas.ErrorResponse, "description": text} for k, text in STATUSES.items()
+}
 GET: dict[int | str, dict[str, Any]] = {status: POST[status] for status in (401, 404, 421)}
 router = APIRouter()
 
@@ -91,9 +80,9 @@ class RouteContext:
             names = ", ".join(self.config.names)
             raise APIError(404, f"there is no such model here; known: {names}", param="model", code="model_not_found")
 
-    def card(self, name: str) -> ModelCard:
+    def card(self, name: str) -> schemas.ModelCard:
         """Return the model under one of its names."""
-        return ModelCard(id=name, created=self.created, max_model_len=self.service.engine.max_context)
+        return schemas.ModelCard(id=name, created=self.created, max_model_len=self.service.engine.max_context)
 
 
 Shared = Annotated[RouteContext, Depends()]
@@ -128,7 +117,7 @@ def _describe(body: type[RequestPart], response: type[BaseModel], *, streams: bo
     }
 
 
-@router.post("/v1/chat/completions", **_describe(ChatRequest, ChatResponse, streams=True), tags=["v1"])
+@router.post("/v1/chat/completions", **_describe(ChatRequest, schemas.ChatResponse, streams=True), tags=["v1"])
 async def chat_completions(shared: Shared, body: Annotated[ChatRequest, Depends(_body(ChatRequest))]) -> Response:
     """A reply to a conversation with images and videos, whole or as server-sent events."""
     shared.check_model(body.model)
@@ -142,7 +131,7 @@ async def chat_completions(shared: Shared, body: Annotated[ChatRequest, Depends(
     return await shared.respond(body, submit())
 
 
-@router.post("/v1/completions", **_describe(CompletionRequest, CompletionResponse, streams=True), tags=["v1"])
+@router.post("/v1/completions", **_describe(CompletionRequest, schemas.CompletionResponse, streams=True), tags=["v1"])
 async def completions(shared: Shared, body: Annotated[CompletionRequest, Depends(_body(CompletionRequest))]) -> Response:
     """The continuation of a text, without the model's template."""
     shared.check_model(body.model)
@@ -168,8 +157,10 @@ async def completions(shared: Shared, body: Annotated[CompletionRequest, Depends
     return await shared.respond(body, submit())
 
 
-@router.post("/tokenize", **_describe(TokenizeRequest, TokenizeResponse))
-async def tokenize(shared: Shared, body: Annotated[TokenizeRequest, Depends(_body(TokenizeRequest))]) -> TokenizeResponse:
+@router.post("/tokenize", **_describe(TokenizeRequest, schemas.TokenizeResponse))
+async def tokenize(
+    shared: Shared, body: Annotated[TokenizeRequest, Depends(_body(TokenizeRequest))]
+) -> schemas.TokenizeResponse:
     """Token ids of a text, or of a conversation as the model gets it; those of images are placeholders."""
     shared.check_model(body.model)
     service = shared.service
@@ -183,33 +174,33 @@ async def tokenize(shared: Shared, body: Annotated[TokenizeRequest, Depends(_bod
         return await service.in_pool(lambda: service.processor.prompt(conversation).tokens_T.tolist())
 
     tokens = await shared.within_deadline(encode())
-    return TokenizeResponse(count=len(tokens), max_model_len=service.engine.max_context, tokens=tokens)
+    return schemas.TokenizeResponse(count=len(tokens), max_model_len=service.engine.max_context, tokens=tokens)
 
 
 @router.get("/v1/models", responses=GET, tags=["v1"])
-async def models(shared: Shared) -> ModelList:
+async def models(shared: Shared) -> schemas.ModelList:
     """The model under each of its names."""
-    return ModelList(data=[shared.card(name) for name in shared.config.names])
+    return schemas.ModelList(data=[shared.card(name) for name in shared.config.names])
 
 
 @router.get("/v1/models/{name:path}", responses=GET, tags=["v1"])
-async def model(shared: Shared, name: str) -> ModelCard:
+async def model(shared: Shared, name: str) -> schemas.ModelCard:
     """The model under one of its names."""
     shared.check_model(name)
     return shared.card(name)
 
 
 @router.get("/health")
-async def health() -> StatusResponse:
+async def health() -> schemas.StatusResponse:
     """Whether the process answers. The one route without a key."""
-    return StatusResponse(status="ok")
+    return schemas.StatusResponse(status="ok")
 
 
 @router.get("/ready", responses={**GET, 503: POST[503]})
-async def ready(shared: Shared) -> StatusResponse:
+async def ready(shared: Shared) -> schemas.StatusResponse:
     """Whether requests are taken now."""
     shared.service.check(0)
-    return StatusResponse(status="ready")
+    return schemas.StatusResponse(status="ready")
 
 
 @router.get("/metrics", responses={**GET, 200: {"content": {"text/plain": {}}}}, response_class=Response)
