@@ -149,7 +149,8 @@ class Layout:
     @cached_property
     def starts(self) -> tuple[int, ...]:
         """Index on the token axis of the first new token of each sequence."""
-        starts, at = [], 0
+        starts: list[int] = []
+        at = 0
         for n in self.new_lens:
             starts.append(at)
             at += n
@@ -184,7 +185,7 @@ class Loss:
 
     total: torch.Tensor
     weight: torch.Tensor
-    metrics: dict[str, torch.Tensor] = field(default_factory=dict)
+    metrics: dict[str, torch.Tensor] = field(default_factory=dict[str, "torch.Tensor"])
     """Figures to log, each a vector (sum, count); the loop logs their quotient over the whole step."""
 
 
