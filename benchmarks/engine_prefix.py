@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.tasks import SIZE
 from ivl.config import published_config
+from ivl.cpu import accelerate
 from ivl.inference.engine import Engine
 from ivl.model.vlm import VLM
 from ivl.types import Conversation, Message, Prompt, SamplingParams, Text
@@ -72,6 +73,7 @@ def main() -> None:
     torch.set_default_dtype(torch.bfloat16)
     model = VLM(published_config(SIZE)).eval()
     model.init_weights()
+    accelerate(model)
     for budget in map(int, args.batch_tokens.split(",")):
         engine = Engine(model, Pictures(model, args.image_tiles), max_batch_tokens=budget, max_cache_tokens=16384)
         engine.eos = frozenset()

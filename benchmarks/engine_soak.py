@@ -19,6 +19,7 @@ import torch
 import tyro
 
 from benchmarks.engine_prefix import Codes
+from ivl.cpu import accelerate
 from ivl.inference.engine import Engine, Request
 from ivl.model.vlm import VLM
 from ivl.recipes.nano import architecture
@@ -60,6 +61,7 @@ def soak(requests: int, cancelled: float, seed: int) -> bool:
     processor = Mixed()
     model = VLM(processor.config).eval()
     model.init_weights()
+    accelerate(model)
     engine = Engine(model, processor, max_cache_tokens=16384, max_batch_tokens=1024, vision_cache_bytes=4 << 20)
     active: list[Request] = []
     made = done = dropped = 0

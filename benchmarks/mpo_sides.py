@@ -115,7 +115,7 @@ def peak_bytes() -> int:
 
 def ours(job: Job) -> None:
     from ivl.checkpoint import load_model
-    from ivl.cpu.memory import keep_freed_memory
+    from ivl.cpu import accelerate
     from ivl.preference.config import PreferenceConfig
     from ivl.preference.objective import PreferenceObjective
     from ivl.preference.reference import FileReference, frozen
@@ -130,8 +130,7 @@ def ours(job: Job) -> None:
     optim = OptimConfig(lr=LR, weight_decay=0.0, schedule="constant")
     config = TrainConfig(precision=job.precision, optim=optim, num_steps=job.rounds * len(batches), tensorboard=False)
     terms = PreferenceConfig(beta=BETA, sigmoid=sigmoid, bco=bco, generation=generation)
-    keep_freed_memory()  # as every training run does
-    model = load_model(job.model, dtype=torch.float32)
+    model = accelerate(load_model(job.model, dtype=torch.float32))  # as every training run does
     apply_stage(model, Stage(trainable=("vision", "projector", "decoder")))
     if job.copy:
         reference = frozen(copy.deepcopy(model))

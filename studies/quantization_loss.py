@@ -29,19 +29,19 @@ from ivl.checkpoint.model_dir import fill
 from ivl.evaluation.run import evaluate
 from ivl.evaluation.tasks import TASKS
 from ivl.model.decoder import Decoder
-from ivl.quant.layers import Scheme, Schemes, quantize, quantize_layers, quantized_layers
+from ivl.quant.layers import QuantConfig, QuantPlan, quantize, quantize_layers, quantized_layers
 from ivl.types import Layout
 from tests.helpers.packages import smollm2_gguf
 
 PACKAGES = ("tyro", "huggingface_hub", "safetensors", "transformers", "pydantic", "rich", "pytest", "numba", "pillow", "torch")
 WINDOW = 512
-INT8 = Scheme(bits=8)
-SCHEMES = {"bf16": Schemes(), "int8": Schemes(language=INT8, head=INT8)}
+INT8 = QuantConfig(bits=8)
+SCHEMES = {"bf16": QuantPlan(), "int8": QuantPlan(language=INT8, head=INT8)}
 for group in (128, 64, 32):
     for symmetric in (True, False):
-        int4 = Scheme(bits=4, group=group, symmetric=symmetric)
-        SCHEMES[f"{int4.name}"] = Schemes(language=int4, head=INT8)
-SCHEMES["int4 g32, head too"] = Schemes(language=Scheme(bits=4, group=32), head=Scheme(bits=4, group=32))
+        int4 = QuantConfig(bits=4, group=group, symmetric=symmetric)
+        SCHEMES[f"{int4.name}"] = QuantPlan(language=int4, head=INT8)
+SCHEMES["int4 g32, head too"] = QuantPlan(language=QuantConfig(bits=4, group=32), head=QuantConfig(bits=4, group=32))
 
 
 def language_model() -> tuple[Decoder, GgufModel]:
@@ -53,11 +53,11 @@ def language_model() -> tuple[Decoder, GgufModel]:
     return decoder, file
 
 
-def quantize_in_place(model: nn.Module, schemes: Schemes) -> None:
+def quantize_in_place(model: nn.Module, schemes: QuantPlan) -> None:
     matrices = {path: m.weight.detach() for path, m in model.named_modules() if isinstance(m, nn.Linear)}
-    quantize_layers(model, lambda path, layer: schemes.of(f"decoder.{path}"))
+    quantize_layers(model, lambda path, layer: schemes.for_layer(f"decoder.{path}"))
     for path, layer in quantized_layers(model).items():
-        layer.weight, layer.scale, layer.zero = quantize(matrices[path], layer.scheme)
+        layer.weight, layer.scale, layer.zero = quantize(matrices[path], layer.config)
 
 
 @torch.inference_mode()
@@ -97,7 +97,7 @@ def on_text(num_windows: int) -> list[dict]:
 
 def on_task(source: str, task: str, limit: int | None) -> list[dict]:
     rows = []
-    for name, schemes in {**SCHEMES, "W8A8 ViT": Schemes(vision=Scheme(bits=8, activations=True))}.items():
+    for name, schemes in {**SCHEMES, "W8A8 ViT": QuantPlan(vision=QuantConfig(bits=8, activations=True))}.items():
         with tempfile.TemporaryDirectory() as directory:
             target = Path(directory) / "model"
             try:

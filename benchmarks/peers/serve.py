@@ -47,11 +47,12 @@ def ours(size: str, threads: int) -> Callable[[list[Ask]], int]:
     import torch
 
     from ivl.checkpoint import load_model
+    from ivl.cpu import accelerate
     from ivl.inference.engine import Engine
     from ivl.types import Message, Prompt, SamplingParams, Text
 
     torch.set_num_threads(threads)
-    model = load_model(FILES / kind_of("ivl", size))
+    model = accelerate(load_model(FILES / kind_of("ivl", size)))
     config = model.config
 
     class Prompts:

@@ -20,7 +20,7 @@ from ivl.checkpoint.processor_files import jinja, load_processor, save_processor
 from ivl.checkpoint.weights import MAX_SHARD_BYTES, ByteProgress
 from ivl.errors import InputError
 from ivl.processing.chat import template_of
-from ivl.quant.layers import Scheme, Schemes, quantize, quantize_layers, quantized_layers, unpacked
+from ivl.quant.layers import QuantConfig, QuantPlan, dequantize, quantize, quantize_layers, quantized_layers
 from ivl.utils.files import write_json
 
 LANGUAGE_GGUF, VISION_GGUF = "model.gguf", "mmproj.gguf"
@@ -32,7 +32,7 @@ def convert(
     *,
     to: Dialect | None = None,
     dtype: torch.dtype | None = None,
-    schemes: Schemes | None = None,
+    schemes: QuantPlan | None = None,
     force: bool = False,
     weights_only: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -61,7 +61,7 @@ def convert(
     weights, entries = open_weights(directory, model)
     processor = None if weights_only else load_processor(directory)
     stored = {entry.ours: entry for entry in entries}
-    quantizer = Quantizer(model, lambda name: read(stored[name], weights), schemes or Schemes())
+    quantizer = Quantizer(model, lambda name: read(stored[name], weights), schemes or QuantPlan())
     with new_directory(target, force=force) as out:
         write_model(
             out, model, to or dialect_of(directory), quantizer.get,
@@ -96,9 +96,9 @@ class Quantizer:
         InputError: if a layer does not fit its scheme.
     """
 
-    def __init__(self, model: nn.Module, read: Callable[[str], torch.Tensor], schemes: Schemes) -> None:
-        def scheme_of(path: str, layer: nn.Linear) -> Scheme | None:
-            scheme = schemes.of(path)
+    def __init__(self, model: nn.Module, read: Callable[[str], torch.Tensor], schemes: QuantPlan) -> None:
+        def scheme_of(path: str, layer: nn.Linear) -> QuantConfig | None:
+            scheme = schemes.for_layer(path)
             try:
                 if scheme:
                     scheme.groups(layer.in_features)
@@ -122,7 +122,7 @@ class Quantizer:
         return self._last[1][leaf]
 
     def _quantized(self, path: str) -> dict[str, torch.Tensor]:
-        matrix, scheme = self._read(f"{path}.weight"), self._layers[path].scheme
+        matrix, scheme = self._read(f"{path}.weight"), self._layers[path].config
         try:
             weight, scale, zero = quantize(matrix, scheme)
         except ValueError as error:
@@ -131,7 +131,7 @@ class Quantizer:
         for first in range(0, len(matrix), 4096):
             rows = slice(first, first + 4096)
             original = matrix[rows].float()
-            restored = unpacked(weight[rows], scale[rows].float(), None if zero is None else zero[rows], scheme)
+            restored = dequantize(weight[rows], scale[rows].float(), None if zero is None else zero[rows], scheme)
             lost += float((restored - original).square().sum())
             norm += float(original.square().sum())
         self.losses.append(QuantizationLoss(layer=path, scheme=scheme.name, error=(lost / norm) ** 0.5 if norm else 0.0))

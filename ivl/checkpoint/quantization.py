@@ -16,7 +16,7 @@ from torch import nn
 from ivl.checkpoint.keymaps import TensorEntry
 from ivl.checkpoint.weights import StoredWeights
 from ivl.errors import InputError
-from ivl.quant.layers import QuantLinear, Scheme, Schemes, quantize_layers, quantized_layers
+from ivl.quant.layers import QuantConfig, QuantLinear, QuantPlan, quantize_layers, quantized_layers
 
 METHOD = "compressed-tensors"
 PACKED, INTS, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
@@ -33,7 +33,7 @@ _TOKEN_INPUTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "t
 """How activations are rounded, if they are."""
 
 
-def quantization_json(schemes: Schemes) -> dict[str, Any]:
+def quantization_json(schemes: QuantPlan) -> dict[str, Any]:
     """Return `quantization_config` of config.json."""
     groups, ignored = {}, list(_PROJECTOR)
     for part, (targets, patterns) in _PARTS.items():
@@ -53,7 +53,7 @@ def quantization_json(schemes: Schemes) -> dict[str, Any]:
     }
 
 
-def _group_json(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+def _group_json(scheme: QuantConfig, targets: list[str]) -> dict[str, Any]:
     weights = {
         **_COMMON,
         "num_bits": scheme.bits,
@@ -124,7 +124,7 @@ def adopt(model: nn.Module, entries: Sequence[TensorEntry], weights: StoredWeigh
     """
     stored = {entry.ours: entry.theirs for entry in entries}
 
-    def scheme_of(path: str, layer: nn.Linear) -> Scheme | None:
+    def scheme_of(path: str, layer: nn.Linear) -> QuantConfig | None:
         schemes = {_stored_scheme(name, layer.in_features, weights, activations) for name in stored[f"{path}.weight"]}
         if len(schemes) > 1:
             names = ", ".join(stored[f"{path}.weight"])
@@ -135,7 +135,7 @@ def adopt(model: nn.Module, entries: Sequence[TensorEntry], weights: StoredWeigh
     return quantized_entries(model, entries)
 
 
-def _stored_scheme(name: str, width: int, weights: StoredWeights, activations: bool) -> Scheme | None:
+def _stored_scheme(name: str, width: int, weights: StoredWeights, activations: bool) -> QuantConfig | None:
     """The scheme of a checkpoint's layer, from the names and shapes of its tensors."""
     packed, scale, zero = f"{name}_packed", f"{name}_scale", f"{name}_zero_point"
     in_words = packed in weights.shapes
@@ -153,7 +153,7 @@ def _stored_scheme(name: str, width: int, weights: StoredWeights, activations: b
         )
     group = None if groups == 1 and (bits == 8 or activations) else width // groups
     try:
-        return Scheme(bits=4 if bits == 4 else 8, group=group, symmetric=zero not in weights.shapes,
+        return QuantConfig(bits=4 if bits == 4 else 8, group=group, symmetric=zero not in weights.shapes,
                       activations=activations and not in_words)  # fmt: skip
     except ValueError as error:
         raise InputError(f"{weights.directory}: {name}: {error}") from None
@@ -170,7 +170,7 @@ def quantized_entries(model: nn.Module, entries: Sequence[TensorEntry]) -> list[
             with_parts.append(entry)
             continue
         rows, groups = entry.rows, entry.groups
-        in_words = not layer.scheme.activations
+        in_words = not layer.config.activations
         names = tuple(f"{name}_packed" for name in entry.theirs) if in_words else entry.theirs
         with_parts.append(TensorEntry(entry.ours, names, rows, groups, "words" if in_words else "signed"))
         with_parts.append(TensorEntry(f"{path}.scale", tuple(f"{name}_scale" for name in entry.theirs), rows, groups))
@@ -192,19 +192,19 @@ def weight_shapes(model: nn.Module, entries: Sequence[TensorEntry]) -> dict[str,
     return shapes
 
 
-def schemes_of(model: nn.Module) -> Schemes:
+def schemes_of(model: nn.Module) -> QuantPlan:
     """Return the schemes of a model's parts.
 
     Raises:
         InputError: if layers of a part differ, which no file expresses.
     """
-    used: dict[str, set[Scheme | None]] = {"head": set(), "language": set(), "vision": set()}
+    used: dict[str, set[QuantConfig | None]] = {"head": set(), "language": set(), "vision": set()}
     for path, layer in model.named_modules():
         part = "head" if path == "decoder.head" else {"decoder": "language", "vision": "vision"}.get(path.partition(".")[0])
         if part and isinstance(layer, nn.Linear | QuantLinear):
-            used[part].add(layer.scheme if isinstance(layer, QuantLinear) else None)
+            used[part].add(layer.config if isinstance(layer, QuantLinear) else None)
     for part, schemes in used.items():
         if len(schemes) > 1:
             names = ", ".join(sorted("unquantized" if scheme is None else scheme.name for scheme in schemes))
             raise InputError(f"layers of the {part} part are quantized in different ways ({names}); this cannot be written")
-    return Schemes(**{part: schemes.pop() for part, schemes in used.items()})
+    return QuantPlan(**{part: schemes.pop() for part, schemes in used.items()})

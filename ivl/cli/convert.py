@@ -15,7 +15,7 @@ from ivl.utils.progress import counting
 
 if TYPE_CHECKING:
     from ivl.checkpoint.weights import ByteProgress
-    from ivl.quant.layers import Schemes
+    from ivl.quant.layers import QuantPlan
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 StoredDtype = Literal["keep", "bfloat16", "float16", "float32"]
@@ -37,17 +37,17 @@ class QuantizeOptions:
     quantize_vision: Literal["no", "w8a8"] = "no"
     """Weights of the ViT in 8 bits; its activations are rounded to 8 bits per token when it runs."""
 
-    def schemes(self) -> Schemes:
+    def schemes(self) -> QuantPlan:
         """Return the scheme of each part of the model."""
-        from ivl.quant.layers import Scheme, Schemes
+        from ivl.quant.layers import QuantConfig, QuantPlan
 
         if self.zero_point and self.quantize != "int4":
             raise InputError("--zero-point is for --quantize int4")
-        int8, int4 = Scheme(bits=8), Scheme(bits=4, group=self.group_size, symmetric=not self.zero_point)
-        return Schemes(
+        int8, int4 = QuantConfig(bits=8), QuantConfig(bits=4, group=self.group_size, symmetric=not self.zero_point)
+        return QuantPlan(
             language={"no": None, "int8": int8, "int4": int4}[self.quantize],
             head=None if self.quantize == "no" else int4 if self.quantize == self.quantize_head == "int4" else int8,
-            vision=None if self.quantize_vision == "no" else Scheme(bits=8, activations=True),
+            vision=None if self.quantize_vision == "no" else QuantConfig(bits=8, activations=True),
         )
 
 
@@ -117,7 +117,7 @@ def convert(args: list[str]) -> None:
     if options.to != "gguf":
         _convert_to_safetensors(options, schemes)
         return
-    if schemes.named():
+    if schemes.by_part():
         raise InputError("--quantize is not for --to gguf, which has formats of its own: --dtype q8_0")
     if options.weights_only:
         raise InputError("--weights-only is not for --to gguf: llama.cpp needs the tokenizer in the file")
@@ -130,7 +130,7 @@ def convert(args: list[str]) -> None:
     print(f"{options.dst}: {LANGUAGE_GGUF} and {VISION_GGUF} written{note}")
 
 
-def _convert_to_safetensors(options: ConvertOptions, schemes: Schemes) -> None:
+def _convert_to_safetensors(options: ConvertOptions, schemes: QuantPlan) -> None:
     from ivl.checkpoint.convert import convert as convert_model
 
     if options.dtype == "q8_0":
@@ -144,7 +144,7 @@ def _convert_to_safetensors(options: ConvertOptions, schemes: Schemes) -> None:
     if not losses:
         print(f"{options.dst}: {f'{to} ' if to else ''}model written")
         return
-    parts = ", ".join(f"{name} {scheme.name}" for name, scheme in schemes.named().items())
+    parts = ", ".join(f"{name} {scheme.name}" for name, scheme in schemes.by_part().items())
     print(f"{options.dst}: written with {parts}; of {len(losses)} layers these lost most (share of the weights; ", end="")
     print("quantization.json):", *(f"  {loss.error:7.3%}  {loss.layer}" for loss in losses[:5]), sep="\n")
 

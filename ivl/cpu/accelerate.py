@@ -62,10 +62,10 @@ def fast_class(module: nn.Module) -> type[nn.Module]:
 
 
 def quantized_class(layer: QuantLinear) -> type[QuantLinear]:
-    """Choose the product of a quantized layer by the processor, the scheme and the shape."""
-    scheme = layer.scheme
-    if not ops.quant_fits(layer.scale, layer.in_features, scheme.group or layer.in_features):
+    """Choose the product of a quantized layer by the processor, the configuration and the shape."""
+    config = layer.config
+    if not ops.quant_fits(layer.scale, layer.in_features, config.group or layer.in_features):
         return QuantLinear
-    if scheme.activations:
+    if config.activations:
         return AmxW8A8Linear if features.has_amx() else QuantLinear
     return AmxQuantLinear if features.has_amx() else VnniLinear

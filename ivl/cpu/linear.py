@@ -98,14 +98,14 @@ class AmxQuantLinear(VnniLinear):
     def product(self, x_TI: torch.Tensor) -> torch.Tensor:
         if len(x_TI) == 1:
             return ops.quant_gemv(x_TI, self.stored())
-        if len(x_TI) <= ops.MAX_ROWS and ops.small_batch_fits(self.in_features, self.scheme.bits):
+        if len(x_TI) <= ops.MAX_ROWS and ops.small_batch_fits(self.in_features, self.config.bits):
             return ops.quant_small_batch(x_TI, self.stored())
         return ops.quant_gemm(x_TI, self.stored())
 
     def few_rows(
         self, x_TI: torch.Tensor, norm: NormArgs | None, gated: bool, residual: torch.Tensor | None, launch: Launch = NOW
     ) -> torch.Tensor | None:
-        if len(x_TI) == 1 or not ops.small_batch_fits(self.in_features, self.scheme.bits):
+        if len(x_TI) == 1 or not ops.small_batch_fits(self.in_features, self.config.bits):
             return super().few_rows(x_TI, norm, gated, residual, launch)
         if norm is not None:
             x_TI = ops.rms_norm(x_TI, *norm, launch)

@@ -23,17 +23,17 @@ CORRUPTIONS: tuple[Corruption, ...] = typing.get_args(Corruption)
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """For data sets with `data_augment`. Never touches video frames."""
+    """Changes to the images of data sets with `data_augment`; video frames are never changed."""
 
     jpeg_quality: tuple[int, int] | None = (75, 100)
-    """Every tile is compressed at a quality drawn uniformly from these, both included; None leaves this out."""
+    """Range, both ends included, from which the JPEG quality of every tile is drawn uniformly; None compresses nothing."""
     corruptions: tuple[Corruption, ...] = ()
-    """Of these, one is done to an image before it is cut: blur, noise, rescale (down and up again), brightness, contrast."""
+    """One of these damages an image before it is cut: blur, noise, rescale (down and up again), brightness, contrast."""
     corruption_share: float = 0.25
-    """Share of images that suffer one."""
+    """Share of images that are damaged."""
     corruption_strength: float = 0.5
-    """The most of it, drawn uniformly from 0 up; 1 is a blur of 1 % of the shorter side, noise of 32 levels, a quarter of the
-    size, brightness or contrast halved or up by half."""
+    """Upper end of the strength, which is drawn uniformly from 0. Strength 1 is a blur of 1 % of the shorter side, noise of 32
+    levels, a quarter of the size, or brightness or contrast changed by half."""
 
     def __post_init__(self) -> None:
         if self.jpeg_quality is not None:
@@ -48,18 +48,18 @@ class Augmentation:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
 
     def qualities(self, num_tiles: int, generator: random.Random) -> list[int]:
-        """A JPEG quality for each tile; none if tiles are not compressed."""
+        """Draw a JPEG quality for each tile; none if tiles are not compressed."""
         return [generator.randint(*self.jpeg_quality) for _ in range(num_tiles)] if self.jpeg_quality else []
 
     def drawn(self, generator: random.Random) -> tuple[Corruption, float, int] | None:
-        """What happens to an image: the kind, its strength, a seed for noise. Nothing is drawn if nothing can happen."""
+        """Draw the damage of an image: its kind, strength, and a seed for noise. Without corruptions nothing is drawn."""
         if not self.corruptions or generator.random() >= self.corruption_share:
             return None
         return generator.choice(self.corruptions), generator.random() * self.corruption_strength, generator.getrandbits(32)
 
 
 def corrupt(image: Image.Image, kind: Corruption, strength: float, seed: int) -> Image.Image:
-    """An RGB image damaged; strength 0 to 1, 0 changes nothing. An even seed is brighter or starker, an odd one the reverse."""
+    """Damage an RGB image. Strength 0 changes nothing; an even seed raises brightness or contrast, an odd one lowers it."""
     if strength == 0:
         return image
     match kind:

@@ -1,5 +1,7 @@
-"""Grounding: `<ref>phrase</ref><box>[[x1, y1, x2, y2], ...]</box>` with coordinates from 0 to 1000 of the whole image
-(spec 3.2), whatever its tiles."""
+"""Grounding: `<ref>phrase</ref><box>[[x1, y1, x2, y2], ...]</box>`, the form of InternVL's training data.
+
+Coordinates run from 0 to 1000 over the whole image, whatever its tiles.
+"""
 
 from __future__ import annotations
 
@@ -16,27 +18,30 @@ Box = tuple[int, int, int, int]
 """Left, top, right, bottom, each from 0 to 1000."""
 _MARKED = re.compile(r"(?:<ref>(?P<phrase>(?:(?!<ref>|</?box>).)*?)</ref>\s*)?<box>(?P<body>(?:(?!<box>).)*?)</box>", re.DOTALL)
 _BODY = re.compile(r"\s*\[\s*(?:\[[^\[\]]*\]\s*,\s*)*\[[^\[\]]*\]\s*\]\s*")
-_COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000")
+_COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000")
 
 
 @dataclass(frozen=True)
 class Grounding:
-    """A phrase and where it is; the phrase is empty for boxes without `<ref>`."""
+    """A phrase and its boxes; the phrase is empty for boxes without `<ref>`."""
 
     phrase: str
     boxes: tuple[Box, ...]
 
 
 @dataclass(frozen=True)
-class Parsed:
+class ParsedBoxes:
+    """The boxes of a text."""
+
     groundings: tuple[Grounding, ...]
     problems: tuple[str, ...]
-    """What looked like a box and is none, with the text it was found in. Nothing of it is in groundings."""
+    """Malformed boxes, each with its text. None of them is in groundings."""
 
 
-def parse_boxes(text: str) -> Parsed:
-    """All groundings of a text in order. A `<box>` with one malformed entry is reported whole, never repaired."""
-    groundings, problems = [], []
+def parse_boxes(text: str) -> ParsedBoxes:
+    """Read all groundings of a text, in order. A `<box>` with a malformed entry is a problem as a whole, never repaired."""
+    groundings: list[Grounding] = []
+    problems: list[str] = []
     for match in _MARKED.finditer(text):
         try:
             groundings.append(Grounding(match["phrase"] or "", _boxes(match["body"])))
@@ -44,21 +49,21 @@ def parse_boxes(text: str) -> Parsed:
             problems.append(f"{error} in {match[0]!r}")
     rest = _MARKED.sub("", text)
     problems += [f"{mark} without its partner" for mark in re.findall("</?box>", rest)]
-    return Parsed(tuple(groundings), tuple(problems))
+    return ParsedBoxes(tuple(groundings), tuple(problems))
 
 
 def _boxes(body: str) -> tuple[Box, ...]:
     if not _BODY.fullmatch(body):
         raise ValueError("not a list of boxes [[x1, y1, x2, y2], ...]")
-    found = []
+    boxes: list[Box] = []
     for entry in re.findall(r"\[([^\[\]]*)\]", body):
         numbers = [number.strip() for number in entry.split(",")]
         if len(numbers) != 4 or not all(re.fullmatch(r"\d{1,9}", number, re.ASCII) for number in numbers):
             raise ValueError(f"[{entry}] is not four whole numbers")
         x1, y1, x2, y2 = map(int, numbers)
         _check((x1, y1, x2, y2), SCALE, SCALE)
-        found.append((x1, y1, x2, y2))
-    return tuple(found)
+        boxes.append((x1, y1, x2, y2))
+    return tuple(boxes)
 
 
 def _check(box: Sequence[float], width: float, height: float) -> None:
@@ -68,14 +73,14 @@ def _check(box: Sequence[float], width: float, height: float) -> None:
 
 
 def format_boxes(phrase: str, boxes: Sequence[Box]) -> str:
-    """The text of a grounding, as training data write it."""
+    """Write a grounding as training data do."""
     for box in boxes:
         _check(box, SCALE, SCALE)
     return f"<ref>{phrase}</ref><box>[{', '.join(str(list(box)) for box in boxes)}]</box>"
 
 
 def from_pixels(box: Sequence[float], width: int, height: int) -> Box:
-    """Pixel coordinates of an image to thousandths, each rounded to the nearest (halves to even, as the reference).
+    """Convert pixel coordinates to thousandths, each rounded to the nearest (halves to even, as the reference does).
 
     Raises:
         InputError: if the box is not left, top, right, bottom inside the image.
@@ -85,34 +90,29 @@ def from_pixels(box: Sequence[float], width: int, height: int) -> Box:
     except ValueError as error:
         raise InputError(str(error)) from error
     x1, y1, x2, y2 = box
-    return (
-        round(x1 / width * SCALE),
-        round(y1 / height * SCALE),
-        round(x2 / width * SCALE),
-        round(y2 / height * SCALE),
-    )
+    return round(x1 / width * SCALE), round(y1 / height * SCALE), round(x2 / width * SCALE), round(y2 / height * SCALE)
 
 
 def to_pixels(box: Box, width: int, height: int) -> tuple[float, float, float, float]:
-    """Thousandths to pixel coordinates of an image, not rounded."""
+    """Convert thousandths to pixel coordinates, not rounded."""
     x1, y1, x2, y2 = box
     return x1 * width / SCALE, y1 * height / SCALE, x2 * width / SCALE, y2 * height / SCALE
 
 
 def draw_boxes(image: Image.Image, groundings: Sequence[Grounding]) -> Image.Image:
-    """A copy with every box outlined and its phrase written at the top left, one colour for each phrase."""
+    """Return a copy with every box outlined and its phrase at its top left corner, in one color per phrase."""
     out = image.convert("RGB").copy()
     pen = ImageDraw.Draw(out)
     line = max(1, round(min(out.size) / 200))
     font = ImageFont.load_default(max(10, min(out.size) // 30))
     for n, grounding in enumerate(groundings):
-        colour = _COLOURS[n % len(_COLOURS)]
+        color = _COLORS[n % len(_COLORS)]
         for box in grounding.boxes:
             x1, y1, x2, y2 = to_pixels(box, out.width, out.height)
             edge = (round(x1), round(y1), max(round(x1), round(x2) - 1), max(round(y1), round(y2) - 1))
-            pen.rectangle(edge, outline=colour, width=line)
+            pen.rectangle(edge, outline=color, width=line)
             if grounding.phrase:
                 label = pen.textbbox((edge[0] + line, edge[1] + line), grounding.phrase, font=font)
-                pen.rectangle(label, fill=colour)
+                pen.rectangle(label, fill=color)
                 pen.text((edge[0] + line, edge[1] + line), grounding.phrase, fill="white", font=font)
     return out

@@ -22,15 +22,15 @@ OLDER_SYSTEM = "你是由上海人工智能实验室联合商汤科技开发的�
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """How a turn is written: header(role), newline, text, end, newline_after."""
+    """The form of a turn: header, a newline, the text, end, newline."""
 
     system_message: str
-    """Used when the conversation brings no system turn; empty for none."""
+    """Used for a conversation without a system turn; empty for none."""
     header: str = "<|im_start|>{role}"
     """One control token, or one followed by the role."""
     end: str = "<|im_end|>"
     newline: str = "\n"
-    """What follows `end`."""
+    """Text after the end."""
 
 
 _CHATML = Template(system_message="")
@@ -64,7 +64,7 @@ class Rendered:
 
 
 def template_of(name: str) -> Template:
-    """One of TEMPLATES.
+    """The template of a name in config.json.
 
     Raises:
         InputError: for an unknown name.
@@ -84,17 +84,18 @@ def render(
     tokens_per_tile: int = 256,
     reply: bool = False,
 ) -> Rendered:
-    """Token ids and trained mask of a conversation.
+    """Render a conversation.
 
-    num_tiles has one entry per medium in order: tiles of an image, or frames of a video (one tile each).
-    system_message overrides the template's default ('' for none); a system turn of the conversation overrides both.
-    With reply the ids end where the assistant begins to speak, or goes on where the last turn is its own, unfinished one;
-    without it they end with the last turn.
+    Args:
+        num_tiles: one number per medium, in order: tiles of an image, or frames of a video (one tile each).
+        system_message: replaces the template's ('' for none); a system turn of the conversation replaces both.
+        reply: whether the tokens end where the assistant begins to speak, or continues a last turn of its own, instead of with
+            the end of the last turn.
 
     Raises:
         InputError: for turns out of order, an empty reply, media outside user turns, or a wrong number of entries in num_tiles.
     """
-    check(conversation, num_tiles, reply=reply)
+    _check(conversation, num_tiles)
     form = template_of(template)
     system = form.system_message if system_message is None else system_message
     turns = list(conversation)
@@ -135,10 +136,10 @@ def _header(form: Template, role: Role, tokenizer: Tokenizer) -> tuple[int, str]
 
 
 def _continue(opening: str, text: str, tokenizer: Tokenizer) -> list[int]:
-    """Ids of text that stands after opening, none of them shared with it.
+    """Ids of a text after an opening, without those of the opening.
 
-    Encoded together where that keeps the opening's ids (SentencePiece would put a space before text encoded alone), and alone
-    where the first letters would merge with the opening (a reply that begins with a newline).
+    The two are encoded together, since SentencePiece puts a space before text that is encoded alone. Where the first letters
+    would merge with the opening (a reply that begins with a newline), the text is encoded alone.
     """
     head, both = tokenizer.encode(opening), tokenizer.encode(opening + text)
     return both[len(head) :] if both[: len(head)] == head else tokenizer.encode(text)
@@ -147,7 +148,7 @@ def _continue(opening: str, text: str, tokenizer: Tokenizer) -> list[int]:
 def _body(
     opening: str, content: Sequence[Part], counts: Iterator[int], tokenizer: Tokenizer, tokens_per_tile: int
 ) -> list[int]:
-    """A system or user turn: text between two media is encoded whole, media are placeholders between brackets."""
+    """Ids of a system or user turn: text between two media is encoded whole, media are placeholders between brackets."""
     start, placeholder, end = (tokenizer.id(token) for token in (IMAGE_START, PLACEHOLDER, IMAGE_END))
     ids: list[int] = []
     text = opening
@@ -170,10 +171,10 @@ def _body(
 
 
 def open_lines(content: Sequence[Part]) -> Sequence[Part]:
-    """Media given before the text rather than marked in it stand on lines of their own.
+    """Put media that are given before the text on lines of their own.
 
     `(image, image, "Compare.")` becomes `<image>`, newline, `<image>`, newline, `Compare.`. Where white space follows the
-    leading media they were marked in the text on purpose, and it stays as it is.
+    leading media, the text marked their places, and it stays as it is.
     """
     lead = next((n for n, part in enumerate(content) if isinstance(part, Text)), len(content))
     text = "".join(part.text for part in content[lead : lead + 1] if isinstance(part, Text))
@@ -183,7 +184,7 @@ def open_lines(content: Sequence[Part]) -> Sequence[Part]:
 
 
 def user(text: str, *media: ImageRef | VideoRef) -> Message:
-    """A user turn: each `<image>` or `<video>` in the text takes the next medium; without marks the media come first.
+    """Make a user turn: each `<image>` or `<video>` in the text takes the next medium; without marks the media come first.
 
     Raises:
         InputError: if there are marks and their number differs from the number of media.
@@ -200,8 +201,10 @@ def user(text: str, *media: ImageRef | VideoRef) -> Message:
 
 
 def marked(text: str, media: Sequence[ImageRef | VideoRef]) -> str:
-    """The text with marks of its media: its own if it has any, else all of them first, each on a line of its own, several
-    images as `Image-1: <image>`, `Image-2: <image>`, the form in which VLMEvalKit asks InternVL."""
+    """The text with marks for its media. A text that has marks stays; else the marks come first, each on a line of its own.
+
+    Several images are marked as `Image-1: <image>`, `Image-2: <image>`, as VLMEvalKit asks InternVL.
+    """
     if "<image>" in text or "<video>" in text:
         return text
     marks = ["<video>" if isinstance(ref, VideoRef) else "<image>" for ref in media]
@@ -210,8 +213,8 @@ def marked(text: str, media: Sequence[ImageRef | VideoRef]) -> str:
     return "".join(f"{mark}\n" for mark in marks) + text
 
 
-def check(conversation: Conversation, num_tiles: Sequence[int], *, reply: bool) -> None:
-    """Raises InputError unless turns alternate (system first, then user), replies say something, and media are users'."""
+def _check(conversation: Conversation, num_tiles: Sequence[int]) -> None:
+    """Raise InputError unless turns alternate (system first, then user), replies have text, and users alone show media."""
     if not conversation or all(message.role == "system" for message in conversation):
         raise InputError("the conversation has no user turn")
     expected: Role = "user"

@@ -256,10 +256,11 @@ class _MediaReader:
     def _image(self, ref: ImageRef, max_tiles: int) -> torch.Tensor:
         processor, augment, generator = self._processor, self._options.augment, self._options.generator
         damage = augment.drawn(generator) if augment and generator else None
-        load = processor.load if damage is None else image.load_image
-        pixels = load(ref, self._options.root, max_pixels=processor.max_pixels)
-        if damage is not None:
-            pixels = corrupt(pixels, *damage)
+        root, max_pixels = self._options.root, processor.max_pixels
+        if damage is None:
+            pixels = processor.load(ref, root, max_pixels=max_pixels)
+        else:
+            pixels = corrupt(image.load_image(ref, root, max_pixels=max_pixels), *damage)
         tiles_GSSC = image.tile_image(pixels, processor.tiling, max_tiles, resize=processor.resize)
         if augment and generator and (qualities := augment.qualities(len(tiles_GSSC), generator)):
             compress_(tiles_GSSC, qualities)

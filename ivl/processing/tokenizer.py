@@ -42,6 +42,7 @@ class Tokenizer:
         self.config = dict(config or {})
         self.bos = self._find_bos()
         """Id of the token that starts every sequence, None if the model has none (Qwen)."""
+        self.spelling: Spelling
         self.spelling, self.strips_space = spelling_of(backend)
         self._bytes: dict[int, bytes] = {}
         set_bos(self.backend, self.bos)

@@ -136,7 +136,7 @@ def check_batch(batch: Batch, model: VLM) -> None:
 
     Raises:
         ValueError: for ids outside the vocabulary or loss weights that are not finite and >= 0, with the sample's name;
-            for placeholders without a tile, with both counts.
+            for a placeholder that shows no tile. `VLM.embed` compares the number of placeholders with that of vision tokens.
     """
     size = model.config.decoder.vocab_size
     trained_T = batch.weights_T != 0
@@ -150,13 +150,6 @@ def check_batch(batch: Batch, model: VLM) -> None:
             at = int(bad_T.nonzero()[0])
             token, label, weight = (x[at].item() for x in (batch.tokens_T, batch.labels_T, batch.weights_T))
             raise ValueError(f"{sample_at(batch, at)}{fault} (token {token}, label {label}, weight {weight:g})")
-    num_marks = int((batch.tokens_T == model.config.image_token_id).sum())
-    num_vision = len(batch.tile_ids_R) * model.config.tokens_per_tile
-    if num_marks != num_vision:
-        raise ValueError(
-            f"{num_marks} image placeholder tokens but {num_vision} vision tokens "
-            f"({len(batch.tile_ids_R)} tiles shown, {model.config.tokens_per_tile} tokens each)"
-        )
     if len(batch.tile_ids_R) and not 0 <= int(batch.tile_ids_R.min()) <= int(batch.tile_ids_R.max()) < len(batch.tiles_GSSC):
         raise ValueError(f"a placeholder shows tile {int(batch.tile_ids_R.max())} but there are {len(batch.tiles_GSSC)} tiles")
 

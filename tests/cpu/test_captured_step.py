@@ -19,7 +19,7 @@ from ivl.lora.layers import LoraConfig, LoraLinear
 from ivl.model.cache import CachedSequence, PagedCache
 from ivl.model.decoder import Decoder, DecoderLayer
 from ivl.model.linear import RMSNorm
-from ivl.quant.layers import Scheme, quantize, quantize_layers, quantized_layers
+from ivl.quant.layers import QuantConfig, quantize, quantize_layers, quantized_layers
 from tests.conftest import tiny_config
 
 pytestmark = pytest.mark.skipif(not features.available(), reason="no kernels on this platform")
@@ -30,10 +30,10 @@ LENS = (5, SHORTEST - 3, 1, 40)
 def quantized(bits: int) -> Callable[[Decoder], None]:
     def change(decoder: Decoder) -> None:
         weights = {path: module.weight for path, module in decoder.named_modules() if isinstance(module, nn.Linear)}
-        scheme = Scheme(bits=bits, group=None if bits == 8 else 32)
+        scheme = QuantConfig(bits=bits, group=None if bits == 8 else 32)
         quantize_layers(decoder, lambda path, layer: scheme if path != "head" else None)
         for path, layer in quantized_layers(decoder).items():
-            layer.weight, layer.scale, layer.zero = quantize(weights[path].float(), layer.scheme)
+            layer.weight, layer.scale, layer.zero = quantize(weights[path].float(), layer.config)
 
     return change
 

@@ -22,17 +22,17 @@ from ivl.cpu.linear import AmxW8A8Linear, VnniLinear, fused_linear
 from ivl.errors import InputError
 from ivl.lora.layers import add_lora
 from ivl.model.linear import RMSNorm, swiglu
-from ivl.quant.layers import QuantLinear, Scheme, Schemes, quantize, quantized_layers, unpacked
+from ivl.quant.layers import QuantConfig, QuantLinear, QuantPlan, dequantize, quantize, quantized_layers
 from ivl.types import Layout
 from tests.helpers.checkpoints import random_model, tiny_like
 
-INT8 = Scheme(bits=8)
-INT4 = Scheme(bits=4, group=32)
-SCHEMES = [INT8, *(Scheme(bits=4, group=g, symmetric=s) for g in (32, 64, 128) for s in (True, False))]
-W8A8 = Scheme(bits=8, activations=True)
+INT8 = QuantConfig(bits=8)
+INT4 = QuantConfig(bits=4, group=32)
+SCHEMES = [INT8, *(QuantConfig(bits=4, group=g, symmetric=s) for g in (32, 64, 128) for s in (True, False))]
+W8A8 = QuantConfig(bits=8, activations=True)
 
 
-def layer_of(matrix: torch.Tensor, scheme: Scheme, bias: torch.Tensor | None = None) -> QuantLinear:
+def layer_of(matrix: torch.Tensor, scheme: QuantConfig, bias: torch.Tensor | None = None) -> QuantLinear:
     layer = QuantLinear(matrix.shape[1], len(matrix), scheme, bias=bias is not None)
     layer.weight, layer.scale, layer.zero = quantize(matrix, scheme)
     if bias is not None:
@@ -45,7 +45,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("scheme", [*SCHEMES, W8A8], ids=lambda s: s.name)
-def test_every_weight_is_within_half_a_step_unless_its_range_was_cut(scheme: Scheme) -> None:
+def test_every_weight_is_within_half_a_step_unless_its_range_was_cut(scheme: QuantConfig) -> None:
     matrix = normal(24, 256)
     layer = layer_of(matrix, scheme)
     layer.scale = layer.scale.float()
@@ -57,15 +57,15 @@ def test_every_weight_is_within_half_a_step_unless_its_range_was_cut(scheme: Sch
 
 def test_smaller_groups_and_zero_points_lose_less() -> None:
     matrix = normal(64, 256) + 0.3
-    error = {s: float((unpacked(*quantize(matrix, s), s).float() - matrix).norm()) for s in SCHEMES}
-    by_group = [error[Scheme(bits=4, group=group)] for group in (32, 64, 128)]
+    error = {s: float((dequantize(*quantize(matrix, s), s).float() - matrix).norm()) for s in SCHEMES}
+    by_group = [error[QuantConfig(bits=4, group=group)] for group in (32, 64, 128)]
     assert by_group == sorted(by_group)
     for group in (32, 64, 128):
-        assert error[Scheme(bits=4, group=group, symmetric=False)] < error[Scheme(bits=4, group=group)]
+        assert error[QuantConfig(bits=4, group=group, symmetric=False)] < error[QuantConfig(bits=4, group=group)]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)
-def test_a_layer_multiplies_by_the_matrix_it_stands_for(scheme: Scheme) -> None:
+def test_a_layer_multiplies_by_the_matrix_it_stands_for(scheme: QuantConfig) -> None:
     layer = layer_of(normal(70, 128), scheme, normal(70))
     layer.scale = layer.scale.float()
     x = normal(2, 5, 128, seed=1)
@@ -84,7 +84,7 @@ def test_rounded_activations_cost_little() -> None:
 
 def test_zeros_stay_zeros_and_infinities_are_refused() -> None:
     for scheme in SCHEMES:
-        assert not unpacked(*quantize(torch.zeros(8, 128), scheme), scheme).any()
+        assert not dequantize(*quantize(torch.zeros(8, 128), scheme), scheme).any()
         with pytest.raises(ValueError, match="infinite"):
             quantize(torch.full((8, 128), torch.inf), scheme)
 
@@ -92,7 +92,7 @@ def test_zeros_stay_zeros_and_infinities_are_refused() -> None:
 def test_packing_is_that_of_compressed_tensors() -> None:
     """Element i of a row in bits 4 i of an int32 word; zero points of 8 rows in a word, the first lowest."""
     matrix = normal(24, 64)
-    weight, _, zero = quantize(matrix, Scheme(bits=4, group=32, symmetric=False))
+    weight, _, zero = quantize(matrix, QuantConfig(bits=4, group=32, symmetric=False))
     assert zero is not None
     (words,) = TensorEntry("w", ("w",), form="words").split(weight)
     digits = torch.stack([words >> 4 * i & 15 for i in range(8)], dim=2).flatten(1)
@@ -115,11 +115,11 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize("to", ["internvl_chat", "transformers"])
-@pytest.mark.parametrize("scheme", [INT8, INT4, Scheme(bits=4, group=32, symmetric=False)], ids=lambda s: s.name)
-def test_converted_loaded_and_saved_again_in_both_dialects(source: Path, tmp_path: Path, to: str, scheme: Scheme) -> None:
+@pytest.mark.parametrize("scheme", [INT8, INT4, QuantConfig(bits=4, group=32, symmetric=False)], ids=lambda s: s.name)
+def test_converted_loaded_and_saved_again_in_both_dialects(source: Path, tmp_path: Path, to: str, scheme: QuantConfig) -> None:
     if to == "transformers" and json.loads((source / "config.json").read_text())["ps_version"] == "v1":
         pytest.skip("no such form")
-    schemes = Schemes(language=scheme, head=INT8)
+    schemes = QuantPlan(language=scheme, head=INT8)
     losses = convert(source, tmp_path / "q", to=to, schemes=schemes, weights_only=True)  # type: ignore[arg-type]
     plain, model = load_model(source, dtype=torch.float32), load_model(tmp_path / "q")
     assert model.dtype is torch.bfloat16
@@ -127,13 +127,13 @@ def test_converted_loaded_and_saved_again_in_both_dialects(source: Path, tmp_pat
     assert set(layers) == {path for path, m in plain.decoder.named_modules(prefix="decoder") if isinstance(m, torch.nn.Linear)}
     for path, layer in layers.items():
         matrix = parameters[f"{path}.weight"].detach()
-        assert layer.scheme == (INT8 if path == "decoder.head" else scheme)
-        wanted = quantize(matrix, layer.scheme)
+        assert layer.config == (INT8 if path == "decoder.head" else scheme)
+        wanted = quantize(matrix, layer.config)
         pairs = zip((layer.weight, layer.scale, layer.zero), wanted, strict=True)
         assert all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs), path
         assert layer.parts == plain.get_submodule(path).parts
         loss = next(loss for loss in losses if loss.layer == path)
-        error = (unpacked(wanted[0], wanted[1].float(), wanted[2], layer.scheme) - matrix).norm() / matrix.norm()
+        error = (dequantize(wanted[0], wanted[1].float(), wanted[2], layer.config) - matrix).norm() / matrix.norm()
         assert loss.error == pytest.approx(float(error), rel=1e-4)
     assert [row["layer"] for row in json.loads((tmp_path / "q" / "quantization.json").read_text())["layers"]] == [
         loss.layer for loss in losses
@@ -146,7 +146,7 @@ def test_converted_loaded_and_saved_again_in_both_dialects(source: Path, tmp_pat
 
 
 def test_the_whole_model_computes_nearly_the_same(source: Path, tmp_path: Path) -> None:
-    convert(source, tmp_path / "q", schemes=Schemes(language=INT8, head=INT8, vision=W8A8), weights_only=True)
+    convert(source, tmp_path / "q", schemes=QuantPlan(language=INT8, head=INT8, vision=W8A8), weights_only=True)
     plain, model = (load_model(path, dtype=torch.float32) for path in (source, tmp_path / "q"))
     assert len(quantized_layers(model)) == 9 + 8  # of decoder and ViT
     tokens, layout = torch.arange(20), Layout(new_lens=(20,), past_lens=(0,))
@@ -159,7 +159,7 @@ def test_the_whole_model_computes_nearly_the_same(source: Path, tmp_path: Path) 
 
 
 def test_what_changes_weights_refuses(source: Path, tmp_path: Path) -> None:
-    convert(source, tmp_path / "q", schemes=Schemes(language=INT8), weights_only=True)
+    convert(source, tmp_path / "q", schemes=QuantPlan(language=INT8), weights_only=True)
     with pytest.raises(InputError, match="is quantized"):
         load_model(tmp_path / "q", quantized=False)
     with pytest.raises(InputError, match="is quantized"):
@@ -167,7 +167,7 @@ def test_what_changes_weights_refuses(source: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="quantized"):
         add_lora(load_model(tmp_path / "q"), LoraConfig(targets=("decoder",)))
     with pytest.raises(InputError, match="--group-size"):
-        convert(source, tmp_path / "other", schemes=Schemes(language=Scheme(bits=4, group=128)), weights_only=True)
+        convert(source, tmp_path / "other", schemes=QuantPlan(language=QuantConfig(bits=4, group=128)), weights_only=True)
     assert not (tmp_path / "other").exists()
     with pytest.raises(InputError, match="is quantized"):
         merge(tmp_path / "q", tmp_path, tmp_path / "merged")
@@ -187,7 +187,7 @@ def test_what_changes_weights_refuses(source: Path, tmp_path: Path) -> None:
     ],
 )
 def test_foreign_schemes_are_refused_by_name(source: Path, tmp_path: Path, change: dict, message: str) -> None:
-    convert(source, tmp_path / "q", schemes=Schemes(language=INT8), weights_only=True)
+    convert(source, tmp_path / "q", schemes=QuantPlan(language=INT8), weights_only=True)
     path = tmp_path / "q" / "config.json"
     config = json.loads(path.read_text())
     config["quantization_config"] |= change
@@ -202,13 +202,13 @@ needs_kernels = pytest.mark.skipif(not features.has_vnni(), reason="no VNNI")
 @needs_kernels
 @torch.inference_mode()
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)
-def test_kernels_equal_the_matrix_they_stand_for(scheme: Scheme) -> None:
+def test_kernels_equal_the_matrix_they_stand_for(scheme: QuantConfig) -> None:
     """Also where the last step of a row and the last block of rows are not whole."""
     group = scheme.group or 32
     for width, out in ((128, 32), (128 + max(group, 32) * (group < 128), 70), (896, 129)):
         matrix = normal(out, width) + 0.2
         layer = accelerate(layer_of(matrix, scheme, normal(out).bfloat16()))
-        exact = unpacked(layer.weight, layer.scale.float(), layer.zero, scheme)
+        exact = dequantize(layer.weight, layer.scale.float(), layer.zero, scheme)
         assert layer.bias is not None
         for tokens in (1, 7, 40):
             x = normal(tokens, width, seed=tokens).bfloat16()
@@ -249,7 +249,7 @@ def test_numbers_that_are_none_are_not_hidden() -> None:
 @needs_kernels
 @torch.inference_mode()
 @pytest.mark.parametrize("scheme", [*SCHEMES, W8A8], ids=lambda s: s.name)
-def test_every_way_of_computing_gives_nearly_the_same(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_way_of_computing_gives_nearly_the_same(scheme: QuantConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """AMX, vectors and torch alone, as on processors that have only some of them."""
     layer = layer_of(normal(70, 256), scheme, normal(70).bfloat16())
     inputs = [normal(tokens, 256, seed=tokens).bfloat16() for tokens in (1, 16, 40)]
