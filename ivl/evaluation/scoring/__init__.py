@@ -6,7 +6,7 @@ The import is light: rapidfuzz and math-verify (extra `eval`) are loaded where t
 from ivl.evaluation.scoring.extraction import AnswerStyle, Extracted, FormatProblem, extract, fix_answer
 from ivl.evaluation.scoring.formulas import ComparisonStopped, FormulaComparer
 from ivl.evaluation.scoring.metrics import anls, edit_distance, exact_match, normalize, wilson
-from ivl.evaluation.scoring.verification import ACCEPT, AnswerMode, Verdict, compare, correct, mode_for, verify
+from ivl.evaluation.scoring.verification import ACCEPT, AnswerMode, AnswerVerdict, compare, correct, mode_for, verify
 
 __all__ = [
     "ACCEPT",
@@ -16,7 +16,7 @@ __all__ = [
     "Extracted",
     "FormatProblem",
     "FormulaComparer",
-    "Verdict",
+    "AnswerVerdict",
     "anls",
     "compare",
     "correct",

@@ -29,7 +29,7 @@ _BY_NAME: tuple[tuple[str, AnswerMode], ...] = (
 
 
 @dataclass(frozen=True)
-class Verdict:
+class AnswerVerdict:
     """The score of an answer; `stopped` says that a comparison of formulas met a limit, so that the score is 0 by default."""
 
     score: float
@@ -42,7 +42,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class _Question:
+class _Criterion:
     """What rules compare with: one accepted answer, the texts of the options, and the comparer of formulas."""
 
     truth: str
@@ -50,8 +50,8 @@ class _Question:
     comparer: FormulaComparer | None
 
 
-_AnswerRule = Callable[[str, _Question], bool | None]
-"""Prediction and question -> right, wrong, or None where the rule does not apply."""
+_AnswerRule = Callable[[str, _Criterion], bool | None]
+"""Prediction and criterion -> right, wrong, or None where the rule does not apply."""
 
 
 def mode_for(dataset: str) -> AnswerMode:
@@ -70,7 +70,7 @@ def compare(
     mode: AnswerMode = "auto",
     choices: Sequence[str] = (),
     comparer: FormulaComparer | None = None,
-) -> Verdict:
+) -> AnswerVerdict:
     """Score an answer from 0 to 1. An empty answer scores 0.
 
     Args:
@@ -90,13 +90,13 @@ def compare(
     if not truths:
         raise InputError("no truth to compare with; give at least one accepted answer")
     if not prediction.strip():
-        return Verdict(0.0)
+        return AnswerVerdict(0.0)
     if mode == "vqa" and len(truths) >= FEWEST_PEOPLE:
         words = wording(prediction)
-        return Verdict(agreement(words, [wording(answer) for answer in truths]) if words else 0.0)
-    verdicts = [_verdict(prediction, _Question(answer, choices, comparer), mode) for answer in truths]
+        return AnswerVerdict(agreement(words, [wording(answer) for answer in truths]) if words else 0.0)
+    verdicts = [_verdict(prediction, _Criterion(answer, choices, comparer), mode) for answer in truths]
     best = max(verdict.score for verdict in verdicts)
-    return Verdict(best, "" if best > ACCEPT else next((v.stopped for v in verdicts if v.stopped), ""))
+    return AnswerVerdict(best, "" if best > ACCEPT else next((v.stopped for v in verdicts if v.stopped), ""))
 
 
 def verify(prediction: str, truth: str | Sequence[str], *, mode: AnswerMode = "auto", choices: Sequence[str] = ()) -> float:
@@ -109,53 +109,53 @@ def correct(prediction: str, truth: str | Sequence[str], *, mode: AnswerMode = "
     return compare(prediction, truth, mode=mode, choices=choices).correct
 
 
-def _verdict(prediction: str, question: _Question, mode: AnswerMode) -> Verdict:
-    truth = question.truth
+def _verdict(prediction: str, criterion: _Criterion, mode: AnswerMode) -> AnswerVerdict:
+    truth = criterion.truth
     if not truth.strip():
-        return Verdict(0.0)
+        return AnswerVerdict(0.0)
     if prediction == truth:
-        return Verdict(1.0)
+        return AnswerVerdict(1.0)
     if mode == "exact":
-        return Verdict(exact_match(prediction, [truth]) if normalize(prediction) else 0.0)
+        return AnswerVerdict(exact_match(prediction, [truth]) if normalize(prediction) else 0.0)
     if max(len(prediction), len(truth)) > MOST_CHARACTERS:
-        return Verdict(float(normalize(prediction) == normalize(truth)))
+        return AnswerVerdict(float(normalize(prediction) == normalize(truth)))
     if mode == "anls":
-        return Verdict(anls(prediction, [truth]))
+        return AnswerVerdict(anls(prediction, [truth]))
     try:
-        decisions = (rule(prediction, question) for rule in _RULES[mode])
-        return Verdict(float(next((decision for decision in decisions if decision is not None), False)))
+        decisions = (rule(prediction, criterion) for rule in _RULES[mode])
+        return AnswerVerdict(float(next((decision for decision in decisions if decision is not None), False)))
     except ComparisonStopped as stopped:
-        return Verdict(0.0, str(stopped))
+        return AnswerVerdict(0.0, str(stopped))
 
 
-def _choice(prediction: str, question: _Question) -> bool | None:
-    return same_choice(prediction, question.truth, question.choices)
+def _choice(prediction: str, criterion: _Criterion) -> bool | None:
+    return same_choice(prediction, criterion.truth, criterion.choices)
 
 
-def _named_option(prediction: str, question: _Question) -> bool | None:
+def _named_option(prediction: str, criterion: _Criterion) -> bool | None:
     """`B. 5` where the truth is 5."""
     option = split_option(prediction)
-    return same_text(option[1], question.truth) or None if option and option[1] else None
+    return same_text(option[1], criterion.truth) or None if option and option[1] else None
 
 
-def _number(prediction: str, question: _Question) -> bool | None:
-    return same_quantity(*both) if (both := quantities(prediction, question.truth)) else None
+def _number(prediction: str, criterion: _Criterion) -> bool | None:
+    return same_quantity(*both) if (both := quantities(prediction, criterion.truth)) else None
 
 
-def _relaxed(prediction: str, question: _Question) -> bool | None:
-    both = quantities(prediction, question.truth)
+def _relaxed(prediction: str, criterion: _Criterion) -> bool | None:
+    both = quantities(prediction, criterion.truth)
     return same_quantity(*both, tolerance=0.05, relaxed=True) if both else None
 
 
-def _words(prediction: str, question: _Question) -> bool | None:
+def _words(prediction: str, criterion: _Criterion) -> bool | None:
     """Decides for right only: the same thing may be written as a formula."""
     words = wording(prediction)
-    return (bool(words) and words == wording(question.truth)) or None
+    return (bool(words) and words == wording(criterion.truth)) or None
 
 
-def _yes_or_no(prediction: str, question: _Question) -> bool | None:
+def _yes_or_no(prediction: str, criterion: _Criterion) -> bool | None:
     """`Yes, it is.` for yes, unless the sentence goes on to the contrary."""
-    expected = bare(question.truth).lower()
+    expected = bare(criterion.truth).lower()
     match = re.match(r"(yes|no)[,.;] ?(.*)", bare(prediction).lower())
     if expected not in ("yes", "no") or not match:
         return None
@@ -163,8 +163,8 @@ def _yes_or_no(prediction: str, question: _Question) -> bool | None:
     return match[1] == expected and not re.search(other, match[2])
 
 
-def _formula(prediction: str, question: _Question) -> bool | None:
-    return same_formula(prediction, question.truth, question.comparer)
+def _formula(prediction: str, criterion: _Criterion) -> bool | None:
+    return same_formula(prediction, criterion.truth, criterion.comparer)
 
 
 _TEXT: tuple[_AnswerRule, ...] = (_words, _yes_or_no)
