@@ -101,3 +101,9 @@ def test_sources_are_ones_that_a_reader_can_open() -> None:
 def test_configuration_imports_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_reading_guide_names_every_file_of_the_core() -> None:
+    guide = (ROOT / "docs" / "reading.md").read_text(encoding="utf-8")
+    files = [path for path in core_files() if path.name != "__init__.py"]
+    assert not [str(path) for path in files if f"](../{path.relative_to(ROOT).as_posix()})" not in guide]
