@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -53,8 +54,7 @@ def train(args: list[str]) -> None:
         prog=f"ivl train {name}",
         description=start.name,
         default=TrainOptions(config=start),
-        # Preference was a part of every run's configuration once: its options go on working by their old names.
-        args=[f"--objective.{arg.removeprefix('--preference.')}" if arg.startswith("--preference.") else arg for arg in args],
+        args=[re.sub("^--preference[.]", "--objective.", arg) for arg in args],  # as they were named once
         config=(tyro.conf.AvoidSubcommands,),
     )
     config = options.config

@@ -124,12 +124,5 @@ def mpo() -> RunConfig:
     return _after(base, "mpo", num_steps=50, optim=_muon(5e-5), data=data, objective=PreferenceConfig(beta=BETA))
 
 
-RECIPES: dict[str, Callable[[], RunConfig]] = {
-    "nano-language": language,
-    "nano-vision": vision,
-    "nano-stage1": stage1,
-    "nano-stage1.5": stage15,
-    "nano-stage2": stage2,
-    "nano-reason": reason,
-    "nano-mpo": mpo,
-}
+STAGES: tuple[Callable[[], RunConfig], ...] = (language, vision, stage1, stage15, stage2, reason, mpo)
+RECIPES = {stage().name: stage for stage in STAGES}

@@ -15,12 +15,12 @@ from ivl.types import Batch, Loss
 
 
 def flipped_next_token(model: VLM, batch: Batch) -> Loss:
-    """Next-token cross-entropy on tiles that are flipped at random while training."""
+    """Next-token cross-entropy on tiles that are flipped while training."""
     return next_token(model, flip_tiles(batch) if model.training else batch)
 
 
 def flipped_caption_words(model: VLM, batch: Batch) -> Loss:
-    """Caption words (see caption_words) of tiles that are flipped at random while training."""
+    """The loss of caption_words on tiles that are flipped while training."""
     return caption_words(model, flip_tiles(batch) if model.training else batch)
 
 

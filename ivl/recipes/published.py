@@ -141,11 +141,6 @@ def mpo(size: str) -> RunConfig:
 
 
 STAGES: dict[str, Callable[[str], RunConfig]] = {
-    "stage1": stage1,
-    "stage1.5": stage15,
-    "stage2": stage2,
-    "finetune": finetune,
-    "lora": lora,
-    "mpo": mpo,
-}
+    "stage1": stage1, "stage1.5": stage15, "stage2": stage2, "finetune": finetune, "lora": lora, "mpo": mpo,
+}  # fmt: skip
 RECIPES = {f"{size}-{stage}": partial(make, size) for size in SIZES for stage, make in STAGES.items()}

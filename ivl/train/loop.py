@@ -79,29 +79,19 @@ def train(
     records = recorder or Recorder("train", config, step=trainer.counters.step, on=world.is_main)
     batches = synchronized(iter(data), world) if is_sharded(model) else iter(data)
     history: list[dict[str, Any]] = []
-    saved_at = trainer.counters.step
-
-    def save() -> None:
-        nonlocal saved_at
-        if checkpoints is not None and saved_at != trainer.counters.step:
-            records.sync()
-            saved_at = trainer.counters.step
-            optimizer = trainer.optimizer.state(keep=world.is_main)
-            checkpoints.save(saved_at, optimizer=optimizer, state=trainer.state(), data=data.state())
-
     with records:
         while not trainer.is_done and (result := trainer.step(batches)):
             history.append(records.write(result))
             if not trainer.is_done:  # the end is evaluated and saved below
                 evaluate(model, [e for e in evaluators if e.every and result.step % e.every == 0], result.step, records)
-                if config.save_every and result.step % config.save_every == 0:
-                    save()
+                if checkpoints is not None and config.save_every and result.step % config.save_every == 0:
+                    trainer.save(checkpoints, data, records)
         if trainer.counters.step == 0:
             raise InputError("the data gave no batch at all")
         if history:
             evaluate(model, evaluators, trainer.counters.step, records)
-            if config.save_every:
-                save()
+            if checkpoints is not None and config.save_every:
+                trainer.save(checkpoints, data, records)
     return history
 
 
@@ -160,6 +150,7 @@ class Trainer:
         self.stateful = objective if isinstance(objective, StatefulObjective) else StatefulObjective()
         self.optimizer = Optimizer(trainable(model), config.optim)
         self.counters = Counters()
+        self.saved_step = 0
         self.started = time.monotonic()
         set_modes(model)
 
@@ -168,14 +159,21 @@ class Trainer:
         """Whether config.num_steps are done; False where the data's end decides."""
         return self.config.num_steps is not None and self.counters.step >= self.config.num_steps
 
-    def state(self) -> dict[str, Any]:
-        """Return what a checkpoint saves besides optimizer and data position."""
-        return {"counters": vars(self.counters), "objective": self.stateful.state()}
+    def save(self, checkpoints: CheckpointWriter, data: BatchSource, recorder: Recorder) -> None:
+        """Write a checkpoint, unless this step has one; all ranks call this together."""
+        if self.saved_step == self.counters.step:
+            return
+        self.saved_step = self.counters.step
+        recorder.sync()
+        optimizer = self.optimizer.state(keep=self.world.is_main)
+        state = {"counters": vars(self.counters), "objective": self.stateful.state()}
+        checkpoints.save(self.saved_step, optimizer=optimizer, state=state, data=data.state())
 
     def restore(self, saved: SavedTrainer) -> None:
         """Go on from a checkpoint."""
         self.optimizer.restore(saved.optimizer)
         self.counters = Counters(**saved.counters)
+        self.saved_step = self.counters.step
         self.started = time.monotonic() - self.counters.seconds
         if saved.objective:
             self.stateful.restore(saved.objective)
