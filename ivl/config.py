@@ -47,6 +47,7 @@ class VisionConfig:
 
     @property
     def head_dim(self) -> int:
+        """Size of an attention head."""
         return self.width // self.num_heads
 
     @property
@@ -161,6 +162,7 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
+        """Factor of the adapter's output."""
         return 2.0 if self.alpha is None else self.alpha / self.rank
 
 
@@ -228,6 +230,7 @@ class Published:
 
     @property
     def config(self) -> ModelConfig:
+        """The configuration of its size."""
         return published_config(self.size)
 
 

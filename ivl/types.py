@@ -27,6 +27,8 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Text:
+    """A piece of text in a message."""
+
     text: str
 
 
@@ -57,11 +59,14 @@ Part = Text | ImageRef | VideoRef
 
 @dataclass(frozen=True)
 class Message:
+    """One turn of a conversation."""
+
     role: Role
     content: tuple[Part, ...]
 
     @property
     def text(self) -> str:
+        """The text of the turn, without its media."""
         return "".join(part.text for part in self.content if isinstance(part, Text))
 
 
@@ -105,10 +110,12 @@ class Sample:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of all sequences."""
         return len(self.tokens_T)
 
     @property
     def num_tiles(self) -> int:
+        """Distinct tiles."""
         return len(self.tiles_GSSC)
 
 
@@ -139,6 +146,7 @@ class Layout:
 
     @cached_property
     def num_tokens(self) -> int:
+        """New tokens of all sequences."""
         return sum(self.new_lens)
 
     @cached_property
@@ -158,6 +166,7 @@ class Layout:
 
     @cached_property
     def total_lens(self) -> tuple[int, ...]:
+        """Tokens of each sequence, cached ones included."""
         return tuple(n + p for n, p in zip(self.new_lens, self.past_lens, strict=True))
 
 
