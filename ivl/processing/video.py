@@ -119,7 +119,7 @@ class _VideoFile:
         name = f"video of {len(self.source)} bytes" if isinstance(self.source, bytes) else self.source
         return MediaError("undecodable_media", f"{name}: {problem}")
 
-    def open(self) -> Any:
+    def open(self) -> str | io.BytesIO:
         """The video as Pillow and PyAV take it."""
         return io.BytesIO(self.source) if isinstance(self.source, bytes) else str(self.source)
 
@@ -196,7 +196,7 @@ class _VideoFile:
                     images = _decode_by_seeking(self.bounded(container), container, times, sorted(set(picked)), keys)
             if any(n not in images for n in picked):  # formats without exact time stamps or exact seeking: AVI, MPEG-TS
                 with av.open(self.open(), options=OPEN) as container:
-                    frames = enumerate(container.decode(self.bounded(container)))
+                    frames: Any = enumerate(container.decode(self.bounded(container)))
                     images = {n: _upright(frame) for n, frame in islice(frames, max(picked) + 1) if n in picked}
             if missing := [n for n in picked if n not in images]:
                 raise self.error(f"the frame at {seconds[missing[0]]:.3f} s cannot be decoded")

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from ivl.checkpoint import save_processor
-from ivl.model.vlm import normalise
+from ivl.model.vlm import normalize
 from ivl.processing.chat import TEMPLATES
 from ivl.processing.processor import Processor
 from ivl.processing.tokenizer import train_tokenizer
@@ -80,7 +80,7 @@ def test_same_ids_and_pixels(tokenizer, tmp_path, most):
             conversation = (Message("user", content),)
             prompt, batch = ours.prompt(conversation), theirs(other, conversation)
             assert batch["input_ids"][0].tolist() == prompt.tokens_T.tolist(), size
-            difference = (batch["pixel_values"] - normalise(prompt.tiles_GSSC, torch.float32)).abs().max()
+            difference = (batch["pixel_values"] - normalize(prompt.tiles_GSSC, torch.float32)).abs().max()
             assert batch["pixel_values"].shape == (len(prompt.tiles_GSSC), 3, 28, 28) and difference < 1e-6, size
 
 
