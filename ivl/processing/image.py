@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ def _open_file(name: str) -> io.BufferedReader:
         raise MediaError(kind, f"{name}: cannot read the image ({why})") from error
 
 
-def open_image(stream: Any, formats: Sequence[str]) -> Image.Image:
+def open_image(stream: Any, formats: tuple[str, ...]) -> Image.Image:
     """Open an image without decoding it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked instead

@@ -143,7 +143,7 @@ class TokenDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-def token_text(token: Any) -> str | None:
+def token_text(token: dict[str, Any] | str | None) -> str | None:
     """A token of tokenizer_config.json, which is written as a string or as an object with its content."""
     return token.get("content") if isinstance(token, dict) else token
 

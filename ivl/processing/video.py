@@ -178,8 +178,12 @@ class _VideoFile:
             from av.error import FFmpegError
         except ImportError as error:
             raise self.error("reading video needs PyAV: pip install 'ivl[video]'") from error
+
+        def open_container() -> Any:
+            return av.open(self.open(), options=OPEN)
+
         try:
-            with av.open(self.open(), options=OPEN) as container:
+            with open_container() as container:
                 if not container.streams.video:
                     raise self.error("no video stream in this file")
                 stream = container.streams.video[0]
@@ -192,10 +196,10 @@ class _VideoFile:
             picked = self.pick(seconds, rate or len(times) / max(seconds[-1], 1e-9))
             images: dict[int, Image.Image] = {}
             if keys:
-                with av.open(self.open(), options=OPEN) as container:
+                with open_container() as container:
                     images = _decode_by_seeking(self.bounded(container), container, times, sorted(set(picked)), keys)
             if any(n not in images for n in picked):  # formats without exact time stamps or exact seeking: AVI, MPEG-TS
-                with av.open(self.open(), options=OPEN) as container:
+                with open_container() as container:
                     frames: Any = enumerate(container.decode(self.bounded(container)))
                     images = {n: _upright(frame) for n, frame in islice(frames, max(picked) + 1) if n in picked}
             if missing := [n for n in picked if n not in images]:
