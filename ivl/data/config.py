@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ivl.errors import InputError
+from ivl.formats.rows import RowFormat
 from ivl.processing.augment import Augmentation
 from ivl.types import Averaging
 from ivl.utils.checks import check_choices
+from ivl.utils.workers import StartMethod
 
 Weighting = Literal["size", "root"] | float
-StartMethod = Literal["fork", "spawn"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,7 @@ class DataConfig:
     """A meta JSON naming several data sets (spec 3.1), or one file or folder of rows."""
     root: str | None = None
     """Folder of relative media paths when `mixture` is a file of rows; None is the file's own folder."""
-    format: str | None = None
+    format: RowFormat | None = None
     """How the rows are read when `mixture` is a file of rows, such as parquet or sharegpt; None looks."""
     weighting: Weighting = "size"
     """Share of a data set in an epoch: by its draws (size), their square root (root) or their 1/T-th power (a number, the
@@ -81,7 +82,7 @@ class DataConfig:
         if not 0 <= self.max_skip_share <= 1:
             raise InputError(f"data.max_skip_share must be in [0, 1], got {self.max_skip_share}")
         if self.weighting not in ("size", "root") and not (
-            isinstance(self.weighting, int | float) and 0.1 <= self.weighting <= 100
+            not isinstance(self.weighting, str) and 0.1 <= self.weighting <= 100
         ):
             raise InputError(f"data.weighting must be size, root or a temperature in [0.1, 100], got {self.weighting!r}")
         check_choices(self, "data.")

@@ -32,11 +32,11 @@ class LoaderReport:
     draws: int = 0
     dropped: int = 0
     """Draws without a sample; a bad row counts again whenever it is drawn."""
-    rows: dict[str, int] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict[str, int])
     """Bad rows by kind; each counts once, however often it is drawn."""
     truncated: int = 0
     """Rows cut to fit a pack; each counts once."""
-    examples: dict[str, list[str]] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
     """The first few messages of each kind."""
     packs: int = 0
     tokens: int = 0

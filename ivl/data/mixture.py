@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -51,7 +51,7 @@ class DatasetSpec:
         check_choices(self)
 
 
-def load_mixture(path: str | Path, *, root: str | None = None, format: str | None = None) -> tuple[DatasetSpec, ...]:
+def load_mixture(path: str | Path, *, root: str | None = None, format: RowFormat | None = None) -> tuple[DatasetSpec, ...]:
     """Read a meta JSON, or take one file or folder of rows as a mixture of itself.
 
     Relative annotation and root paths are taken from the meta file's folder where they exist there, else from the working
@@ -87,7 +87,7 @@ def _read_meta(path: Path) -> dict[str, Any] | None:
             return None
         raise
     is_meta = isinstance(meta, dict) and not any(key in meta for key in TURN_KEYS[None])
-    return meta if is_meta else None
+    return cast(dict[str, Any], meta) if is_meta else None
 
 
 def _read_spec(path: Path, name: str, entry: Any) -> DatasetSpec:
@@ -95,7 +95,7 @@ def _read_spec(path: Path, name: str, entry: Any) -> DatasetSpec:
     if isinstance(entry, dict):
         if "name" in entry:
             raise InputError(f"{where}: unknown key 'name'; the entry's own key is its name")
-        entry = {**entry, "name": name}
+        entry = {**cast(dict[str, Any], entry), "name": name}
     spec = from_json(DatasetSpec, entry, where)
     return replace(
         spec, annotation=_resolve(path, spec.annotation), root=_resolve(path, spec.root) if spec.root else str(path.parent)

@@ -36,8 +36,8 @@ class OpenPack(Generic[Item]):
 
     size: tuple[int, int] = (0, 0)
     """Tokens and tiles."""
-    items: list[Item] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
+    items: list[Item] = field(default_factory=list[Item])
+    positions: list[int] = field(default_factory=list[int])
 
     @property
     def num_tokens(self) -> int:

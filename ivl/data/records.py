@@ -14,12 +14,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from ivl.errors import DataError, DataFault, short
 from ivl.formats.base import RowLayout, Rows
 from ivl.types import Conversation, ImageRef, Message, Part, Record, Role, Text, VideoRef
 
+MediumKind = Literal["image", "video"]
 TURN_KEYS: dict[RowLayout | None, tuple[str, ...]] = {
     None: ("conversations", "messages", "texts"),
     "reference": ("conversations",),
@@ -82,7 +83,7 @@ def media_of(record: Record) -> list[ImageRef | VideoRef]:
 class _Slot:
     """A place in a turn that shows the next medium of its kind, or the one with this number."""
 
-    kind: Literal["image", "video"]
+    kind: MediumKind
     number: int | None = None
 
 
@@ -136,10 +137,11 @@ class _RowReader:
         chosen, rejected = (self._reply(row[side], side) for side in ("chosen", "rejected"))
         if chosen == rejected:
             raise self._bad(f"chosen and rejected are the same: {short(row['chosen'])}")
-        prompt = next((row[key] for key in PAIR_KEYS if row.get(key) is not None), [])
+        prompts: list[Any] = [row[key] for key in PAIR_KEYS if row.get(key) is not None]
+        prompt = prompts[0] if prompts else []
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
-        if not isinstance(prompt, list) or (not prompt and len(chosen) < 2):
+        if not _is_list(prompt) or (not prompt and len(chosen) < 2):
             raise self._bad("a preference row needs `question`, `prompt` or turns before its replies")
         if chosen[:-1] != rejected[:-1]:
             raise self._bad("chosen and rejected differ before their last turn: a pair has one prompt")
@@ -151,8 +153,8 @@ class _RowReader:
             if not reply.strip():
                 raise self._bad(f"the {side} reply is empty", "empty_answer")
             return [{"role": "assistant", "content": reply}]
-        turns = [reply] if isinstance(reply, dict) else reply
-        if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        turns = [reply] if _is_object(reply) else reply
+        if not _is_list(turns) or not turns or not all(_is_object(turn) for turn in turns):
             raise self._bad(f"`{side}` must be text or turns, got {short(reply)}")
         return turns
 
@@ -167,9 +169,9 @@ class _RowReader:
         if len(keys) > 1 and layout is None:
             raise self._bad(f"both {' and '.join(f'`{key}`' for key in keys)}; name the format to say which counts")
         turns = self.row[keys[0]]
-        if isinstance(turns, dict):
+        if _is_object(turns):
             turns = _transposed(turns)
-        if not isinstance(turns, list) or not turns:
+        if not _is_list(turns) or not turns:
             raise self._bad(f"`{keys[0]}` must be a list of turns, got {short(turns)}")
         return keys[0], turns if isinstance(turns[0], list) else [turns]
 
@@ -180,11 +182,11 @@ class _RowReader:
             turns: a list of turns, each an object; with question_answer (FineVision) each holds a question and its answer.
             system: the text of a system turn to put first; empty for none.
         """
-        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        if not _is_list(turns) or not all(_is_object(turn) for turn in turns):
             raise self._bad(f"a conversation must be a list of turns, got {short(turns)}")
         if question_answer:
             turns = [self._half(turn, role) for turn in turns for role in ("user", "assistant")]
-        roles = [self._role(turn) for turn in turns]
+        roles: list[Role] = [self._role(turn) for turn in turns]
         contents = [self._content(turn) for turn in turns]
         if system:
             roles.insert(0, "system")
@@ -232,13 +234,13 @@ class _RowReader:
         """A turn's texts, media and slots in order. Marks count in the user's texts only."""
         if isinstance(content, str):
             return list(_split(content)) if role == "user" else [Text(content)]
-        if not isinstance(content, list):
+        if not _is_list(content):
             raise self._bad(f"a turn's text must be a string, got {short(content)}")
         return [self._item(part) for part in content]
 
     def _item(self, part: Any) -> Part | _Slot:
         """One entry of an OpenAI content list; `{"type": "image"}` alone stands for the next of the row's images."""
-        kind = part.get("type") if isinstance(part, dict) else None
+        kind = part.get("type") if _is_object(part) else None
         if not isinstance(kind, str) or kind not in PART_KINDS:
             raise self._bad(f"a content part must be text, image_url or video_url, got {short(part)}")
         value = part.get(kind)
@@ -246,7 +248,7 @@ class _RowReader:
             if not isinstance(value, str):
                 raise self._bad(f"the text of a content part must be a string, got {short(part)}")
             return Text(value)
-        medium: Literal["image", "video"] = "image" if kind.startswith("image") else "video"
+        medium: MediumKind = "image" if kind.startswith("image") else "video"
         if value is None and kind == medium:
             number = part.get("index")
             if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
@@ -257,10 +259,11 @@ class _RowReader:
     def _unmarked(self, items: list[list[Part | _Slot]], *, several: bool) -> list[Part | _Slot]:
         """Slots for media without a mark, which stand before the first question: a lone one of a kind, or `several`."""
         slots: list[Part | _Slot] = []
-        for kind, refs in (("image", self.images), ("video", self.videos)):
+        media: tuple[tuple[MediumKind, int], ...] = (("image", len(self.images)), ("video", len(self.videos)))
+        for kind, count in media:
             marked = any(isinstance(item, _Slot) and item.kind == kind for turn in items for item in turn)
-            if not marked and (len(refs) == 1 or several):
-                slots += [item for _ in refs for item in (_Slot(kind), Text("\n"))]
+            if not marked and (count == 1 or several):
+                slots += [_Slot(kind), Text("\n")] * count
         return slots
 
     def _filled(self, turns: list[list[Part | _Slot]]) -> list[tuple[Part, ...]]:
@@ -286,13 +289,13 @@ class _RowReader:
         self.images = [self._image(ref) for ref in self._refs("image")]
         self.videos = [self._video(ref) for ref in self._refs("video")]
 
-    def _refs(self, kind: Literal["image", "video"]) -> list[Any]:
+    def _refs(self, kind: MediumKind) -> list[Any]:
         row = self.row
         keys = [key for key in (kind, f"{kind}s") if row.get(key) not in (None, [])]
         if len(keys) == 2 and row[keys[0]] != row[keys[1]]:
             raise self._bad(f"both `{kind}` and `{kind}s` are given, and they differ; keep one")
-        value = row[keys[0]] if keys else []
-        refs = value if isinstance(value, list) else [value]
+        value: Any = row[keys[0]] if keys else []
+        refs: list[Any] = value if _is_list(value) else [value]
         for ref in refs:
             if not isinstance(ref, str | bytes | dict) or not ref:
                 raise self._bad(f"`{keys[0]}` must be a path or a list of paths, got {short(value)}")
@@ -312,7 +315,7 @@ class _RowReader:
 
     def _image(self, ref: Any) -> ImageRef:
         """A path, a data URL, encoded bytes, or an object with one of them under `bytes`, `path` or `url`."""
-        if isinstance(ref, dict):
+        if _is_object(ref):
             ref = next((ref[key] for key in ("bytes", "path", "url") if ref.get(key) is not None), None)
         if isinstance(ref, bytes) and ref:
             return ImageRef(ref)
@@ -333,7 +336,7 @@ class _RowReader:
         return data
 
     def _video(self, ref: Any) -> VideoRef:
-        if isinstance(ref, dict) and ref.get("bytes") is None:
+        if _is_object(ref) and ref.get("bytes") is None:
             ref = next((ref[key] for key in ("path", "url") if ref.get(key) is not None), None)
         if not isinstance(ref, str) or not ref or ref.startswith("data:"):
             raise self._bad(f"a video must be a path, got {short(ref)}")
@@ -350,10 +353,18 @@ class _RowReader:
         return str(self.root / ref) + ("/" if ref.endswith("/") else "")
 
 
+def _is_list(value: Any) -> TypeGuard[list[Any]]:
+    return isinstance(value, list)
+
+
+def _is_object(value: Any) -> TypeGuard[dict[str, Any]]:
+    return isinstance(value, dict)
+
+
 def _transposed(columns: dict[str, Any]) -> Any:
     """A struct of lists, as some tables store a list of structs, as that list; other objects as they are."""
     lists = list(columns.values())
-    if not lists or not all(isinstance(column, list) and len(column) == len(lists[0]) for column in lists):
+    if not lists or not all(_is_list(column) and len(column) == len(lists[0]) for column in lists):
         return columns
     return [dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True)]
 
@@ -388,4 +399,4 @@ def _number(value: Any) -> float:
 
 def _is_empty(value: Any) -> bool:
     """Whether a value says nothing: tables hold null, "" and {"ref": [], "bbox": []} where a row has none."""
-    return value in (None, "", [], {}) or (isinstance(value, dict) and all(_is_empty(inner) for inner in value.values()))
+    return value in (None, "", [], {}) or (_is_object(value) and all(_is_empty(inner) for inner in value.values()))

@@ -19,8 +19,6 @@ from ivl.formats.writers import ParquetRowWriter, TarWriter, TextWriter, Writer,
 
 ConvertTarget = WrittenLayout | Literal["parquet", "webdataset"]
 TARGETS: tuple[ConvertTarget, ...] = (*get_args(WrittenLayout), "parquet", "webdataset")
-SUFFIXES: dict[str, tuple[str, ...]] = {"parquet": (".parquet",), "webdataset": (".tar",)}
-"""Suffixes that the file of a target must have, so that it is recognized; .jsonl or .json for the others."""
 CARRIED = (
     "id", "conversations", "messages", "texts", "image", "images", "video", "videos", "clip", "system",
     "audio", "audios", "tools", "objects",
@@ -110,11 +108,11 @@ def convert(
 
 def _checked_target(path: Path, to: ConvertTarget | None) -> ConvertTarget:
     if to is None:
-        by_suffix: tuple[ConvertTarget, ...] = ("parquet", "webdataset")
-        to = next((name for name in by_suffix if path.suffix in SUFFIXES[name]), "reference")
+        to = "parquet" if path.suffix == ".parquet" else "webdataset" if path.suffix == ".tar" else "reference"
     if to not in TARGETS:
         raise InputError(f"{path}: the target must be one of {', '.join(TARGETS)}, got {to!r}")
-    suffixes = SUFFIXES.get(to, (".jsonl", ".json"))
+    # With such a suffix the file is recognized when it is read.
+    suffixes = {"parquet": (".parquet",), "webdataset": (".tar",)}.get(to, (".jsonl", ".json"))
     if path.suffix not in suffixes:
         raise InputError(f"{path}: a file of {to} rows must end in {' or '.join(suffixes)}")
     return to

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 
 from ivl.data.config import DataConfig
-from ivl.data.encode import Encoder, in_order
+from ivl.data.encode import Encoder
 from ivl.data.mixture import Draw, Mixture, load_mixture
 from ivl.data.records import media_of
 from ivl.datasets.stats import DatasetStats
@@ -15,6 +15,7 @@ from ivl.processing.image import load_image
 from ivl.processing.processor import Processor
 from ivl.processing.video import load_frames
 from ivl.types import ImageRef, Record
+from ivl.utils.workers import in_order
 
 CHUNK = 64
 """Rows between two reports of progress, which a worker gets at a time."""

@@ -30,6 +30,7 @@ from ivl.filters.outputs import write_outputs
 from ivl.filters.rows import Results, RowChecker, RowEntry, add_verdict
 from ivl.filters.rules import KEEP, FilterVerdict
 from ivl.filters.workers import ordered_map
+from ivl.formats.rows import RowFormat
 from ivl.utils.jsonl import Journal, read_journal
 from ivl.utils.progress import ShowProgress
 from ivl.utils.strict_json import read_json
@@ -44,7 +45,7 @@ class FilterOptions:
 
     root: str | None = None
     """Folder of relative media paths when the mixture is a file or folder of rows."""
-    format: str | None = None
+    format: RowFormat | None = None
     """Format of the rows when the mixture is a file or folder of rows; by default it is detected."""
     workers: int = 0
     """Processes for the stages that need no judge; 0 runs them in this one. With --ray local, its processors."""

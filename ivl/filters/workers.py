@@ -5,14 +5,12 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-from torch.utils.data import DataLoader, Dataset
-
 from ivl.errors import InputError
+from ivl.utils.workers import in_order
 
 C = TypeVar("C")
 R = TypeVar("R")
@@ -31,44 +29,29 @@ def ordered_map(function: Callable[[C], R], chunks: Iterable[C], *, workers: int
     Raises:
         InputError: if a worker dies or no cluster answers, and whatever InputError the function raises.
     """
-    guarded = _Guarded(function)
-    for result in _loader(guarded, chunks, workers) if ray is None else _cluster(guarded, chunks, ray, workers):
+    if ray is None:
+        yield from in_order(function, chunks, num_workers=workers, prefetch=AHEAD)
+        return
+    for result in _cluster(function, chunks, ray, workers):
         if isinstance(result, InputError):
             raise result
         yield result
 
 
-class _Guarded(Dataset):
-    """Returns the InputError of a function, since a process would lose its type or show it with a traceback."""
+class _Guarded:
+    """Returns the InputError of a function, since a Ray actor would lose its type or show it with a traceback."""
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
         self.function = function
 
-    def __getitem__(self, chunk: Any) -> Any:
+    def __call__(self, chunk: Any) -> Any:
         try:
             return self.function(chunk)
         except InputError as error:
             return error
 
 
-def _loader(function: _Guarded, chunks: Iterable[Any], workers: int) -> Iterator[Any]:
-    options = {"prefetch_factor": AHEAD, "multiprocessing_context": "fork" if sys.platform == "linux" else "spawn"}
-    loader = DataLoader(
-        function, batch_size=None, sampler=chunks, num_workers=workers, collate_fn=_same, **(options if workers else {})
-    )  # fmt: skip
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "worker" in str(error) and "exited unexpectedly" in str(error):
-            raise InputError("a worker process died, most likely for want of memory; try fewer --workers") from None
-        raise
-
-
-def _same(value: Any) -> Any:
-    return value
-
-
-def _cluster(function: _Guarded, chunks: Iterable[Any], address: str, workers: int) -> Iterator[Any]:
+def _cluster(function: Callable[[Any], Any], chunks: Iterable[Any], address: str, workers: int) -> Iterator[Any]:
     """Give the chunks to an actor for each processor. Ray starts an actor that died again, with its chunks."""
     try:
         ray: Any = importlib.import_module("ray")
@@ -82,12 +65,12 @@ def _cluster(function: _Guarded, chunks: Iterable[Any], address: str, workers: i
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise InputError(f"--ray {address}: no cluster answers there ({error})") from None
     actor = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(_Guarded)
-    actors = deque(actor.remote(function.function) for _ in range(int(ray.cluster_resources()["CPU"])))
+    actors = deque(actor.remote(function) for _ in range(int(ray.cluster_resources()["CPU"])))
     try:
         waiting: deque[Any] = deque()
         for chunk in chunks:
             actors.rotate()
-            waiting.append(actors[0].__getitem__.remote(chunk))
+            waiting.append(actors[0].__call__.remote(chunk))
             if len(waiting) == AHEAD * len(actors):
                 yield ray.get(waiting.popleft())
         while waiting:
