@@ -14,7 +14,7 @@ from ivl.cpu.memory import keep_freed_memory
 from ivl.cpu.resize import fast_resize
 from ivl.lora.layers import LoraLinear
 from ivl.model.decoder import Decoder, DecoderLayer
-from ivl.model.linear import Linear, RMSNorm
+from ivl.model.linear import Linear
 from ivl.model.vit import VisionAttention, VisionLayer
 from ivl.model.vlm import VLM
 from ivl.processing.processor import Processor
@@ -27,7 +27,7 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
 }  # fmt: skip
 """Classes that are replaced whatever the dtype."""
 FAST_BFLOAT16: dict[type[nn.Module], type[nn.Module]] = {
-    Linear: FastLinear, LoraLinear: FastLoraLinear, RMSNorm: FastRMSNorm,
+    Linear: FastLinear, LoraLinear: FastLoraLinear, nn.RMSNorm: FastRMSNorm,
 }  # fmt: skip
 """Classes that are replaced where kernels take the weight."""
 
@@ -56,8 +56,8 @@ def fast_class(module: nn.Module) -> type[nn.Module]:
     kind = type(module)
     if isinstance(module, QuantLinear):
         return quantized_class(module)
-    if kind in FAST_BFLOAT16 and ops.fits(weight := module.weight):  # type: ignore[arg-type]
-        return FAST_BFLOAT16[kind] if kind is RMSNorm or len(weight) >= ops.MIN_OUT else kind
+    if isinstance(module, nn.Linear | nn.RMSNorm) and kind in FAST_BFLOAT16 and ops.fits(module.weight):
+        return FAST_BFLOAT16[kind] if kind is nn.RMSNorm or len(module.weight) >= ops.MIN_OUT else kind
     return FAST.get(kind, kind)
 
 

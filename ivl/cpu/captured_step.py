@@ -112,7 +112,7 @@ class CapturedSteps:
             step.calls.workspace = self.workspaces[number % 2].rewound()
             x_SD = self._layer(layer, number, x_SD, step, longest)
         step.calls.workspace = self.workspaces[len(decoder.layers) % 2].rewound()
-        step.out_SD = ops.rms_norm(x_SD, norm.weight, norm.eps, step.calls)
+        step.out_SD = ops.rms_norm(x_SD, *norm.args(), step.calls)
         return step
 
     def _layer(self, layer: DecoderLayer, number: int, x_SD: torch.Tensor, step: CapturedStep, longest: int) -> torch.Tensor:

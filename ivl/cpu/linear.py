@@ -12,7 +12,7 @@ from ivl.cpu.kernels import features, ops
 from ivl.cpu.kernels.launch import NOW, Launch
 from ivl.cpu.kernels.ops import NormArgs, QuantizedWeight
 from ivl.lora.layers import LoraLinear
-from ivl.model.linear import Linear, RMSNorm, swiglu
+from ivl.model.linear import Linear, swiglu
 from ivl.quant.layers import QuantLinear
 
 
@@ -51,13 +51,18 @@ class FastLoraLinear(LoraLinear, FastLinear):
         """Refuse to be fused or captured: adapters come after the product, and may be switched off and on."""
 
 
-class FastRMSNorm(RMSNorm):
-    """An RMSNorm with a bfloat16 weight, in one pass."""
+class FastRMSNorm(nn.RMSNorm):
+    """An nn.RMSNorm with a bfloat16 weight, in one pass."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not ops.takes(x) or self.weight.dtype is not torch.bfloat16:
             return super().forward(x)
-        return ops.rms_norm(x, self.weight, self.eps)
+        return ops.rms_norm(x, *self.args())
+
+    def args(self) -> NormArgs:
+        """Return weight and eps as kernels take them."""
+        assert self.eps is not None
+        return self.weight, self.eps
 
 
 class VnniLinear(QuantLinear):
@@ -144,7 +149,7 @@ def fused_linear(
     layer: nn.Module,
     x_TI: torch.Tensor,
     *,
-    norm: RMSNorm | None = None,
+    norm: nn.RMSNorm | None = None,
     gated: bool = False,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -168,7 +173,7 @@ def few_rows(
     layer: nn.Module,
     x_TI: torch.Tensor,
     *,
-    norm: RMSNorm | None = None,
+    norm: nn.RMSNorm | None = None,
     gated: bool = False,
     residual: torch.Tensor | None = None,
     launch: Launch = NOW,
@@ -176,4 +181,4 @@ def few_rows(
     """Return the product of `fused_linear` for at most MAX_ROWS rows, from kernels alone; None if it takes more than those."""
     if not isinstance(layer, FastLinear | VnniLinear) or not (norm is None or isinstance(norm, FastRMSNorm)):
         return None
-    return layer.few_rows(x_TI, None if norm is None else (norm.weight, norm.eps), gated, residual, launch)
+    return layer.few_rows(x_TI, None if norm is None else norm.args(), gated, residual, launch)

@@ -1,6 +1,6 @@
-"""attend(): causal attention over the flat token axis. attend_all(): full attention within each tile.
+"""attend(): causal attention over the flat token axis, by a backend.
 
-A backend computes both. BACKENDS is the only place in the model that looks at device and dtype.
+BACKENDS is the only place in the model that looks at device and dtype.
 """
 
 from __future__ import annotations
@@ -32,13 +32,9 @@ class Sdpa:
     """
 
     def rectangle(
-        self,
-        q_SNLH: torch.Tensor,
-        k_SKLH: torch.Tensor,
-        v_SKLH: torch.Tensor,
-        mask: torch.Tensor | None = None,
+        self, q_SNLH: torch.Tensor, k_SKLH: torch.Tensor, v_SKLH: torch.Tensor, mask: torch.Tensor | None = None,
         causal: bool = False,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor:  # fmt: skip
         """Attend within sequences of one length. Returns out_SNLH."""
         return scaled_dot_product_attention(q_SNLH, k_SKLH, v_SKLH, mask, is_causal=causal, enable_gqa=True)
 
@@ -54,9 +50,8 @@ class Sdpa:
         for group in _groups(layout, q_TNH.device):
             q, k, v = (x[group.index_SL].transpose(1, 2) for x in (q_TNH, k_TKH, v_TKH))
             out_SLNH = self.rectangle(q, k, v, causal=True).transpose(1, 2)
-            real_SL = slice(None) if group.real_SL is None else group.real_SL
-            out_parts.append(out_SLNH[real_SL].reshape(-1, *q_TNH.shape[1:]))
-            index_parts.append(group.index_SL[real_SL].flatten())
+            out_parts.append(out_SLNH.flatten(0, 1) if group.real_SL is None else out_SLNH[group.real_SL])
+            index_parts.append(group.index_SL.flatten() if group.real_SL is None else group.index_SL[group.real_SL])
         return torch.empty_like(q_TNH).index_copy(0, torch.cat(index_parts), torch.cat(out_parts))
 
     def decoding(
@@ -66,7 +61,8 @@ class Sdpa:
 
         The query heads that share a key head become its rows, so keys are read once for all of them.
         """
-        q, k, v = q_SNH.unflatten(1, (k_SLKH.shape[2], -1)), k_SLKH.transpose(1, 2), v_SLKH.transpose(1, 2)
+        num_seqs, _, head_dim = q_SNH.shape
+        q, k, v = q_SNH.view(num_seqs, k_SLKH.shape[2], -1, head_dim), k_SLKH.transpose(1, 2), v_SLKH.transpose(1, 2)
         mask = None if mask_SL is None else mask_SL[:, None, None, :]
         return self.rectangle(q, k, v, mask).flatten(1, 2)
 
@@ -104,27 +100,20 @@ BACKENDS: dict[tuple[str, torch.dtype], Sdpa] = {("cuda", torch.float16): VARLEN
 
 
 def backend_for(q: torch.Tensor) -> Sdpa:
+    """Return the backend of the table."""
     return BACKENDS.get((q.device.type, q.dtype), SDPA)
 
 
 def attend(
-    q_TNH: torch.Tensor,
-    k_TKH: torch.Tensor,
-    v_TKH: torch.Tensor,
-    layout: Layout,
-    cache: CacheStep | None = None,
-    layer: int = 0,
-    backend: Sdpa | None = None,
-) -> torch.Tensor:
-    """Attend from each token to its own sequence up to itself: to cached tokens and to new ones.
+    q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor, layout: Layout, cache: CacheStep | None = None,
+    layer: int = 0, backend: Sdpa | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Attend from each token to its own sequence up to itself, cached tokens included. Returns out_TNH.
 
     Args:
         cache: Where the new keys and values are written before they are read; None if no sequence has a past.
         layer: The layer's index in the cache.
         backend: None takes the backend of the table.
-
-    Returns:
-        out_TNH.
 
     Raises:
         ValueError: if the layout has past lengths but no cache holds them.
@@ -141,20 +130,16 @@ def attend(
     for kind, first, stop in spans:
         part, start = cache.part(first, stop), layout.starts[first]
         tokens = slice(start, start + part.layout.num_tokens)
+        lens = part.layout.total_lens
         if kind == "fresh":
             out_TNH[tokens] = backend.packed(q_TNH[tokens], k_TKH[tokens], v_TKH[tokens], part.layout)
-        elif kind == "decoding" and _fits_rectangle(part.layout):
+        elif kind == "decoding" and len(lens) > 1 and max(lens) * len(lens) <= MAX_GATHER * sum(lens):
             out_TNH[tokens] = backend.decoding(q_TNH[tokens], *part.read_all(layer), part.mask_SL)
         else:
             for seq, (at, new) in enumerate(zip(part.layout.starts, part.layout.new_lens, strict=True), first):
                 own = slice(start + at, start + at + new)
                 out_TNH[own] = backend.continued(q_TNH[own], *cache.read(layer, seq))
     return out_TNH
-
-
-def attend_all(q_GPNH: torch.Tensor, k_GPNH: torch.Tensor, v_GPNH: torch.Tensor, backend: Sdpa | None = None) -> torch.Tensor:
-    """Attend from every patch of a tile to all patches of the tile. Returns out_GPNH."""
-    return (backend or backend_for(q_GPNH)).tiles(q_GPNH, k_GPNH, v_GPNH)
 
 
 @lru_cache(maxsize=64)
@@ -165,11 +150,6 @@ def _spans(layout: Layout) -> tuple[tuple[SpanKind, int, int], ...]:
     kinds: list[SpanKind] = ["fresh" if past == 0 else "decoding" if new == 1 else "continued" for new, past in lens]
     bounds = [0, *(s for s in range(1, len(kinds)) if kinds[s] != kinds[s - 1]), len(kinds)]
     return tuple((kinds[first], first, stop) for first, stop in pairwise(bounds))
-
-
-def _fits_rectangle(layout: Layout) -> bool:
-    lens = layout.total_lens
-    return len(lens) > 1 and max(lens) * len(lens) <= MAX_GATHER * sum(lens)
 
 
 @dataclass(frozen=True)
@@ -187,20 +167,19 @@ class _SequenceGroup:
 
 @lru_cache(maxsize=64)
 def _groups(layout: Layout, device: torch.device) -> tuple[_SequenceGroup, ...]:
-    by_length = sorted(range(len(layout.new_lens)), key=lambda s: -layout.new_lens[s])
+    lens = layout.new_lens
     groups: list[list[int]] = []
-    for seq in by_length:
-        longest = layout.new_lens[groups[-1][0]] if groups else 0
-        slack = max(longest // MAX_PADDING_SHARE, MAX_PADDING_TOKENS)
-        if groups and longest - layout.new_lens[seq] <= slack:
+    for seq in sorted(range(len(lens)), key=lambda s: -lens[s]):
+        longest = lens[groups[-1][0]] if groups else 0
+        if groups and longest - lens[seq] <= max(longest // MAX_PADDING_SHARE, MAX_PADDING_TOKENS):
             groups[-1].append(seq)
         else:
             groups.append([seq])
-    return tuple(_group([layout.starts[s] for s in g], [layout.new_lens[s] for s in g], device) for g in groups)
+    return tuple(_group([layout.starts[s] for s in group], [lens[s] for s in group], device) for group in groups)
 
 
 def _group(starts: list[int], lens: list[int], device: torch.device) -> _SequenceGroup:
-    lens_S1 = torch.tensor(lens, device=device).unsqueeze(1)
+    starts_S1, lens_S1 = torch.tensor([starts, lens], device=device).unsqueeze(2)
     column_1L = torch.arange(max(lens), device=device).unsqueeze(0)
-    index_SL = torch.tensor(starts, device=device).unsqueeze(1) + torch.minimum(column_1L, lens_S1 - 1)
-    return _SequenceGroup(index_SL, None if min(lens) == max(lens) else column_1L < lens_S1)
+    real_SL = None if min(lens) == max(lens) else column_1L < lens_S1
+    return _SequenceGroup(starts_S1 + torch.minimum(column_1L, lens_S1 - 1), real_SL)

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import takewhile
 
 import torch
 
@@ -20,9 +21,8 @@ class CacheFull(RuntimeError):
 class BlockPool:
     """Hands out blocks. A block is free, in use by one or more sequences, or evictable: unused, but still cached.
 
-    A cached block is registered under one or more prefix hashes. When no block is free, the evictable block that has been
-    unused for longest loses its hashes and is handed out. The caller decides what a hash covers. Slots that a registered
-    hash covers must not be written again.
+    A cached block is registered under prefix hashes. When no block is free, the evictable block that has been unused for
+    longest loses its hashes and is handed out. Slots that a registered hash covers must not be written again.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -84,19 +84,14 @@ class BlockPool:
 
     def find(self, hashes: Sequence[bytes]) -> list[int]:
         """Return the cached blocks of the longest prefix of a chain of hashes."""
-        blocks: list[int] = []
-        for prefix_hash in hashes:
-            if prefix_hash not in self.cached:
-                break
-            blocks.append(self.cached[prefix_hash])
-        return blocks
+        return [self.cached[prefix_hash] for prefix_hash in takewhile(self.cached.__contains__, hashes)]
 
 
 @dataclass
 class CachedSequence:
     """The blocks of one sequence in a PagedCache and the number of its cached tokens."""
 
-    blocks: list[int] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list[int])
     length: int = 0
 
 
@@ -108,14 +103,9 @@ class PagedCache:
     """
 
     def __init__(
-        self,
-        config: DecoderConfig,
-        *,
-        num_tokens: int,
-        block_size: int = 64,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
+        self, config: DecoderConfig, *, num_tokens: int, block_size: int = 64,
+        dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
         self.block_size = block_size
         self.num_blocks = -(-num_tokens // block_size)
         shape = (config.num_layers, self.num_blocks * block_size, config.num_kv_heads, config.head_dim)
@@ -147,8 +137,7 @@ class PagedCache:
         return CacheStep(self, layout, [tuple(s.blocks) for s in sequences])
 
     def _clear(self, block: int) -> None:
-        """Zero the last block of a sequence: its unused slots are read and masked, so they must hold finite numbers. All
-        other new blocks are written whole before anything reads them."""
+        """Zero the last block of a sequence: its unused slots are read and masked, so they must hold finite numbers."""
         slots = slice(block * self.block_size, (block + 1) * self.block_size)
         self.keys[:, slots] = 0
         self.values[:, slots] = 0
@@ -214,8 +203,7 @@ class CacheStep:
 
     def read_all(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values of all sequences, [S, L, K, H] each, padded to the blocks of the longest; see mask_SL."""
-        keys, values = (self._gather(x[layer], self.table_SB.flatten()) for x in (self.store.keys, self.store.values))
-        return keys.unflatten(0, (len(self.blocks), -1)), values.unflatten(0, (len(self.blocks), -1))
+        return self._gather(self.store.keys[layer], self.table_SB), self._gather(self.store.values[layer], self.table_SB)
 
     @cached_property
     def new_slots_T(self) -> torch.Tensor:
@@ -229,8 +217,7 @@ class CacheStep:
     def mask_SL(self) -> torch.Tensor:
         """True where a position of read_all holds a token."""
         lens_S1 = torch.tensor(self.layout.total_lens, device=self.store.keys.device).unsqueeze(1)
-        longest = max(map(len, self.blocks)) * self.store.block_size
-        return torch.arange(longest, device=lens_S1.device) < lens_S1
+        return torch.arange(self.table_SB.shape[1] * self.store.block_size, device=lens_S1.device) < lens_S1
 
     @cached_property
     def table_SB(self) -> torch.Tensor:
@@ -239,6 +226,7 @@ class CacheStep:
         padded = [block for blocks in self.blocks for block in blocks + blocks[-1:] * (longest - len(blocks))]
         return torch.tensor(padded, device=self.store.keys.device).view(-1, longest)
 
-    def _gather(self, slots_XKH: torch.Tensor, blocks_B: torch.Tensor) -> torch.Tensor:
-        whole_blocks = slots_XKH.unflatten(0, (-1, self.store.block_size))
-        return whole_blocks.index_select(0, blocks_B).flatten(0, 1)
+    def _gather(self, slots_XKH: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        shape = slots_XKH.shape[1:]
+        blocks = slots_XKH.view(-1, self.store.block_size, *shape).index_select(0, table.flatten())
+        return blocks.view(*table.shape[:-1], -1, *shape)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 from ivl.config import DecoderConfig
 from ivl.model.attention import Sdpa, attend
 from ivl.model.cache import CacheStep
-from ivl.model.linear import Linear, RMSNorm, swiglu
+from ivl.model.linear import Linear, swiglu
 from ivl.types import Layout
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
@@ -61,10 +61,10 @@ class DecoderLayer(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         qkv_parts = (("q_proj", q_rows), ("k_proj", kv_rows), ("v_proj", kv_rows))
-        self.norm1 = RMSNorm(config.width, eps=config.norm_eps)
+        self.norm1 = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.qkv = Linear(config.width, q_rows + 2 * kv_rows, bias=config.qkv_bias, parts=qkv_parts)
         self.out = Linear(q_rows, config.width, bias=False)
-        self.norm2 = RMSNorm(config.width, eps=config.norm_eps)
+        self.norm2 = nn.RMSNorm(config.width, eps=config.norm_eps)
         gate_up_parts = (("gate_proj", config.mlp_width), ("up_proj", config.mlp_width))
         self.gate_up = Linear(config.width, 2 * config.mlp_width, bias=False, parts=gate_up_parts)
         self.down = Linear(config.mlp_width, config.width, bias=False)
@@ -79,11 +79,10 @@ class DecoderLayer(nn.Module):
         self, qkv_TX: torch.Tensor, factors: Rotary, layout: Layout, cache: CacheStep | None, layer: int
     ) -> torch.Tensor:
         """Rotate and attend. qkv_TX holds query, key and value heads side by side. Returns out_TNH."""
-        num_turned = self.num_heads + self.num_kv_heads
-        qkv_TXH = qkv_TX.unflatten(-1, (num_turned + self.num_kv_heads, self.head_dim))
-        turned_TXH = rotate(qkv_TXH[:, :num_turned], factors)
-        q_TNH, k_TKH = turned_TXH.split((self.num_heads, self.num_kv_heads), dim=1)
-        return attend(q_TNH, k_TKH, qkv_TXH[:, num_turned:], layout, cache, layer, self.backend)
+        N, K = self.num_heads, self.num_kv_heads
+        qkv_TXH = qkv_TX.view(len(qkv_TX), N + 2 * K, self.head_dim)
+        turned_TXH = rotate(qkv_TXH[:, : N + K], factors)
+        return attend(turned_TXH[:, :N], turned_TXH[:, N:], qkv_TXH[:, N + K :], layout, cache, layer, self.backend)
 
 
 class Decoder(nn.Module):
@@ -94,9 +93,9 @@ class Decoder(nn.Module):
         self.config = config
         self.checkpointing = False
         # Left unset, like every weight: drawing it would cost, even on the meta device, 2 s of imports.
-        self.embeddings = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.width), freeze=False)
+        self.embeddings = nn.Embedding(config.vocab_size, config.width, _weight=torch.empty(config.vocab_size, config.width))
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.width, eps=config.norm_eps)
+        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.head = Linear(config.width, config.vocab_size, bias=False)
 
     def forward(self, x_TD: torch.Tensor, layout: Layout, cache: CacheStep | None = None) -> torch.Tensor:
@@ -110,7 +109,7 @@ class Decoder(nn.Module):
         factors = self.rotary(x_TD, layout)
         for number, layer in enumerate(self.layers):
             if self.checkpointing and torch.is_grad_enabled():
-                x_TD = checkpoint(layer, x_TD, factors, layout, cache, number, use_reentrant=False)
+                x_TD = checkpoint(layer, x_TD, factors, layout, cache, number, use_reentrant=False)  # pyright: ignore
             else:
                 x_TD = layer(x_TD, factors, layout, cache, number)
         return self.norm(x_TD)
@@ -121,10 +120,8 @@ class Decoder(nn.Module):
 
     def init_weights(self) -> None:
         """Initialize randomly, for training from nothing."""
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
-            elif isinstance(module, nn.RMSNorm):
-                module.reset_parameters()
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+        for name, parameter in self.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                nn.init.constant_(parameter, float("norm" in name))
+            else:
+                nn.init.normal_(parameter, std=0.02)

@@ -1,4 +1,4 @@
-"""The linear layer and the RMS norm of the whole model, and the gate of its MLPs."""
+"""The linear layer of the whole model, and the gate of its MLPs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Linear(nn.Linear):
     """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, parts: tuple[tuple[str, int], ...] = ()) -> None:
-        super().__init__(in_features, out_features, bias=bias)
+        super().__init__(in_features, out_features, bias=bias)  # pyright: ignore[reportUnknownMemberType]
         if parts and sum(rows for _, rows in parts) != out_features:
             raise ValueError(f"parts {parts} do not add up to {out_features} rows")
         self.parts = parts
@@ -27,16 +27,6 @@ class Linear(nn.Linear):
     def matrix(self) -> torch.Tensor:
         """Return what forward multiplies by, [out, in], for losses that run a wide head in chunks."""
         return self.weight
-
-
-class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight."""
-
-    weight: nn.Parameter
-    eps: float
-
-    def __init__(self, width: int, *, eps: float) -> None:
-        super().__init__(width, eps=eps)
 
 
 def swiglu(gate_up_TM: torch.Tensor) -> torch.Tensor:

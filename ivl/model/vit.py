@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 from ivl.config import VisionConfig
-from ivl.model.attention import Sdpa, attend_all
-from ivl.model.linear import Linear, RMSNorm
+from ivl.model.attention import Sdpa, backend_for
+from ivl.model.linear import Linear
 
 POSITION_STD = 0.1
 """Of class token and positions. InternVL draws them from N(0, 1), which drowns the patches of a small, untrained ViT."""
@@ -17,8 +17,7 @@ POSITION_STD = 0.1
 
 def make_norm(config: VisionConfig) -> nn.Module:
     """Return the norm that the configuration names."""
-    kind = nn.LayerNorm if config.norm == "layer_norm" else RMSNorm
-    return kind(config.width, eps=config.norm_eps)
+    return (nn.LayerNorm if config.norm == "layer_norm" else nn.RMSNorm)(config.width, eps=config.norm_eps)
 
 
 class VisionEmbeddings(nn.Module):
@@ -36,7 +35,7 @@ class VisionEmbeddings(nn.Module):
         size = self.config.patch_size
         rows, cols = pixels_GCYX.shape[-2] // size, pixels_GCYX.shape[-1] // size
         # The patch convolution does not overlap, so it is one matrix product over flattened patches.
-        blocks = pixels_GCYX.unflatten(-1, (cols, size)).unflatten(-3, (rows, size))
+        blocks = pixels_GCYX.view(len(pixels_GCYX), 3, rows, size, cols, size)
         patches_GPE = blocks.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         patches_GPD = F.linear(patches_GPE, self.patch.weight.flatten(1), self.patch.bias)
         class_G1D = self.class_token.expand(len(pixels_GCYX), -1, -1)
@@ -47,7 +46,7 @@ class VisionEmbeddings(nn.Module):
         grid = self.config.grid
         if (rows, cols) == (grid, grid):
             return self.positions
-        table = self.positions[:, 1:].float().unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
+        table = self.positions[:, 1:].float().view(1, grid, grid, -1).permute(0, 3, 1, 2)
         table = F.interpolate(table, size=(rows, cols), mode="bicubic", align_corners=False)
         return torch.cat([self.positions[:, :1], table.flatten(2).transpose(1, 2).to(self.positions.dtype)], dim=1)
 
@@ -64,8 +63,8 @@ class VisionAttention(nn.Module):
         width = config.width
         parts = (("q_proj", width), ("k_proj", width), ("v_proj", width))
         self.qkv = Linear(width, 3 * width, bias=config.qkv_bias, parts=parts)
-        self.q_norm = RMSNorm(width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = nn.RMSNorm(width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.out = Linear(width, width, bias=True)
 
     def forward(self, x_GPD: torch.Tensor) -> torch.Tensor:
@@ -75,8 +74,8 @@ class VisionAttention(nn.Module):
     def heads(self, x_GPD: torch.Tensor) -> torch.Tensor:
         """Return the output of all heads side by side, [G, P, D], before the output projection."""
         q, k, v = self.qkv(x_GPD).chunk(3, dim=-1)
-        q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in (self.q_norm(q), self.k_norm(k), v))
-        return attend_all(q, k, v, self.backend).flatten(2)
+        q, k, v = (x.view(*x.shape[:2], self.num_heads, -1) for x in (self.q_norm(q), self.k_norm(k), v))
+        return (self.backend or backend_for(q)).tiles(q, k, v).flatten(2)
 
 
 class VisionLayer(nn.Module):
@@ -128,22 +127,21 @@ class VisionTransformer(nn.Module):
         x_GPD = self.embeddings(pixels_GCYX)
         for layer in self.layers[:depth]:
             if self.checkpointing and torch.is_grad_enabled():
-                x_GPD = checkpoint(layer, x_GPD, use_reentrant=False)
+                x_GPD = checkpoint(layer, x_GPD, use_reentrant=False)  # pyright: ignore
             else:
                 x_GPD = layer(x_GPD)
-        return x_GPD
+        return x_GPD  # pyright: ignore[reportUnknownVariableType]
 
     def init_weights(self) -> None:
         """Initialize randomly, for training from nothing."""
-        nn.init.normal_(self.embeddings.class_token, std=POSITION_STD)
-        nn.init.normal_(self.embeddings.positions, std=POSITION_STD)
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-                module.reset_parameters()
-            elif isinstance(module, VisionLayer):
-                nn.init.constant_(module.scale1, self.config.layer_scale_init)
-                nn.init.constant_(module.scale2, self.config.layer_scale_init)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif "norm" in name:
+                nn.init.ones_(parameter)
+            elif "scale" in name:
+                nn.init.constant_(parameter, self.config.layer_scale_init)
+            elif name in ("embeddings.class_token", "embeddings.positions"):
+                nn.init.normal_(parameter, std=POSITION_STD)
+            else:
+                nn.init.trunc_normal_(parameter, std=0.02)

@@ -57,14 +57,9 @@ class VLM(nn.Module):
         return self.projector(pixel_unshuffle(hidden_GPD[:, 1:], self.config.pixel_shuffle))
 
     def embed(self, tokens_T: torch.Tensor, vision_RUD: torch.Tensor | None = None) -> torch.Tensor:
-        """Embed tokens, with vision tokens in place of the image placeholders, in order.
+        """Embed tokens, with vision tokens in place of the image placeholders, in order. Returns [T, D].
 
-        Args:
-            tokens_T: Token ids.
-            vision_RUD: The vision tokens of each placeholder run. If the tokens begin or end within a run: [X, D].
-
-        Returns:
-            Embeddings [T, D].
+        vision_RUD are the vision tokens of each placeholder run, or [X, D] if the tokens begin or end within a run.
 
         Raises:
             ValueError: unless there is exactly one placeholder per vision token; nothing is cut to fit.
@@ -79,11 +74,7 @@ class VLM(nn.Module):
         return x_TD.index_copy(0, at_T, vision_RUD.flatten(0, -2).to(x_TD.dtype))
 
     def forward(
-        self,
-        tokens_T: torch.Tensor,
-        layout: Layout,
-        vision_RUD: torch.Tensor | None = None,
-        cache: CacheStep | None = None,
+        self, tokens_T: torch.Tensor, layout: Layout, vision_RUD: torch.Tensor | None = None, cache: CacheStep | None = None
     ) -> torch.Tensor:
         """Turn the tokens of all sequences into hidden states [T, D]: a training pack, a prefill or a decode step.
 

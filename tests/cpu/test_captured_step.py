@@ -18,7 +18,6 @@ from ivl.cpu.layers import FastDecoder
 from ivl.lora.layers import LoraConfig, LoraLinear
 from ivl.model.cache import CachedSequence, PagedCache
 from ivl.model.decoder import Decoder, DecoderLayer
-from ivl.model.linear import RMSNorm
 from ivl.quant.layers import QuantConfig, quantize, quantize_layers, quantized_layers
 from tests.conftest import tiny_config
 
@@ -105,7 +104,7 @@ def test_weights_that_are_replaced_are_used_and_what_is_no_kernel_is_left_to_the
         both.step([0])
     layer.out.weight.mul_(2)  # in place
     both.step([0])
-    layer.norm1 = accelerate(RMSNorm(128, eps=1e-6).bfloat16())
+    layer.norm1 = accelerate(nn.RMSNorm(128, eps=1e-6).bfloat16())
     both.step([0])
     assert None not in both.captured.values()
     layer.down = LoraLinear(layer.down, ["down_proj"], LoraConfig(rank=4)).bfloat16()

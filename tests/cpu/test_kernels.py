@@ -15,7 +15,7 @@ from ivl.cpu.layers import normalized
 from ivl.cpu.linear import fused_linear
 from ivl.model.cache import CachedSequence, PagedCache
 from ivl.model.decoder import rotary, rotate
-from ivl.model.linear import Linear, RMSNorm, swiglu
+from ivl.model.linear import Linear, swiglu
 from ivl.model.vlm import VLM, normalize
 from tests.conftest import tiny_config
 
@@ -145,7 +145,7 @@ def test_decoding_writes_the_cache_and_attends_to_it(size: int, heads: int, kv_h
 @pytest.mark.parametrize("rows", [1, 2, 11, 16])
 def test_what_goes_round_a_product_may_go_into_it(rows: int) -> None:
     torch.manual_seed(0)
-    norm, up, down = RMSNorm(64, eps=1e-6).to(BF16), Linear(64, 192, bias=True).to(BF16), Linear(96, 64, bias=False).to(BF16)
+    norm, up, down = nn.RMSNorm(64, eps=1e-6).to(BF16), Linear(64, 192, bias=True).to(BF16), Linear(96, 64, bias=False).to(BF16)
     accelerate(nn.ModuleList([norm, up, down]))
     for tensor in (norm.weight, up.weight, up.bias, down.weight):
         tensor.normal_()
@@ -188,7 +188,7 @@ def test_torch_takes_what_the_kernels_do_not() -> None:
 
 
 def test_gradients_are_those_of_the_formulas() -> None:
-    norm = accelerate(RMSNorm(64, eps=1e-6).to(BF16))
+    norm = accelerate(nn.RMSNorm(64, eps=1e-6).to(BF16))
     x = torch.randn(3, 64).to(BF16).requires_grad_()
     swiglu(norm(x)).sum().backward()
     exact = x.detach().double().requires_grad_()

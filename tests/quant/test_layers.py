@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from torch.nn import functional as F
 
 from ivl.checkpoint import load_model, save_model
@@ -21,7 +22,7 @@ from ivl.cpu.kernels import features
 from ivl.cpu.linear import AmxW8A8Linear, VnniLinear, fused_linear
 from ivl.errors import InputError
 from ivl.lora.layers import add_lora
-from ivl.model.linear import RMSNorm, swiglu
+from ivl.model.linear import swiglu
 from ivl.quant.layers import QuantConfig, QuantLinear, QuantPlan, dequantize, quantize, quantized_layers
 from ivl.types import Layout
 from tests.helpers.checkpoints import random_model, tiny_like
@@ -220,7 +221,7 @@ def test_kernels_equal_the_matrix_they_stand_for(scheme: QuantConfig) -> None:
 @needs_kernels
 @torch.inference_mode()
 def test_what_goes_around_one_row_is_part_of_the_kernel() -> None:
-    norm = RMSNorm(128, eps=1e-6).bfloat16()
+    norm = nn.RMSNorm(128, eps=1e-6).bfloat16()
     norm.weight.data = normal(128, seed=3).bfloat16()
     accelerate(norm)
     for scheme in (INT8, INT4):
@@ -228,7 +229,7 @@ def test_what_goes_around_one_row_is_part_of_the_kernel() -> None:
         wide, plus = normal(1, 256, seed=1).bfloat16(), normal(1, 40, seed=2).bfloat16()
         for x, before in ((wide[:, :128], norm), (wide, swiglu), (wide[:, :128], None)):
             together = fused_linear(
-                layer, x, norm=before if isinstance(before, RMSNorm) else None, gated=before is swiglu, residual=plus
+                layer, x, norm=before if isinstance(before, nn.RMSNorm) else None, gated=before is swiglu, residual=plus
             )
             apart = layer(x if before is None else before(x)) + plus
             torch.testing.assert_close(together, apart, atol=0.02, rtol=0.02)

@@ -306,8 +306,8 @@ def _offset(e: Emitter, batch: _SmallBatch, zero: Value, first: int, count: int,
     """What the weights' offset adds, by token: `count` words of the tokens, summed from `zero`."""
     total = zero
     for n in range(first, first + count):
-        term = e.read(total.type, batch.word(e, e.b.add(base, e.int(n))), I32, e.int(0))
-        total = e.b.fadd(total, term) if total.type == F32S else e.b.add(total, term)
+        term = e.read(zero.type, batch.word(e, e.b.add(base, e.int(n))), I32, e.int(0))
+        total = e.b.fadd(total, term) if zero.type == F32S else e.b.add(total, term)
     return total
 
 
