@@ -72,12 +72,12 @@ class RemoteGenerator:
             Refused: if the server refuses one of the conversations.
             InputError: after the last try, with the endpoint and its last error.
         """
-        each = [params] * len(conversations) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(conversations):
-            raise ValueError(f"{len(conversations)} conversations but {len(each)} sampling parameters")
+        params = [params] * len(conversations) if isinstance(params, SamplingParams) else list(params)
+        if len(params) != len(conversations):
+            raise ValueError(f"{len(conversations)} conversations but {len(params)} sampling parameters")
         pool = ThreadPoolExecutor(self.concurrency)
         try:
-            return list(pool.map(lambda *question: join_deltas(self._deltas(*question, stream=False)), conversations, each))
+            return list(pool.map(lambda *question: join_deltas(self._deltas(*question, stream=False)), conversations, params))
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -170,12 +170,12 @@ class Engine:
                 prompt=hashed,
                 max_new_tokens=limit,
                 unsplittable=stretched,
-                sampler=Sampler(wanted, ids, wanted.guide and self.grammars.compile(wanted.guide)),
-                stream=TextStream(self.processor.tokenizer.stream(), wanted.stop),
+                sampler=Sampler(sampling, ids, sampling.guide and self.grammars.compile(sampling.guide)),
+                stream=TextStream(self.processor.tokenizer.stream(), sampling.stop),
                 cache=CacheState(self._num_blocks(num_prompt + limit), dict(zip(hashes, prompt.tiles_GSSC, strict=True))),
                 timings=RequestTimes(prepare=time.perf_counter() - started),
             )
-            for wanted, limit in zip(params, limits, strict=True)
+            for sampling, limit in zip(params, limits, strict=True)
         ]
 
     def _limits(self, prompt: Prompt, params: Sequence[SamplingParams]) -> list[int]:
@@ -187,7 +187,7 @@ class Engine:
                 f"for {num_tiles} image tiles, but the context is {self.max_context} tokens: "
                 "shorten the text, or allow fewer tiles, images or frames"
             )
-        limits = [min(wanted.max_new_tokens, self.max_context - num_prompt) for wanted in params]
+        limits = [min(sampling.max_new_tokens, self.max_context - num_prompt) for sampling in params]
         num_blocks = self._num_blocks(num_prompt + max(limits))
         if num_blocks > self.cache.num_blocks:
             raise InputError(
@@ -243,12 +243,12 @@ class Engine:
             conversations: The same conversation several times in a row is prepared once.
             params: One for all, or one per conversation.
         """
-        every = [params] * len(conversations) if isinstance(params, SamplingParams) else list(params)
-        if len(every) != len(conversations):
-            raise ValueError(f"{len(conversations)} conversations but {len(every)} sampling parameters")
+        params = [params] * len(conversations) if isinstance(params, SamplingParams) else list(params)
+        if len(params) != len(conversations):
+            raise ValueError(f"{len(conversations)} conversations but {len(params)} sampling parameters")
         replies: dict[int, Reply] = {}
         active: dict[int, Request] = {}
-        prepared = self._prepared(conversations, every)
+        prepared = self._prepared(conversations, params)
         more = True
         try:
             while more or active:

@@ -34,7 +34,11 @@ class Sampler:
         self.by_count = params.presence_penalty != 0 or params.frequency_penalty != 0
         self.counts: Counter[int] = Counter()
         self.greedy = params.temperature == 0 and params.repetition_penalty == 1 and not self.by_count and matcher is None
-        self.generator = generator(params.seed) if params.temperature > 0 else None
+        self.generator = torch.Generator() if params.temperature > 0 else None
+        if self.generator is not None and params.seed is not None:
+            self.generator.manual_seed(params.seed)
+        elif self.generator is not None:
+            self.generator.seed()  # a new generator would begin with the same seed every time
         self.seen: torch.Tensor | None = None
         if params.repetition_penalty != 1:
             self.seen = torch.tensor(prompt, dtype=torch.long).unique()
@@ -80,16 +84,6 @@ def token_logprob(logits_V: torch.Tensor, token: int, num_top: int) -> TokenLogp
     best, ids = logits_V.topk(min(num_top, len(logits_V)))
     top = tuple(zip(ids.tolist(), (best - total).tolist(), strict=True))
     return TokenLogprob(token, float(logits_V[token] - total), top)
-
-
-def generator(seed: int | None) -> torch.Generator:
-    """Return the random numbers of one request; without a seed they differ every time."""
-    numbers = torch.Generator()
-    if seed is None:
-        numbers.seed()
-    else:
-        numbers.manual_seed(seed)
-    return numbers
 
 
 def candidates(

@@ -52,8 +52,8 @@ class PageGate:
         request = Request(scope, receive)
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         method = "GET" if request.method == "HEAD" else request.method
-        known = ROUTES.get(method)
-        if known is None or not known.fullmatch(path) or ".." in path:
+        routes = ROUTES.get(method)
+        if routes is None or not routes.fullmatch(path) or ".." in path:
             raise APIError(404, "there is nothing here")
         if method == "POST" and not _is_own(request):
             raise APIError(403, "another site may not use this page", code="cross_site")
