@@ -2,7 +2,7 @@
 
     python examples/filter_and_pack.py
 
-On the command line the same is `ivl data validate`, `stats`, `filter` and `pack --dry-run`, then `ivl train`. The raw rows
+On the command line the same is `ivl data validate`, `stats`, `filter` and `pack`, then `ivl train`. The raw rows
 describe drawn pictures; one in ten is spoilt in a way that real data are.
 """
 

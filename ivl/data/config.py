@@ -1,4 +1,4 @@
-"""How training data is read, encoded and packed. Needs no torch."""
+"""Configuration of reading, encoding and packing training data. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Weighting = Literal["size", "root"] | float
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """A mixture of data sets, and how its rows become packs."""
+    """How the rows of a mixture of data sets become packs."""
 
     mixture: str
-    """A meta JSON naming several data sets (spec 3.1), or one file or folder of rows."""
+    """A meta JSON that names several data sets, or one file or folder of rows."""
     root: str | None = None
     """Folder of relative media paths when `mixture` is a file of rows; None is the file's own folder."""
     format: RowFormat | None = None
@@ -35,7 +35,7 @@ class DataConfig:
     max_samples: int | None = None
     """Samples of a pack; None is no limit, 1 turns packing off."""
     max_buffer: int = 20
-    """Packs that stay open while a place is sought for the next sample."""
+    """Packs that stay open for the next samples."""
     max_tiles_per_image: int | None = None
     """Tile budget of one sample's images; a data set's max_dynamic_patch goes before it, None is the processor's own."""
     min_frames: int = 8
@@ -43,7 +43,7 @@ class DataConfig:
     max_frames: int = 32
     """Most frames drawn from a video."""
     augmentation: Augmentation = field(default_factory=Augmentation)
-    """What happens at random to the images of data sets with data_augment."""
+    """Random changes to the images of data sets with data_augment."""
     averaging: Averaging = "square"
     """Loss weight of a token whose sequence trains x tokens: 1 (token), 1/x (sample) or 1/sqrt(x) (square)."""
     shuffle: bool = True
@@ -51,10 +51,10 @@ class DataConfig:
     epochs: int | None = None
     """Passes over the mixture; None never ends."""
     on_error: Literal["refuse", "skip"] = "refuse"
-    """What a bad row does: stop with its file and line, or be left out and counted in the report."""
+    """A bad row stops the run with its file and line (refuse), or is left out and counted in the report (skip)."""
     over_budget: Literal["refuse", "truncate", "skip"] = "refuse"
     """The same for a sample larger than a whole pack, which on_error=skip covers too. truncate drops whole turns from the end,
-    up to the last reply that fits, and counts the row; it is refused if no reply fits."""
+    down to the last reply that fits, and counts the row; a sample of which no reply fits is refused."""
     max_skip_share: float = 0.2
     """More bad rows than this share stop the run even where they may be skipped."""
     num_workers: int = 2

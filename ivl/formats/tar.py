@@ -1,4 +1,4 @@
-"""Samples of a webdataset tar: neighbouring members of one key, such as 17.jpg and 17.json. Nothing is unpacked to disk."""
+"""Samples of a webdataset tar: neighboring members of one key, such as 17.jpg and 17.json. Nothing is unpacked to disk."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TarRows(IndexedRows):
 
     `key.json` is the row, as in a jsonl file; its images are the key's image members (`key.jpg`, or `key.0.jpg`,
     `key.1.jpg`, ... in order of their numbers). Without turns in a .json, `key.txt` is a caption: the answer to the bare image.
-    Members of other kinds are left alone.
+    Members of other kinds are ignored.
 
     Raises:
         InputError: if the file is missing, truncated or damaged, or has links, names that lead out of a folder, or a key whose

@@ -25,7 +25,7 @@ def test_permutation_is_one(size, seed):
 def test_permutation_shuffles_well():
     size = 1000
     values = np.stack([Permutation(size, seed)(np.arange(size)) for seed in range(200)])
-    # Each row of the file is as likely to come early as late, and neighbours do not stay together.
+    # Each row of the file is as likely to come early as late, and neighbors do not stay together.
     assert abs(values.mean(axis=0) - size / 2).max() < 5 * size / np.sqrt(12 * 200)
     assert abs(np.corrcoef(values[:, :-1].ravel(), values[:, 1:].ravel())[0, 1]) < 0.01
 
