@@ -49,7 +49,7 @@ def language_model() -> tuple[Decoder, GgufModel]:
     with torch.device("meta"):
         decoder = Decoder(file.config)
     decoder = decoder.to(torch.bfloat16).to_empty(device="cpu").eval()
-    fill(dict(decoder.named_parameters()), file.key_map(decoder), file)
+    fill(dict(decoder.named_parameters("decoder")), file.key_map(decoder), file)
     return decoder, file
 
 

@@ -53,7 +53,7 @@ def alone(gguf_file: Path) -> tuple[Decoder, Tokenizer]:
     with torch.device("meta"):
         decoder = Decoder(file.config)
     decoder = decoder.to_empty(device="cpu").eval()
-    fill(dict(decoder.named_parameters()), file.key_map(decoder), file)
+    fill(dict(decoder.named_parameters("decoder")), file.key_map(decoder), file)
     return decoder, tokenizer_from_gguf(file.vocabulary())
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from ivl.checkpoint.config_json import decoder_from, family_of, load_config, open_section, tied, vision_from
 from ivl.checkpoint.config_table import Dialect
@@ -20,15 +20,13 @@ from ivl.checkpoint.gguf.reader import GgufModel
 from ivl.checkpoint.gguf.tokenizer import tokenizer_from_gguf
 from ivl.checkpoint.hub import resolve
 from ivl.checkpoint.keymaps import TensorEntry, decoder_map, vision_map
-from ivl.checkpoint.model_dir import empty_model, open_weights, read, untie, write_model
+from ivl.checkpoint.model_dir import empty_model, open_weights, read, tensors_of, untie, write_model
 from ivl.checkpoint.processor_files import save_processor
 from ivl.checkpoint.vocabulary import load_tokenizer
 from ivl.checkpoint.weights import ByteProgress, StoredWeights, TensorSource, check_entries
-from ivl.config import SPECIAL_TOKENS, DecoderConfig, ModelConfig, VisionConfig, published_config
+from ivl.config import SPECIAL_TOKENS, DecoderConfig, ModelConfig, published_config
 from ivl.errors import InputError
-from ivl.model.decoder import Decoder
 from ivl.model.projector import Projector
-from ivl.model.vit import VisionTransformer
 from ivl.processing.processor import Processor
 from ivl.processing.tokenizer import Tokenizer, token_text
 
@@ -44,32 +42,20 @@ TensorReaders = dict[str, Callable[[], torch.Tensor]]
 """Functions that read our parameters, by name."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ModelPart:
-    """A part of a model, and where its tensors come from."""
+    """A part of a model: its checkpoint, and the configuration of the InternVL that it is a part of.
 
-    place: Path
-    dtype: torch.dtype
-    tensors: TensorReaders
-    whole: ModelConfig = _DEFAULTS
-    """Configuration of the InternVL that it is a part of."""
+    A ViT or a language model alone is described as a part of the published 1B.
+    """
 
+    whole: ModelConfig
+    weights: TensorSource
+    entries: Sequence[TensorEntry]
 
-@dataclass(frozen=True, kw_only=True)
-class VisionPart(ModelPart):
-    """A ViT."""
-
-    vision: VisionConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class LanguagePart(ModelPart):
-    """A language model with its tokenizer."""
-
-    decoder: DecoderConfig
-    tokenizer: Tokenizer
-    eos_ids: tuple[int, ...]
-    pad_id: int | None
+    def readers(self, prefix: str) -> TensorReaders:
+        """Return readers of the parameters whose name starts with the prefix."""
+        return {e.ours: lambda e=e: read(e, self.weights) for e in self.entries if e.ours.startswith(prefix)}
 
 
 def compose(
@@ -100,131 +86,95 @@ def compose(
         InputError: if a part is unreadable, parts do not fit each other, or out is one of the sources.
     """
     vit_part = _vision_part(resolve(vit))
-    llm_part = _language_part(llm)
-    tokenizer, added = _extended(llm_part.tokenizer, llm_part.decoder.vocab_size, llm)
-    config = _composed_config(vit_part, llm_part, tokenizer)
+    llm_part, tokenizer = _language_part(llm)
+    tokenizer, added = _extended(tokenizer, llm_part.whole.decoder.vocab_size, llm)
+    config = _composed_config(vit_part.whole, llm_part.whole, tokenizer)
     parts = [vit_part, llm_part]
-    tensors = vit_part.tensors | _resized(llm_part.tensors, config.decoder, added, seed)
+    tensors = vit_part.readers("vision.") | _resized(llm_part.readers("decoder."), config.decoder, added, seed)
     if projector is None:
         tensors |= _fresh_projector(config, seed)
     else:
-        projector_part = _projector_part(resolve(projector), config)
-        parts.append(projector_part)
-        tensors |= projector_part.tensors
-    target = refuse_sources(out, *(part.place for part in parts))
-    dtype = dtype or _widest([part.dtype for part in parts])
+        parts.append(_projector_part(resolve(projector), config))
+        tensors |= parts[-1].readers("projector.")
+    target = refuse_sources(out, *(part.weights.directory for part in parts))
+    dtype = dtype or reduce(torch.promote_types, (part.weights.main_dtype for part in parts))
     write_model(target, empty_model(config), dialect, lambda name: tensors[name](), dtype=dtype, progress=progress)
     save_processor(Processor(config, tokenizer), target)
     return config
 
 
-def _composed_config(vit_part: VisionPart, llm_part: LanguagePart, tokenizer: Tokenizer) -> ModelConfig:
-    vit_config, llm_config, chat_end = vit_part.whole, llm_part.whole, tokenizer.id(CHATML[1])
-    return ModelConfig(
-        vision=vit_part.vision,
-        decoder=replace(llm_part.decoder, vocab_size=len(tokenizer)),
-        tiling=replace(vit_config.tiling, tile_size=vit_part.vision.image_size),
+def _composed_config(vit: ModelConfig, llm: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    chat_end = tokenizer.id(CHATML[1])
+    return replace(
+        vit,
+        decoder=replace(llm.decoder, vocab_size=len(tokenizer)),
         image_token_id=tokenizer.id(SPECIAL_TOKENS[2]),
-        eos_token_ids=llm_part.eos_ids if chat_end in llm_part.eos_ids else (chat_end, *llm_part.eos_ids),
-        pad_token_id=llm_part.pad_id,
+        eos_token_ids=llm.eos_token_ids if chat_end in llm.eos_token_ids else (chat_end, *llm.eos_token_ids),
+        pad_token_id=llm.pad_token_id,
         bos_token_id=tokenizer.bos,
-        select_layer=vit_config.select_layer,
-        pixel_shuffle=vit_config.pixel_shuffle,
-        template=llm_config.template,
-        system_message=llm_config.system_message,
+        template=llm.template,
+        system_message=llm.system_message,
     )
 
 
 # -- reading parts
 
 
-def _readers(entries: Sequence[TensorEntry], weights: TensorSource, prefix: str = "") -> TensorReaders:
-    """Readers of the entries whose parameter name starts with the prefix."""
-    return {entry.ours: lambda e=entry: read(e, weights) for entry in entries if entry.ours.startswith(prefix)}
-
-
-def _checked(module: nn.Module, entries: Sequence[TensorEntry], weights: TensorSource, prefix: str) -> TensorReaders:
-    """Readers of a part that is a checkpoint of its own, after comparing names and shapes."""
-    check_entries(entries, {f"{prefix}{name}": p.shape for name, p in module.named_parameters()}, weights)
-    return _readers(entries, weights)
-
-
-def _of_internvl(directory: Path, prefix: str) -> ModelPart:
-    """One part of an InternVL directory; the whole directory is checked."""
+def _internvl(directory: Path) -> ModelPart:
     config = load_config(directory)
-    weights, entries = open_weights(directory, empty_model(config))
-    tensors = _readers(entries, weights, prefix)
-    return ModelPart(place=directory, dtype=weights.main_dtype, tensors=tensors, whole=config)
+    return ModelPart(config, *open_weights(directory, empty_model(config)))
 
 
-def _vision_part(directory: Path) -> VisionPart:
+def _alone(whole: ModelConfig, weights: TensorSource, entries: Sequence[TensorEntry]) -> ModelPart:
+    """A part that is a checkpoint of its own, after comparing names and shapes."""
+    check_entries(entries, {name: tensor.shape for name, tensor in tensors_of(empty_model(whole)).items()}, weights)
+    return ModelPart(whole, weights, entries)
+
+
+def _vision_part(directory: Path) -> ModelPart:
     top = open_section(directory / "config.json")
     kind = top.get("model_type")
     if kind in _INTERNVL:
-        part = _of_internvl(directory, "vision.")
-        return VisionPart(**vars(part), vision=part.whole.vision)
+        return _internvl(directory)
     if kind not in _VISION_ALONE:
         known = ", ".join((*_VISION_ALONE, *_INTERNVL))
         raise InputError(f"{top.place}: model_type is {kind!r}; a ViT comes from one of {known}")
     config = vision_from(top)
-    with torch.device("meta"):
-        module = VisionTransformer(config)
-    weights = StoredWeights(directory)
-    tensors = _checked(module, vision_map(module, _VISION_ALONE[kind], ours="vision."), weights, "vision.")
-    return VisionPart(place=directory, dtype=weights.main_dtype, tensors=tensors, vision=config)
+    whole = replace(_DEFAULTS, vision=config, tiling=replace(_DEFAULTS.tiling, tile_size=config.image_size))
+    return _alone(whole, StoredWeights(directory), vision_map(empty_model(whole).vision, _VISION_ALONE[kind]))
 
 
-def _language_part(llm: str | Path) -> LanguagePart:
+def _language_part(llm: str | Path) -> tuple[ModelPart, Tokenizer]:
     if str(llm).endswith(".gguf"):
         return _gguf_part(Path(llm).expanduser())
     directory = resolve(llm)
     top = open_section(directory / "config.json")
     tokenizer = load_tokenizer(directory)
     if top.get("model_type") in _INTERNVL:
-        part = _of_internvl(directory, "decoder.")
-        ends = {"eos_ids": part.whole.eos_token_ids, "pad_id": part.whole.pad_token_id}
-        return LanguagePart(**vars(part), **ends, decoder=part.whole.decoder, tokenizer=tokenizer)
-    config = decoder_from(top, family_of(top))
-    with torch.device("meta"):
-        module = Decoder(config)
+        return _internvl(directory), tokenizer
+    whole = _language_alone(decoder_from(top, family_of(top)), tokenizer, _eos_ids(directory))
     weights = StoredWeights(directory)
-    entries = decoder_map(module, internlm2=config.family == "internlm2", ours="decoder.")
+    entries = decoder_map(empty_model(whole).decoder, internlm2=whole.decoder.family == "internlm2")
     if tied(directory):
-        untie(entries, weights, "decoder.")
-    return LanguagePart(
-        place=directory,
-        dtype=weights.main_dtype,
-        tensors=_checked(module, entries, weights, "decoder."),
-        decoder=config,
-        tokenizer=tokenizer,
-        eos_ids=_eos_ids(directory),
-        pad_id=_pad_id(tokenizer),
-    )
+        untie(entries, weights)
+    return _alone(whole, weights, entries), tokenizer
 
 
-def _gguf_part(path: Path) -> LanguagePart:
+def _gguf_part(path: Path) -> tuple[ModelPart, Tokenizer]:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     file = GgufModel(path)
-    with torch.device("meta"):
-        module = Decoder(file.config)
-    entries = [replace(entry, ours=f"decoder.{entry.ours}") for entry in file.key_map(module)]
     vocabulary = file.vocabulary()
     tokenizer = tokenizer_from_gguf(vocabulary)
-    return LanguagePart(
-        place=path,
-        dtype=file.main_dtype,
-        tensors=_checked(module, entries, file, "decoder."),
-        decoder=file.config,
-        tokenizer=tokenizer,
-        eos_ids=() if vocabulary.eos_token_id is None else (vocabulary.eos_token_id,),
-        pad_id=_pad_id(tokenizer),
-    )
+    eos_ids = () if vocabulary.eos_token_id is None else (vocabulary.eos_token_id,)
+    whole = _language_alone(file.config, tokenizer, eos_ids)
+    return _alone(whole, file, file.key_map(empty_model(whole).decoder)), tokenizer
 
 
-def _pad_id(tokenizer: Tokenizer) -> int | None:
-    text = token_text(tokenizer.config.get("pad_token"))
-    return None if text is None else tokenizer.id(text)
+def _language_alone(decoder: DecoderConfig, tokenizer: Tokenizer, eos_ids: tuple[int, ...]) -> ModelConfig:
+    pad = token_text(tokenizer.config.get("pad_token"))
+    pad_id = None if pad is None else tokenizer.id(pad)
+    return replace(_DEFAULTS, decoder=decoder, image_token_id=0, eos_token_ids=eos_ids, pad_token_id=pad_id)
 
 
 def _eos_ids(directory: Path) -> tuple[int, ...]:
@@ -244,17 +194,13 @@ def _eos_ids(directory: Path) -> tuple[int, ...]:
 
 
 def _projector_part(directory: Path, config: ModelConfig) -> ModelPart:
-    """The projector of an InternVL directory, if it fits the two parts.
-
-    Raises:
-        InputError: with both shapes, if it does not.
-    """
+    """The InternVL of a directory, if its projector fits the two parts."""
     kind = open_section(directory / "config.json").get("model_type")
     if kind not in _INTERNVL:
         raise InputError(
             f"{directory}: model_type is {kind!r}; a projector comes from an InternVL model ({', '.join(_INTERNVL)})"
         )
-    part = _of_internvl(directory, "projector.")
+    part = _internvl(directory)
     theirs = part.whole
     have = (4 * theirs.vision.width, theirs.decoder.width)
     need = (4 * config.vision.width, config.decoder.width)
@@ -307,10 +253,3 @@ def _resized(tensors: TensorReaders, config: DecoderConfig, added: int, seed: in
         return torch.cat([known, mean.expand(added, -1)])
 
     return {**tensors, "decoder.embeddings.weight": embeddings, "decoder.head.weight": head}
-
-
-def _widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
-    widest = dtypes[0]
-    for dtype in dtypes[1:]:
-        widest = torch.promote_types(widest, dtype)
-    return widest

@@ -23,6 +23,8 @@ from ivl.model.vlm import VLM
 Form = Literal["same", "words", "signed", "zeros"]
 Names = dict[str, str]
 """Our names of modules and parameters, and a checkpoint's; names of tensors that ours joins have spaces between them."""
+Table = dict[str, tuple[str, str, str]]
+"""Our names, and those in internvl_chat, in transformers and in GGUF files."""
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq", ".weight_shape")
 """Stored by some libraries though they follow from the configuration."""
@@ -94,96 +96,70 @@ def _from_form(theirs: torch.Tensor, form: Form, rows: int) -> torch.Tensor:
     return torch.stack([octets & 15, octets >> 4], dim=2).flatten(0, 2)[:rows]
 
 
-_VISION: dict[str, tuple[str, str]] = {
-    "embeddings.class_token": ("embeddings.class_embedding", "embeddings.cls_token"),
-    "embeddings.positions": ("embeddings.position_embedding", "embeddings.position_embeddings"),
-    "embeddings.patch": ("embeddings.patch_embedding", "embeddings.patch_embeddings.projection"),
-    "layers": ("encoder.layers", "encoder.layer"),
-    "attention.qkv": ("attn.qkv", "attention.q_proj attention.k_proj attention.v_proj"),
-    "attention.q_norm": ("attn.q_norm", "attention.q_norm"),
-    "attention.k_norm": ("attn.k_norm", "attention.k_norm"),
-    "attention.out": ("attn.proj", "attention.projection_layer"),
-    "norm1": ("norm1", "layernorm_before"),
-    "norm2": ("norm2", "layernorm_after"),
-    "scale1": ("ls1", "lambda_1"),
-    "scale2": ("ls2", "lambda_2"),
-    "fc1": ("mlp.fc1", "mlp.fc1"),
-    "fc2": ("mlp.fc2", "mlp.fc2"),
+VISION: Table = {
+    "embeddings.class_token": ("embeddings.class_embedding", "embeddings.cls_token", "class_embd"),
+    "embeddings.positions": ("embeddings.position_embedding", "embeddings.position_embeddings", "position_embd.weight"),
+    "embeddings.patch": ("embeddings.patch_embedding", "embeddings.patch_embeddings.projection", "patch_embd"),
+    "layers": ("encoder.layers", "encoder.layer", "blk"),
+    "attention.qkv": ("attn.qkv", "attention.q_proj attention.k_proj attention.v_proj", "attn_q attn_k attn_v"),
+    "attention.q_norm": ("attn.q_norm", "attention.q_norm", "attn_q_norm"),
+    "attention.k_norm": ("attn.k_norm", "attention.k_norm", "attn_k_norm"),
+    "attention.out": ("attn.proj", "attention.projection_layer", "attn_out"),
+    "norm1": ("norm1", "layernorm_before", "ln1"),
+    "norm2": ("norm2", "layernorm_after", "ln2"),
+    "scale1": ("ls1", "lambda_1", "ls1.weight"),
+    "scale2": ("ls2", "lambda_2", "ls2.weight"),
+    "fc1": ("mlp.fc1", "mlp.fc1", "ffn_up"),
+    "fc2": ("mlp.fc2", "mlp.fc2", "ffn_down"),
 }
-"""Names in internvl_chat and in transformers."""
-_PROJECTOR = {"norm": ("0", "layer_norm"), "fc1": ("1", "linear_1"), "fc2": ("3", "linear_2")}
-_LLAMA: Names = {
-    "embeddings": "embed_tokens",
-    "norm": "norm",
-    "head": "lm_head",
-    "layers": "layers",
-    "qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
-    "out": "self_attn.o_proj",
-    "gate_up": "mlp.gate_proj mlp.up_proj",
-    "down": "mlp.down_proj",
-    "norm1": "input_layernorm",
-    "norm2": "post_attention_layernorm",
+PROJECTOR: Table = {"norm": ("0", "layer_norm", "0"), "fc1": ("1", "linear_1", "1"), "fc2": ("3", "linear_2", "3")}
+DECODER: Table = {
+    "embeddings": ("tok_embeddings", "embed_tokens", "token_embd"),
+    "norm": ("norm", "norm", "output_norm"),
+    "head": ("output", "lm_head", "output"),
+    "layers": ("layers", "layers", "blk"),
+    "qkv": ("attention.wqkv", "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "attn_q attn_k attn_v"),
+    "out": ("attention.wo", "self_attn.o_proj", "attn_output"),
+    "gate_up": ("feed_forward.w1 feed_forward.w3", "mlp.gate_proj mlp.up_proj", "ffn_gate ffn_up"),
+    "down": ("feed_forward.w2", "mlp.down_proj", "ffn_down"),
+    "norm1": ("attention_norm", "input_layernorm", "attn_norm"),
+    "norm2": ("ffn_norm", "post_attention_layernorm", "ffn_norm"),
 }
-_INTERNLM2: Names = {
-    "embeddings": "tok_embeddings",
-    "norm": "norm",
-    "head": "output",
-    "layers": "layers",
-    "qkv": "attention.wqkv",
-    "out": "attention.wo",
-    "gate_up": "feed_forward.w1 feed_forward.w3",
-    "down": "feed_forward.w2",
-    "norm1": "attention_norm",
-    "norm2": "ffn_norm",
+"""The first column has the names of InternLM2, the second those that Qwen2 and LLaMA share."""
+_PREFIXES: dict[Dialect, tuple[str, str, str, str]] = {
+    "internvl_chat": ("vision_model.", "mlp1.", "language_model.model.", "language_model."),
+    "transformers": ("model.vision_tower.", "model.multi_modal_projector.", "model.language_model.", ""),
 }
+"""What leads the names of the ViT, the projector, the decoder, and its head."""
 
 
-def _names(table: dict[str, tuple[str, str]], dialect: Dialect) -> Names:
-    return {ours: theirs[dialect == "transformers"] for ours, theirs in table.items()}
+def vision_map(vision: VisionTransformer, dialect: Dialect, prefix: str = "") -> list[TensorEntry]:
+    """Entries of InternViT. `prefix` leads the checkpoint's names; for a ViT alone it is empty."""
+    return build_entries(vision, names_in(VISION, dialect), prefix, "vision.")
 
 
-def vision_map(vision: VisionTransformer, dialect: Dialect, prefix: str = "", ours: str = "") -> list[TensorEntry]:
-    """Entries of InternViT. `prefix` leads the checkpoint's names (nothing does for a ViT alone), `ours` leads our own."""
-    return build_entries(vision, _names(_VISION, dialect), prefix, ours)
-
-
-def projector_map(projector: nn.Module, dialect: Dialect, prefix: str = "", ours: str = "") -> list[TensorEntry]:
-    """Entries of the projector."""
-    return build_entries(projector, _names(_PROJECTOR, dialect), prefix, ours)
-
-
-def decoder_map(
-    decoder: Decoder, *, internlm2: bool, body: str = "model.", head: str = "", ours: str = ""
-) -> list[TensorEntry]:
+def decoder_map(decoder: Decoder, *, internlm2: bool, body: str = "model.", head: str = "") -> list[TensorEntry]:
     """Entries of the language model, with InternLM2's names and wqkv or with the names that Qwen2 and LLaMA share.
 
     `body` leads the names of embeddings, layers and norm, `head` that of the output head; the defaults are those of a
     checkpoint of the language model alone.
     """
     config = decoder.config
-    groups = (config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim)
-    entries = build_entries(decoder, _INTERNLM2 if internlm2 else _LLAMA, body, ours, groups if internlm2 else None)
-    head_at = next(n for n, entry in enumerate(entries) if entry.ours == f"{ours}head.weight")
-    (name,) = entries[head_at].theirs
-    entries[head_at] = replace(entries[head_at], theirs=(head + name.removeprefix(body),))
-    return entries
+    groups = (config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim) if internlm2 else None
+    names = names_in(DECODER, "internvl_chat" if internlm2 else "transformers")
+    entries = {entry.ours: entry for entry in build_entries(decoder, names, body, "decoder.", groups)}
+    entries["decoder.head.weight"] = replace(entries["decoder.head.weight"], theirs=(f"{head}{names['head']}.weight",))
+    return list(entries.values())
 
 
 def key_map(model: VLM, dialect: Dialect) -> list[TensorEntry]:
     """Entries of a whole model (on any device, meta included), in the order of its parameters."""
-    internlm2 = model.config.decoder.family == "internlm2"
-    if dialect == "internvl_chat":
-        return [
-            *vision_map(model.vision, dialect, "vision_model.", "vision."),
-            *projector_map(model.projector, dialect, "mlp1.", "projector."),
-            *decoder_map(
-                model.decoder, internlm2=internlm2, body="language_model.model.", head="language_model.", ours="decoder."
-            ),
-        ]
+    internlm2 = dialect == "internvl_chat" and model.config.decoder.family == "internlm2"
+    vision, projector, body, head = _PREFIXES[dialect]
     return [
-        *vision_map(model.vision, dialect, "model.vision_tower.", "vision."),
-        *projector_map(model.projector, dialect, "model.multi_modal_projector.", "projector."),
-        *decoder_map(model.decoder, internlm2=False, body="model.language_model.", head="", ours="decoder."),
+        *vision_map(model.vision, dialect, vision),
+        *build_entries(model.projector, names_in(PROJECTOR, dialect), projector, "projector."),
+        *decoder_map(model.decoder, internlm2=internlm2, body=body, head=head),
     ]
 
 
@@ -204,6 +180,12 @@ def current_name(name: str) -> str:
     return name
 
 
+def names_in(table: Table, layout: Dialect | Literal["gguf"]) -> Names:
+    """Return one column of a table."""
+    column = ("internvl_chat", "transformers", "gguf").index(layout)
+    return {ours: theirs[column] for ours, theirs in table.items()}
+
+
 def build_entries(
     module: nn.Module, names: Names, prefix: str, ours: str, groups: tuple[int, int, int] | None = None
 ) -> list[TensorEntry]:
@@ -213,9 +195,8 @@ def build_entries(
         match = re.fullmatch(r"layers\.(\d+)\.(.+)", path)
         lead, stem = (f"{names['layers']}.{match[1]}.", match[2]) if match else ("", path)
         leaf = ""
-        if stem not in names:
-            stem, _, leaf = stem.rpartition(".")
-            leaf = f".{leaf}"
+        if stem not in names:  # a parameter of a named module, not a named parameter
+            stem, leaf = stem[: stem.rindex(".")], stem[stem.rindex(".") :]
         theirs = tuple(f"{prefix}{lead}{name}{leaf}" for name in names[stem].split())
         rows: tuple[int, ...] = ()
         if len(theirs) > 1:

@@ -168,7 +168,7 @@ def open_weights(directory: Path, model: VLM, *, quantized: bool = False) -> tup
     rename = current_name if dialect == "transformers" else str
     weights = StoredWeights(directory, rename, integers=config is not None)
     if tied(directory):
-        untie(entries, weights, "decoder.")
+        untie(entries, weights)
     if config is not None:
         activations = rounds_activations(str(directory / "config.json"), config)
         entries = adopt(model, entries, weights, activations)
@@ -176,10 +176,10 @@ def open_weights(directory: Path, model: VLM, *, quantized: bool = False) -> tup
     return weights, entries
 
 
-def untie(entries: Sequence[TensorEntry], weights: StoredWeights, ours: str = "") -> None:
+def untie(entries: Sequence[TensorEntry], weights: StoredWeights) -> None:
     """Let a checkpoint without an output head give its embedding table for one."""
     names = {entry.ours: entry.theirs[0] for entry in entries}
-    head, embeddings = names[f"{ours}head.weight"], names[f"{ours}embeddings.weight"]
+    head, embeddings = names["decoder.head.weight"], names["decoder.embeddings.weight"]
     if head not in weights.shapes and embeddings in weights.shapes:
         weights.alias(head, embeddings)
 

@@ -40,6 +40,9 @@ class TensorSource(Protocol):
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
 
+    @property
+    def main_dtype(self) -> torch.dtype: ...
+
     def get(self, name: str) -> torch.Tensor: ...
 
 

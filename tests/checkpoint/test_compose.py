@@ -67,7 +67,7 @@ def language_model(directory: Path, size: str = "1B", *, padding: int = 20, spec
     family = config.decoder.family
     tensors = {}
     for entry in decoder_map(model.decoder, internlm2=family == "internlm2"):
-        parts = entry.split(dict(model.decoder.named_parameters())[entry.ours].detach())
+        parts = entry.split(dict(model.named_parameters())[entry.ours].detach())
         tensors |= {name: part.clone() for name, part in zip(entry.theirs, parts, strict=True)}
     directory.mkdir()
     save_model(model, directory / "whole")
@@ -157,7 +157,7 @@ def as_llama(directory: Path, model: VLM) -> None:
     model.config = replace(model.config, decoder=config)
     with torch.device("meta"):
         entries = decoder_map(Decoder(config), internlm2=False)
-    ours = dict(model.decoder.named_parameters())
+    ours = dict(model.named_parameters())
     pairs = [zip(e.theirs, e.split(ours[e.ours].detach()), strict=True) for e in entries]
     save_file({name: part.clone() for pair in pairs for name, part in pair}, directory / "model.safetensors")
     described = json.loads((directory / "config.json").read_text())
@@ -205,7 +205,7 @@ def test_a_vit_alone(tmp_path: Path, dialect, size: str) -> None:
     model = vlm(tmp_path / "whole", size, dialect)
     alone = tmp_path / "vit"
     alone.mkdir()
-    ours = dict(model.vision.named_parameters())
+    ours = dict(model.named_parameters())
     pairs = [zip(e.theirs, e.split(ours[e.ours].detach()), strict=True) for e in vision_map(model.vision, dialect)]
     tensors = {name: part.clone() for pair in pairs for name, part in pair}
     save_file(tensors, alone / "model.safetensors")

@@ -83,7 +83,7 @@ def test_the_language_file_is_the_decoder_and_its_tokenizer(tmp_path: Path, size
     file = GgufModel(tmp_path / "g" / "model.gguf")
     assert file.config == replace(model.config.decoder, rope_dynamic_factor=None)
     back = Decoder(file.config).eval()
-    fill(dict(back.named_parameters()), file.key_map(back), file)
+    fill(dict(back.named_parameters("decoder")), file.key_map(back), file)
     for (name, ours), theirs in zip(model.decoder.named_parameters(), back.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
     words = tokenizer_from_gguf(file.vocabulary())

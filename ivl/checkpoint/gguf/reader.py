@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ivl.checkpoint.config_table import FAMILIES
 from ivl.checkpoint.gguf.tokenizer import NORMAL, GgufVocabulary
-from ivl.checkpoint.keymaps import Names, TensorEntry, build_entries
-from ivl.config import DecoderConfig, Family
+from ivl.checkpoint.keymaps import DECODER, TensorEntry, build_entries, names_in
+from ivl.config import DecoderConfig
 from ivl.errors import InputError
 from ivl.model.decoder import Decoder
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
-_FAMILIES: dict[str, Family] = {"llama": "llama", "qwen2": "qwen2", "internlm2": "internlm2"}
 INTERLEAVED_ROTARY = ("llama", "internlm2")
 """Architectures whose files rotate neighboring rows of a head; ours, like the originals, rotates its two halves."""
 _EXACT = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -34,18 +34,7 @@ DECODER_FIELDS = {
     "rope_theta": "rope.freq_base",
 }
 """Fields of DecoderConfig and their keys, which follow the architecture's name."""
-NAMES: Names = {
-    "embeddings": "token_embd",
-    "norm": "output_norm",
-    "head": "output",
-    "layers": "blk",
-    "qkv": "attn_q attn_k attn_v",
-    "out": "attn_output",
-    "gate_up": "ffn_gate ffn_up",
-    "down": "ffn_down",
-    "norm1": "attn_norm",
-    "norm2": "ffn_norm",
-}
+NAMES = names_in(DECODER, "gguf")
 
 
 class GgufModel:
@@ -62,8 +51,8 @@ class GgufModel:
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self.shapes = {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self._tensors.items()}
         self.architecture = str(self._fields.get("general.architecture"))
-        if self.architecture not in _FAMILIES:
-            raise InputError(f"{path}: architecture {self.architecture!r}; supported are {', '.join(_FAMILIES)}")
+        if self.architecture not in FAMILIES:
+            raise InputError(f"{path}: architecture {self.architecture!r}; supported are {', '.join(FAMILIES)}")
         self.config = self._config()
 
     def _number(self, key: str, default: float | None = None) -> Any:
@@ -95,7 +84,7 @@ class GgufModel:
         values["norm_eps"] = float(np.float32(values["norm_eps"]).astype(str))
         try:
             return DecoderConfig(
-                family=_FAMILIES[self.architecture],
+                family=self.architecture,  # type: ignore[arg-type]
                 vocab_size=self.shapes["token_embd.weight"][0],
                 qkv_bias="blk.0.attn_q.bias" in self.shapes,
                 **values,
@@ -130,15 +119,10 @@ class GgufModel:
     def key_map(self, decoder: Decoder) -> list[TensorEntry]:
         """Entries of the decoder; without an output matrix the head is the embedding matrix (tied models)."""
         names = NAMES if "output.weight" in self.shapes else {**NAMES, "head": NAMES["embeddings"]}
-        return build_entries(decoder, names, "", "")
+        return build_entries(decoder, names, "", "decoder.")
 
     def vocabulary(self) -> GgufVocabulary:
-        """The parts of the tokenizer.
-
-        Raises:
-            InputError: if the file carries no vocabulary, or lists of different lengths.
-        """
-
+        """The parts of the tokenizer, whose lists are checked to have the same length."""
         prefix = "tokenizer.ggml."
         stored = {key.removeprefix(prefix): value for key, value in self._fields.items() if key.startswith(prefix)}
         if not stored.get("tokens"):
@@ -154,11 +138,7 @@ class GgufModel:
 
 
 def _opened(path: Path) -> GGUFReader:
-    """Read the header of a file, which is untrusted: all that it says is checked to lie in the file.
-
-    Raises:
-        InputError: if the gguf package is missing or the file is damaged.
-    """
+    """Read the header of a file, which is untrusted: all that it says is checked to lie in the file."""
     try:
         from gguf import GGUFReader
     except ImportError:

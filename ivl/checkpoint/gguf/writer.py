@@ -16,7 +16,7 @@ import torch
 
 from ivl.checkpoint.gguf.reader import DECODER_FIELDS, INTERLEAVED_ROTARY, NAMES
 from ivl.checkpoint.gguf.tokenizer import UNUSED, GgufVocabulary
-from ivl.checkpoint.keymaps import Names, TensorEntry, build_entries
+from ivl.checkpoint.keymaps import PROJECTOR, VISION, TensorEntry, build_entries, names_in
 from ivl.checkpoint.weights import ByteProgress
 from ivl.config import DecoderConfig, ModelConfig
 from ivl.errors import InputError
@@ -35,23 +35,6 @@ Arrange = Callable[[str, torch.Tensor], torch.Tensor]
 
 _Q8_BLOCK = 32
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_VISION: Names = {
-    "embeddings.class_token": "class_embd",
-    "embeddings.positions": "position_embd.weight",
-    "embeddings.patch": "patch_embd",
-    "layers": "blk",
-    "attention.qkv": "attn_q attn_k attn_v",
-    "attention.q_norm": "attn_q_norm",
-    "attention.k_norm": "attn_k_norm",
-    "attention.out": "attn_out",
-    "norm1": "ln1",
-    "norm2": "ln2",
-    "scale1": "ls1.weight",
-    "scale2": "ls2.weight",
-    "fc1": "ffn_up",
-    "fc2": "ffn_down",
-}
-_PROJECTOR: Names = {"norm": "0", "fc1": "1", "fc2": "3"}
 _RMS_SHAPE = (3200, 45)
 """clip.cpp takes RMSNorm for a ViT of this width and depth (InternViT-6B), and LayerNorm for every other."""
 
@@ -123,8 +106,8 @@ def write_vision(path: Path, model: VLM, read: ReadParameter, *, storage: Storag
     _add(writer, "clip", _vision_fields(config, depth))
     left_out = tuple(f"vision.layers.{n}." for n in range(depth, vision.num_layers))
     entries = [
-        *(e for e in build_entries(model.vision, _VISION, "v.", "vision.") if not e.ours.startswith(left_out)),
-        *build_entries(model.projector, _PROJECTOR, "mm.model.mlp.", "projector."),
+        *(e for e in build_entries(model.vision, names_in(VISION, "gguf"), "v.", "vision.") if not e.ours.startswith(left_out)),
+        *build_entries(model.projector, names_in(PROJECTOR, "gguf"), "mm.model.mlp.", "projector."),
     ]
 
     def arrange(name: str, tensor: torch.Tensor) -> torch.Tensor:
