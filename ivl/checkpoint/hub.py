@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from ivl.errors import InputError
 
-ALLOW = ("*.json", "*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja")
-"""Configuration, weights, tokenizer. Neither code nor pickles are ever fetched."""
-IGNORE = ("*/*",)
-"""Subdirectories: exports for other engines."""
+FILES: dict[str, Any] = {
+    "allow_patterns": ["*.json", "*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"],
+    "ignore_patterns": ["*/*"],
+}
+"""Configuration, weights, tokenizer. Neither code nor pickles nor subdirectories (exports for engines) are ever fetched."""
 MODELSCOPE = "modelscope:"
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
-_TRUE = ("1", "on", "yes", "true")
 
 
 def resolve(name_or_dir: str | Path) -> Path:
@@ -35,26 +36,16 @@ def resolve(name_or_dir: str | Path) -> Path:
     match = _HUB_ID.fullmatch(name.removeprefix(MODELSCOPE))
     if match is None or path.exists():
         raise InputError(f"{name}: neither a model directory nor a hub id such as OpenGVLab/InternVL2_5-1B")
-    fetch = _from_modelscope if modelscope else _from_hub
-    return fetch(match["repo"], match["revision"])
+    return (_from_modelscope if modelscope else _from_hub)(match["repo"], match["revision"])
 
 
 def _from_hub(repo: str, revision: str | None) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     offline = _flag("HF_HUB_OFFLINE")
+    places: dict[str, Any] = {"cache_dir": os.environ.get("HF_HUB_CACHE"), "endpoint": os.environ.get("HF_ENDPOINT")}
     try:
-        return Path(
-            snapshot_download(
-                repo,
-                revision=revision,
-                allow_patterns=list(ALLOW),
-                ignore_patterns=list(IGNORE),
-                cache_dir=os.environ.get("HF_HUB_CACHE"),
-                endpoint=os.environ.get("HF_ENDPOINT"),
-                local_files_only=offline,
-            )
-        )
+        return Path(snapshot_download(repo, revision=revision, local_files_only=offline, **places, **FILES))
     except errors.GatedRepoError:
         raise InputError(f"{repo}: access is gated; accept its terms on the hub and set HF_TOKEN") from None
     except errors.RepositoryNotFoundError:
@@ -81,10 +72,10 @@ def _from_modelscope(repo: str, revision: str | None) -> Path:
         raise InputError(f'{MODELSCOPE}{repo}: needs the modelscope package; pip install "ivl[modelscope]"') from None
     try:
         # It refuses with exceptions of many unrelated kinds, down to plain Exception.
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(ALLOW), ignore_patterns=list(IGNORE)))
+        return Path(snapshot_download(repo, revision=revision, **FILES))
     except Exception as error:
         raise InputError(f"{MODELSCOPE}{repo}: cannot be fetched: {error}; check the id and the connection") from None
 
 
 def _flag(name: str) -> bool:
-    return os.environ.get(name, "").lower() in _TRUE
+    return os.environ.get(name, "").lower() in ("1", "on", "yes", "true")

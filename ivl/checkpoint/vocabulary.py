@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ QWEN_ADDED = (
 """Ids 151643 to 151664 of Qwen2.5."""
 QWEN_PLAIN = QWEN_ADDED[14:]
 """The added tokens of Qwen2.5 that its own files do not call special."""
-QWEN_RANKS = 151643
 INTERNLM2_PIECES = 92544
 INTERNLM2_ADDED = {92542: "<|im_end|>", 92543: "<|im_start|>"}
 """tokenizer.model of InternLM2.5 has these two under reserved names; its configuration renames them."""
@@ -78,7 +77,11 @@ def _read_backend(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]
         except Exception as error:  # the library raises no narrower type
             raise InputError(f"{file}: not a tokenizer of the tokenizers library ({error})") from error
     if (directory / "vocab.json").exists() and (directory / "merges.txt").exists():
-        backend = from_merges(read_json(directory / "vocab.json"), read_merges(directory / "merges.txt"))
+        try:
+            model = models.BPE.from_file(str(directory / "vocab.json"), str(directory / "merges.txt"))
+        except Exception as error:  # the library raises no narrower type
+            raise InputError(f"{directory}: vocab.json and merges.txt are no BPE vocabulary: {error}") from error
+        backend = byte_level(model)
     elif ranks:
         backend = from_ranks(ranks[0])
         config = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "add_bos_token": False} | config
@@ -116,54 +119,26 @@ def _append(backend: tokenizers.Tokenizer, added: dict[int, AddedToken], directo
 # -- byte-level BPE: Qwen2.5 and our own
 
 
-def read_merges(file: Path) -> list[tuple[str, str]]:
-    merges = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
-        if not line or line.startswith("#version"):
-            continue
-        left, _, right = line.partition(" ")
-        if not left or not right or " " in right:
-            raise InputError(f"{file}:{number}: expected two tokens and a space, got {line!r}")
-        merges.append((left, right))
-    return merges
-
-
-def from_merges(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
-    """vocab.json and merges.txt of Qwen2.5."""
-    return byte_level(models.BPE(vocab=vocab, merges=merges))
-
-
 def from_ranks(file: Path) -> tokenizers.Tokenizer:
     """A `.tiktoken` file (base64 bytes and a rank a line) with Qwen2.5's added tokens after it.
 
     The merge that makes a token is the last one its own bytes need when all lower ranks are applied.
     """
+    letters = {byte: letter for letter, byte in byte_letters().items()}
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(file.read_text(encoding="ascii").splitlines(), 1):
         token, _, rank = line.partition(" ")
         if not rank.isdigit():
             raise InputError(f"{file}:{number}: expected base64 bytes and a rank, got {line[:80]!r}")
         ranks[base64.b64decode(token)] = int(rank)
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        if len(token) > 1:
-            left, right = _last_merge(token, rank, ranks)
-            merges.append((_spell(left), _spell(right)))
-    backend = from_merges({_spell(token): rank for token, rank in ranks.items()}, merges)
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in QWEN_ADDED if t not in QWEN_PLAIN])
-    backend.add_tokens([AddedToken(t, special=False, normalized=False) for t in QWEN_PLAIN])
+    pairs = [_last_merge(token, rank, ranks) for token, rank in ranks.items() if len(token) > 1]
+    pairs.sort(key=lambda pair: ranks[pair[0] + pair[1]])
+    vocab = {"".join(letters[byte] for byte in token): rank for token, rank in ranks.items()}
+    spelled = dict(zip(ranks, vocab, strict=True))
+    backend = byte_level(models.BPE(vocab=vocab, merges=[(spelled[left], spelled[right]) for left, right in pairs]))
+    added = {len(ranks) + n: AddedToken(t, special=t not in QWEN_PLAIN, normalized=False) for n, t in enumerate(QWEN_ADDED)}
+    _append(backend, added, file.parent)
     return backend
-
-
-@cache
-def _letters_of_bytes() -> dict[int, str]:
-    return {byte: letter for letter, byte in byte_letters().items()}
-
-
-def _spell(token: bytes) -> str:
-    """Write bytes as the letters of a byte-level vocabulary."""
-    letters = _letters_of_bytes()
-    return "".join(letters[byte] for byte in token)
 
 
 def _last_merge(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
@@ -199,37 +174,49 @@ def from_sentencepiece(file: Path, added: dict[int, AddedToken]) -> tokenizers.T
     vocab: dict[str, int] = {names.get(i) or str(piece.piece): i for i, piece in enumerate(proto.pieces)}
     scores = {p.piece: p.score for i, p in enumerate(proto.pieces) if p.type == kinds.NORMAL and i not in names}
     unknown = next(piece.piece for piece in proto.pieces if piece.type == kinds.UNKNOWN)
-    backend = tokenizers.Tokenizer(
-        models.BPE(vocab=vocab, merges=merges_from_scores(scores, vocab), unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    )
+    steps: list[normalizers.Normalizer] = []
+    if proto.normalizer_spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap))
+    if proto.normalizer_spec.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
+    backend = sentencepiece_bpe(vocab, scores, unknown, prefix=proto.normalizer_spec.add_dummy_prefix, steps=steps)
     for i, piece in enumerate(proto.pieces):
         if i in names or piece.type in (kinds.CONTROL, kinds.UNKNOWN):
             backend.add_special_tokens([AddedToken(names.get(i) or piece.piece, special=True, normalized=False)])
         elif piece.type == kinds.USER_DEFINED:  # matched in any text, before everything else
             backend.add_tokens([AddedToken(piece.piece, special=False, normalized=False)])
     _append(backend, {i: token for i, token in added.items() if i >= len(proto.pieces)}, file.parent)
-    prefix = proto.normalizer_spec.add_dummy_prefix
-    steps: list[normalizers.Normalizer] = []
-    if proto.normalizer_spec.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap))
-    if proto.normalizer_spec.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
-    if prefix:
-        steps.append(normalizers.Prepend("▁"))
-    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
-    undo: list[decoders.Decoder] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    backend.decoder = decoders.Sequence([*undo, decoders.Strip(" ", 1, 0)] if prefix else undo)
-    bos = next((i for i, piece in enumerate(proto.pieces) if piece.piece == "<s>"), None)
-    set_bos(backend, bos)
+    set_bos(backend, vocab.get("<s>"))
     return backend
 
 
-def merges_from_scores(scores: dict[str, float], vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """SentencePiece keeps no merges: any two pieces whose join is a piece may merge, best score first."""
-    found = []
+def sentencepiece_bpe(
+    vocab: dict[str, int],
+    scores: dict[str, float],
+    unknown: str | None,
+    *,
+    prefix: bool,
+    steps: Sequence[normalizers.Normalizer] = (),
+) -> tokenizers.Tokenizer:
+    """Build BPE over SentencePiece's pieces, with byte fallback.
+
+    SentencePiece keeps no merges: any two pieces whose join is a piece may merge, best score first.
+
+    Args:
+        scores: of the pieces that text is made of.
+        prefix: whether text starts with a space.
+        steps: what is done to text before that.
+    """
+    ranked = []
     for piece, score in scores.items():
         cuts = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
         pairs = [(left, right) for left, right in cuts if left in scores and right in scores]
         pairs.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
-        found += [(-score, vocab.get(piece, 0), n, pair) for n, pair in enumerate(pairs)]
-    return [pair for *_, pair in sorted(found)]
+        ranked += [(-score, vocab.get(piece, 0), n, pair) for n, pair in enumerate(pairs)]
+    merges = [pair for *_, pair in sorted(ranked)]
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    start = [normalizers.Prepend("▁")] if prefix else []
+    backend.normalizer = normalizers.Sequence([*steps, *start, normalizers.Replace(" ", "▁")])
+    undo: list[decoders.Decoder] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*undo, decoders.Strip(" ", 1, 0)] if prefix else undo)
+    return backend

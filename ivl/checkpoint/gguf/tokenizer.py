@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
-from ivl.checkpoint.vocabulary import merges_from_scores
+from ivl.checkpoint.vocabulary import sentencepiece_bpe
 from ivl.errors import InputError
 from ivl.processing.tokenizer import GROUNDING, QWEN_PATTERN, Tokenizer, set_bos, spelling_of, token_text
 
@@ -107,18 +108,7 @@ def _sentencepiece(vocabulary: GgufVocabulary, ids: dict[str, int]) -> tokenizer
     rows = zip(vocabulary.tokens, vocabulary.token_type, vocabulary.scores, strict=True)
     scores = {token: score for token, kind, score in rows if kind == NORMAL}
     unknown = None if vocabulary.unknown_token_id is None else vocabulary.tokens[vocabulary.unknown_token_id]
-    backend = tokenizers.Tokenizer(
-        models.BPE(vocab=ids, merges=merges_from_scores(scores, ids), unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    )
-    spaces = normalizers.Replace(" ", "▁")
-    undo: list[decoders.Decoder] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    if vocabulary.add_space_prefix:
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces])
-        undo.append(decoders.Strip(" ", 1, 0))
-    else:
-        backend.normalizer = spaces
-    backend.decoder = decoders.Sequence(undo)
-    return backend
+    return sentencepiece_bpe(ids, scores, unknown, prefix=vocabulary.add_space_prefix)
 
 
 def gguf_vocabulary(tokenizer: Tokenizer, *, eos: int, pad: int | None = None) -> GgufVocabulary:
@@ -142,7 +132,7 @@ def gguf_vocabulary(tokenizer: Tokenizer, *, eos: int, pad: int | None = None) -
     byte_level = style == "bytes"
     unknown = None if byte_level else ids.get(data["model"]["unk_token"] or "")
     if not byte_level:
-        types = [BYTE if _is_byte(token) else kind for token, kind in zip(tokens, types, strict=True)]
+        types = [BYTE if re.fullmatch("<0x..>", token) else kind for token, kind in zip(tokens, types, strict=True)]
     for token in data["added_tokens"]:
         control = token["special"] and token["content"] not in GROUNDING
         if not control and (token["lstrip"] or token["rstrip"] or token["single_word"]):
@@ -166,10 +156,6 @@ def gguf_vocabulary(tokenizer: Tokenizer, *, eos: int, pad: int | None = None) -
         add_bos_token=tokenizer.bos is not None,
         add_space_prefix=space_prefix,
     )
-
-
-def _is_byte(token: str) -> bool:
-    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
 
 def _splitting_name(data: dict[str, Any]) -> str:
