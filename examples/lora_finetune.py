@@ -47,7 +47,7 @@ def main() -> None:
 
     adapter = RUN / "run" / "adapter"
     print(f"{adapter}: {', '.join(sorted(p.name for p in adapter.iterdir()))}")
-    merge(base, adapter, RUN / "merged")
+    merge(base, adapter, RUN / "merged", force=True)
     question, picture = "what colour is it?", draw("red", "circle", at=3)
     replies = [ivl.load(model).chat(question, picture, max_new_tokens=8) for model in (trained, RUN / "merged")]
     print(f"the run's model says    {replies[0]!r}")

@@ -25,7 +25,7 @@ def main() -> None:
     wider = build(RUN / "wider", seed=2, words=("hello there", "general words"), width=96, num_heads=6, num_kv_heads=2)
 
     # The projector joins both widths, so it starts afresh unless a third model has one of the right shape.
-    config = compose(first, wider, None, RUN / "parts", seed=3)
+    config = compose(first, wider, None, RUN / "parts", seed=3, force=True)
     print(f"vision width {config.vision.width}, language width {config.decoder.width}, vocabulary {config.decoder.vocab_size}")
 
     a, b, c = (load_model(RUN / name) for name in ("first", "wider", "parts"))

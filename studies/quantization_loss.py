@@ -101,7 +101,7 @@ def on_task(source: str, task: str, limit: int | None) -> list[dict]:
         with tempfile.TemporaryDirectory() as directory:
             target = Path(directory) / "model"
             try:
-                convert(source, target, dtype=torch.bfloat16, schemes=schemes)
+                convert(source, target, dtype="bfloat16", schemes=schemes)
             except ivl.InputError as error:
                 rows.append({"name": name, "note": str(error)})
                 continue

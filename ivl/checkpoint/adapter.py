@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ivl.checkpoint.config_json import dialect_of
-from ivl.checkpoint.files import read_object, refuse_sources
+from ivl.checkpoint.files import new_directory, read_object
 from ivl.checkpoint.hub import resolve
 from ivl.checkpoint.keymaps import key_map
 from ivl.checkpoint.model_dir import empty_model, load_model, save_model
@@ -32,20 +32,23 @@ _PLAIN = {
 """Keys of adapter_config.json with the only values that the layers compute."""
 
 
-def merge(model: str | Path, adapter: str | Path, out: str | Path) -> None:
+def merge(model: str | Path, adapter: str | Path, out: str | Path, *, force: bool = False) -> None:
     """Fold a LoRA adapter into its model and write a directory that needs neither, in the model's dialect.
 
+    Args:
+        force: replace out if it is a model directory.
+
     Raises:
-        InputError: if the model or the adapter is unreadable, or they do not fit each other.
+        InputError: if the model or the adapter is unreadable, they do not fit each other, or out exists.
     """
     directory = resolve(model)
-    target = refuse_sources(out, directory, Path(adapter))
     merged = load_model(directory, quantized=False)
     processor = load_processor(directory)
     load_adapter(merged, adapter)
     merge_lora(merged)
-    save_model(merged, target, dialect=dialect_of(directory))
-    save_processor(processor, target)
+    with new_directory(out, force=force) as target:
+        save_model(merged, target, dialect=dialect_of(directory))
+        save_processor(processor, target)
 
 
 def save_adapter(model: VLM, out_dir: str | Path, *, base: str = "") -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from ivl.checkpoint.config_json import decoder_from, family_of, load_config, open_section, tied, vision_from
-from ivl.checkpoint.config_table import Dialect
-from ivl.checkpoint.files import read_object, refuse_sources
+from ivl.checkpoint.config_table import Dialect, StoredDtype
+from ivl.checkpoint.files import new_directory, read_object
 from ivl.checkpoint.gguf.reader import GgufModel
 from ivl.checkpoint.gguf.tokenizer import tokenizer_from_gguf
 from ivl.checkpoint.hub import resolve
@@ -23,7 +23,7 @@ from ivl.checkpoint.keymaps import TensorEntry, decoder_map, vision_map
 from ivl.checkpoint.model_dir import empty_model, open_weights, read, tensors_of, untie, write_model
 from ivl.checkpoint.processor_files import save_processor
 from ivl.checkpoint.vocabulary import load_tokenizer
-from ivl.checkpoint.weights import ByteProgress, StoredWeights, TensorSource, check_entries
+from ivl.checkpoint.weights import OnMegabytes, StoredWeights, TensorSource, check_entries
 from ivl.config import SPECIAL_TOKENS, DecoderConfig, ModelConfig, published_config
 from ivl.errors import InputError
 from ivl.model.projector import Projector
@@ -64,10 +64,11 @@ def compose(
     projector: str | Path | None,
     out: str | Path,
     *,
+    to: Dialect = "internvl_chat",
+    dtype: StoredDtype = "keep",
     seed: int = 0,
-    dtype: torch.dtype | None = None,
-    dialect: Dialect = "internvl_chat",
-    progress: ByteProgress | None = None,
+    force: bool = False,
+    progress: OnMegabytes | None = None,
 ) -> ModelConfig:
     """Write a complete model made of a ViT, a language model and a projector.
 
@@ -79,11 +80,13 @@ def compose(
         vit: an InternViT or an InternVL, directory or hub id.
         llm: a Qwen2.5, InternLM2.5, LLaMA-shaped or InternVL model, directory or hub id; or a GGUF file.
         projector: an InternVL to take it from; None draws a fresh one.
+        to: dialect to write.
+        dtype: of the written weights; keep is the narrowest that holds every part unchanged.
         seed: of every drawn number.
-        dtype: of the written weights; None is the narrowest that holds every part unchanged.
+        force: replace out if it is a model directory.
 
     Raises:
-        InputError: if a part is unreadable, parts do not fit each other, or out is one of the sources.
+        InputError: if a part is unreadable, parts do not fit each other, or out exists.
     """
     vit_part = _vision_part(resolve(vit))
     llm_part, tokenizer = _language_part(llm)
@@ -96,10 +99,11 @@ def compose(
     else:
         parts.append(_projector_part(resolve(projector), config))
         tensors |= parts[-1].readers("projector.")
-    target = refuse_sources(out, *(part.weights.directory for part in parts))
-    dtype = dtype or reduce(torch.promote_types, (part.weights.main_dtype for part in parts))
-    write_model(target, empty_model(config), dialect, lambda name: tensors[name](), dtype=dtype, progress=progress)
-    save_processor(Processor(config, tokenizer), target)
+    kept = reduce(torch.promote_types, (part.weights.main_dtype for part in parts))
+    written = kept if dtype == "keep" else getattr(torch, dtype)
+    with new_directory(out, force=force) as target:
+        write_model(target, empty_model(config), to, lambda name: tensors[name](), dtype=written, progress=progress)
+        save_processor(Processor(config, tokenizer), target)
     return config
 
 

@@ -9,6 +9,8 @@ from ivl.config import Family
 Dialect = Literal["internvl_chat", "transformers"]
 """internvl_chat is that of the original repository, transformers that of transformers' InternVLConfig."""
 
+StoredDtype = Literal["keep", "bfloat16", "float16", "float32"]
+
 
 class FieldKey(NamedTuple):
     """A field of a configuration of ours, and its key in internvl_chat and in transformers."""

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
 
 from ivl.checkpoint.config_json import dialect_of, load_config
-from ivl.checkpoint.config_table import Dialect
+from ivl.checkpoint.config_table import Dialect, StoredDtype
 from ivl.checkpoint.files import new_directory
 from ivl.checkpoint.gguf.tokenizer import gguf_vocabulary
-from ivl.checkpoint.gguf.writer import STORAGE, write_language, write_vision
+from ivl.checkpoint.gguf.writer import STORAGE, ReadParameter, Storage, write_language, write_vision
 from ivl.checkpoint.hub import resolve
 from ivl.checkpoint.model_dir import empty_model, open_weights, read, write_model
 from ivl.checkpoint.processor_files import jinja, load_processor, save_processor
-from ivl.checkpoint.weights import MAX_SHARD_BYTES, ByteProgress
+from ivl.checkpoint.weights import MAX_SHARD_BYTES, OnMegabytes
 from ivl.errors import InputError
+from ivl.model.vlm import VLM
 from ivl.processing.chat import template_of
+from ivl.processing.processor import Processor
 from ivl.quant.layers import QuantConfig, QuantPlan, dequantize, quantize, quantize_layers, quantized_layers
 from ivl.utils.files import write_json
 
@@ -30,42 +33,55 @@ def convert(
     source: str | Path,
     target: str | Path,
     *,
-    to: Dialect | None = None,
-    dtype: torch.dtype | None = None,
+    to: Dialect | Literal["keep", "gguf"] = "keep",
+    dtype: StoredDtype | Literal["q8_0"] = "keep",
     schemes: QuantPlan | None = None,
     force: bool = False,
     weights_only: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    progress: ByteProgress | None = None,
-) -> list[QuantizationLoss]:
-    """Rewrite a model directory or hub id in a dialect: configuration, weights, tokenizer and preprocessor files.
+    progress: OnMegabytes | None = None,
+) -> ConversionReport:
+    """Rewrite a model directory or hub id: configuration, weights, tokenizer and preprocessor files.
 
     Tensors stream from shard to shard, so any size fits a small machine. `quantization.json` reports the loss of each
     quantized layer.
 
     Args:
-        to: dialect to write; None keeps that of the source.
-        dtype: of the written weights; None keeps that of the source. Integers stay integers.
+        to: dialect to write, or gguf for the two files of llama.cpp (docs/hand_over.md); keep is the dialect of the source.
+        dtype: of the written matrices; keep is that of the source, q8_0 is for gguf. Integers stay integers.
         schemes: of linear layers to quantize.
         force: replace the target if it is a model directory.
         weights_only: neither read nor write tokenizer and preprocessor files.
 
-    Returns:
-        The loss of each quantized layer, the largest first.
-
     Raises:
-        InputError: if the source is not one complete model, or the target exists; the target is then untouched.
+        InputError: if the source is not one complete model, the target exists, or the format cannot express the model; the
+            target is then untouched.
     """
+    schemes = schemes or QuantPlan()
+    if to == "gguf" and schemes.by_part():
+        raise InputError("--quantize is not for --to gguf, which has formats of its own: --dtype q8_0")
+    if to == "gguf" and weights_only:
+        raise InputError("--weights-only is not for --to gguf: llama.cpp needs the tokenizer in the file")
+    if to != "gguf" and dtype == "q8_0":
+        raise InputError("--dtype q8_0 is for --to gguf; safetensors take bfloat16, float16 or float32")
     directory = resolve(source)
     model = empty_model(load_config(directory))
     weights, entries = open_weights(directory, model)
     processor = None if weights_only else load_processor(directory)
     stored = {entry.ours: entry for entry in entries}
-    quantizer = Quantizer(model, lambda name: read(stored[name], weights), schemes or QuantPlan())
+
+    def get(name: str) -> torch.Tensor:
+        return read(stored[name], weights)
+
+    written = str(weights.main_dtype).removeprefix("torch.") if dtype == "keep" else dtype
+    if to == "gguf" and processor:
+        with new_directory(target, force=force, mark=LANGUAGE_GGUF) as out:
+            return ConversionReport(wider=_write_gguf(out, model, get, processor, STORAGE.get(written, "F32"), progress))
+    quantizer = Quantizer(model, get, schemes)
     with new_directory(target, force=force) as out:
         write_model(
-            out, model, to or dialect_of(directory), quantizer.get,
-            dtype=dtype or weights.main_dtype, max_shard_bytes=max_shard_bytes, progress=progress,
+            out, model, dialect_of(directory) if to in ("keep", "gguf") else to, quantizer.get,
+            dtype=getattr(torch, written), max_shard_bytes=max_shard_bytes, progress=progress,
         )  # fmt: skip
         if processor:
             save_processor(processor, out)
@@ -73,7 +89,32 @@ def convert(
         if losses:
             error = "norm of the difference of the weights, as a share of their norm; worst layers first"
             write_json(out / "quantization.json", {"error": error, "layers": [asdict(loss) for loss in losses]})
-    return losses
+    return ConversionReport(losses=losses)
+
+
+def _write_gguf(
+    out: Path, model: VLM, get: ReadParameter, processor: Processor, storage: Storage, progress: OnMegabytes | None
+) -> int:
+    config = model.config
+    template = template_of(config.template)
+    end = processor.tokenizer.id(template.end)
+    eos = end if end in config.eos_token_ids else config.eos_token_ids[0]
+    vocabulary = gguf_vocabulary(processor.tokenizer, eos=eos, pad=config.pad_token_id)
+    chat_template = jinja(template, config.system_message)
+    wider = write_language(
+        out / LANGUAGE_GGUF, model, get, vocabulary, chat_template=chat_template, storage=storage, progress=progress
+    )
+    return wider + write_vision(out / VISION_GGUF, model, get, storage=storage, progress=progress)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionReport:
+    """The losses of a conversion."""
+
+    losses: list[QuantizationLoss] = field(default_factory=list)
+    """Of each quantized layer, the largest first."""
+    wider: int = 0
+    """How many matrices q8_0 does not fit (rows no multiple of 32), which are float16 instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,46 +177,3 @@ class Quantizer:
             norm += float(original.square().sum())
         self.losses.append(QuantizationLoss(layer=path, scheme=scheme.name, error=(lost / norm) ** 0.5 if norm else 0.0))
         return {"weight": weight, "scale": scale, **({} if zero is None else {"zero": zero})}
-
-
-def convert_to_gguf(
-    source: str | Path,
-    target: str | Path,
-    *,
-    storage: str | None = None,
-    force: bool = False,
-    progress: ByteProgress | None = None,
-) -> int:
-    """Write a model directory or hub id as the two files of llama.cpp: `model.gguf` and `mmproj.gguf` (docs/hand_over.md).
-
-    Args:
-        storage: float32, float16, bfloat16 or q8_0, of the matrices; None keeps the type of the source.
-        force: replace the target if it holds such files.
-
-    Returns:
-        How many matrices q8_0 does not fit (rows no multiple of 32), which are float16 instead.
-
-    Raises:
-        InputError: as convert, and if llama.cpp does not compute such a model or GGUF cannot describe its tokenizer.
-    """
-    directory = resolve(source)
-    model = empty_model(load_config(directory))
-    config = model.config
-    weights, entries = open_weights(directory, model)
-    processor = load_processor(directory)
-    template = template_of(config.template)
-    end = processor.tokenizer.id(template.end)
-    eos = end if end in config.eos_token_ids else config.eos_token_ids[0]
-    vocabulary = gguf_vocabulary(processor.tokenizer, eos=eos, pad=config.pad_token_id)
-    stored = {entry.ours: entry for entry in entries}
-    kind = STORAGE[storage] if storage else STORAGE.get(str(weights.main_dtype).removeprefix("torch."), "F32")
-
-    def get(name: str) -> torch.Tensor:
-        return read(stored[name], weights)
-
-    with new_directory(target, force=force, mark=LANGUAGE_GGUF) as out:
-        chat_template = jinja(template, config.system_message)
-        wider = write_language(
-            out / LANGUAGE_GGUF, model, get, vocabulary, chat_template=chat_template, storage=kind, progress=progress
-        )
-        return wider + write_vision(out / VISION_GGUF, model, get, storage=kind, progress=progress)

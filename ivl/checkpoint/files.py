@@ -49,18 +49,6 @@ def fingerprint(directory: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def refuse_sources(out: str | Path, *sources: Path) -> Path:
-    """Return the directory to write, unless it holds a source: weights are mapped from their files while others are written.
-
-    Raises:
-        InputError: if `out` is a source, or the directory of one.
-    """
-    for source in sources:
-        if Path(out).resolve() == (source.parent if source.is_file() else source).resolve():
-            raise InputError(f"{out}: is also a source; name a new directory")
-    return Path(out)
-
-
 @contextmanager
 def new_directory(target: str | Path, *, force: bool = False, mark: str = "config.json") -> Iterator[Path]:
     """Yield a directory that becomes the target when the block ends well, and vanishes when it does not.

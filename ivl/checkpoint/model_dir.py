@@ -20,7 +20,7 @@ from ivl.checkpoint.quantization import (
     schemes_of,
     weight_shapes,
 )
-from ivl.checkpoint.weights import MAX_SHARD_BYTES, ByteProgress, StoredWeights, TensorSource, check_entries, write_shards
+from ivl.checkpoint.weights import MAX_SHARD_BYTES, OnMegabytes, StoredWeights, TensorSource, check_entries, write_shards
 from ivl.config import ModelConfig
 from ivl.errors import InputError
 from ivl.model.vlm import VLM
@@ -71,7 +71,7 @@ def save_model(
     dialect: Dialect = "internvl_chat",
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    progress: ByteProgress | None = None,
+    progress: OnMegabytes | None = None,
 ) -> None:
     """Write config.json, generation_config.json and the weights; the tokenizer's files are the processor's matter.
 
@@ -96,7 +96,7 @@ def write_model(
     *,
     dtype: torch.dtype,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    progress: ByteProgress | None = None,
+    progress: OnMegabytes | None = None,
 ) -> None:
     """Write config.json, generation_config.json and the weights of a model that may be on the meta device.
 

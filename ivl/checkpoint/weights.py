@@ -27,8 +27,8 @@ MAX_SHARD_BYTES = 5_000_000_000
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INTEGERS = {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
 """Types of quantized weights."""
-ByteProgress = Callable[[int, int], None]
-"""Called with bytes done and bytes in all."""
+OnMegabytes = Callable[[int, int], None]
+"""Called with megabytes done and megabytes in all."""
 
 
 class TensorSource(Protocol):
@@ -160,7 +160,7 @@ def write_shards(
     dtype: torch.dtype,
     extra: Mapping[str, torch.Tensor] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    progress: ByteProgress | None = None,
+    progress: OnMegabytes | None = None,
 ) -> None:
     """Write entries as `model.safetensors`, or as shards and their index; older weights in the directory are removed.
 
@@ -185,7 +185,7 @@ def write_shards(
                 tensors[name] = torch.empty(tensor.shape, dtype=kind).copy_(tensor.detach())
                 done += tensors[name].nbytes
             if progress:
-                progress(done, total)
+                progress(done // 10**6, total // 10**6)
         weight_map |= dict.fromkeys(tensors, file_name)
         _write_shard(directory / file_name, tensors)
         del tensors

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from ivl.checkpoint.config_table import Dialect
+from ivl.checkpoint.config_table import Dialect, StoredDtype
 from ivl.errors import InputError
-from ivl.utils.progress import counting
+from ivl.utils.progress import reporting
 
 if TYPE_CHECKING:
-    from ivl.checkpoint.weights import ByteProgress
     from ivl.quant.layers import QuantPlan
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
-StoredDtype = Literal["keep", "bfloat16", "float16", "float32"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,74 +110,33 @@ def convert(args: list[str]) -> None:
     schemes = options.quantization.schemes()
     if options.max_shard_gb <= 0:
         raise InputError(f"--max-shard-gb is {options.max_shard_gb}, must be above 0")
-    if options.to != "gguf":
-        _convert_to_safetensors(options, schemes)
-        return
-    if schemes.by_part():
-        raise InputError("--quantize is not for --to gguf, which has formats of its own: --dtype q8_0")
-    if options.weights_only:
-        raise InputError("--weights-only is not for --to gguf: llama.cpp needs the tokenizer in the file")
-    from ivl.checkpoint.convert import LANGUAGE_GGUF, VISION_GGUF, convert_to_gguf
-
-    storage = None if options.dtype == "keep" else options.dtype
-    with _megabytes(f"writing {options.dst}") as progress:
-        wider = convert_to_gguf(options.src, options.dst, storage=storage, force=options.force, progress=progress)
-    note = f"; {wider} matrices do not fit q8_0 (rows no multiple of 32) and are float16" if wider else ""
-    print(f"{options.dst}: {LANGUAGE_GGUF} and {VISION_GGUF} written{note}")
-
-
-def _convert_to_safetensors(options: ConvertOptions, schemes: QuantPlan) -> None:
     from ivl.checkpoint.convert import convert as convert_model
 
-    if options.dtype == "q8_0":
-        raise InputError("--dtype q8_0 is for --to gguf; safetensors take bfloat16, float16 or float32")
-    to = None if options.to in ("keep", "gguf") else options.to
-    with _megabytes(f"writing {options.dst}") as progress:
-        losses = convert_model(
-            options.src, options.dst, to=to, dtype=_torch_dtype(options.dtype), schemes=schemes, force=options.force,
+    with reporting(f"writing {options.dst}", "MB") as progress:
+        report = convert_model(
+            options.src, options.dst, to=options.to, dtype=options.dtype, schemes=schemes, force=options.force,
             weights_only=options.weights_only, max_shard_bytes=int(options.max_shard_gb * 1e9), progress=progress,
         )  # fmt: skip
-    if not losses:
-        print(f"{options.dst}: {f'{to} ' if to else ''}model written")
-        return
-    parts = ", ".join(f"{name} {scheme.name}" for name, scheme in schemes.by_part().items())
-    print(f"{options.dst}: written with {parts}; of {len(losses)} layers these lost most (share of the weights; ", end="")
-    print("quantization.json):", *(f"  {loss.error:7.3%}  {loss.layer}" for loss in losses[:5]), sep="\n")
+    wider = f"; {report.wider} matrices do not fit q8_0 (rows no multiple of 32) and are float16" if report.wider else ""
+    print(f"{options.dst}: {'' if options.to == 'keep' else f'{options.to} '}model written{wider}")
+    if report.losses:
+        parts = ", ".join(f"{name} {scheme.name}" for name, scheme in schemes.by_part().items())
+        print(f"{parts}; of {len(report.losses)} layers these lost most (share of the weights; quantization.json):")
+        print(*(f"  {loss.error:7.3%}  {loss.layer}" for loss in report.losses[:5]), sep="\n")
 
 
 def compose(args: list[str]) -> None:
     options = tyro.cli(ComposeOptions, prog="ivl compose", args=args)
-    from ivl.checkpoint import compose as composing
-    from ivl.checkpoint.files import new_directory
+    from ivl.checkpoint.compose import compose as compose_model
 
-    dtype = _torch_dtype(options.dtype)
-    with _megabytes(f"writing {options.out}") as progress, new_directory(options.out, force=options.force) as part:
-        composing.compose(
-            options.vit, options.llm, options.projector, part,
-            seed=options.seed, dtype=dtype, dialect=options.to, progress=progress,
-        )  # fmt: skip
+    with reporting(f"writing {options.out}", "MB") as progress:
+        compose_model(**vars(options), progress=progress)
     print(f"{options.out}: composed model written")
 
 
 def merge(args: list[str]) -> None:
     options = tyro.cli(MergeOptions, prog="ivl merge", args=args)
-    from ivl.checkpoint import adapter
-    from ivl.checkpoint.files import new_directory
+    from ivl.checkpoint.adapter import merge as merge_adapter
 
-    with new_directory(options.out, force=options.force) as part:
-        adapter.merge(options.model, options.adapter, part)
+    merge_adapter(**vars(options))
     print(f"{options.out}: merged model written")
-
-
-def _torch_dtype(name: StoredDtype) -> Any:
-    import torch
-
-    return None if name == "keep" else getattr(torch, name)
-
-
-@contextmanager
-def _megabytes(title: str) -> Iterator[ByteProgress]:
-    """Show a bar of written megabytes on stderr."""
-    with counting() as bar:
-        task = bar.add_task(title, total=None, note="MB")
-        yield lambda done, total: bar.update(task, completed=done // 10**6, total=total // 10**6)

@@ -170,7 +170,7 @@ def test_rows_that_no_checkpoint_has_are_drawn(tmp_path: Path) -> None:
     vlm(tmp_path / "small")
     base = language_model(tmp_path / "base", padding=0, special=("<|endoftext|>",), tied=True)
     for seed in (0, 0, 1):
-        compose(tmp_path / "small", tmp_path / "base", None, tmp_path / "out", seed=seed)
+        compose(tmp_path / "small", tmp_path / "base", None, tmp_path / "out", seed=seed, force=True)
         model = load_model(tmp_path / "out")
         rows = model.decoder.embeddings.weight.detach().clone()
         fresh = model.projector.fc1.weight.detach().clone()
@@ -191,7 +191,7 @@ def test_parts_of_one_model_make_that_model(tmp_path: Path) -> None:
             whole = tmp_path / f"{dialect}-{size}"
             model = vlm(whole, size, dialect)
             out = tmp_path / f"{whole.name}-again"
-            compose(whole, whole, whole, out, dialect=dialect)
+            compose(whole, whole, whole, out, to=dialect)
             again = load_model(out)
             assert same_weights(again, model)
             assert again.config == load_config(whole)
@@ -231,7 +231,7 @@ def test_parts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         compose(large, large, None, out)
     with pytest.raises(InputError, match="'qwen2'; a projector comes from"):
         compose(whole, large, large, out)
-    with pytest.raises(InputError, match="also a source"):
+    with pytest.raises(InputError, match="exists; name another"):
         compose(whole, large, None, whole)
     with pytest.raises(InputError, match="no such file"):
         compose(whole, tmp_path / "missing.gguf", None, out)
@@ -251,7 +251,7 @@ def test_no_part_is_rounded_unless_asked(tmp_path: Path) -> None:
     wide = load_model(tmp_path / "wide")
     assert wide.dtype == torch.float32 and vision_equal(wide, small)
     assert torch.equal(wide.decoder.norm.weight, large.decoder.norm.weight.bfloat16().float())
-    compose(tmp_path / "small", tmp_path / "large", None, tmp_path / "narrow", dtype=torch.bfloat16)
+    compose(tmp_path / "small", tmp_path / "large", None, tmp_path / "narrow", dtype="bfloat16")
     assert load_model(tmp_path / "narrow").dtype == torch.bfloat16
 
 
@@ -292,7 +292,7 @@ def test_merge_writes_a_model_that_needs_nothing_else(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", script, str(tmp_path / f"{dialect}-merged"), str(tmp_path / "logits")], check=True)
     torch.testing.assert_close(torch.load(tmp_path / "logits"), expected, atol=1e-4, rtol=1e-5)
     (tmp_path / "gone").rename(base)
-    with pytest.raises(InputError, match="also a source"):
+    with pytest.raises(InputError, match="exists; name another"):
         merge(base, tmp_path / f"{dialect}-adapter", base)
 
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from ivl.checkpoint import load_tokenizer, save_model, save_processor
-from ivl.checkpoint.convert import convert_to_gguf
+from ivl.checkpoint.convert import convert
 from ivl.checkpoint.gguf.reader import GgufModel
 from ivl.checkpoint.gguf.tokenizer import gguf_vocabulary, tokenizer_from_gguf
 from ivl.checkpoint.gguf.writer import write_language, write_vision
@@ -96,7 +96,7 @@ def test_the_language_file_is_the_decoder_and_its_tokenizer(tmp_path: Path, size
 
 def test_the_mmproj_file_says_what_clip_reads(tmp_path: Path) -> None:
     model, _ = written(tmp_path / "m", "1B")
-    assert convert_to_gguf(tmp_path / "m", tmp_path / "g") == 0
+    assert convert(tmp_path / "m", tmp_path / "g", to="gguf").wider == 0
     path = tmp_path / "g" / "mmproj.gguf"
     found = fields(path)
     expected = {
@@ -125,13 +125,13 @@ def test_storage_types(tmp_path: Path) -> None:
     model, _ = written(tmp_path / "m", "1B")
     weight = model.decoder.layers[0].out.weight.detach()
     for storage, error in (("float16", 1e-3), ("bfloat16", 4e-3), ("q8_0", 1e-2)):
-        convert_to_gguf(tmp_path / "m", tmp_path / storage, storage=storage)
+        convert(tmp_path / "m", tmp_path / storage, to="gguf", dtype=storage)
         got = torch.from_numpy(tensors(tmp_path / storage / "model.gguf")["blk.0.attn_output.weight"].astype(np.float32))
         assert 0 < (got - weight).norm() <= error * weight.norm()
     model.decoder.layers[0].out.weight.data[0, 0] = 1e6
     save_model(model, tmp_path / "m")
     with pytest.raises(InputError, match=r"blk\.0\.attn_output\.weight holds 1e\+06, which float16 cannot express"):
-        convert_to_gguf(tmp_path / "m", tmp_path / "next", storage="float16")
+        convert(tmp_path / "m", tmp_path / "next", to="gguf", dtype="float16")
     assert not (tmp_path / "next").exists()
 
 
@@ -159,10 +159,10 @@ def test_what_llama_cpp_does_not_compute_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=message):
             command([str(tmp_path / "m"), str(out), *flags])
-    convert_to_gguf(tmp_path / "m", out)
+    convert(tmp_path / "m", out, to="gguf")
     with pytest.raises(InputError, match="--force"):
-        convert_to_gguf(tmp_path / "m", out)
-    convert_to_gguf(tmp_path / "m", out, force=True)
+        convert(tmp_path / "m", out, to="gguf")
+    convert(tmp_path / "m", out, to="gguf", force=True)
 
 
 # -- beside llama.cpp
@@ -222,7 +222,7 @@ def peer_logits(peer: Any, context: Any, ids: list[int], vocab_size: int) -> tor
 )
 def test_llama_cpp_computes_our_logits(peer, tmp_path: Path, size: str, storage: str, error: float) -> None:
     model, processor = written(tmp_path / "m", size)
-    convert_to_gguf(tmp_path / "m", tmp_path / "g", storage=storage)
+    convert(tmp_path / "m", tmp_path / "g", to="gguf", dtype=storage)
     words = processor.tokenizer
     ids = [words.id("<|im_start|>"), *words.encode(TEXTS[0] + TEXTS[2]), words.id("<|im_end|>")]
     with llama(peer, tmp_path / "g") as (peer_model, context), torch.no_grad():
@@ -278,7 +278,7 @@ def test_llama_cpp_sees_what_we_see(peer, tmp_path: Path) -> None:
     """
     mtmd = pytest.importorskip("llama_cpp.mtmd_cpp")
     model, processor = written(tmp_path / "m", "1B")
-    convert_to_gguf(tmp_path / "m", tmp_path / "g", storage="float32")
+    convert(tmp_path / "m", tmp_path / "g", to="gguf", dtype="float32")
     words, width = processor.tokenizer, model.config.decoder.width
     noise = torch.randint(0, 256, (112, 112, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8).numpy()
     with llama(peer, tmp_path / "g") as (peer_model, _):

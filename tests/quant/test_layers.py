@@ -121,7 +121,7 @@ def test_converted_loaded_and_saved_again_in_both_dialects(source: Path, tmp_pat
     if to == "transformers" and json.loads((source / "config.json").read_text())["ps_version"] == "v1":
         pytest.skip("no such form")
     schemes = QuantPlan(language=scheme, head=INT8)
-    losses = convert(source, tmp_path / "q", to=to, schemes=schemes, weights_only=True)  # type: ignore[arg-type]
+    losses = convert(source, tmp_path / "q", to=to, schemes=schemes, weights_only=True).losses  # type: ignore[arg-type]
     plain, model = load_model(source, dtype=torch.float32), load_model(tmp_path / "q")
     assert model.dtype is torch.bfloat16
     layers, parameters = quantized_layers(model), dict(plain.named_parameters())

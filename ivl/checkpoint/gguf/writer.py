@@ -17,7 +17,7 @@ import torch
 from ivl.checkpoint.gguf.reader import DECODER_FIELDS, INTERLEAVED_ROTARY, NAMES
 from ivl.checkpoint.gguf.tokenizer import UNUSED, GgufVocabulary
 from ivl.checkpoint.keymaps import PROJECTOR, VISION, TensorEntry, build_entries, names_in
-from ivl.checkpoint.weights import ByteProgress
+from ivl.checkpoint.weights import OnMegabytes
 from ivl.config import DecoderConfig, ModelConfig
 from ivl.errors import InputError
 from ivl.model.vlm import PIXEL_MEAN, PIXEL_STD, VLM
@@ -47,7 +47,7 @@ def write_language(
     *,
     chat_template: str,
     storage: Storage,
-    progress: ByteProgress | None = None,
+    progress: OnMegabytes | None = None,
 ) -> int:
     """Write the decoder with its tokenizer. GGUF knows no dynamic NTK: beyond max_positions llama.cpp does not rescale.
 
@@ -80,7 +80,7 @@ def write_language(
     return _write(writer, _plan(entries, model, storage), read, arrange, progress)
 
 
-def write_vision(path: Path, model: VLM, read: ReadParameter, *, storage: Storage, progress: ByteProgress | None = None) -> int:
+def write_vision(path: Path, model: VLM, read: ReadParameter, *, storage: Storage, progress: OnMegabytes | None = None) -> int:
     """Write InternViT and the projector, llama.cpp's `--mmproj` file. Layers after the selected one are left out.
 
     Returns:
@@ -150,7 +150,11 @@ def _plan(entries: Sequence[TensorEntry], model: VLM, storage: Storage) -> list[
 
 
 def _write(
-    writer: GGUFWriter, tensors: Sequence[_PlannedTensor], read: ReadParameter, arrange: Arrange, progress: ByteProgress | None
+    writer: GGUFWriter,
+    tensors: Sequence[_PlannedTensor],
+    read: ReadParameter,
+    arrange: Arrange,
+    progress: OnMegabytes | None,
 ) -> int:
     """Write the whole file, one of our parameters in memory at a time; returns how many tensors are wider."""
     import gguf
@@ -171,7 +175,7 @@ def _write(
             writer.write_tensor_data(_stored(rows, tensor.storage, f"{writer.path}: tensor {tensor.name}"))
             done += tensor.num_bytes
             if progress:
-                progress(done, total)
+                progress(done // 10**6, total // 10**6)
     except OSError as error:
         raise InputError(f"{writer.path}: cannot be written: {error}") from error
     finally:
