@@ -155,6 +155,8 @@ class Mixture:
             yield from self._draw(np.asarray(positions[at : at + block], dtype=np.int64))
 
     def _draw(self, positions_N: np.ndarray) -> list[Draw]:
+        # A place is a draw of the epoch before shuffling: the draws of the first data set, then those of the second, and so on;
+        # within one data set all its rows once, then all once more, and last an incomplete copy.
         epoch_N, place_N = np.divmod(positions_N, len(self))
         if self.shuffle:
             for epoch in np.unique(epoch_N):
@@ -231,16 +233,22 @@ def weighted(draws: Sequence[int], rows_D: np.ndarray, weighting: Weighting) -> 
 
 
 class Permutation:
-    """A seeded permutation of range(size) computed on demand: a Feistel network, walked until it lands inside.
+    """A seeded permutation of range(size), computed on demand and never stored.
 
-    Source: Black and Rogaway, Ciphers with arbitrary finite domains (cycle walking).
+    A Feistel network of any round function is a permutation of 2^(2 * bits) numbers: each round swaps the halves of a number
+    and changes one by a function of the other, which the inverse undoes in reverse. To permute fewer numbers, a value outside
+    range(size) goes through the network again until it lands inside (cycle walking). Starting inside, it must return there,
+    since the network's cycles are closed, and two values that start inside cannot meet. The network permutes fewer than 4 *
+    size numbers, so this takes fewer than 4 passes on average.
+
+    Source: Black and Rogaway, Ciphers with arbitrary finite domains (2002).
     """
 
     ROUNDS = 8
 
     def __init__(self, size: int, *seed: int) -> None:
         self.size = size
-        # The network permutes 2^(2 * bits) numbers; at least 256, for a handful of rounds shuffles tiny ranges badly.
+        # At least 256 numbers, for a handful of rounds shuffles tiny ranges badly.
         self._bits = np.uint64(max(4, ((size - 1).bit_length() + 1) // 2))
         self._mask = np.uint64((1 << int(self._bits)) - 1)
         self._keys = np.random.SeedSequence(seed).generate_state(self.ROUNDS, np.uint64)

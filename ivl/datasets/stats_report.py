@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from rich.table import Table
 from ivl.datasets.stats import PERCENTILES, DatasetStats, Histogram, total
 from ivl.errors import InputError
 from ivl.utils import html as pages
+from ivl.utils.files import write_atomic, write_json
 
 MAX_SOURCES = 12
 """Data sets that a plot tells apart; the smaller ones are drawn as one. The tables name them all."""
@@ -30,17 +30,16 @@ def write_report(out: str | Path, datasets: Sequence[DatasetStats], *, mixture: 
         InputError: if matplotlib is not installed, or nothing could be read.
     """
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     whole = total(datasets)
     values = {
         "mixture": mixture, "model": model, "datasets": {each.name: each.to_json() for each in datasets},
         "total": whole.to_json(),
     }  # fmt: skip
-    (out / "stats.json").write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(out / "stats.json", values)
     if not whole.conversations:
         raise InputError(f"{mixture}: no row could be read, so there is nothing to plot")
     page = out / "stats.html"
-    page.write_text(_page(datasets, whole, mixture, model), encoding="utf-8")
+    write_atomic(page, _page(datasets, whole, mixture, model))
     return page
 
 
@@ -50,25 +49,20 @@ Cells = tuple[str, list[str], list[list[str]]]
 
 def _counts(datasets: Sequence[DatasetStats]) -> Cells:
     encoded = any(each.encoded for each in datasets)
-    columns = [
-        "rows",
-        "bad",
-        "conversations",
-        "turns",
-        "images",
-        "videos",
-        *(["tokens", "tiles"] if encoded else []),
-        "characters",
-    ]
+    sizes = ["tokens", "tiles", "characters"] if encoded else ["characters"]
+    columns = ["rows", "bad", "conversations", "turns", "images", "videos", *sizes]
     every = [*datasets, total(datasets)] if len(datasets) > 1 else datasets
-    size = "tokens" if encoded else "characters"
-    whole = sum(getattr(each, size) for each in datasets) or 1
+    whole = sum(getattr(each, sizes[0]) for each in datasets) or 1
     rows = [
-        [each.name, each.format, *(f"{getattr(each, column):,}" for column in columns),
-         f"{getattr(each, size) / whole:.1%}"]
+        [
+            each.name,
+            each.format,
+            *(f"{getattr(each, column):,}" for column in columns),
+            f"{getattr(each, sizes[0]) / whole:.1%}",
+        ]
         for each in every
-    ]  # fmt: skip
-    return "", ["dataset", "format", *columns, f"of {size}"], rows
+    ]
+    return "", ["dataset", "format", *columns, f"of {sizes[0]}"], rows
 
 
 def _lengths(datasets: Sequence[DatasetStats]) -> list[Cells]:

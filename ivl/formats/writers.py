@@ -23,14 +23,10 @@ WrittenLayout = Literal["reference", "openai", "sharegpt", "swift"]
 """Layouts that rows are written in."""
 GROUP_BYTES = 1 << 23
 """Images and text of a parquet row group: few, since a random row costs the decoding of its group."""
-SUFFIXES = (
-    (b"\x89PNG", "png"),
-    (b"\xff\xd8", "jpeg"),
-    (b"GIF8", "gif"),
-    (b"BM", "bmp"),
-    (b"II*\0", "tiff"),
-    (b"MM\0*", "tiff"),
-)
+IMAGE_SUFFIXES = {
+    b"\x89PNG": "png", b"\xff\xd8": "jpeg", b"GIF8": "gif", b"BM": "bmp", b"II*\0": "tiff", b"MM\0*": "tiff",
+}  # fmt: skip
+"""Suffixes by the first bytes."""
 
 
 class Writer(Protocol):
@@ -48,7 +44,7 @@ def image_suffix(data: bytes) -> str:
     """Return `png`, `jpeg`, ... by the first bytes; `bin` for what is no known image."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
-    return next((suffix for magic, suffix in SUFFIXES if data.startswith(magic)), "bin")
+    return next((suffix for magic, suffix in IMAGE_SUFFIXES.items() if data.startswith(magic)), "bin")
 
 
 def medium_value(ref: ImageRef | VideoRef) -> str:
