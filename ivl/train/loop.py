@@ -119,8 +119,8 @@ class Counters:
 class StepSums:
     """Float64 sums over the micro-batches of a step, and the ids of their samples."""
 
-    values: dict[str, torch.Tensor] = field(default_factory=dict)
-    ids: list[str] = field(default_factory=list)
+    values: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    ids: list[str] = field(default_factory=list[str])
 
     def add(self, batch: Batch, loss: Loss) -> None:
         """Add the figures of one micro-batch."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +29,7 @@ class Optimizer:
             groups = self._groups(matrices, muon=True)
             self.parts.append(torch.optim.Muon(groups, momentum=config.muon_momentum, adjust_lr_fn=scale))
 
-    def _groups(self, names: list[str], *, muon: bool) -> list[dict]:
+    def _groups(self, names: list[str], *, muon: bool) -> list[dict[str, Any]]:
         """Parameters that share rate and decay; `peak` is the rate that the schedule scales."""
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name in names:
@@ -52,7 +53,7 @@ class Optimizer:
         With shards every rank takes part in the gathering; a rank that does not keep them gets an empty dict.
         """
         names: dict[torch.Tensor, str] = {p: name for name, p in self.parameters.items()}
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for part in self.parts:
             for p, state in part.state.items():
                 for key, value in state.items():

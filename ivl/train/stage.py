@@ -46,7 +46,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def count_by_part(model: VLM) -> dict[str, tuple[int, int]]:
     """Count parameters: part -> (trained, frozen)."""
-    counts = {}
+    counts: dict[str, tuple[int, int]] = {}
     for part in PARTS:
         parameters = list(model.get_submodule(part).parameters())
         trained = sum(p.numel() for p in parameters if p.requires_grad)
