@@ -20,7 +20,7 @@ from ivl.checkpoint.gguf.reader import GgufModel
 from ivl.checkpoint.gguf.tokenizer import tokenizer_from_gguf
 from ivl.checkpoint.hub import resolve
 from ivl.checkpoint.keymaps import TensorEntry, decoder_map, vision_map
-from ivl.checkpoint.model_dir import empty_model, open_weights, read, tensors_of, untie, write_model
+from ivl.checkpoint.model_dir import empty_model, open_weights, read, save_model, tensors_of, untie
 from ivl.checkpoint.processor_files import save_processor
 from ivl.checkpoint.vocabulary import load_tokenizer
 from ivl.checkpoint.weights import OnMegabytes, StoredWeights, TensorSource, check_entries
@@ -102,7 +102,8 @@ def compose(
     kept = reduce(torch.promote_types, (part.weights.main_dtype for part in parts))
     written = kept if dtype == "keep" else getattr(torch, dtype)
     with new_directory(out, force=force) as target:
-        write_model(target, empty_model(config), to, lambda name: tensors[name](), dtype=written, progress=progress)
+        model = empty_model(config)
+        save_model(model, target, dialect=to, dtype=written, get=lambda name: tensors[name](), progress=progress)
         save_processor(Processor(config, tokenizer), target)
     return config
 
@@ -199,15 +200,9 @@ def _eos_ids(directory: Path) -> tuple[int, ...]:
 
 def _projector_part(directory: Path, config: ModelConfig) -> ModelPart:
     """The InternVL of a directory, if its projector fits the two parts."""
-    kind = open_section(directory / "config.json").get("model_type")
-    if kind not in _INTERNVL:
-        raise InputError(
-            f"{directory}: model_type is {kind!r}; a projector comes from an InternVL model ({', '.join(_INTERNVL)})"
-        )
     part = _internvl(directory)
     theirs = part.whole
-    have = (4 * theirs.vision.width, theirs.decoder.width)
-    need = (4 * config.vision.width, config.decoder.width)
+    have, need = ((4 * whole.vision.width, whole.decoder.width) for whole in (theirs, config))
     if have != need:
         raise InputError(
             f"{directory}: its projector maps {have[0]} to {have[1]} numbers, but these parts need {need[0]} to {need[1]}; "

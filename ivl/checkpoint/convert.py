@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +16,7 @@ from ivl.checkpoint.files import new_directory
 from ivl.checkpoint.gguf.tokenizer import gguf_vocabulary
 from ivl.checkpoint.gguf.writer import STORAGE, ReadParameter, Storage, write_language, write_vision
 from ivl.checkpoint.hub import resolve
-from ivl.checkpoint.model_dir import empty_model, open_weights, read, write_model
+from ivl.checkpoint.model_dir import empty_model, open_weights, read, save_model
 from ivl.checkpoint.processor_files import jinja, load_processor, save_processor
 from ivl.checkpoint.weights import MAX_SHARD_BYTES, OnMegabytes
 from ivl.errors import InputError
@@ -77,15 +77,16 @@ def convert(
     if to == "gguf" and processor:
         with new_directory(target, force=force, mark=LANGUAGE_GGUF) as out:
             return ConversionReport(wider=_write_gguf(out, model, get, processor, STORAGE.get(written, "F32"), progress))
-    quantizer = Quantizer(model, get, schemes)
+    losses: list[QuantizationLoss] = []
+    get = quantizing(model, get, schemes, losses)
     with new_directory(target, force=force) as out:
-        write_model(
-            out, model, dialect_of(directory) if to in ("keep", "gguf") else to, quantizer.get,
-            dtype=getattr(torch, written), max_shard_bytes=max_shard_bytes, progress=progress,
+        save_model(
+            model, out, dialect=dialect_of(directory) if to in ("keep", "gguf") else to, dtype=getattr(torch, written),
+            get=get, max_shard_bytes=max_shard_bytes, progress=progress,
         )  # fmt: skip
         if processor:
             save_processor(processor, out)
-        losses = sorted(quantizer.losses, key=lambda loss: -loss.error)
+        losses.sort(key=lambda loss: -loss.error)
         if losses:
             error = "norm of the difference of the weights, as a share of their norm; worst layers first"
             write_json(out / "quantization.json", {"error": error, "layers": [asdict(loss) for loss in losses]})
@@ -127,43 +128,32 @@ class QuantizationLoss:
     """Norm of the difference of the weights, as a share of their norm."""
 
 
-class Quantizer:
-    """Replaces layers of an empty model by quantized ones, and computes their tensors from those of the original model.
+def quantizing(model: nn.Module, read: ReadParameter, schemes: QuantPlan, losses: list[QuantizationLoss]) -> ReadParameter:
+    """Replace layers of an empty model by quantized ones; return a reader that computes them from the original's tensors.
 
     Args:
         read: returns a tensor of the original model by its name.
+        losses: gets the loss of each layer when that is first read.
 
     Raises:
         InputError: if a layer does not fit its scheme.
     """
 
-    def __init__(self, model: nn.Module, read: Callable[[str], torch.Tensor], schemes: QuantPlan) -> None:
-        def scheme_of(path: str, layer: nn.Linear) -> QuantConfig | None:
-            scheme = schemes.for_layer(path)
-            try:
-                if scheme:
-                    scheme.groups(layer.in_features)
-            except ValueError as error:
-                raise InputError(f"{path}: {error}; name another --group-size") from None
-            return scheme
+    def scheme_of(path: str, layer: nn.Linear) -> QuantConfig | None:
+        scheme = schemes.for_layer(path)
+        try:
+            if scheme:
+                scheme.groups(layer.in_features)
+        except ValueError as error:
+            raise InputError(f"{path}: {error}; name another --group-size") from None
+        return scheme
 
-        self.losses: list[QuantizationLoss] = []
-        self._read = read
-        self._paths = set(quantize_layers(model, scheme_of))
-        self._layers = quantized_layers(model)
-        self._last: tuple[str, dict[str, torch.Tensor]] = ("", {})
+    quantize_layers(model, scheme_of)
+    layers = quantized_layers(model)
 
-    def get(self, name: str) -> torch.Tensor:
-        """Return a parameter or buffer of the model. The last quantized layer is kept: its tensors are read in a row."""
-        path, _, leaf = name.rpartition(".")
-        if path not in self._paths or leaf == "bias":
-            return self._read(name)
-        if self._last[0] != path:
-            self._last = (path, self._quantized(path))
-        return self._last[1][leaf]
-
-    def _quantized(self, path: str) -> dict[str, torch.Tensor]:
-        matrix, scheme = self._read(f"{path}.weight"), self._layers[path].config
+    @lru_cache(maxsize=1)  # the tensors of a layer are read one after another
+    def quantized(path: str) -> dict[str, torch.Tensor | None]:
+        matrix, scheme = read(f"{path}.weight"), layers[path].config
         try:
             weight, scale, zero = quantize(matrix, scheme)
         except ValueError as error:
@@ -175,5 +165,12 @@ class Quantizer:
             restored = dequantize(weight[rows], scale[rows].float(), None if zero is None else zero[rows], scheme)
             lost += float((restored - original).square().sum())
             norm += float(original.square().sum())
-        self.losses.append(QuantizationLoss(layer=path, scheme=scheme.name, error=(lost / norm) ** 0.5 if norm else 0.0))
-        return {"weight": weight, "scale": scale, **({} if zero is None else {"zero": zero})}
+        losses.append(QuantizationLoss(layer=path, scheme=scheme.name, error=(lost / norm) ** 0.5 if norm else 0.0))
+        return {"weight": weight, "scale": scale, "zero": zero}
+
+    def get(name: str) -> torch.Tensor:
+        path, _, leaf = name.rpartition(".")
+        tensor = quantized(path)[leaf] if path in layers and leaf != "bias" else None
+        return read(name) if tensor is None else tensor
+
+    return get

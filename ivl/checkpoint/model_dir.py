@@ -70,6 +70,7 @@ def save_model(
     *,
     dialect: Dialect = "internvl_chat",
     dtype: torch.dtype | None = None,
+    get: Callable[[str], torch.Tensor] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: OnMegabytes | None = None,
 ) -> None:
@@ -77,35 +78,13 @@ def save_model(
 
     Args:
         dtype: of the written weights; None keeps the model's.
+        get: returns a parameter or buffer by its name, for a model on the meta device; called shard by shard, so that at
+            most one shard is held. None writes the model's own.
 
     Raises:
         InputError: if the dialect cannot express the model, or the model carries LoRA adapters.
     """
-    tensors = tensors_of(model)
-    write_model(
-        Path(out_dir), model, dialect, lambda name: tensors[name].detach(),
-        dtype=dtype or model.dtype, max_shard_bytes=max_shard_bytes, progress=progress,
-    )  # fmt: skip
-
-
-def write_model(
-    directory: Path,
-    model: VLM,
-    dialect: Dialect,
-    get: Callable[[str], torch.Tensor],
-    *,
-    dtype: torch.dtype,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    progress: OnMegabytes | None = None,
-) -> None:
-    """Write config.json, generation_config.json and the weights of a model that may be on the meta device.
-
-    Args:
-        get: returns a parameter or buffer by its name; called shard by shard, so that at most one shard is held.
-
-    Raises:
-        InputError: as save_model.
-    """
+    directory, dtype = Path(out_dir), dtype or model.dtype
     config = to_json(model.config, dialect, str(dtype).removeprefix("torch."))
     if quantized_layers(model):
         config["quantization_config"] = quantization_json(schemes_of(model))
@@ -116,7 +95,7 @@ def write_model(
         raise InputError(f"the model has parameters that no checkpoint holds: {listing(extra)}; merge LoRA adapters first")
     directory.mkdir(parents=True, exist_ok=True)
     write_shards(
-        directory, entries, tensors, lambda entry: get(entry.ours),
+        directory, entries, tensors, get or tensors.__getitem__,
         dtype=dtype, extra=weight_shapes(model, entries), max_shard_bytes=max_shard_bytes, progress=progress,
     )  # fmt: skip
     write_json(directory / "generation_config.json", generation_json(model.config))
@@ -135,17 +114,11 @@ def tensors_of(model: VLM) -> dict[str, torch.Tensor]:
 
 
 def allocate(model: torch.nn.Module, device: torch.device | str) -> None:
-    """Give every tensor of a model that is on the meta device memory, not yet written. `to_empty` does this, too, but imports
-    sympy (0.7 s) for it."""
+    """Give every tensor of a model that is on the meta device memory, not yet written.
 
-    def memory(like: torch.Tensor) -> torch.Tensor:
-        return torch.empty(like.shape, dtype=like.dtype, device=device) if like.is_meta else like
-
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, torch.nn.Parameter(memory(parameter), parameter.requires_grad))
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, memory(buffer))
+    `to_empty` does this, too, but imports sympy (0.7 s) for it.
+    """
+    model._apply(lambda like: torch.empty(like.shape, dtype=like.dtype, device=device) if like.is_meta else like)
 
 
 def open_weights(directory: Path, model: VLM, *, quantized: bool = False) -> tuple[StoredWeights, list[TensorEntry]]:

@@ -93,22 +93,19 @@ def rounds_activations(place: str, config: Any) -> bool:
         refuse("config_groups", groups, "an object of groups")
     rounding: dict[bool, str] = {}
     for name, group in groups.items():
-        kind, weights, inputs = (
-            group.get("format") or config.get("format"),
-            group.get("weights"),
-            group.get("input_activations"),
-        )
+        kind = group.get("format") or config.get("format")
+        weights, inputs, outputs = (group.get(key) for key in ("weights", "input_activations", "output_activations"))
         if kind not in (PACKED, INTS):
             refuse(f"format of {name}", kind, f"{PACKED} or {INTS}")
         if not isinstance(weights, dict) or weights.get("type") != "int" or weights.get("num_bits") not in (4, 8):
             refuse(f"weights of {name}", weights, "integers of 4 or 8 bits")
-        if group.get("output_activations") is not None:
-            refuse(f"output_activations of {name}", group["output_activations"], "null")
-        fits = isinstance(inputs, dict) and all(inputs.get(key) == value for key, value in _TOKEN_INPUTS.items())
-        if inputs is not None and (not fits or kind == PACKED):
+        if outputs is not None:
+            refuse(f"output_activations of {name}", outputs, "null")
+        fits = isinstance(inputs, dict) and kind == INTS and _TOKEN_INPUTS.items() <= inputs.items()
+        if inputs is not None and not fits:
             refuse(f"input_activations of {name}", inputs, f"null, or {_TOKEN_INPUTS} in format {INTS}")
         if kind == INTS:
-            rounding[inputs is not None] = name
+            rounding[fits] = name
     if len(rounding) > 1:
         raise InputError(f"{place}: quantization_config: {' and '.join(rounding.values())} differ in input_activations")
     return True in rounding

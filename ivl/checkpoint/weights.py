@@ -155,7 +155,7 @@ def write_shards(
     directory: Path,
     entries: Sequence[TensorEntry],
     like: Mapping[str, torch.Tensor],
-    get: Callable[[TensorEntry], torch.Tensor],
+    get: Callable[[str], torch.Tensor],
     *,
     dtype: torch.dtype,
     extra: Mapping[str, torch.Tensor] | None = None,
@@ -166,7 +166,7 @@ def write_shards(
 
     Args:
         like: a tensor of the shape and kind of each of our parameters, on any device.
-        get: returns our parameter for an entry; called shard by shard, so that at most one shard is held.
+        get: returns our parameter by its name; called shard by shard, so that at most one shard is held.
         dtype: of the written tensors; integers stay as they are.
         extra: a few small tensors to write as well, by their names in the file.
 
@@ -179,7 +179,7 @@ def write_shards(
     for file_name, shard in shards.items():
         tensors: dict[str, torch.Tensor] = dict(extra or {}) if file_name == list(shards)[-1] else {}
         for entry in shard:
-            for name, tensor in zip(entry.theirs, entry.split(get(entry)), strict=True):
+            for name, tensor in zip(entry.theirs, entry.split(get(entry.ours)), strict=True):
                 # A copy of its own: parts of a fused weight share storage, which safetensors refuses.
                 kind = dtype if tensor.is_floating_point() else tensor.dtype
                 tensors[name] = torch.empty(tensor.shape, dtype=kind).copy_(tensor.detach())

@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from ivl.config import PUBLISHED, SIZES, published_config
+from ivl.utils.progress import wide_console
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,6 @@ def models(args: list[str]) -> None:
     if options.json:
         print(json.dumps(rows, indent=2))
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, header_style="bold")
@@ -36,18 +36,14 @@ def models(args: list[str]) -> None:
         table.add_column(column, justify="right" if column.endswith("parameters") else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(f"{v:,}" if isinstance(v, int) else v for v in row.values()))
-    # A terminal or a pipe may be narrow, but cut ids and counts would be useless: let lines run over instead.
-    Console(width=max(Console().width, 200)).print(table)
+    wide_console().print(table)
 
 
 def count_parameters(size: str) -> dict[str, int]:
     """Count the parameters of one published size exactly, by part."""
-    import torch
+    from ivl.checkpoint.model_dir import empty_model
 
-    from ivl.model.vlm import VLM
-
-    with torch.device("meta"):
-        model = VLM(published_config(size))
+    model = empty_model(published_config(size))
     parts = {"vision": model.vision, "projector": model.projector, "language": model.decoder}
     counts = {f"{name}_parameters": sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     return {**counts, "parameters": sum(counts.values())}

@@ -229,7 +229,7 @@ def test_parts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         compose(whole, large, whole, out)
     with pytest.raises(InputError, match="'qwen2'; a ViT comes from"):
         compose(large, large, None, out)
-    with pytest.raises(InputError, match="'qwen2'; a projector comes from"):
+    with pytest.raises(InputError, match="'qwen2'; expected internvl_chat"):
         compose(whole, large, large, out)
     with pytest.raises(InputError, match="exists; name another"):
         compose(whole, large, None, whole)
