@@ -117,12 +117,8 @@ def load_adapter(model: VLM, adapter_dir: str | Path) -> LoraConfig:
 
 def _module_paths(model: VLM) -> dict[str, str]:
     """Paths of our projections in transformers' InternVLForConditionalGeneration: those of their weights in its dialect."""
-    entries = key_map(empty_model(model.config), "transformers")
-    paths = {entry.ours.removesuffix(".weight"): [name.removesuffix(".weight") for name in entry.theirs] for entry in entries}
-    layers: dict[str, list[str]] = {}
-    for projection, (layer, _) in projections(model).items():
-        layers.setdefault(layer, []).append(projection)
-    return {name: path for layer, names in layers.items() for name, path in zip(names, paths[layer], strict=True)}
+    paths = {entry.ours: iter(entry.theirs) for entry in key_map(empty_model(model.config), "transformers")}
+    return {name: next(paths[f"{layer}.weight"]).removesuffix(".weight") for name, (layer, _) in projections(model).items()}
 
 
 def _module_path(tensor: str) -> str:
@@ -142,11 +138,7 @@ def _adapter_tensors(model: VLM) -> dict[str, nn.Parameter]:
 
 
 def _adapter_config(where: Path, described: dict[str, Any], targets: tuple[str, ...]) -> LoraConfig:
-    """The configuration of adapters on the given projections.
-
-    Raises:
-        InputError: if adapter_config.json asks for more than plain LoRA, or its numbers are none.
-    """
+    """The configuration of adapters on the given projections; refuses what is more than plain LoRA."""
     if described.get("peft_type") != "LORA":
         raise InputError(f"{where}: adapter type {described.get('peft_type')!r}; only LORA is supported")
     for key, plain in _PLAIN.items():

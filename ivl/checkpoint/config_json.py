@@ -37,9 +37,20 @@ class Section:
         value = self.values.get(key)
         return default if value is None else value
 
-    def number(self, key: str, default: float | None = None) -> Any:
-        """Return a number above 0, within LIMITS and whole if LIMITS has the key; a list of equal numbers counts as one."""
+    def value(self, key: str, default: Any = None) -> Any:
+        """Return a truth value, a text or a number, whichever the default is; without a default there must be a number.
+
+        A text is one of CHOICES if that has the key. A number is above 0, within LIMITS, and whole if LIMITS has the key; a
+        list of equal numbers counts as one.
+        """
         value = self.get(key, default)
+        if isinstance(default, bool):
+            return bool(value)
+        if isinstance(default, str):
+            if not isinstance(value, str) or value not in table.CHOICES.get(key, (value,)):
+                known = " or ".join(table.CHOICES.get(key, ("a text",)))
+                raise InputError(f"{self.place}: {key} is {value!r}, expected {known}")
+            return value
         if isinstance(value, list) and value and all(v == value[0] for v in value):
             value = value[0]
         if value is None:
@@ -49,13 +60,6 @@ class Section:
             raise InputError(f"{self.place}: {key} is {value!r}, expected a {'whole ' if limit else ''}number")
         if not 0 < value <= (limit or 1e30):
             raise InputError(f"{self.place}: {key} is {value}, expected above 0 and at most {limit or 1e30}")
-        return value
-
-    def text(self, key: str, default: str) -> Any:
-        """Return a text, one of CHOICES if that has the key."""
-        value = self.get(key, default)
-        if not isinstance(value, str) or value not in table.CHOICES.get(key, (value,)):
-            raise InputError(f"{self.place}: {key} is {value!r}, expected {' or '.join(table.CHOICES.get(key, ('a text',)))}")
         return value
 
     def require(self, constants: Mapping[str, Any]) -> None:
@@ -74,12 +78,7 @@ class Section:
 
     def read(self, kind: type[T], keys: Sequence[FieldKey], dialect: Dialect, **known: Any) -> T:
         """Build a configuration of ours from its keys and from fields that are known already."""
-        for key in keys:
-            name, default = key.of(dialect)
-            if isinstance(default, bool):
-                known[key.field] = bool(self.get(name, default))
-            else:
-                known[key.field] = self.text(name, default) if isinstance(default, str) else self.number(name, default)
+        known |= {key.field: self.value(*key.of(dialect)) for key in keys}
         try:
             return kind(**known)
         except ValueError as error:
@@ -100,10 +99,7 @@ def dialect_of(directory: Path) -> Dialect:
     Raises:
         InputError: if it is neither.
     """
-    return _dialect(open_section(directory / "config.json"))
-
-
-def _dialect(top: Section) -> Dialect:
+    top = open_section(directory / "config.json")
     model_type = top.get("model_type")
     for dialect, known in table.MODEL_TYPE.items():
         if model_type == known:
@@ -130,7 +126,7 @@ def load_config(directory: Path | str) -> ModelConfig:
     """
     directory = Path(directory)
     top = open_section(directory / "config.json")
-    dialect = _dialect(top)
+    dialect = dialect_of(directory)
     top.require(table.CONSTANTS["internvl_chat"] | table.CONSTANTS[table.MODEL_TYPE[dialect]])
     try:
         return _model_config(top, dialect, directory)
@@ -150,7 +146,7 @@ def _model_config(top: Section, dialect: Dialect, directory: Path) -> ModelConfi
     elif family == "llama":
         # InternLM2 is stored as LLaMA here; ours say so, and the published ones have its vocabulary.
         published = text.get("vocab_size") == 92553 and top.get("image_token_id") == 92546
-        family = top.text("original_family", "internlm2" if published else "llama")
+        family = top.value("original_family", "internlm2" if published else "llama")
     decoder = decoder_from(text, family)
     generation = open_section(directory / "generation_config.json", optional=True)
     # Qwen names a bos token that its tokenizer never writes.
@@ -164,8 +160,8 @@ def _model_config(top: Section, dialect: Dialect, directory: Path) -> ModelConfi
         pad_token_id=top.get("pad_token_id", generation.get("pad_token_id", text.get("pad_token_id"))),
         bos_token_id=top.get("bos_token_id", bos),
         select_layer=top.get(table.SELECT_LAYER[dialect], -1),
-        pixel_shuffle=top.text("ps_version", "v1") if dialect == "internvl_chat" else "v2",
-        template=top.text("template", "internvl2_5"),
+        pixel_shuffle=top.value("ps_version", "v1") if dialect == "internvl_chat" else "v2",
+        template=top.value("template", "internvl2_5"),
         system_message=top.get("system_message"),
     )
 
@@ -180,7 +176,7 @@ def vision_from(section: Section) -> VisionConfig:
 
 def decoder_from(section: Section, family: Family) -> DecoderConfig:
     """Read a decoder from the language part of either dialect, or from the config.json of a language model alone."""
-    width, num_heads = section.number("hidden_size"), section.number("num_attention_heads")
+    width, num_heads = section.value("hidden_size"), section.value("num_attention_heads")
     defaults = {
         "num_key_value_heads": num_heads,
         "head_dim": width // num_heads,
@@ -214,11 +210,11 @@ def family_of(section: Section) -> Family:
 def _rope(section: Section) -> tuple[float, float | None]:
     """Rotary base and dynamic factor, from the older keys (rope_theta, rope_scaling) or the newer (rope_parameters)."""
     scaling = Section(section.get("rope_parameters") or section.get("rope_scaling") or {}, section.place)
-    theta = scaling.number("rope_theta", section.number("rope_theta", 10000.0))
+    theta = scaling.value("rope_theta", section.value("rope_theta", 10000.0))
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ("default", "dynamic"):
         raise InputError(f"{section.place}: rope scaling {kind!r} is not supported; default and dynamic are")
-    return float(theta), float(scaling.number("factor")) if kind == "dynamic" else None
+    return float(theta), float(scaling.value("factor")) if kind == "dynamic" else None
 
 
 def _tiling(top: Section, directory: Path, size: int) -> TilingConfig:
@@ -228,7 +224,7 @@ def _tiling(top: Section, directory: Path, size: int) -> TilingConfig:
         values = open_section(directory / name, optional=True)
         image = Section(values.get("image_processor", values.values), values.place)
         if "max_patches" in image.values:
-            low, high = image.number("min_patches", 1), image.number("max_patches")
+            low, high = image.value("min_patches", 1), image.value("max_patches")
             return TilingConfig(tile_size=size, min_tiles=low, max_tiles=high)
     return TilingConfig(tile_size=size)
 
@@ -302,6 +298,10 @@ def to_json(config: ModelConfig, dialect: Dialect, dtype: str) -> dict[str, Any]
         family = "qwen2" if family == "qwen2" else "llama"
     else:
         raise InputError(f"pixel_shuffle {config.pixel_shuffle} cannot be written for transformers, which computes v2 only")
+    vision_type = table.VISION_TYPE[dialect]
+    vision = {"model_type": vision_type, **table.CONSTANTS[vision_type], **_values(config.vision, table.VISION_KEYS, dialect)}
+    if dialect == "transformers":
+        vision |= {key: [vision[key], vision[key]] for key in ("patch_size", "image_size")}
     return {
         "model_type": table.MODEL_TYPE[dialect],
         **table.CONSTANTS[table.MODEL_TYPE[dialect]],
@@ -314,7 +314,7 @@ def to_json(config: ModelConfig, dialect: Dialect, dtype: str) -> dict[str, Any]
         "image_token_id": config.image_token_id,
         **_end_tokens(config),
         "tie_word_embeddings": False,
-        "vision_config": _vision_json(config.vision, dialect) | {table.DTYPE[dialect]: dtype},
+        "vision_config": vision | {table.DTYPE[dialect]: dtype},
         table.TEXT_CONFIG[dialect]: _decoder_json(config, family) | {table.DTYPE[dialect]: dtype},
     }
 
@@ -332,14 +332,6 @@ def _end_tokens(config: ModelConfig) -> dict[str, Any]:
     first, *rest = config.eos_token_ids
     eos = [first, *rest] if rest else first
     return {"eos_token_id": eos, "bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id}
-
-
-def _vision_json(vision: VisionConfig, dialect: Dialect) -> dict[str, Any]:
-    model_type = table.VISION_TYPE[dialect]
-    values = {"model_type": model_type, **table.CONSTANTS[model_type], **_values(vision, table.VISION_KEYS, dialect)}
-    if dialect == "transformers":
-        values |= {key: [values[key], values[key]] for key in ("patch_size", "image_size")}
-    return values
 
 
 def _decoder_json(config: ModelConfig, model_type: Family) -> dict[str, Any]:

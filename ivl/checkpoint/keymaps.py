@@ -57,16 +57,13 @@ class TensorEntry:
 
     def split(self, ours: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Our parameter to checkpoint tensors."""
-        tensors = self._split_rows(ours)
-        return tensors if self.form == "same" else tuple(_to_form(tensor, self.form) for tensor in tensors)
-
-    def _split_rows(self, ours: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        tensors = ours.split(self.rows) if self.rows else (ours,)
         if self.groups is not None:
             num_groups, num_queries, head_dim = self.groups
             rows = [num_groups * heads * head_dim for heads in (num_queries, 1, 1)]
             parts = [part.unflatten(0, (num_groups, -1, head_dim)) for part in ours.split(rows)]
-            return (torch.cat(parts, dim=1).flatten(0, 2),)
-        return ours.split(self.rows) if self.rows else (ours,)
+            tensors = (torch.cat(parts, dim=1).flatten(0, 2),)
+        return tensors if self.form == "same" else tuple(_to_form(tensor, self.form) for tensor in tensors)
 
     def shapes(self, ours: Iterable[int]) -> tuple[tuple[int, ...], ...]:
         """Shapes of the checkpoint tensors, from the shape of our parameter."""

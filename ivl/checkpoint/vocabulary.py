@@ -37,7 +37,33 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     Raises:
         InputError: if the directory has none of them, or they contradict each other.
     """
-    backend, config = _read_backend(Path(directory))
+    directory = Path(directory)
+    config_file = directory / CONFIG_FILE
+    config = read_json(config_file) if config_file.exists() else {}
+    ranks = sorted(directory.glob("*.tiktoken"))
+    if (file := directory / "tokenizer.json").exists():
+        try:
+            return Tokenizer(tokenizers.Tokenizer.from_file(str(file)), config=config)
+        except Exception as error:  # the library raises no narrower type
+            raise InputError(f"{file}: not a tokenizer of the tokenizers library ({error})") from error
+    if (directory / "vocab.json").exists() and (directory / "merges.txt").exists():
+        try:
+            model = models.BPE.from_file(str(directory / "vocab.json"), str(directory / "merges.txt"))
+        except Exception as error:  # the library raises no narrower type
+            raise InputError(f"{directory}: vocab.json and merges.txt are no BPE vocabulary: {error}") from error
+        backend = byte_level(model)
+    elif ranks:
+        backend = from_ranks(ranks[0])
+        config = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "add_bos_token": False} | config
+    elif (file := directory / "tokenizer.model").exists():
+        backend = from_sentencepiece(file, _added(directory, config))
+        return Tokenizer(backend, config={"bos_token": "<s>", "add_bos_token": True} | config)
+    else:
+        raise InputError(
+            f"{directory}: no tokenizer here; expected tokenizer.json, vocab.json with merges.txt, "
+            "a .tiktoken file or tokenizer.model"
+        )
+    _append(backend, _added(directory, config), directory)
     return Tokenizer(backend, config=config)
 
 
@@ -64,36 +90,6 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | Path, **config: Any) -
     }
     write_json(directory / CONFIG_FILE, written)
     write_json(directory / "special_tokens_map.json", special)
-
-
-def _read_backend(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    """The vocabulary of a model directory and its tokenizer_config.json ({} without one)."""
-    config_file = directory / CONFIG_FILE
-    config = read_json(config_file) if config_file.exists() else {}
-    ranks = sorted(directory.glob("*.tiktoken"))
-    if (file := directory / "tokenizer.json").exists():
-        try:
-            return tokenizers.Tokenizer.from_file(str(file)), config
-        except Exception as error:  # the library raises no narrower type
-            raise InputError(f"{file}: not a tokenizer of the tokenizers library ({error})") from error
-    if (directory / "vocab.json").exists() and (directory / "merges.txt").exists():
-        try:
-            model = models.BPE.from_file(str(directory / "vocab.json"), str(directory / "merges.txt"))
-        except Exception as error:  # the library raises no narrower type
-            raise InputError(f"{directory}: vocab.json and merges.txt are no BPE vocabulary: {error}") from error
-        backend = byte_level(model)
-    elif ranks:
-        backend = from_ranks(ranks[0])
-        config = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "add_bos_token": False} | config
-    elif (file := directory / "tokenizer.model").exists():
-        return from_sentencepiece(file, _added(directory, config)), {"bos_token": "<s>", "add_bos_token": True} | config
-    else:
-        raise InputError(
-            f"{directory}: no tokenizer here; expected tokenizer.json, vocab.json with merges.txt, "
-            "a .tiktoken file or tokenizer.model"
-        )
-    _append(backend, _added(directory, config), directory)
-    return backend, config
 
 
 def _added(directory: Path, config: dict[str, Any]) -> dict[int, AddedToken]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -116,13 +117,13 @@ class StoredWeights:
     @property
     def main_dtype(self) -> torch.dtype:
         """The dtype of most elements that are no integers."""
-        counts = {dtype: 0 for dtype in self.dtypes.values() if dtype.is_floating_point}
+        counts: Counter[torch.dtype] = Counter()
+        for name, dtype in self.dtypes.items():
+            if dtype.is_floating_point:
+                counts[dtype] += math.prod(self.shapes[name])
         if not counts:
             raise InputError(f"{self.directory}: has no tensor of {', '.join(DTYPES)}")
-        for name, shape in self.shapes.items():
-            if self.dtypes[name] in counts:
-                counts[self.dtypes[name]] += math.prod(shape)
-        return max(counts, key=lambda dtype: counts[dtype])
+        return counts.most_common(1)[0][0]
 
 
 def check_entries(entries: Sequence[TensorEntry], shapes: Mapping[str, Sequence[int]], weights: TensorSource) -> None:
@@ -179,10 +180,10 @@ def write_shards(
     for file_name, shard in shards.items():
         tensors: dict[str, torch.Tensor] = dict(extra or {}) if file_name == list(shards)[-1] else {}
         for entry in shard:
-            for name, tensor in zip(entry.theirs, entry.split(get(entry.ours)), strict=True):
+            for name, tensor in zip(entry.theirs, entry.split(get(entry.ours).detach()), strict=True):
                 # A copy of its own: parts of a fused weight share storage, which safetensors refuses.
                 kind = dtype if tensor.is_floating_point() else tensor.dtype
-                tensors[name] = torch.empty(tensor.shape, dtype=kind).copy_(tensor.detach())
+                tensors[name] = torch.empty(tensor.shape, dtype=kind).copy_(tensor)
                 done += tensors[name].nbytes
             if progress:
                 progress(done // 10**6, total // 10**6)

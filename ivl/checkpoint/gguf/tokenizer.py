@@ -58,7 +58,11 @@ def tokenizer_from_gguf(vocabulary: GgufVocabulary) -> Tokenizer:
     if len(ids) < size:
         raise InputError(f"the GGUF vocabulary of {size} tokens has {size - len(ids)} of them twice")
     if vocabulary.model == "gpt2":
-        backend = _byte_level(vocabulary, ids)
+        pre = vocabulary.pre
+        merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in vocabulary.merges)]
+        backend = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=merges, ignore_merges=pre in _LLAMA3))
+        backend.normalizer = normalizers.NFC() if pre in _QWEN else None
+        backend.pre_tokenizer, backend.decoder = _splitting(pre), decoders.ByteLevel()
     elif vocabulary.model == "llama":
         backend = _sentencepiece(vocabulary, ids)
     else:
@@ -74,17 +78,6 @@ def tokenizer_from_gguf(vocabulary: GgufVocabulary) -> Tokenizer:
     if add_bos:
         set_bos(backend, vocabulary.bos_token_id)
     return Tokenizer(backend, config={**config, "add_bos_token": add_bos})
-
-
-def _byte_level(vocabulary: GgufVocabulary, ids: dict[str, int]) -> tokenizers.Tokenizer:
-    pre = vocabulary.pre
-    merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in vocabulary.merges)]
-    backend = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=merges, ignore_merges=pre in _LLAMA3))
-    if pre in _QWEN:
-        backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = _splitting(pre)
-    backend.decoder = decoders.ByteLevel()
-    return backend
 
 
 def _splitting(pre: str) -> pre_tokenizers.PreTokenizer:
