@@ -1,9 +1,8 @@
-"""Logs of a run: metrics.jsonl, TensorBoard when installed, a live line on a terminal and plain lines elsewhere."""
+"""The figures of a run: metrics.jsonl, the console, and TensorBoard when it is installed."""
 
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from ivl.train.config import TrainConfig
 from ivl.utils.jsonl import AppendLog, read_rows
+from ivl.utils.metrics import ConsoleLogger, TensorBoardLogger
 
 
 @dataclass(frozen=True)
@@ -108,96 +108,6 @@ def open_metrics(path: Path, step: int) -> AppendLog:
             break
         keep = end
     return AppendLog(path, keep)
-
-
-class TensorBoardLogger:
-    """TensorBoard events, or nothing when tensorboard is not installed."""
-
-    def __init__(self, directory: Path, step: int = 0) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            self.writer = None
-        else:
-            self.writer = SummaryWriter(str(directory), purge_step=step + 1)
-
-    def write(self, row: Mapping[str, Any], prefix: str = "train") -> None:
-        """Add every number of a row as a scalar PREFIX/NAME."""
-        if self.writer is not None:
-            for name, value in row.items():
-                if name != "step" and isinstance(value, (int, float)):
-                    self.writer.add_scalar(f"{prefix}/{name}", value, row["step"])
-
-    def close(self) -> None:
-        """Flush and close the events file."""
-        if self.writer is not None:
-            self.writer.close()
-
-
-class ConsoleLogger:
-    """A live line on a terminal; elsewhere a plain line every `every` steps. Silent on other ranks."""
-
-    def __init__(self, title: str, num_steps: int | None, step: int, *, every: int = 1, on: bool = True) -> None:
-        self.title, self.num_steps, self.first, self.every, self.on = title, num_steps, step, every, on
-        self.began = time.monotonic()
-        self.share_at_start: float | None = None
-        self.progress = None
-        if on and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn
-            from rich.table import Column
-
-            console = Console(stderr=True)
-            figures = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis"))
-            bar = (BarColumn(12),) if console.width > 140 else ()
-            self.progress = Progress(*bar, figures, console=console)
-            self.progress.start()
-            self.task = self.progress.add_task(title, total=1.0)
-
-    def show(self, row: Mapping[str, Any], share: float) -> None:
-        """Show the figures of a step; share is how much of the run is done, 0 to 1."""
-        if not self.on:
-            return
-        step = f"{row['step']}/{self.num_steps}" if self.num_steps else row["step"]
-        line = f"{self.title} step {step} {console_line(row, self._left(row['step'], share))}"
-        if self.progress is not None:
-            self.progress.update(self.task, completed=share, description=line)
-        elif row["step"] % self.every == 0 or share >= 1:
-            print(line, file=sys.stderr, flush=True)
-
-    def say(self, text: str) -> None:
-        """Print a line that stays."""
-        if not self.on:
-            return
-        if self.progress is None:
-            print(text, file=sys.stderr, flush=True)
-        else:
-            self.progress.console.print(text, markup=False, highlight=False)
-
-    def _left(self, step: int, share: float) -> float:
-        """Estimate the seconds left from the pace since this process began."""
-        done = step - self.first
-        if self.share_at_start is None:
-            self.share_at_start = share * self.first / step if step else 0.0
-        gained = share - self.share_at_start
-        return (time.monotonic() - self.began) * (1 - share) / gained if done and gained > 0 else 0.0
-
-    def close(self) -> None:
-        """Stop the live line."""
-        if self.progress is not None:
-            self.progress.stop()
-
-
-def console_line(row: Mapping[str, Any], seconds_left: float) -> str:
-    """Format the figures of one step as one line."""
-    minutes, seconds = divmod(int(seconds_left), 60)
-    hours, minutes = divmod(minutes, 60)
-    parts = [f"loss {row['loss']:.4f}", f"{hours}:{minutes:02}:{seconds:02} left"]
-    parts += [f"lr {row['lr']:.2e}", f"grad {row['grad_norm']:.2f}"]
-    parts += [f"{row['tokens_per_second']:,.0f} tok/s", f"{row['samples_per_second']:.1f} samples/s"]
-    if "fill" in row:
-        parts.append(f"fill {row['fill']:.0%}")
-    return "  ".join((*parts, f"{row['memory_gb']:.1f} GB"))
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from ivl.train.recorder import ConsoleLogger, TensorBoardLogger
+from ivl.utils.metrics import ConsoleLogger, TensorBoardLogger
 
 ROW = {
     "step": 10, "loss": 1.2345, "lr": 2e-5, "grad_norm": 0.7, "tokens_per_second": 12345.0, "samples_per_second": 6.7,
