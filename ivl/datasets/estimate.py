@@ -60,7 +60,7 @@ class PackEstimate:
     datasets: tuple[DatasetEstimate, ...]
 
     def num_steps(self, accumulation: int = 1) -> int:
-        """Optimiser steps of an epoch when every rank puts so many packs in a step."""
+        """Optimizer steps of an epoch when every rank puts so many packs in a step."""
         return -(-self.packs // accumulation)
 
 

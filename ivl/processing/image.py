@@ -140,7 +140,7 @@ def num_tiles(width: int, height: int, tiling: TilingConfig, max_tiles: int | No
 
 Pixels = Image.Image | np.ndarray
 """An RGB image of Pillow, or uint8 RGB [height, width, 3]."""
-Loader = Callable[..., Pixels]
+Opener = Callable[..., Pixels]
 """Opens an image as `load_image` does, with the same pixels and errors."""
 Resizer = Callable[..., np.ndarray]
 """Resizes an image as `resize` does, with the same pixels."""

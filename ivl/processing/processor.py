@@ -63,7 +63,7 @@ class Processor:
         tiling: TilingConfig | None = None,
         *,
         max_pixels: int = image.MAX_PIXELS,
-        load: image.Loader = image.load_image,
+        load: image.Opener = image.load_image,
         resize: image.Resizer = image.resize,
     ) -> None:
         """Combine the parts of a processor.
