@@ -13,9 +13,9 @@ import struct
 import unicodedata
 import zlib
 from array import array
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import imagehash
@@ -93,7 +93,7 @@ class DuplicateIndex:
     def __init__(self, limits: Duplicates) -> None:
         self.limits = limits
         self.keys: list[str] = []
-        self._images = _ImageIndex(limits.max_bits, limits.max_color)
+        self._images = _ImageIndex(limits)
         self._exact: dict[bytes, int] = {}
         self._texts = MinHashLSH(num_perm=NUM_HASHES, params=(BANDS, NUM_HASHES // BANDS))
         self._sketches: dict[int, tuple[bytes, np.ndarray]] = {}
@@ -134,39 +134,33 @@ class DuplicateIndex:
 class _ImageIndex:
     """Gives every image the number of the first one that looks like it.
 
-    Hashes that differ in at most max_bits bits agree in at least one of max_bits + 1 pieces, so that only images in the
-    bucket of a common piece are compared.
+    Hashes of 64 bits that differ in at most 7 agree in at least one of their 8 bytes, so that only images in the bucket of a
+    common byte are compared.
     """
 
-    def __init__(self, max_bits: int, max_color: int) -> None:
-        self.max_bits, self.max_color = max_bits, max_color
+    def __init__(self, limits: Duplicates) -> None:
+        self.limits = limits
         self._known: dict[bytes, int] = {}
-        edges = np.linspace(0, 64, max_bits + 2).astype(int).tolist()
-        self._pieces = [(low, (1 << (high - low)) - 1) for low, high in pairwise(edges)]
-        self._buckets: dict[tuple[int, int], array[int]] = {}
-        self._hashes, self._thumbs = array("Q"), bytearray()
+        self._looks: list[tuple[int, bytes]] = []
+        self._buckets: defaultdict[tuple[int, int], array[int]] = defaultdict(lambda: array("I"))
 
     def number(self, look: bytes) -> int:
         digest = _digest(look, 12)
         if digest not in self._known:
-            self._known[digest] = self._find(*_LOOK.unpack(look))
+            bits, thumb = _LOOK.unpack(look)
+            buckets = [self._buckets[place] for place in enumerate(look[:8])]
+            near = (n for n in set().union(*buckets) if (self._looks[n][0] ^ bits).bit_count() <= self.limits.max_bits)
+            same = [n for n in near if _color_distance(self._looks[n][1], thumb) <= self.limits.max_color]
+            if not same:
+                for bucket in buckets:
+                    bucket.append(len(self._looks))
+                self._looks.append((bits, thumb))
+            self._known[digest] = min(same, default=len(self._looks) - 1)
         return self._known[digest]
 
-    def _find(self, bits: int, thumb: bytes) -> int:
-        buckets = [self._buckets.setdefault((n, bits >> low & mask), array("I")) for n, (low, mask) in enumerate(self._pieces)]
-        if near := sorted(set().union(*buckets)):
-            near_N = np.array(near)
-            near_N = near_N[np.bitwise_count(np.frombuffer(self._hashes, np.uint64)[near_N] ^ np.uint64(bits)) <= self.max_bits]
-            colors_NC = np.frombuffer(self._thumbs, np.uint8).reshape(-1, len(thumb))[near_N].astype(np.int16)
-            near_N = near_N[np.abs(colors_NC - np.frombuffer(thumb, np.uint8)).sum(axis=1) <= self.max_color * len(thumb)]
-            if len(near_N):
-                return int(near_N[0])
-        number = len(self._hashes)
-        self._hashes.append(bits)
-        self._thumbs += thumb
-        for bucket in buckets:
-            bucket.append(number)
-        return number
+
+def _color_distance(thumb: bytes, other: bytes) -> float:
+    return float(np.abs(np.frombuffer(thumb, np.uint8) - np.frombuffer(other, np.uint8).astype(np.int16)).mean())
 
 
 def normalized(text: str) -> str:

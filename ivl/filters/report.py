@@ -1,10 +1,9 @@
-"""The report of a filter run: figures as JSON, and the same on one page with histograms and examples, for a review."""
+"""The report of a filter run: figures as JSON, and the same on one page with histograms and dropped rows, for a review."""
 
 from __future__ import annotations
 
-import bisect
-import hashlib
 import json
+import random
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,19 +18,11 @@ from ivl.processing.image import load_image
 from ivl.types import ImageRef, Record, Text
 from ivl.utils import html
 
-PER_REASON, EXAMPLES = 4, 12
-"""Dropped rows shown for each of the commonest reasons; reasons shown, and kept rows that a stage nearly dropped."""
-NEAR = 0.5
-"""A kept score farther from the limit than this share of the limit is not near it."""
-THUMB, MAX_IMAGES = 160, 3
-SHOWN, MAX_SHOWN = 500, 4_000
-"""Characters of a turn that are shown, and that can be unfolded."""
-STYLE = """
-h3 { font-size: 1rem; margin-bottom: .3rem }
-.row { border: 1px solid #ddd; border-radius: .3rem; padding: .5rem .8rem; margin: .5rem 0; overflow-wrap: anywhere }
-.why { color: #b00020; font-weight: 600 } .near { color: #8a6100; font-weight: 600 } .where { color: #777; font-size: .85rem }
-.turn { white-space: pre-wrap; margin: .25rem 0 } .turn b { color: #555; font-weight: 600 } .row img { margin: .2rem .4rem 0 0 }
-"""
+PER_REASON, MAX_REASONS = 4, 12
+"""Dropped rows shown for each of the commonest reasons, and reasons shown."""
+MAX_IMAGES, MAX_SHOWN = 3, 4_000
+"""Images of a row, and characters of a turn, that are shown."""
+STYLE = "h3 { font-size: 1rem } .card { margin-bottom: 1rem } .card pre { max-height: 12rem; overflow: auto }"
 
 
 @dataclass
@@ -45,14 +36,8 @@ class StageFigures:
     reasons: Counter[str] = field(default_factory=Counter)
     kept_scores: Counter[float] = field(default_factory=Counter)
     dropped_scores: Counter[float] = field(default_factory=Counter)
-    examples: dict[str, list[tuple[float, int, RowEntry]]] = field(default_factory=dict)
-    """A few random rows by reason; the empty reason has the kept rows whose score lies closest to the limit."""
-
-    def keep(self, reason: str, few: int, *example: Any) -> None:
-        """Keep the few examples of the least worth; of equals, those of the least random number."""
-        examples = self.examples.setdefault(reason, [])
-        bisect.insort(examples, example, key=lambda each: each[:2])
-        del examples[few:]
+    examples: dict[str, list[RowEntry]] = field(default_factory=dict)
+    """Random dropped rows by reason."""
 
 
 class FilterReport:
@@ -62,33 +47,38 @@ class FilterReport:
         self.checker, self.chain = checker, checker.chain
         self.datasets = {name: {"rows": 0, "kept": 0, "dropped": Counter()} for name in checker.specs}
         self.stages = {name: StageFigures() for name in [UNREADABLE, *(stage.name for stage in self.chain.stages)]}
+        self._random = random.Random(0)
 
     def count(self, entry: RowEntry) -> None:
-        place = f"{entry['dataset']}\n{entry['source']}".encode("utf-8", "replace")
-        lot = int.from_bytes(hashlib.blake2b(place, digest_size=8).digest())
-        dataset = self.datasets[entry["dataset"]]
+        last, dataset = entry.get("stage"), self.datasets[entry["dataset"]]
         dataset["rows"] += 1
         dataset["kept"] += entry["keep"]
         self.stages[UNREADABLE].reached += 1
-        for stage in self.chain.stages if entry.get("stage") != UNREADABLE else ():
-            figures, dropped, score = self.stages[stage.name], entry.get("stage") == stage.name, entry["scores"].get(stage.name)
+        for stage in self.chain.stages if last != UNREADABLE else ():
+            figures = self.stages[stage.name]
             if stage.exempts(entry["dataset"]):
                 figures.exempt += 1
                 continue
             figures.reached += 1
             figures.unjudged += stage.name in entry.get("unjudged", ())
-            if score is not None:
-                (figures.dropped_scores if dropped else figures.kept_scores)[float(f"{score:.3g}")] += 1
-                if entry["keep"] and stage.limit and abs(score - stage.limit) <= NEAR * stage.limit:
-                    figures.keep("", EXAMPLES, abs(score - stage.limit), lot, entry)
-            if dropped:
+            if (score := entry["scores"].get(stage.name)) is not None:
+                scores = figures.dropped_scores if stage.name == last else figures.kept_scores
+                scores[float(f"{score:.3g}")] += 1
+            if stage.name == last:
                 break
-        if not entry["keep"]:
-            figures, reason = self.stages[entry["stage"]], entry["reason"]
-            dataset["dropped"][entry["stage"]] += 1
-            figures.dropped += 1
-            figures.reasons[reason] += 1
-            figures.keep(reason, PER_REASON, 0, lot, entry)
+        if last is not None:
+            dataset["dropped"][last] += 1
+            self._count_dropped(self.stages[last], entry)
+
+    def _count_dropped(self, figures: StageFigures, entry: RowEntry) -> None:
+        reason = entry["reason"]
+        figures.dropped += 1
+        figures.reasons[reason] += 1
+        examples = figures.examples.setdefault(reason, [])
+        if len(examples) < PER_REASON:
+            examples.append(entry)
+        elif (place := self._random.randrange(figures.reasons[reason])) < PER_REASON:  # reservoir sampling
+            examples[place] = entry
 
     def figures(self, judge: str | None) -> dict[str, Any]:
         """Return the content of report.json."""
@@ -129,34 +119,31 @@ class FilterReport:
         return html.page(
             "Filtered data",
             f"<p><b>{kept:,}</b> of {rows:,} rows kept ({_share(kept, rows)}). {about}{judge}</p><h2>Stages</h2>",
-            _table(["stage", "rows", "dropped", "share", "exempt", "unjudged", "reasons"], stage_rows),
+            html.table(["stage", "rows", "dropped", "share", "exempt", "unjudged", "reasons"], stage_rows),
             "<h2>Data sets</h2>",
-            _table(["data set", "rows", "kept", "share", *(stage["name"] for stage in stages)], dataset_rows),
+            html.table(["data set", "rows", "kept", "share", *(stage["name"] for stage in stages)], dataset_rows),
             *(self._section(stage) for stage in stages if stage["dropped"] or "histogram" in stage),
             f"<h2>Configuration</h2><pre>{html.text(json.dumps(figures['chain'], indent=2, ensure_ascii=False))}</pre>",
             style=STYLE,
         )
 
     def _section(self, figures: dict[str, Any]) -> str:
-        name, examples = figures["name"], self.stages[figures["name"]].examples
+        name = figures["name"]
         text = f"<h2>{html.text(name)}</h2>" + (_plot(figures) if "histogram" in figures else "")
-        for reason in [*list(figures["reasons"])[:EXAMPLES], ""]:
-            if reason in examples:
-                head = f"Dropped: {reason}" if reason else f"Kept, but closest to the limit of {figures['limit']:g}"
-                text += f"<h3>{html.text(head)}</h3>" + "".join(self._example(entry, name) for *_, entry in examples[reason])
+        for reason in list(figures["reasons"])[:MAX_REASONS]:
+            examples = "".join(self._example(entry) for entry in self.stages[name].examples[reason])
+            text += f"<h3>Dropped: {html.text(reason)}</h3>{examples}"
         return text
 
-    def _example(self, entry: RowEntry, stage: str) -> str:
-        score = entry["scores"].get(stage)
-        why = entry.get("reason", "") + (f" score {score:.3g}" if score is not None else "")
+    def _example(self, entry: RowEntry) -> str:
+        why = entry["reason"] + (f" score {entry['score']:.3g}" if entry["score"] is not None else "")
         twin = f"; duplicate of {entry['duplicate_of']}" if "duplicate_of" in entry else ""
         where = html.text(f"{entry['source']}, id {entry['id']}{twin}")
-        style = "near" if entry["keep"] else "why"
         try:
             body = _record(self.checker.record(entry))
         except InputError as error:
             body = _turn("problem", str(error))
-        return f"<div class='row'><span class='{style}'>{html.text(why)}</span><div class='where'>{where}</div>{body}</div>"
+        return f"<div class='card'><b class='bad'>{html.text(why)}</b><br>{where}{body}</div>"
 
 
 def _edges(scores: list[float], *, judged: bool) -> np.ndarray:
@@ -176,34 +163,27 @@ def _share(part: int, whole: int) -> str:
     return f"{part / whole:.2%}" if whole else "0%"
 
 
-def _table(head: list[str], rows: list[list[Any]]) -> str:
-    return html.table(head, [[f"{cell:,}" if isinstance(cell, int) else cell for cell in row] for row in rows])
-
-
 def _reasons(stage: dict[str, Any]) -> str:
     return ", ".join(f"{reason} {count:,}" for reason, count in list(stage["reasons"].items())[:8])
 
 
 def _record(record: Record) -> str:
-    messages = [message for conversation in record.conversations for message in conversation]
     images = [ref for ref in media_of(record) if isinstance(ref, ImageRef)]
-    text = "".join(map(_thumbnail, images[:MAX_IMAGES]))
-    text += f" and {len(images) - MAX_IMAGES} more images" if len(images) > MAX_IMAGES else ""
-    for message in messages:
-        text += _turn(message.role, "".join(part.text if isinstance(part, Text) else "[media]" for part in message.content))
-    return text
+    shown = "<br>" + "".join(map(_thumbnail, images[:MAX_IMAGES])) if images else ""
+    shown += f" and {len(images) - MAX_IMAGES} more images" if len(images) > MAX_IMAGES else ""
+    for message in (message for conversation in record.conversations for message in conversation):
+        shown += _turn(message.role, "".join(part.text if isinstance(part, Text) else "[media]" for part in message.content))
+    return shown
 
 
 def _turn(role: str, text: str) -> str:
     more = f" ... {len(text) - MAX_SHOWN:,} more characters" if len(text) > MAX_SHOWN else ""
-    rest = text[SHOWN:MAX_SHOWN]
-    fold = f"<details><summary>more</summary>{html.text(rest)}{more}</details>" if rest else ""
-    return f"<div class='turn'><b>{html.text(role)}:</b> {html.text(text[:SHOWN])}{fold}</div>"
+    return f"<pre><b>{html.text(role)}:</b> {html.text(text[:MAX_SHOWN])}{more}</pre>"
 
 
 def _thumbnail(ref: ImageRef) -> str:
     try:
-        return html.picture(load_image(ref), size=THUMB)
+        return html.picture(load_image(ref))
     except InputError as error:
         return _turn("image", str(error))
 
@@ -212,15 +192,13 @@ def _plot(figures: dict[str, Any]) -> str:
     """Draw dropped scores above kept ones, and the limit."""
     edges, kept, dropped = (np.array(figures["histogram"][key]) for key in ("edges", "kept", "dropped"))
     figure, axis = html.pyplot().subplots(figsize=(8, 2.6), layout="constrained")
-    width = np.diff(edges)
-    axis.bar(edges[:-1], kept, width, align="edge", color="#9ecae1", label=f"passed {kept.sum():,}")
-    axis.bar(edges[:-1], dropped, width, bottom=kept, align="edge", color="#d62728", label=f"dropped {dropped.sum():,}")
+    axis.stairs(kept, edges, fill=True, color="#9ecae1", label=f"passed {kept.sum():,}")
+    axis.stairs(kept + dropped, edges, baseline=kept, fill=True, color="#d62728", label=f"dropped {dropped.sum():,}")
     if figures["limit"] is not None:
         axis.axvline(figures["limit"], color="#222", linestyle="--", linewidth=1, label=f"limit {figures['limit']:g}")
     axis.set_yscale("symlog", linthresh=10)
-    axis.set_ylim(0, 2 * (kept + dropped).max())
     if edges[0] >= 0 and edges[-1] > 100:
         axis.set_xscale("symlog", linthresh=1)
-    axis.set(xlabel="score", ylabel="rows")
+    axis.set(xlabel="score", ylabel="rows", ylim=(0, 2 * (kept + dropped).max()))
     axis.legend(frameon=False, fontsize=8, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
     return html.plot(figure, f"scores of {figures['name']}")

@@ -129,22 +129,33 @@ class RepeatedLines:
 
 @dataclass(frozen=True, kw_only=True)
 class Truncated:
-    """Replies whose last line stops in mid-sentence: after a comma or an opening bracket, or without a final mark in a reply
-    that ends its other sentences. Code is not judged."""
+    """Replies whose last paragraph stops in mid-sentence: after a comma or an opening bracket, or after a lower-case letter
+    although the reply ends its other sentences or is too long for a caption. Code is not judged; a list or an indented
+    paragraph is, if it ends a sentence itself."""
 
     min_words: int = 5
-    """A last line of fewer words is not judged."""
+    """A last paragraph of fewer words is not judged."""
+    min_lone_words: int = 12
+    """From this number of words on, even a lone sentence needs a final mark."""
 
     def __call__(self, record: Record) -> FilterVerdict:
-        for reply in reply_texts(record):
-            words = reply.rstrip().rpartition("\n")[2].split()
-            if len(words) < self.min_words or "://" in words[-1] or looks_like_code(reply):
-                continue
-            last = words[-1][-1]
-            # A capital letter may be the option that was asked for, and an answer may end in a number.
-            if last in ",，、([{（" or (last.isalpha() and not last.isupper() and _SENTENCE_END.search(reply)):
-                return FilterVerdict(False, "no final mark")
-        return KEEP
+        return FilterVerdict(False, "no final mark") if any(map(self._stops, reply_texts(record))) else KEEP
+
+    def _stops(self, reply: str) -> bool:
+        reply = reply.rstrip()
+        paragraph = re.split(r"\n[ \t]*\n", reply)[-1]
+        words = paragraph.split()
+        if not words or "://" in words[-1] or _CODE_PROMPT.search(paragraph) or any(map(looks_like_code, (reply, paragraph))):
+            return False
+        last = words[-1][-1]
+        if last in ",，、([{（":
+            return len(reply.split()) >= self.min_words
+        # A capital letter may be the option that was asked for, and an answer may end in a number.
+        if len(words) < self.min_words or not last.isalpha() or last.isupper():
+            return False
+        if _STRUCTURED.search(paragraph):
+            return _SENTENCE_END.search(paragraph) is not None
+        return len(words) >= self.min_lone_words or _SENTENCE_END.search(reply) is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +176,12 @@ class Leaks:
         return KEEP
 
 
-_SENTENCE_END = re.compile(r"[^\W\d_]{3}[.!?][\"')\]*_”’]*\s|[。！？]")
+_CODE_PROMPT = re.compile(r"^[ \t]*(?:>>>|\.\. )", re.MULTILINE)
+_STRUCTURED = re.compile(
+    r"^(?: {4}|\t|[ \t>]*(?:[-*+•·‣–—]|\(?\w{1,3}[.):]|#{1,6}|\||\w+ \d+[.:])[ \t]|[-=~]{3,}$)", re.MULTILINE
+)
+"""An indented line, an item of a list, a heading, a row of a table or a ruler."""
+_SENTENCE_END = re.compile(r"[^\W\d_]{2}[.!?][\"')\]*_”’]*\s|[。！？]")
 _LEAKED = re.compile(
     "<image>|<video>|" + "|".join(re.escape(t) for t in SPECIAL_TOKENS if not re.search("ref|box|quad", t))
     + r"|<\|[A-Za-z_]{2,30}\|>|<pad>|<unk>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|\[UNUSED_TOKEN_\d+\]"

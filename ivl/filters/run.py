@@ -1,11 +1,4 @@
-"""Filter a mixture by a chain. A run writes a folder:
-
-    meta.json, kept/*.jsonl   a mixture that trains as it is; jsonl rows keep their bytes
-    dropped.jsonl             every dropped row whole, with stage, reason and score
-    verdicts.jsonl            a line for every row, with the score of every stage that it reached
-    report.html, report.json  for a review before training
-    judge.sqlite              the judge's replies (a cache, unless the caller gave another)
-    progress.jsonl            the journal of the run
+"""Filter a mixture by a chain, into a folder (docs/filtering.md lists its files).
 
 Every verdict goes to the journal first. When the journal is complete, the other files are written from it, so that they do
 not depend on where the run was interrupted.
@@ -25,15 +18,16 @@ from typing import Any
 from ivl.data.mixture import load_mixture
 from ivl.errors import InputError
 from ivl.filters.chain import Chain
+from ivl.filters.cluster import AHEAD, in_order_on_ray
 from ivl.filters.judge import DataJudge
 from ivl.filters.outputs import write_outputs
 from ivl.filters.rows import Results, RowChecker, RowEntry, add_verdict
 from ivl.filters.rules import KEEP, FilterVerdict
-from ivl.filters.workers import ordered_map
 from ivl.formats.rows import RowFormat
 from ivl.utils.jsonl import Journal, read_journal
 from ivl.utils.progress import ShowProgress
 from ivl.utils.strict_json import read_json
+from ivl.utils.workers import in_order
 
 BLOCK = 64
 """Rows checked at a time; with a judge, several for each request in flight."""
@@ -91,7 +85,12 @@ def run(
                 first += 1
             done, size = first, max(BLOCK, 4 * judge.threads) if judge else BLOCK
             on_progress(done, total, resumed=first)
-            for rows in ordered_map(checker, checker.blocks(done, size), workers=options.workers, ray=options.ray):
+            blocks, workers = checker.blocks(done, size), options.workers
+            if options.ray:
+                checked = in_order_on_ray(checker, blocks, address=options.ray, workers=workers)
+            else:
+                checked = in_order(checker, blocks, num_workers=workers, prefetch=AHEAD)
+            for rows in checked:
                 entries = stages.judge_rows(rows)
                 journal.add(entries)
                 done, kept = done + len(entries), kept + sum(entry["keep"] for entry in entries)

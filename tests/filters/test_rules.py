@@ -89,6 +89,8 @@ def test_clean_answers_stay(answer: str) -> None:
         ("truncated", "There are three things on the table: a cup, a spoon,"),
         ("truncated", "1. The cat is black.\n2. The dog is white.\n3. The bird has not bee"),
         ("truncated", "We see three people at the beach. They all wear ("),
+        ("truncated", "A man rides a horse along the beach in the evening while the sun goes"),
+        ("truncated", "The picture shows a cat.\nIt lies on\na"),
         ("leaks", "<image>\nA cat."),
         ("leaks", "A cat.<|im_end|>"),
         ("leaks", "A cat <IMG_CONTEXT> here."),
@@ -119,6 +121,8 @@ def test_special_tokens_in_a_question_are_leaks_too() -> None:
         "The picture shows two cats. The number of dogs in it is 0",
         "The picture shows two cats. So the right option must be C",
         "The picture shows two cats.\n\nBest regards,\nAnna",
+        "There are three steps.\n\n- Take the key that lies on the table\n- Open the door with the key\n- Close the door behind you",
+        "It gives the sum.\n\n>>> add(1, 2) == 3 and add(2, 3) == 5 and add(0, 0) == 0\nTrue",
     ],
 )
 def test_endings_that_are_no_truncation(answer: str) -> None:
