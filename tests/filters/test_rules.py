@@ -121,7 +121,7 @@ def test_special_tokens_in_a_question_are_leaks_too() -> None:
         "The picture shows two cats. The number of dogs in it is 0",
         "The picture shows two cats. So the right option must be C",
         "The picture shows two cats.\n\nBest regards,\nAnna",
-        "There are three steps.\n\n- Take the key that lies on the table\n- Open the door with the key\n- Close the door behind you",
+        "Do this.\n\n- Take the key on the table\n- Open the door with the key\n- Close the door behind you",
         "It gives the sum.\n\n>>> add(1, 2) == 3 and add(2, 3) == 5 and add(0, 0) == 0\nTrue",
     ],
 )
