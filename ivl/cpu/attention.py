@@ -19,13 +19,9 @@ class CpuAttention(Sdpa):
     """Attention on a CPU. What its kernels do not take goes to scaled_dot_product_attention."""
 
     def rectangle(
-        self,
-        q_SNLH: torch.Tensor,
-        k_SKLH: torch.Tensor,
-        v_SKLH: torch.Tensor,
-        mask: torch.Tensor | None = None,
+        self, q_SNLH: torch.Tensor, k_SKLH: torch.Tensor, v_SKLH: torch.Tensor, mask: torch.Tensor | None = None,
         causal: bool = False,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor:  # fmt: skip
         trains = torch.is_grad_enabled() and q_SNLH.requires_grad and q_SNLH.is_cpu
         if trains and mask is None and max(q_SNLH.shape[2], k_SKLH.shape[2]) <= MAX_SPELLED_OUT:
             return _spelled_out(q_SNLH, k_SKLH, v_SKLH, causal)

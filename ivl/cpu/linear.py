@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ivl.cpu.kernels import features, ops
 from ivl.cpu.kernels.launch import NOW, Launch
-from ivl.cpu.kernels.ops import NormArgs, QuantizedWeight
+from ivl.cpu.kernels.ops import Fusion, NormArgs, QuantizedWeight
 from ivl.lora.layers import LoraLinear
 from ivl.model.linear import Linear, swiglu
 from ivl.quant.layers import QuantLinear
@@ -35,13 +35,11 @@ class FastLinear(Linear):
             return torch.ops.mkldnn._linear_pointwise(input, weight_OI, bias_O, "none", [], "")
         return F.linear(input, weight_OI, bias_O)
 
-    def few_rows(
-        self, x_TI: torch.Tensor, norm: NormArgs | None, gated: bool, residual: torch.Tensor | None, launch: Launch = NOW
-    ) -> torch.Tensor | None:
-        """Return the fused product of `fused_linear` for at most MAX_ROWS rows; None if it cannot be fused."""
+    def few_rows(self, x_TI: torch.Tensor, fusion: Fusion, launch: Launch = NOW) -> torch.Tensor | None:
+        """Return the fused product of at most MAX_ROWS rows; None if kernels cannot fuse it."""
         if len(x_TI) > 1 and not features.has_amx():
             return None
-        return ops.linear(x_TI, self.weight, self.bias, norm=norm, gated=gated, residual=residual, launch=launch)
+        return ops.linear(x_TI, self.weight, self.bias, fusion, launch)
 
 
 class FastLoraLinear(LoraLinear, FastLinear):
@@ -88,13 +86,9 @@ class VnniLinear(QuantLinear):
         zero = None if self.zero is None else self.zero[rows]
         return ops.dequantize(self.weight[rows], self.scale[rows], zero, self.in_features)
 
-    def few_rows(
-        self, x_TI: torch.Tensor, norm: NormArgs | None, gated: bool, residual: torch.Tensor | None, launch: Launch = NOW
-    ) -> torch.Tensor | None:
-        """Return the fused product of `fused_linear` for at most MAX_ROWS rows; None if it cannot be fused."""
-        if len(x_TI) > 1:
-            return None
-        return ops.quant_gemv(x_TI, self.stored(), norm=norm, gated=gated, residual=residual, launch=launch)
+    def few_rows(self, x_TI: torch.Tensor, fusion: Fusion, launch: Launch = NOW) -> torch.Tensor | None:
+        """Return the fused product of at most MAX_ROWS rows; None if kernels cannot fuse it."""
+        return ops.quant_gemv(x_TI, self.stored(), fusion, launch) if len(x_TI) == 1 else None
 
 
 class AmxQuantLinear(VnniLinear):
@@ -107,16 +101,10 @@ class AmxQuantLinear(VnniLinear):
             return ops.quant_small_batch(x_TI, self.stored())
         return ops.quant_gemm(x_TI, self.stored())
 
-    def few_rows(
-        self, x_TI: torch.Tensor, norm: NormArgs | None, gated: bool, residual: torch.Tensor | None, launch: Launch = NOW
-    ) -> torch.Tensor | None:
+    def few_rows(self, x_TI: torch.Tensor, fusion: Fusion, launch: Launch = NOW) -> torch.Tensor | None:
         if len(x_TI) == 1 or not ops.small_batch_fits(self.in_features, self.config.bits):
-            return super().few_rows(x_TI, norm, gated, residual, launch)
-        if norm is not None:
-            x_TI = ops.rms_norm(x_TI, *norm, launch)
-        elif gated:
-            x_TI = ops.swiglu(x_TI, launch)
-        return ops.quant_small_batch(x_TI, self.stored(), residual=residual, launch=launch)
+            return super().few_rows(x_TI, fusion, launch)
+        return ops.quant_small_batch(x_TI, self.stored(), fusion, launch)
 
 
 class AmxW8A8Linear(QuantLinear):
@@ -130,12 +118,7 @@ class AmxW8A8Linear(QuantLinear):
         return self.fused(input) if self.takes(input) else super().forward(input)
 
     def fused(
-        self,
-        x: torch.Tensor,
-        *,
-        gelu: bool = False,
-        residual: torch.Tensor | None = None,
-        factor_O: torch.Tensor | None = None,
+        self, x: torch.Tensor, *, gelu: bool = False, residual: torch.Tensor | None = None, factor_O: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Return the layer's output y: gelu(y), or residual + factor * y."""
         x_TI = x.reshape(-1, self.in_features)
@@ -146,13 +129,9 @@ class AmxW8A8Linear(QuantLinear):
 
 
 def fused_linear(
-    layer: nn.Module,
-    x_TI: torch.Tensor,
-    *,
-    norm: nn.RMSNorm | None = None,
-    gated: bool = False,
+    layer: nn.Module, x_TI: torch.Tensor, *, norm: nn.RMSNorm | None = None, gated: bool = False,
     residual: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Return layer(norm(x)) + residual, or layer(swiglu(x)) + residual.
 
     Few tokens take one or two kernels: norm, gate and residual would cost more in calls than in work.
@@ -170,15 +149,10 @@ def fused_linear(
 
 
 def few_rows(
-    layer: nn.Module,
-    x_TI: torch.Tensor,
-    *,
-    norm: nn.RMSNorm | None = None,
-    gated: bool = False,
-    residual: torch.Tensor | None = None,
-    launch: Launch = NOW,
-) -> torch.Tensor | None:
-    """Return the product of `fused_linear` for at most MAX_ROWS rows, from kernels alone; None if it takes more than those."""
+    layer: nn.Module, x_TI: torch.Tensor, *, norm: nn.RMSNorm | None = None, gated: bool = False,
+    residual: torch.Tensor | None = None, launch: Launch = NOW,
+) -> torch.Tensor | None:  # fmt: skip
+    """Return the product of `fused_linear` for at most MAX_ROWS rows, from kernels alone; None if kernels do not suffice."""
     if not isinstance(layer, FastLinear | VnniLinear) or not (norm is None or isinstance(norm, FastRMSNorm)):
         return None
-    return layer.few_rows(x_TI, None if norm is None else norm.args(), gated, residual, launch)
+    return layer.few_rows(x_TI, Fusion(None if norm is None else norm.args(), gated, residual), launch)

@@ -1,8 +1,12 @@
-"""Attention of many queries on a processor with matrix tiles (AMX). See emitter.py for the terms.
+"""Attention of many queries with AMX. See emitter.py for the terms.
 
 32 queries at a time see all their keys: scores, then softmax, then values. Their scores fit into the second-level cache
 for any sensible length, so nothing is rescaled on the way. Scores and sums are float32; probabilities are rounded to
 bfloat16 before they meet the values, as in torch's own kernel.
+
+Both products use all 8 registers: four sums (2 x 2 blocks of 16 x 16), two left and two right operands. Four loads serve
+four products; with a single sum, eight would. Keys and values are right operands, so a head's are laid out in pairs once
+(_pack_keys, _pack_values) and then serve all its queries.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ HIDDEN = -3e38
 
 
 def scratch_bytes(num_keys: int, head_size: int) -> int:
-    """What one thread needs: packed keys and values of a head, scores and probabilities of 32 queries, their outcome."""
+    """Return what one thread needs: packed keys and values of a head, scores and probabilities of 32 queries, the result."""
     keys = -(-num_keys // BLOCK) * BLOCK
     return keys * head_size * 4 + (keys + ROW_GAP) * QUERIES * 6 + QUERIES * head_size * 4 + 1024
 
@@ -73,7 +77,10 @@ def attention(e: Emitter, head_size: int, causal: int) -> None:
 
 
 def _pack_keys(e: Emitter, keys: Value, stride: Value, num_keys: Value, packed: Value, head_size: int) -> None:
-    """Tiles [key register, H / 32] of pairs along the head: row i, column j has elements 2 i and 2 i + 1 of key j."""
+    """Lay keys out in registers [key block, H / 32] of pairs along the head.
+
+    Row i, column j of a register holds elements 2 i and 2 i + 1 of key j.
+    """
     steps = head_size // (2 * LANES)
     with e.loop(e.int(0), num_keys, BLOCK) as block:
         for register in range(2):
@@ -90,7 +97,10 @@ def _pack_keys(e: Emitter, keys: Value, stride: Value, num_keys: Value, packed: 
 
 
 def _pack_values(e: Emitter, values: Value, stride: Value, num_keys: Value, packed: Value, head_size: int) -> None:
-    """Tiles [key block, H / 16] of pairs of keys: row i has key 2 i in the even halves, key 2 i + 1 in the odd ones."""
+    """Lay values out in registers [key block, H / 16] of pairs of keys.
+
+    Row i of a register holds key 2 i in the lower halves of words, key 2 i + 1 in the upper ones.
+    """
     shorts, last = ir.VectorType(I16, LANES), e.b.sub(num_keys, e.int(1))
     with e.loop(e.int(0), num_keys, BLOCK) as block, e.loop(e.int(0), e.int(AMX_ROWS), 1) as row:
         first = e.b.add(block.index, e.b.mul(row.index, e.int(2)))
@@ -106,7 +116,7 @@ def _pack_values(e: Emitter, values: Value, stride: Value, num_keys: Value, pack
 def _scores(
     e: Emitter, q: Value, q_stride: Value, packed_k: Value, scores: Value, limit: Value, row_size: Value, head_size: int
 ) -> None:
-    """scores[32, keys] of 32 queries with all keys below limit, in whole blocks: two tiles by two."""
+    """Write scores[32, keys] of 32 queries with all keys below limit, in whole blocks."""
     steps = head_size // (2 * LANES)
     q_bytes, row_bytes, register_bytes = e.b.mul(q_stride, e.int(2)), e.b.mul(row_size, e.int(4)), e.int(4 * AMX_ROWS)
     q_blocks = [e.at(q, I16, e.b.mul(q_stride, e.int(part * AMX_ROWS))) for part in range(2)]
@@ -119,14 +129,14 @@ def _scores(
                 e.amx_load(4 + part, e.at(q_blocks[part], I16, e.int(2 * LANES * step)), q_bytes)
                 e.amx_load(6 + part, e.at(k_blocks, I32, e.int((part * steps + step) * AMX_WORDS)), register_bytes)
             for register in range(4):
-                e.amx_dot_bf16(register, 4 + register // 2, 6 + register % 2)
+                e.amx_dot("tdpbf16ps", register, 4 + register // 2, 6 + register % 2)
         for register in range(4):
             row = e.at(scores, F32, e.b.mul(row_size, e.int(register // 2 * AMX_ROWS)))
             e.amx_store(register, e.at(row, F32, e.b.add(block.index, e.int(register % 2 * AMX_ROWS))), row_bytes)
 
 
 def _hide(e: Emitter, seen: Value, causal: bool, limit: Value, row_size: Value, scores: Value) -> None:
-    """Scores of keys that a query does not see become very small. Only the last two blocks have such keys."""
+    """Make scores of keys that a query does not see very small. Only the last two blocks have such keys."""
     lanes = ir.Constant(I32S, list(range(LANES)))
     start = e.b.and_(seen, e.int(-BLOCK))
     with e.loop(e.int(0), e.int(QUERIES), 1) as row, e.loop(start, limit, BLOCK) as block:
@@ -162,7 +172,7 @@ def _softmax(e: Emitter, row: Value, limit: Value, row_size: Value, scores: Valu
 def _weighted_values(
     e: Emitter, probs: Value, packed_v: Value, outcome: Value, limit: Value, row_size: Value, head_size: int
 ) -> None:
-    """outcome[32, H] = probs @ values, two tiles by two."""
+    """outcome[32, H] = probs @ values."""
     row_bytes, out_bytes = e.b.mul(row_size, e.int(2)), e.int(4 * head_size)
     p_blocks = [e.at(probs, I16, e.b.mul(row_size, e.int(part * AMX_ROWS))) for part in range(2)]
     for pair in range(0, head_size // AMX_ROWS, 2):
@@ -174,7 +184,7 @@ def _weighted_values(
                 e.amx_load(4 + part, e.at(p_blocks[part], I16, block.index), row_bytes)
                 e.amx_load(6 + part, e.at(v_blocks, I32, e.int((pair + part) * AMX_WORDS)), e.int(4 * AMX_ROWS))
             for register in range(4):
-                e.amx_dot_bf16(register, 4 + register // 2, 6 + register % 2)
+                e.amx_dot("tdpbf16ps", register, 4 + register // 2, 6 + register % 2)
         for register in range(4):
             place = register // 2 * AMX_ROWS * head_size + (pair + register % 2) * AMX_ROWS
             e.amx_store(register, e.at(outcome, F32, e.int(place)), out_bytes)

@@ -25,14 +25,14 @@ _engines: list[llvm.ExecutionEngine] = []  # own the machine code; it lives as l
 
 
 def compile_kernel(name: str, *shape: int | str) -> int:
-    """Machine address of the named kernel, specialised to the given shape."""
+    """Compile a kernel, specialized to a shape. Returns its machine address."""
     emitter = Emitter(name)
     KERNELS[name](emitter, *shape)
     return finish(emitter)
 
 
 def finish(emitter: Emitter) -> int:
-    """Machine address of what was emitted."""
+    """Compile what was emitted. Returns its machine address."""
     with _compiling:
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()

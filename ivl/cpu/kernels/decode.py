@@ -19,21 +19,21 @@ HEADS_AT_ONCE = 4
 
 
 def scratch_bytes(group: int, head_size: int, longest: int) -> int:
-    """What one thread needs, in whole lines of the cache: with vectors its queries and their scores, float32."""
+    """Return what one thread needs, in whole cache lines: with vectors its queries and their scores, float32."""
     most = max(4 * group * (head_size + longest + LANES), decode_amx.scratch_bytes(head_size, longest))
     return -(-most // 64) * 64
 
 
-def decode_attention(e: Emitter, head_size: int, group: int, block_size: int, tiles: int) -> None:
+def decode_attention(e: Emitter, head_size: int, group: int, block_size: int, amx: int) -> None:
     """out[s, n] = softmax(q . k / sqrt(H)) v of sequence s and query head n, with the new key and value in the cache.
-    With tiles, which want blocks of a multiple of 16, keys and values meet all heads at once."""
+    With AMX, which wants blocks of a multiple of 16, keys and values meet all heads at once."""
     scratch = e.thread_scratch(1, 2, 3)
     qkv, cos, sin, keys, values, outs = (e.pointer(i, kind) for i, kind in zip(range(4, 10), _KINDS, strict=True))
     tables, pasts = e.pointer(10, I64), e.pointer(11, I64)
     num_seqs, num_kv_heads, row_size, table_size = (e.argument(i) for i in (12, 13, 14, 15))
     num_heads = e.b.mul(num_kv_heads, e.int(group))
     slot_size = e.b.mul(num_kv_heads, e.int(head_size))
-    if tiles:
+    if amx:
         decode_amx.amx_shapes(e, group)
     with e.claimed(e.b.mul(num_seqs, num_kv_heads), 1) as (start, stop), e.loop(start, stop, 1) as item:
         seq, head = e.b.udiv(item.index, num_kv_heads), e.b.urem(item.index, num_kv_heads)
@@ -59,10 +59,10 @@ def decode_attention(e: Emitter, head_size: int, group: int, block_size: int, ti
         queries = [head_at(e.b.add(e.b.mul(head, e.int(group)), e.int(member))) for member in range(group)]
         pairs = [_rotated(e, q, turn, head_size) for q in queries]
         out = e.at(outs, I16, e.b.mul(e.b.add(e.b.mul(seq, num_heads), e.b.mul(head, e.int(group))), e.int(head_size)))
-        attend = decode_amx.attend if tiles else _attend
+        attend = decode_amx.attend if amx else _attend
         stored = decode_amx.Stored(partial(slot, keys), partial(slot, values), slot_size, e.b.add(past, e.int(1)))
         attend(e, scratch, pairs, stored, head_size, out)
-    if tiles:
+    if amx:
         e.amx_release()
 
 
@@ -74,7 +74,7 @@ def _attend(
     head_size: int,
     out: Value,
 ) -> None:
-    """What decode_amx.attend does, with vectors."""
+    """Do what decode_amx.attend does, with vectors."""
     key_at, value_at, _, length = stored
     group = len(queries)
     for member, q in enumerate(queries):
@@ -119,7 +119,7 @@ _KINDS = (I16, F32, F32, I16, I16, I16)
 
 
 def _rotated(e: Emitter, row: Value, turn: list[Value], head_size: int) -> list[Pair]:
-    """A head turned to its position, as even and odd elements of each 32; the halves of cos and of sin are equal."""
+    """Rotate a head to its position. Returns even and odd elements of each 32; the halves of cos and of sin are equal."""
     first_half, second_half = [], []
     for at in range(0, head_size // 2, 2 * LANES):
         firsts, seconds = e.load(row, e.int(at)), e.load(row, e.int(at + head_size // 2))
@@ -131,7 +131,7 @@ def _rotated(e: Emitter, row: Value, turn: list[Value], head_size: int) -> list[
 
 
 def _softmax(e: Emitter, row: Value, room: Value) -> Value:
-    """Scores become exp(score - maximum), in place. Returns one over their sum, in every lane."""
+    """Replace scores by exp(score - maximum). Returns one over their sum, in every lane."""
     with e.loop(e.int(0), room, LANES, e.splat(HIDDEN)) as block:
         block.carry([e.larger(e.read(F32S, row, F32, block.index), block.values[0])])
     top = e.splat(e.greatest(block.values[0]))

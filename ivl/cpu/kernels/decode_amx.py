@@ -1,7 +1,9 @@
-"""One query token against the keys and values of its sequence, on matrix tiles (AMX). See emitter.py for the terms.
+"""One query token against the keys and values of its sequence, with AMX. See emitter.py for the terms.
 
-16 keys lie in a register as they lie in the cache, and meet the queries of all heads that share them; so a vector holds one
-position's scores for 16 heads. Probabilities are rounded to bfloat16 before they meet the values, as in torch's own kernel.
+A register takes 16 keys as they lie in the cache, and multiplies them with the queries of all heads that share them: the
+result holds one position's scores for up to 16 heads in each row. Values have to be second operands, for probabilities are
+the first: so 32 positions of values are interleaved in pairs, position i with position i + 16, and the probabilities alike.
+Probabilities are rounded to bfloat16 before they meet the values, as in torch's own kernel.
 """
 
 from __future__ import annotations
@@ -17,11 +19,11 @@ CHUNK = 2 * AMX_ROWS
 """Positions whose probabilities meet their values together: the first 16 in the even halves of words, the others in the odd."""
 AMX_WORDS = AMX_ROWS * AMX_ROWS
 SUMS, SCORES, PROBS, MEMORY, QUERIES = (0, 1, 2, 3), 4, 5, 6, 7
-"""Tiles. MEMORY holds keys, later values."""
+"""AMX registers. MEMORY holds keys, later values."""
 
 
 class Stored(NamedTuple):
-    """Keys and values of a sequence: where a position's row is, rows being slot_size elements apart within 16 positions."""
+    """Keys and values of a sequence: where the row of a position is. 16 rows of a block are slot_size elements apart."""
 
     key_at: Callable[[Value], Value]
     value_at: Callable[[Value], Value]
@@ -30,7 +32,7 @@ class Stored(NamedTuple):
 
 
 def scratch_bytes(head_size: int, longest: int) -> int:
-    """What one thread needs: queries, scores and probabilities, values of a chunk, the outcome, one over the sums."""
+    """Return what one thread needs: queries, scores and probabilities, values of a chunk, the result, one over the sums."""
     room = -(-longest // CHUNK) * CHUNK
     return 4 * (AMX_ROWS * head_size // 2 + room * (AMX_ROWS + AMX_ROWS // 2) + 4 * AMX_WORDS + AMX_ROWS * 64 + AMX_ROWS)
 
@@ -47,7 +49,7 @@ def attend(
     head_size: int,
     out: Value,
 ) -> None:
-    """out[member, H] = softmax(q . k / sqrt(H)) v. queries: of every member, its pairs of 32 elements."""
+    """out[member, H] = softmax(q . k / sqrt(H)) v. queries: pairs of 32 elements of every member of the group."""
     key_at, value_at, slot_size, length = stored
     group, steps = len(queries), head_size // (2 * LANES)
     words = e.b.bitcast(scratch, I32.as_pointer())
@@ -81,7 +83,7 @@ def attend(
             e.amx_load(PROBS, e.at(probs, I32, e.b.mul(chunk.index, e.int(AMX_ROWS // 2))), e.int(64))
             for n, register in enumerate(SUMS):
                 e.amx_load(MEMORY, e.at(values, I32, e.int(n * AMX_WORDS)), e.int(64))
-                e.amx_dot_bf16(register, PROBS, MEMORY)
+                e.amx_dot("tdpbf16ps", register, PROBS, MEMORY)
         for n, register in enumerate(SUMS):
             e.amx_store(register, e.at(outcome, F32, e.int(n * AMX_ROWS)), e.int(4 * 64))
         for member in range(group):
@@ -95,21 +97,21 @@ def attend(
 def _scores(
     e: Emitter, queries: Value, scores: Value, key_at: Callable[[Value], Value], slot_size: Value, length: Value, steps: int
 ) -> None:
-    """scores[position, member]; those of the last 16 beyond the length are of whatever lies there."""
+    """Write scores[position, member]. Those beyond the length, of the last 16, come from whatever lies there."""
     with e.loop(e.int(0), length, AMX_ROWS) as block:
         keys = key_at(block.index)
         e.amx_zero(SCORES)
         for step in range(steps):
             e.amx_load(MEMORY, e.at(keys, I16, e.int(step * 2 * LANES)), e.b.mul(slot_size, e.int(2)))
             e.amx_load(QUERIES, e.at(queries, I32, e.int(step * AMX_WORDS)), e.int(64))
-            e.amx_dot_bf16(SCORES, MEMORY, QUERIES)
+            e.amx_dot("tdpbf16ps", SCORES, MEMORY, QUERIES)
         e.amx_store(SCORES, e.at(scores, F32, e.b.mul(block.index, e.int(AMX_ROWS))), e.int(64))
 
 
 def _probabilities(
     e: Emitter, scores: Value, probs: Value, sums_at: Value, length: Value, room: Value, group: int, head_size: int
 ) -> None:
-    """probs: for every chunk a register [member, word]; and one over the sums of exp(score - maximum) by member."""
+    """Write probs, [member, word] for every chunk, and one over the sums of exp(score - maximum) by member."""
 
     def score(position: Value) -> Value:
         return e.read(F32S, scores, F32, e.b.mul(position, e.int(AMX_ROWS)))
@@ -125,7 +127,7 @@ def _probabilities(
             both = [e.b.add(e.b.add(chunk.index, i.index), e.int(part * AMX_ROWS)) for part in range(2)]
             pair = [e.small_exp2(e.fma(score(place), e.splat(scale), minus_top)) for place in both]
             i.carry([e.b.fadd(i.values[0], e.b.fadd(*pair))])
-            # In place of the first score, which is read.
+            # Written in place of the first score, which has been read.
             e.write(_words(e, (pair[0], pair[1])), scores, I32, e.b.mul(both[0], e.int(AMX_ROWS)))
         total = i.values[0]
         words = [e.read(I32S, scores, I32, e.b.mul(e.b.add(chunk.index, e.int(i)), e.int(AMX_ROWS))) for i in range(AMX_ROWS)]
@@ -136,6 +138,6 @@ def _probabilities(
 
 
 def _words(e: Emitter, pair: Pair) -> Value:
-    """Two vectors of float32 as bfloat16, the first in the lower halves of words."""
+    """Return two vectors of float32 as bfloat16, the first in the lower halves of words."""
     low = e.b.lshr(e.rounded(pair[0]), e.ints(16))
     return e.b.or_(low, e.b.and_(e.rounded(pair[1]), e.ints(-65536)))

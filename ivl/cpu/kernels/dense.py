@@ -16,7 +16,7 @@ PREFETCH = 8192
 def linear(e: Emitter, num_columns: int, before: str = "", plus: bool = False) -> None:
     """y[c, r] = sum_i x[c, i] w[r, i] + bias[r] for num_columns input rows c.
 
-    A single input row may be normalised or gated `before`, by every thread for itself, and something added to the outcome.
+    A single input row may be normalized or gated `before`, by every thread for itself, and a residual added to the result.
     """
     x, w, y = e.pointer(1), e.pointer(2), e.pointer(4)
     bias_address, width, rows, x_stride = (e.argument(i) for i in (3, 5, 6, 7))
@@ -29,9 +29,7 @@ def linear(e: Emitter, num_columns: int, before: str = "", plus: bool = False) -
         x = prepared
     added = e.pointer(10) if plus else None
     ahead = e.smaller(e.b.mul(width, e.int(ROW_BLOCK)), e.int(PREFETCH))
-    with e.claimed(rows, ROW_BLOCK) as (start, stop), e.loop(start, stop, ROW_BLOCK) as outer:
-        # The last block moves back to end with the last row; rows met twice get the same value twice.
-        first = e.smaller(outer.index, e.b.sub(rows, e.int(ROW_BLOCK)))
+    with e.blocks(rows, ROW_BLOCK) as first:
         row_ids = [e.b.add(first, e.int(r)) for r in range(ROW_BLOCK)]
         w_rows = [e.at(w, I16, e.b.mul(row, width)) for row in row_ids]
         for block in range(0, num_columns, COLUMN_BLOCK):
@@ -56,11 +54,13 @@ def linear(e: Emitter, num_columns: int, before: str = "", plus: bool = False) -
 
 
 def linear_amx(e: Emitter, num_columns: int, before: str = "", plus: bool = False) -> None:
-    """The same on a processor with matrix tiles (AMX), where even 16 columns cost no more than reading the weight. There may be
-    fewer input rows than columns: every number of them compiled for itself would take longer than it saves.
+    """The same with AMX, where even 16 columns cost no more than reading the weight.
 
-    One step multiplies two tiles of 16 weight rows by 32 elements, straight from the weight, with one register of pairs of
-    inputs, pairs[i / 2, column], which every thread lays out for itself.
+    There may be fewer input rows than columns: compiling a kernel for every number of them would take longer than it saves.
+
+    The weight is multiplied as it lies in memory: a register takes 32 elements of 16 rows. The inputs are the second operand
+    of the product, so every thread first lays them out in pairs[i / 2, column]. A step multiplies two weight registers with
+    one register of pairs: two loads of weight for two products, which is all that a product bound by memory needs.
     """
     scratch = e.thread_scratch(1, 2, 3)
     x, w, y = e.pointer(4), e.pointer(5), e.pointer(7)
@@ -78,7 +78,7 @@ def linear_amx(e: Emitter, num_columns: int, before: str = "", plus: bool = Fals
         vectors = [e.read(I32S, row, I16, column.index) for row in x_rows]
         start = e.b.mul(e.b.lshr(column.index, e.int(1)), e.int(num_columns))
         for p, vector in enumerate(transposed(e, vectors + [e.ints(0)] * (LANES - num_columns))):
-            # What is written beyond a row of pairs is overwritten by the next.
+            # Lanes beyond the columns spill into the next row of pairs, which is written next.
             e.write(vector, pairs, I32, e.b.add(start, e.int(p * num_columns)))
     added = e.pointer(13) if plus else None
     row_bytes, pair_bytes = e.b.mul(width, e.int(2)), e.int(4 * num_columns)
@@ -86,8 +86,7 @@ def linear_amx(e: Emitter, num_columns: int, before: str = "", plus: bool = Fals
     sums, weights, inputs = (0, 1), (2, 3), 4
     e.amx_configure([(AMX_ROWS, 4 * num_columns)] * 2 + [(AMX_ROWS, 64)] * 2 + [(AMX_ROWS, 4 * num_columns)])
     corner = e.b.alloca(F32, size=block * num_columns + LANES)  # the last rows are read beyond their end
-    with e.claimed(rows, block) as (start, stop), e.loop(start, stop, block) as outer:
-        first = e.smaller(outer.index, e.b.sub(rows, e.int(block)))
+    with e.blocks(rows, block) as first:
         w_block = e.at(w, I16, e.b.mul(first, width))
         for register in sums:
             e.amx_zero(register)
@@ -96,7 +95,7 @@ def linear_amx(e: Emitter, num_columns: int, before: str = "", plus: bool = Fals
             for part, (target, weight) in enumerate(zip(sums, weights, strict=True)):
                 place = e.b.add(e.b.mul(width, e.int(part * AMX_ROWS)), inner.index)
                 e.amx_load(weight, e.at(w_block, I16, place), row_bytes)
-                e.amx_dot_bf16(target, weight, inputs)
+                e.amx_dot("tdpbf16ps", target, weight, inputs)
         for part, register in enumerate(sums):
             e.amx_store(register, e.at(corner, F32, e.int(part * AMX_ROWS * num_columns)), pair_bytes)
         for part in range(2):
@@ -148,7 +147,7 @@ def rotate(e: Emitter) -> None:
 
 
 def lookup_table(e: Emitter, size: int) -> None:
-    """out[g, c, p] = table[c, tiles[g, p, c]]: bytes of three colours to numbers of `size` bytes, whose bits the table has."""
+    """out[g, c, p] = table[c, tiles[g, p, c]]: bytes of three colors to numbers of `size` bytes, whose bits the table has."""
     tiles, out, table = e.pointer(1, I8), e.pointer(2, I8), e.pointer(3, I32)
     count, pixels = e.argument(4), e.argument(5)
     part, whole = ir.VectorType(I8, LANES), ir.VectorType(ir.IntType(8 * size), LANES)
@@ -160,14 +159,14 @@ def lookup_table(e: Emitter, size: int) -> None:
         tile, place = e.b.udiv(pixel.index, pixels), e.b.urem(pixel.index, pixels)
         for c in range(3):
             order = ir.Constant(I32S, [c + 3 * lane for lane in range(LANES)])
-            bytes_of_colour = e.b.shuffle_vector(both, rest, order)
-            bits = e.gather(table, e.b.add(e.b.zext(bytes_of_colour, I32S), e.ints(256 * c)))
+            bytes_of_color = e.b.shuffle_vector(both, rest, order)
+            bits = e.gather(table, e.b.add(e.b.zext(bytes_of_color, I32S), e.ints(256 * c)))
             target = e.b.add(e.b.mul(e.b.add(e.b.mul(tile, e.int(3)), e.int(c)), pixels), place)
             e.write(e.b.trunc(bits, whole) if size < 4 else bits, out, ir.IntType(8 * size), target)
 
 
 def repeat_calls(e: Emitter) -> None:
-    """Recorded calls, each of an address, its arguments, threads, and whether argument 1 is a counter that begins at 0."""
+    """Make recorded calls. Each has an address, arguments, a number of threads, and whether argument 1 is a counter, too."""
     entries, count, parallel = e.pointer(0, I64), e.argument(1), e.argument(2)
     place = I8.as_pointer()
     kernel = ir.FunctionType(ir.VoidType(), [I64.as_pointer()])

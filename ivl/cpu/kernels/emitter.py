@@ -1,4 +1,4 @@
-"""A small assembler of kernels: LLVM's vector instructions, which it lowers to AVX-512, AVX2, NEON or whatever is there.
+"""A small assembler of kernels: LLVM's vector instructions, which LLVM lowers to AVX-512, AVX2, NEON or what there is.
 
 Every kernel is `void kernel(int64 *arguments)`. Arguments[0] is a counter: threads claim chunks of rows from it until
 none is left, so a thread that is held up by other programs holds nobody up.
@@ -19,6 +19,7 @@ from llvmlite import ir
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 LANES = 16
 AMX_ROWS = 16
+"""Rows of an AMX register; each has up to 64 bytes."""
 F32S, I32S, I16S = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(I16, LANES)
 Value = Any
 Pair = tuple[Value, Value]
@@ -58,12 +59,19 @@ class Emitter:
         return self.b.inttoptr(self.argument(index), kind.as_pointer())
 
     def thread_scratch(self, counter: int, memory: int, size: int) -> Value:
-        """This thread's part of the scratch memory: numbers are drawn from the counter; arguments by their index."""
+        """Return this thread's part of the scratch memory. The arguments are indices of arguments; a thread draws its number
+        from the counter."""
         number = self.b.atomic_rmw("add", self.at(self.function.args[0], I64, self.int(counter)), self.int(1), "monotonic")
         return self.b.gep(self.pointer(memory, I8), [self.b.mul(number, self.argument(size))], source_etype=I8)
 
+    def memory(self, kind: ir.Type, size: int) -> Value:
+        """Return memory of this call for so many elements, which begins at a cache line."""
+        place = self.b.alloca(kind, size=self.int(size))
+        place.align = 64  # type: ignore[misc]
+        return place
+
     def at(self, pointer: Value, kind: ir.Type, index: Value) -> Value:
-        """Pointer to element index of what the pointer points at, taken as elements of the given kind."""
+        """Return a pointer to element `index` of elements of the given kind."""
         return self.b.gep(self.b.bitcast(pointer, kind.as_pointer()), [index], source_etype=kind)
 
     def smaller(self, a: Value, c: Value) -> Value:
@@ -78,9 +86,12 @@ class Emitter:
     def bytes(self, pointer: Value) -> Value:
         return self.b.bitcast(pointer, I8.as_pointer())
 
-    # Matrix tiles (AMX): up to 8 registers of 16 rows of at most 64 bytes
+    # AMX has 8 registers of up to 16 rows of up to 64 bytes. A product takes the rows of one register as rows of a matrix,
+    # and the rows of another as columns in pairs (bfloat16) or fours (bytes): row p of that one holds elements 2 p and
+    # 2 p + 1 (or 4 p to 4 p + 3) of each of 16 columns side by side. Hence "pairs" and "words" in the kernels. Weights, whose
+    # rows lie in memory as rows, are the first operand; what is small, or laid out once for many uses, is the second.
     def amx_configure(self, shapes: list[tuple[int, int]]) -> None:
-        """Describe the tiles of this thread: rows and bytes per row of each. Palette 1, first row 0."""
+        """Describe the AMX registers of this thread: rows and bytes per row of each. Palette 1, first row 0."""
         rows, widths = ([shape[i] for shape in shapes] for i in (0, 1))
         unused = 16 - len(shapes)
         layout = bytes([1] + [0] * 15) + b"".join(width.to_bytes(2, "little") for width in widths + [0] * unused)
@@ -99,9 +110,10 @@ class Emitter:
     def amx_store(self, register: int, pointer: Value, row_bytes: Value) -> None:
         self.call("llvm.x86.tilestored64", ir.VoidType(), ir.Constant(I8, register), self.bytes(pointer), row_bytes)
 
-    def amx_dot_bf16(self, total: int, left: int, right: int) -> None:
-        """total += left @ right: rows of 32 bfloat16 times 16 rows of pairs, float32 sums."""
-        self.call("llvm.x86.tdpbf16ps", ir.VoidType(), *(ir.Constant(I8, register) for register in (total, left, right)))
+    def amx_dot(self, instruction: str, total: int, left: int, right: int) -> None:
+        """total += left @ right. tdpbf16ps multiplies pairs of bfloat16 to float32 sums; tdpbusd and tdpbsud multiply fours
+        of unsigned and signed (signed and unsigned) bytes to integer sums."""
+        self.call(f"llvm.x86.{instruction}", ir.VoidType(), *(ir.Constant(I8, register) for register in (total, left, right)))
 
     def amx_release(self) -> None:
         self.call("llvm.x86.tilerelease", ir.VoidType())
@@ -139,14 +151,14 @@ class Emitter:
         return self.call("llvm.vector.reduce.fmax.v16f32", F32, x)
 
     def read(self, kind: ir.Type, pointer: Value, element: ir.Type, index: Value) -> Value:
-        """A vector of the given kind that starts at pointer[index]; no alignment needed."""
+        """Read a vector of the given kind from pointer[index] on; no alignment is needed."""
         return self.b.load(self.b.bitcast(self.at(pointer, element, index), kind.as_pointer()), typ=kind, align=2)
 
     def write(self, value: Value, pointer: Value, element: ir.Type, index: Value) -> None:
         self.b.store(value, self.b.bitcast(self.at(pointer, element, index), value.type.as_pointer()), align=2)
 
     def gather(self, table: Value, indices: Value) -> Value:
-        """16 of a table's 32-bit integers, by their indices."""
+        """Read 16 of a table's 32-bit integers by their indices."""
         longs = ir.VectorType(I64, LANES)
         base = self.b.insert_element(ir.Constant(longs, ir.Undefined), self.b.ptrtoint(table, I64), ir.Constant(I32, 0))
         base = self.b.shuffle_vector(base, ir.Constant(longs, ir.Undefined), ir.Constant(I32S, [0] * LANES))
@@ -157,7 +169,7 @@ class Emitter:
         return self.call(name, I32S, places, ir.Constant(I32, 4), flags, ir.Constant(I32S, ir.Undefined))
 
     def load(self, pointer: Value, index: Value) -> Pair:
-        """Even and odd elements of 32 bfloat16."""
+        """Read 32 bfloat16 as their even and odd elements."""
         pairs = self.read(I32S, pointer, I16, index)
         even = self.b.shl(pairs, self.ints(16))
         odd = self.b.and_(pairs, self.ints(-65536))
@@ -169,7 +181,7 @@ class Emitter:
         self.write(self.b.or_(even, odd), pointer, I16, index)
 
     def floats(self, pointer: Value, index: Value) -> Value:
-        """16 bfloat16 in their order."""
+        """Read 16 bfloat16 in their order."""
         return self.b.bitcast(self.b.shl(self.b.zext(self.read(I16S, pointer, I16, index), I32S), self.ints(16)), F32S)
 
     def store_one(self, pointer: Value, value: Value) -> None:
@@ -177,17 +189,17 @@ class Emitter:
         self.b.store(self.b.trunc(bits, I16), pointer)
 
     def load_one(self, pointer: Value) -> Value:
-        """One bfloat16 as float32."""
+        """Read one bfloat16."""
         return self.b.bitcast(self.b.shl(self.b.zext(self.b.load(pointer, typ=I16), I32), ir.Constant(I32, 16)), F32)
 
     def deinterleaved(self, pointer: Value, index: Value) -> Pair:
-        """Even and odd elements of 32 float32."""
+        """Read 32 float32 as their even and odd elements."""
         low, high = (self.read(F32S, pointer, F32, self.b.add(index, self.int(part))) for part in (0, LANES))
         evens, odds = (ir.Constant(I32S, list(range(part, 2 * LANES, 2))) for part in (0, 1))
         return self.b.shuffle_vector(low, high, evens), self.b.shuffle_vector(low, high, odds)
 
     def rounded(self, x: Value) -> Value:
-        """Bits of float32 (a vector or one), rounded to nearest even in the upper half. NaN stays NaN."""
+        """Return the bits of float32 (a vector or one), rounded to nearest even in the upper half. NaN stays NaN."""
         kind = I32S if x.type == F32S else I32
         constant = self.ints if kind is I32S else lambda value: ir.Constant(I32, value)
         bits = self.b.bitcast(x, kind)
@@ -196,7 +208,7 @@ class Emitter:
         return self.b.select(self.b.fcmp_unordered("uno", x, x), constant(0x7FC00000), up)
 
     def exp(self, x: Value) -> Value:
-        """e^x to about 1e-7: 2^n times a polynomial of the remainder; infinite above 88.4, no smaller than e^-87."""
+        """Return e^x to about 1e-7: 2^n times a polynomial of the remainder. Infinite above 88.4, at least e^-87 below."""
         # Comparisons with NaN are false, so NaN goes through.
         for limit, beyond in ((89.0, ">"), (-87.0, "<")):
             x = self.b.select(self.b.fcmp_ordered(beyond, x, self.splat(limit)), self.splat(limit), x)
@@ -210,13 +222,13 @@ class Emitter:
         return self.b.fmul(y, self.b.bitcast(power, F32S))
 
     def store_small(self, pointer: Value, index: Value, value: Pair) -> None:
-        """store for numbers within [0, 1]: ties are rounded up and nothing overflows."""
+        """Store numbers that are not near overflow: ties are rounded up."""
         even, odd = (self.b.add(self.b.bitcast(x, I32S), self.ints(0x8000)) for x in value)
         self.write(self.b.or_(self.b.lshr(even, self.ints(16)), self.b.and_(odd, self.ints(-65536))), pointer, I16, index)
 
-    # Where there are tiles, there are these instructions of AVX-512
+    # Processors with AMX have these instructions of AVX-512
     def small_exp2(self, x: Value) -> Value:
-        """2^x to 1e-4, enough for what is rounded to bfloat16; 0 far below. NaN goes through."""
+        """Return 2^x to 1e-4, enough for what is rounded to bfloat16; 0 far below. NaN goes through."""
         every, as_set, to_floor = ir.Constant(I16, -1), ir.Constant(I32, 4), ir.Constant(I32, 9)
         r = self.call("llvm.x86.avx512.mask.reduce.ps.512", F32S, x, to_floor, x, every, as_set)  # x less its whole part
         y = self.splat(0.07802351)
@@ -225,19 +237,19 @@ class Emitter:
         return self.call("llvm.x86.avx512.mask.scalef.ps.512", F32S, y, x, y, every, as_set)
 
     def store_floats(self, pointer: Value, index: Value, value: Value) -> None:
-        """16 float32 as bfloat16, in their order."""
+        """Store 16 float32 as bfloat16, in their order."""
         short = self.call("llvm.x86.avx512bf16.cvtneps2bf16.512", ir.VectorType(_BFloat(), LANES), value)
         self.write(self.b.bitcast(short, I16S), pointer, I16, index)
 
     def narrowed(self, low: Value, high: Value) -> Value:
-        """32 float32 as 32 bfloat16 in their order, as 16 words."""
+        """Return 32 float32 as 32 bfloat16 in their order, in 16 words."""
         short = self.call("llvm.x86.avx512bf16.cvtne2ps2bf16.512", ir.VectorType(_BFloat(), 2 * LANES), high, low)
         return self.b.bitcast(short, I32S)
 
     # Control flow
     @contextmanager
-    def loop(self, start: Value, stop: Value, step: int, *carried: Value) -> Iterator[Loop]:
-        """for i in range(start, stop, step), at least once; carried values are set anew with Loop.carry."""
+    def loop(self, start: Value, stop: Value, step: int, *carried: Value) -> Iterator[KernelLoop]:
+        """Emit `for i in range(start, stop, step)`, run at least once; KernelLoop.carry sets the carried values anew."""
         before = self.b.block
         body = self.function.append_basic_block()
         self.b.branch(body)
@@ -247,7 +259,7 @@ class Emitter:
         phis = [self.b.phi(value.type) for value in carried]
         for phi, value in zip(phis, carried, strict=True):
             phi.add_incoming(value, before)
-        state = Loop(i, phis)
+        state = KernelLoop(i, phis)
         yield state
         following = self.b.add(i, self.int(step))
         i.add_incoming(following, self.b.block)
@@ -259,7 +271,7 @@ class Emitter:
 
     @contextmanager
     def claimed(self, count: Value, grain: int) -> Iterator[Pair]:
-        """About 16 chunks (start, stop) of range(count), each a multiple of grain and handed to one thread."""
+        """Split range(count) into about 16 chunks (start, stop) of a multiple of grain; threads claim them one by one."""
         grains = self.b.add(self.b.udiv(count, self.int(16 * grain)), self.int(1))
         chunk = self.b.mul(grains, self.int(grain))
         head, body, after = (self.function.append_basic_block() for _ in range(3))
@@ -272,8 +284,19 @@ class Emitter:
         self.b.branch(head)
         self.b.position_at_end(after)
 
+    @contextmanager
+    def blocks(self, rows: Value, size: int) -> Iterator[Value]:
+        """Split rows into claimed blocks and yield the first row of each.
 
-class Loop:
+        The last block moves back to end with the last row. Rows that are met twice get the same value twice.
+        """
+        with self.claimed(rows, size) as (start, stop), self.loop(start, stop, size) as outer:
+            yield self.smaller(outer.index, self.b.sub(rows, self.int(size)))
+
+
+class KernelLoop:
+    """A loop under construction: its index, and the values that it carries from one pass to the next."""
+
     def __init__(self, index: Value, values: list[Value]) -> None:
         self.index = index
         self.values = values

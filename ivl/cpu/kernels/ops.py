@@ -45,42 +45,49 @@ def fits(weight: torch.Tensor) -> bool:
     )
 
 
+class Fusion(NamedTuple):
+    """What is computed around a product of few rows: an RMS norm or a SwiGLU gate before it, a residual added after it."""
+
+    norm: NormArgs | None = None
+    gated: bool = False
+    residual: torch.Tensor | None = None
+
+    @property
+    def before(self) -> str:
+        return "norm" if self.norm is not None else "gate" if self.gated else ""
+
+    def arguments(self) -> tuple[int, int, int]:
+        """Return the kernel's arguments: norm weight, bits of eps, residual."""
+        norm, eps = (0, 0) if self.norm is None else (self.norm[0].data_ptr(), _bits(self.norm[1]))
+        return norm, eps, _pointer(self.residual)
+
+
+ALONE = Fusion()
+
+
 def linear(
-    x: torch.Tensor,
-    weight_OI: torch.Tensor,
-    bias_O: torch.Tensor | None,
-    *,
-    norm: NormArgs | None = None,
-    gated: bool = False,
-    residual: torch.Tensor | None = None,
-    launch: Launch = NOW,
+    x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None, fusion: Fusion = ALONE, launch: Launch = NOW
 ) -> torch.Tensor:
     """Return x @ weight^T + bias for at most MAX_ROWS rows.
 
-    One row goes through vectors, which keep up with the memory better. More rows go through AMX if there is AMX. The
-    result of a row does not depend on the number of rows.
-
-    Args:
-        norm: An RMS norm of the rows before the product. Free for one row; for more, only with AMX.
-        gated: SwiGLU of the rows before the product.
-        residual: Added to the result, under the same conditions as the norm.
+    One row goes through vectors, which keep up with the memory better, and costs nothing more with norm, gate and residual.
+    More rows go through AMX if there is AMX; without it they must come alone. The result of a row does not depend on the
+    number of rows.
     """
     x_TI = x.reshape(-1, x.shape[-1])
     rows, (out, width) = len(x_TI), weight_OI.shape
-    if rows > 1 and gated:
-        x_TI, gated = swiglu(x_TI, launch), False
+    if rows > 1 and fusion.gated:
+        x_TI, fusion = swiglu(x_TI, launch), fusion._replace(gated=False)
     y_TO = launch.empty(rows, out)
-    norm_pointer, eps = (0, 0) if norm is None else (norm[0].data_ptr(), _bits(norm[1]))
-    extra = (norm_pointer, eps, _pointer(residual))
-    shape = (rows, "norm" if norm is not None else "gate" if gated else "", residual is not None)
-    pointers = (x_TI.data_ptr(), weight_OI.data_ptr(), _pointer(bias_O), y_TO.data_ptr(), width, out, x_TI.stride(0), *extra)
+    pointers = (x_TI.data_ptr(), weight_OI.data_ptr(), _pointer(bias_O), y_TO.data_ptr(), width, out, x_TI.stride(0))
+    shape = (fusion.before, fusion.residual is not None)
     if rows > 1 and features.has_amx():
         columns = 8 if rows <= 8 else MAX_ROWS
         room = 2 * (2 * width * columns + 32)  # the rows in pairs, and normalized
-        scratch = launch.scratch(room)
-        launch.run("linear_amx", (columns, *shape[1:]), out * width, 0, scratch.data_ptr(), room, *pointers, rows)
+        scratch = launch.scratch(room).data_ptr()
+        launch.run("linear_amx", (columns, *shape), out * width, 0, scratch, room, *pointers, *fusion.arguments(), rows)
     else:
-        launch.run("linear", shape, out * width, *pointers)
+        launch.run("linear", (rows, *shape), out * width, *pointers, *fusion.arguments())
     return y_TO.view(*x.shape[:-1], out)
 
 
@@ -126,30 +133,19 @@ def quant_fits(scale_OG: torch.Tensor, width: int, group: int) -> bool:
     )
 
 
-def quant_gemv(
-    x_TI: torch.Tensor,
-    q: QuantizedWeight,
-    *,
-    norm: NormArgs | None = None,
-    gated: bool = False,
-    residual: torch.Tensor | None = None,
-    launch: Launch = NOW,
-) -> torch.Tensor:
-    """Return x @ weight^T + bias for up to MAX_ROWS rows, with VNNI. The result of a row does not depend on their number.
+def quant_gemv(x_TI: torch.Tensor, q: QuantizedWeight, fusion: Fusion = ALONE, launch: Launch = NOW) -> torch.Tensor:
+    """Return x @ weight^T + bias for up to MAX_ROWS rows, with VNNI; only a single row may be fused with more.
 
-    Args:
-        norm: As in `linear`, for a single row only; so are `gated` and `residual`.
+    The result of a row does not depend on the number of rows.
     """
     out = len(q.scale_OG)
-    kind = q.kind(x_TI.shape[1] // 2 if gated else x_TI.shape[1])
+    kind = q.kind(x_TI.shape[1] // 2 if fusion.gated else x_TI.shape[1])
     y_TO = launch.empty(len(x_TI), out)
-    before = "norm" if norm is not None else "gate" if gated else ""
-    norm_pointer, eps = (0, 0) if norm is None else (norm[0].data_ptr(), _bits(norm[1]))
     if len(x_TI) > 1:
         x_TI = quantize_inputs(x_TI, *kind[::2], launch=launch)
     launch.run(
-        "quant_gemv", (*kind, len(y_TO), before, int(residual is not None)), out * kind[3], x_TI.data_ptr(), *q.pointers(),
-        _pointer(q.bias_O), y_TO.data_ptr(), out, norm_pointer, eps, _pointer(residual),
+        "quant_gemv", (*kind, len(y_TO), fusion.before, int(fusion.residual is not None)), out * kind[3], x_TI.data_ptr(),
+        *q.pointers(), _pointer(q.bias_O), y_TO.data_ptr(), out, *fusion.arguments(),
     )  # fmt: skip
     return y_TO
 
@@ -159,20 +155,21 @@ def small_batch_fits(width: int, bits: int) -> bool:
     return width % (512 // bits) == 0
 
 
-def quant_small_batch(
-    x_TI: torch.Tensor, q: QuantizedWeight, *, residual: torch.Tensor | None = None, launch: Launch = NOW
-) -> torch.Tensor:
-    """Return x @ weight^T + bias + residual for 2 to MAX_ROWS rows, with AMX on integers."""
-    out, kind = len(q.scale_OG), q.kind(x_TI.shape[1])
-    bits, groups, zero, width = kind
+def quant_small_batch(x_TI: torch.Tensor, q: QuantizedWeight, fusion: Fusion = ALONE, launch: Launch = NOW) -> torch.Tensor:
+    """Return x @ weight^T + bias for 2 to MAX_ROWS rows, with AMX on integers."""
+    if fusion.norm is not None:
+        x_TI = rms_norm(x_TI, *fusion.norm, launch)
+    elif fusion.gated:
+        x_TI = swiglu(x_TI, launch)
+    out, (bits, groups, zero, width) = len(q.scale_OG), q.kind(x_TI.shape[1])
     tokens = quantize_inputs(x_TI, bits, zero, launch=launch)
     y_TO = launch.empty(len(x_TI), out)
     room = 16 * tokens.shape[1]
-    scratch = launch.scratch(room)
+    scratch = launch.scratch(room).data_ptr()
     name, shape = ("quant_small_batch8", (width,)) if bits == 8 else ("quant_small_batch4", (groups, zero, width))
     launch.run(
-        name, (*shape, int(residual is not None)), out * width, 0, scratch.data_ptr(), room, tokens.data_ptr(), *q.pointers(),
-        _pointer(q.bias_O), y_TO.data_ptr(), out, _pointer(residual), len(x_TI),
+        name, (*shape, int(fusion.residual is not None)), out * width, 0, scratch, room, tokens.data_ptr(), *q.pointers(),
+        _pointer(q.bias_O), y_TO.data_ptr(), out, _pointer(fusion.residual), len(x_TI),
     )  # fmt: skip
     return y_TO
 
@@ -193,13 +190,9 @@ def quant_gemm(x_TI: torch.Tensor, q: QuantizedWeight) -> torch.Tensor:
 
 
 def w8a8_linear(
-    x_TI: torch.Tensor,
-    q: QuantizedWeight,
-    *,
-    gelu: bool = False,
-    residual_TO: torch.Tensor | None = None,
+    x_TI: torch.Tensor, q: QuantizedWeight, *, gelu: bool = False, residual_TO: torch.Tensor | None = None,
     factor_O: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Return x @ weight^T + bias for 8-bit weights and inputs rounded to 8 bits by row, with AMX on integers.
 
     Args:
@@ -315,17 +308,9 @@ def decode_attention_fits(head_size: int, num_heads: int, num_kv_heads: int) -> 
 
 
 def decode_attention(
-    qkv_SXH: torch.Tensor,
-    factors: tuple[torch.Tensor, torch.Tensor],
-    keys_LKH: torch.Tensor,
-    values_LKH: torch.Tensor,
-    table_SB: torch.Tensor,
-    past_S: torch.Tensor,
-    *,
-    block_size: int,
-    longest: int,
-    launch: Launch = NOW,
-) -> torch.Tensor:
+    qkv_SXH: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor], keys_LKH: torch.Tensor, values_LKH: torch.Tensor,
+    table_SB: torch.Tensor, past_S: torch.Tensor, *, block_size: int, longest: int, launch: Launch = NOW,
+) -> torch.Tensor:  # fmt: skip
     """Rotate one new token per sequence, write its keys and values to the paged cache, and attend to all of the sequence.
 
     Args:

@@ -1,10 +1,10 @@
-"""Products with quantised weights, for x86-64 with VNNI. See emitter.py for the terms.
+"""Products with quantized weights, for x86-64 with VNNI. See emitter.py for the terms.
 
-Inputs become integers of 16 bits with one scale per token, which loses less than their own bfloat16: x = s (256 h + l), h
-and l of 8 bits. VNNI then multiplies unsigned weight bytes with h and with l, sums are exact, and what the weights' offset
-adds is known beforehand from the inputs alone.
+Inputs become integers of 16 bits with one scale per token, which loses less than their own bfloat16: x = s (256 h + l), where
+h and l have 8 bits. VNNI multiplies unsigned weight bytes with h and with l. The sums are exact, and what the offset of the
+weights adds is known beforehand from the inputs alone.
 
-A token as the kernels want it, `token_bytes`: three vectors (minus 128 times the sums of h and of l by lane, and s), then
+A token, as the kernels read it (`token_bytes`): three vectors (minus 128 times the sums of h and of l by lane, and s), then
 for every step of the weight's row 64 bytes each of h and l, in 4 bits apart for even and odd elements, followed by what the
 offset adds in this step. In 4 bits a step has 128 elements, 8 to a lane, so that a lane lies within a group.
 """
@@ -28,12 +28,12 @@ TOP = 32512
 
 
 def step_of(bits: int) -> int:
-    """Elements of a row that are multiplied in a step: 64 bytes of weight."""
+    """Return the elements of a row that a step multiplies: 64 bytes of weight."""
     return 512 // bits
 
 
 def step_bytes(bits: int) -> int:
-    """Bytes of a token for a step."""
+    """Return the bytes of a token for a step."""
     return 2 * 64 if bits == 8 else 5 * 64
 
 
@@ -42,7 +42,7 @@ def token_bytes(bits: int, width: int) -> int:
 
 
 def quantize_inputs(e: Emitter, bits: int, zero: int, width: int) -> None:
-    """Rows of bfloat16 to tokens as above."""
+    """Turn rows of bfloat16 into tokens as above."""
     x, tokens = e.pointer(1), e.pointer(2, I8)
     rows, x_stride = e.argument(3), e.argument(4)
     with e.claimed(rows, 1) as (start, stop), e.loop(start, stop, 1) as row:
@@ -53,7 +53,7 @@ def quantize_inputs(e: Emitter, bits: int, zero: int, width: int) -> None:
 def quant_gemv(e: Emitter, bits: int, groups: int, zero: int, width: int, num_tokens: int, before: str, plus: int) -> None:
     """y[c, r] = sum_i x[c, i] w[r, i] + bias[r] for num_tokens prepared tokens c, or for one row of bfloat16.
 
-    The single row may be normalised or gated `before`, by every thread for itself, and something added to the outcome.
+    The single row may be normalized or gated `before`, by every thread for itself, and a residual added to the result.
     """
     x, w, scales, y = e.pointer(1, I8), e.pointer(2, I8), e.pointer(3), e.pointer(6)
     bias_address, rows = e.argument(5), e.argument(7)
@@ -61,21 +61,18 @@ def quant_gemv(e: Emitter, bits: int, groups: int, zero: int, width: int, num_to
     if num_tokens == 1:
         row = e.pointer(1)
         if before:
-            made = e.b.alloca(I16, size=e.int(width))
+            prepared = e.b.alloca(I16, size=e.int(width))
             if before == "norm":
-                norm_row(e, row, e.pointer(8), made, e.int(width), e.argument(9))
+                norm_row(e, row, e.pointer(8), prepared, e.int(width), e.argument(9))
             else:
-                swiglu_row(e, row, made, e.int(width))
-            row = made
-        x = e.b.alloca(I8, size=e.int(token_size))
-        x.align = 64  # type: ignore[misc]
+                swiglu_row(e, row, prepared, e.int(width))
+            row = prepared
+        x = e.memory(I8, token_size)
         _prepare(e, row, x, bits, bool(zero), width)
     added = e.pointer(10) if plus else None
     zeros = e.pointer(4, I8) if zero else None
     row_bytes = width * bits // 8
-    with e.claimed(rows, ROW_BLOCK) as (start, stop), e.loop(start, stop, ROW_BLOCK) as outer:
-        # The last block moves back to end with the last row; rows met twice get the same value twice.
-        first = e.smaller(outer.index, e.b.sub(rows, e.int(ROW_BLOCK)))
+    with e.blocks(rows, ROW_BLOCK) as first:
         row_ids = [e.b.add(first, e.int(r)) for r in range(ROW_BLOCK)]
         w_rows = [e.at(w, I8, e.b.mul(row, e.int(row_bytes))) for row in row_ids]
         scale_rows = [e.at(scales, I16, e.b.mul(row, e.int(groups))) for row in row_ids]
@@ -123,7 +120,7 @@ def dequantize(e: Emitter, bits: int, groups: int, zero: int, width: int) -> Non
 
 
 def row_scale(e: Emitter, x: Value, width: int, top_value: int) -> tuple[Value, Value]:
-    """What a row is divided by so that its largest element becomes top_value, and one over it in every lane."""
+    """Return what a row is divided by so that its largest element becomes top_value, and one over it in every lane."""
     nothing = e.splat(0.0)
     with e.loop(e.int(0), e.int(width), 2 * LANES, nothing, nothing) as column:
         top, bad = column.values
@@ -132,7 +129,7 @@ def row_scale(e: Emitter, x: Value, width: int, top_value: int) -> tuple[Value, 
             top, bad = e.larger(size, top), e.fma(half, nothing, bad)
         column.carry([top, bad])
     largest = e.greatest(column.values[0])
-    # What is infinite or no number makes the scale no number, and so every outcome.
+    # Infinity or NaN makes the scale NaN, and so every result of the row.
     scale = e.b.fadd(e.b.fmul(largest, ir.Constant(F32, 1 / top_value)), e.total(column.values[1]))
     positive = e.b.fcmp_ordered(">", largest, ir.Constant(F32, 0.0))
     inverse = e.b.select(positive, e.b.fdiv(ir.Constant(F32, float(top_value)), largest), ir.Constant(F32, 0.0))
@@ -182,15 +179,15 @@ def _prepare(e: Emitter, x: Value, token: Value, bits: int, zero: bool, width: i
 
 
 def _sums8(e: Emitter, w_rows: list[Value], tokens: list[Value], width: int, *, fetch: bool) -> list[list[Value]]:
-    """Sums of 16-bit inputs times 8-bit weights, as float32, by row and token."""
+    """Return sums of 16-bit inputs times 8-bit weights, as float32, by row and token."""
     cells = [(r, c) for r in range(len(w_rows)) for c in range(len(tokens))]
     starts = [e.read(I32S, tokens[c], I8, e.int(64 * part)) for _, c in cells for part in (0, 1)]
 
     def step(at: Value, place: Value, size: int, sums: list[Value]) -> list[Value]:
         weights = [weight_bytes(e, row, at, size) for row in w_rows]
         inputs = [[e.read(BYTES, t, I8, e.b.add(place, e.int(64 * part))) for part in (0, 1)] for t in tokens]
-        found = iter(sums)
-        return [_dot(e, next(found), weights[r], inputs[c][part]) for r, c in cells for part in (0, 1)]
+        old = iter(sums)
+        return [_dot(e, next(old), weights[r], inputs[c][part]) for r, c in cells for part in (0, 1)]
 
     sums = starts
     if width >= 64:
@@ -204,10 +201,10 @@ def _sums8(e: Emitter, w_rows: list[Value], tokens: list[Value], width: int, *, 
     if width % 64:
         done = width // 64
         sums = step(e.int(done * 64), e.int(HEAD + done * 128), width % 64, sums)
-    found = iter(sums)
+    by_cell = iter(sums)
     totals: list[list[Value]] = [[] for _ in w_rows]
     for r, _ in cells:
-        high, low = (e.b.sitofp(_int_total(e, next(found)), F32) for _ in range(2))
+        high, low = (e.b.sitofp(_int_total(e, next(by_cell)), F32) for _ in range(2))
         totals[r].append(e.b.fadd(e.b.fmul(high, ir.Constant(F32, 256.0)), low))
     return totals
 
@@ -216,7 +213,7 @@ def _sums4(
     e: Emitter, w_rows: list[Value], scale_rows: list[Value], zero_rows: list[Value], tokens: list[Value], width: int,
     groups: int, *, fetch: bool,
 ) -> list[list[Value]]:  # fmt: skip
-    """Sums of 16-bit inputs times 4-bit weights and their scales, by row and token."""
+    """Return sums of 16-bit inputs times 4-bit weights and their scales, by row and token."""
     cells = [(r, c) for r in range(len(w_rows)) for c in range(len(tokens))]
     group = width // groups
     low_half = ir.Constant(BYTES, [15] * 64)
@@ -226,7 +223,7 @@ def _sums4(
         inputs = [[e.read(BYTES, t, I8, e.b.add(place, e.int(64 * n))) for n in range(4)] for t in tokens]
         offsets = [e.read(F32S if zero_rows[0] else I32S, t, I8, e.b.add(place, e.int(256))) for t in tokens]
         first_group = e.b.mul(number, e.int(128 // group))
-        found, new = iter(sums), []
+        old, new = iter(sums), []
         for r, row in enumerate(w_rows):
             both = weight_bytes(e, row, e.b.mul(number, e.int(64)), size // 2)
             shifted = e.b.lshr(e.b.bitcast(both, I32S), e.ints(4))
@@ -243,7 +240,7 @@ def _sums4(
                 product = e.b.sitofp(e.b.add(e.b.shl(high, e.ints(8)), low), F32S)
                 if zero:
                     product = e.fma(zero, offsets[c], product)
-                new.append(e.fma(product, scale, next(found)))
+                new.append(e.fma(product, scale, next(old)))
         return new
 
     sums = [e.splat(0.0) for _ in cells]
@@ -257,17 +254,17 @@ def _sums4(
         sums = inner.values
     if width % 128:
         sums = step(e.int(width // 128), width % 128, sums)
-    found = iter(sums)
+    by_cell = iter(sums)
     totals: list[list[Value]] = [[] for _ in w_rows]
     for r, _ in cells:
-        totals[r].append(e.total(next(found)))
+        totals[r].append(e.total(next(by_cell)))
     return totals
 
 
 def weight_bytes(e: Emitter, row: Value, at: Value, size: int) -> Value:
-    """64 bytes of weight, those beyond `size` zero."""
-    some = e.read(ir.VectorType(I8, size), row, I8, at)
-    return some if size == 64 else _filled(e, some, list(range(64)), 64)
+    """Read 64 bytes of weight; those beyond `size` become zero."""
+    present = e.read(ir.VectorType(I8, size), row, I8, at)
+    return present if size == 64 else _filled(e, present, list(range(64)), 64)
 
 
 def _by_group(e: Emitter, row: Value, element: ir.Type, first: Value, count: int, group: int) -> Value:
@@ -280,14 +277,14 @@ def _by_group(e: Emitter, row: Value, element: ir.Type, first: Value, count: int
 
 
 def _filled(e: Emitter, values: Value, order: list[int], size: int) -> Value:
-    """values[order], with zero where the order leads beyond."""
+    """Return values[order], with zero where the order leads beyond."""
     count, element = values.type.count, values.type.element
     index = ir.Constant(ir.VectorType(I32, size), [min(i, count) for i in order])
     return e.b.shuffle_vector(values, ir.Constant(ir.VectorType(element, count), [0] * count), index)
 
 
 def _dot(e: Emitter, total: Value, weights: Value, inputs: Value) -> Value:
-    """total + sums of 4 unsigned weights times signed inputs, by lane."""
+    """Return total + the sum of 4 unsigned weights times signed inputs, by lane."""
     words = (e.b.bitcast(x, I32S) for x in (weights, inputs))
     return e.call("llvm.x86.avx512.vpdpbusd.512", I32S, total, *words)
 

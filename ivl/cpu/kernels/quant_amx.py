@@ -1,11 +1,14 @@
-"""Products of several tokens with quantised weights on matrix tiles (AMX). See emitter.py for the terms.
+"""Products of several tokens with quantized weights, with AMX. See emitter.py for the terms.
 
-A thread unpacks 32 rows of the weight to bfloat16, laid out as the tiles want it, and multiplies them with all tokens while
-they are in its cache. In 8 bits the integers themselves are unpacked, without loss, and the scale is applied to the sums.
+GEMMs (quant_gemm, w8a8_gemm): a thread unpacks 32 rows of the weight, laid out as second operands, and multiplies them with
+all tokens while they are in its cache. In 8 bits the integers themselves are unpacked, without loss, and the scale is
+applied to the sums. Small batches (quant_small_batch8, quant_small_batch4): at most 16 tokens, bound by reading the weight,
+which stays in integers and is the first operand; the tokens are laid out instead.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from llvmlite import ir
@@ -21,25 +24,21 @@ AHEAD = 4096
 
 
 def scratch_bytes(width: int) -> int:
-    """What one thread needs for 32 unpacked rows."""
+    """Return what one thread needs for 32 unpacked rows."""
     return width // 32 * 2 * AMX_BYTES
 
 
 def quant_gemm(e: Emitter, bits: int, groups: int, zero: int, width: int, height: int, together: int) -> None:
-    """y[t, r] = sum_i x[t, i] w[r, i] + bias[r] for tokens t in tiles of `height`, `together` (1 or 2) of them at a time."""
+    """y[t, r] = sum_i x[t, i] w[r, i] + bias[r] for tokens t in registers of `height` rows, `together` (1 or 2) at a time."""
     scratch = e.thread_scratch(1, 2, 3)
     x, w, scales, zeros = e.pointer(4), e.pointer(5, I8), e.pointer(6), e.pointer(7, I8)
     biases, y = e.pointer(8, F32), e.pointer(9)
     rows, tokens, x_stride = e.argument(10), e.argument(11), e.argument(12)
     row_bytes, x_bytes = width * bits // 8, e.b.mul(x_stride, e.int(2))
-    sums, inputs, weights = [0, 1, 2, 3][: 2 * together], [4, 5][:together], (6, 7)
-    # Sums and inputs have a row for each token, weights one for each pair of elements.
     e.amx_configure([(height, 64)] * 6 + [(AMX_ROWS, 64)] * 2)
     block = together * height
-    corner = e.b.alloca(F32, size=e.int(block * ROWS))
-    corner.align = 64  # type: ignore[misc]
-    with e.claimed(rows, ROWS) as (start, stop), e.loop(start, stop, ROWS) as outer:
-        first = e.smaller(outer.index, e.b.sub(rows, e.int(ROWS)))
+    corner = e.memory(F32, block * ROWS)
+    with e.blocks(rows, ROWS) as first:
         for part in range(2):
             row_ids = [e.b.add(first, e.int(part * AMX_ROWS + r)) for r in range(AMX_ROWS)]
             w_rows = [e.at(w, I8, e.b.mul(row, e.int(row_bytes))) for row in row_ids]
@@ -53,18 +52,11 @@ def quant_gemm(e: Emitter, bits: int, groups: int, zero: int, width: int, height
         with e.loop(e.int(0), tokens, block) as column:
             token = e.smaller(column.index, e.b.sub(tokens, e.int(block)))
             x_blocks = [e.at(x, I16, e.b.mul(e.b.add(token, e.int(n * height)), x_stride)) for n in range(together)]
-            for register in sums:
-                e.amx_zero(register)
+            _zero_sums(e, 2 * together)
             with e.loop(e.int(0), e.int(width), 32) as inner:
                 place = e.at(scratch, I8, e.b.mul(inner.index, e.int(AMX_BYTES // AMX_ROWS)))
-                for register, start_x in zip(inputs, x_blocks, strict=True):
-                    e.amx_load(register, e.at(start_x, I16, inner.index), x_bytes)
-                for part, register in enumerate(weights):
-                    e.amx_load(register, e.at(place, I8, e.int(part * AMX_BYTES)), e.int(64))
-                for n, register in enumerate(sums):
-                    e.amx_dot_bf16(register, inputs[n // 2], weights[n % 2])
-            for n, register in enumerate(sums):
-                e.amx_store(register, e.at(corner, F32, e.int(n // 2 * height * ROWS + n % 2 * AMX_ROWS)), e.int(4 * ROWS))
+                _multiply(e, "tdpbf16ps", together, (e.at(x_block, I16, inner.index) for x_block in x_blocks), x_bytes, place)
+            _store_block(e, together, height, corner, F32)
             with e.loop(e.int(0), e.int(block), 1) as line:
                 out = e.b.add(e.b.mul(e.b.add(token, line.index), rows), first)
                 for part in range(2):
@@ -76,7 +68,7 @@ def quant_gemm(e: Emitter, bits: int, groups: int, zero: int, width: int, height
 
 
 def w8a8_round(e: Emitter, width: int) -> None:
-    """Rows of bfloat16 to 8 bits: int8 [width], then scale (float32) and -128 times the sum (int32) in 64 bytes."""
+    """Round rows of bfloat16 to 8 bits: int8 [width], then scale (float32) and -128 times the sum (int32) in 64 bytes."""
     x, out, rows, x_stride = e.pointer(1), e.pointer(2, I8), e.argument(3), e.argument(4)
     with e.claimed(rows, 1) as (start, stop), e.loop(start, stop, 1) as row:
         source, target = e.at(x, I16, e.b.mul(row.index, x_stride)), e.at(out, I8, e.b.mul(row.index, e.int(width + 64)))
@@ -96,19 +88,18 @@ def w8a8_round(e: Emitter, width: int) -> None:
 
 
 def w8a8_gemm(e: Emitter, width: int, height: int, together: int, after: str) -> None:
-    """y[t, r] = sum_i x[t, i] w[r, i] + bias[r] for tokens from quant_round and weights of 8 bits; sums are exact. `after`:
-    "gelu" of it, "add" for plus[t, r] + factor[r] times it, or nothing."""
+    """y[t, r] = sum_i x[t, i] w[r, i] + bias[r] for tokens from w8a8_round and weights of 8 bits; sums are exact.
+
+    after: "gelu" applies GELU to y, "add" gives plus[t, r] + factor[r] * y, "" is y itself.
+    """
     scratch = e.thread_scratch(1, 2, 3)
     x, w, scales, biases, y = e.pointer(4, I8), e.pointer(5, I8), e.pointer(6), e.pointer(7, F32), e.pointer(8)
     rows, tokens = e.argument(9), e.argument(10)
     plus, factor = (e.pointer(11), e.pointer(12)) if after == "add" else (None, None)
     size, steps, block = width + 64, -(-width // 64), together * height
-    sums, inputs, weights = [0, 1, 2, 3][: 2 * together], [4, 5][:together], (6, 7)
     e.amx_configure([(height, 64)] * 6 + [(AMX_ROWS, 64)] * 2)
-    corner = e.b.alloca(I32, size=e.int(block * ROWS))
-    corner.align = 64  # type: ignore[misc]
-    with e.claimed(rows, ROWS) as (start, stop), e.loop(start, stop, ROWS) as outer:
-        first = e.smaller(outer.index, e.b.sub(rows, e.int(ROWS)))
+    corner = e.memory(I32, block * ROWS)
+    with e.blocks(rows, ROWS) as first:
         for part in range(2):
             w_rows = [e.at(w, I8, e.b.mul(e.b.add(first, e.int(part * AMX_ROWS + r)), e.int(width))) for r in range(AMX_ROWS)]
 
@@ -129,19 +120,12 @@ def w8a8_gemm(e: Emitter, width: int, height: int, together: int, after: str) ->
         with e.loop(e.int(0), tokens, block) as column:
             token = e.smaller(column.index, e.b.sub(tokens, e.int(block)))
             x_blocks = [e.at(x, I8, e.b.mul(e.b.add(token, e.int(n * height)), e.int(size))) for n in range(together)]
-            for register in sums:
-                e.amx_zero(register)
+            _zero_sums(e, 2 * together)
             with e.loop(e.int(0), e.int(steps), 1) as inner:
                 place = e.at(scratch, I8, e.b.mul(inner.index, e.int(2 * AMX_BYTES)))
-                for register, start_x in zip(inputs, x_blocks, strict=True):
-                    e.amx_load(register, e.at(start_x, I8, e.b.mul(inner.index, e.int(64))), e.int(size))
-                for part, register in enumerate(weights):
-                    e.amx_load(register, e.at(place, I8, e.int(part * AMX_BYTES)), e.int(64))
-                for n, register in enumerate(sums):
-                    numbers = (register, inputs[n // 2], weights[n % 2])
-                    e.call("llvm.x86.tdpbsud", ir.VoidType(), *(ir.Constant(I8, number) for number in numbers))
-            for n, register in enumerate(sums):
-                e.amx_store(register, e.at(corner, I32, e.int(n // 2 * height * ROWS + n % 2 * AMX_ROWS)), e.int(4 * ROWS))
+                x_steps = (e.at(x_block, I8, e.b.mul(inner.index, e.int(64))) for x_block in x_blocks)
+                _multiply(e, "tdpbsud", together, x_steps, e.int(size), place)
+            _store_block(e, together, height, corner, I32)
             with e.loop(e.int(0), e.int(block), 1) as line:
                 number = e.b.add(token, line.index)
                 end = e.at(x, I8, e.b.add(e.b.mul(number, e.int(size)), e.int(width)))
@@ -162,11 +146,40 @@ def w8a8_gemm(e: Emitter, width: int, height: int, together: int, after: str) ->
     e.amx_release()
 
 
+def _zero_sums(e: Emitter, count: int) -> None:
+    for register in range(count):
+        e.amx_zero(register)
+
+
+def _multiply(e: Emitter, dot: str, together: int, inputs: Iterable[Value], row_bytes: Value, weights: Value) -> None:
+    """Multiply one or two registers of tokens with two registers of weights.
+
+    Registers 0 to 3 are sums, with a row for each token: a pair for each register of tokens. Registers 4 and 5 are tokens, 6
+    and 7 weights, with a row for each pair or four of elements. With two registers of tokens, four loads serve four products.
+    """
+    for register, place in enumerate(inputs, 4):
+        e.amx_load(register, place, row_bytes)
+    for part in range(2):
+        e.amx_load(6 + part, e.at(weights, I8, e.int(part * AMX_BYTES)), e.int(64))
+    for n in range(2 * together):
+        e.amx_dot(dot, n, 4 + n // 2, 6 + n % 2)
+
+
+def _store_block(e: Emitter, together: int, height: int, corner: Value, kind: ir.Type) -> None:
+    """Store the sums as corner[token, 32 rows]."""
+    for n in range(2 * together):
+        place = e.at(corner, kind, e.int(n // 2 * height * ROWS + n % 2 * AMX_ROWS))
+        e.amx_store(n, place, e.int(4 * ROWS))
+
+
 def _unpack(
     e: Emitter, out: Value, w_rows: list[Value], scales: Value, zeros: Value | None, places: list[Value], bits: int,
     groups: int, width: int,
 ) -> None:  # fmt: skip
-    """16 rows as bfloat16: out[i / 32][i % 32 / 2][row] holds elements i and i + 1; blocks of 32 elements are 2 tiles apart."""
+    """Unpack 16 rows to bfloat16: out[i / 32][i % 32 / 2][row] holds elements i and i + 1.
+
+    Blocks of 32 elements are two registers apart, for the other 16 rows of a block of 32 lie between.
+    """
     step = step_of(bits)
     per_lane, group = step // LANES, width // groups
 
@@ -206,7 +219,7 @@ def _unpack(
 
 
 def _affine(e: Emitter, scales: Value, zeros: Value | None, places: list[Value]) -> tuple[Value, Value]:
-    """scale and - scale * zero of one group of every row, in the lanes of the rows."""
+    """Return scale and -scale * zero of one group of every row, in the lanes of the rows."""
     factor = offset = ir.Constant(I32S, ir.Undefined)
     for r, place in enumerate(places):
         bits = e.b.zext(e.b.load(e.at(scales, I16, place), typ=I16), I32)
@@ -242,7 +255,7 @@ class _SmallBatch(NamedTuple):
     """Memory for float32 sums [row, token]."""
 
     def word(self, e: Emitter, row: Value) -> Value:
-        """Where a word of every token is."""
+        """Return where a word of every token is."""
         return e.at(self.x, I32, e.b.mul(row, e.int(AMX_ROWS)))
 
 
@@ -266,27 +279,18 @@ def _begin_batch(e: Emitter, bits: int, width: int, step: int, plus: int) -> _Sm
             e.write(line, x, I32, e.b.mul(e.b.add(column.index, e.int(n)), e.int(AMX_ROWS)))
     token_scales = e.read(F32S, x, I32, e.int(32 * AMX_ROWS))
     e.amx_configure([(AMX_ROWS, 64)] * 4 + [(AMX_ROWS, step)] * 2 + [(step // 4, 64)] * 2)
-    memory = [e.b.alloca(kind, size=e.int(size)) for kind, size in
-              ((I32, 4 * AMX_ROWS * AMX_ROWS), (I8, 4 * AMX_BYTES), (F32, ROWS * AMX_ROWS))]  # fmt: skip
-    for place in memory:
-        place.align = 64  # type: ignore[misc]
+    memory = (e.memory(I32, 4 * AMX_ROWS * AMX_ROWS), e.memory(I8, 4 * AMX_BYTES), e.memory(F32, ROWS * AMX_ROWS))
     return _SmallBatch(x, w, scales, zeros, bias_address, y, rows, residual, given, token_scales, *memory)
 
 
-def _multiply(e: Emitter, left: list[Value], stride: int, right: list[Value]) -> None:
+def _multiply_integers(e: Emitter, left: list[Value], stride: int, right: list[Value]) -> None:
     """Add the products of unsigned weight bytes and the tokens' signed bytes to the sum registers."""
     for register, place in zip(RIGHT, right, strict=True):
         e.amx_load(register, place, e.int(64))
     for part, place in enumerate(left):
         e.amx_load(LEFT[part], place, e.int(stride))
         for total, register in zip(SUMS[part], RIGHT, strict=True):
-            numbers = (total, LEFT[part], register)
-            e.call("llvm.x86.tdpbusd", ir.VoidType(), *(ir.Constant(I8, number) for number in numbers))
-
-
-def _zero_sums(e: Emitter) -> None:
-    for register in range(4):
-        e.amx_zero(register)
+            e.amx_dot("tdpbusd", total, LEFT[part], register)
 
 
 def _store_sums(e: Emitter, batch: _SmallBatch) -> None:
@@ -295,7 +299,7 @@ def _store_sums(e: Emitter, batch: _SmallBatch) -> None:
 
 
 def _row_sums(e: Emitter, batch: _SmallBatch, part: int, r: int, offsets: list[Value]) -> list[Value]:
-    """Sums of h and of l for a weight row, by token."""
+    """Return sums of h and of l for a weight row, by token."""
     both = []
     for register, offset in zip(SUMS[part], offsets, strict=True):
         both.append(e.b.add(e.read(I32S, batch.sums, I32, e.int((register * AMX_ROWS + r) * AMX_ROWS)), offset))
@@ -303,7 +307,7 @@ def _row_sums(e: Emitter, batch: _SmallBatch, part: int, r: int, offsets: list[V
 
 
 def _offset(e: Emitter, batch: _SmallBatch, zero: Value, first: int, count: int, base: Value) -> Value:
-    """What the weights' offset adds, by token: `count` words of the tokens, summed from `zero`."""
+    """Return what the weights' offset adds, by token: the sum of `count` words of the tokens, and of `zero`."""
     total = zero
     for n in range(first, first + count):
         term = e.read(zero.type, batch.word(e, e.b.add(base, e.int(n))), I32, e.int(0))
@@ -311,11 +315,11 @@ def _offset(e: Emitter, batch: _SmallBatch, zero: Value, first: int, count: int,
     return total
 
 
-def _store_batch(e: Emitter, batch: _SmallBatch, first: Value, found: list[Value]) -> None:
-    """y[t, first + r] = found[r][t] * scale of the token + bias + residual."""
+def _store_batch(e: Emitter, batch: _SmallBatch, first: Value, totals: list[Value]) -> None:
+    """y[t, first + r] = totals[r][t] * scale of the token + bias + residual."""
     for part in range(2):
         bias = bias_vector(e, batch.bias_address, e.b.add(first, e.int(part * AMX_ROWS)))
-        outs = [e.b.fmul(total, batch.token_scales) for total in found[part * AMX_ROWS : (part + 1) * AMX_ROWS]]
+        outs = [e.b.fmul(total, batch.token_scales) for total in totals[part * AMX_ROWS : (part + 1) * AMX_ROWS]]
         for t, total in enumerate(transposed(e, outs)):
             with e.b.if_then(e.b.icmp_signed(">", batch.given, e.int(t))):
                 place = e.b.add(e.b.mul(batch.rows, e.int(t)), e.b.add(first, e.int(part * AMX_ROWS)))
@@ -330,18 +334,17 @@ def quant_small_batch8(e: Emitter, width: int, plus: int) -> None:
     Weight bytes are multiplied as they lie in memory: 16 rows of 64 bytes fill a register.
     """
     batch = _begin_batch(e, 8, width, 64, plus)
-    with e.claimed(batch.rows, ROWS) as (start, stop), e.loop(start, stop, ROWS) as outer:
-        first = e.smaller(outer.index, e.b.sub(batch.rows, e.int(ROWS)))
+    with e.blocks(batch.rows, ROWS) as first:
         row_ids = [e.b.add(first, e.int(r)) for r in range(ROWS)]
-        found: list[Value] = []
-        _zero_sums(e)
+        totals: list[Value] = []
+        _zero_sums(e, 4)
         with e.loop(e.int(0), e.int(width // 64), 1) as inner:
             at = e.b.mul(inner.index, e.int(64))
             left = [e.at(batch.w, I8, e.b.add(e.b.mul(row_ids[part * AMX_ROWS], e.int(width)), at)) for part in range(2)]
             base = e.b.add(e.b.mul(inner.index, e.int(32)), e.int(HEAD // 4))
             for row in row_ids:
                 e.prefetch(e.at(batch.w, I8, e.b.add(e.b.mul(row, e.int(width)), e.b.add(at, e.int(AHEAD)))))
-            _multiply(e, left, width, [batch.word(e, base), batch.word(e, e.b.add(base, e.int(AMX_ROWS)))])
+            _multiply_integers(e, left, width, [batch.word(e, base), batch.word(e, e.b.add(base, e.int(AMX_ROWS)))])
         _store_sums(e, batch)
         offsets = [_offset(e, batch, e.ints(0), part * AMX_ROWS, AMX_ROWS, e.int(0)) for part in range(2)]
         for part in range(2):
@@ -349,8 +352,8 @@ def quant_small_batch8(e: Emitter, width: int, plus: int) -> None:
                 high, low = (e.b.sitofp(total, F32S) for total in _row_sums(e, batch, part, r, offsets))
                 total = e.b.fadd(e.b.fmul(high, e.splat(256.0)), low)
                 scale = e.load_one(e.at(batch.scales, I16, row_ids[part * AMX_ROWS + r]))
-                found.append(e.b.fmul(total, e.splat(scale)))
-        _store_batch(e, batch, first, found)
+                totals.append(e.b.fmul(total, e.splat(scale)))
+        _store_batch(e, batch, first, totals)
     e.amx_release()
 
 
@@ -363,8 +366,7 @@ def quant_small_batch4(e: Emitter, groups: int, zero: int, width: int, plus: int
     group = width // groups
     step = group // 2
     batch = _begin_batch(e, 4, width, step, plus)
-    with e.claimed(batch.rows, ROWS) as (start, stop), e.loop(start, stop, ROWS) as outer:
-        first = e.smaller(outer.index, e.b.sub(batch.rows, e.int(ROWS)))
+    with e.blocks(batch.rows, ROWS) as first:
         row_ids = [e.b.add(first, e.int(r)) for r in range(ROWS)]
         for r in range(ROWS):
             e.write(e.splat(0.0), batch.totals, F32, e.int(r * AMX_ROWS))
@@ -375,18 +377,18 @@ def quant_small_batch4(e: Emitter, groups: int, zero: int, width: int, plus: int
             _unpack_digits(e, batch, w_rows, inner.index)
             base = e.b.add(e.b.mul(inner.index, e.int(step_bytes(4) // 4)), e.int(HEAD // 4))
             for g in range(128 // group):
-                _zero_sums(e)
+                _zero_sums(e, 4)
                 within = g * step
                 for odd in range(2):
                     left = [e.at(batch.digits, I8, e.int((odd * 2 + part) * AMX_BYTES + within)) for part in range(2)]
                     words = [(2 * low + odd) * AMX_ROWS + within // 4 for low in range(2)]
-                    _multiply(e, left, 64, [batch.word(e, e.b.add(base, e.int(word))) for word in words])
+                    _multiply_integers(e, left, 64, [batch.word(e, e.b.add(base, e.int(word))) for word in words])
                 _store_sums(e, batch)
                 offset = _offset(e, batch, e.splat(0.0) if zero else e.ints(0), 4 * AMX_ROWS + within // 4, step // 4, base)
                 place = e.b.add(e.b.mul(inner.index, e.int(128 // group)), e.int(g))
                 _add_group(e, batch, scale_rows, zero_rows if zero else None, place, offset)
-        found = [e.read(F32S, batch.totals, F32, e.int(r * AMX_ROWS)) for r in range(ROWS)]
-        _store_batch(e, batch, first, found)
+        totals = [e.read(F32S, batch.totals, F32, e.int(r * AMX_ROWS)) for r in range(ROWS)]
+        _store_batch(e, batch, first, totals)
     e.amx_release()
 
 

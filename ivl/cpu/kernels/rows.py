@@ -1,4 +1,4 @@
-"""What several kernels do with a row: its norm, its gate, the bias of an output. See emitter.py for the terms."""
+"""Parts of several kernels: a row's norm and gate, the bias of an output. See emitter.py for the terms."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from ivl.cpu.kernels.emitter import F32, F32S, I16, I32, I32S, I64, LANES, Emitt
 
 
 def bias_at(e: Emitter, address: Value, row: Value) -> Value:
-    """bias[row] as float32, or 0 where there is no bias."""
+    """Return bias[row] as float32, or 0 if there is no bias."""
     given, pointer = _bias_pointer(e, address, row)
     return e.b.select(given, e.load_one(pointer), ir.Constant(F32, 0.0))
 
 
 def bias_vector(e: Emitter, address: Value, row: Value) -> Value:
-    """bias[row : row + 16] as float32, or zeros where there is no bias."""
+    """Return bias[row : row + 16] as float32, or zeros if there is no bias."""
     given, pointer = _bias_pointer(e, address, row)
     return e.b.select(given, e.floats(pointer, e.int(0)), e.splat(0.0))
 
 
 def _bias_pointer(e: Emitter, address: Value, row: Value) -> tuple[Value, Value]:
-    """Whether there is a bias, and where to read: without one, from what is there anyway, the arguments."""
+    """Return whether there is a bias, and where to read: without a bias, from the arguments, which are always there."""
     given = e.b.icmp_signed("!=", address, e.int(0))
     source = e.b.select(given, e.b.add(address, e.b.mul(row, e.int(2))), e.b.ptrtoint(e.function.args[0], I64))
     return given, e.b.inttoptr(source, I16.as_pointer())
@@ -54,7 +54,7 @@ def gelu(e: Emitter, x: Value) -> Value:
     """x times the share of a normal distribution below x, with AVX-512. The share below -|x| is a polynomial of 1 / (1 + p |x|)
     times e^(-x^2 / 2) (Abramowitz and Stegun, 7.1.26), to 1e-4 of itself where it matters in bfloat16."""
     size = e.b.bitcast(e.b.and_(e.b.bitcast(x, I32S), e.ints(0x7FFFFFFF)), F32S)
-    size = e.b.select(e.b.fcmp_ordered(">", size, e.splat(100.0)), e.splat(100.0), size)  # infinity times 0 is no number
+    size = e.b.select(e.b.fcmp_ordered(">", size, e.splat(100.0)), e.splat(100.0), size)  # infinity times 0 would be NaN
     below = e.fma(size, e.splat(0.3275911 * 0.5**0.5), e.splat(1.0))
     t = e.call("llvm.x86.avx512.rcp14.ps.512", F32S, below, below, ir.Constant(I16, -1))
     y = e.splat(0.5 * 1.061405429)
@@ -67,7 +67,10 @@ def gelu(e: Emitter, x: Value) -> Value:
 
 
 def transposed(e: Emitter, rows: list[Value]) -> list[Value]:
-    """16 vectors of 16 lanes, lane i of vector j becoming lane j of vector i."""
+    """Transpose 16 vectors of 16 lanes: lane i of vector j becomes lane j of vector i.
+
+    In four rounds, vectors whose numbers differ in one bit swap the lanes whose numbers differ in that bit.
+    """
     for distance in (1, 2, 4, 8):
         new = list(rows)
         for i in range(LANES):
