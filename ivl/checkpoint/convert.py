@@ -70,15 +70,15 @@ def convert(
     processor = None if weights_only else load_processor(directory)
     stored = {entry.ours: entry for entry in entries}
 
-    def get(name: str) -> torch.Tensor:
+    def original(name: str) -> torch.Tensor:
         return read(stored[name], weights)
 
     written = str(weights.main_dtype).removeprefix("torch.") if dtype == "keep" else dtype
     if to == "gguf" and processor:
         with new_directory(target, force=force, mark=LANGUAGE_GGUF) as out:
-            return ConversionReport(wider=_write_gguf(out, model, get, processor, STORAGE.get(written, "F32"), progress))
+            return ConversionReport(wider=_write_gguf(out, model, original, processor, STORAGE.get(written, "F32"), progress))
     losses: list[QuantizationLoss] = []
-    get = quantizing(model, get, schemes, losses)
+    get = quantizing(model, original, schemes, losses)
     with new_directory(target, force=force) as out:
         save_model(
             model, out, dialect=dialect_of(directory) if to in ("keep", "gguf") else to, dtype=getattr(torch, written),

@@ -63,7 +63,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
             f"{directory}: no tokenizer here; expected tokenizer.json, vocab.json with merges.txt, "
             "a .tiktoken file or tokenizer.model"
         )
-    _append(backend, _added(directory, config), directory)
+    append_tokens(backend, _added(directory, config), directory)
     return Tokenizer(backend, config=config)
 
 
@@ -103,13 +103,13 @@ def _added(directory: Path, config: dict[str, Any]) -> dict[int, AddedToken]:
     return dict(sorted(found.items()))
 
 
-def _append(backend: tokenizers.Tokenizer, added: dict[int, AddedToken], directory: Path) -> None:
+def append_tokens(backend: tokenizers.Tokenizer, added: dict[int, AddedToken], place: object) -> None:
     """Added tokens in the order of their ids, each of which must come out as announced."""
     for i, token in added.items():
         (backend.add_special_tokens if token.special else backend.add_tokens)([token])
         got = backend.token_to_id(token.content)
         if got != i:
-            raise InputError(f"{directory}: added token {token.content!r} should have id {i} but the vocabulary gives {got}")
+            raise InputError(f"{place}: added token {token.content!r} should have id {i} but the vocabulary gives {got}")
 
 
 # -- byte-level BPE: Qwen2.5 and our own
@@ -133,7 +133,7 @@ def from_ranks(file: Path) -> tokenizers.Tokenizer:
     spelled = dict(zip(ranks, vocab, strict=True))
     backend = byte_level(models.BPE(vocab=vocab, merges=[(spelled[left], spelled[right]) for left, right in pairs]))
     added = {len(ranks) + n: AddedToken(t, special=t not in QWEN_PLAIN, normalized=False) for n, t in enumerate(QWEN_ADDED)}
-    _append(backend, added, file.parent)
+    append_tokens(backend, added, file.parent)
     return backend
 
 
@@ -176,12 +176,12 @@ def from_sentencepiece(file: Path, added: dict[int, AddedToken]) -> tokenizers.T
     if proto.normalizer_spec.remove_extra_whitespaces:
         steps += [normalizers.Strip(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
     backend = sentencepiece_bpe(vocab, scores, unknown, prefix=proto.normalizer_spec.add_dummy_prefix, steps=steps)
-    for i, piece in enumerate(proto.pieces):
-        if i in names or piece.type in (kinds.CONTROL, kinds.UNKNOWN):
-            backend.add_special_tokens([AddedToken(names.get(i) or piece.piece, special=True, normalized=False)])
-        elif piece.type == kinds.USER_DEFINED:  # matched in any text, before everything else
-            backend.add_tokens([AddedToken(piece.piece, special=False, normalized=False)])
-    _append(backend, {i: token for i, token in added.items() if i >= len(proto.pieces)}, file.parent)
+    own = {  # user-defined pieces are matched in any text, before everything else
+        i: AddedToken(names.get(i) or p.piece, special=i in names or p.type != kinds.USER_DEFINED, normalized=False)
+        for i, p in enumerate(proto.pieces)
+        if i in names or p.type in (kinds.CONTROL, kinds.UNKNOWN, kinds.USER_DEFINED)
+    }
+    append_tokens(backend, own | {i: token for i, token in added.items() if i >= len(proto.pieces)}, file.parent)
     set_bos(backend, vocab.get("<s>"))
     return backend
 

@@ -81,7 +81,10 @@ class StoredWeights:
 
     def _read_header(self, path: Path, rename: Callable[[str], str]) -> None:
         if not path.is_file():
-            raise InputError(f"{path}: no such weights file{_pickle_hint(self.directory)}")
+            pickles = sorted(other.name for other in self.directory.glob("*") if other.suffix in PICKLES)
+            danger = "may run code when opened and is never read: convert it to safetensors where you trust it"
+            hint = f"{listing(pickles, 3)} {danger}" if pickles else "a model directory has it, or shards with an index"
+            raise InputError(f"{path}: no such weights file; {hint}")
         handle = self._handle(path)
         for stored in handle.keys():  # noqa: SIM118 (a handle is no dict)
             name = rename(stored)
@@ -240,10 +243,3 @@ def _read_index(path: Path) -> dict[str, str]:
         if not isinstance(file_name, str) or not re.fullmatch(r"[\w][\w.-]*\.safetensors", file_name):
             raise InputError(f"{path}: shard {file_name!r} of {name!r} is no plain .safetensors file name; refused")
     return weight_map
-
-
-def _pickle_hint(directory: Path) -> str:
-    pickles = sorted(path.name for path in directory.glob("*") if path.suffix in PICKLES)
-    if not pickles:
-        return "; a model directory has model.safetensors, or shards with an index"
-    return f"; {listing(pickles, 3)} may run code when opened and is never read: convert it to safetensors where you trust it"

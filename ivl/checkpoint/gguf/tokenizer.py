@@ -10,7 +10,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
-from ivl.checkpoint.vocabulary import sentencepiece_bpe
+from ivl.checkpoint.vocabulary import append_tokens, sentencepiece_bpe
 from ivl.errors import InputError
 from ivl.processing.tokenizer import GROUNDING, QWEN_PATTERN, Tokenizer, set_bos, spelling_of, token_text
 
@@ -67,11 +67,10 @@ def tokenizer_from_gguf(vocabulary: GgufVocabulary) -> Tokenizer:
         backend = _sentencepiece(vocabulary, ids)
     else:
         raise InputError(f"the GGUF vocabulary is of kind {vocabulary.model!r}; supported are 'gpt2' and 'llama'")
-    for token, kind in zip(tokens, vocabulary.token_type, strict=False):
-        if kind in (CONTROL, USER_DEFINED):
-            special = kind == CONTROL
-            add = backend.add_special_tokens if special else backend.add_tokens
-            add([AddedToken(token, special=special, normalized=False)])
+    kinds = enumerate(vocabulary.token_type[:size])
+    named = {i: kind == CONTROL for i, kind in kinds if kind in (CONTROL, USER_DEFINED)}
+    added = {i: AddedToken(tokens[i], special=special, normalized=False) for i, special in named.items()}
+    append_tokens(backend, added, "the GGUF vocabulary")
     ends = {"bos": vocabulary.bos_token_id, "eos": vocabulary.eos_token_id, "pad": vocabulary.padding_token_id}
     config: dict[str, Any] = {f"{name}_token": tokens[i] for name, i in ends.items() if i is not None and i < size}
     add_bos = vocabulary.add_bos_token and "bos_token" in config

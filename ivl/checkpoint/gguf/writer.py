@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,8 +30,6 @@ Storage = Literal["F32", "F16", "BF16", "Q8_0"]
 STORAGE: dict[str, Storage] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 ReadParameter = Callable[[str], torch.Tensor]
 """Returns one of our parameters by its name in VLM."""
-Arrange = Callable[[str, torch.Tensor], torch.Tensor]
-"""Puts the rows of a named tensor into the order of llama.cpp."""
 
 _Q8_BLOCK = 32
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -71,13 +69,8 @@ def write_language(
     _add(writer, "tokenizer.ggml", _vocabulary_fields(vocabulary, config.vocab_size, path))
     writer.add_chat_template(chat_template)
 
-    def arrange(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if config.family in INTERLEAVED_ROTARY and (".attn_q." in name or ".attn_k." in name):
-            return tensor.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2).flatten(0, 2)
-        return tensor
-
     entries = build_entries(model.decoder, NAMES, "", "decoder.")
-    return _write(writer, _plan(entries, model, storage), read, arrange, progress)
+    return _write(writer, entries, model, storage, read, progress)
 
 
 def write_vision(path: Path, model: VLM, read: ReadParameter, *, storage: Storage, progress: OnMegabytes | None = None) -> int:
@@ -109,78 +102,72 @@ def write_vision(path: Path, model: VLM, read: ReadParameter, *, storage: Storag
         *(e for e in build_entries(model.vision, names_in(VISION, "gguf"), "v.", "vision.") if not e.ours.startswith(left_out)),
         *build_entries(model.projector, names_in(PROJECTOR, "gguf"), "mm.model.mlp.", "projector."),
     ]
-
-    def arrange(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        # clip.cpp puts the class token behind the patches and adds the table row by row, so its row comes last.
-        return tensor.roll(-1, dims=0) if name == "v.position_embd.weight" else tensor
-
-    return _write(writer, _plan(entries, model, storage), read, arrange, progress)
-
-
-@dataclass(frozen=True)
-class _PlannedTensor:
-    name: str
-    entry: TensorEntry
-    part: int
-    shape: tuple[int, ...]
-    storage: Storage
-    wider: bool
-
-    @property
-    def num_bytes(self) -> int:
-        count = math.prod(self.shape)
-        return count // _Q8_BLOCK * (_Q8_BLOCK + 2) if self.storage == "Q8_0" else count * _FLOATS[self.storage].itemsize
-
-
-def _plan(entries: Sequence[TensorEntry], model: VLM, storage: Storage) -> list[_PlannedTensor]:
-    """The tensors of a file: which part of which parameter, in which shape and type."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    planned = []
-    for entry in entries:
-        for part, (name, full) in enumerate(zip(entry.theirs, entry.shapes(shapes[entry.ours]), strict=True)):
-            shape = full[1:] if name == "v.position_embd.weight" else full[2:] if name == "v.class_embd" else full
-            own: Storage = storage
-            if len(shape) == 1 or name == "v.position_embd.weight":
-                own = "F32"
-            elif name == "v.patch_embd.weight":  # a convolution, which llama.cpp has in these two types
-                own = "F16" if storage == "F16" else "F32"
-            wider = own == "Q8_0" and shape[-1] % _Q8_BLOCK != 0
-            planned.append(_PlannedTensor(name, entry, part, shape, "F16" if wider else own, wider))
-    return planned
+    return _write(writer, entries, model, storage, read, progress)
 
 
 def _write(
     writer: GGUFWriter,
-    tensors: Sequence[_PlannedTensor],
+    entries: Sequence[TensorEntry],
+    model: VLM,
+    storage: Storage,
     read: ReadParameter,
-    arrange: Arrange,
     progress: OnMegabytes | None,
 ) -> int:
     """Write the whole file, one of our parameters in memory at a time; returns how many tensors are wider."""
     import gguf
 
-    total, done = sum(tensor.num_bytes for tensor in tensors), 0
-    for tensor in tensors:
-        kind = gguf.GGMLQuantizationType[tensor.storage]
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.num_bytes, raw_dtype=kind)
+    parameters = dict(model.named_parameters())
+    plan: dict[str, tuple[tuple[int, ...], Storage]] = {}
+    for entry in entries:
+        shapes = entry.shapes(parameters[entry.ours].shape)
+        plan |= {name: _layout(name, shape, storage) for name, shape in zip(entry.theirs, shapes, strict=True)}
+    total, done = 0, 0
+    for name, (shape, own) in plan.items():
+        kind = gguf.GGMLQuantizationType[own]
+        size = math.prod(gguf.quant_shape_to_byte_shape(shape, kind))
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=kind)
+        total += size
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        parts: tuple[torch.Tensor, ...] = ()
-        for tensor in tensors:
-            if tensor.part == 0:
-                parts = tensor.entry.split(read(tensor.entry.ours).detach())
-            rows = arrange(tensor.name, parts[tensor.part].reshape(tensor.shape))
-            writer.write_tensor_data(_stored(rows, tensor.storage, f"{writer.path}: tensor {tensor.name}"))
-            done += tensor.num_bytes
+        for entry in entries:
+            for name, tensor in zip(entry.theirs, entry.split(read(entry.ours).detach()), strict=True):
+                shape, own = plan[name]
+                rows = _arranged(name, tensor.reshape(shape), model.config.decoder)
+                data = _stored(rows, own, f"{writer.path}: tensor {name}")
+                writer.write_tensor_data(data)
+                done += data.nbytes
             if progress:
                 progress(done // 10**6, total // 10**6)
     except OSError as error:
         raise InputError(f"{writer.path}: cannot be written: {error}") from error
     finally:
         writer.close()
-    return sum(tensor.wider for tensor in tensors)
+    return sum(storage == "Q8_0" and own == "F16" for _, own in plan.values())
+
+
+def _layout(name: str, shape: tuple[int, ...], storage: Storage) -> tuple[tuple[int, ...], Storage]:
+    """The shape and the type that a tensor has in the file."""
+    if name == "v.position_embd.weight":
+        return shape[1:], "F32"
+    if name == "v.class_embd":
+        return shape[2:], "F32"
+    if name == "v.patch_embd.weight":  # a convolution, which llama.cpp has in these two types
+        return shape, "F16" if storage == "F16" else "F32"
+    if len(shape) == 1:
+        return shape, "F32"
+    return shape, "F16" if storage == "Q8_0" and shape[-1] % _Q8_BLOCK else storage
+
+
+def _arranged(name: str, tensor: torch.Tensor, config: DecoderConfig) -> torch.Tensor:
+    """A tensor with its rows in the order of llama.cpp."""
+    if name == "v.position_embd.weight":
+        # clip.cpp puts the class token behind the patches and adds the table row by row, so its row comes last.
+        return tensor.roll(-1, dims=0)
+    if config.family in INTERLEAVED_ROTARY and name.startswith("blk.") and (".attn_q." in name or ".attn_k." in name):
+        return tensor.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2).flatten(0, 2)
+    return tensor
 
 
 def _stored(tensor: torch.Tensor, storage: Storage, place: str) -> np.ndarray[Any, Any]:
