@@ -9,8 +9,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from PIL import Image, ImageDraw, ImageFont
-
 from ivl.errors import InputError
 
 SCALE = 1000
@@ -18,7 +16,6 @@ Box = tuple[int, int, int, int]
 """Left, top, right, bottom, each from 0 to 1000."""
 _MARKED = re.compile(r"(?:<ref>(?P<phrase>(?:(?!<ref>|</?box>).)*?)</ref>\s*)?<box>(?P<body>(?:(?!<box>).)*?)</box>", re.DOTALL)
 _BODY = re.compile(r"\s*\[\s*(?:\[[^\[\]]*\]\s*,\s*)*\[[^\[\]]*\]\s*\]\s*")
-_COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000")
 
 
 @dataclass(frozen=True)
@@ -97,22 +94,3 @@ def to_pixels(box: Box, width: int, height: int) -> tuple[float, float, float, f
     """Convert thousandths to pixel coordinates, not rounded."""
     x1, y1, x2, y2 = box
     return x1 * width / SCALE, y1 * height / SCALE, x2 * width / SCALE, y2 * height / SCALE
-
-
-def draw_boxes(image: Image.Image, groundings: Sequence[Grounding]) -> Image.Image:
-    """Return a copy with every box outlined and its phrase at its top left corner, in one color per phrase."""
-    out = image.convert("RGB").copy()
-    pen = ImageDraw.Draw(out)
-    line = max(1, round(min(out.size) / 200))
-    font = ImageFont.load_default(max(10, min(out.size) // 30))
-    for n, grounding in enumerate(groundings):
-        color = _COLORS[n % len(_COLORS)]
-        for box in grounding.boxes:
-            x1, y1, x2, y2 = to_pixels(box, out.width, out.height)
-            edge = (round(x1), round(y1), max(round(x1), round(x2) - 1), max(round(y1), round(y2) - 1))
-            pen.rectangle(edge, outline=color, width=line)
-            if grounding.phrase:
-                label = pen.textbbox((edge[0] + line, edge[1] + line), grounding.phrase, font=font)
-                pen.rectangle(label, fill=color)
-                pen.text((edge[0] + line, edge[1] + line), grounding.phrase, fill="white", font=font)
-    return out

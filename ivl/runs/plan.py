@@ -10,10 +10,10 @@ from ivl.data.config import DataConfig
 from ivl.model.vlm import VLM
 from ivl.runs.build import adapt, read_architecture
 from ivl.runs.config import RunConfig
-from ivl.train.config import OptimConfig, TrainConfig
+from ivl.train.config import PARTS, OptimConfig, TrainConfig
 from ivl.train.losses import MAX_LOGITS
 from ivl.train.optim import is_hidden_matrix
-from ivl.train.stage import count_by_part, trainable
+from ivl.train.stage import trainable
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,16 @@ def make_plan(config: RunConfig) -> RunPlan:
             "logits": MAX_LOGITS * 4,
         },
     )
+
+
+def count_by_part(model: VLM) -> dict[str, tuple[int, int]]:
+    """Count parameters: part -> (trained, frozen)."""
+    counts: dict[str, tuple[int, int]] = {}
+    for part in PARTS:
+        parameters = list(model.get_submodule(part).parameters())
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        counts[part] = (trained, sum(p.numel() for p in parameters) - trained)
+    return counts
 
 
 def _moments(optim: OptimConfig, name: str, parameter: torch.nn.Parameter) -> int:

@@ -14,11 +14,12 @@ from typing import Any
 from PIL import Image
 
 from ivl.errors import InputError
-from ivl.processing.boxes import draw_boxes, parse_boxes
+from ivl.processing.boxes import parse_boxes
 from ivl.processing.chat import marked, user
 from ivl.processing.image import load_image
 from ivl.serve.config import ServeConfig
 from ivl.serve.conversation import check_conversation, media_of
+from ivl.serve.drawing import draw_boxes
 from ivl.serve.errors import APIError, to_api_error
 from ivl.serve.guard import RequestContext, log
 from ivl.serve.media import MediaGateway

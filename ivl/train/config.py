@@ -9,8 +9,8 @@ from ivl.config import LoraConfig
 from ivl.data.config import DataConfig
 from ivl.utils.checks import check_choices
 
-ModelPart = Literal["vision", "projector", "decoder"]
-PARTS: tuple[ModelPart, ...] = ("vision", "projector", "decoder")
+TrainablePart = Literal["vision", "projector", "decoder"]
+PARTS: tuple[TrainablePart, ...] = ("vision", "projector", "decoder")
 Precision = Literal["fp32", "bf16", "pure_bf16"]
 
 
@@ -18,7 +18,7 @@ Precision = Literal["fp32", "bf16", "pure_bf16"]
 class Stage:
     """What trains. Everything else is frozen, runs in eval mode and gets no drop path."""
 
-    trainable: tuple[ModelPart, ...]
+    trainable: tuple[TrainablePart, ...]
     """Parts that train: vision, projector, decoder (embeddings and output head included)."""
     vision_from_layer: int = 0
     """Of a trainable ViT, train only the layers from this one on; negative counts from the end; 0 trains all of it."""

@@ -44,16 +44,6 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def count_by_part(model: VLM) -> dict[str, tuple[int, int]]:
-    """Count parameters: part -> (trained, frozen)."""
-    counts: dict[str, tuple[int, int]] = {}
-    for part in PARTS:
-        parameters = list(model.get_submodule(part).parameters())
-        trained = sum(p.numel() for p in parameters if p.requires_grad)
-        counts[part] = (trained, sum(p.numel() for p in parameters) - trained)
-    return counts
-
-
 def check_start(model: VLM) -> None:
     """Refuse weights that cannot be meant: not finite, or a trainable part whose matrices are all zero.
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ivl.errors import InputError
-from ivl.processing.boxes import Grounding, draw_boxes, format_boxes, from_pixels, parse_boxes, to_pixels
+from ivl.processing.boxes import Grounding, format_boxes, from_pixels, parse_boxes, to_pixels
+from ivl.serve.drawing import draw_boxes
 
 corner = st.integers(0, 1000)
 box = st.tuples(corner, corner, corner, corner).map(
