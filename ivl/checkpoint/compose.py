@@ -43,7 +43,7 @@ TensorReaders = dict[str, Callable[[], torch.Tensor]]
 
 
 @dataclass(frozen=True)
-class ModelPart:
+class SourcePart:
     """A part of a model: its checkpoint, and the configuration of the InternVL that it is a part of.
 
     A ViT or a language model alone is described as a part of the published 1B.
@@ -125,18 +125,18 @@ def _composed_config(vit: ModelConfig, llm: ModelConfig, tokenizer: Tokenizer) -
 # -- reading parts
 
 
-def _internvl(directory: Path) -> ModelPart:
+def _internvl(directory: Path) -> SourcePart:
     config = load_config(directory)
-    return ModelPart(config, *open_weights(directory, empty_model(config)))
+    return SourcePart(config, *open_weights(directory, empty_model(config)))
 
 
-def _alone(whole: ModelConfig, weights: TensorSource, entries: Sequence[TensorEntry]) -> ModelPart:
+def _alone(whole: ModelConfig, weights: TensorSource, entries: Sequence[TensorEntry]) -> SourcePart:
     """A part that is a checkpoint of its own, after comparing names and shapes."""
     check_entries(entries, {name: tensor.shape for name, tensor in tensors_of(empty_model(whole)).items()}, weights)
-    return ModelPart(whole, weights, entries)
+    return SourcePart(whole, weights, entries)
 
 
-def _vision_part(directory: Path) -> ModelPart:
+def _vision_part(directory: Path) -> SourcePart:
     top = open_section(directory / "config.json")
     kind = top.get("model_type")
     if kind in _INTERNVL:
@@ -149,7 +149,7 @@ def _vision_part(directory: Path) -> ModelPart:
     return _alone(whole, StoredWeights(directory), vision_map(empty_model(whole).vision, _VISION_ALONE[kind]))
 
 
-def _language_part(llm: str | Path) -> tuple[ModelPart, Tokenizer]:
+def _language_part(llm: str | Path) -> tuple[SourcePart, Tokenizer]:
     if str(llm).endswith(".gguf"):
         return _gguf_part(Path(llm).expanduser())
     directory = resolve(llm)
@@ -165,7 +165,7 @@ def _language_part(llm: str | Path) -> tuple[ModelPart, Tokenizer]:
     return _alone(whole, weights, entries), tokenizer
 
 
-def _gguf_part(path: Path) -> tuple[ModelPart, Tokenizer]:
+def _gguf_part(path: Path) -> tuple[SourcePart, Tokenizer]:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     file = GgufModel(path)
@@ -198,7 +198,7 @@ def _eos_ids(directory: Path) -> tuple[int, ...]:
 # -- the projector, and rows of new tokens
 
 
-def _projector_part(directory: Path, config: ModelConfig) -> ModelPart:
+def _projector_part(directory: Path, config: ModelConfig) -> SourcePart:
     """The InternVL of a directory, if its projector fits the two parts."""
     part = _internvl(directory)
     theirs = part.whole
