@@ -98,10 +98,6 @@ class DuplicateIndex:
         self._texts = MinHashLSH(num_perm=NUM_HASHES, params=(BANDS, NUM_HASHES // BANDS))
         self._sketches: dict[int, tuple[bytes, np.ndarray]] = {}
 
-    def __len__(self) -> int:
-        """Return the number of rows in the index."""
-        return len(self.keys)
-
     def seen(self, signature: bytes, key: str) -> str | None:
         """Return the key of the earliest row that this one duplicates; if there is none, add the row under its key."""
         pivots, text, videos, num_images = _HEAD.unpack_from(signature)

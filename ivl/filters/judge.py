@@ -18,8 +18,9 @@ from typing import ClassVar, Literal
 
 from ivl.errors import InputError
 from ivl.filters.rules import FilterVerdict
+from ivl.filters.text import shown_text
 from ivl.generators import Generator, Refused, answers_of
-from ivl.types import ImageRef, Message, Record, SamplingParams, Text, VideoRef
+from ivl.types import Message, Record, SamplingParams, Text
 
 PROMPTS = {path.stem: path.read_text("utf-8").rstrip("\n") for path in Path(__file__).with_name("prompts").glob("*.txt")}
 DOMAINS = ("general", "discipline", "programming", "mathematics")
@@ -150,17 +151,16 @@ class DataJudge:
 
     def _replies(self, prompts: list[str]) -> dict[str, str | None]:
         """Return the reply to each prompt, None where the generator refused. Equal prompts are asked once."""
-        replies = {prompt: self._cached(prompt) for prompt in prompts}
+        replies: dict[str, str | None] = {}
+        for prompt in prompts:
+            row = self._db.execute("SELECT reply FROM replies WHERE key = ?", (self._key(prompt),)).fetchone()
+            replies[prompt] = row[0] if row else None
         for prompt, reply in self._ask([prompt for prompt, reply in replies.items() if reply is None]):
             if reply is not None:
                 text = reply.encode("utf-8", "replace").decode()
                 self._db.execute("INSERT OR REPLACE INTO replies VALUES (?, ?)", (self._key(prompt), text))
             replies[prompt] = reply
         return replies
-
-    def _cached(self, prompt: str) -> str | None:
-        found = self._db.execute("SELECT reply FROM replies WHERE key = ?", (self._key(prompt),)).fetchone()
-        return found[0] if found else None
 
     def _key(self, prompt: str) -> bytes:
         asked = json.dumps([self.name, asdict(self.config.sampling), prompt])
@@ -189,14 +189,8 @@ class DataJudge:
 
 def sample_text(record: Record, max_chars: int) -> str:
     """Show a record to the judge: turns under their roles, media as `[image]` and `[video]`."""
-    marks = {ImageRef: "[image]", VideoRef: "[video]"}
-    conversations = []
-    for conversation in record.conversations:
-        texts = (
-            "".join(part.text if isinstance(part, Text) else marks[type(part)] for part in m.content) for m in conversation
-        )
-        conversations.append("\n\n".join(f"[{m.role}]\n{text}" for m, text in zip(conversation, texts, strict=True)))
-    text = "\n\n---\n\n".join(conversations)
+    turns = [[f"[{message.role}]\n{shown_text(message)}" for message in talk] for talk in record.conversations]
+    text = "\n\n---\n\n".join(map("\n\n".join, turns))
     if len(text) <= max_chars:
         return text
     half = max_chars // 2

@@ -14,8 +14,9 @@ from ivl.data.records import media_of
 from ivl.errors import InputError
 from ivl.filters.chain import UNREADABLE, FilterStage
 from ivl.filters.rows import RowChecker, RowEntry
+from ivl.filters.text import shown_text
 from ivl.processing.image import load_image
-from ivl.types import ImageRef, Record, Text
+from ivl.types import ImageRef, Record
 from ivl.utils import html
 
 PER_REASON, MAX_REASONS = 4, 12
@@ -172,7 +173,7 @@ def _record(record: Record) -> str:
     shown = "<br>" + "".join(map(_thumbnail, images[:MAX_IMAGES])) if images else ""
     shown += f" and {len(images) - MAX_IMAGES} more images" if len(images) > MAX_IMAGES else ""
     for message in (message for conversation in record.conversations for message in conversation):
-        shown += _turn(message.role, "".join(part.text if isinstance(part, Text) else "[media]" for part in message.content))
+        shown += _turn(message.role, shown_text(message))
     return shown
 
 

@@ -80,7 +80,7 @@ def run(
     with _folder(out, fresh=options.fresh), _journal(out, checker, judge) as journal:
         if not report.is_file():
             stages, first, kept = _OrderedStages(checker, judge), 0, 0
-            for entry in _entries(journal):
+            for _, entry in read_journal(journal.path)[1]:
                 stages.replay(entry)
                 first += 1
             done, size = first, max(BLOCK, 4 * judge.threads) if judge else BLOCK
@@ -95,7 +95,8 @@ def run(
                 journal.add(entries)
                 done, kept = done + len(entries), kept + sum(entry["keep"] for entry in entries)
                 on_progress(done, total, resumed=first, note=f"{kept / (done - first):.1%} kept")
-            write_outputs(out, checker, _entries(journal), judge.name if judge else None)
+            written = (entry for _, entry in read_journal(journal.path)[1])
+            write_outputs(out, checker, written, judge.name if judge else None)
             with journal.path.open("rb+") as file:  # its first line still tells which run this was
                 file.truncate(len(file.readline()))
         return read_json(report)
@@ -141,10 +142,6 @@ def _journal(out: Path, checker: RowChecker, judge: DataJudge | None) -> Journal
 
 def _digest(value: Any) -> str:
     return f" ({hashlib.blake2b(json.dumps(value).encode(), digest_size=6).hexdigest()})"
-
-
-def _entries(journal: Journal) -> Iterator[RowEntry]:
-    return (entry for _, entry in read_journal(journal.path)[1])
 
 
 class _OrderedStages:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ivl.types import Record
+from ivl.types import ImageRef, Message, Record, Text, VideoRef
 
 _FENCED = re.compile(r"^[ \t>]*(`{3,}(?=[^`\n]*$)|~{3,}).*?(?:^[ \t>]*\1|\Z)", re.MULTILINE | re.DOTALL)
 _NOT_PROSE = re.compile(
@@ -20,6 +20,12 @@ _CODE_LINE = re.compile(
 def reply_texts(record: Record) -> list[str]:
     """Return the text of every assistant turn of all conversations."""
     return [message.text for conversation in record.conversations for message in conversation if message.role == "assistant"]
+
+
+def shown_text(message: Message) -> str:
+    """Return a turn with `[image]` and `[video]` in the place of its media."""
+    marks = {ImageRef: "[image]", VideoRef: "[video]"}
+    return "".join(part.text if isinstance(part, Text) else marks[type(part)] for part in message.content)
 
 
 def prose(text: str) -> str:

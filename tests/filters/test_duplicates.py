@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from ivl.errors import InputError
-from ivl.filters.duplicates import DuplicateIndex, Duplicates
+from ivl.filters.duplicates import Duplicates
 from ivl.types import ImageRef, Message, Record, Text, VideoRef
 
 RULE = Duplicates()
@@ -157,11 +157,3 @@ def test_limits_are_checked() -> None:
         Duplicates(min_similarity=0)
     with pytest.raises(ValueError, match="max_bits"):
         Duplicates(max_bits=8)
-
-
-def test_the_index_counts_what_it_remembers() -> None:
-    index = RULE.index()
-    assert isinstance(index, DuplicateIndex)
-    for n in range(5):
-        index.seen(RULE.signature(row("?", f"answer {n % 3}")), str(n))
-    assert len(index) == 3
