@@ -6,7 +6,6 @@ The rules are those of MPO's data pipeline (arXiv:2411.10442).
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,39 +18,12 @@ from ivl.errors import InputError
 from ivl.preference.grading import Grade, grade
 from ivl.preference.questions import QuestionSource
 from ivl.utils.files import write_json
-from ivl.utils.jsonl import read_journal
+from ivl.utils.jsonl import AppendLog, json_line, read_journal
 from ivl.utils.strict_json import from_json
 
 PairKind = Literal["correctness", "format", "dropout"]
 MAX_PAIRS, MAX_PAIRS_HUGE, HUGE = 15, 3, 500_000
 """Most pairs of one question, and of one question among more than HUGE (arXiv:2411.10442, section 3)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreferencePair:
-    """A question with a chosen and a rejected reply."""
-
-    id: str
-    source: str
-    kind: PairKind
-    images: tuple[str, ...]
-    question: str
-    chosen: str
-    rejected: str
-    answers: tuple[str, ...]
-
-    def row(self) -> dict[str, Any]:
-        """Return the row that MPO trains on."""
-        marks = "" if "<image>" in self.question else "<image>\n" * len(self.images)
-        row: dict[str, Any] = {
-            "id": self.id,
-            "question": marks + self.question,
-            "chosen": self.chosen,
-            "rejected": self.rejected,
-        }
-        if self.images:
-            row["image"] = self.images[0] if len(self.images) == 1 else list(self.images)
-        return row | {"answer_gt": list(self.answers), "source": self.source, "kind": self.kind}
 
 
 @dataclass
@@ -84,8 +56,9 @@ class Tally:
 
 def correctness_pairs(
     row: dict[str, Any], grades: list[Grade], tally: Tally, *, limit: int = MAX_PAIRS, seed: int = 0
-) -> list[PreferencePair]:
-    """Pair the replies to one question: every correct one with every wrong one, and with every malformed one.
+) -> list[dict[str, Any]]:
+    """Make the rows that MPO trains on, from the replies to one question: every correct one with every wrong one, and
+    with every malformed one.
 
     A pair is left out where the right answer is part of the wrong one.
 
@@ -95,7 +68,7 @@ def correctness_pairs(
     right = [g for g in grades if g.correct]
     wrong = [g for g in grades if g.correct is False]
     malformed = [g for g in grades if g.correct is None]
-    pairs: list[PreferencePair] = []
+    pairs: list[dict[str, Any]] = []
     for kind, losers in (("correctness", wrong), ("format", malformed)):
         possible: dict[tuple[str, str], None] = {}
         for winner, loser in product(right, losers):
@@ -117,7 +90,7 @@ def _within(right: str | None, wrong: str | None) -> bool:
     return bool(right) and bool(wrong) and right.strip().lower() in wrong.strip().lower()  # type: ignore[union-attr]
 
 
-def dropout_pair(row: dict[str, Any], tally: Tally) -> list[PreferencePair]:
+def dropout_pair(row: dict[str, Any], tally: Tally) -> list[dict[str, Any]]:
     """Pair the reply with the image with its first words continued without."""
     rejected = join(row["prefix"], row["continuation"])
     if rejected == row["chosen"]:
@@ -140,11 +113,15 @@ def join(prefix: str, continuation: str) -> str:
     return f"{prefix} {continuation}" if spaced else prefix + continuation
 
 
-def _pair(row: dict[str, Any], kind: PairKind, index: int, chosen: str, rejected: str) -> PreferencePair:
-    return PreferencePair(
-        id=f"{row['id']}/{kind}-{index}", source=row["source"], kind=kind, images=tuple(row["images"]),
-        question=row["question"], chosen=chosen, rejected=rejected, answers=tuple(row["answers"]),
-    )  # fmt: skip
+def _pair(row: dict[str, Any], kind: PairKind, index: int, chosen: str, rejected: str) -> dict[str, Any]:
+    images = row["images"]
+    marks = "" if "<image>" in row["question"] else "<image>\n" * len(images)
+    pair = {
+        "id": f"{row['id']}/{kind}-{index}", "question": marks + row["question"], "chosen": chosen, "rejected": rejected,
+    }  # fmt: skip
+    if images:
+        pair["image"] = images[0] if len(images) == 1 else images
+    return pair | {"answer_gt": row["answers"], "source": row["source"], "kind": kind}
 
 
 def build_pairs(
@@ -172,35 +149,34 @@ def build_pairs(
     if limit is None:
         limit = MAX_PAIRS_HUGE if total > HUGE else MAX_PAIRS
     tallies = {name: Tally(mode=source.mode) for name, source in sources.items()}
-    make_pairs = _from_continuations if about["kind"] == "dropout" else _from_replies
-    written: Counter[str] = Counter()
     with _Files(out, ("pairs.jsonl", "format_pairs.jsonl", "grades.jsonl")) as files:
         for done, (number, row) in enumerate(rows, 1):
             tally = tallies[row["source"]]
             tally.questions += 1
-            pairs, graded = make_pairs(row, sources[row["source"]], tally, limit, seed, f"{replies}:{number}")
-            for pair in pairs:
-                name = "format_pairs.jsonl" if pair.kind == "format" else "pairs.jsonl"
-                files.write(name, pair.row())
-                written[name] += 1
-                tally.pairs[pair.kind] += 1
-            if graded:
+            if about["kind"] == "dropout":
+                tally.replies += 1
+                pairs = dropout_pair(row, tally)
+            else:
+                grades = _grades(row, sources[row["source"]], tally, f"{replies}:{number}")
+                pairs = correctness_pairs(row, grades, tally, limit=limit, seed=seed)
+                graded = [{"answer": g.answer, "correct": g.correct, "problem": g.problem} for g in grades]
                 files.write("grades.jsonl", {"id": row["id"], "source": row["source"], "grades": graded})
+            for pair in pairs:
+                files.write("format_pairs.jsonl" if pair["kind"] == "format" else "pairs.jsonl", pair)
+                tally.pairs[pair["kind"]] += 1
             tally.with_pairs += bool(pairs)
             on_progress(done, total)
-    meta = {name.removesuffix(".jsonl"): {"annotation": name, "root": "", "data_augment": False} for name in written}
+    meta = {
+        name.removesuffix(".jsonl"): {"annotation": name, "root": "", "data_augment": False}
+        for name in ("pairs.jsonl", "format_pairs.jsonl")
+        if files.count[name]
+    }
     write_json(out / "meta.json", meta)
     return tallies
 
 
-def _from_continuations(row, source, tally: Tally, limit, seed, where) -> tuple[list[PreferencePair], list]:
-    tally.replies += 1
-    return dropout_pair(row, tally), []
-
-
-def _from_replies(
-    row, source: QuestionSource, tally: Tally, limit: int, seed: int, where: str
-) -> tuple[list[PreferencePair], list[dict]]:
+def _grades(row: dict[str, Any], source: QuestionSource, tally: Tally, where: str) -> list[Grade]:
+    """Grade the replies to a question and count them."""
     if not row["answers"]:
         raise InputError(
             f"{where}: question {row['id']!r} has no answer to check replies with; use `ivl prefer dropout` for it"
@@ -213,39 +189,35 @@ def _from_replies(
     tally.malformed.update(g.problem for g in grades if g.correct is None and g.problem)
     tally.all_correct += all(g.correct for g in grades)
     tally.all_wrong += not any(g.correct for g in grades)
-    pairs = correctness_pairs(row, grades, tally, limit=limit, seed=seed)
-    return pairs, [{"answer": g.answer, "correct": g.correct, "problem": g.problem} for g in grades]
+    return grades
 
 
 class _Files:
     """Several jsonl files of one directory that appear together when all are complete; empty ones do not appear."""
 
     def __init__(self, out: Path, names: tuple[str, ...]) -> None:
-        self.out, self.names = out, names
+        out.mkdir(parents=True, exist_ok=True)
+        self.count: Counter[str] = Counter()
+        self._out, self._logs = out, {name: AppendLog(out / f".{name}.new", keep=0) for name in names}
 
     def __enter__(self) -> _Files:
-        self.out.mkdir(parents=True, exist_ok=True)
-        self._open = {name: (self.out / f".{name}.new").open("w", encoding="utf-8") for name in self.names}
-        self._count: Counter[str] = Counter()
         return self
 
     def write(self, name: str, row: dict[str, Any]) -> None:
-        self._open[name].write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._count[name] += 1
+        self._logs[name].append_bytes(json_line(row))
+        self.count[name] += 1
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for file in self._open.values():
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-        for name in self.names:
-            fresh = self.out / f".{name}.new"
-            if kind is None and self._count[name]:
-                fresh.replace(self.out / name)
-            else:
-                fresh.unlink()
-                if kind is None:
-                    (self.out / name).unlink(missing_ok=True)
+        for log in self._logs.values():
+            log.sync()
+            log.close()
+        for name, log in self._logs.items():
+            if kind is None and self.count[name]:
+                log.path.replace(self._out / name)
+                continue
+            log.path.unlink()
+            if kind is None:
+                (self._out / name).unlink(missing_ok=True)
 
 
 def read_pairs(path: Path) -> Iterator[dict[str, Any]]:

@@ -39,17 +39,6 @@ def split_option(text: str) -> tuple[str, str] | None:
     return None
 
 
-def letters(text: str) -> frozenset[str] | None:
-    """Return `A, C and D` or `ACD` as a set of at least two letters; None for other text."""
-    text = plain(text).rstrip(".")
-    if re.fullmatch(r"[A-H]{2,8}", text) or re.fullmatch(
-        r"[(\[]?[A-H][)\]]?(?:(?: ?[,;&] ?| and |, and | )[(\[]?[A-H][)\]]?){1,7}", text
-    ):
-        match = re.findall("[A-H]", text)
-        return frozenset(match) if len(set(match)) == len(match) else None
-    return None
-
-
 def same_choice(prediction: str, truth: str, choices: Sequence[str] = ()) -> bool | None:
     """Compare two options named by letter, text or both; None unless both texts name options.
 
@@ -58,18 +47,15 @@ def same_choice(prediction: str, truth: str, choices: Sequence[str] = ()) -> boo
     Args:
         choices: The texts of options A, B, ...; without them letters go from A to H, and the truth gives the only text.
     """
-    several = letters(truth)
-    if several and (len(plain(truth)) > len(several) or plain(truth) == "".join(sorted(several))) and not choices:
-        named = letters(prediction)
-        return named == several if named else None
     expected = _option(truth, choices)
     if expected is None or (not choices and expected[0] not in _LETTERS):
         return None
     given = _option(prediction, choices)
     if given is None:
-        if letters(prediction):
-            return False
-        return same_text(prediction, expected[1]) or None if expected[1] else None
+        if expected[1]:
+            return same_text(prediction, expected[1]) or None
+        # Words must not decide about several letters: without its article, "A, B" is "B".
+        return False if len(re.findall(r"\b[A-H]\b", plain(prediction))) > 1 else None
     if given[0] != expected[0]:
         return False
     if choices:

@@ -17,6 +17,7 @@ FormatProblem = Literal[
 _MARKER = re.compile(
     r"(?:final answer(?: is)?|最终答案(?:是|为)?|最后答案(?:是|为)?)\s{0,3}(?:\*\*|__)?\s{0,3}[:：]", re.IGNORECASE
 )
+_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _MOST_MARKERS, _FEWEST_NEWLINES = 2, 2
 
 
@@ -88,20 +89,15 @@ def think(reply: str) -> Extracted:
 
     Each tag must occur once, with nothing around them.
     """
-    if reply.count("<think>") != 1 or reply.count("</think>") != 1:
+    think_at, thought_at, answer_at, end_at = (reply.find(tag) for tag in _TAGS)
+    counts = [reply.count(tag) for tag in _TAGS]
+    if counts[:2] != [1, 1] or thought_at < think_at:
         return Extracted(problem="broken think tags")
-    if "<answer>" not in reply and "</answer>" not in reply:
+    if counts[2:] == [0, 0]:
         return Extracted(problem="no answer")
-    if reply.count("<answer>") != 1 or reply.count("</answer>") != 1:
+    if counts[2:] != [1, 1] or not thought_at < answer_at < end_at:
         return Extracted(problem="broken answer tags")
-    before, _, rest = reply.partition("<think>")
-    reasoning, closed, rest = rest.partition("</think>")
-    between, _, rest = rest.partition("<answer>")
-    answer, ended, after = rest.partition("</answer>")
-    if not closed:
-        return Extracted(problem="broken think tags")
-    if not ended:
-        return Extracted(problem="broken answer tags")
+    before, reasoning, between, answer, after = re.split("|".join(_TAGS), reply)
     if (before + between + after).strip():
         return Extracted(problem="text outside the tags")
     if not reasoning.strip():

@@ -59,7 +59,6 @@ class FormulaComparer:
         # -P: the worker's directory must not come before the libraries.
         self._command = [sys.executable, "-P", str(worker), str(cpu_seconds), str(megabytes)]
         self._process: subprocess.Popen[str] | None = None
-        self._is_ready = False
         self._lock = threading.Lock()
         os.register_at_fork(after_in_child=self._forget)
         atexit.register(self.close)
@@ -79,20 +78,9 @@ class FormulaComparer:
                 if answer in ("true\n", "false\n"):
                     return answer == "true\n"
                 process.kill()
-                ended_by_limit = process.wait() == -signal.SIGPROF
-                self._start()  # it loads its libraries while this process goes on
-                if answer != "" or ended_by_limit:
+                if process.wait() == -signal.SIGPROF or answer != "":
                     break
             raise ComparisonStopped(f"the comparison of '{truth[:80]}' and '{prediction[:80]}' met a limit")
-
-    def start(self) -> None:
-        """Start the worker now rather than at the first comparison, and wait until it is ready.
-
-        Raises:
-            InputError: as `same`.
-        """
-        with self._lock:
-            self._started()
 
     def close(self) -> None:
         """End the worker."""
@@ -112,21 +100,16 @@ class FormulaComparer:
         return output.readline() if select.select([output], [], [], self.wall_seconds)[0] else None
 
     def _started(self) -> subprocess.Popen[str]:
-        process = self._process if self._process is not None and self._process.poll() is None else self._start()
-        if not self._is_ready:
-            if cast(IO[str], process.stdout).readline() != '"ready"\n':
-                raise InputError("math-verify does not start; `python -c 'import math_verify'` shows why")
-            self._is_ready = True
-        return process
-
-    def _start(self) -> subprocess.Popen[str]:
+        if self._process is not None and self._process.poll() is None:
+            return self._process
         if importlib.util.find_spec("math_verify") is None:
             raise InputError('comparing formulas needs math-verify; install it with `pip install "ivl[eval]"`')
-        self._is_ready = False
         self._process = subprocess.Popen(
             self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
             start_new_session=True,
         )  # fmt: skip
+        if cast(IO[str], self._process.stdout).readline() != '"ready"\n':
+            raise InputError("math-verify does not start; `python -c 'import math_verify'` shows why")
         return self._process
 
     def _forget(self) -> None:
@@ -136,11 +119,11 @@ class FormulaComparer:
 
 @functools.cache
 def shared_comparer() -> FormulaComparer:
-    """Return the comparer that is used where none is given."""
+    """Return the comparer that the whole process uses."""
     return FormulaComparer()
 
 
-def same_formula(prediction: str, truth: str, comparer: FormulaComparer | None = None) -> bool | None:
+def same_formula(prediction: str, truth: str) -> bool | None:
     """Compare two formulas; None if one of them is no formula (`dog` is not d * o * g) or too large to be read.
 
     Raises:
@@ -152,7 +135,7 @@ def same_formula(prediction: str, truth: str, comparer: FormulaComparer | None =
     (left, right), (expected_left, expected_right) = without_left_side(given), without_left_side(expected)
     if bool(left) != bool(expected_left) and ("=" in given) != ("=" in expected):
         given, expected = right, expected_right
-    return "".join(given.split()) == "".join(expected.split()) or (comparer or shared_comparer()).same(given, expected)
+    return "".join(given.split()) == "".join(expected.split()) or shared_comparer().same(given, expected)
 
 
 def formula(text: str) -> str | None:

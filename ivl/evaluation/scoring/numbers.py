@@ -1,4 +1,4 @@
-"""Numbers with their units, in digits or in words, compared with a tolerance. Values are exact fractions."""
+"""Numbers with their units, in digits or in English words, compared with a tolerance. Values are exact fractions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from ivl.evaluation.scoring.spelling import ARTICLES, bare, without_left_side
+from ivl.evaluation.scoring.spelling import bare, without_left_side
 
 TOLERANCE = 1e-3
 """Relative tolerance of numbers that are no integers."""
@@ -26,6 +26,7 @@ _SCALES = {
 _PARTS = {"half": Fraction(1, 2)} | {
     word + plural: Fraction(1, n) for word, n in (("third", 3), ("quarter", 4)) for plural in ("", "s")
 }
+_PART = re.compile(r"(?:(and|a|the)(?: (?:a|one))? )?(half|thirds?|quarters?)(?![a-z])", re.IGNORECASE)
 _NUMBER = re.compile(
     r"(?P<sign>[+-]? ?)(?P<money>[$€£¥])? ?"
     r"(?:(?P<whole>\d+)? ?(?:\\[dtc]?frac ?\{ ?(?P<up>-?\d+(?:\.\d+)?) ?\} ?\{ ?(?P<down>-?\d+(?:\.\d+)?) ?\})"
@@ -76,10 +77,7 @@ def quantity(text: str) -> Quantity | None:
 
 
 def _unsigned(text: str) -> Quantity | None:
-    if match := re.match(r"百分之(.+)", text):
-        inner = _unsigned(match[1])
-        return inner and replace(inner, percent=True)
-    read = _digits(text) or _english(text) or _chinese(text)
+    read = _digits(text) or _english(text)
     if read is None:
         return None
     value, integer, places, rest = read
@@ -121,14 +119,9 @@ def _digits(text: str) -> tuple[Fraction, bool, int, str] | None:
 
 
 def _english(text: str) -> tuple[Fraction, bool, int, str] | None:
-    if (
-        (match := re.match(r"(.+) and (?:a|one) (half|quarter)(?![a-z])", text))
-        and (whole := _english(match[1]))
-        and not whole[3].strip()
-    ):
-        return whole[0] + _PARTS[match[2]], False, 0, text[match.end() :]
+    """Read number words as `_digits` reads digits: `two hundred and five`, `half`, `two thirds`, `one and a half`."""
     words = text.replace("-", " ").split()
-    total, current, read = 0, 0, 0
+    total = current = read = 0
     for word in (word.lower() for word in words):
         if word in _ENGLISH:
             current += _ENGLISH[word]
@@ -139,43 +132,16 @@ def _english(text: str) -> tuple[Fraction, bool, int, str] | None:
         elif not (word == "and" and read and words[read - 1].lower() in ("hundred", "thousand")):
             break
         read += 1
-    if words and words[read - 1 : read + 1] and read < len(words) and words[read].lower() in _PARTS and total + current < 10:
-        return Fraction(total + current or 1) * _PARTS[words[read].lower()], False, 0, " " + " ".join(words[read + 1 :])
-    if len(words) == 2 and words[0].lower() in ARTICLES and words[1].lower() in _PARTS:
-        return _PARTS[words[1].lower()], False, 0, ""
+    number, rest = Fraction(total + current), " ".join(words[read:])
+    if part := _PART.match(rest):
+        share, after = _PARTS[part[2].lower()], rest[part.end() :]
+        if not read:
+            return None if after or part[1] == "and" else (share, False, 0, "")
+        if part[1] == "and" or (not part[1] and number < 10):
+            return number + share if part[1] else number * share, False, 0, after
     if not read or words[read - 1].lower() == "and":
         return None
-    return Fraction(total + current), True, 0, " " + " ".join(words[read:])
-
-
-_CHINESE = {character: n for n, character in enumerate("零一二三四五六七八九")} | {"两": 2, "〇": 0}
-_CHINESE_SCALES = {"十": 10, "百": 100, "千": 1000}
-
-
-def _chinese(text: str) -> tuple[Fraction, bool, int, str] | None:
-    if match := re.match("([零〇一二两三四五六七八九十百千万亿]{1,12})分之([零〇一二两三四五六七八九十百千万亿]{1,12})$", text):
-        down = chinese_integer(match[1])
-        return (Fraction(chinese_integer(match[2]), down), False, 0, "") if down else None
-    if not (match := re.match("[零〇一二两三四五六七八九十百千万亿]{1,20}", text)) or match[0][0] in "百千万亿":
-        return None
-    return Fraction(chinese_integer(match[0])), True, 0, text[match.end() :]
-
-
-def chinese_integer(text: str) -> int:
-    """Return the value of 一百零五 or 二〇二〇."""
-    for mark, scale in (("亿", 10**8), ("万", 10**4)):
-        if mark in text:
-            high, _, low = text.partition(mark)
-            return (chinese_integer(high) or 1) * scale + chinese_integer(low)
-    if not set(text) & set(_CHINESE_SCALES):
-        return int("".join(str(_CHINESE[character]) for character in text) or 0)
-    total = digit = 0
-    for character in text:
-        if character in _CHINESE_SCALES:
-            total, digit = total + (digit or 1) * _CHINESE_SCALES[character], 0
-        else:
-            digit = _CHINESE[character]
-    return total + digit
+    return number, True, 0, " " + rest
 
 
 def same_quantity(prediction: Quantity, truth: Quantity, *, tolerance: float = TOLERANCE, relaxed: bool = False) -> bool:
@@ -254,8 +220,10 @@ def _units() -> dict[str, tuple[str, Fraction]]:
         dimension, entries = line.split(None, 1)
         for entry in entries.split("|"):
             factor, *names = entry.split()
-            for name in names:
-                units[name] = units[name + "s"] = dimension, Fraction(factor)
+            for name in (*names, *(name + "s" for name in names)):
+                units[name] = dimension, Fraction(factor)
+                if dimension == "length":
+                    units |= {f"{name}^{power}": (f"length^{power}", Fraction(factor) ** power) for power in (2, 3)}
     return units
 
 
@@ -306,16 +274,10 @@ def conversion(unit: str, expected: str) -> Fraction | None:
     return Fraction(1) if words <= expected_words or expected_words <= words else None
 
 
-def measure(unit: str) -> tuple[tuple[tuple[str, int], ...], Fraction] | None:
-    """Return the dimensions of `cm^2` or `km/h` with their powers, and the factor to base units; None for unknown units."""
-    dimensions: dict[str, int] = {}
-    total = Fraction(1)
-    for place, part in enumerate(_SHORT.get(unit, unit).split("/")):
-        base, _, power = part.partition("^")
-        if base not in _UNITS or power not in ("", "2", "3"):
-            return None
-        signed = int(power or 1) * (-1 if place else 1)
-        dimension, factor = _UNITS[base]
-        dimensions[dimension] = dimensions.get(dimension, 0) + signed
-        total *= factor**signed
-    return tuple(sorted(dimensions.items())), total
+def measure(unit: str) -> tuple[tuple[str, str], Fraction] | None:
+    """Return what `cm^2` or `km/h` measures, and the factor to base units; None for unknown units."""
+    over, _, under = _SHORT.get(unit, unit).partition("/")
+    if over not in _UNITS or (under and under not in _UNITS):
+        return None
+    (dimension, factor), (per, divisor) = _UNITS[over], _UNITS.get(under, ("", Fraction(1)))
+    return (dimension, per), factor / divisor

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from ivl.errors import InputError
 from ivl.evaluation.scoring.choices import same_choice, same_text, split_option
-from ivl.evaluation.scoring.formulas import ComparisonStopped, FormulaComparer, same_formula
+from ivl.evaluation.scoring.formulas import ComparisonStopped, same_formula
 from ivl.evaluation.scoring.metrics import agreement, anls, exact_match, normalize
 from ivl.evaluation.scoring.numbers import quantities, same_quantity
 from ivl.evaluation.scoring.spelling import bare, wording
@@ -41,17 +41,8 @@ class AnswerVerdict:
         return self.score > ACCEPT
 
 
-@dataclass(frozen=True)
-class _Criterion:
-    """What rules compare with: one accepted answer, the texts of the options, and the comparer of formulas."""
-
-    truth: str
-    choices: Sequence[str]
-    comparer: FormulaComparer | None
-
-
-_AnswerRule = Callable[[str, _Criterion], bool | None]
-"""Prediction and criterion -> right, wrong, or None where the rule does not apply."""
+_AnswerRule = Callable[[str, str, Sequence[str]], bool | None]
+"""Prediction, truth and the texts of the options -> right, wrong, or None where the rule does not apply."""
 
 
 def mode_for(dataset: str) -> AnswerMode:
@@ -69,7 +60,6 @@ def compare(
     *,
     mode: AnswerMode = "auto",
     choices: Sequence[str] = (),
-    comparer: FormulaComparer | None = None,
 ) -> AnswerVerdict:
     """Score an answer from 0 to 1. An empty answer scores 0.
 
@@ -79,7 +69,6 @@ def compare(
             rules of several in turn for a family of data sets, the first that applies deciding: geometry (choice, relaxed,
             vqa, math), mavis (choice, number, vqa, math), auto (as mavis).
         choices: The texts of options A, B, ..., where they are known.
-        comparer: Compares formulas; one is shared by all calls without it.
 
     Raises:
         InputError: for an unknown mode, no truth, or without the library that the mode needs.
@@ -94,7 +83,7 @@ def compare(
     if mode == "vqa" and len(truths) >= FEWEST_PEOPLE:
         words = wording(prediction)
         return AnswerVerdict(agreement(words, [wording(answer) for answer in truths]) if words else 0.0)
-    verdicts = [_verdict(prediction, _Criterion(answer, choices, comparer), mode) for answer in truths]
+    verdicts = [_verdict(prediction, answer, choices, mode) for answer in truths]
     best = max(verdict.score for verdict in verdicts)
     return AnswerVerdict(best, "" if best > ACCEPT else next((v.stopped for v in verdicts if v.stopped), ""))
 
@@ -109,8 +98,7 @@ def correct(prediction: str, truth: str | Sequence[str], *, mode: AnswerMode = "
     return compare(prediction, truth, mode=mode, choices=choices).correct
 
 
-def _verdict(prediction: str, criterion: _Criterion, mode: AnswerMode) -> AnswerVerdict:
-    truth = criterion.truth
+def _verdict(prediction: str, truth: str, choices: Sequence[str], mode: AnswerMode) -> AnswerVerdict:
     if not truth.strip():
         return AnswerVerdict(0.0)
     if prediction == truth:
@@ -122,40 +110,36 @@ def _verdict(prediction: str, criterion: _Criterion, mode: AnswerMode) -> Answer
     if mode == "anls":
         return AnswerVerdict(anls(prediction, [truth]))
     try:
-        decisions = (rule(prediction, criterion) for rule in _RULES[mode])
+        decisions = (rule(prediction, truth, choices) for rule in _RULES[mode])
         return AnswerVerdict(float(next((decision for decision in decisions if decision is not None), False)))
     except ComparisonStopped as stopped:
         return AnswerVerdict(0.0, str(stopped))
 
 
-def _choice(prediction: str, criterion: _Criterion) -> bool | None:
-    return same_choice(prediction, criterion.truth, criterion.choices)
-
-
-def _named_option(prediction: str, criterion: _Criterion) -> bool | None:
+def _named_option(prediction: str, truth: str, _: Sequence[str]) -> bool | None:
     """`B. 5` where the truth is 5."""
     option = split_option(prediction)
-    return same_text(option[1], criterion.truth) or None if option and option[1] else None
+    return same_text(option[1], truth) or None if option and option[1] else None
 
 
-def _number(prediction: str, criterion: _Criterion) -> bool | None:
-    return same_quantity(*both) if (both := quantities(prediction, criterion.truth)) else None
+def _number(prediction: str, truth: str, _: Sequence[str]) -> bool | None:
+    return same_quantity(*both) if (both := quantities(prediction, truth)) else None
 
 
-def _relaxed(prediction: str, criterion: _Criterion) -> bool | None:
-    both = quantities(prediction, criterion.truth)
+def _relaxed(prediction: str, truth: str, _: Sequence[str]) -> bool | None:
+    both = quantities(prediction, truth)
     return same_quantity(*both, tolerance=0.05, relaxed=True) if both else None
 
 
-def _words(prediction: str, criterion: _Criterion) -> bool | None:
+def _words(prediction: str, truth: str, _: Sequence[str]) -> bool | None:
     """Decides for right only: the same thing may be written as a formula."""
     words = wording(prediction)
-    return (bool(words) and words == wording(criterion.truth)) or None
+    return (bool(words) and words == wording(truth)) or None
 
 
-def _yes_or_no(prediction: str, criterion: _Criterion) -> bool | None:
+def _yes_or_no(prediction: str, truth: str, _: Sequence[str]) -> bool | None:
     """`Yes, it is.` for yes, unless the sentence goes on to the contrary."""
-    expected = bare(criterion.truth).lower()
+    expected = bare(truth).lower()
     match = re.match(r"(yes|no)[,.;] ?(.*)", bare(prediction).lower())
     if expected not in ("yes", "no") or not match:
         return None
@@ -163,18 +147,18 @@ def _yes_or_no(prediction: str, criterion: _Criterion) -> bool | None:
     return match[1] == expected and not re.search(other, match[2])
 
 
-def _formula(prediction: str, criterion: _Criterion) -> bool | None:
-    return same_formula(prediction, criterion.truth, criterion.comparer)
+def _formula(prediction: str, truth: str, _: Sequence[str]) -> bool | None:
+    return same_formula(prediction, truth)
 
 
 _TEXT: tuple[_AnswerRule, ...] = (_words, _yes_or_no)
 _RULES: dict[AnswerMode, tuple[_AnswerRule, ...]] = {
-    "choice": (_choice, *_TEXT),
+    "choice": (same_choice, *_TEXT),
     "number": (_number, _words),
     "relaxed": (_relaxed, *_TEXT),
     "vqa": (_words,),
     "math": (_number, _words, _formula),
-    "geometry": (_choice, _relaxed, *_TEXT, _named_option, _formula),
-    "mavis": (_choice, _number, *_TEXT, _named_option, _formula),
-    "auto": (_choice, _number, *_TEXT, _named_option, _formula),
+    "geometry": (same_choice, _relaxed, *_TEXT, _named_option, _formula),
+    "mavis": (same_choice, _number, *_TEXT, _named_option, _formula),
+    "auto": (same_choice, _number, *_TEXT, _named_option, _formula),
 }

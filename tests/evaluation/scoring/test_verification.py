@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import ivl.errors
 from ivl.errors import InputError
-from ivl.evaluation.scoring import ComparisonStopped, FormulaComparer, compare, correct, edit_distance, mode_for, verify
+from ivl.evaluation.scoring import ComparisonStopped, FormulaComparer, compare, correct, edit_distance, formulas, mode_for, verify
 
 TEXT_MODES = ("exact", "anls", "vqa", "relaxed", "choice", "number", "auto")
 SYMMETRIC = ("exact", "anls", "vqa")
@@ -114,7 +114,6 @@ def test_modes_of_data_sets() -> None:
 @pytest.fixture(scope="module")
 def comparer() -> Iterator[FormulaComparer]:
     comparer = FormulaComparer()
-    comparer.start()
     yield comparer
     comparer.close()
 
@@ -137,9 +136,10 @@ def test_a_formula_beyond_its_limits_counts_as_different_and_the_next_is_compare
 @needs_math_verify
 def test_a_verdict_names_a_comparison_that_was_stopped(comparer: FormulaComparer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparer, "_ask", lambda process, request: None)
-    verdict = compare("x^2+1", ["x^2+z", "x^2+w"], mode="math", comparer=comparer)
+    monkeypatch.setattr(formulas, "shared_comparer", lambda: comparer)
+    verdict = compare("x^2+1", ["x^2+z", "x^2+w"], mode="math")
     assert verdict.score == 0 and not verdict.correct and "'x^2+z' and 'x^2+1' met a limit" in verdict.stopped
-    assert compare("x^2+1", ["x^2+z", "x^2+1"], mode="math", comparer=comparer).stopped == ""
+    assert compare("x^2+1", ["x^2+z", "x^2+1"], mode="math").stopped == ""
 
 
 @needs_math_verify
