@@ -36,7 +36,7 @@ class PreferSampleOptions:
         with reporting("sampling", "questions") as show:
             sample(
                 generator, sources, self.out, model=name, config=self.config,
-                on_progress=lambda p: show(p.done, total, resumed=p.resumed),
+                on_progress=lambda done, resumed: show(done, total, resumed=resumed),
             )  # fmt: skip
         print(f"{total:,} questions x {self.config.num_replies} replies: {self.out}")
 
@@ -62,7 +62,7 @@ class DropoutOptions:
         with reporting("continuing", "replies") as show:
             continue_without_images(
                 generator, self.replies, self.out, model=name, config=self.config,
-                on_progress=lambda p: show(p.done, total, resumed=p.resumed),
+                on_progress=lambda done, resumed: show(done, total, resumed=resumed),
             )  # fmt: skip
         print(f"continuations: {self.out}")
 

@@ -146,7 +146,7 @@ def evaluate(
     if method != ONE_REPLY:
         about["method"] = asdict(method)
     saved, log = open_predictions(predictions, about)
-    done = {p.id: asking.rescored(examples[p.id], p) for p in saved if p.id in examples}
+    done = {p.id: asking.prediction(examples[p.id], p.prediction, p.samples) for p in saved if p.id in examples}
     todo = iter([example for example in listed if example.id not in done])
     total, resumed, size = sum(p.score for p in done.values()), len(done), min(FIRST_BATCH, batch_size)
     with log:
@@ -192,7 +192,9 @@ class _Asking:
     judge: Rater | None
 
     def predictions(self, examples: list[Example]) -> list[Prediction]:
-        asked = [self.conversation(example) for example in examples]
+        asked = [example.conversation for example in examples]
+        if self.method.instruct:
+            asked = [reasoned(conversation, self.method.style) for conversation in asked]
         params = [self.seeded(example) for example in examples]
         if self.method == ONE_REPLY:
             texts = answers_of(self.generator, asked, params)
@@ -201,10 +203,7 @@ class _Asking:
         candidates = sample(self.generator, asked, params, self.method.samples, style=self.method.style, likelihood=likelihood)
         if self.judge is not None:
             candidates = rate(self.judge, asked, candidates)
-        return [self.selected(example, tuple(replies)) for example, replies in zip(examples, candidates, strict=True)]
-
-    def conversation(self, example: Example) -> Conversation:
-        return reasoned(example.conversation, self.method.style) if self.method.instruct else example.conversation
+        return [self.prediction(example, "", tuple(replies)) for example, replies in zip(examples, candidates, strict=True)]
 
     def seeded(self, example: Example) -> SamplingParams:
         """Give every example other random numbers, the same on every run."""
@@ -214,21 +213,18 @@ class _Asking:
         return replace(self.params, seed=int.from_bytes(digest[:4], "little") >> 2)
 
     def prediction(self, example: Example, text: str, samples: tuple[Candidate, ...] = ()) -> Prediction:
-        score = self.task.score(text, example.answers)
+        """Score a reply, or the one that counts of several, by the current rules."""
+        if samples:
+            chosen = samples[choose(samples, self.method.select)]
+            text, score = chosen.text, self.score(chosen, example.answers)
+        else:
+            score = self.task.score(text, example.answers)
         return Prediction(
             id=example.id, group=example.group, answers=example.answers, prediction=text, score=score, samples=samples
         )
 
-    def selected(self, example: Example, samples: tuple[Candidate, ...]) -> Prediction:
-        chosen = samples[choose(samples, self.method.select)]
-        return replace(self.prediction(example, chosen.text, samples), score=self.score(chosen, example.answers))
-
     def score(self, candidate: Candidate, answers: tuple[str, ...]) -> float:
         return 0.0 if candidate.answer is None else self.task.score(candidate.answer, answers)
-
-    def rescored(self, example: Example, saved: Prediction) -> Prediction:
-        """Score a saved prediction by the current rules."""
-        return self.selected(example, saved.samples) if saved.samples else self.prediction(example, saved.prediction)
 
     def samples_report(self, predictions: list[Prediction]) -> dict[str, Any]:
         """Report the metric for fewer replies, and how many replies have no answer or rating."""

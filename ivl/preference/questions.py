@@ -63,6 +63,17 @@ class Question:
     """Accepted answers; empty when none is known."""
     max_tiles: int | None = None
 
+    def row(self) -> dict[str, Any]:
+        """Return the question's fields in a row of a journal."""
+        fields = dataclasses.asdict(self)
+        return {"question" if name == "text" else name: value for name, value in fields.items()}
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Question:
+        """Return the question of a journal's row."""
+        fields = {name: row[name] for name in ("id", "source", "max_tiles")}
+        return cls(**fields, images=tuple(row["images"]), text=row["question"], answers=tuple(row["answers"]))
+
     def conversation(self, *, images: bool = True, begun: str = "") -> Conversation:
         """Return the prompt, with or without the images, and with the beginning of a reply to be continued."""
         marks = self.text.count("<image>")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -55,9 +56,7 @@ def check_pairs(batch: Batch) -> None:
     Raises:
         ValueError: naming the sample.
     """
-    ends, at = [], 0
-    for length in batch.layout.new_lens:
-        ends.append(at := at + length)
+    ends = list(accumulate(batch.layout.new_lens))
     start = sequence = 0
     for number, num_tokens in enumerate(batch.sample_lens):
         name = f"{batch.ids[number]} ({batch.sources[number]})"

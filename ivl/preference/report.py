@@ -23,7 +23,6 @@ def write_report(out: Path, tallies: dict[str, Tally], *, seed: int = 0) -> dict
     write_json(out / "report.json", report)
     sections = [
         "<h2>Yield by source</h2>", pages.table(*_yields(tallies)),
-        "<h2>How answers were compared</h2>", pages.table(*_comparisons(tallies)),
         "<h2>What was not used</h2>", pages.table(*_left_out(tallies)),
     ]  # fmt: skip
     if pairs:
@@ -54,21 +53,17 @@ def _words(pairs: list[dict[str, Any]]) -> np.ndarray:
 
 
 def _yields(tallies: dict[str, Tally]) -> tuple[list[str], list[list[str]]]:
-    head = ["source", "questions", "replies", "correct", "wrong", "malformed", "all right", "all wrong", "with pairs", "pairs"]
+    head = ["source", "questions", "replies", "correct", "wrong", "malformed", "all right", "all wrong", "with pairs", "pairs",
+            "compared by mode", "comparisons of formulas given up at a limit (count as wrong)"]  # fmt: skip
     rows = []
     for name, t in tallies.items():
         pairs = ", ".join(f"{count:,} {kind}" for kind, count in sorted(t.pairs.items())) or "0"
         shares = (t.correct, t.wrong, sum(t.malformed.values()))
         rows.append([
             name, f"{t.questions:,}", f"{t.replies:,}", *(_share(count, t.replies) for count in shares),
-            *(_share(count, t.questions) for count in (t.all_correct, t.all_wrong, t.with_pairs)), pairs,
+            *(_share(count, t.questions) for count in (t.all_correct, t.all_wrong, t.with_pairs)), pairs, t.mode, f"{t.given_up:,}",
         ])  # fmt: skip
     return head, rows
-
-
-def _comparisons(tallies: dict[str, Tally]) -> tuple[list[str], list[list[str]]]:
-    head = ["source", "mode", "comparisons of formulas given up at a limit (count as wrong)"]
-    return head, [[name, t.mode, f"{t.given_up:,}"] for name, t in tallies.items()]
 
 
 def _share(count: int, of: int) -> str:

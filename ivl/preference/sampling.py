@@ -50,16 +50,6 @@ class DropoutConfig:
             raise InputError(f"ratio must be in (0, 1), got {self.ratio}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class SamplingProgress:
-    """How far sampling has come."""
-
-    done: int
-    """Rows that are written."""
-    resumed: int
-    """Rows of earlier runs among them."""
-
-
 def sample(
     generator: Generator,
     sources: tuple[QuestionSource, ...],
@@ -67,12 +57,13 @@ def sample(
     *,
     model: str,
     config: SamplingConfig | None = None,
-    on_progress: Callable[[SamplingProgress], None] = lambda _: None,
+    on_progress: Callable[[int, int], None] = lambda done, resumed: None,
 ) -> Path:
     """Ask every question many times; a row per question goes to the journal `out`.
 
     Args:
         model: Name and, for a local one, a fingerprint of the weights; a journal of another model is not continued.
+        on_progress: Gets the rows that are written, and how many of them earlier runs wrote.
 
     Raises:
         InputError: for a bad question, a generator that fails, or an `out` that belongs to another run.
@@ -88,7 +79,7 @@ def sample(
         prompts = [question.conversation() for question, _ in repeated]
         params = [_seeded(config.params, question.id, k) for question, k in repeated]
         replies = iter(_replies(generator, prompts, params, [question.id for question in questions]))
-        return [{**_row(question), "replies": list(islice(replies, config.num_replies))} for question in questions]
+        return [question.row() | {"replies": list(islice(replies, config.num_replies))} for question in questions]
 
     return _run(Journal(out, about), read_questions(sources), config.chunk, ask, on_progress)
 
@@ -100,7 +91,7 @@ def continue_without_images(
     *,
     model: str,
     config: DropoutConfig | None = None,
-    on_progress: Callable[[SamplingProgress], None] = lambda _: None,
+    on_progress: Callable[[int, int], None] = lambda done, resumed: None,
 ) -> Path:
     """Dropout-NTP (arXiv:2411.10442): keep the first words of a reply, take the images away, and let the model go on.
 
@@ -128,7 +119,7 @@ def continue_without_images(
                     yield {**row, "replies": None, "chosen": text, "prefix": prefix, "index": k}
 
     def go_on(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        prompts = [question_of(item).conversation(images=False, begun=item["prefix"]) for item in items]
+        prompts = [Question.of(item).conversation(images=False, begun=item["prefix"]) for item in items]
         params = [_seeded(config.params, item["id"], item["index"]) for item in items]
         continuations = _replies(generator, prompts, params, [item["id"] for item in items])
         return [
@@ -145,37 +136,22 @@ def first_words(text: str, ratio: float) -> str:
     return " ".join(words[: int(len(words) * ratio)]).strip()
 
 
-def question_of(row: dict[str, Any]) -> Question:
-    """Return the question of a journal's row."""
-    return Question(
-        id=row["id"], source=row["source"], images=tuple(row["images"]), text=row["question"], answers=tuple(row["answers"]),
-        max_tiles=row["max_tiles"],
-    )  # fmt: skip
-
-
-def _row(question: Question) -> dict[str, Any]:
-    return {
-        "id": question.id, "source": question.source, "images": list(question.images), "question": question.text,
-        "answers": list(question.answers), "max_tiles": question.max_tiles,
-    }  # fmt: skip
-
-
 def _run(
     journal: Journal,
     items: Iterator[Any],
     chunk: int,
     work: Callable[[list[Any]], list[dict[str, Any]]],
-    on_progress: Callable[[SamplingProgress], None],
+    on_progress: Callable[[int, int], None],
 ) -> Path:
     """Work on whole chunks in order, beginning after those that the journal holds."""
     with journal:
         done = resumed = sum(1 for _ in islice(items, journal.num_chunks * chunk))
-        on_progress(SamplingProgress(done=done, resumed=resumed))
+        on_progress(done, resumed)
         while batch := list(islice(items, chunk)):
             rows = work(batch)
             journal.add(rows)
             done += len(rows)
-            on_progress(SamplingProgress(done=done, resumed=resumed))
+            on_progress(done, resumed)
     return journal.path
 
 

@@ -17,16 +17,17 @@ _SMALL = (
     "nineteen"
 )
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
-_ENGLISH = {word: n for n, word in enumerate(_SMALL.split())} | {word: 10 * n for n, word in enumerate(_TENS.split(), 2)}
+_PARTS = {"half": 2, "third": 3, "quarter": 4}
+_IN_WORDS = {word: Fraction(n) for n, word in enumerate(_SMALL.split())}
+for _n, _ten in enumerate(_TENS.split(), 2):
+    _IN_WORDS |= {_ten: Fraction(10 * _n)} | {f"{_ten} {_SMALL.split()[n]}": Fraction(10 * _n + n) for n in range(1, 10)}
+_IN_WORDS |= {"half": Fraction(1, 2)} | {f"{one} {part}": Fraction(1, n) for one in ("a", "one") for part, n in _PARTS.items()}
+_IN_WORDS |= {"two thirds": Fraction(2, 3), "three quarters": Fraction(3, 4)}
 _SCALES = {
     "thousand": 10**3, "million": 10**6, "millions": 10**6, "billion": 10**9, "billions": 10**9, "trillion": 10**12,
-    "dozen": 12, "mn": 10**6, "bn": 10**9, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9,
+    "hundred": 100, "dozen": 12, "mn": 10**6, "bn": 10**9, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9,
     "千": 10**3, "万": 10**4, "百万": 10**6, "千万": 10**7, "亿": 10**8,
 }  # fmt: skip
-_PARTS = {"half": Fraction(1, 2)} | {
-    word + plural: Fraction(1, n) for word, n in (("third", 3), ("quarter", 4)) for plural in ("", "s")
-}
-_PART = re.compile(r"(?:(and|a|the)(?: (?:a|one))? )?(half|thirds?|quarters?)(?![a-z])", re.IGNORECASE)
 _NUMBER = re.compile(
     r"(?P<sign>[+-]? ?)(?P<money>[$€£¥])? ?"
     r"(?:(?P<whole>\d+)? ?(?:\\[dtc]?frac ?\{ ?(?P<up>-?\d+(?:\.\d+)?) ?\} ?\{ ?(?P<down>-?\d+(?:\.\d+)?) ?\})"
@@ -37,7 +38,7 @@ _NUMBER = re.compile(
     r"|\d+(?:\.\d*)?|\.\d+)"
     r"(?:[eE](?P<e>[+-]?\d+)(?!\w)| ?(?:×|x|\*|·|⋅|\\times|\\cdot) ?10 ?\^ ?(?P<ten>[+-]?\d+|\{ ?[+-]?\d+ ?\}|\([+-]?\d+\)))?)"
 )
-_SCALE = re.compile(r"百万|千万|[千万亿]|(?:dozen|thousand|[mb]illions?|trillion|mn|bn|[kKMB])(?![A-Za-z/])")
+_SCALE = re.compile(r"百万|千万|[千万亿]|(?:dozen|hundred|thousand|[mb]illions?|trillion|mn|bn|[kKMB])(?![A-Za-z/])")
 _ABOUT = re.compile(
     r"(?:#|no\.? ?(?=\d)|about|approximately|approx\.?|around|roughly|nearly|almost|≈|~|大约|约为|约|\\approx) *", re.IGNORECASE
 )
@@ -119,29 +120,12 @@ def _digits(text: str) -> tuple[Fraction, bool, int, str] | None:
 
 
 def _english(text: str) -> tuple[Fraction, bool, int, str] | None:
-    """Read number words as `_digits` reads digits: `two hundred and five`, `half`, `two thirds`, `one and a half`."""
+    """Read number words as `_digits` reads digits; a scale such as thousand stays in the rest."""
     words = text.replace("-", " ").split()
-    total = current = read = 0
-    for word in (word.lower() for word in words):
-        if word in _ENGLISH:
-            current += _ENGLISH[word]
-        elif word == "hundred" and 0 < current < 10:
-            current *= 100
-        elif word in ("thousand", "million", "billion") and current:
-            total, current = total + current * _SCALES[word], 0
-        elif not (word == "and" and read and words[read - 1].lower() in ("hundred", "thousand")):
-            break
-        read += 1
-    number, rest = Fraction(total + current), " ".join(words[read:])
-    if part := _PART.match(rest):
-        share, after = _PARTS[part[2].lower()], rest[part.end() :]
-        if not read:
-            return None if after or part[1] == "and" else (share, False, 0, "")
-        if part[1] == "and" or (not part[1] and number < 10):
-            return number + share if part[1] else number * share, False, 0, after
-    if not read or words[read - 1].lower() == "and":
-        return None
-    return number, True, 0, " " + rest
+    for count in (2, 1):
+        if (value := _IN_WORDS.get(" ".join(words[:count]).lower())) is not None:
+            return value, value.denominator == 1, 0, " " + " ".join(words[count:])
+    return None
 
 
 def same_quantity(prediction: Quantity, truth: Quantity, *, tolerance: float = TOLERANCE, relaxed: bool = False) -> bool:
