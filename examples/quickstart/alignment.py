@@ -67,7 +67,7 @@ def held_out(model: Path, count: int, folder: Path, *, seed: int = 9) -> dict[st
     Returns also the shares of malformed replies, of replies that run into the limit, and of replies whose reasoning is right.
     """
     from ivl.api import load
-    from ivl.preference.grading import grade
+    from ivl.preference.pairs import grade
     from ivl.preference.questions import QuestionSource, read_questions
 
     rows = compositions("test", count, seed=seed, prefix="test")

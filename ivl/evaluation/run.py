@@ -7,6 +7,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
@@ -21,7 +22,7 @@ from ivl.evaluation.scoring import wilson
 from ivl.evaluation.task import Example, Task
 from ivl.evaluation.voting import GUIDED_RATING, RATING, Candidate, Rater, RatingJudge, RewardModel, choose, rate, sample
 from ivl.generators import Generator, answers_of, connect
-from ivl.types import Conversation, SamplingParams
+from ivl.types import SamplingParams
 from ivl.utils.files import write_json
 from ivl.utils.jsonl import AppendLog, read_rows
 from ivl.utils.progress import reporting
@@ -249,10 +250,8 @@ def versions() -> dict[str, str]:
     """Return the installed versions of packages that may influence a score."""
     installed = {}
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             installed[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return installed
 
 
@@ -268,11 +267,16 @@ def open_predictions(path: Path, about: dict[str, Any]) -> tuple[list[Prediction
     saved: list[Prediction] = []
     keep = 0
     for number, end, row in read_rows(path, "delete the file to start again") if path.exists() else ():
-        if number == 1:
-            _check_about(path, row, about)
-        else:
-            saved.append(_prediction(row, f"{path}:{number}"))
         keep = end
+        if number > 1:
+            saved.append(_prediction(row, f"{path}:{number}"))
+            continue
+        for key in {**about, **row}:
+            if row.get(key) != about.get(key):
+                raise InputError(
+                    f"{path}: holds predictions with {key} {row.get(key)!r}, this run has {about.get(key)!r}; "
+                    "delete the file or name another with --predictions"
+                )
     log = AppendLog(path, keep)
     if not keep:
         log.append([about])
@@ -290,12 +294,3 @@ def _prediction(row: dict[str, Any], where: str) -> Prediction:
         return Prediction(**{**row, "answers": tuple(row["answers"]), "samples": samples})
     except (KeyError, TypeError) as error:
         raise InputError(f"{where}: not a prediction ({error}); delete the file to start again") from error
-
-
-def _check_about(path: Path, saved: dict[str, Any], about: dict[str, Any]) -> None:
-    for key in {**about, **saved}:
-        if saved.get(key) != about.get(key):
-            raise InputError(
-                f"{path}: holds predictions with {key} {saved.get(key)!r}, this run has {about.get(key)!r}; "
-                "delete the file or name another with --predictions"
-            )

@@ -1,4 +1,4 @@
-"""Makes preference pairs of replies: correct against wrong, well formed against not, with images against without.
+"""Grades replies and makes preference pairs of them: correct against wrong, well formed against not, with images against without.
 
 The rules are those of MPO's data pipeline (arXiv:2411.10442).
 """
@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 from ivl.errors import InputError
-from ivl.preference.grading import Grade, grade
+from ivl.evaluation.scoring import compare, extract, fix_answer
 from ivl.preference.questions import QuestionSource
 from ivl.utils.files import write_json
 from ivl.utils.jsonl import AppendLog, json_line, read_journal
@@ -24,6 +24,34 @@ from ivl.utils.strict_json import from_json
 PairKind = Literal["correctness", "format", "dropout"]
 MAX_PAIRS, MAX_PAIRS_HUGE, HUGE = 15, 3, 500_000
 """Most pairs of one question, and of one question among more than HUGE (arXiv:2411.10442, section 3)."""
+
+
+@dataclass(frozen=True)
+class Grade:
+    """A reply with its answer.
+
+    The text of a right reply has the answer in the form of the known one where it contained that.
+    """
+
+    text: str
+    answer: str | None
+    correct: bool | None
+    """None where there is no answer to compare; `problem` then says why."""
+    problem: str = ""
+    """Why there is no answer, or which comparison of formulas was stopped and counts as different."""
+
+
+def grade(text: str, finish_reason: str, answers: Sequence[str], source: QuestionSource) -> Grade:
+    """Grade one reply by the accepted answers."""
+    if finish_reason == "length":
+        return Grade(text, None, None, "cut off at the limit")
+    extracted = extract(text, source.style)
+    if extracted.answer is None:
+        return Grade(text, None, None, extracted.problem or "no answer")
+    verdict = compare(extracted.answer, answers, mode=source.mode)
+    fix = verdict.correct and source.style != "direct"
+    fixed = fix_answer(text, extracted.answer, answers[0]) if fix else text
+    return Grade(fixed, extracted.answer, verdict.correct, verdict.stopped)
 
 
 @dataclass
@@ -226,8 +254,3 @@ def read_pairs(path: Path) -> Iterator[dict[str, Any]]:
         return
     with path.open(encoding="utf-8") as file:
         yield from map(json.loads, file)
-
-
-def as_json(tallies: dict[str, Tally]) -> dict[str, Any]:
-    """Return the counts by source."""
-    return {name: {**vars(tally), "accuracy": tally.accuracy} for name, tally in tallies.items()}

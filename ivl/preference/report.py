@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ivl.preference.pairs import Tally, as_json, read_pairs
+from ivl.preference.pairs import Tally, read_pairs
 from ivl.utils import html as pages
 from ivl.utils.files import write_atomic, write_json
 
@@ -19,7 +19,8 @@ NUM_SAMPLES = 24
 def write_report(out: Path, tallies: dict[str, Tally], *, seed: int = 0) -> dict[str, Any]:
     """Write out/report.json and out/report.html about the pairs in `out`, and return the content of report.json."""
     pairs = [pair for name in ("pairs", "format_pairs") for pair in read_pairs(out / f"{name}.jsonl")]
-    report = {"sources": as_json(tallies), "lengths": lengths(pairs)}
+    sources = {name: {**vars(tally), "accuracy": tally.accuracy} for name, tally in tallies.items()}
+    report: dict[str, Any] = {"sources": sources, "lengths": lengths(pairs)}
     write_json(out / "report.json", report)
     sections = [
         "<h2>Yield by source</h2>", pages.table(*_yields(tallies)),

@@ -83,7 +83,7 @@ def test_at_most_so_many_pairs_of_a_question_by_its_own_seed(tmp_path: Path, ima
 
 
 def test_repeated_replies_make_one_pair() -> None:
-    from ivl.preference.grading import Grade
+    from ivl.preference.pairs import Grade
 
     grades = [Grade("good", "4", True)] * 3 + [Grade("bad", "5", False)] * 2
     tally = Tally()

@@ -7,16 +7,9 @@ import unicodedata
 
 _NUMBERS = "zero one two three four five six seven eight nine ten"
 _ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth"
-_SHORTENED = (
-    "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's i'd've i'm "
-    "i've isn't it'd it'll might've mightn't must've mustn't needn't shan't should've shouldn't somebody's someone's that'd "
-    "that's there'd there's they'd they'll they're they've wasn't we've weren't what'll what're what's what've when's where'd "
-    "where's who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've"
-)
-NUMBER_WORDS = {word: n for n, word in enumerate(_NUMBERS.split())}
-CONTRACTIONS = {word.replace("'", ""): word for word in _SHORTENED.split()}
 _SAME = {"&": "and", "grey": "gray", "colour": "color", "centre": "center", "none": "0", "cannot": "can not"}
-_SAME |= {word: str(n) for word, n in NUMBER_WORDS.items()}
+_SAME |= {"can't": "can not", "won't": "will not"}
+_SAME |= {word: str(n) for n, word in enumerate(_NUMBERS.split())}
 _SAME |= {word: str(n) + {1: "st", 2: "nd", 3: "rd"}.get(n, "th") for n, word in enumerate(_ORDINALS.split(), 1)}
 ARTICLES = ("a", "an", "the")
 
@@ -65,15 +58,8 @@ def _without_latex(text: str) -> str:
     text = re.sub(r"\\(?:left|right)(?![a-z])", "", text)
     text = re.sub(r"\\([%$#&{}])", r"\1", _SPACES.sub(" ", text))
     text = re.sub(r" +\^", "^", text)
-    if (inside := unboxed(text)) is not None:
-        text = inside
-    return text
-
-
-def unboxed(text: str) -> str | None:
-    """Return the content if the whole text is one box."""
     text = text.strip()
-    return text[7:-1] if text.startswith("\\boxed{") and text.endswith("}") else None
+    return text[7:-1] if text.startswith("\\boxed{") and text.endswith("}") else text
 
 
 def bare(text: str) -> str:
@@ -97,9 +83,7 @@ def wording(text: str) -> str:
     text = re.sub(r" ?([:/]) ?", r"\1", text)
     text = re.sub(r"(?<=\d) ?(?:-|~|to|至|到) ?(?=\d)", "-", text)
     words = [stripped for word in text.split() if (stripped := _stripped(word))]
-    words = [CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES]
-    words = [{"can't": "can not", "won't": "will not"}.get(word) or re.sub(r"n't$", " not", word) for word in words]
-    words = [_SAME.get(word, word) for word in words]
+    words = [re.sub(r"n't$", " not", _SAME.get(word, word)) for word in words if word not in ARTICLES]
     text = re.sub(rf"(?<=[{CJK}]) | (?=[{CJK}])", "", " ".join(words))
     return {"是的": "是", "不是": "否", "正确": "对"}.get(text, text)
 

@@ -16,7 +16,16 @@ from hypothesis import strategies as st
 
 import ivl.errors
 from ivl.errors import InputError
-from ivl.evaluation.scoring import ComparisonStopped, FormulaComparer, compare, correct, edit_distance, formulas, mode_for, verify
+from ivl.evaluation.scoring import (
+    ComparisonStopped,
+    FormulaComparer,
+    compare,
+    correct,
+    edit_distance,
+    formulas,
+    mode_for,
+    verify,
+)
 
 TEXT_MODES = ("exact", "anls", "vqa", "relaxed", "choice", "number", "auto")
 SYMMETRIC = ("exact", "anls", "vqa")
