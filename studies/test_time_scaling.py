@@ -82,7 +82,7 @@ def replies(
             params=replace(task.params, temperature=temperature),
             method=method,
             batch_size=64,
-            on_progress=lambda p: bar.update(shown, completed=p.done, note=f"{p.value:.1%}"),
+            on_progress=lambda done, total, **about: bar.update(shown, completed=done, note=about["note"]),
         )
     print(temperature, {key: report["samples"][key] for key in ("replies", "without_answer")})
     return [json.loads(line) for line in path.read_text().splitlines()[1:]]

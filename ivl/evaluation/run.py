@@ -6,7 +6,6 @@ import hashlib
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -25,7 +24,7 @@ from ivl.generators import Generator, answers_of, connect
 from ivl.types import SamplingParams
 from ivl.utils.files import write_json
 from ivl.utils.jsonl import AppendLog, read_rows
-from ivl.utils.progress import reporting
+from ivl.utils.progress import ShowProgress, reporting
 
 PACKAGES = ("ivl", "torch", "tokenizers", "pillow", "easy-vqa")
 """Packages whose versions a report notes."""
@@ -46,19 +45,6 @@ class Prediction:
     score: float
     samples: tuple[Candidate, ...] = ()
     """All replies, where the method notes more than the text of one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalProgress:
-    """How far an evaluation has come."""
-
-    done: int
-    """Predictions so far, those of an earlier run included."""
-    total: int
-    resumed: int
-    """Predictions of an earlier run."""
-    value: float
-    """The metric so far."""
 
 
 def run(config: EvalConfig, generator: Generator, *, model: str, fingerprint: str = "") -> dict[str, Any]:
@@ -86,7 +72,7 @@ def run(config: EvalConfig, generator: Generator, *, model: str, fingerprint: st
         report = evaluate(
             task, generator, model=model, predictions=predictions, fingerprint=fingerprint, limit=config.limit,
             batch_size=config.batch_size, params=config.sampling_for(task.params), method=replace(config.method, judge=name),
-            judge=judge, on_progress=lambda p: show(p.done, p.total, resumed=p.resumed, note=f"{p.value:.2%} so far"),
+            judge=judge, on_progress=show,
         )  # fmt: skip
     if config.out:
         write_json(config.out, report)
@@ -121,7 +107,7 @@ def evaluate(
     params: SamplingParams | None = None,
     method: Method = ONE_REPLY,
     judge: Rater | None = None,
-    on_progress: Callable[[EvalProgress], None] = lambda _: None,
+    on_progress: ShowProgress = lambda *_, **__: None,
 ) -> dict[str, Any]:
     """Answer a task's first `limit` examples and return the report.
 
@@ -131,6 +117,7 @@ def evaluate(
         batch_size: Most examples that are asked, and saved, at a time.
         params: Replace the task's. The seed of an example follows from their seed (0 if none) and its id.
         judge: Rates replies, if the method selects by judge.
+        on_progress: Gets the predictions so far, all that are asked for, those of an earlier run, and the metric so far.
 
     Raises:
         InputError: if the file holds predictions of something else, or an example cannot be answered.
@@ -166,7 +153,7 @@ def evaluate(
                 size = min(2 * size, batch_size)
             elif seconds > 20:
                 size = max(1, size // 2)
-            on_progress(EvalProgress(done=len(done), total=len(examples), resumed=resumed, value=total / len(done)))
+            on_progress(len(done), len(examples), resumed=resumed, note=f"{total / len(done):.2%} so far")
     by_type = defaultdict(list)
     for prediction in done.values():
         by_type[prediction.group].append(prediction.score)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -38,18 +39,6 @@ class Candidate:
     """Mean log-probability of a token, if it was asked for."""
     rating: float | None = None
     """The judge's rating, if there is a judge."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Vote:
-    """The result of a majority vote."""
-
-    index: int
-    """The first reply that gives the winning answer; 0 if none gives any."""
-    votes: int
-    """Replies that give the winning answer."""
-    abstained: int
-    """Replies without an answer."""
 
 
 @dataclass(frozen=True)
@@ -128,15 +117,16 @@ def mean_logprob(reply: ReplyLike) -> float:
     return sum(logprobs) / len(logprobs)
 
 
-def vote(candidates: Sequence[Candidate], same: Callable[[str, str], bool] | None = None) -> Vote:
-    """Choose the answer that most replies give; of several, the one that came first (self-consistency, arXiv:2203.11171).
+def vote(candidates: Sequence[Candidate], same: Callable[[str, str], bool] | None = None) -> int:
+    """Return the index of the answer that most replies give; of several, the first (self-consistency, arXiv:2203.11171).
 
     Args:
+        candidates: The replies; without any answer among them the first counts.
         same: Says which answers count as one besides those of the same wording (`two dogs.` and `2 dogs`), such as
             `ivl.evaluation.scoring.correct`.
     """
     first: dict[str, int] = {}
-    votes: dict[str, int] = {}
+    votes: Counter[str] = Counter()
     for index, candidate in enumerate(candidates):
         if candidate.answer is None:
             continue
@@ -144,12 +134,8 @@ def vote(candidates: Sequence[Candidate], same: Callable[[str, str], bool] | Non
         if key not in first and same is not None:
             key = next((other for other, at in first.items() if same(candidate.answer, candidates[at].answer or "")), key)
         first.setdefault(key, index)
-        votes[key] = votes.get(key, 0) + 1
-    abstained = sum(candidate.answer is None for candidate in candidates)
-    if not votes:
-        return Vote(index=0, votes=0, abstained=abstained)
-    winner = max(votes, key=lambda key: (votes[key], -first[key]))
-    return Vote(index=first[winner], votes=votes[winner], abstained=abstained)
+        votes[key] += 1
+    return first[votes.most_common(1)[0][0]] if votes else 0
 
 
 @lru_cache(1 << 16)
@@ -173,7 +159,7 @@ def best_of(candidates: Sequence[Candidate], by: Literal["likelihood", "judge"])
 
 def choose(candidates: Sequence[Candidate], select: Select) -> int:
     """Return the index of the reply that counts."""
-    return vote(candidates).index if select == "vote" else best_of(candidates, select)
+    return vote(candidates) if select == "vote" else best_of(candidates, select)
 
 
 def rate(

@@ -1,4 +1,4 @@
-"""Grades replies and makes preference pairs of them: correct against wrong, well formed against not, with images against without.
+"""Grades replies and pairs them: correct against wrong, well formed against not, with images against without.
 
 The rules are those of MPO's data pipeline (arXiv:2411.10442).
 """

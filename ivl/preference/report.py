@@ -62,7 +62,8 @@ def _yields(tallies: dict[str, Tally]) -> tuple[list[str], list[list[str]]]:
         shares = (t.correct, t.wrong, sum(t.malformed.values()))
         rows.append([
             name, f"{t.questions:,}", f"{t.replies:,}", *(_share(count, t.replies) for count in shares),
-            *(_share(count, t.questions) for count in (t.all_correct, t.all_wrong, t.with_pairs)), pairs, t.mode, f"{t.given_up:,}",
+            *(_share(count, t.questions) for count in (t.all_correct, t.all_wrong, t.with_pairs)), pairs,
+            t.mode, f"{t.given_up:,}",
         ])  # fmt: skip
     return head, rows
 

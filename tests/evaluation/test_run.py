@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from ivl.errors import InputError
-from ivl.evaluation.run import EvalProgress, evaluate
+from ivl.evaluation.run import evaluate
 from ivl.evaluation.scoring import exact_match, wilson
 from ivl.evaluation.task import Example
 from ivl.evaluation.tasks import TASKS, find
@@ -69,12 +69,12 @@ def run(path: Path, generator: Streaming | None = None, **options: object) -> di
 
 
 def test_report(tmp_path: Path) -> None:
-    seen: list[EvalProgress] = []
-    report = run(tmp_path / "p.jsonl", on_progress=seen.append)
+    seen: list[tuple[int, str]] = []
+    report = run(tmp_path / "p.jsonl", on_progress=lambda done, total, *, resumed=0, note="": seen.append((done, note)))
     assert (report["task"], report["metric"], report["n"], report["value"]) == ("sums", "exact_match", 40, 0.8)
     assert report["ci95"] == list(wilson(32, 40)) and report["model"] == "m" and "ivl" in report["versions"]
     assert {name: (row["n"], row["value"]) for name, row in report["by_type"].items()} == {"even": (20, 0.8), "odd": (20, 0.8)}
-    assert [p.done for p in seen] == [7, 14, 21, 28, 35, 40] and seen[-1].value == 0.8
+    assert [done for done, _ in seen] == [7, 14, 21, 28, 35, 40] and seen[-1][1] == "80.00% so far"
     write_json(tmp_path / "deep" / "report.json", report)
     assert json.loads((tmp_path / "deep" / "report.json").read_text()) == report
     assert [f.name for f in (tmp_path / "deep").iterdir()] == ["report.json"]
