@@ -61,18 +61,3 @@ def _log1mexp(x: torch.Tensor) -> torch.Tensor:
     """log(1 - e^x) for x < 0, accurate at both ends."""
     x = x.clamp(max=-1e-6)
     return torch.where(x > -0.6931472, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
-
-
-class RunningMean:
-    """BCO's reward shift: the mean reward of all pairs so far, on all ranks; detached, and saved with checkpoints.
-
-    Published runs hold one pair per rank and step, where every pair is one observation; so it is here, whatever the packs.
-    """
-
-    def __init__(self, total: float = 0.0, count: float = 0.0) -> None:
-        self.total, self.count = total, count
-
-    def fold(self, total: float, count: float) -> float:
-        """Take new observations in, and return the mean with them."""
-        self.total, self.count = self.total + total, self.count + count
-        return self.total / self.count if self.count else 0.0

@@ -65,7 +65,9 @@ class PreferenceObjective(StatefulObjective):
         if config.needs_reference and reference is None and context is None:
             raise ValueError("these terms of the preference loss need a reference model")
         self.config, self.reference, self.world, self.context = config, reference, world or World(), context
-        self.shift = preference.RunningMean()
+        # BCO's reward shift is the mean reward of all pairs so far, on all ranks. Published runs hold one pair per rank and
+        # step, where every pair is one observation; so it is here, whatever the packs.
+        self.total_reward, self.num_rewards = 0.0, 0.0
         self.calls = 0
         self.max_stalled_calls, self.moved = max_stalled_calls, False
 
@@ -82,11 +84,11 @@ class PreferenceObjective(StatefulObjective):
 
     def state(self) -> dict[str, Any]:
         """Return BCO's shift and what the checks have seen."""
-        return {"total": self.shift.total, "count": self.shift.count, "calls": self.calls, "moved": self.moved}
+        return {"total": self.total_reward, "count": self.num_rewards, "calls": self.calls, "moved": self.moved}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over what state() returned."""
-        self.shift = preference.RunningMean(state["total"], state["count"])
+        self.total_reward, self.num_rewards = state["total"], state["count"]
         self.calls, self.moved = state["calls"], state["moved"]
 
     def idle(self) -> None:
@@ -134,14 +136,15 @@ class PreferenceObjective(StatefulObjective):
     def _shift(self, ratios_P2: torch.Tensor, train: bool) -> torch.Tensor:
         """The mean reward so far, this step's pairs on all ranks included; validation leaves it alone."""
         rewards = self.config.beta * ratios_P2
-        if not train:
-            return rewards.new_tensor(self.shift.fold(0.0, 0.0))
-        return rewards.new_tensor(self._observe(float(rewards.double().mean(1).sum()), len(rewards)))
+        if train:
+            self._observe(float(rewards.double().mean(1).sum()), len(rewards))
+        return rewards.new_tensor(self.total_reward / self.num_rewards if self.num_rewards else 0.0)
 
-    def _observe(self, total: float, count: int) -> float:
+    def _observe(self, total: float, count: int) -> None:
         """Take in what every rank has seen; all ranks call this together."""
         seen = torch.tensor([total, count], dtype=torch.float64)
-        return self.shift.fold(*self.world.all_reduce({"seen": seen})["seen"].tolist())
+        total, count = self.world.all_reduce({"seen": seen})["seen"].tolist()
+        self.total_reward, self.num_rewards = self.total_reward + total, self.num_rewards + count
 
     def _check_movement(self, ratios_P2: torch.Tensor, replies: Replies, batch: Batch) -> None:
         self.calls += 1

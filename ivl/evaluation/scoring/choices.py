@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from ivl.evaluation.scoring.numbers import quantities, same_quantity
-from ivl.evaluation.scoring.spelling import plain, wording
+from ivl.evaluation.scoring.spelling import introduced, plain, wording
 
 _LETTERS = "ABCDEFGH"
 _NAMED = re.compile(r"(?:(?:option|choice|选项?|选择)\s*)?[(\[]?([A-Za-z])[)\]]?(?: ?(?:选项|option))?[.:,)]*", re.IGNORECASE)
@@ -14,21 +14,13 @@ _WITH_TEXT = re.compile(r"(?:[(\[]([A-Za-z])[)\]][.:,]?\s*|([A-Z])(?:[.):]\s*|,(
 _ANOTHER = re.compile(
     r"^[(\[]?[A-H](?![A-Za-z])(?! \w)|\b(?:or|and)\b ?[(\[]?[A-H](?:[).:\]]|$)|[&/] ?[(\[]?[A-H](?:[).:\]]|$)"
 )
-_LEAD = re.compile(
-    r"i (?:choose|pick|select) "
-    r"|(?:(?:so|thus|therefore|hence),? )?(?:the |my )?(?:(?:final|correct|right|best) )?(?:answer|option|choice)(?: is)?:? *"
-    r"|(?:所以|因此)?,?(?:正确)?(?:答案|选项)(?:是|为)?:?\s*",
-    re.IGNORECASE,
-)
 
 
 def split_option(text: str) -> tuple[str, str] | None:
     """Split `B. cat` into ("B", "cat"), and the letter alone into ("B", ""); None for text that names no option."""
-    text = plain(text)
+    text = introduced(plain(text))
     if len(text) > 1000:
         return None
-    if (match := _LEAD.match(text)) and match.end() < len(text):
-        text = text[match.end() :]
     text = re.sub(r"(?<=^\w),? (?:because|since) .*", "", text)
     if match := _NAMED.fullmatch(text):
         return match[1].upper(), ""

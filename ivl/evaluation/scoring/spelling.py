@@ -26,8 +26,10 @@ _WRAPPED = re.compile(
 _SPACES = re.compile(r"(?<!\\)\\[,;: ]|\\q?quad(?![a-zA-Z])|~(?=\\)")
 _DEGREES = re.compile(r"\^\s*\{\s*\\(?:circ|degree)\s*\}|\^\s*\\(?:circ|degree)(?![a-zA-Z])|\\degree(?![a-zA-Z])")
 _LEADS = re.compile(
-    r"(?:so|thus|therefore|hence)?,? ?(?:the )?(?:(?:final|correct) )?(?:answer|option|choice)(?: is| ?[:=])+ *"
-    r"|it(?: i|')s (?=[^n])|there (?:is|are) (?=[^n])|(?:最终)?答案(?:是|为|[:])*",
+    r"i (?:choose|pick|select) "
+    r"|(?:(?:so|thus|therefore|hence)?,? ?)(?:the |my )?(?:(?:final|correct|right|best) )?(?:answer|option|choice)"
+    r"(?:(?: is| ?[:=])+ *| (?=[(\[]?[A-H]\W*$))"
+    r"|it(?: i|')s (?=[^n])|there (?:is|are) (?=[^n])|(?:所以|因此)?,?(?:正确|最终)?(?:答案(?:是|为|:)*|选项(?:是|为|:)+) *",
     re.IGNORECASE,
 )
 
@@ -62,10 +64,14 @@ def _without_latex(text: str) -> str:
     return text[7:-1] if text.startswith("\\boxed{") and text.endswith("}") else text
 
 
+def introduced(text: str) -> str:
+    """Return the text behind an introduction such as `The answer is`."""
+    return text[match.end() :] if (match := _LEADS.match(text)) and match.end() < len(text) else text
+
+
 def bare(text: str) -> str:
     """Return the plain text without an introduction ("The answer is") and a closing full stop."""
-    text = plain(text)
-    text = text[match.end() :] if (match := _LEADS.match(text)) and match.end() < len(text) else text
+    text = introduced(plain(text))
     text = re.sub(r"(?<=[^\W\d_]{2})[!?]+\.?$", "", text)  # n! is a factorial
     return text.rstrip(".,; ") or text
 

@@ -47,11 +47,7 @@ _AnswerRule = Callable[[str, str, Sequence[str]], bool | None]
 
 def mode_for(dataset: str) -> AnswerMode:
     """Return the mode of a data set by its name; auto for unknown names."""
-    name = dataset.lower()
-    for part, mode in _BY_NAME:
-        if part in name:
-            return mode
-    return "auto"
+    return next((mode for part, mode in _BY_NAME if part in dataset.lower()), "auto")
 
 
 def compare(
