@@ -246,7 +246,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON lines are appended here")
     options = parser.parse_args()
     if options.serve:
-        return serve(options.serve)
+        serve(options.serve)
+        return
     titles = "photograph | most | tiles | JPEG | uint8 | ours | reference | transformers | over reference | over transformers"
     print(f"| {titles} |\n| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for row in measure(options.sizes, options.tiles, options.rounds, options.seconds):

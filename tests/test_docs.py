@@ -150,7 +150,7 @@ def test_every_command_and_flag_exists() -> None:
         for code in re.findall(r"`([^`\n]+)`", prose(page)):
             if code.startswith("python -m benchmarks."):
                 continue  # it has flags of its own
-            unknown = {flag for flag in re.findall(r"(?<![\w-])--[a-z][\w.-]*", code)} - all_flags()
+            unknown = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*", code)) - all_flags()
             assert not unknown, f"{page.name}: `{code}`"
             if found := re.match(r"ivl ([a-z]+)", code):
                 assert found[1] in COMMANDS, f"{page.name}: `{code}`"

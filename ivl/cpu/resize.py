@@ -86,7 +86,7 @@ def columns_first_where_it_saves(width: int, height: int, new_width: int, new_he
     return height > new_height and height - new_height > 2 * (width - new_width)
 
 
-def columns_first_of_strips(width: int, height: int, new_width: int, new_height: int) -> bool:
+def columns_first_of_strips(width: int, height: int, _: int, new_height: int) -> bool:
     """The order before Pillow 13."""
     return height > 100 * width and height > new_height
 

@@ -90,9 +90,11 @@ class SampleCache:
         self._kept: dict[tuple[int, int], Sample] = {}
 
     def get(self, draw: Draw) -> Sample | None:
+        """Return the sample of a draw, if it is kept."""
         return self._kept.get((draw.dataset, draw.row)) if self.limit else None
 
     def put(self, draw: Draw, result: Encoded, fixed: bool) -> Encoded:
+        """Keep a sample without random parts while there is room; returns it."""
         if fixed and isinstance(result, Sample) and len(self._kept) < self.limit:
             self._kept[draw.dataset, draw.row] = result
         return result
@@ -150,6 +152,6 @@ def _as_tensors(result: Encoded) -> Encoded:
     """Undo `_as_message`; large tensors are copied, or samples in open packs would hold many file descriptors."""
     if not isinstance(result, Sample):
         return result
-    arrays = {name: torch.from_numpy(value) for name, value in vars(result).items() if isinstance(value, np.ndarray)}
+    arrays = {name: torch.as_tensor(value) for name, value in vars(result).items() if isinstance(value, np.ndarray)}
     tensors = {name: value for name, value in vars(result).items() if isinstance(value, torch.Tensor)}
     return replace(result, **arrays, **{name: value.clone() for name, value in tensors.items() if value.is_shared()})

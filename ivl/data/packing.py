@@ -20,11 +20,13 @@ TOKENS, TILES = 0, 1
 
 
 class Sized(Protocol):
-    @property
-    def num_tokens(self) -> int: ...
+    """What the packer needs to know of a sample."""
 
     @property
-    def num_tiles(self) -> int: ...
+    def num_tokens(self) -> int: ...  # noqa: D102
+
+    @property
+    def num_tiles(self) -> int: ...  # noqa: D102
 
 
 Item = TypeVar("Item", bound=Sized)
@@ -41,13 +43,16 @@ class OpenPack(Generic[Item]):
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of its samples."""
         return self.size[TOKENS]
 
     @property
     def num_tiles(self) -> int:
+        """Tiles of its samples."""
         return self.size[TILES]
 
     def put(self, position: int, item: Item) -> None:
+        """Add a sample."""
         self.size = self.num_tokens + item.num_tokens, self.num_tiles + item.num_tiles
         self.items.append(item)
         self.positions.append(position)

@@ -138,7 +138,7 @@ class _RowReader:
         if chosen == rejected:
             raise self._bad(f"chosen and rejected are the same: {short(row['chosen'])}")
         prompts: list[Any] = [row[key] for key in PAIR_KEYS if row.get(key) is not None]
-        prompt = prompts[0] if prompts else []
+        prompt: Any = prompts[0] if prompts else []
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         if not _is_list(prompt) or (not prompt and len(chosen) < 2):

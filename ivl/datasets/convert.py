@@ -64,8 +64,8 @@ class ConvertReport:
 def convert(
     config: ConvertConfig,
     *,
-    on_bad: Callable[[DataError], None] = lambda error: None,
-    on_progress: Callable[[int, int], None] = lambda done, rows: None,
+    on_bad: Callable[[DataError], None] = lambda _: None,
+    on_progress: Callable[[int, int], None] = lambda *_: None,
 ) -> ConvertReport:
     """Write the rows of the source to the target, which appears whole or not at all.
 

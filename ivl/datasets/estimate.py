@@ -71,7 +71,7 @@ class _SampleSize:
 
 
 def estimate_packs(
-    loader: Loader, sample_rows: int = 64, *, on_progress: Callable[[int, int], None] = lambda done, rows: None
+    loader: Loader, sample_rows: int = 64, *, on_progress: Callable[[int, int], None] = lambda *_: None
 ) -> PackEstimate:
     """Encode some random rows, draw an epoch's lengths from theirs, and pack those. The loader's position stays.
 

@@ -60,7 +60,7 @@ def run(
     options: FilterOptions | None = None,
     *,
     judge: DataJudge | None = None,
-    on_progress: ShowProgress = lambda done, total, resumed=0, note="": None,
+    on_progress: ShowProgress = lambda *_, **__: None,
 ) -> dict[str, Any]:
     """Filter every row of a mixture once, in order, and return the content of report.json.
 

@@ -55,9 +55,8 @@ class Rows(ABC):
         """The line that a row begins on, from 1; the row's number where the file has no lines."""
         return index + 1
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027, formats without open files have nothing to close
         """Close open files; reading opens them again."""
-        return None
 
     @property
     def format(self) -> str:

@@ -168,7 +168,7 @@ class SavedRows(TableRows):
     def _block_sizes(self) -> list[int]:
         return [len(self._open())]
 
-    def _row(self, block: int, at: int) -> pa.Table:
+    def _row(self, block: int, at: int) -> pa.Table:  # noqa: ARG002, all rows are one block
         return self._open()[at]
 
     @property

@@ -71,7 +71,7 @@ class TextWriter:
         self._file.write("[" if self.array else "")
         self._between = "\n" if self.array else ""
 
-    def medium(self, ref: ImageRef | VideoRef, source: str) -> str:
+    def medium(self, ref: ImageRef | VideoRef, source: str) -> str:  # noqa: ARG002, a Writer's method
         """A path: relative to the rows where it lies below their folder, else absolute."""
         if isinstance(ref.source, bytes):
             return self._save(ref.source).relative_to(self.target.parent).as_posix()
@@ -79,7 +79,7 @@ class TextWriter:
         below = os.path.relpath(path, self.target.parent.resolve())
         return (path if below.startswith("..") else below) + ("/" if str(ref.source).endswith("/") else "")
 
-    def write(self, row: dict[str, Any], source: str) -> None:
+    def write(self, row: dict[str, Any], source: str) -> None:  # noqa: ARG002, a Writer's method
         self._file.write(self._between + json.dumps(row, ensure_ascii=False))
         self._between = ",\n" if self.array else "\n"
 

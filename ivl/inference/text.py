@@ -8,18 +8,18 @@ from typing import Protocol
 class Detokenizer(Protocol):
     """Turns tokens into text one by one, as `Tokenizer.stream()` returns it."""
 
-    def push(self, token: int, /) -> str: ...
-    def flush(self) -> str: ...
+    def push(self, token: int, /) -> str: ...  # noqa: D102
+    def flush(self) -> str: ...  # noqa: D102
 
 
 class TokenizerLike(Protocol):
     """What inference needs of a tokenizer."""
 
     def __len__(self) -> int: ...
-    def stream(self) -> Detokenizer: ...
-    def encode(self, text: str) -> list[int]: ...
-    def token_bytes(self, token_id: int) -> bytes: ...
-    def is_control(self, token_id: int) -> bool: ...
+    def stream(self) -> Detokenizer: ...  # noqa: D102
+    def encode(self, text: str) -> list[int]: ...  # noqa: D102
+    def token_bytes(self, token_id: int) -> bytes: ...  # noqa: D102
+    def is_control(self, token_id: int) -> bool: ...  # noqa: D102
 
 
 class StopFilter:

@@ -85,6 +85,7 @@ class Varlen(Sdpa):
     """The attention backend for half precision on CUDA: one kernel over packed sequences, without grouping or padding."""
 
     def packed(self, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """See `Sdpa.packed`."""
         from torch.nn.attention.varlen import varlen_attn
 
         bounds = torch.tensor((*layout.starts, layout.num_tokens), dtype=torch.int32, device=q_TNH.device)

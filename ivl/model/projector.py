@@ -40,6 +40,7 @@ class Projector(nn.Module):
         self.fc2 = Linear(width, width, bias=True)
 
     def forward(self, tokens_GUC: torch.Tensor) -> torch.Tensor:
+        """Project unshuffled patches [G, U, 4 * vision width] to the decoder's width."""
         return self.fc2(F.gelu(self.fc1(self.norm(tokens_GUC))))
 
     def init_weights(self) -> None:

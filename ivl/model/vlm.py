@@ -36,10 +36,12 @@ class VLM(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Type of the embeddings, and of what the model computes with."""
         return self.decoder.embeddings.weight.dtype
 
     @property
     def device(self) -> torch.device:
+        """Where the model lies."""
         return self.decoder.embeddings.weight.device
 
     def init_weights(self) -> None:

@@ -104,7 +104,7 @@ class FileReference:
                 raise InputError(f"{directory}: no finished log-probabilities of the reference model; start the run afresh")
         return cls(pairs)
 
-    def __call__(self, model: VLM, batch: Batch) -> torch.Tensor:
+    def __call__(self, model: VLM, batch: Batch) -> torch.Tensor:  # noqa: ARG002, others ask the model
         keys = list(zip(batch.datasets, batch.sources, strict=True))
         for dataset, source in keys:
             if (dataset, source) not in self.pairs:

@@ -59,6 +59,7 @@ class Rendered:
         return Rendered(self.ids[:num_tokens], self.trained[:num_tokens], [])
 
     def add(self, ids: Sequence[int], *, trained: bool = False) -> None:
+        """Append tokens."""
         self.ids.extend(ids)
         self.trained.extend([trained] * len(ids))
 

@@ -38,7 +38,7 @@ def create_app(
     """
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with service:
             yield
 
@@ -64,7 +64,7 @@ def create_app(
     return app
 
 
-async def _error_response(request: Request, error: Exception) -> Response:
+async def _error_response(_: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException) and not isinstance(error, APIError):
         api_error = APIError(error.status_code, str(error.detail))
         return JSONResponse(api_error.content, api_error.status_code, {**(error.headers or {}), **(api_error.headers or {})})

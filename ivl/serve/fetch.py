@@ -157,7 +157,12 @@ class _Pinned(AbstractResolver):
     def __init__(self, host: str, addresses: list[str]) -> None:
         self._host, self._addresses = host, addresses
 
-    async def resolve(self, host: str, port: int = 0, family: int = socket.AF_UNSPEC) -> list[ResolveResult]:
+    async def resolve(
+        self,
+        host: str,
+        port: int = 0,
+        family: int = socket.AF_UNSPEC,  # noqa: ARG002, aiohttp asks for it
+    ) -> list[ResolveResult]:
         if host != self._host:
             raise OSError("a name other than the one that was checked")
         return [

@@ -41,7 +41,7 @@ class RequestContext:
     status: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
     """Counts and times, by name."""
-    hold: Callable[[int], None] = lambda num_bytes: None
+    hold: Callable[[int], None] = lambda _: None
     """Counts bytes that the request holds in memory. Raises APIError 429 if all requests together hold too much."""
     release: Callable[[], None] = lambda: None
     """Ends that count: the request is prepared, and other limits bound what it has become."""

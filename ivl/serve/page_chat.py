@@ -105,7 +105,7 @@ class PageChat:
         config: ServeConfig,
         uploads: Path,
         gateway: MediaGateway | None = None,
-        finished: Callable[[RequestContext], None] = lambda context: None,
+        finished: Callable[[RequestContext], None] = lambda _: None,
     ) -> None:
         self.service, self.config, self.uploads, self.finished = service, config, uploads.resolve(), finished
         self.gateway = gateway or MediaGateway(config.media)

@@ -61,7 +61,7 @@ class EventStream(Response):
         del self.headers["content-length"]
         self.events = events
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002, ASGI's signature
         async def send_events() -> None:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async with aclosing(self.events) as events:

@@ -158,7 +158,7 @@ class _Connection(H11Protocol):
         super().resume_writing()
         self._stop("_reading_due")
 
-    def send_400_response(self, msg: str) -> None:
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002, uvicorn's signature
         body = APIError(400, "this is not valid HTTP", code="invalid_http").body
         self.transport.write(_raw(400, "Bad Request", body))
         self.transport.close()

@@ -27,8 +27,8 @@ class BatchSource(Protocol):
     """Batches of this rank, with a position that can be saved; it is restored from those of all ranks that saved one."""
 
     def __iter__(self) -> Iterator[Batch]: ...
-    def state(self) -> dict[str, Any]: ...
-    def restore(self, state: list[dict[str, Any]]) -> None: ...
+    def state(self) -> dict[str, Any]: ...  # noqa: D102
+    def restore(self, state: list[dict[str, Any]]) -> None: ...  # noqa: D102
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class StatefulObjective:
     """The class of its settings."""
 
     @classmethod
-    def build(cls, config: ObjectiveConfig, context: ObjectiveContext) -> Self:
+    def build(cls, config: ObjectiveConfig, context: ObjectiveContext) -> Self:  # noqa: ARG003
         """Build the objective from its settings; an objective without settings ignores them."""
         return cls()
 

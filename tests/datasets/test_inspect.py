@@ -53,7 +53,7 @@ def test_with_a_processor_tokens_are_counted_and_long_rows_found(tmp_path):
 
 def test_same_problems_as_the_loader(dirty):
     *problems, stats = inspect(DataConfig(mixture=str(dirty)), processor())
-    assert stats.kinds == {kind: 4 for kind in DIRT}
+    assert stats.kinds == dict.fromkeys(DIRT, 4)
     assert len(problems) == 20
 
 
@@ -75,7 +75,7 @@ def test_validate_for_machines(dirty, capsys):
     *problems, summary = map(json.loads, capsys.readouterr().out.splitlines())
     assert exit.value.code == 1 and len(problems) == 20
     assert (problems[0]["source"], problems[0]["kind"]) == (f"{dirty}:8", "undecodable_media")
-    assert summary["rows"] == 400 and summary["kinds"] == {kind: 4 for kind in DIRT}
+    assert summary["rows"] == 400 and summary["kinds"] == dict.fromkeys(DIRT, 4)
 
 
 def test_stats_prints_a_table(tmp_path, capsys):

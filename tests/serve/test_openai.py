@@ -136,7 +136,7 @@ def test_errors(client: openai.OpenAI, server: Running) -> None:
         (openai.BadRequestError, says("x " * 2000)),
         (openai.BadRequestError, says("?", "data:image/png;base64,AAAA")),
         (openai.PermissionDeniedError, says("?", "http://127.0.0.1/x.png")),
-        (openai.NotFoundError, says("?", **{"model": "gpt-4o"}) | {"model": "gpt-4o"}),
+        (openai.NotFoundError, says("?", model="gpt-4o") | {"model": "gpt-4o"}),
         (openai.BadRequestError, says("?") | {"messages": [{"role": "assistant", "content": "?"}]}),
     ]
     for kind, body in bad:

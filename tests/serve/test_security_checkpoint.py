@@ -104,7 +104,7 @@ def tensor(shape: list[int], end: int) -> bytes:
 def coded(directory: Path) -> None:
     """Everything that makes another loader run code: here it is not looked at."""
     (directory / "evil.py").write_text("open('exploded', 'w')\nclass Evil: pass\n")
-    auto = {name: "evil.Evil" for name in ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoTokenizer", "AutoProcessor")}
+    auto = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoTokenizer", "AutoProcessor"), "evil.Evil")
     extra = {"auto_map": auto, "_attn_implementation_internal": "evil/kernel", "_attn_implementation": "evil/kernel",
              "trust_remote_code": True, "custom_pipelines": {"x": {"impl": "evil.Evil"}}, "quantizer": "evil.Evil"}  # fmt: skip
     for name in directory.glob("*.json"):
