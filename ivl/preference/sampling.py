@@ -57,7 +57,7 @@ def sample(
     *,
     model: str,
     config: SamplingConfig | None = None,
-    on_progress: Callable[[int, int], None] = lambda done, resumed: None,
+    on_progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Path:
     """Ask every question many times; a row per question goes to the journal `out`.
 
@@ -91,7 +91,7 @@ def continue_without_images(
     *,
     model: str,
     config: DropoutConfig | None = None,
-    on_progress: Callable[[int, int], None] = lambda done, resumed: None,
+    on_progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Path:
     """Dropout-NTP (arXiv:2411.10442): keep the first words of a reply, take the images away, and let the model go on.
 
