@@ -23,8 +23,9 @@ from ivl.lora.layers import add_lora, merge_lora
 from ivl.model.cache import CachedSequence, PagedCache
 from ivl.model.linear import Linear
 from ivl.model.vlm import VLM
-from ivl.types import Layout
+from ivl.types import ImageRef, Layout, SamplingParams
 from tests.conftest import tiny_config
+from tests.helpers.engines import ask, lively_model, picture, tiny_engine
 
 LENS = (20, 3, 70)
 
@@ -141,6 +142,13 @@ def test_a_plain_model_enters_no_file_of_the_cpu_or_of_quantized_layers(dtype: t
         sys.setprofile(None)
     entered = {Path(file).parts[-2] for file in files if "ivl" in Path(file).parts}
     assert "model" in entered and not entered & {"cpu", "kernels", "quant"}
+
+
+def test_an_engine_gives_the_same_replies_on_an_accelerated_model() -> None:
+    conversations = [ask("abcdefgh" * n, *(ImageRef(picture(k), 1 + k % 3) for k in range(n % 4))) for n in range(1, 13)]
+    params = SamplingParams(max_new_tokens=24)
+    plain, fast = (tiny_engine(model).generate(conversations, params) for model in (lively_model(), accelerate(lively_model())))
+    assert [reply.tokens for reply in plain] == [reply.tokens for reply in fast] and len({reply.text for reply in plain}) > 6
 
 
 @pytest.mark.parametrize("causal", [False, True])
