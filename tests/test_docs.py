@@ -148,7 +148,7 @@ def test_every_command_and_flag_exists() -> None:
                 known = flags(command_of(arguments)) | ({"--resume"} if arguments[0] == "train" else set())
                 assert used <= known, f"{page.name}: ivl {shlex.join(arguments)}: {used - known}"
         for code in re.findall(r"`([^`\n]+)`", prose(page)):
-            if code.startswith("python -m benchmarks."):
+            if code.startswith(("python -m benchmarks.", "python -m studies.")):
                 continue  # it has flags of its own
             unknown = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*", code)) - all_flags()
             assert not unknown, f"{page.name}: `{code}`"
