@@ -150,11 +150,6 @@ class Layout:
         return sum(self.new_lens)
 
     @cached_property
-    def num_decoding(self) -> int:
-        """Leading sequences with one new token."""
-        return next((s for s, new in enumerate(self.new_lens) if new > 1), len(self.new_lens))
-
-    @cached_property
     def starts(self) -> tuple[int, ...]:
         """Index on the token axis of the first new token of each sequence."""
         starts: list[int] = []

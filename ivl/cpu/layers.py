@@ -116,7 +116,7 @@ class FastDecoderLayer(DecoderLayer):
             return super().attend(qkv_TX, factors, layout, cache, layer)
         N, K, num_seqs = self.num_heads, self.num_kv_heads, len(layout.new_lens)
         qkv_TXH = qkv_TX.unflatten(-1, (N + 2 * K, self.head_dim))
-        n = layout.num_decoding if ops.decode_attention_fits(self.head_dim, N, K) else 0
+        n = leading_replies(layout) if ops.decode_attention_fits(self.head_dim, N, K) else 0
         if cache is None or n == 0:
             return self._attend_prompts(qkv_TXH, factors, layout, cache, layer)
         replies, (cos, sin) = cache.part(0, n), factors
@@ -137,6 +137,11 @@ class FastDecoderLayer(DecoderLayer):
         turned_TXH = ops.rotate_(qkv_TXH[:, :num_turned], *factors)
         q_TNH, k_TKH = turned_TXH.split((self.num_heads, self.num_kv_heads), dim=1)
         return attend(q_TNH, k_TKH, qkv_TXH[:, num_turned:], layout, cache, layer, self.backend)
+
+
+def leading_replies(layout: Layout) -> int:
+    """Count the leading sequences that have one new token."""
+    return next((s for s, new in enumerate(layout.new_lens) if new > 1), len(layout.new_lens))
 
 
 @lru_cache(maxsize=64)

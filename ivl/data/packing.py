@@ -16,8 +16,6 @@ import torch
 
 from ivl.types import Batch, Layout, Pack
 
-TOKENS, TILES = 0, 1
-
 
 class Sized(Protocol):
     """What the packer needs to know of a sample."""
@@ -36,24 +34,20 @@ Item = TypeVar("Item", bound=Sized)
 class OpenPack(Generic[Item]):
     """A pack that may still grow. `positions` are the places of its samples in the stream."""
 
-    size: tuple[int, int] = (0, 0)
-    """Tokens and tiles."""
+    num_tokens: int = 0
+    num_tiles: int = 0
     items: list[Item] = field(default_factory=list[Item])
     positions: list[int] = field(default_factory=list[int])
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens of its samples."""
-        return self.size[TOKENS]
-
-    @property
-    def num_tiles(self) -> int:
-        """Tiles of its samples."""
-        return self.size[TILES]
+    def size(self) -> tuple[int, int]:
+        """Tokens and tiles."""
+        return self.num_tokens, self.num_tiles
 
     def put(self, position: int, item: Item) -> None:
         """Add a sample."""
-        self.size = self.num_tokens + item.num_tokens, self.num_tiles + item.num_tiles
+        self.num_tokens += item.num_tokens
+        self.num_tiles += item.num_tiles
         self.items.append(item)
         self.positions.append(position)
 
@@ -67,7 +61,7 @@ class Packer(Generic[Item]):
 
     def __init__(self, *, max_tokens: int, max_tiles: int, max_buffer: int, max_samples: int | None = None) -> None:
         self.max_tokens, self.max_tiles, self.max_buffer, self.max_samples = max_tokens, max_tiles, max_buffer, max_samples
-        self._shelves: tuple[_Shelf[Item], _Shelf[Item]] = _Shelf(TOKENS, max_tokens), _Shelf(TILES, max_tiles)
+        self._shelves: tuple[_Shelf[Item], _Shelf[Item]] = _Shelf(0, max_tokens), _Shelf(1, max_tiles)
         """Open packs; each lies on the shelf of the budget that it has used more of."""
 
     def __len__(self) -> int:
