@@ -34,6 +34,7 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/pyright --project pyright-core.json
 	$(BIN)/lint-imports
 
 bench: install

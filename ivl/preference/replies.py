@@ -99,7 +99,7 @@ class _LinearLogProbs(torch.autograd.Function):
         return log_probs_M
 
     @staticmethod
-    def backward(ctx: Any, grad_M: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_M: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden_MD, head_VD, labels_M = ctx.saved_tensors
         need_hidden, need_head = ctx.needs_input_grad[:2]
         hidden_grad_MD = torch.empty_like(hidden_MD) if need_hidden else None

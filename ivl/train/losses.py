@@ -116,7 +116,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (ce_M * weights_M).sum(), ce_M, correct_M
 
     @staticmethod
-    def backward(ctx: Any, grad_total: torch.Tensor, *_unused: Any) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_total: torch.Tensor, *_unused: Any) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden_grad_MD, head_grad_VD = ctx.saved_tensors
         if hidden_grad_MD is not None:
             hidden_grad_MD = hidden_grad_MD * grad_total.to(hidden_grad_MD.dtype)

@@ -47,8 +47,10 @@ _AnswerRule = Callable[[str, str, Sequence[str]], bool | None]
 
 def mode_for(dataset: str) -> AnswerMode:
     """Return the mode of a data set by its name; auto for unknown names."""
-    default: AnswerMode = "auto"
-    return next((mode for part, mode in _BY_NAME if part in dataset.lower()), default)
+    for part, mode in _BY_NAME:
+        if part in dataset.lower():
+            return mode
+    return "auto"
 
 
 def compare(
