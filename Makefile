@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 CORE_TESTS := tests/model tests/processing tests/data tests/train tests/inference tests/test_house.py
 
-.PHONY: help install quickstart test test-core check bench wheel clean
+.PHONY: help install quickstart test test-core coverage check bench wheel clean
 
 help:
 	@echo "make quickstart   train a small InternVL2.5 on real data, evaluate it, write a report (minutes)"
-	@echo "make test         lint, types, import layers and all tests, with coverage"
-	@echo "make test-core    the quick ring: the core's own tests, in under a minute"
+	@echo "make test         lint, types, import layers and all tests"
+	@echo "make coverage     all tests, slower, with the share of lines that they run"
+	@echo "make test-core    the quick ring: the core's own tests, between two edits"
 	@echo "make bench        speed and memory beside transformers, llama.cpp and OpenVINO (an hour)"
 	@echo "make install      set up $(VENV) with everything (the others do it when needed)"
 
@@ -25,6 +26,9 @@ quickstart: install
 	$(BIN)/python -m examples.quickstart
 
 test: install check
+	$(BIN)/python -m pytest
+
+coverage: install
 	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=90
 
 test-core: install
