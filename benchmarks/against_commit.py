@@ -1,4 +1,4 @@
-"""Speed beside another commit of ivl: `python -m benchmarks.against_commit TREE`, a checkout such as `git worktree add` makes.
+"""Speed beside another commit of ivl: `python -m benchmarks.against_commit --tree TREE`, a checkout of that commit.
 
 The two trees take turns, round by round, each task in a fresh process, so that drift of the machine meets both. A ratio is
 the other tree's time over ours, of the medians over rounds: above 1, this tree is faster. The model is InternVL2.5-1B with
