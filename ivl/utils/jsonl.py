@@ -49,7 +49,7 @@ class AppendLog:
 
 
 def json_line(row: dict[str, Any]) -> bytes:
-    """The row as a line of UTF-8. Half a surrogate pair is written as the escape that JSON has for it."""
+    """Encode a row as one line of UTF-8. A lone surrogate becomes its JSON escape."""
     return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 

@@ -1,4 +1,4 @@
-"""The bar of long work: what, how far, a note such as the rate, and the time left; on standard error."""
+"""Progress of long work on standard error: a name, a count, a note such as the rate, and the time left."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 
 
 def counting(*, on: bool | None = None, lasting: bool = False) -> Progress:
-    """A bar that counts; every task needs a `note`, which may be empty.
+    """Return a progress bar with a count; every task needs a `note`, which may be empty.
 
-    on: None shows it on a terminal only. lasting: it stays there when it is done.
+    Args:
+        on: Whether the bar is shown; None shows it on a terminal only.
+        lasting: Whether the bar stays on the screen when it is done.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
