@@ -1,11 +1,15 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and directories that belong to one process at a time."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from ivl.errors import InputError
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -33,3 +37,32 @@ def sync(path: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold a directory, which must exist, for this process.
+
+    The lock is the operating system's, on the file `.lock`: it ends with the process, however that ends, and forked workers
+    do not inherit it. Where the file system has no locks, nothing is held.
+
+    Raises:
+        InputError: if another process holds the directory, or nothing can be written there.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    try:
+        file = (directory / ".lock").open("ab")
+    except OSError as error:
+        raise InputError(f"{directory}: cannot be written ({error.strerror})") from None
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise InputError(f"{directory}: another process is at work in this directory") from None
+        except OSError:
+            pass
+        yield
