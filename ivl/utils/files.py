@@ -4,12 +4,30 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ivl.errors import InputError
+
+_SPECIAL = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+
+
+def regular(path: str | Path) -> os.stat_result:
+    """Check that a path names a regular file or a folder, links followed; returns its size and times.
+
+    Call this before a user's path is opened: a pipe, a socket or a device may never end, and cannot be read twice.
+
+    Raises:
+        OSError: if it is not there; ValueError for a name with a null byte.
+        InputError: for a pipe, a socket or a device.
+    """
+    result = Path(path).stat()
+    if kind := _SPECIAL.get(stat.S_IFMT(result.st_mode)):
+        raise InputError(f"{path}: is {kind}, not a regular file; write its content into a file and name that")
+    return result
 
 
 def write_atomic(path: Path, text: str) -> None:

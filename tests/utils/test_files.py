@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ivl.errors import InputError
-from ivl.utils.files import locked
+from ivl.utils.files import locked, regular
 
 HOLD = """
 import sys, time
@@ -36,3 +38,23 @@ def test_a_held_directory_is_refused_by_name_until_its_holder_is_killed(tmp_path
 def test_a_missing_directory_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be written"), locked(tmp_path / "missing"):
         pass
+
+
+def test_only_files_that_end_are_regular(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"abc")
+    (tmp_path / "link").symlink_to("file")
+    assert regular(tmp_path / "link").st_size == 3
+    assert regular(str(tmp_path))  # whoever opens a folder says so in better words
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+        reading, writing = os.pipe()
+        kinds = {"fifo": "a pipe", "zero": "a device", "socket": "a socket", f"/dev/fd/{reading}": "a pipe"}
+        for name, kind in kinds.items():
+            with pytest.raises(InputError, match=f"{name}: is {kind}, not a regular file; write its content into a file"):
+                regular(tmp_path / name)
+        os.close(reading)
+        os.close(writing)
+    with pytest.raises(FileNotFoundError):
+        regular(tmp_path / "gone")
