@@ -4,31 +4,83 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
 import types
 import typing
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ivl.errors import InputError, nearest
+from ivl.errors import InputError, nearest, short
+from ivl.utils.files import regular
 
 T = TypeVar("T")
+MAX_JSON_BYTES = 64 << 20
+"""Parsing a larger file would take minutes, and gigabytes."""
+MAX_JSON_DEPTH = 100
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def read_json(path: Path) -> Any:
-    """The value in a JSON file.
+def read_json(path: Path, *, limit: int = MAX_JSON_BYTES, surrogates: bool = True) -> Any:
+    """Read the value in a JSON file; the file is untrusted.
+
+    Args:
+        path: a regular file; a pipe, a socket or a device is refused, for reading it might never end.
+        limit: most bytes that are read.
+        surrogates: whether strings may hold lone surrogates, which stand for bytes of file names that are not UTF-8.
 
     Raises:
-        InputError: if the file is not there, or is not JSON.
+        InputError: naming the file and the reason: it is missing, special, larger than the limit, not UTF-8 or not JSON; it
+            has NaN or an infinite number, the same key twice in one object, or more than 100 levels.
     """
     try:
-        return json.loads(path.read_bytes())
+        regular(path)
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except InputError:
+        raise
+    except ValueError as error:  # a name that no file can have
+        raise InputError(f"{short(str(path))}: cannot be read ({error})") from None
+    if len(data) > limit:
+        raise InputError(f"{path}: more than {limit:,} bytes of JSON, which are not read")
+    try:
+        return _parse(data.decode("utf-8-sig"), surrogates=surrogates)
     except RecursionError:
         raise InputError(f"{path}: not valid JSON (nested too deep)") from None
     except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
+        raise InputError(f"{path}: not valid JSON ({str(error)[:200]})") from None
+
+
+def _parse(text: str, *, surrogates: bool) -> Any:
+    value = json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
+    level, depth = [value], 0
+    while level := [item for each in level if isinstance(each, dict | list) for item in _items(each)]:
+        if (depth := depth + 1) > MAX_JSON_DEPTH:
+            raise ValueError(f"more than {MAX_JSON_DEPTH} levels")
+    if not surrogates and _SURROGATE.search(text):
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def _items(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"an object has the key {next(key for key in keys if keys.count(key) > 1)!r} twice")
+    return value
+
+
+def _finite(number: str) -> float:
+    if not math.isfinite(value := float(number)):
+        raise ValueError(f"{number[:20]} is no finite number")
+    return value
 
 
 def from_json(kind: type[T], values: Any, where: str, extra: Iterable[str] = ()) -> T:
@@ -46,7 +98,7 @@ def from_json(kind: type[T], values: Any, where: str, extra: Iterable[str] = ())
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}  # type: ignore[arg-type]
     extra = tuple(extra)
     if not isinstance(values, dict):
-        raise InputError(f"{where}: must be an object, got {values!r}")
+        raise InputError(f"{where}: must be an object, got {short(values)}")
     for key in values:
         if key not in fields and key not in extra:
             raise InputError(f"{where}: unknown key {key!r}; {nearest(key, [*fields, *extra], 'keys')}")
@@ -64,7 +116,7 @@ def from_json(kind: type[T], values: Any, where: str, extra: Iterable[str] = ())
 def _value(hint: Any, value: Any, where: str) -> Any:
     """The value as its field holds it: lists as tuples, objects as dataclasses where the hint names one."""
     if not _fits(value, hint):
-        raise InputError(f"{where} must be {_describe(hint)}, got {value!r}")
+        raise InputError(f"{where} must be {_describe(hint)}, got {short(value)}")
     choices = typing.get_args(hint) if _is_union(hint) else (hint,)
     if isinstance(value, dict):
         for choice in choices:

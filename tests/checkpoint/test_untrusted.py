@@ -136,7 +136,7 @@ def test_damaged_weights_are_refused(good: Path, damage: Callable[[bytes], bytes
         ("llm_config", "vocab_size", 10**400, "vocab_size is 1000"),
         ("llm_config", "vocab_size", -1, "vocab_size is -1"),
         ("llm_config", "vocab_size", 3.5, "vocab_size is 3.5, expected a whole number"),
-        ("llm_config", "rms_norm_eps", float("nan"), "rms_norm_eps is nan"),
+        ("llm_config", "rms_norm_eps", float("nan"), "NaN is no finite number"),
         ("llm_config", "hidden_size", None, "hidden_size is missing"),
         ("llm_config", "architectures", ["GemmaForCausalLM"], "is not one of Qwen2ForCausalLM"),
         ("llm_config", "hidden_act", "relu", "hidden_act is 'relu'; only 'silu'"),
