@@ -19,6 +19,7 @@ from ivl.errors import InputError
 
 T = TypeVar("T")
 R = TypeVar("R")
+E = TypeVar("E", bound=BaseException)
 StartMethod = Literal["fork", "spawn"]
 
 
@@ -113,10 +114,10 @@ class _Calls:
             return self.function(item)
         except Exception as error:
             error.add_note(f"in a worker process:\n{traceback.format_exc()}")
-            return _Failure(_picklable(error))
+            return _Failure(picklable(error))
 
 
-def _picklable(error: Exception) -> Exception:
+def picklable(error: E) -> E | RuntimeError:
     """The error, or one with its text: what cannot be pickled would be lost on its way, and the reader would wait forever."""
     try:
         return pickle.loads(pickle.dumps(error))
