@@ -8,6 +8,7 @@ streams advance in the same forward calls. An engine belongs to one thread; only
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Generator, Sequence
@@ -138,23 +139,22 @@ class Engine:
 
     # Requests in and out
 
-    def prepare(self, conversation: Conversation, params: SamplingParams = GREEDY) -> Request:
-        """Return a request for `add`: read media, render the conversation and tokenize it. Safe in any thread.
+    def prepare(self, conversation: Conversation, params: SamplingParams = GREEDY, cache_salt: str = "") -> Request:
+        """Return a request for `add`: read media, render the conversation and tokenize it. Arguments as `prepare_all`."""
+        return self.prepare_all(conversation, [params], cache_salt)[0]
 
-        Raises:
-            InputError: if the prompt leaves no room in the context, or the reply could never fit into the cache.
-        """
-        return self.prepare_all(conversation, [params])[0]
-
-    def prepare_all(self, conversation: Conversation | Prompt, params: Sequence[SamplingParams]) -> list[Request]:
+    def prepare_all(
+        self, conversation: Conversation | Prompt, params: Sequence[SamplingParams], cache_salt: str = ""
+    ) -> list[Request]:
         """Return requests for several replies to one conversation, whose media are read once. Safe in any thread.
 
         Args:
             conversation: The conversation, or a prompt that is already rendered.
             params: One per reply.
+            cache_salt: Only requests of the same salt share blocks and vision tokens, such as those of one user.
 
         Raises:
-            InputError: as `prepare`.
+            InputError: if the prompt leaves no room in the context, or the reply could never fit into the cache.
         """
         started = time.perf_counter()
         prompt = conversation if isinstance(conversation, Prompt) else self.processor.prompt(conversation)
@@ -162,8 +162,9 @@ class Engine:
         limits = self._limits(prompt, params)
         # Where the rotary base depends on the whole length, a part of the prompt cannot be computed without the rest.
         stretched = decoder.rope_dynamic_factor is not None and num_prompt + max(limits) > decoder.max_positions
-        hashes = [tile_hash(tile_SSC) for tile_SSC in prompt.tiles_GSSC]
-        hashed = HashedPrompt(prompt, hashes, self.model.config, None if stretched else self.cache.block_size)
+        salt = hashlib.sha256(cache_salt.encode("utf-8", "surrogatepass")).digest() if cache_salt else b""
+        hashes = [tile_hash(tile_SSC, salt) for tile_SSC in prompt.tiles_GSSC]
+        hashed = HashedPrompt(prompt, hashes, self.model.config, None if stretched else self.cache.block_size, salt)
         ids: list[int] = prompt.tokens_T.tolist()
         return [
             Request(
@@ -204,9 +205,9 @@ class Engine:
         """Queue a prepared request; `step` advances it."""
         self.scheduler.add(request)
 
-    def submit(self, conversation: Conversation, params: SamplingParams = GREEDY) -> Request:
-        """Prepare a request and queue it."""
-        request = self.prepare(conversation, params)
+    def submit(self, conversation: Conversation, params: SamplingParams = GREEDY, cache_salt: str = "") -> Request:
+        """Prepare a request and queue it. Arguments as `prepare_all`."""
+        request = self.prepare(conversation, params, cache_salt)
         self.add(request)
         return request
 

@@ -26,17 +26,20 @@ class HashedPrompt:
     position in its run. The last block may be short.
     """
 
-    def __init__(self, prompt: Prompt, tile_hashes: list[bytes], config: ModelConfig, block_size: int | None) -> None:
+    def __init__(
+        self, prompt: Prompt, tile_hashes: list[bytes], config: ModelConfig, block_size: int | None, salt: bytes = b""
+    ) -> None:
         """Hash a prompt.
 
         Args:
-            tile_hashes: The content hash of each tile.
+            tile_hashes: The hash of each tile.
             block_size: Tokens per block; None hashes nothing, so that the prompt is never shared.
+            salt: Begins every hash, so that prompts of different salts share nothing.
 
         Raises:
             ValueError: unless there is exactly one placeholder per vision token.
         """
-        self.tokens_T = prompt.tokens_T
+        self.tokens_T, self.salt = prompt.tokens_T, salt
         self.num_tiles = len(tile_hashes)
         self.run_tiles: list[bytes] = [tile_hashes[tile] for tile in prompt.tile_ids_R.tolist()]
         """The tile that each placeholder run shows."""
@@ -58,11 +61,11 @@ class HashedPrompt:
         """Return the prefix hash of a block.
 
         Args:
-            before: The hash of the block before it.
+            before: The hash of the block before it; empty for the first.
             start: Position of its first token.
             tokens: Its tokens, which may go on into the reply.
         """
-        digest = hashlib.blake2b(before, digest_size=16)
+        digest = hashlib.blake2b(before or self.salt, digest_size=16)
         digest.update(array("q", tokens).tobytes())
         first, stop = self._placeholders_between(start, start + len(tokens))
         if first < stop:

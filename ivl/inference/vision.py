@@ -14,9 +14,9 @@ PATCHES_PER_CALL = 16 * 1024
 """Tiles encoded together have at most this many patches: 16 tiles of 448 px."""
 
 
-def tile_hash(tile_SSC: torch.Tensor) -> bytes:
+def tile_hash(tile_SSC: torch.Tensor, salt: bytes = b"") -> bytes:
     """Return the hash of a tile's content."""
-    return hashlib.blake2b(tile_SSC.contiguous().numpy().data, digest_size=16).digest()
+    return hashlib.blake2b(tile_SSC.contiguous().numpy().data, digest_size=16, key=salt).digest()
 
 
 def tile_cost(config: ModelConfig) -> int:

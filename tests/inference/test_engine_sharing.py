@@ -102,6 +102,30 @@ def test_other_pictures_or_places_are_other_prompts(model: VLM) -> None:
     assert [r.text for r in replies] == [tiny_engine(model).generate([c], SHORT)[0].text for c in conversations]
 
 
+def test_requests_of_different_salts_share_nothing(model: VLM) -> None:
+    """One user cannot find out what another has asked: neither blocks of prompt and reply nor vision tokens are shared."""
+    shared = tiny_engine(model)
+    asked = ask("which?" * 9, IMAGES[0])
+    longer = SamplingParams(max_new_tokens=40, ignore_eos=True)
+
+    def reply_of(salt: str, conversation: Conversation) -> tuple[str, int]:
+        request = shared.submit(conversation, longer, cache_salt=salt)
+        text = "".join(delta.text for delta in shared.deltas(request))
+        return text, request.num_cached
+
+    (text, first), misses = reply_of("alice", asked), shared.stats().vision_misses
+    follow_up = (*asked, Message("assistant", (Text(text),)), Message("user", (Text("and then?"),)))
+    assert first == 0 and reply_of("bob", asked) == (text, 0) and reply_of("", asked) == (text, 0)
+    assert shared.stats().vision_misses == 3 * misses
+    assert reply_of("bob", follow_up)[1] > len("which?" * 9) + 12 + 16  # blocks that the reply has filled, too
+    assert reply_of("eve", follow_up)[1] == 0
+    together = [shared.submit(asked, longer, cache_salt=salt) for salt in "xyxy"]
+    for request in together:
+        list(shared.deltas(request))
+    assert [request.num_cached for request in together] == [0, 0, together[0].num_prompt - 1, together[1].num_prompt - 1]
+    assert_idle(shared)
+
+
 def test_what_is_longest_out_of_use_is_given_up_first(model: VLM) -> None:
     small = tiny_engine(model, max_cache_tokens=16 * 12)
     a, b, c = ask("a" * 79), ask("b" * 79), ask("c" * 111)  # five, five and seven blocks of twelve
