@@ -22,20 +22,31 @@ class TokenizerLike(Protocol):
     def is_control(self, token_id: int) -> bool: ...  # noqa: D102
 
 
-class StopFilter:
-    """Passes text through until a stop string is complete, and holds back text that may become one.
+class TextStream:
+    """Takes the tokens of one reply and returns text that is certain: what may become a stop string is held back.
 
     The stop string that is complete first wins, and of those the longest, so the outcome does not depend on how the text
     was cut into pieces.
     """
 
-    def __init__(self, stop: tuple[str, ...]) -> None:
+    def __init__(self, detokenizer: Detokenizer, stop: tuple[str, ...]) -> None:
+        self.detokenizer = detokenizer
         self.stop = tuple(s for s in stop if s)
-        self.held: str = ""
+        self.held = ""
         self.stopped = False
+        """Whether a stop string was met."""
 
-    def push(self, text: str) -> str:
-        """Return the text that is certain now. At a stop string set `stopped`, and drop it and what follows."""
+    def push(self, token: int) -> str:
+        """Add a token and return the text that is certain now, which ends before a stop string."""
+        return self._pass(self.detokenizer.push(token))
+
+    def flush(self) -> str:
+        """Return the rest of the text, once no token will follow."""
+        text = self._pass(self.detokenizer.flush()) + self.held
+        self.held = ""
+        return text
+
+    def _pass(self, text: str) -> str:
         if not self.stop or self.stopped:
             return "" if self.stopped else text
         text = self.held + text
@@ -47,33 +58,7 @@ class StopFilter:
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
-    def flush(self) -> str:
-        """Return the text that was held back, at the end of the reply."""
-        held, self.held = self.held, ""
-        return held
-
 
 def _overlap(text: str, stop: str) -> int:
     """Return the length of the longest end of text that begins stop."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
-
-
-class TextStream:
-    """Takes the tokens of one reply and returns text that is certain."""
-
-    def __init__(self, detokenizer: Detokenizer, stop: tuple[str, ...]) -> None:
-        self.detokenizer = detokenizer
-        self.filter = StopFilter(stop)
-
-    @property
-    def stopped(self) -> bool:
-        """Whether a stop string was met."""
-        return self.filter.stopped
-
-    def push(self, token: int) -> str:
-        """Add a token and return the text that is certain now."""
-        return self.filter.push(self.detokenizer.push(token))
-
-    def flush(self) -> str:
-        """Return the rest of the text, once no token will follow."""
-        return self.filter.push(self.detokenizer.flush()) + self.filter.flush()

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ivl.inference.text import StopFilter
+from ivl.inference.text import TextStream
 
 letters = st.text("abc", max_size=12)
 
 
+class Pieces:
+    """A detokenizer whose token n is piece n."""
+
+    def __init__(self, pieces: Sequence[str]) -> None:
+        self.pieces = pieces
+
+    def push(self, token: int, /) -> str:
+        return self.pieces[token]
+
+    def flush(self) -> str:
+        return ""
+
+
 def run(pieces: list[str], stop: tuple[str, ...]) -> tuple[str, bool]:
-    filter_ = StopFilter(stop)
-    shown = "".join(filter_.push(piece) for piece in pieces) + filter_.flush()
-    return shown, filter_.stopped
+    stream = TextStream(Pieces(pieces), stop)
+    shown = "".join(map(stream.push, range(len(pieces)))) + stream.flush()
+    return shown, stream.stopped
 
 
 @given(st.lists(letters, max_size=6), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3).map(tuple))
@@ -27,6 +42,6 @@ def test_pieces_do_not_matter_and_stops_are_not_shown(pieces: list[str], stop: t
 
 
 def test_text_is_held_back_only_while_it_may_become_a_stop() -> None:
-    filter_ = StopFilter(("\nUser:",))
-    assert [filter_.push(piece) for piece in ("Hi", "\nUs", "e", "!", "\n")] == ["Hi", "", "", "\nUse!", ""]
-    assert filter_.flush() == "\n" and not filter_.stopped
+    stream = TextStream(Pieces(["Hi", "\nUs", "e", "!", "\n"]), ("\nUser:",))
+    assert [stream.push(token) for token in range(5)] == ["Hi", "", "", "\nUse!", ""]
+    assert stream.flush() == "\n" and not stream.stopped
