@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 import unicodedata
 
-_NUMBERS = "zero one two three four five six seven eight nine ten"
+_CARDINALS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
+    "nineteen"
+)
+CARDINALS = tuple(_CARDINALS.split())
 _ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth"
 _SAME = {"&": "and", "grey": "gray", "colour": "color", "centre": "center", "none": "0", "cannot": "can not"}
 _SAME |= {"can't": "can not", "won't": "will not"}
-_SAME |= {word: str(n) for n, word in enumerate(_NUMBERS.split())}
+_SAME |= {word: str(n) for n, word in enumerate(CARDINALS)}
 _SAME |= {word: str(n) + {1: "st", 2: "nd", 3: "rd"}.get(n, "th") for n, word in enumerate(_ORDINALS.split(), 1)}
 ARTICLES = ("a", "an", "the")
 
