@@ -10,11 +10,12 @@ from PIL import Image
 
 from ivl.data.mixture import Mixture, load_mixture
 from ivl.errors import InputError
-from ivl.evaluation.scoring import ComparisonStopped, FormulaComparer
+from ivl.evaluation.scoring import formulas
 from ivl.preference.pairs import Tally, build_pairs, correctness_pairs
 from ivl.preference.questions import QuestionSource
 from ivl.preference.report import write_report
 from ivl.utils.jsonl import Journal
+from ivl.utils.killable import CallStopped
 
 
 def reply(answer: str, *, reason: str = "one\ntwo", finish: str = "stop") -> dict:
@@ -131,14 +132,16 @@ def test_comparisons_that_were_given_up_are_reported(tmp_path: Path, image: str,
     rows = [row(0, [reply("4"), reply("5")], ["4"], image), row(1, [reply("x^2+1"), reply("x^2+y")], ["x^2+z"], image)]
     path = journal(tmp_path / "r.jsonl", rows)
 
-    def stopped(self: FormulaComparer, prediction: str, truth: str) -> bool:
-        raise ComparisonStopped(f"{prediction} met a limit")
+    def stopped(truth: str, prediction: str) -> bool:
+        raise CallStopped("too long")
 
-    monkeypatch.setattr(FormulaComparer, "same", stopped)
+    monkeypatch.setattr(formulas, "verified", stopped)
     tallies = build_pairs(path, tmp_path / "out")
     assert (tallies["s"].given_up, tallies["s"].wrong) == (2, 3)
     grades = [grade for row in pairs(tmp_path / "out", "grades.jsonl") for grade in row["grades"]]
-    assert [grade["problem"] for grade in grades if grade["problem"]] == ["x^2+1 met a limit", "x^2+y met a limit"]
+    assert [grade["problem"] for grade in grades if grade["problem"]] == [
+        f"the comparison of 'x^2+z' and '{answer}' took too long" for answer in ("x^2+1", "x^2+y")
+    ]
     assert write_report(tmp_path / "out", tallies)["sources"]["s"]["given_up"] == 2
     again = build_pairs(journal(tmp_path / "q.jsonl", rows[:1]), tmp_path / "again")
     assert again["s"].given_up == 0 and write_report(tmp_path / "again", again)["sources"]["s"]["given_up"] == 0

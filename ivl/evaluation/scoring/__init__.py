@@ -4,7 +4,6 @@ The import is light: rapidfuzz and math-verify (extra `eval`) are loaded where t
 """
 
 from ivl.evaluation.scoring.extraction import AnswerStyle, Extracted, FormatProblem, extract, fix_answer
-from ivl.evaluation.scoring.formulas import ComparisonStopped, FormulaComparer
 from ivl.evaluation.scoring.metrics import anls, edit_distance, exact_match, normalize, wilson
 from ivl.evaluation.scoring.verification import ACCEPT, AnswerMode, AnswerVerdict, compare, correct, mode_for, verify
 
@@ -13,10 +12,8 @@ __all__ = [
     "AnswerMode",
     "AnswerStyle",
     "AnswerVerdict",
-    "ComparisonStopped",
     "Extracted",
     "FormatProblem",
-    "FormulaComparer",
     "anls",
     "compare",
     "correct",

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import atexit
-import functools
 import importlib.util
 import itertools
-import json
-import os
+import logging
 import re
-import select
-import signal
-import subprocess
-import sys
-import threading
-from pathlib import Path
-from typing import IO, cast
+from collections.abc import Callable
+from typing import Any
 
 from ivl.errors import InputError
 from ivl.evaluation.scoring.spelling import plain, without_left_side
+from ivl.utils.killable import CallStopped, Killable
 
-CPU_SECONDS, WALL_SECONDS, MEGABYTES = 0.3, 2.0, 512
-"""Limits of one comparison. Processor time ends it first, so that a verdict hardly depends on how busy the machine is."""
 _MOST_CHARACTERS, _DEEPEST = 400, 40
-
 _COMMANDS = {
-    "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∓": r"\mp ", "×": r"\times ",
-    "÷": r"\div ", "·": r"\cdot ", "⋅": r"\cdot ", "°": r"^{\circ}", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ",
-    "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∠": r"\angle ",
-    "∅": r"\emptyset ", r"\varnothing": r"\emptyset ",
+    "π": "pi", "∞": "infty", "≤": "le", "≥": "ge", "≠": "ne", "±": "pm", "∓": "mp", "×": "times", "÷": "div", "·": "cdot",
+    "⋅": "cdot", "θ": "theta", "α": "alpha", "β": "beta", "∪": "cup", "∩": "cap", "∈": "in", "∠": "angle", "∅": "emptyset",
 }  # fmt: skip
 _FUNCTIONS = "sin cos tan cot sec csc log ln exp lim max min mod pi arcsin arccos arctan sqrt infty inf gcd"
 _WORDS = "am an as at be by do go he if in is it me my no of on or so to up us we"
@@ -38,96 +26,12 @@ _HOPELESS = re.compile(r"\d\d ?\^ ?[{(]? ?\d+ ?\^|\^ ?[{(]? ?\d+ ?\^ ?[{(]? ?\d+
 _UNIT = re.compile(r"(?:(?<=[\d})π])|(?<=\\pi)) (?:mm|cm|dm|m|km|units?)(?:\^\{?[23]\}?)?$")
 
 
-class ComparisonStopped(Exception):
-    """A comparison of formulas met a limit of time or memory."""
-
-
-class FormulaComparer:
-    """Compares formulas in a worker process, which is replaced when a limit ends it; safe to use from threads and after a fork.
-
-    Args:
-        cpu_seconds: Processor time of one comparison.
-        wall_seconds: Time of one comparison.
-        megabytes: Memory of one comparison, on Linux.
-    """
-
-    def __init__(
-        self, *, cpu_seconds: float = CPU_SECONDS, wall_seconds: float = WALL_SECONDS, megabytes: float = MEGABYTES
-    ) -> None:
-        self.wall_seconds = wall_seconds
-        worker = Path(__file__).with_name("formula_worker.py")
-        # -P: the worker's directory must not come before the libraries.
-        self._command = [sys.executable, "-P", str(worker), str(cpu_seconds), str(megabytes)]
-        self._process: subprocess.Popen[str] | None = None
-        self._lock = threading.Lock()
-        os.register_at_fork(after_in_child=self._forget)
-        atexit.register(self.close)
-
-    def same(self, prediction: str, truth: str) -> bool:
-        """Compare two LaTeX formulas as math-verify does.
-
-        Raises:
-            ComparisonStopped: if the comparison met a limit.
-            InputError: if math-verify is not installed, or its process does not start.
-        """
-        request = json.dumps([truth, prediction]) + "\n"
-        with self._lock:
-            for _ in range(2):  # a worker that was lost since the last comparison is replaced once
-                process = self._started()
-                answer = self._ask(process, request)
-                if answer in ("true\n", "false\n"):
-                    return answer == "true\n"
-                process.kill()
-                if process.wait() == -signal.SIGPROF or answer != "":
-                    break
-            raise ComparisonStopped(f"the comparison of '{truth[:80]}' and '{prediction[:80]}' met a limit")
-
-    def close(self) -> None:
-        """End the worker."""
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.wait()
-
-    def _ask(self, process: subprocess.Popen[str], request: str) -> str | None:
-        """Return the answer's line; an empty one if the worker is gone, None if it takes too long."""
-        try:
-            cast(IO[str], process.stdin).write(request)
-            cast(IO[str], process.stdin).flush()
-        except BrokenPipeError:
-            return ""
-        output = cast(IO[str], process.stdout)
-        return output.readline() if select.select([output], [], [], self.wall_seconds)[0] else None
-
-    def _started(self) -> subprocess.Popen[str]:
-        if self._process is not None and self._process.poll() is None:
-            return self._process
-        if importlib.util.find_spec("math_verify") is None:
-            raise InputError('comparing formulas needs math-verify; install it with `pip install "ivl[eval]"`')
-        self._process = subprocess.Popen(
-            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-            start_new_session=True,
-        )  # fmt: skip
-        if cast(IO[str], self._process.stdout).readline() != '"ready"\n':
-            raise InputError("math-verify does not start; `python -c 'import math_verify'` shows why")
-        return self._process
-
-    def _forget(self) -> None:
-        """After a fork the worker is the parent's, and a thread that is not here may hold the lock."""
-        self._process, self._lock = None, threading.Lock()
-
-
-@functools.cache
-def shared_comparer() -> FormulaComparer:
-    """Return the comparer that the whole process uses."""
-    return FormulaComparer()
-
-
 def same_formula(prediction: str, truth: str) -> bool | None:
     """Compare two formulas; None if one of them is no formula (`dog` is not d * o * g) or too large to be read.
 
     Raises:
-        ComparisonStopped, InputError: as `FormulaComparer.same`.
+        CallStopped: if the comparison met a limit, naming the formulas.
+        InputError: if math-verify is not installed.
     """
     given, expected = formula(prediction), formula(truth)
     if given is None or expected is None:
@@ -135,7 +39,57 @@ def same_formula(prediction: str, truth: str) -> bool | None:
     (left, right), (expected_left, expected_right) = without_left_side(given), without_left_side(expected)
     if bool(left) != bool(expected_left) and ("=" in given) != ("=" in expected):
         given, expected = right, expected_right
-    return "".join(given.split()) == "".join(expected.split()) or shared_comparer().same(given, expected)
+    if "".join(given.split()) == "".join(expected.split()):
+        return True
+    if importlib.util.find_spec("math_verify") is None:
+        raise InputError('comparing formulas needs math-verify; install it with `pip install "ivl[eval]"`')
+    try:
+        return verified(expected, given)
+    except CallStopped as limit:
+        raise CallStopped(f"the comparison of '{expected[:80]}' and '{given[:80]}' took {limit}") from None
+
+
+verified = Killable("ivl.evaluation.scoring.formulas:comparison", cpu_seconds=1, wall_seconds=60, megabytes=512)
+"""Whether math-verify finds a truth and a prediction the same. Only processor time decides, so that a busy machine does not."""
+
+
+def comparison() -> Callable[[str, str], bool]:
+    """Load math-verify and return a function (truth, prediction) -> whether they are the same formula."""
+    from math_verify import parse, verify
+    from math_verify.parser import LatexExtractionConfig, NormalizationConfig
+    from sympy import I
+
+    # The library's own time limits use the alarm signal and are off; it warns about that at every call.
+    logging.disable(logging.CRITICAL)
+    # Its rule for units is off, too: by it 2ab is 2 and 5 cm is 5 m.
+    spelling = NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all", equations=False
+    )
+    config = [LatexExtractionConfig(boxed_match_priority=0, normalization_config=spelling)]
+
+    def read(text: str) -> list[Any]:
+        parts = parse(f"${text}$", config, fallback_mode="no_fallback", parsing_timeout=None)  # type: ignore[arg-type]
+        return [imaginary(part) for part in parts if not isinstance(part, str)]
+
+    def imaginary(part: Any) -> Any:
+        """Take an i among numbers for the imaginary unit."""
+        symbols = getattr(part, "free_symbols", ())
+        return part.subs(dict.fromkeys(symbols, I)) if {str(symbol) for symbol in symbols} == {"i"} else part
+
+    def same(truth: str, prediction: str) -> bool:
+        try:
+            expected, given = read(truth), read(prediction)
+            return bool(expected and given and verify(expected, given, timeout_seconds=None))
+        except (MemoryError, RecursionError):
+            raise
+        except Exception:  # whatever the libraries raise on a formula, it is not the same
+            return False
+
+    # What the libraries load at first use would count against the first comparison.
+    for text in (r"\frac{1}{2}", r"2\sqrt{3}", "x^2-1", "(1,2)", r"\{1,2\}", "y=2x+1", r"x \ge 3", r"\sin(2\pi)"):
+        same(text, text)
+        same(text, r"\sqrt{x}+1")
+    return same
 
 
 def formula(text: str) -> str | None:
@@ -143,11 +97,11 @@ def formula(text: str) -> str | None:
     if len(text) > 4 * _MOST_CHARACTERS:
         return None
     text = _UNIT.sub("", plain(text).strip("$ ").rstrip("."))
-    text = re.sub(r"√ ?(\d+|[a-zA-Z]|\{[^{}]*\})", lambda match: r"\sqrt{" + match[1].strip("{}") + "}", text)
-    text = re.sub(r"√ ?\(([^()]*)\)", r"\\sqrt{\1}", text)
+    text = re.sub(r"√ ?(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+|[a-zA-Z]))", r"\\sqrt{\1\2\3}", text)
     text = re.sub(r"(?<![\\a-zA-Z])(?:pi|sqrt)(?![a-zA-Z])", lambda match: "\\" + match[0], text)
     for character, command in _COMMANDS.items():
-        text = text.replace(character, command)
+        text = text.replace(character, f"\\{command} ")
+    text = text.replace("°", r"^{\circ}").replace(r"\varnothing", r"\emptyset ")
     if re.search(r"(?:sin|cos|tan|cot|sec|csc)(?![a-z])", text):
         text = re.sub(r"(\d+(?:\.\d+)?) ?\^\{\\circ\}", r"\\frac{\1\\pi}{180}", text)
     readable = text and len(text) <= _MOST_CHARACTERS and text.isprintable()

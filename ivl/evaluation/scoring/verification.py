@@ -9,10 +9,11 @@ from typing import Literal, get_args
 
 from ivl.errors import InputError
 from ivl.evaluation.scoring.choices import same_choice, same_text, split_option
-from ivl.evaluation.scoring.formulas import ComparisonStopped, same_formula
+from ivl.evaluation.scoring.formulas import same_formula
 from ivl.evaluation.scoring.metrics import agreement, anls, exact_match, normalize
 from ivl.evaluation.scoring.numbers import quantities, same_quantity
 from ivl.evaluation.scoring.spelling import bare, wording
+from ivl.utils.killable import CallStopped
 
 AnswerMode = Literal["exact", "choice", "number", "relaxed", "anls", "vqa", "math", "geometry", "mavis", "auto"]
 ACCEPT = 0.9
@@ -111,7 +112,7 @@ def _verdict(prediction: str, truth: str, choices: Sequence[str], mode: AnswerMo
     try:
         decisions = (rule(prediction, truth, choices) for rule in _RULES[mode])
         return AnswerVerdict(float(next((decision for decision in decisions if decision is not None), False)))
-    except ComparisonStopped as stopped:
+    except CallStopped as stopped:
         return AnswerVerdict(0.0, str(stopped))
 
 

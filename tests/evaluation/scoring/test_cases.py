@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
+import os
 from collections import Counter
 from pathlib import Path
 from typing import get_args
@@ -11,31 +11,27 @@ from typing import get_args
 import pytest
 
 from ivl.evaluation.scoring import ACCEPT, AnswerMode, verify
-from ivl.evaluation.scoring.formulas import shared_comparer
 
 CASES = [json.loads(line) for line in (Path(__file__).parent / "cases.jsonl").read_text(encoding="utf-8").splitlines()]
-SLOWEST, ALL = 20.0, 150.0
-"""Seconds: guards against hanging; a comparison that meets a limit waits for a new process."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _started() -> None:
-    pytest.importorskip("math_verify")
-    shared_comparer().same("x", "y")
+MOST_SECONDS = 120.0
+"""Processor time of all cases, those of ended workers included: a guard against hanging that a busy machine does not meet."""
 
 
 def test_every_case_is_judged_as_labelled_and_in_time() -> None:
-    wrong, slow, began = [], [], time.monotonic()
+    pytest.importorskip("math_verify")
+    wrong, began = [], processor_time()
     for number, case in enumerate(CASES, 1):
-        at = time.monotonic()
         prediction = case["prediction"] * case.get("repeat", 1)
         score = verify(prediction, case["truth"], mode=case["mode"], choices=case.get("choices", ()))
-        if time.monotonic() - at > SLOWEST:
-            slow.append(number)
         if not 0 <= score <= 1 or (score > ACCEPT) != case["accept"]:
             wrong.append((number, case["mode"], prediction[:40], case["truth"], score))
-    assert not wrong and not slow, (wrong, slow)
-    assert time.monotonic() - began < ALL
+    assert not wrong
+    assert processor_time() - began < MOST_SECONDS
+
+
+def processor_time() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def test_the_table_is_wide_enough() -> None:
