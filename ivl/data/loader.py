@@ -179,8 +179,12 @@ class Loader:
         """
         states = [state] if isinstance(state, dict) else list(state)
         mine = self.state()
-        for name in ("seed", "budgets", "mixture"):
-            for each in states:
+        for each in states:
+            if not self.mixture.matches(each["mixture"]):
+                raise InputError(
+                    f"the data have changed: the saved position is of {each['mixture']}, now they are {mine['mixture']}"
+                )
+            for name in ("seed", "budgets"):
                 if each[name] != mine[name]:
                     raise InputError(f"the saved data position has {name} {each[name]}, this run has {mine[name]}")
         self._packer, self.report = self.new_packer(), LoaderReport()

@@ -12,7 +12,7 @@ import numpy as np
 from ivl.data.config import Weighting
 from ivl.data.records import TURN_KEYS, read_record
 from ivl.errors import InputError
-from ivl.formats.rows import RowFormat, container_of, open_rows
+from ivl.formats.rows import RowFormat, container_of, hash_rows, open_rows
 from ivl.types import Record
 from ivl.utils.checks import check_choices
 from ivl.utils.strict_json import from_json, read_json
@@ -139,6 +139,7 @@ class Mixture:
         self._ends = np.cumsum(self._draws_D)
         self._subsets = [Permutation(len(rows), seed, 1, index) for index, rows in enumerate(self.files)]
         self._order: tuple[int, Permutation] | None = None
+        self._fingerprint: list[list[Any]] | None = None
 
     def __len__(self) -> int:
         """Draws of one epoch."""
@@ -187,20 +188,19 @@ class Mixture:
         spec, rows = self.specs[dataset], self.files[dataset]
         return read_record(rows, row, root=Path(spec.root), dataset=spec.name)
 
-    def describe(self) -> list[str]:
-        """A line for each data set, for the log."""
-        return [
-            f"{spec.name}: {len(rows):,} rows of {rows.format}, {self.num_draws(index):,} drawn per epoch "
-            f"(each {self.num_draws(index) / len(rows):.3g} times)"
-            for index, (spec, rows) in enumerate(zip(self.specs, self.files, strict=True))
-        ]
-
     def fingerprint(self) -> list[list[Any]]:
-        """What a saved position depends on; a position of one mixture means nothing in another."""
-        return [
-            [spec.name, len(rows), rows.num_bytes, self.num_draws(index)]
-            for index, (spec, rows) in enumerate(zip(self.specs, self.files, strict=True))
-        ]
+        """What a saved position depends on, the rows' content included; a position of one mixture means nothing in another."""
+        if self._fingerprint is None:
+            self._fingerprint = [
+                [spec.name, len(rows), rows.num_bytes, self.num_draws(index), hash_rows(spec.annotation, rows.container)]
+                for index, (spec, rows) in enumerate(zip(self.specs, self.files, strict=True))
+            ]
+        return self._fingerprint
+
+    def matches(self, saved: list[list[Any]]) -> bool:
+        """Whether a saved fingerprint is of this mixture. Those of older versions have no hash of the content."""
+        now = self.fingerprint()
+        return len(saved) == len(now) and all(old in (new, new[:-1]) for old, new in zip(saved, now, strict=True))
 
 
 def _num_draws(num_rows: int, spec: DatasetSpec) -> int:

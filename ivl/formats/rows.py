@@ -14,6 +14,7 @@ from typing import Any, Literal, cast, get_args
 from ivl.errors import InputError
 from ivl.formats.base import RowLayout, Rows, Shards
 from ivl.formats.text import TextRows
+from ivl.utils.files import digest
 
 Container = Literal["jsonl", "json", "parquet", "arrow", "webdataset"]
 """How a file or folder is built."""
@@ -23,6 +24,7 @@ CONTAINERS: tuple[Container, ...] = get_args(Container)
 FORMATS: tuple[RowFormat, ...] = get_args(RowFormat)
 
 SUFFIXES = {".jsonl": "jsonl", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
+MAX_HASHED = 1 << 32
 BOM = b"\xef\xbb\xbf"
 
 
@@ -97,6 +99,17 @@ def _files(folder: Path) -> list[Path]:
     """Files that may hold rows, at any depth, in order of their names; hidden ones are left alone."""
     found = (path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
     return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+
+
+def hash_rows(path: str | Path, container: str) -> str:
+    """Hash the content of a file or folder of rows. Of tables and archives beyond MAX_HASHED bytes, which may hold all media of
+    a data set, only evenly spread pieces are read.
+    """
+    files = _files(Path(path)) if Path(path).is_dir() else [Path(path)]
+    try:
+        return digest(files, None if container in ("json", "jsonl") else MAX_HASHED)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _open_file(path: Path, container: str) -> Rows:

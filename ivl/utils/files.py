@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ivl.errors import InputError
 
+PIECE = 1 << 24
+"""Bytes that one thread hashes at a time."""
 _SPECIAL = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
 
@@ -57,30 +61,78 @@ def sync(path: Path) -> None:
             os.close(handle)
 
 
+def digest(paths: Iterable[Path], limit: int | None = None) -> str:
+    """Hash the content of files in their order, in threads: about 0.7 GB a second and core.
+
+    Args:
+        paths: regular files; their names do not count.
+        limit: most bytes that are read; of larger files only pieces that are spread evenly. None reads everything.
+
+    Raises:
+        OSError: if a file cannot be read.
+    """
+    pieces = [(path, at) for path in paths for at in range(0, max(1, path.stat().st_size), PIECE)]
+    step = -(-len(pieces) * PIECE // limit) if limit else 1
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        parts = threads.map(_hash_piece, pieces[::step])
+        return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
+
+
+def _hash_piece(piece: tuple[Path, int]) -> bytes:
+    path, at = piece
+    with path.open("rb", buffering=0) as file:
+        file.seek(at)
+        return hashlib.blake2b(file.read(PIECE), digest_size=16).digest()
+
+
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Hold a directory, which must exist, for this process.
 
     The lock is the operating system's, on the file `.lock`: it ends with the process, however that ends, and forked workers
-    do not inherit it. Where the file system has no locks, nothing is held.
+    do not inherit it. Where the file system has no locks, nothing is held. The file is removed at the end.
 
     Raises:
         InputError: if another process holds the directory, or nothing can be written there.
     """
+    path = directory / ".lock"
+    try:
+        file = _lock(path)
+    except (BlockingIOError, PermissionError) as error:
+        if error.filename is None:
+            raise InputError(f"{directory}: another process is at work in this directory") from None
+        raise InputError(f"{directory}: cannot be written ({error.strerror})") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{directory}: cannot be written ({getattr(error, 'strerror', error)})") from None
+    with file:
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                if not os.fstat(file.fileno()).st_size:  # nobody else's file
+                    path.unlink()
+
+
+def _lock(path: Path) -> IO[bytes]:
+    """Open a file and lock it.
+
+    Raises:
+        OSError: if it cannot be opened; BlockingIOError or PermissionError without a file name if another process has it.
+    """
     try:
         import fcntl
     except ImportError:  # Windows
-        yield
-        return
-    try:
-        file = (directory / ".lock").open("ab")
-    except OSError as error:
-        raise InputError(f"{directory}: cannot be written ({error.strerror})") from None
-    with file:
+        return path.open("ab")
+    while True:
+        file = path.open("ab")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise InputError(f"{directory}: another process is at work in this directory") from None
-        except OSError:
-            pass
-        yield
+            file.close()
+            raise
+        except OSError:  # the file system has no locks
+            return file
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()  # its last holder has removed it in between

@@ -130,7 +130,7 @@ def test_state_of_something_else_is_refused(meta, tmp_path):
     state = loader(meta).state()
     for other, words in (
         (loader(meta, seed=4), "seed 3, this run has 4"),
-        (loader(make_file(tmp_path, 6)), "mixture"),
+        (loader(make_file(tmp_path, 6)), "the data have changed"),
         (loader(meta, max_tokens=400), r"budgets \[300, 30, None\], this run has \[400, 30, None\]"),
     ):
         with pytest.raises(InputError, match=words):
@@ -138,6 +138,36 @@ def test_state_of_something_else_is_refused(meta, tmp_path):
     half = loader(meta, rank=1, world_size=2).state()
     with pytest.raises(InputError, match=r"is of 2 ranks and only together .* got those of ranks \[1\]"):
         loader(meta).restore(half)
+
+
+def test_rows_that_are_edited_or_reordered_in_place_are_noticed(tmp_path):
+    path = make_file(tmp_path, 6)
+    state = json.loads(json.dumps(loader(path).state()))
+    loader(path).restore(state)
+    text = path.read_bytes()
+    first, rest = text.split(b"\n", 1)
+    for other in (text.replace(b"red", b"RED", 1), rest + first + b"\n"):
+        path.write_bytes(other)
+        assert len(other) == len(text)
+        with pytest.raises(InputError, match="the data have changed"):
+            loader(path).restore(state)
+    for entry in state["mixture"]:
+        entry.pop()  # older versions have no hash
+    loader(path).restore(state)
+
+
+def test_a_folder_of_tables_is_hashed_by_all_its_files(tmp_path):
+    rows = [{"conversations": turns("what is this", f"a red circle {n}")} for n in range(4)]
+    pq = pytest.importorskip("pyarrow.parquet")
+    pa = pytest.importorskip("pyarrow")
+    (tmp_path / "rows").mkdir()
+    for n in range(2):
+        pq.write_table(pa.Table.from_pylist(rows[2 * n : 2 * n + 2]), tmp_path / "rows" / f"{n}.parquet")
+    before = loader(tmp_path / "rows").mixture.fingerprint()
+    pq.write_table(pa.Table.from_pylist(rows[3:1:-1]), tmp_path / "rows" / "1.parquet")
+    assert loader(tmp_path / "rows").mixture.fingerprint()[0][:2] == before[0][:2] and not loader(
+        tmp_path / "rows"
+    ).mixture.matches(before)
 
 
 def test_ranks_share_an_epoch_without_overlap(meta, whole):

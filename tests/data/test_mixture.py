@@ -156,4 +156,3 @@ def test_weighted_epochs_draw_what_they_say(tmp_path):
     drawn = Counter((draw.dataset, draw.row) for draw in mixture.draws(range(len(mixture))))
     assert len(mixture) == 68 and sum(n for (d, _), n in drawn.items() if d == 0) == mixture.num_draws(0) == 14
     assert sorted(n for (d, _), n in drawn.items() if d == 0) == [3, 3, 4, 4]
-    assert mixture.describe()[0].endswith("14 drawn per epoch (each 3.5 times)")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ivl.errors import InputError
+from ivl.utils import files
 from ivl.utils.files import locked, regular
 
 HOLD = """
@@ -58,3 +59,24 @@ def test_only_files_that_end_are_regular(tmp_path: Path) -> None:
         os.close(writing)
     with pytest.raises(FileNotFoundError):
         regular(tmp_path / "gone")
+
+
+def test_a_lock_leaves_no_file_behind_and_takes_away_none(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        assert (tmp_path / ".lock").exists()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / ".lock").write_text("somebody's notes")
+    with locked(tmp_path):
+        pass
+    assert (tmp_path / ".lock").read_text() == "somebody's notes"
+
+
+def test_a_digest_is_of_content_and_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "PIECE", 4)
+    a, b = tmp_path / "a", tmp_path / "b"
+    a.write_bytes(b"0123456789"), b.write_bytes(b"")
+    whole = files.digest([a, b])
+    assert whole == files.digest([a, b]) != files.digest([b, a])
+    assert files.digest([a], limit=4) != files.digest([a])
+    a.write_bytes(b"0123456798")
+    assert files.digest([a, b]) != whole
