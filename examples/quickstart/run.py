@@ -45,7 +45,7 @@ def quickstart(out: Path) -> dict[str, Any]:
     from ivl.api import load
     from ivl.evaluation.run import evaluate
     from ivl.evaluation.tasks import find
-    from ivl.serve.examples import write_examples
+    from ivl.serve.page import write_examples
 
     if not (out / "data" / "done").exists():
         prepare(out)

@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ivl.checkpoint.config_json import load_config
-    from ivl.checkpoint.hub import resolve
+    from ivl.checkpoint.hub import model_name, resolve
     from ivl.checkpoint.model_dir import load_model, save_model
     from ivl.checkpoint.processor_files import load_processor, save_processor
     from ivl.checkpoint.vocabulary import load_tokenizer, save_tokenizer
 
 __all__ = [
-    "load_config", "load_model", "load_processor", "load_tokenizer", "resolve",
+    "load_config", "load_model", "load_processor", "load_tokenizer", "model_name", "resolve",
     "save_model", "save_processor", "save_tokenizer",
 ]  # fmt: skip
 _MODULES = {
     "load_config": "config_json", "load_model": "model_dir", "load_processor": "processor_files",
-    "load_tokenizer": "vocabulary", "resolve": "hub", "save_model": "model_dir", "save_processor": "processor_files",
-    "save_tokenizer": "vocabulary",
+    "load_tokenizer": "vocabulary", "model_name": "hub", "resolve": "hub", "save_model": "model_dir",
+    "save_processor": "processor_files", "save_tokenizer": "vocabulary",
 }  # fmt: skip
 
 

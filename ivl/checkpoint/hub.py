@@ -39,6 +39,13 @@ def resolve(name_or_dir: str | Path) -> Path:
     return (_from_modelscope if modelscope else _from_hub)(match["repo"], match["revision"])
 
 
+def model_name(name_or_dir: str | Path) -> str:
+    """Return the short name of a model: that of its directory, of the run whose `model` it is, or of its repository."""
+    path = Path(name_or_dir).expanduser()
+    path = path.resolve() if path.name in ("", "..") else path.absolute()
+    return (path.parent.name if path.name == "model" else "") or path.name or "model"
+
+
 def _from_hub(repo: str, revision: str | None) -> Path:
     from huggingface_hub import errors, snapshot_download
 

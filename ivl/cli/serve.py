@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from ivl.checkpoint import resolve
+from ivl.checkpoint import model_name, resolve
 from ivl.errors import InputError
 from ivl.generators import LoadConfig
 from ivl.serve.auth import load_keys
@@ -48,7 +48,7 @@ def serve(args: list[str]) -> None:
     from ivl.serve.service import Service
 
     keys = load_keys(options.key_file)
-    config = replace(options.config, names=options.config.names or (Path(options.model).name,))
+    config = replace(options.config, names=options.config.names or (model_name(options.model),))
     listener = open_socket(config, keys)
     set_up_log()
     started = time.perf_counter()

@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ivl.checkpoint import model_name
 from ivl.errors import InputError
 from ivl.evaluation.config import EvalConfig, JudgeConfig, Method
 from ivl.evaluation.curve import curve
@@ -83,7 +84,7 @@ def run(config: EvalConfig, generator: Generator, *, model: str, fingerprint: st
 
 def predictions_of(config: EvalConfig, model: str) -> Path:
     """Return the file of a run's predictions."""
-    default = Path("runs/eval") / f"{Path(model).name or 'model'}-{config.task}.jsonl"
+    default = Path("runs/eval") / f"{model_name(model)}-{config.task}.jsonl"
     return config.predictions or (config.out.with_suffix(".predictions.jsonl") if config.out else default)
 
 

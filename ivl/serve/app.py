@@ -1,10 +1,11 @@
-"""Builds the FastAPI application. A page may be mounted on it; Guard stands before the page, too."""
+"""Builds the FastAPI application, with the page or without it. Guard stands before the page, too."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -17,16 +18,22 @@ from ivl.errors import InputError
 from ivl.serve.auth import Keys
 from ivl.serve.config import ServeConfig
 from ivl.serve.errors import APIError, to_api_error
-from ivl.serve.guard import Guard, RequestContext, log
+from ivl.serve.guard import OPEN, Guard, RequestContext, log
 from ivl.serve.media import MediaGateway
 from ivl.serve.metrics import Metrics
+from ivl.serve.page import FILES, add_page
 from ivl.serve.routes import router
 from ivl.serve.schemas import ChatRequest, CompletionRequest, TokenizeRequest
 from ivl.serve.service import Service
 
 
 def create_app(
-    service: Service, config: ServeConfig, *, keys: Sequence[str] = (), gateway: MediaGateway | None = None
+    service: Service,
+    config: ServeConfig,
+    *,
+    keys: Sequence[str] = (),
+    gateway: MediaGateway | None = None,
+    page_of: Path | None = None,
 ) -> FastAPI:
     """Return the application around a service, which starts and ends with it.
 
@@ -35,6 +42,10 @@ def create_app(
     Args:
         keys: Keys that open the server; without one it is open to everybody who can reach it.
         gateway: The gateway for media; by default one within config.media.
+        page_of: Directory of the model, for a page at /; None serves no page.
+
+    Raises:
+        InputError: if the page's examples cannot be read.
     """
 
     @asynccontextmanager
@@ -56,11 +67,14 @@ def create_app(
 
     app.state.service, app.state.config, app.state.metrics, app.state.finished = service, config, metrics, finished
     app.state.gateway, app.state.created = gateway or MediaGateway(config.media), int(time.time())
-    app.add_middleware(Guard, config=config, keys=Keys(tuple(keys)), finished=finished)
+    open_paths = (*OPEN, *FILES) if page_of is not None else OPEN
+    app.add_middleware(Guard, config=config, keys=Keys(tuple(keys)), finished=finished, open_paths=open_paths)
     app.add_exception_handler(HTTPException, _error_response)
     app.add_exception_handler(InputError, _error_response)
     app.openapi = lambda: _openapi(app)  # what FastAPI's manual says to do
     app.include_router(router)
+    if page_of is not None:
+        add_page(app, page_of)
     return app
 
 

@@ -8,7 +8,7 @@ import logging
 import time
 import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +18,8 @@ from ivl.serve.auth import Keys
 from ivl.serve.config import ServeConfig
 from ivl.serve.errors import APIError, internal_error
 
-OPEN = "/health"
-"""The one path that needs no key."""
+OPEN: tuple[str, ...] = ("/health",)
+"""Paths that need no key; the files of the page are open, too."""
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 LINGER = 2.0
 """Seconds for which the rest of a refused request is read, since many clients listen only after they have sent all."""
@@ -53,10 +53,17 @@ class RequestContext:
 
 
 class Guard:
-    """Stands around the whole application, mounted pages included."""
+    """Stands around the whole application, the page included. open_paths: the paths that need no key."""
 
-    def __init__(self, app: ASGIApp, config: ServeConfig, keys: Keys, finished: Callable[[RequestContext], None]) -> None:
-        self.app, self.config, self.keys, self.finished = app, config, keys, finished
+    def __init__(
+        self,
+        app: ASGIApp,
+        config: ServeConfig,
+        keys: Keys,
+        finished: Callable[[RequestContext], None],
+        open_paths: Sequence[str] = OPEN,
+    ) -> None:
+        self.app, self.config, self.keys, self.finished, self.open_paths = app, config, keys, finished, open_paths
         hosts = config.allowed_hosts or (LOCAL_HOSTS if config.is_local and not keys and not config.no_key else ())
         self.hosts = {host.lower() for host in hosts}
         self.held_bytes = 0
@@ -94,7 +101,7 @@ class Guard:
     def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> APIError | None:
         if self.hosts and _host_name(headers.get(b"host", b"").decode("latin-1")) not in self.hosts:
             return APIError(421, "the Host header names another server: see allowed_hosts", code="wrong_host")
-        if scope["path"] != OPEN and not self.keys.admit(headers.get(b"authorization")):
+        if scope["path"] not in self.open_paths and not self.keys.admit(headers.get(b"authorization")):
             return APIError(401, "a valid key is needed, as `Authorization: Bearer KEY`", code="invalid_api_key")
         return None
 

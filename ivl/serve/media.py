@@ -1,4 +1,4 @@
-"""The gateway for images and videos from outside: data: URLs, remote addresses where allowed, and files of the page."""
+"""The gateway for images and videos from outside: data: URLs, and remote addresses where allowed."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import binascii
 import re
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 from ivl.serve.fetch import Fetcher, too_large
 from ivl.serve.media_limits import MediaConfig, MediaRefusal
 from ivl.serve.sniff import check_image, check_video
-from ivl.types import VIDEO_SUFFIXES, ImageRef, VideoRef
+from ivl.types import ImageRef, VideoRef
 
 __all__ = ["MediaConfig", "MediaGateway", "MediaRefusal"]
 
@@ -25,7 +24,7 @@ _DATA = re.compile(r"data:[\w.+-]*/?[\w.+-]*(;[\w.+-]+=[\w.+-]*){0,4};base64,", 
 
 
 class MediaGateway:
-    """Turns an address or a file into a medium whose size and format are checked, and which is not decoded yet.
+    """Turns an address into a medium whose size and format are checked, and which is not decoded yet.
 
     Images come back as ImageRef of bytes, videos as VideoRef of bytes; the Processor decodes them, once. A damaged body
     shows only there, as an InputError.
@@ -55,29 +54,6 @@ class MediaGateway:
         data = await self._read_url(url, self.config.max_video_bytes)
         await asyncio.to_thread(check_video, data, self.config)
         return VideoRef(data, num_frames)
-
-    def file(self, path: Path, directory: Path, *, max_tiles: int, num_frames: int) -> ImageRef | VideoRef:
-        """Return a file in a directory as an image, or as a video by its suffix or as an animated GIF.
-
-        Raises:
-            MediaRefusal: as the others, 403 outside the directory.
-        """
-        is_video = path.suffix.lower() in VIDEO_SUFFIXES
-        max_bytes = self.config.max_video_bytes if is_video else self.config.max_bytes
-        try:
-            if not path.resolve().is_relative_to(directory):
-                raise MediaRefusal("only files that were sent to this page can be read", 403)
-            if path.stat().st_size > max_bytes:
-                raise too_large(max_bytes)
-            data = path.read_bytes()
-        except OSError:
-            raise MediaRefusal("a file is no longer there: attach it again") from None
-        if is_video:
-            check_video(data, self.config)
-            return VideoRef(data, num_frames)
-        header = check_image(data, self.config)
-        animated = header.format == "GIF" and header.frames > 1
-        return VideoRef(data, num_frames) if animated else ImageRef(data, max_tiles)
 
     async def _read_url(self, url: str, max_bytes: int) -> bytes:
         if is_data_url(url):

@@ -192,7 +192,7 @@ async def model(shared: Shared, name: str) -> schemas.ModelCard:
 
 @router.get("/health")
 async def health() -> schemas.StatusResponse:
-    """Whether the process answers. The one route without a key."""
+    """Whether the process answers. It needs no key."""
     return schemas.StatusResponse(status="ok")
 
 

@@ -63,19 +63,13 @@ def run(
 
     Args:
         load_seconds: Time that loading the model took, for the log.
-        page_of: Directory of the model, for a page at / (the `web` extra); None serves no page.
+        page_of: Directory of the model, for a page at /; None serves no page.
 
     Raises:
-        InputError: if the page is wanted and gradio is not installed.
+        InputError: if the page's examples cannot be read.
     """
     log.info("loaded", extra={"fields": {"model": config.names[0], "seconds": round(load_seconds, 2), "keys": len(keys)}})
-    app = create_app(service, config, keys=keys)
-    if page_of is not None:
-        try:
-            from ivl.serve.page import add_page
-        except ImportError as error:
-            raise InputError(f'the page needs gradio: pip install "ivl[web]" ({error})') from error
-        add_page(app, service, config, page_of)
+    app = create_app(service, config, keys=keys, page_of=page_of)
     make_server(app, service, config).run(sockets=[listener])
 
 

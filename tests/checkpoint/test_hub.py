@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from ivl.checkpoint import load_model, resolve, save_model
+from ivl.checkpoint import load_model, model_name, resolve, save_model
 from ivl.errors import InputError
 from tests.helpers.checkpoints import random_model, same_weights, tiny_like
 
@@ -181,3 +181,16 @@ def test_modelscope_ids(hub: Hub, model_dir: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(InputError, match=r"modelscope:lab/none: cannot be fetched: not there"):
         resolve("lab/none")
     assert asked == [("lab/tiny", "v1"), ("lab/tiny", None), ("lab/none", None)] and not hub.asked
+
+
+def test_a_model_is_named_after_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path, name in (
+        ("runs/mine/model", "mine"), ("runs/mine/model/", "mine"), ("/srv/nano", "nano"), ("/model", "model"),
+        ("OpenGVLab/InternVL2_5-1B", "InternVL2_5-1B"), ("~/mine/model", "mine"), ("/", "model"),
+    ):  # fmt: skip
+        assert model_name(path) == model_name(Path(path)) == name
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "mine")
+    assert model_name("model") == model_name("./model") == "mine"
+    monkeypatch.chdir(tmp_path / "mine" / "model")
+    assert model_name(".") == "mine"

@@ -53,11 +53,7 @@ class Running:
         listener = open_socket(config, keys)
         self.address = listener.getsockname()
         self.url = f"http://127.0.0.1:{self.address[1]}"
-        app = create_app(self.service, config, keys=keys)
-        if page_of is not None:
-            from ivl.serve.page import add_page
-
-            add_page(app, self.service, config, page_of)
+        app = create_app(self.service, config, keys=keys, page_of=page_of)
         self.server = make_server(app, self.service, config)
         self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve(sockets=[listener])), daemon=True)
         self.thread.start()

@@ -5,11 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from ivl.errors import InputError
 from ivl.processing.boxes import Grounding, format_boxes, from_pixels, parse_boxes, to_pixels
-from ivl.serve.drawing import draw_boxes
 
 corner = st.integers(0, 1000)
 box = st.tuples(corner, corner, corner, corner).map(
@@ -62,12 +60,3 @@ def test_scaling():
 @given(box, st.integers(1000, 5000), st.integers(1000, 5000))
 def test_there_and_back(thousandths, width, height):
     assert from_pixels(to_pixels(thousandths, width, height), width, height) == thousandths
-
-
-def test_drawing():
-    image = Image.new("RGB", (100, 50), "white")
-    out = draw_boxes(image, parse_boxes("<ref></ref><box>[[100, 200, 900, 800]]</box>").groundings)
-    assert image.getpixel((10, 10)) == (255, 255, 255), "the given image is not touched"
-    assert out.getpixel((10, 10)) == out.getpixel((89, 39)) == (0xE6, 0x19, 0x4B)
-    assert out.getpixel((9, 9)) == out.getpixel((90, 40)) == out.getpixel((50, 25)) == (255, 255, 255)
-    draw_boxes(image, [Grounding("a 猫", ((0, 0, 0, 0), (1000, 1000, 1000, 1000)))])
