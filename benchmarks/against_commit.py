@@ -1,8 +1,9 @@
 """Speed beside another commit of ivl: `python -m benchmarks.against_commit --tree TREE`, a checkout of that commit.
 
 The two trees take turns, round by round, each task in a fresh process, so that drift of the machine meets both. A ratio is
-the other tree's time over ours, of the medians over rounds: above 1, this tree is faster. The model is InternVL2.5-1B with
-random weights (`benchmarks.peers.files`); `photos` turns scikit-image's photographs into prompts.
+the other tree's time over ours, of the medians over rounds: above 1, this tree is faster. The model has InternVL2.5-1B's
+shape and random weights; on a slow processor `--layers 6` gives ViT and decoder fewer layers of the same shape. `photos`
+turns scikit-image's photographs into prompts.
 """
 
 from __future__ import annotations
@@ -14,22 +15,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parents[1]
 DECODE_TOKENS = 24
-CONTEXT = 300
-"""Tokens of a prompt before replies are timed."""
+CONTEXTS = {1: 300, 8: 64}
+"""Tokens of each prompt before replies are timed, by batch size."""
 
 
 @dataclass(kw_only=True)
 class Options:
     tree: Path
     """Root of the other checkout."""
-    models: Path = HERE / "runs" / "peers"
-    """Folder with ivl, ivl-int8, ivl-int4 and ivl-w8a8, as `benchmarks.peers.files` makes them."""
+    models: Path = HERE / "runs" / "against_commit"
+    """Folder of the models, which are made where they are missing."""
+    layers: int = 24
+    """Layers of ViT and decoder."""
     rounds: int = 3
     threads: int = 2
     dtype: str = "bfloat16"
@@ -50,12 +53,14 @@ class Times:
 
 
 def main(options: Options) -> None:
+    models = options.models / f"{options.layers}-layers"
+    make_models(models, options.layers)
     figures: dict[str, Times] = {}
     for number in range(options.rounds):
         for task in options.tasks:
             sides = [("before", options.tree), ("now", HERE)]
             for side, tree in sides if number % 2 == 0 else reversed(sides):
-                for name, seconds in run_side(tree, task, options).items():
+                for name, seconds in run_side(tree, task, models, options).items():
                     figures.setdefault(name, Times()).seconds[side].append(seconds)
         report(figures, number + 1)
     if options.out is not None:
@@ -69,10 +74,37 @@ def report(figures: dict[str, Times], rounds: int) -> None:
         print(f"{name:24} {before:9.4f} {now:9.4f}  {times.ratio():.3f}", flush=True)
 
 
-def run_side(tree: Path, task: str, options: Options) -> dict[str, float]:
+def make_models(models: Path, layers: int) -> None:
+    """Make ivl, ivl-int8, ivl-int4 and ivl-w8a8 by this tree; both trees read them."""
+    import dashscope
+    import torch
+
+    from ivl.checkpoint import load_tokenizer, save_model, save_processor
+    from ivl.config import published_config
+    from ivl.model.vlm import VLM
+    from ivl.processing.processor import Processor
+
+    plain = models / "ivl"
+    if not plain.exists():
+        full = published_config("1B")
+        config = replace(full, vision=replace(full.vision, num_layers=layers), decoder=replace(full.decoder, num_layers=layers))
+        torch.set_default_dtype(torch.bfloat16)
+        model = VLM(config).eval()
+        model.init_weights()
+        save_model(model, models / "part")
+        tokenizer = load_tokenizer(Path(dashscope.__file__).parent / "resources")  # the real Qwen vocabulary
+        tokenizer.add_special()
+        save_processor(Processor(config, tokenizer), models / "part")
+        (models / "part").rename(plain)
+    for width, option in (("int8", "--quantize"), ("int4", "--quantize"), ("w8a8", "--quantize-vision")):
+        if not (out := models / f"ivl-{width}").exists():
+            subprocess.run([sys.executable, "-m", "ivl", "convert", plain, out, option, width], check=True)
+
+
+def run_side(tree: Path, task: str, models: Path, options: Options) -> dict[str, float]:
     """Best seconds of each figure of a task, measured in a process that imports ivl from `tree`."""
     environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": str(options.threads)}
-    command = [sys.executable, "-W", "ignore", __file__, task, str(options.models), str(options.threads), options.dtype]
+    command = [sys.executable, "-W", "ignore", __file__, task, str(models), str(options.threads), options.dtype]
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{task} in {tree} failed:\n{done.stderr}")
@@ -87,7 +119,7 @@ def side(task: str, models: Path, threads: int, dtype: str) -> dict[str, float]:
 
     torch.set_num_threads(threads)
     if task == "train":
-        return {"training step": best(training_step(), 2)}
+        return {"training step": best(training_step(models), 2)}
     if task == "photos":
         return {"photographs": best(photographs(models), 5)}
     import ivl
@@ -95,11 +127,14 @@ def side(task: str, models: Path, threads: int, dtype: str) -> dict[str, float]:
     folder = models / {"bf16": "ivl", "vision": "ivl", "w8a8": "ivl-w8a8"}.get(task, f"ivl-{task}")
     engine = ivl.load(folder, dtype=dtype).engine
     if task in ("vision", "w8a8"):
-        return {f"{task} {count}": best(vision(engine.model, count), 3) for count in (1, 7)}
-    figures = {f"{task} prefill {number}": best(lambda n=number: replies(engine, 1, n, 1), 2) for number in (CONTEXT, 1850)}
-    for batch in (1, 8):
-        whole = best(lambda b=batch: replies(engine, b, CONTEXT, 1 + DECODE_TOKENS), 2)
-        first = best(lambda b=batch: replies(engine, b, CONTEXT, 1), 2)
+        vision(engine.model, 1)()
+        return {f"{task} {count}": best(vision(engine.model, count), 2 if count == 1 else 1, warm=False) for count in (1, 7)}
+    replies(engine, 1, 64, 4)
+    figures = {f"{task} prefill 1850": best(lambda: replies(engine, 1, 1850, 1), 1, warm=False)}
+    for batch, context in CONTEXTS.items():
+        whole = best(lambda b=batch, c=context: replies(engine, b, c, 1 + DECODE_TOKENS), 2, warm=False)
+        first = best(lambda b=batch, c=context: replies(engine, b, c, 1), 2, warm=False)
+        figures[f"{task} prefill {batch} x {context}"] = first
         figures[f"{task} decode {batch}"] = (whole - first) / DECODE_TOKENS
     return figures
 
@@ -118,14 +153,17 @@ def replies(engine: Any, batch: int, prompt_tokens: int, new_tokens: int) -> Non
     from ivl.types import Prompt, SamplingParams
 
     tiles, runs = torch.empty(0, 448, 448, 3, dtype=torch.uint8), torch.empty(0, dtype=torch.long)
-    prompts = [Prompt(torch.randint(0, 150_000, (prompt_tokens,)), tiles, runs) for _ in range(batch)]
+    prompts = [Prompt(torch.randint(0, 1500, (prompt_tokens,)), tiles, runs) for _ in range(batch)]
     engine.generate(prompts, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True))
 
 
-def training_step() -> Callable[[], Any]:
-    from benchmarks.tasks import prepare
+def training_step(models: Path) -> Callable[[], Any]:
+    import ivl
+    from benchmarks import tasks
 
-    return prepare("ours", "train", 1)
+    config = ivl.load(models / "ivl").engine.model.config
+    tasks.published_config = lambda _: config  # both trees' tasks take their model from here
+    return tasks.prepare("ours", "train", 1)
 
 
 def photographs(models: Path) -> Callable[[], Any]:
@@ -150,8 +188,10 @@ def photographs(models: Path) -> Callable[[], Any]:
     return run
 
 
-def best(run: Callable[[], Any], repeats: int) -> float:
-    run()
+def best(run: Callable[[], Any], repeats: int, *, warm: bool = True) -> float:
+    """Return the least seconds of so many runs."""
+    if warm:
+        run()
     times = []
     for _ in range(repeats):
         started = time.perf_counter()
