@@ -6,12 +6,9 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response
-from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 
 from ivl.errors import InputError
@@ -21,9 +18,9 @@ from ivl.serve.errors import APIError, to_api_error
 from ivl.serve.guard import OPEN, Guard, RequestContext, log
 from ivl.serve.media import MediaGateway
 from ivl.serve.metrics import Metrics
+from ivl.serve.openapi import document
 from ivl.serve.page import FILES, add_page
 from ivl.serve.routes import router
-from ivl.serve.schemas import ChatRequest, CompletionRequest, TokenizeRequest
 from ivl.serve.service import Service
 
 
@@ -71,8 +68,9 @@ def create_app(
     app.add_middleware(Guard, config=config, keys=Keys(tuple(keys)), finished=finished, open_paths=open_paths)
     app.add_exception_handler(HTTPException, _error_response)
     app.add_exception_handler(InputError, _error_response)
-    app.openapi = lambda: _openapi(app)  # what FastAPI's manual says to do
     app.include_router(router)
+    described = document(app)  # now, as it takes a while
+    app.openapi = lambda: described  # what FastAPI's manual says to do
     if page_of is not None:
         add_page(app, page_of)
     return app
@@ -84,21 +82,3 @@ async def _error_response(_: Request, error: Exception) -> Response:
         return JSONResponse(api_error.content, api_error.status_code, {**(error.headers or {}), **(api_error.headers or {})})
     api_error = to_api_error(error)
     return JSONResponse(api_error.content, api_error.status_code, api_error.headers)
-
-
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    """Return routes as FastAPI sees them, with the bodies that they read themselves, and how to give a key."""
-    if app.openapi_schema is None:
-        document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
-        kinds = (ChatRequest, CompletionRequest, TokenizeRequest)
-        _, bodies = models_json_schema([(kind, "validation") for kind in kinds], ref_template="#/components/schemas/{model}")
-        components = document.setdefault("components", {})
-        components["schemas"] = components.get("schemas", {}) | bodies["$defs"]
-        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        document["security"] = [{"key": []}]
-        document["paths"]["/health"]["get"]["security"] = []
-        for path in document["paths"].values():
-            for operation in path.values():
-                operation["responses"].pop("422", None)
-        app.openapi_schema = document
-    return app.openapi_schema

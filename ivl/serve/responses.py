@@ -1,25 +1,29 @@
-"""Builds responses from streams of deltas: one JSON object, or server-sent events."""
+"""Builds responses from streams of deltas: one JSON object, or server-sent events.
+
+Log-probabilities become JSON token by token, as they come: an encoder holds the interpreter, and with it every stream, for
+as long as it works, and those of a long reply have megabytes.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import time
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ivl.processing.tokenizer import Tokenizer
-from ivl.serve import schemas
 from ivl.serve.errors import APIError, to_api_error
 from ivl.serve.guard import ClientGone, RequestContext, log
+from ivl.serve.schemas import ChatRequest, CompletionRequest, SamplingBody
 from ivl.serve.service import ReplyStream, merge
-from ivl.types import TextDelta
+from ivl.types import FinishReason, TextDelta
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
@@ -72,6 +76,39 @@ class EventStream(Response):
         await while_connected(receive, send_events())
 
 
+def to_json(content: Any) -> str:
+    """Return content as JSON without blanks."""
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+
+
+class JSONParts(Response):
+    """Sends JSON in parts, each of which may be some megabytes."""
+
+    media_type = "application/json"
+
+    def __init__(self, parts: Sequence[bytes]) -> None:
+        super().__init__(headers={"content-length": str(sum(map(len, parts)))})
+        self.parts = parts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002, ASGI's signature
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        for part in self.parts:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
+@dataclass
+class ReplyPiece:
+    """Text and log-probabilities of a reply, or of what came of it at a time."""
+
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    scores: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    """JSON of the log-probabilities: the items of each list, by its name."""
+    offset: int = 0
+    """Where the text of the next token begins in the reply."""
+
+
 @dataclass
 class ResponseBuilder:
     """Turns the replies to one request into its response.
@@ -81,7 +118,7 @@ class ResponseBuilder:
     """
 
     context: RequestContext
-    body: schemas.SamplingBody
+    body: SamplingBody
     model: str
     streams: Sequence[ReplyStream]
     tokenizer: Tokenizer
@@ -89,57 +126,40 @@ class ResponseBuilder:
     ping: float
 
     def __post_init__(self) -> None:
-        self.is_chat = isinstance(self.body, schemas.ChatRequest)
+        self.is_chat = isinstance(self.body, ChatRequest)
         self.id = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{self.context.id}"
         self.created = int(time.time())
 
-    async def whole(self) -> BaseModel:
-        """Return the complete response.
+    async def whole(self) -> list[bytes]:
+        """Return the complete response as JSON, in parts that are quickly sent.
 
         Raises:
             APIError: if a reply cannot be finished.
         """
-        replies: list[list[TextDelta]] = [[] for _ in self.streams]
+        replies = [ReplyPiece() for _ in self.streams]
         try:
             async with aclosing(merge(self.streams, deadline=self.deadline)) as batches:
                 async for batch in batches:
                     for number, delta in batch:
-                        replies[number].append(delta)
+                        self._add(replies[number], delta)
         finally:
             self._record()
-        common = {"id": self.id, "created": self.created, "model": self.model, "usage": usage(self.streams, self.body.n)}
-        if self.is_chat:
-            choices = [
-                schemas.ChatChoice(
-                    index=number,
-                    message=schemas.ResponseMessage(content=_text(deltas)),
-                    logprobs=chat_logprobs(deltas, self.tokenizer),
-                    finish_reason=deltas[-1].finish_reason or "stop",
-                )
-                for number, deltas in enumerate(replies)
-            ]
-            return schemas.ChatResponse(choices=choices, **common)
-        return schemas.CompletionResponse(
-            choices=[self._completion_choice(deltas, number, 0) for number, deltas in enumerate(replies)], **common
-        )
+        head = self._head("chat.completion") | {"usage": usage(self.streams, self.body.n)}
+        parts = [f'{to_json(head)[:-1]},"choices":['.encode()]
+        for number, reply in enumerate(replies):
+            parts.append(b"," * (number > 0) + self._choice(reply, number).encode())
+        return [*parts, b"]}"]
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Yield the response in chunks. An error on the way is an event, too. The last event is always [DONE]."""
         try:
             if self.is_chat:
                 for number in range(len(self.streams)):
-                    yield self._chunk(
-                        [schemas.ChunkChoice(index=number, delta=schemas.ChatDelta(role="assistant", content=""))]
-                    )
+                    yield self._chunk([self._choice(ReplyPiece(), number, {"role": "assistant", "content": ""})])
             lengths = [0] * len(self.streams)
             async with aclosing(merge(self.streams, ping=self.ping, deadline=self.deadline)) as batches:
                 async for batch in batches:
-                    events = PING if not batch else b""
-                    for number in sorted({number for number, _ in batch}):
-                        deltas = [delta for n, delta in batch if n == number]
-                        events += self._event(deltas, number, lengths[number])
-                        lengths[number] += len(_text(deltas))
-                    if events:
+                    if events := self._events(batch, lengths) if batch else PING:
                         yield events
             if self.body.wants_usage:
                 yield self._chunk([], usage(self.streams, self.body.n))
@@ -153,40 +173,64 @@ class ResponseBuilder:
             self._record()
         yield DONE
 
-    def _event(self, deltas: Sequence[TextDelta], number: int, offset: int) -> bytes:
-        """Return one chunk for all deltas of a reply that came together; empty if they have no content."""
-        choice: schemas.ChunkChoice | schemas.CompletionChoice = self._completion_choice(deltas, number, offset)
-        text, reason = choice.text, choice.finish_reason
-        if self.is_chat:
-            logprobs = chat_logprobs(deltas, self.tokenizer)
-            choice = schemas.ChunkChoice(
-                index=number, delta=schemas.ChatDelta(content=text), logprobs=logprobs, finish_reason=reason
-            )
-        return self._chunk([choice]) if text or reason or choice.logprobs else b""
-
-    def _completion_choice(self, deltas: Sequence[TextDelta], number: int, offset: int) -> schemas.CompletionChoice:
-        logprobs = completion_logprobs(deltas, self.tokenizer, offset, top=bool(getattr(self.body, "logprobs", None)))
-        return schemas.CompletionChoice(
-            index=number, text=_text(deltas), logprobs=logprobs, finish_reason=deltas[-1].finish_reason
+    def _events(self, batch: Sequence[tuple[int, TextDelta]], lengths: list[int]) -> bytes:
+        """Return a chunk for each reply of which deltas with content came. lengths: the text of each so far."""
+        pieces: dict[int, ReplyPiece] = {}
+        for number, delta in batch:
+            self._add(pieces.setdefault(number, ReplyPiece(offset=lengths[number])), delta)
+            lengths[number] += len(delta.text)
+        return b"".join(
+            self._chunk([self._choice(piece, number, {"content": piece.text})])
+            for number, piece in sorted(pieces.items())
+            if piece.text or piece.finish_reason or piece.scores
         )
 
-    def _chunk(self, choices: Sequence[BaseModel], usage: schemas.TokenUsage | None = None) -> bytes:
-        kind = schemas.ChatChunk if self.is_chat else schemas.CompletionResponse
-        chunk = kind(id=self.id, created=self.created, model=self.model, choices=choices, usage=usage)  # type: ignore[arg-type]
-        content = chunk.model_dump(mode="json")
-        if not self.body.wants_usage:
-            del content["usage"]
-        for choice in content["choices"]:
-            if "delta" in choice:
-                choice["delta"] = {key: value for key, value in choice["delta"].items() if value is not None}
-        return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    def _add(self, piece: ReplyPiece, delta: TextDelta) -> None:
+        piece.text += delta.text
+        piece.finish_reason = delta.finish_reason or piece.finish_reason
+        if (scored := delta.logprob) is None or self.tokenizer.is_control(scored.token):  # these have no text
+            return
+        token = self._token(scored.token, scored.logprob)
+        top = [self._token(other, logprob) for other, logprob in scored.top]
+        if self.is_chat:
+            columns: dict[str, Any] = {"content": {**token, "top_logprobs": top}}
+        else:
+            columns = {"tokens": token["token"], "token_logprobs": token["logprob"], "text_offset": piece.offset}
+            piece.offset += len(token["token"])
+            if isinstance(self.body, CompletionRequest) and self.body.logprobs:
+                columns["top_logprobs"] = {other["token"]: other["logprob"] for other in top}
+        for name, value in columns.items():
+            piece.scores[name].append(to_json(value))
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        """Return a token with its bytes, as it may be part of a character only. Tokens of a padded vocabulary have none."""
+        content = self.tokenizer.token_bytes(token) if token < len(self.tokenizer) else b""
+        text = content.decode(errors="replace")
+        return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(content)}
+
+    def _choice(self, piece: ReplyPiece, number: int, delta: dict[str, str] | None = None) -> str:
+        """Return a choice as JSON. delta: the piece as a part of a stream of chat."""
+        choice: dict[str, Any] = {"index": number, "text": piece.text, "finish_reason": piece.finish_reason}
+        if self.is_chat:
+            del choice["text"]
+            message = {"role": "assistant", "content": piece.text, "refusal": None}
+            choice |= {"message": message} if delta is None else {"delta": delta}
+        lists = [f'"{name}":[{",".join(items)}]' for name, items in piece.scores.items()]
+        lists += ['"refusal":null'] if self.is_chat else [] if "top_logprobs" in piece.scores else ['"top_logprobs":null']
+        logprobs = "{" + ",".join(lists) + "}" if piece.scores else "null"
+        return f'{to_json(choice)[:-1]},"logprobs":{logprobs}}}'
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self.id, "object": kind if self.is_chat else "text_completion", "created": self.created, "model": self.model,
+        }  # fmt: skip
+
+    def _chunk(self, choices: Sequence[str], counts: dict[str, Any] | None = None) -> bytes:
+        head = self._head("chat.completion.chunk") | ({"usage": counts} if self.body.wants_usage else {})
+        return f'data: {to_json(head)[:-1]},"choices":[{",".join(choices)}]}}\n\n'.encode()
 
     def _record(self) -> None:
         self.context.facts |= facts(self.streams, self.body.n, self.context.arrived)
-
-
-def _text(deltas: Sequence[TextDelta]) -> str:
-    return "".join(delta.text for delta in deltas)
 
 
 def facts(streams: Sequence[ReplyStream], n: int, arrived: float) -> dict[str, Any]:
@@ -200,9 +244,9 @@ def facts(streams: Sequence[ReplyStream], n: int, arrived: float) -> dict[str, A
     requests, counts = [stream.request for stream in streams], usage(streams, n)
     first_tokens = [stream.started_at for stream in streams if stream.started_at is not None]
     figures = {
-        "prompt_tokens": counts.prompt_tokens,
-        "cached_tokens": counts.prompt_tokens_details.cached_tokens,
-        "new_tokens": counts.completion_tokens,
+        "prompt_tokens": counts["prompt_tokens"],
+        "cached_tokens": counts["prompt_tokens_details"]["cached_tokens"],
+        "new_tokens": counts["completion_tokens"],
         "tiles": sum(request.num_tiles for request in requests[::n]),
         "replies": len(requests),
         "finish": [request.finish_reason or "none" for request in requests],
@@ -213,50 +257,11 @@ def facts(streams: Sequence[ReplyStream], n: int, arrived: float) -> dict[str, A
     return figures | ({"first_token_s": round(min(first_tokens) - arrived, 4)} if first_tokens else {})
 
 
-def usage(streams: Sequence[ReplyStream], n: int) -> schemas.TokenUsage:
+def usage(streams: Sequence[ReplyStream], n: int) -> dict[str, Any]:
     """Return the tokens of a request. A prompt counts once, however many replies it has."""
     firsts = [stream.request for stream in streams[::n]]
     num_prompt, num_new = sum(r.num_prompt for r in firsts), sum(len(stream.request.tokens) for stream in streams)
-    return schemas.TokenUsage(
-        prompt_tokens=num_prompt,
-        completion_tokens=num_new,
-        total_tokens=num_prompt + num_new,
-        prompt_tokens_details=schemas.PromptDetails(cached_tokens=sum(r.num_cached for r in firsts)),
-    )
-
-
-def chat_logprobs(deltas: Sequence[TextDelta], tokenizer: Tokenizer) -> schemas.ChatLogprobs | None:
-    """Return the log-probabilities of the tokens of a piece of reply. Control tokens have no text and are left out."""
-    content = [
-        schemas.WireTokenLogprob(
-            **_wire_token(tokenizer, scored.token, scored.logprob),
-            top_logprobs=[schemas.TopLogprob(**_wire_token(tokenizer, token, logprob)) for token, logprob in scored.top],
-        )
-        for delta in deltas
-        if (scored := delta.logprob) is not None and not tokenizer.is_control(scored.token)
-    ]
-    return schemas.ChatLogprobs(content=content) if content else None
-
-
-def completion_logprobs(
-    deltas: Sequence[TextDelta], tokenizer: Tokenizer, offset: int, *, top: bool
-) -> schemas.CompletionLogprobs | None:
-    """Return the same for /v1/completions. offset: where the piece begins in the reply."""
-    scored = chat_logprobs(deltas, tokenizer)
-    if scored is None:
-        return None
-    logprobs = schemas.CompletionLogprobs(top_logprobs=[] if top else None)
-    for token in scored.content:
-        logprobs.tokens.append(token.token)
-        logprobs.token_logprobs.append(token.logprob)
-        logprobs.text_offset.append(offset)
-        offset += len(token.token)
-        if logprobs.top_logprobs is not None:
-            logprobs.top_logprobs.append({other.token: other.logprob for other in token.top_logprobs})
-    return logprobs
-
-
-def _wire_token(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
-    """Return a token with its bytes, as it may be part of a character only. Tokens of a padded vocabulary have none."""
-    content = tokenizer.token_bytes(token) if token < len(tokenizer) else b""
-    return {"token": content.decode(errors="replace"), "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(content)}
+    return {
+        "prompt_tokens": num_prompt, "completion_tokens": num_new, "total_tokens": num_prompt + num_new,
+        "prompt_tokens_details": {"cached_tokens": sum(r.num_cached for r in firsts)},
+    }  # fmt: skip

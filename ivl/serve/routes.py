@@ -9,16 +9,16 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from ivl.serve import schemas
 from ivl.serve.config import ServeConfig
 from ivl.serve.conversation import check_text, load_conversation, plain_prompt, sampling_params
 from ivl.serve.errors import APIError
 from ivl.serve.guard import RequestContext
 from ivl.serve.media import MediaGateway
 from ivl.serve.metrics import CONTENT_TYPE, Metrics
-from ivl.serve.responses import EventStream, ResponseBuilder, while_connected
+from ivl.serve.openapi import described
+from ivl.serve.responses import EventStream, JSONParts, ResponseBuilder, to_json, while_connected
 from ivl.serve.schemas import ChatRequest, CompletionRequest, RequestPart, SamplingBody, TokenizeRequest, validation_error
 from ivl.serve.service import ReplyStream, Service
 
@@ -28,10 +28,10 @@ STATUSES = {
     400: "Not understood, or beyond a limit", 401: "No valid key", 404: "No such model or page", 408: "Sent too slowly",
     413: "Too large", 415: "Not JSON", 421: "Another Host", 429: "Too busy", 500: "Failed", 503: "Not ready",
 }  # fmt: skip
-POST: dict[int | str, dict[str, Any]] = {
-    k: {"model": schemas.ErrorResponse, "description": text} for k, text in STATUSES.items()
-}
+POST: dict[int | str, dict[str, Any]] = {status: described(text, "error") for status, text in STATUSES.items()}
 GET: dict[int | str, dict[str, Any]] = {status: POST[status] for status in (401, 404, 421)}
+TOKENS_AT_ONCE = 10_000
+"""Token ids that become JSON at a time: an encoder holds the interpreter."""
 router = APIRouter()
 
 
@@ -71,8 +71,7 @@ class RouteContext:
         )  # fmt: skip
         if body.stream:
             return EventStream(builder.events())
-        whole = await while_connected(self.request.receive, builder.whole())
-        return Response(whole.model_dump_json(), media_type="application/json")
+        return JSONParts(await while_connected(self.request.receive, builder.whole()))
 
     def check_model(self, name: str) -> None:
         """Raise APIError 404 for a name that the model does not have."""
@@ -80,9 +79,10 @@ class RouteContext:
             names = ", ".join(self.config.names)
             raise APIError(404, f"there is no such model here; known: {names}", param="model", code="model_not_found")
 
-    def card(self, name: str) -> schemas.ModelCard:
+    def card(self, name: str) -> dict[str, Any]:
         """Return the model under one of its names."""
-        return schemas.ModelCard(id=name, created=self.created, max_model_len=self.service.engine.max_context)
+        context = self.service.engine.max_context
+        return {"id": name, "object": "model", "created": self.created, "owned_by": "ivl", "max_model_len": context}
 
 
 Shared = Annotated[RouteContext, Depends()]
@@ -105,19 +105,18 @@ def _body(kind: type[B]) -> Callable[[Request], Awaitable[B]]:
     return body
 
 
-def _describe(body: type[RequestPart], response: type[BaseModel], *, streams: bool = False) -> dict[str, Any]:
+def _describe(body: type[RequestPart], response: str, *, streams: bool = False) -> dict[str, Any]:
     """Return the arguments by which a route tells the OpenAPI document what it reads itself and what it answers."""
-    schema = {"$ref": f"#/components/schemas/{body.__name__}"}
-    success: dict[str, Any] = {"model": response}
+    schema, success = {"$ref": f"#/components/schemas/{body.__name__}"}, described("The response", response)
     if streams:
-        success["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        success["content"]["text/event-stream"] = {"schema": {"type": "string"}}
     return {
         "responses": {200: success, **POST},
         "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}},
     }
 
 
-@router.post("/v1/chat/completions", **_describe(ChatRequest, schemas.ChatResponse, streams=True), tags=["v1"])
+@router.post("/v1/chat/completions", **_describe(ChatRequest, "chat", streams=True), tags=["v1"])
 async def chat_completions(shared: Shared, body: Annotated[ChatRequest, Depends(_body(ChatRequest))]) -> Response:
     """A reply to a conversation with images and videos, whole or as server-sent events."""
     shared.check_model(body.model)
@@ -131,7 +130,7 @@ async def chat_completions(shared: Shared, body: Annotated[ChatRequest, Depends(
     return await shared.respond(body, submit())
 
 
-@router.post("/v1/completions", **_describe(CompletionRequest, schemas.CompletionResponse, streams=True), tags=["v1"])
+@router.post("/v1/completions", **_describe(CompletionRequest, "completion", streams=True), tags=["v1"])
 async def completions(shared: Shared, body: Annotated[CompletionRequest, Depends(_body(CompletionRequest))]) -> Response:
     """The continuation of a text, without the model's template."""
     shared.check_model(body.model)
@@ -157,10 +156,8 @@ async def completions(shared: Shared, body: Annotated[CompletionRequest, Depends
     return await shared.respond(body, submit())
 
 
-@router.post("/tokenize", **_describe(TokenizeRequest, schemas.TokenizeResponse))
-async def tokenize(
-    shared: Shared, body: Annotated[TokenizeRequest, Depends(_body(TokenizeRequest))]
-) -> schemas.TokenizeResponse:
+@router.post("/tokenize", **_describe(TokenizeRequest, "tokens"))
+async def tokenize(shared: Shared, body: Annotated[TokenizeRequest, Depends(_body(TokenizeRequest))]) -> Response:
     """Token ids of a text, or of a conversation as the model gets it; those of images are placeholders."""
     shared.check_model(body.model)
     service = shared.service
@@ -174,33 +171,35 @@ async def tokenize(
         return await service.in_pool(lambda: service.processor.prompt(conversation).tokens_T.tolist())
 
     tokens = await shared.within_deadline(encode())
-    return schemas.TokenizeResponse(count=len(tokens), max_model_len=service.engine.max_context, tokens=tokens)
+    parts = [to_json(tokens[at : at + TOKENS_AT_ONCE])[1:-1] for at in range(0, len(tokens), TOKENS_AT_ONCE)]
+    head = to_json({"count": len(tokens), "max_model_len": service.engine.max_context})
+    return JSONParts([head[:-1].encode(), b',"tokens":[', ",".join(parts).encode(), b"]}"])
 
 
-@router.get("/v1/models", responses=GET, tags=["v1"])
-async def models(shared: Shared) -> schemas.ModelList:
+@router.get("/v1/models", responses={**GET, 200: described("The models", "models")}, tags=["v1"])
+async def models(shared: Shared) -> dict[str, Any]:
     """The model under each of its names."""
-    return schemas.ModelList(data=[shared.card(name) for name in shared.config.names])
+    return {"object": "list", "data": [shared.card(name) for name in shared.config.names]}
 
 
-@router.get("/v1/models/{name:path}", responses=GET, tags=["v1"])
-async def model(shared: Shared, name: str) -> schemas.ModelCard:
+@router.get("/v1/models/{name:path}", responses={**GET, 200: described("The model", "model")}, tags=["v1"])
+async def model(shared: Shared, name: str) -> dict[str, Any]:
     """The model under one of its names."""
     shared.check_model(name)
     return shared.card(name)
 
 
-@router.get("/health")
-async def health() -> schemas.StatusResponse:
+@router.get("/health", responses={200: described("Alive", "status")})
+async def health() -> dict[str, str]:
     """Whether the process answers. It needs no key."""
-    return schemas.StatusResponse(status="ok")
+    return {"status": "ok"}
 
 
-@router.get("/ready", responses={**GET, 503: POST[503]})
-async def ready(shared: Shared) -> schemas.StatusResponse:
+@router.get("/ready", responses={**GET, 200: described("Ready", "status"), 503: POST[503]})
+async def ready(shared: Shared) -> dict[str, str]:
     """Whether requests are taken now."""
     shared.service.check(0)
-    return schemas.StatusResponse(status="ready")
+    return {"status": "ready"}
 
 
 @router.get("/metrics", responses={**GET, 200: {"content": {"text/plain": {}}}}, response_class=Response)

@@ -1,18 +1,20 @@
-"""The types on the wire: OpenAI's requests as far as a vision-language model can answer them, and its responses.
+"""Requests on the wire: OpenAI's, as far as a vision-language model can answer them.
 
 A null is the same as a missing key. Keys in IGNORED do not affect a reply. Keys in UNSUPPORTED would, so a request with
-one is refused, unless its value asks for nothing.
+one is refused, unless its value asks for nothing. A body gives few errors, whatever it holds: lists end at their first one,
+and so do unknown keys.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from ivl.serve.errors import APIError
-from ivl.types import FinishReason
 
 IGNORED = frozenset(
     ("user", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
@@ -27,9 +29,8 @@ UNSUPPORTED = {
     "suffix": "suffix is not supported", "echo": "echo is not supported", "best_of": "best_of is not supported",
 }  # fmt: skip
 EMPTY: tuple[Any, ...] = ([], {}, "", "none", False)
-
-
-# Requests
+MAX_PARAM_CHARS = 100
+"""Characters of a field's place that an error repeats."""
 
 
 class RequestPart(BaseModel):
@@ -39,15 +40,44 @@ class RequestPart(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_empty(cls, data: Any) -> Any:
+    def _check_keys(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        given = {key: value for key, value in data.items() if value is not None and key not in IGNORED - set(cls.model_fields)}
-        for key in [key for key in given if key in UNSUPPORTED and key not in cls.model_fields]:
-            if given[key] not in EMPTY:
+        given, known = {}, _known_keys(cls)
+        for key, value in data.items():
+            if value is None or (key not in known and key in IGNORED):
+                continue
+            if key in known:
+                given[key] = value
+            elif key not in UNSUPPORTED:
+                raise PydanticCustomError("unknown", "not known to this server", {"param": key})
+            elif value not in EMPTY:
                 raise PydanticCustomError("unsupported", "{reason}", {"reason": UNSUPPORTED[key], "param": key})
-            del given[key]
         return given
+
+
+@cache
+def _known_keys(kind: type[RequestPart]) -> frozenset[str]:
+    return frozenset(field.alias or name for name, field in kind.model_fields.items())
+
+
+def _choice(kind: Callable[[Any], str | None], words: str) -> Discriminator:
+    """Return what chooses between types, which are tagged in angle brackets: an error leaves the tags out of its place."""
+    return Discriminator(kind, custom_error_type="wrong_type", custom_error_message=words)
+
+
+def _text_or_list(value: Any) -> str | None:
+    return {str: "<text>", list: "<list>"}.get(type(value))
+
+
+def _kind_of_prompt(value: Any) -> str | None:
+    first = type(value[0]) if isinstance(value, list) and value else None
+    return {int: "<ids>", list: "<lists>"}.get(first) if first in (int, list) else _text_or_list(value)
+
+
+def _kind_of_part(value: Any) -> str | None:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return f"<{kind}>" if kind in ("text", "image_url", "video_url") else None
 
 
 class TextPart(RequestPart):
@@ -78,12 +108,20 @@ class VideoPart(RequestPart):
     video_url: VideoURL
 
 
-AnyPart = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
+FailFast = Field(fail_fast=True)
+AnyText = Annotated[str, Tag("<text>")]
+Texts = Annotated[list[str], FailFast, Tag("<list>")]
+AnyPart = Annotated[
+    Annotated[TextPart, Tag("<text>")] | Annotated[ImagePart, Tag("<image_url>")] | Annotated[VideoPart, Tag("<video_url>")],
+    _choice(_kind_of_part, "a part is an object whose type is text, image_url or video_url"),
+]
+Parts = Annotated[list[AnyPart], FailFast, Tag("<list>")]
+TokenIds = Annotated[list[int], FailFast]
 
 
 class ChatMessage(RequestPart):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[AnyPart]
+    content: Annotated[AnyText | Parts, _choice(_text_or_list, "a content is a text or a list of parts")]
 
 
 class JSONSchema(RequestPart):
@@ -124,7 +162,7 @@ class SamplingBody(RequestPart):
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     seed: int | None = Field(None, ge=-(1 << 63), le=(1 << 63) - 1)
-    stop: str | list[str] = Field(default_factory=list)
+    stop: Annotated[AnyText | Texts, _choice(_text_or_list, "stop is a text or a list of texts")] = Field(default_factory=list)
     n: int = Field(1, ge=1)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -150,12 +188,12 @@ class SamplingBody(RequestPart):
 
 
 class ChatRequest(SamplingBody):
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0)
     response_format: ResponseFormat | None = None
-    modalities: list[Literal["text"]] = Field(default_factory=list)
+    modalities: list[Literal["text"]] = Field(default_factory=list, fail_fast=True)
 
     @model_validator(mode="after")
     def _agrees(self) -> ChatRequest:
@@ -169,7 +207,10 @@ class ChatRequest(SamplingBody):
 
 
 class CompletionRequest(SamplingBody):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Annotated[
+        AnyText | Texts | Annotated[TokenIds, Tag("<ids>")] | Annotated[list[TokenIds], FailFast, Tag("<lists>")],
+        _choice(_kind_of_prompt, "a prompt is a text, a list of texts, a list of token ids, or a list of such lists"),
+    ]
     """A text, token ids, or several of either."""
     logprobs: int | None = Field(None, ge=0)
 
@@ -189,7 +230,7 @@ class TokenizeRequest(RequestPart):
 
     model: str = ""
     prompt: str | None = None
-    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    messages: list[ChatMessage] | None = Field(None, min_length=1, fail_fast=True)
 
     @model_validator(mode="after")
     def _one(self) -> TokenizeRequest:
@@ -198,153 +239,22 @@ class TokenizeRequest(RequestPart):
         return self
 
 
-# Responses
-
-
-class ErrorContent(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorResponse(BaseModel):
-    error: ErrorContent
-
-
-class PromptDetails(BaseModel):
-    cached_tokens: int = 0
-
-
-class TokenUsage(BaseModel):
-    """Tokens of a request; tokens of images count as prompt tokens."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptDetails
-
-
-class TopLogprob(BaseModel):
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class WireTokenLogprob(TopLogprob):
-    top_logprobs: list[TopLogprob]
-
-
-class ChatLogprobs(BaseModel):
-    content: list[WireTokenLogprob]
-    refusal: None = None
-
-
-class CompletionLogprobs(BaseModel):
-    """ChatLogprobs as /v1/completions writes them."""
-
-    tokens: list[str] = Field(default_factory=list)
-    token_logprobs: list[float] = Field(default_factory=list)
-    top_logprobs: list[dict[str, float]] | None = None
-    text_offset: list[int] = Field(default_factory=list)
-
-
-class ResponseMessage(BaseModel):
-    role: Literal["assistant"] = "assistant"
-    content: str
-    refusal: None = None
-
-
-class ChatChoice(BaseModel):
-    index: int
-    message: ResponseMessage
-    logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
-
-
-class ChatResponse(BaseModel):
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: TokenUsage
-
-
-class ChatDelta(BaseModel):
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-
-
-class ChunkChoice(BaseModel):
-    index: int
-    delta: ChatDelta
-    logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None = None
-
-
-class ChatChunk(BaseModel):
-    id: str
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    choices: list[ChunkChoice]
-    usage: TokenUsage | None = None
-
-
-class CompletionChoice(BaseModel):
-    index: int
-    text: str
-    logprobs: CompletionLogprobs | None = None
-    finish_reason: FinishReason | None = None
-
-
-class CompletionResponse(BaseModel):
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    choices: list[CompletionChoice]
-    usage: TokenUsage | None = None
-
-
-class ModelCard(BaseModel):
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "ivl"
-    max_model_len: int
-
-
-class ModelList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[ModelCard]
-
-
-class TokenizeResponse(BaseModel):
-    count: int
-    max_model_len: int
-    tokens: list[int]
-
-
-class StatusResponse(BaseModel):
-    status: str
-
-
 def validation_error(error: ValidationError) -> APIError:
     """Return the first fault of a request, with its place as `messages[0].content`."""
     first = error.errors(include_url=False, include_input=False)[0]
-    kind, context = first["type"], first.get("ctx", {})
+    kind, message = first["type"], first["msg"]
     place = ""
-    for step in first["loc"]:
-        place += f"[{step}]" if isinstance(step, int) else f".{step}" if place else step
-    param = str(context.get("param", "")) if kind != "extra_forbidden" else ""
-    place = ".".join(filter(None, (place, param))) or None
+    for step in (*first["loc"], *filter(None, [first.get("ctx", {}).get("param")])):
+        if isinstance(step, int):
+            place += f"[{step}]"
+        elif not step.startswith("<"):
+            place += f".{step}" if place else step
+    place = place[:MAX_PARAM_CHARS]
     if kind == "json_invalid":
         return APIError(400, "the body is not valid JSON", code="invalid_json")
-    if kind == "extra_forbidden":
-        return APIError(400, f"{place} is not known to this server", param=place, code="unknown_parameter")
+    if kind == "unknown":
+        return APIError(400, f"{place} is {message}", param=place, code="unknown_parameter")
     if kind == "unsupported":
-        return APIError(400, f"{place}: {first['msg']} by this server", param=place, code="unsupported_parameter")
-    message = f"{place}: {first['msg']}" if place else str(first["msg"])
-    return APIError(400, message, param=place, code="missing" if kind == "missing" else "invalid_value")
+        return APIError(400, f"{place}: {message} by this server", param=place, code="unsupported_parameter")
+    code = "missing" if kind == "missing" else "invalid_value"
+    return APIError(400, f"{place}: {message}" if place else message, param=place or None, code=code)
