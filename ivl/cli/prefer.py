@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
 
 from ivl.errors import InputError
+from ivl.evaluation.scoring import AnswerMode, AnswerStyle
 from ivl.generators import GeneratorConfig, connect
 from ivl.preference.questions import load_sources, read_questions
 from ivl.preference.sampling import DropoutConfig, SamplingConfig, continue_without_images, sample
@@ -25,12 +27,17 @@ class PreferSampleOptions:
     """A .jsonl file of questions, or a JSON object of sources (docs/preference.md)."""
     out: Input
     """Journal of replies to write, a .jsonl file."""
+    style: AnswerStyle | None = None
+    """How replies are asked to show their answer, where the sources do not say it: final_answer, boxed, think, or direct."""
+    mode: AnswerMode | None = None
+    """How answers are compared, where the sources do not say it (docs/preference.md)."""
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     config: SamplingConfig = field(default_factory=SamplingConfig)
 
     def run(self) -> None:
         """Run `ivl prefer sample`."""
-        sources = load_sources(self.questions)
+        given = {"style": self.style, "mode": self.mode}
+        sources = load_sources(self.questions, **{key: value for key, value in given.items() if value})
         total = sum(1 for _ in read_questions(sources))
         generator, name = connect(self.generator)
         with reporting("sampling", "questions") as show:
@@ -79,20 +86,34 @@ class PairsOptions:
     """Most pairs of a question and kind; by default 15, or 3 where there are more than 500,000 questions."""
     seed: int = 0
     """Chooses among possible pairs."""
+    max_chars: int = 32_000
+    """Most characters of a question and its two replies; longer pairs are left out."""
+    style: AnswerStyle | None = None
+    """Where replies show their answer; by default as they were asked to."""
+    mode: AnswerMode | None = None
+    """How answers are compared; by default as the source says."""
 
     def run(self) -> None:
         """Run `ivl prefer pairs`."""
-        from ivl.preference.pairs import build_pairs
+        from ivl.preference.pairs import build_pairs, why_none
         from ivl.preference.report import write_report
 
         with reporting("pairs", "questions") as show:
-            tallies = build_pairs(self.replies, self.out, limit=self.limit, seed=self.seed, on_progress=show)
+            tallies = build_pairs(
+                self.replies, self.out, limit=self.limit, seed=self.seed, max_chars=self.max_chars,
+                style=self.style, mode=self.mode, on_progress=show,
+            )  # fmt: skip
         write_report(self.out, tallies, seed=self.seed)
         for name, tally in tallies.items():
-            pairs = ", ".join(f"{count:,} {kind} pairs" for kind, count in sorted(tally.pairs.items())) or "no pairs"
+            pairs = ", ".join(f"{count:,} {kind} pairs" for kind, count in sorted(tally.pairs.items()))
+            pairs = pairs or f"no pairs: {why_none(tally)}"
             print(f"{name}: {tally.questions:,} questions, {tally.accuracy:.1%} of replies correct, {pairs}")
-        mixture = self.out / "meta.json"
-        print(f"report: {self.out / 'report.html'}\ntrain:  ivl train 1B-mpo --model MODEL --data.mixture {mixture}")
+            for reason, count in (tally.malformed + tally.left_out).most_common() if tally.pairs else ():
+                print(f"  not used: {count:,} {reason}")
+        print(f"report: {self.out / 'report.html'}")
+        if not any(tally.pairs for tally in tallies.values()):
+            raise InputError(f"{self.replies}: no pairs; the lines above say why")
+        print(f"next: ivl train mpo --model MODEL --data {shlex.quote(str(self.out / 'meta.json'))}")
 
 
 def main(args: list[str]) -> None:

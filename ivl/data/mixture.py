@@ -83,7 +83,7 @@ def _read_meta(path: Path) -> dict[str, Any] | None:
     try:
         meta = read_json(path)
     except InputError as error:
-        if "Extra data" in str(error):  # jsonl under another name
+        if "Extra data" in str(error) or "bytes of JSON" in str(error):  # jsonl under another name
             return None
         raise
     is_meta = isinstance(meta, dict) and not any(key in meta for key in TURN_KEYS[None])

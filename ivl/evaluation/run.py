@@ -24,7 +24,7 @@ from ivl.evaluation.voting import GUIDED_RATING, RATING, Candidate, Rater, Ratin
 from ivl.generators import Generator, answers_of, connect
 from ivl.types import SamplingParams
 from ivl.utils.files import write_json
-from ivl.utils.jsonl import AppendLog, read_rows
+from ivl.utils.jsonl import AppendLog, json_line
 from ivl.utils.progress import ShowProgress, reporting
 
 PACKAGES = ("ivl", "torch", "tokenizers", "pillow", "easy-vqa")
@@ -253,20 +253,20 @@ def open_predictions(path: Path, about: dict[str, Any]) -> tuple[list[Prediction
         InputError: if the file holds predictions of something else, or a line is broken.
     """
     saved: list[Prediction] = []
-    keep = 0
-    for number, end, row in read_rows(path, "delete the file to start again") if path.exists() else ():
-        keep = end
+
+    def take(number: int, row: dict[str, Any]) -> bool:
         if number > 1:
             saved.append(_prediction(row, f"{path}:{number}"))
-            continue
-        for key in {**about, **row}:
+        for key in {**about, **row} if number == 1 else ():
             if row.get(key) != about.get(key):
                 raise InputError(
                     f"{path}: holds predictions with {key} {row.get(key)!r}, this run has {about.get(key)!r}; "
                     "delete the file or name another with --predictions"
                 )
-    log = AppendLog(path, keep)
-    if not keep:
+        return True
+
+    log = AppendLog(path)
+    if not log.resume(json_line(about), take, "delete the file to start again"):
         log.append([about])
         log.sync()
     return saved, log

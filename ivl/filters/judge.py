@@ -13,16 +13,20 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from ivl.errors import InputError
 from ivl.filters.rules import FilterVerdict
 from ivl.filters.text import shown_text
 from ivl.generators import Generator, Refused, answers_of
 from ivl.types import Message, Record, SamplingParams, Text
+from ivl.utils.files import regular
 
 PROMPTS = {path.stem: path.read_text("utf-8").rstrip("\n") for path in Path(__file__).with_name("prompts").glob("*.txt")}
+LOCK_SECONDS = 60
+"""How long the cache waits for another process that writes it."""
 DOMAINS = ("general", "discipline", "programming", "mathematics")
 """The quality prompt has criteria for each of these."""
 STRICTER = """
@@ -110,16 +114,7 @@ class DataJudge:
     ) -> None:
         self.generator, self.name, self.threads = generator, name, threads
         self.config = config or DataJudgeConfig()
-        self.asked = self.unjudged = 0
-        try:
-            if cache != ":memory:":
-                Path(cache).parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(cache, timeout=60, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=NORMAL")
-            self._db.execute("CREATE TABLE IF NOT EXISTS replies (key BLOB PRIMARY KEY, reply TEXT NOT NULL) WITHOUT ROWID")
-        except (OSError, sqlite3.Error) as error:
-            raise InputError(f"{cache}: cannot be used as the judge's cache ({error})") from None
+        self.asked, self.unjudged, self.cache = 0, 0, ReplyCache(cache)
 
     def verdicts(self, stage: JudgedStage, rows: Sequence[tuple[Record, str]]) -> list[FilterVerdict]:
         """Return a verdict for each (record, domain), in order.
@@ -151,14 +146,10 @@ class DataJudge:
 
     def _replies(self, prompts: list[str]) -> dict[str, str | None]:
         """Return the reply to each prompt, None where the generator refused. Equal prompts are asked once."""
-        replies: dict[str, str | None] = {}
-        for prompt in prompts:
-            row = self._db.execute("SELECT reply FROM replies WHERE key = ?", (self._key(prompt),)).fetchone()
-            replies[prompt] = row[0] if row else None
+        replies = {prompt: self.cache.get(self._key(prompt)) for prompt in prompts}
         for prompt, reply in self._ask([prompt for prompt, reply in replies.items() if reply is None]):
             if reply is not None:
-                text = reply.encode("utf-8", "replace").decode()
-                self._db.execute("INSERT OR REPLACE INTO replies VALUES (?, ?)", (self._key(prompt), text))
+                self.cache.put(self._key(prompt), reply)
             replies[prompt] = reply
         return replies
 
@@ -187,6 +178,47 @@ class DataJudge:
             return [pair for prompt in prompts for pair in self._ask_batch([prompt])]
 
 
+class ReplyCache:
+    """Replies in an sqlite file, which several runs may share. The file is opened, or made, when it is first used."""
+
+    def __init__(self, path: str | Path = ":memory:") -> None:
+        self.path = path
+
+    def get(self, key: bytes) -> str | None:
+        """Return the reply under a key, if there is one."""
+        rows = self._execute("SELECT reply FROM replies WHERE key = ?", key)
+        return rows[0][0] if rows and isinstance(rows[0][0], str) else None
+
+    def put(self, key: bytes, reply: str) -> None:
+        """Keep a reply; it is on disk when this returns. Lone surrogates, which sqlite cannot hold, become question marks."""
+        self._execute("INSERT OR REPLACE INTO replies VALUES (?, ?)", key, reply.encode("utf-8", "replace").decode())
+
+    def _execute(self, statement: str, *values: bytes | str) -> list[tuple[Any, ...]]:
+        try:
+            return self._db.execute(statement, values).fetchall()
+        except (OSError, sqlite3.Error) as error:
+            raise InputError(
+                f"{self.path}: cannot be used as the judge's cache ({error}); is another program writing it, or the disk full? "
+                "The same command goes on. If the file is damaged, remove it, and the judge is asked again"
+            ) from None
+
+    @cached_property
+    def _db(self) -> sqlite3.Connection:
+        """The connection. A database of something else is refused before anything is written to it."""
+        if self.path != ":memory:":
+            Path(self.path).parent.mkdir(parents=True, exist_ok=True)
+            if Path(self.path).exists():
+                regular(self.path)
+        db = sqlite3.connect(self.path, timeout=LOCK_SECONDS, isolation_level=None)
+        tables = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'")]
+        if tables not in ([], ["replies"]):
+            raise InputError(f"{self.path}: holds {', '.join(tables)}, so it is no judge's cache; name another --judge-cache")
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("PRAGMA synchronous=NORMAL")
+        db.execute("CREATE TABLE IF NOT EXISTS replies (key BLOB PRIMARY KEY, reply TEXT NOT NULL) WITHOUT ROWID")
+        return db
+
+
 def sample_text(record: Record, max_chars: int) -> str:
     """Show a record to the judge: turns under their roles, media as `[image]` and `[video]`."""
     turns = [[f"[{message.role}]\n{shown_text(message)}" for message in talk] for talk in record.conversations]
@@ -197,26 +229,44 @@ def sample_text(record: Record, max_chars: int) -> str:
     return f"{text[:half]}\n[... {len(text) - 2 * half:,} characters are not shown ...]\n{text[len(text) - half :]}"
 
 
-_NUMBER = r"(?<![\d.,-])(\d{1,3}(?:[.,]\d+)?)(?![\d]|[.,]\d)(?:\s*(?:/|out of)\s*(\d+))?(?!\s*(?:-|–|—|to\b)\s*\d)"
-_LABELLED = re.compile(
-    r"(?:score|rating|grade|评分|得分|分数)[\"'*_`)\]]*\s*(?:[(\[]\s*0\s*(?:-|–|to)\s*10\s*[)\]])?\s*(?:is|of|为)?"
-    r"[\s:：=\"'*_`([]*" + _NUMBER,
-    re.IGNORECASE,
-)  # fmt: skip
-_OUT_OF_TEN = re.compile(_NUMBER.replace(r"(?:\s*(?:/|out of)\s*(\d+))?", r"\s*(?:/|out of)\s*(10)\b"), re.IGNORECASE)
-_ALONE = re.compile(r"[\s*_`\"'(\[]*" + _NUMBER + r"[\s*_`\"')\].]*")
+_TOKEN = re.compile(r"-?\d+(?:[.,]\d+)*|[a-z]+|评分|得分|分数|[^\w\s]|\w", re.IGNORECASE)
+_LABELS = frozenset(("score", "rating", "grade", "评分", "得分", "分数"))
+_DECORATION = frozenset("\"'*_`()[]:：=")
+_SCALES = (["0", "-10"], ["0", "-", "10"], ["0", "–", "10"], ["0", "to", "10"])
+_NUMBER, _RANGE = re.compile(r"\d{1,3}(?:[.,]\d+)?"), re.compile(r"-\d")
 
 
 def parse_score(reply: str | None) -> float | None:
     """Read the score from 0 to 10 that a reply ends with: the last `Score: N`, else `N/10`, else a number alone.
 
-    Other scales, ranges and numbers below 0 or above 10 are no score.
+    Other scales, ranges and numbers below 0 or above 10 are no score. The reply is read token by token, in linear time.
     """
-    if reply is None:
+    tokens = [token for token in _TOKEN.findall((reply or "").casefold()) if token not in _DECORATION]
+    labelled = [found for at, token in enumerate(tokens) if token in _LABELS and (found := _score(tokens, _behind(tokens, at)))]
+    rated = [found for at in range(len(tokens)) if (found := _score(tokens, at)) and found[1] == "10"]
+    alone = _score(tokens, 0)
+    if alone and not labelled and not rated and any(token != "." for token in tokens[3 if alone[1] else 1 :]):
+        alone = None
+    found = labelled[-1] if labelled else rated[-1] if rated else alone
+    return found[0] if found and found[0] <= 10 and found[1] in ("", "10") else None
+
+
+def _behind(tokens: list[str], label: int) -> int:
+    """Return the place behind a label, the scale and a verb, as in `Score (0-10) is`."""
+    at = label + 1
+    at += next((len(scale) for scale in _SCALES if tokens[at : at + len(scale)] == scale), 0)
+    return at + (tokens[at : at + 1] in (["is"], ["of"], ["为"]))
+
+
+def _score(tokens: list[str], at: int) -> tuple[float, str] | None:
+    """Return the number at a place and the scale behind it; None where there is no number, or a range of two."""
+    if at >= len(tokens) or not _NUMBER.fullmatch(tokens[at]):
         return None
-    found = [*_LABELLED.finditer(reply)] or [*_OUT_OF_TEN.finditer(reply)]
-    last = found[-1] if found else _ALONE.fullmatch(reply)
-    if last is None:
+    number, scale, at = tokens[at], "", at + 1
+    for words in (["/"], ["out", "of"]):
+        if tokens[at : at + len(words)] == words and tokens[at + len(words) : at + len(words) + 1]:
+            scale, at = tokens[at + len(words)], at + len(words) + 1
+    rest = tokens[at : at + 2]
+    if rest and (_RANGE.match(rest[0]) or (rest[0] in ("-", "–", "—", "to") and rest[-1][:1].isdigit())):
         return None
-    score, scale = float(last[1].replace(",", ".")), last[2]
-    return score if score <= 10 and scale in (None, "10") else None
+    return float(number.replace(",", ".")), scale

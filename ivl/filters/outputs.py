@@ -7,46 +7,83 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ivl.data.rows import from_record
-from ivl.errors import DataError
+from ivl.errors import DataError, InputError
+from ivl.filters.chain import UNREADABLE
 from ivl.filters.report import FilterReport
 from ivl.filters.rows import RowChecker, RowEntry
-from ivl.utils.files import write_atomic, write_json
-from ivl.utils.jsonl import AppendLog, json_line
+from ivl.utils.files import NewFiles, write_atomic, write_json
+from ivl.utils.jsonl import Journal, json_line, read_journal, reading_line
+from ivl.utils.strict_json import read_json
 
+OUTPUTS = ("meta.json", "dropped.jsonl", "verdicts.jsonl", "report.html", "report.json")
+"""Files of a run beside kept/ and its journal."""
 TEXT = ("jsonl", "json")
 """Containers whose rows are kept as they are."""
 
 
-def write_outputs(out: Path, checker: RowChecker, entries: Iterator[RowEntry], judge: str | None) -> None:
-    """Write every file of a run; report.json, written last, tells that the others are complete.
+def read_entries(path: Path, checker: RowChecker) -> Iterator[tuple[int, RowEntry]]:
+    """Yield the entries of the journal with their line numbers.
+
+    Raises:
+        InputError: at a damaged line, and at one that is of another row than the mixture has there.
+    """
+    places, names = checker.places(), {UNREADABLE, *(stage.name for stage in checker.chain.stages)}
+    for number, entry in read_journal(path)[1]:
+        with reading_line(path, number):
+            if (entry["dataset"], entry["row"]) != (place := next(places, None)):
+                raise KeyError(f"row {entry['row']!r} of {entry['dataset']!r} where {place} is expected")
+            dropped = None if entry["keep"] is True else entry["stage"]
+            texts, numbers = (entry["id"], entry["source"], entry.get("reason", "")), entry["scores"].values()
+            if dropped not in (None, *names) or not all(isinstance(text, str) for text in texts) or sum(numbers) is None:
+                raise KeyError(f"stage {dropped!r} or a name of another type")
+        yield number, entry
+
+
+def finished_report(out: Path, about: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the content of report.json, if it is of this very run; it is the last file that a run writes."""
+    if not (out / "report.json").is_file():
+        return None
+    report = read_json(out / "report.json")
+    return report if isinstance(report, dict) and report.get("run", about) == about else None
+
+
+def remove_outputs(out: Path) -> None:
+    """Remove the files of an earlier run: those that a run writes, and no others."""
+    kept: Iterable[str] = ()
+    with suppress(InputError, TypeError, KeyError):
+        kept = kept_files(read_json(out / "report.json")["datasets"]).values()
+    for name in ("report.json", *OUTPUTS, *kept):
+        (out / name).unlink(missing_ok=True)
+
+
+def write_outputs(out: Path, checker: RowChecker, journal: Journal, judge: str | None) -> dict[str, Any]:
+    """Write every file of a run and return the content of report.json, which is written last.
 
     Args:
-        entries: the entries of the journal, in order.
+        journal: of every row.
         judge: the name of the judge, for the report.
     """
-    for path in out.glob("kept/*.jsonl"):
-        path.unlink()
-    report, files = FilterReport(checker), kept_files(checker.specs)
-    logs = {name: AppendLog(out / name, 0) for name in ("verdicts.jsonl", "dropped.jsonl", *files.values())}
-    for entry in entries:
-        report.count(entry)
-        logs["verdicts.jsonl"].append_bytes(json_line(_without(entry, "problem", "signatures")))
-        if entry["keep"]:
-            logs[files[entry["dataset"]]].append_bytes(_kept(checker, entry))
-        else:
-            head = json_line(_without(entry, "keep", "scores", "unjudged", "signatures")).removesuffix(b"}\n")
-            logs["dropped.jsonl"].append_bytes(head + b', "row": ' + _dropped(checker, entry) + b"}\n")
-    for log in logs.values():
-        log.sync()
-        log.close()
-    figures = report.figures(judge)
-    write_json(out / "meta.json", _meta(checker, files, report.datasets))
+    report, kept = FilterReport(checker), kept_files(checker.specs)
+    with NewFiles(out, ("verdicts.jsonl", "dropped.jsonl", *kept.values())) as files:
+        for number, entry in read_entries(journal.path, checker):
+            with reading_line(journal.path, number):
+                report.count(entry)
+            files.write("verdicts.jsonl", json_line(_without(entry, "problem", "signatures")))
+            if entry["keep"]:
+                files.write(kept[entry["dataset"]], _kept(checker, entry))
+            else:
+                head = json_line(_without(entry, "keep", "scores", "unjudged", "signatures")).removesuffix(b"}\n")
+                files.write("dropped.jsonl", head + b', "row": ' + _dropped(checker, entry) + b"}\n")
+    figures = report.figures(judge) | {"run": journal.about}
+    write_json(out / "meta.json", _meta(checker, kept, report.datasets))
     write_atomic(out / "report.html", report.page(figures))
     write_json(out / "report.json", figures)
+    return read_json(out / "report.json")
 
 
 def _without(entry: RowEntry, *keys: str) -> RowEntry:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,8 +20,8 @@ from ivl.utils import html
 
 PER_REASON, MAX_REASONS = 4, 12
 """Dropped rows shown for each of the commonest reasons, and reasons shown."""
-MAX_IMAGES, MAX_SHOWN = 3, 4_000
-"""Images of a row, and characters of a turn, that are shown."""
+MAX_SHOWN = 4_000
+"""Characters of a turn that are shown."""
 STYLE = "h3 { font-size: 1rem } .card { margin-bottom: 1rem } .card pre { max-height: 12rem; overflow: auto }"
 
 
@@ -38,7 +37,7 @@ class StageFigures:
     kept_scores: Counter[float] = field(default_factory=Counter)
     dropped_scores: Counter[float] = field(default_factory=Counter)
     examples: dict[str, list[RowEntry]] = field(default_factory=dict)
-    """Random dropped rows by reason."""
+    """The first dropped rows by reason."""
 
 
 class FilterReport:
@@ -48,7 +47,6 @@ class FilterReport:
         self.checker, self.chain = checker, checker.chain
         self.datasets = {name: {"rows": 0, "kept": 0, "dropped": Counter()} for name in checker.specs}
         self.stages = {name: StageFigures() for name in [UNREADABLE, *(stage.name for stage in self.chain.stages)]}
-        self._random = random.Random(0)
 
     def count(self, entry: RowEntry) -> None:
         last, dataset = entry.get("stage"), self.datasets[entry["dataset"]]
@@ -69,17 +67,11 @@ class FilterReport:
                 break
         if last is not None:
             dataset["dropped"][last] += 1
-            self._count_dropped(self.stages[last], entry)
-
-    def _count_dropped(self, figures: StageFigures, entry: RowEntry) -> None:
-        reason = entry["reason"]
-        figures.dropped += 1
-        figures.reasons[reason] += 1
-        examples = figures.examples.setdefault(reason, [])
-        if len(examples) < PER_REASON:
-            examples.append(entry)
-        elif (place := self._random.randrange(figures.reasons[reason])) < PER_REASON:  # reservoir sampling
-            examples[place] = entry
+            figures, reason = self.stages[last], entry["reason"]
+            figures.dropped += 1
+            figures.reasons[reason] += 1
+            if len(examples := figures.examples.setdefault(reason, [])) < PER_REASON:
+                examples.append(entry)
 
     def figures(self, judge: str | None) -> dict[str, Any]:
         """Return the content of report.json."""
@@ -98,10 +90,12 @@ class FilterReport:
         figures |= {key: getattr(counted, key) for key in ("reached", "dropped", "exempt", "unjudged")}
         figures["reasons"] = dict(sorted(counted.reasons.items(), key=lambda item: (-item[1], item[0])))
         if stage and (counted.kept_scores or counted.dropped_scores):
-            edges = _edges([*counted.kept_scores, *counted.dropped_scores], judged=stage.judged)
-            sides = {"kept": counted.kept_scores, "dropped": counted.dropped_scores}
-            counts = {side: np.histogram(list(s), edges, weights=list(s.values()))[0] for side, s in sides.items()}
-            figures["histogram"] = {"edges": edges.tolist()} | {k: v.astype(int).tolist() for k, v in counts.items()}
+            # A bin for each score of a judge; the last bin holds every higher score.
+            edges = np.arange(-0.5, 11) if stage.judged else np.linspace(0, 2 * (stage.limit or 1), 41)
+            figures["histogram"] = {"edges": edges.tolist()}
+            for side, scores in (("kept", counted.kept_scores), ("dropped", counted.dropped_scores)):
+                clipped = np.clip(list(scores), edges[0], edges[-1])
+                figures["histogram"][side] = np.histogram(clipped, edges, weights=list(scores.values()))[0].astype(int).tolist()
         return figures
 
     def page(self, figures: dict[str, Any]) -> str:
@@ -147,19 +141,6 @@ class FilterReport:
         return f"<div class='card'><b class='bad'>{html.text(why)}</b><br>{where}{body}</div>"
 
 
-def _edges(scores: list[float], *, judged: bool) -> np.ndarray:
-    """Return the edges of a histogram: a bin for each score of a judge, bins of equal ratio where scores are far apart."""
-    low, high = min(scores), max(scores)
-    if judged:
-        edges = np.arange(-0.5, 11)
-    elif low >= 0 and high > 100:
-        edges = np.expm1(np.linspace(np.log1p(low), np.log1p(high) + 1e-9, 41))
-    else:
-        edges = np.linspace(low, high if high > low else low + 1, 41)
-    edges[0], edges[-1] = min(edges[0], low), max(edges[-1], high)  # the logarithm rounds
-    return edges
-
-
 def _share(part: int, whole: int) -> str:
     return f"{part / whole:.2%}" if whole else "0%"
 
@@ -169,9 +150,9 @@ def _reasons(stage: dict[str, Any]) -> str:
 
 
 def _record(record: Record) -> str:
-    images = [ref for ref in media_of(record) if isinstance(ref, ImageRef)]
-    shown = "<br>" + "".join(map(_thumbnail, images[:MAX_IMAGES])) if images else ""
-    shown += f" and {len(images) - MAX_IMAGES} more images" if len(images) > MAX_IMAGES else ""
+    """Show the first image of a row, and its turns."""
+    image = next((ref for ref in media_of(record) if isinstance(ref, ImageRef)), None)
+    shown = f"<br>{_thumbnail(image)}" if image else ""
     for message in (message for conversation in record.conversations for message in conversation):
         shown += _turn(message.role, shown_text(message))
     return shown
@@ -198,8 +179,6 @@ def _plot(figures: dict[str, Any]) -> str:
     if figures["limit"] is not None:
         axis.axvline(figures["limit"], color="#222", linestyle="--", linewidth=1, label=f"limit {figures['limit']:g}")
     axis.set_yscale("symlog", linthresh=10)
-    if edges[0] >= 0 and edges[-1] > 100:
-        axis.set_xscale("symlog", linthresh=1)
-    axis.set(xlabel="score", ylabel="rows", ylim=(0, 2 * (kept + dropped).max()))
+    axis.set(xlabel="score; the last bar holds all above", ylabel="rows", ylim=(0, 2 * (kept + dropped).max()))
     axis.legend(frameon=False, fontsize=8, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
     return html.plot(figure, f"scores of {figures['name']}")

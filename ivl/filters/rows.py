@@ -48,10 +48,13 @@ class RowChecker:
         root = Path(self.specs[dataset].root).absolute()
         return read_record(self.files[dataset], entry["row"], root=root, dataset=dataset)
 
+    def places(self) -> Iterator[Place]:
+        """Yield the places of all rows, in order."""
+        return ((dataset, row) for dataset, rows in self.files.items() for row in range(len(rows)))
+
     def blocks(self, start: int, size: int) -> Iterator[list[Place]]:
         """Yield the places of all rows from row `start` on, `size` at a time."""
-        places = ((dataset, row) for dataset, rows in self.files.items() for row in range(len(rows)))
-        places = islice(places, start, None)
+        places = islice(self.places(), start, None)
         while block := list(islice(places, size)):
             yield block
 

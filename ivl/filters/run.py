@@ -9,8 +9,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,12 @@ from ivl.errors import InputError
 from ivl.filters.chain import Chain
 from ivl.filters.cluster import AHEAD, in_order_on_ray
 from ivl.filters.judge import DataJudge
-from ivl.filters.outputs import write_outputs
+from ivl.filters.outputs import OUTPUTS, finished_report, read_entries, remove_outputs, write_outputs
 from ivl.filters.rows import Results, RowChecker, RowEntry, add_verdict
 from ivl.filters.rules import KEEP, FilterVerdict
 from ivl.formats.rows import RowFormat
-from ivl.utils.jsonl import Journal, read_journal
+from ivl.utils.jsonl import Journal, reading_line
 from ivl.utils.progress import ShowProgress
-from ivl.utils.strict_json import read_json
 from ivl.utils.workers import in_order
 
 BLOCK = 64
@@ -67,8 +66,8 @@ def run(
     The same call continues an interrupted run, and returns at once after a complete one.
 
     Raises:
-        InputError: if the folder holds a run of other data or settings, a file cannot be read, a stage needs a judge and
-            there is none, or the judge fails.
+        InputError: if the folder holds the input, or files of something else, or a run of other data or settings, or another
+            process is at work there; if a file cannot be read, a stage needs a judge and there is none, or the judge fails.
     """
     options, out = options or FilterOptions(), Path(out)
     judge = judge if chain.needs_judge else None
@@ -76,56 +75,57 @@ def run(
         names = ", ".join(stage.name for stage in chain.stages if stage.judged)
         raise InputError(f"the stages {names} need a judge: give a model or an endpoint, or take the filter `heuristic`")
     checker = RowChecker(chain, load_mixture(mixture, root=options.root, format=options.format))
-    report, total = out / "report.json", sum(map(len, checker.files.values()))
-    with _folder(out, fresh=options.fresh), _journal(out, checker, judge) as journal:
-        if not report.is_file():
-            stages, first, kept = _OrderedStages(checker, judge), 0, 0
-            for _, entry in read_journal(journal.path)[1]:
-                stages.replay(entry)
-                first += 1
-            done, size = first, max(BLOCK, 4 * judge.threads) if judge else BLOCK
-            on_progress(done, total, resumed=first)
-            blocks, workers = checker.blocks(done, size), options.workers
-            if options.ray:
-                checked = in_order_on_ray(checker, blocks, address=options.ray, workers=workers)
-            else:
-                checked = in_order(checker, blocks, num_workers=workers, prefetch=AHEAD)
-            for rows in checked:
-                entries = stages.judge_rows(rows)
-                journal.add(entries)
-                done, kept = done + len(entries), kept + sum(entry["keep"] for entry in entries)
-                on_progress(done, total, resumed=first, note=f"{kept / (done - first):.1%} kept")
-            written = (entry for _, entry in read_journal(journal.path)[1])
-            write_outputs(out, checker, written, judge.name if judge else None)
-            with journal.path.open("rb+") as file:  # its first line still tells which run this was
-                file.truncate(len(file.readline()))
-        return read_json(report)
-
-
-@contextmanager
-def _folder(out: Path, *, fresh: bool) -> Iterator[None]:
-    """Check and lock the folder of a run; an error of the disk becomes an InputError that names it."""
+    _check_folder(out, [str(mixture), *(place for spec in checker.specs.values() for place in (spec.annotation, spec.root))])
     try:
-        if not (out / "progress.jsonl").exists() and ((out / "meta.json").exists() or any(out.glob("kept/*"))):
-            raise InputError(f"{out}: holds files that are not of a filter run; choose another folder")
-        out.mkdir(parents=True, exist_ok=True)
-        with (out / ".lock").open("wb") as lock:
-            try:
-                import fcntl
-
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except ImportError:  # Windows: two runs in one folder are not noticed
-                pass
-            except OSError:
-                raise InputError(f"{out}: another run is at work in this folder") from None
-            for name in ("progress.jsonl", "report.json") if fresh else ():
-                (out / name).unlink(missing_ok=True)
-            yield
+        with _journal(out, checker, judge, fresh=options.fresh) as journal:
+            if options.fresh:
+                remove_outputs(out)
+            report = finished_report(out, journal.about)
+            return report or _run(checker, judge, out, journal, options, on_progress)
     except OSError as error:
         raise InputError(f"{out}: {error.strerror or error}; the same command goes on from here") from error
 
 
-def _journal(out: Path, checker: RowChecker, judge: DataJudge | None) -> Journal:
+def _run(
+    checker: RowChecker, judge: DataJudge | None, out: Path, journal: Journal, options: FilterOptions, on_progress: ShowProgress
+) -> dict[str, Any]:
+    """Check the rows that the journal lacks, and write the other files from it."""
+    total, stages, first, kept = sum(map(len, checker.files.values())), _OrderedStages(checker, judge), 0, 0
+    for number, entry in read_entries(journal.path, checker):
+        with reading_line(journal.path, number):
+            stages.replay(entry)
+        first += 1
+    done, size = first, max(BLOCK, 4 * judge.threads) if judge else BLOCK
+    on_progress(done, total, resumed=first)
+    blocks, workers = checker.blocks(done, size), options.workers
+    if options.ray:
+        checked = in_order_on_ray(checker, blocks, address=options.ray, workers=workers)
+    else:
+        checked = in_order(checker, blocks, num_workers=workers, prefetch=AHEAD)
+    for rows in checked:
+        entries = stages.judge_rows(rows)
+        journal.add(entries)
+        done, kept = done + len(entries), kept + sum(entry["keep"] for entry in entries)
+        on_progress(done, total, resumed=first, note=f"{kept / (done - first):.1%} kept")
+    report = write_outputs(out, checker, journal, judge.name if judge else None)
+    journal.clear()
+    return report
+
+
+def _check_folder(out: Path, inputs: Sequence[str]) -> None:
+    """Refuse a folder of results that holds the input, or files that no filter run wrote."""
+    real = out.resolve()
+    for place in inputs:
+        if real == (path := Path(place).resolve()) or real in path.parents:
+            raise InputError(f"{out}: holds the input {place}; choose another folder for the results")
+    journal = out / "progress.jsonl"
+    if not (journal.exists() and journal.stat().st_size):
+        for path in (*(out / name for name in OUTPUTS), *out.glob("kept/*")):
+            if os.path.lexists(path):
+                raise InputError(f"{out}: holds {path.name}, which is not of a filter run; choose another folder")
+
+
+def _journal(out: Path, checker: RowChecker, judge: DataJudge | None, *, fresh: bool) -> Journal:
     """Open the journal. Its first line tells chain, data and judge, so that a run with others does not continue it."""
     roots = [str(Path(spec.root).absolute()) for spec in checker.specs.values()]
     sizes = {name: [len(rows), rows.num_bytes] for name, rows in checker.files.items()}
@@ -135,9 +135,10 @@ def _journal(out: Path, checker: RowChecker, judge: DataJudge | None) -> Journal
         "judge": judge and judge.name,
     }
     try:
-        return Journal(out / "progress.jsonl", about)
+        return Journal(out / "progress.jsonl", about, fresh=fresh)
     except InputError as error:
-        raise InputError(f"{error}, or give --fresh to start again") from None
+        remedy = ", or give --fresh to start again" if "belongs to another run" in str(error) else ""
+        raise InputError(f"{error}{remedy}") from None
 
 
 def _digest(value: Any) -> str:

@@ -6,21 +6,28 @@ The rules are those of MPO's data pipeline (arXiv:2411.10442).
 from __future__ import annotations
 
 import json
+import os
 import random
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from ivl.errors import InputError
-from ivl.evaluation.scoring import compare, extract, fix_answer
+from ivl.data.records import to_record
+from ivl.errors import DataError, InputError
+from ivl.evaluation.scoring import AnswerMode, AnswerStyle, compare, extract, fix_answer
 from ivl.preference.questions import QuestionSource
-from ivl.utils.files import write_json
-from ivl.utils.jsonl import AppendLog, json_line, read_journal
+from ivl.utils.files import NewFiles, write_json
+from ivl.utils.jsonl import Journal, json_line, read_journal, reading_line
 from ivl.utils.strict_json import from_json
 
+FILES = ("pairs.jsonl", "format_pairs.jsonl", "grades.jsonl")
+MAX_CHARS = 32_000
+"""Most characters of a pair: about 8,000 tokens of English, half of what a pack of the published runs holds."""
 PairKind = Literal["correctness", "format", "dropout"]
 MAX_PAIRS, MAX_PAIRS_HUGE, HUGE = 15, 3, 500_000
 """Most pairs of one question, and of one question among more than HUGE (arXiv:2411.10442, section 3)."""
@@ -58,6 +65,8 @@ def grade(text: str, finish_reason: str, answers: Sequence[str], source: Questio
 class Tally:
     """Counts what became of the replies of one source."""
 
+    style: str = "final_answer"
+    """Where replies should show their answer."""
     mode: str = "auto"
     """How answers were compared."""
     questions: int = 0
@@ -102,6 +111,8 @@ def correctness_pairs(
         for winner, loser in product(right, losers):
             if kind == "correctness" and _within(winner.answer, loser.answer):
                 tally.left_out["right answer within the wrong one"] += 1
+            elif not winner.text.strip() or not loser.text.strip():
+                tally.left_out["empty reply"] += 1
             elif winner.text == loser.text or (winner.text, loser.text) in possible:
                 tally.left_out["repeated"] += 1
             else:
@@ -109,7 +120,8 @@ def correctness_pairs(
         chosen = list(possible)
         if len(chosen) > limit:
             tally.left_out["over the limit"] += len(chosen) - limit
-            chosen = random.Random(f"{seed} {row['id']} {kind}").sample(chosen, limit)
+            name = f"{seed} {row['id']} {kind}".encode("utf-8", "surrogatepass")
+            chosen = random.Random(name).sample(chosen, limit)
         pairs += [_pair(row, kind, len(pairs) + i, *texts) for i, texts in enumerate(chosen)]  # type: ignore[arg-type]
     return pairs
 
@@ -142,7 +154,7 @@ def join(prefix: str, continuation: str) -> str:
 
 
 def _pair(row: dict[str, Any], kind: PairKind, index: int, chosen: str, rejected: str) -> dict[str, Any]:
-    images = row["images"]
+    images = [str(Path(image).absolute()) for image in row["images"]]
     marks = "" if "<image>" in row["question"] else "<image>\n" * len(images)
     pair = {
         "id": f"{row['id']}/{kind}-{index}", "question": marks + row["question"], "chosen": chosen, "rejected": rejected,
@@ -158,49 +170,106 @@ def build_pairs(
     *,
     limit: int | None = None,
     seed: int = 0,
+    max_chars: int = MAX_CHARS,
+    style: AnswerStyle | None = None,
+    mode: AnswerMode | None = None,
     on_progress: Callable[[int, int], None] = lambda *_: None,
 ) -> dict[str, Tally]:
     """Grade the replies of a journal and write out/pairs.jsonl, out/format_pairs.jsonl, out/grades.jsonl and out/meta.json.
 
     A journal of continuations gives out/pairs.jsonl of Dropout-NTP pairs. Files appear whole or not at all, and follow from
-    the journal, the limit and the seed alone.
+    the journal and the arguments alone. A pair that training would refuse is not written but counted.
 
     Args:
         limit: Most pairs of a question and kind; None is 15, or 3 among over 500,000 questions.
+        seed: Chooses among possible pairs.
+        max_chars: Most characters of a question and its two replies.
+        style: Where replies show their answer; None is how they were asked to.
+        mode: How answers are compared; None is the source's.
 
     Raises:
-        InputError: for a journal that is broken, or whose questions have no answers to compare with.
+        InputError: for a journal that is broken, or whose questions have no answers to compare with; for a folder that holds
+            files of something else.
     """
     about, rows = read_journal(replies)
-    sources = {entry["name"]: from_json(QuestionSource, entry, str(replies)) for entry in about["sources"]}
+    with reading_line(replies, 1):
+        kind, entries = about["kind"], [from_json(QuestionSource, entry, f"{replies}:1") for entry in about["sources"]]
+    changes = {name: value for name, value in (("style", style), ("mode", mode)) if value is not None}
+    sources = {source.name: replace(source, **changes) for source in entries}
     total = sum(1 for _ in read_journal(replies)[1])
     if limit is None:
         limit = MAX_PAIRS_HUGE if total > HUGE else MAX_PAIRS
-    tallies = {name: Tally(mode=source.mode) for name, source in sources.items()}
-    with _Files(out, ("pairs.jsonl", "format_pairs.jsonl", "grades.jsonl")) as files:
+    tallies = {name: Tally(style=source.style, mode=source.mode) for name, source in sources.items()}
+    written: Counter[str] = Counter()
+    with claimed(out), NewFiles(out, FILES) as files:
         for done, (number, row) in enumerate(rows, 1):
-            tally = tallies[row["source"]]
-            tally.questions += 1
-            if about["kind"] == "dropout":
-                tally.replies += 1
-                pairs = dropout_pair(row, tally)
-            else:
-                grades = _grades(row, sources[row["source"]], tally, f"{replies}:{number}")
-                pairs = correctness_pairs(row, grades, tally, limit=limit, seed=seed)
-                graded = [{"answer": g.answer, "correct": g.correct, "problem": g.problem} for g in grades]
-                files.write("grades.jsonl", {"id": row["id"], "source": row["source"], "grades": graded})
-            for pair in pairs:
-                files.write("format_pairs.jsonl" if pair["kind"] == "format" else "pairs.jsonl", pair)
+            with reading_line(replies, number, "sample the question again into another file"):
+                tally = tallies[row["source"]]
+                tally.questions += 1
+                if kind == "dropout":
+                    tally.replies += 1
+                    pairs = dropout_pair(row, tally)
+                else:
+                    grades = _grades(row, sources[row["source"]], tally, f"{replies}:{number}")
+                    pairs = correctness_pairs(row, grades, tally, limit=limit, seed=seed)
+                    graded = [{"answer": g.answer, "correct": g.correct, "problem": g.problem} for g in grades]
+                    files.write("grades.jsonl", json_line({"id": row["id"], "source": row["source"], "grades": graded}))
+                    written["grades.jsonl"] += 1
+            for pair in _trainable(pairs, tally, max_chars):
+                name = "format_pairs.jsonl" if pair["kind"] == "format" else "pairs.jsonl"
+                files.write(name, json_line(pair))
+                written[name] += 1
                 tally.pairs[pair["kind"]] += 1
-            tally.with_pairs += bool(pairs)
             on_progress(done, total)
-    meta = {
-        name.removesuffix(".jsonl"): {"annotation": name, "root": "", "data_augment": False}
-        for name in ("pairs.jsonl", "format_pairs.jsonl")
-        if files.count[name]
-    }
+    for name in FILES:
+        if not written[name]:
+            (out / name).unlink()
+    meta = {Path(name).stem: {"annotation": name, "root": "", "data_augment": False} for name in FILES[:2] if written[name]}
     write_json(out / "meta.json", meta)
     return tallies
+
+
+@contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """Hold a folder of pairs for this process; one that holds files of something else is refused.
+
+    The journal out/progress.jsonl, which has no chunks, tells whose the folder is.
+    """
+    marker = out / "progress.jsonl"
+    if not marker.exists():
+        for name in (*FILES, "meta.json", "report.json", "report.html"):
+            if os.path.lexists(out / name):
+                raise InputError(f"{out / name}: was not written by `ivl prefer pairs`; choose another folder")
+    with Journal(marker, {"kind": "pairs"}):
+        yield
+
+
+def _trainable(pairs: list[dict[str, Any]], tally: Tally, max_chars: int) -> list[dict[str, Any]]:
+    """Leave out and count the pairs that training refuses: asked of the reader of its rows, and of the files of images."""
+    kept = []
+    for pair in pairs:
+        texts = [unicodedata.normalize("NFC", pair[side]) for side in ("chosen", "rejected")]
+        images = [pair["image"]] if isinstance(pair.get("image"), str) else pair.get("image", [])
+        reason = ""
+        if texts[0] == texts[1]:
+            reason = "replies equal but for how letters are encoded"
+        elif len(pair["question"]) + sum(map(len, texts)) > max_chars:
+            reason = f"more than {max_chars:,} characters"
+        elif not all(Path(image).is_file() for image in images):
+            reason = "image no longer there"
+        try:
+            "".join((pair["question"], *texts)).encode()
+            to_record(pair, source=pair["id"], root=Path())
+        except UnicodeEncodeError:
+            reason = "lone surrogates"
+        except DataError as error:
+            reason = reason or f"training refuses it: {error.problem[:80]}"
+        if reason:
+            tally.left_out[reason] += 1
+        else:
+            kept.append(pair)
+    tally.with_pairs += bool(kept)
+    return kept
 
 
 def _grades(row: dict[str, Any], source: QuestionSource, tally: Tally, where: str) -> list[Grade]:
@@ -220,32 +289,21 @@ def _grades(row: dict[str, Any], source: QuestionSource, tally: Tally, where: st
     return grades
 
 
-class _Files:
-    """Several jsonl files of one directory that appear together when all are complete; empty ones do not appear."""
-
-    def __init__(self, out: Path, names: tuple[str, ...]) -> None:
-        out.mkdir(parents=True, exist_ok=True)
-        self.count: Counter[str] = Counter()
-        self._out, self._logs = out, {name: AppendLog(out / f".{name}.new", keep=0) for name in names}
-
-    def __enter__(self) -> _Files:
-        return self
-
-    def write(self, name: str, row: dict[str, Any]) -> None:
-        self._logs[name].append_bytes(json_line(row))
-        self.count[name] += 1
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for log in self._logs.values():
-            log.sync()
-            log.close()
-        for name, log in self._logs.items():
-            if kind is None and self.count[name]:
-                log.path.replace(self._out / name)
-                continue
-            log.path.unlink()
-            if kind is None:
-                (self._out / name).unlink(missing_ok=True)
+def why_none(tally: Tally) -> str:
+    """Explain in a few words why a source gave no pairs, and what to do about it."""
+    malformed = tally.malformed.total()
+    if tally.replies and malformed == tally.replies:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in tally.malformed.most_common(3))
+        return (
+            f"{malformed:,} of {tally.replies:,} replies show no answer in the style {tally.style} ({reasons}); "
+            "if the whole reply is the answer, add --style direct"
+        )
+    if tally.replies and not tally.correct:
+        return f"no reply is right by the mode {tally.mode}; add another --mode, or sample a stronger model or more replies"
+    if tally.correct and tally.correct + malformed == tally.replies and not tally.left_out:
+        return "every readable reply is right; sample at a higher temperature, or ask harder questions"
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in tally.left_out.most_common(3))
+    return f"left out: {reasons}" if reasons else "no question has both right and wrong replies; sample more replies"
 
 
 def read_pairs(path: Path) -> Iterator[dict[str, Any]]:

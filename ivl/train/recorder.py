@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 
 from ivl.train.config import TrainConfig
-from ivl.utils.jsonl import AppendLog, read_rows
+from ivl.utils.jsonl import AppendLog
 from ivl.utils.metrics import ConsoleLogger, TensorBoardLogger
 
 
@@ -102,12 +102,9 @@ class Recorder:
 
 def open_metrics(path: Path, step: int) -> AppendLog:
     """Open metrics.jsonl to append to; lines beyond `step` and a last line that a crash cut short are dropped."""
-    keep = 0
-    for _, end, row in read_rows(path) if path.exists() else ():
-        if row["step"] > step:
-            break
-        keep = end
-    return AppendLog(path, keep)
+    log = AppendLog(path)
+    log.resume(b'{"step": ', lambda _, row: row["step"] <= step)
+    return log
 
 
 def peak_memory_gb(device: torch.device) -> float:

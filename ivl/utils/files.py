@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from ivl.errors import InputError
 
@@ -49,6 +49,38 @@ def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON, atomically; missing folders are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+class NewFiles:
+    """Files of one folder that replace older ones together, when all are complete; after an error none does."""
+
+    def __init__(self, folder: Path, names: Iterable[str]) -> None:
+        self._places = {name: folder / name for name in names}
+        self._files: dict[str, IO[bytes]] = {}
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write the next bytes of one of the files."""
+        self._files[name].write(data)
+
+    def __enter__(self) -> Self:
+        for name, place in self._places.items():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            self._files[name] = place.with_name(f".{place.name}.new").open("wb", buffering=1 << 20)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            for file in self._files.values():
+                file.flush()
+                os.fsync(file.fileno())
+                file.close()
+            for name, file in self._files.items() if kind is None else ():
+                Path(file.name).replace(self._places[name])
+        finally:
+            for file in self._files.values():
+                with suppress(OSError):
+                    file.close()
+                Path(file.name).unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -2,41 +2,92 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Self
 
-from ivl.errors import InputError
+from ivl.errors import InputError, short
+from ivl.utils.files import regular
+
+CHOOSE = "choose another output or remove the file"
+DAMAGED = "remove this line and all that follow, and the same command goes on from there"
 
 
 class AppendLog:
-    """A file that only grows.
+    """A file that only grows, and belongs to one process at a time.
 
-    Opening truncates it to its first `keep` bytes, so that the caller can cut off what a killed process left unfinished.
-    None keeps everything.
+    Opening creates a missing file and changes nothing of another one. The lock is the operating system's, on the file itself:
+    it ends with the process, however that ends. Read the lines that are there after opening, not before, for until then
+    another process may write: `resume` does.
+
+    Raises:
+        InputError: if another process holds the file, or it cannot be written; also from every method that writes.
     """
 
-    def __init__(self, path: Path, keep: int | None = None) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self._file: IO[bytes] = path.open("ab", buffering=1 << 20)
-        if keep is not None and self._file.tell() > keep:
-            self._file.truncate(keep)
+        with self._writing():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                regular(path)
+            self._file = path.open("ab", buffering=0)
+            if not _hold(self._file):
+                self._file.close()
+                raise InputError(f"{path}: another process is writing this file")
+
+    def resume(self, begins: bytes, take: Callable[[int, dict[str, Any]], bool], remedy: str = DAMAGED) -> bool:
+        """Read the lines that are there, and cut off what a killed process left unfinished.
+
+        Args:
+            begins: the bytes that a log of this kind begins with. A file without a line to keep is emptied only if it begins
+                with them, or with the part of them that a killed process has written.
+            take: gets number and object of each whole line, and tells whether the log may end behind it; where it may not end
+                behind the first, nothing is kept.
+            remedy: what to do about a broken line.
+
+        Returns:
+            Whether there is a line to go on from.
+
+        Raises:
+            InputError: for a file that is no such log, at a whole line that is no JSON object, and whatever `take` raises; the
+                file is then closed, and as it was.
+        """
+        end = position = 0
+        try:
+            with self._writing(), self.path.open("rb") as file:
+                start = file.read(len(begins))
+                file.seek(0)
+                for number, line in enumerate(file, 1):
+                    if line.endswith(b"\n"):
+                        position += len(line)
+                        with reading_line(self.path, number, CHOOSE if number == 1 else remedy):
+                            end = position if take(number, _object(line)) else end
+                    if not end:
+                        break
+                if not end and start != begins[: len(start)]:
+                    raise InputError(f"{self.path}:1: not a journal or log of ivl; {CHOOSE}")
+                if os.fstat(self._file.fileno()).st_size > end:
+                    self._file.truncate(end)
+        except BaseException:
+            self.close()
+            raise
+        return end > 0
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
         """Append one JSON line per row. The operating system has them; `sync` also puts them on disk."""
-        self.append_bytes(b"".join(map(json_line, rows)))
-        self._file.flush()
-
-    def append_bytes(self, data: bytes) -> None:
-        """Append raw bytes, which may stay in this process until `sync` or `close`."""
-        self._file.write(data)
+        data = memoryview(b"".join(map(json_line, rows)))
+        with self._writing():
+            while data:
+                data = data[self._file.write(data) :]
 
     def sync(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with self._writing():
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
@@ -47,25 +98,37 @@ class AppendLog:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Name the file in errors of the operating system, such as a full disk."""
+        try:
+            yield
+        except OSError as error:
+            remedy = "; make room, and the same command goes on" if error.errno == errno.ENOSPC else ""
+            raise InputError(f"{self.path}: cannot be written ({error.strerror or error}){remedy}") from None
+
+
+def _hold(file: IO[bytes]) -> bool:
+    """Lock a file for this process; False if another one holds it. Where the file system has no locks, nothing is held."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    for _ in range(20):  # forked workers hold it, too, and end a moment after a killed process
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.1)
+        except OSError:
+            return True
+        else:
+            return True
+    return False
+
 
 def json_line(row: dict[str, Any]) -> bytes:
     """Encode a row as one line of UTF-8. A lone surrogate becomes its JSON escape."""
     return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-
-
-def read_rows(path: Path, remedy: str = "was the run that wrote it stopped?") -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """Line number, offset of the line's end and object of each complete line; an unfinished last line is left out.
-
-    Raises:
-        InputError: at a complete line that is no JSON object, naming the file and line.
-    """
-    end = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                return
-            end += len(line)
-            yield number, end, _object(path, number, line, remedy)
 
 
 class Journal:
@@ -78,19 +141,31 @@ class Journal:
         InputError: if the file belongs to another run, or is no journal; the message says what differs.
     """
 
-    def __init__(self, path: Path, about: dict[str, Any]) -> None:
-        self.path, self.about = path, json.loads(json.dumps(about))  # tuples become the lists that will be read
-        self.num_chunks, keep = 0, 0
-        if path.exists():
-            for number, end, row in read_rows(path, "choose another output or remove the file"):
-                if number == 1:
-                    _check_about(path, row.get("about"), self.about)
-                    keep = end
-                elif row.get("end_of_chunk") == self.num_chunks:
-                    self.num_chunks, keep = self.num_chunks + 1, end
-        self._log = AppendLog(path, keep)
-        if not keep:
-            self._write([{"about": self.about}])
+    def __init__(self, path: Path, about: dict[str, Any], *, fresh: bool = False) -> None:
+        """Open the journal.
+
+        Args:
+            about: what run it is.
+            fresh: whether to empty a journal of the same kind, one with these keys, instead of going on with it.
+        """
+        self.path, self.about, self.fresh = path, json.loads(json.dumps(about)), fresh  # tuples become lists, as in the file
+        self.num_chunks, self._log, first = 0, AppendLog(path), {"about": self.about}
+        if not self._log.resume(b'{"about": ' if fresh else json_line(first), self._take):
+            self._write([first])
+
+    def _take(self, number: int, row: dict[str, Any]) -> bool:
+        if number == 1:
+            _check_about(self.path, dict(row["about"]), self.about, keys_only=self.fresh)
+            return not self.fresh
+        if row.get("end_of_chunk") != self.num_chunks:
+            return False
+        self.num_chunks += 1
+        return True
+
+    def clear(self) -> None:
+        """Forget every chunk, and keep the first line, which tells what run this was."""
+        self._log.resume(b"", lambda number, _: number == 1)
+        self.num_chunks = 0
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Append one chunk; it is on disk when this returns."""
@@ -117,37 +192,48 @@ def read_journal(path: Path) -> tuple[dict[str, Any], Iterator[tuple[int, dict[s
     Raises:
         InputError: if there is no such file or it is not a journal; while iterating, at a broken line.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    with path.open("rb") as file:
-        head = _object(path, 1, file.readline(), "was the run that wrote it stopped?")
-    if "about" not in head:
-        raise InputError(f"{path}:1: not a journal of ivl")
-    return head["about"], _journal_rows(path)
+    try:
+        regular(path)
+        with path.open("rb") as file:
+            line = file.readline()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    with reading_line(path, 1, "give a journal, such as `ivl prefer sample` writes"):
+        about = dict(_object(line)["about"])
+    return about, _journal_rows(path)
 
 
 def _journal_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            row = _object(path, number, line, "was the run that wrote it stopped?")
+            with reading_line(path, number, "run the command that writes it again, which goes on from its last whole chunk"):
+                row = _object(line)
             if number > 1 and "end_of_chunk" not in row:
                 yield number, row
 
 
-def _object(path: Path, number: int, line: bytes, remedy: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{path}:{number}: not valid JSON ({error}); {remedy}") from None
+def _object(line: bytes) -> dict[str, Any]:
+    row = json.loads(line)
     if not isinstance(row, dict):
-        raise InputError(f"{path}:{number}: expected an object, got {type(row).__name__}; {remedy}")
+        raise TypeError(f"an object was expected, not {short(row)}")
     return row
 
 
-def _check_about(path: Path, found: Any, about: dict[str, Any]) -> None:
-    if not isinstance(found, dict):
-        raise InputError(f"{path}:1: not a journal of ivl; choose another output or remove the file")
+@contextmanager
+def reading_line(path: Path, number: int, remedy: str = DAMAGED) -> Iterator[None]:
+    """Name file, line and remedy where a line is damaged: no JSON, or without the keys and values that ivl writes."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError) as error:
+        broken = isinstance(error, ValueError | RecursionError)
+        problem = "not valid JSON" if broken else f"not a line that ivl wrote, {type(error).__name__}"
+        raise InputError(f"{path}:{number}: {problem} ({str(error)[:200]}); {remedy}") from None
+
+
+def _check_about(path: Path, found: dict[str, Any], about: dict[str, Any], *, keys_only: bool) -> None:
     different = [key for key in {**found, **about} if found.get(key) != about.get(key)]
-    if different:
-        what = "; ".join(f"{key} was {found.get(key)!r}, is {about.get(key)!r}" for key in sorted(different))
-        raise InputError(f"{path}: belongs to another run ({what}); choose another output or remove the file")
+    if different and not (keys_only and found.keys() == about.keys()):
+        what = "; ".join(f"{key} was {short(found.get(key))}, is {short(about.get(key))}" for key in sorted(different))
+        raise InputError(f"{path}: belongs to another run ({what}); {CHOOSE}")

@@ -114,7 +114,7 @@ def test_nothing_is_asked_twice(tmp_path: Path) -> None:
         assert len(again.asked) == 10
     (tmp_path / "text").write_text("not a database" * 100)
     with pytest.raises(InputError, match="cannot be used as the judge's cache"):
-        DataJudge(fake, name="fake", cache=tmp_path / "text")
+        DataJudge(fake, name="fake", cache=tmp_path / "text").verdicts(Quality(), rows)
 
 
 def test_replies_are_kept_as_they_arrive(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from ivl.filters.judge import DataJudge
 from ivl.filters.run import FilterOptions, run
 from ivl.formats.rows import write_jsonl
 from ivl.types import Conversation, SamplingParams, TextDelta
+from ivl.utils.files import NewFiles
 from ivl.utils.jsonl import AppendLog
 from tests.helpers.mixtures import make_rows, turns
 
@@ -206,7 +207,14 @@ def test_kill_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: in
         def before(function: Any) -> Any:
             return lambda *args, **options: (step(), function(*args, **options))[1]
 
-        places = ((AppendLog, "append_bytes"), (AppendLog, "sync"), (os, "fsync"), (Path, "replace"), (Path, "unlink"))
+        places = (
+            (AppendLog, "append"),
+            (NewFiles, "write"),
+            (AppendLog, "sync"),
+            (os, "fsync"),
+            (Path, "replace"),
+            (Path, "unlink"),
+        )
         for owner, name in places:
             monkeypatch.setattr(owner, name, before(getattr(owner, name)))
         judged(tmp_path / "asked", tmp_path / "out", threads=threads, wait=0.001, on_progress=step)
@@ -294,7 +302,7 @@ def test_a_full_disk_is_said_and_costs_nothing(tmp_path: Path, monkeypatch: pyte
         real(fd)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(InputError, match="out: No space left on device; the same command goes on"):
+    with pytest.raises(InputError, match=r"No space left on device.*the same command goes on"):
         run(chain(judged=False), meta, tmp_path / "out")
     run(chain(judged=False), meta, tmp_path / "out")
     run(chain(judged=False), meta, tmp_path / "whole")
@@ -305,7 +313,7 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     meta = world(tmp_path)
 
     def second() -> None:
-        with pytest.raises(InputError, match="another run is at work"):
+        with pytest.raises(InputError, match=r"progress\.jsonl: another process is writing"):
             run(chain(judged=False), meta, tmp_path / "out")
 
     run(chain(judged=False), meta, tmp_path / "out", on_progress=lambda *_, **__: in_a_child(second) or pytest.fail("killed"))
