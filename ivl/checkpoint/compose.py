@@ -13,15 +13,16 @@ from pathlib import Path
 
 import torch
 
-from ivl.checkpoint.config_json import decoder_from, family_of, load_config, open_section, tied, vision_from
+from ivl.checkpoint.config_json import decoder_from, family_of, load_config, tied, token_ids, vision_from
 from ivl.checkpoint.config_table import Dialect, StoredDtype
-from ivl.checkpoint.files import new_directory, read_object
+from ivl.checkpoint.files import new_directory
 from ivl.checkpoint.gguf.reader import GgufModel
 from ivl.checkpoint.gguf.tokenizer import tokenizer_from_gguf
 from ivl.checkpoint.hub import resolve
 from ivl.checkpoint.keymaps import TensorEntry, decoder_map, vision_map
 from ivl.checkpoint.model_dir import empty_model, open_weights, read, save_model, tensors_of, untie
 from ivl.checkpoint.processor_files import save_processor
+from ivl.checkpoint.sections import TOKEN_ID, open_section
 from ivl.checkpoint.vocabulary import load_tokenizer
 from ivl.checkpoint.weights import OnMegabytes, StoredWeights, TensorSource, check_entries
 from ivl.config import SPECIAL_TOKENS, DecoderConfig, ModelConfig, published_config
@@ -101,7 +102,8 @@ def compose(
         tensors |= parts[-1].readers("projector.")
     kept = reduce(torch.promote_types, (part.weights.main_dtype for part in parts))
     written = kept if dtype == "keep" else getattr(torch, dtype)
-    with new_directory(out, force=force) as target:
+    sources = [source for source in (vit, llm, projector) if source is not None]
+    with new_directory(out, force=force, sources=sources) as target:
         model = empty_model(config)
         save_model(model, target, dialect=to, dtype=written, get=lambda name: tensors[name](), progress=progress)
         save_processor(Processor(config, tokenizer), target)
@@ -138,7 +140,7 @@ def _alone(whole: ModelConfig, weights: TensorSource, entries: Sequence[TensorEn
 
 def _vision_part(directory: Path) -> SourcePart:
     top = open_section(directory / "config.json")
-    kind = top.get("model_type")
+    kind = top.values.get("model_type")
     if kind in _INTERNVL:
         return _internvl(directory)
     if kind not in _VISION_ALONE:
@@ -155,12 +157,14 @@ def _language_part(llm: str | Path) -> tuple[SourcePart, Tokenizer]:
     directory = resolve(llm)
     top = open_section(directory / "config.json")
     tokenizer = load_tokenizer(directory)
-    if top.get("model_type") in _INTERNVL:
+    if top.values.get("model_type") in _INTERNVL:
         return _internvl(directory), tokenizer
-    whole = _language_alone(decoder_from(top, family_of(top)), tokenizer, _eos_ids(directory))
+    generation = open_section(directory / "generation_config.json", optional=True)
+    eos_ids = token_ids(generation, "eos_token_id", TOKEN_ID) or token_ids(top, "eos_token_id", TOKEN_ID)
+    whole = _language_alone(decoder_from(top, family_of(top)), tokenizer, tuple(eos_ids))
     weights = StoredWeights(directory)
     entries = decoder_map(empty_model(whole).decoder, internlm2=whole.decoder.family == "internlm2")
-    if tied(directory):
+    if tied(top):
         untie(entries, weights)
     return _alone(whole, weights, entries), tokenizer
 
@@ -180,19 +184,6 @@ def _language_alone(decoder: DecoderConfig, tokenizer: Tokenizer, eos_ids: tuple
     pad = token_text(tokenizer.config.get("pad_token"))
     pad_id = None if pad is None else tokenizer.id(pad)
     return replace(_DEFAULTS, decoder=decoder, image_token_id=0, eos_token_ids=eos_ids, pad_token_id=pad_id)
-
-
-def _eos_ids(directory: Path) -> tuple[int, ...]:
-    """Where the language model alone ends a reply: generation_config.json, else config.json."""
-    for path in (directory / "generation_config.json", directory / "config.json"):
-        value = read_object(path).get("eos_token_id") if path.exists() else None
-        if value is None:
-            continue
-        ids = tuple(i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int))
-        if not ids:
-            raise InputError(f"{path}: eos_token_id is {value!r}, expected an id or a list of ids")
-        return ids
-    return ()
 
 
 # -- the projector, and rows of new tokens

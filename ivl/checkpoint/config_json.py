@@ -7,87 +7,21 @@ Nothing here needs torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ivl.checkpoint import config_table as table
 from ivl.checkpoint.config_table import Dialect, FieldKey
-from ivl.checkpoint.files import read_object
+from ivl.checkpoint.sections import FLAG, OBJECT, TEXT, TOKEN_ID, Section, Values, added_tokens, open_section
 from ivl.config import DecoderConfig, Family, ModelConfig, TilingConfig, VisionConfig
-from ivl.errors import InputError
+from ivl.errors import InputError, short
 
 T = TypeVar("T")
 IMAGE_TOKEN = "<IMG_CONTEXT>"
 CHAT_END = "<|im_end|>"
 _PUBLISHED_IMAGE_TOKENS = {("qwen2", 151674): 151667, ("internlm2", 92553): 92546}
 """Id of IMAGE_TOKEN in the published models, by family and vocabulary, for directories without tokenizer files."""
-
-
-@dataclass(frozen=True)
-class Section:
-    """A JSON object of a configuration file, with errors that name the place."""
-
-    values: dict[str, Any]
-    place: str
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """Return a value, or the default if it is absent or null."""
-        value = self.values.get(key)
-        return default if value is None else value
-
-    def value(self, key: str, default: Any = None) -> Any:
-        """Return a truth value, a text or a number, whichever the default is; without a default there must be a number.
-
-        A text is one of CHOICES if that has the key. A number is above 0, within LIMITS, and whole if LIMITS has the key; a
-        list of equal numbers counts as one.
-        """
-        value = self.get(key, default)
-        if isinstance(default, bool):
-            return bool(value)
-        if isinstance(default, str):
-            if not isinstance(value, str) or value not in table.CHOICES.get(key, (value,)):
-                known = " or ".join(table.CHOICES.get(key, ("a text",)))
-                raise InputError(f"{self.place}: {key} is {value!r}, expected {known}")
-            return value
-        if isinstance(value, list) and value and all(v == value[0] for v in value):
-            value = value[0]
-        if value is None:
-            raise InputError(f"{self.place}: {key} is missing")
-        limit = table.LIMITS.get(key)
-        if isinstance(value, bool) or not isinstance(value, int if limit else (int, float)):
-            raise InputError(f"{self.place}: {key} is {value!r}, expected a {'whole ' if limit else ''}number")
-        if not 0 < value <= (limit or 1e30):
-            raise InputError(f"{self.place}: {key} is {value}, expected above 0 and at most {limit or 1e30}")
-        return value
-
-    def require(self, constants: Mapping[str, Any]) -> None:
-        """Refuse another value of a key that is there and changes the computation."""
-        for key, expected in constants.items():
-            value = self.get(key, expected)
-            if key in table.CHECKED and value != expected:
-                raise InputError(f"{self.place}: {key} is {value!r}; only {expected!r} is supported")
-
-    def section(self, key: str) -> Section:
-        """Return an object inside this one."""
-        value = self.get(key)
-        if not isinstance(value, dict):
-            raise InputError(f"{self.place}: {key} is {value!r}, expected an object")
-        return Section(value, f"{self.place}: {key}")
-
-    def read(self, kind: type[T], keys: Sequence[FieldKey], dialect: Dialect, **known: Any) -> T:
-        """Build a configuration of ours from its keys and from fields that are known already."""
-        known |= {key.field: self.value(*key.of(dialect)) for key in keys}
-        try:
-            return kind(**known)
-        except ValueError as error:
-            raise InputError(f"{self.place}: {error}") from None
-
-
-def open_section(path: Path, *, optional: bool = False) -> Section:
-    """Read a JSON file as a section; an optional one that is not there is empty."""
-    return Section({} if optional and not path.exists() else read_object(path), str(path))
 
 
 # -- reading
@@ -99,21 +33,23 @@ def dialect_of(directory: Path) -> Dialect:
     Raises:
         InputError: if it is neither.
     """
-    top = open_section(directory / "config.json")
-    model_type = top.get("model_type")
+    return _dialect(open_section(directory / "config.json"))
+
+
+def _dialect(top: Section) -> Dialect:
+    model_type = top.values.get("model_type")
     for dialect, known in table.MODEL_TYPE.items():
         if model_type == known:
             return dialect
-    raise InputError(f"{top.place}: model_type is {model_type!r}; expected internvl_chat, or internvl of transformers")
+    raise top.refusal("model_type", model_type, "internvl_chat, or internvl of transformers")
 
 
-def tied(directory: Path) -> bool:
-    """Return whether the output head of a checkpoint without one is its embedding table."""
-    values = read_object(directory / "config.json")
-    inner = values.get("llm_config") or values.get("text_config") or {}
+def tied(top: Section) -> bool:
+    """Return whether the output head of a checkpoint without one is its embedding table, by its config.json."""
+    inner = top.section("llm_config" if top.values.get("llm_config") else "text_config", {})
     # transformers' own default for an InternVL configuration is true.
-    default = values.get("model_type") == "internvl"
-    return bool(values.get("tie_word_embeddings", inner.get("tie_word_embeddings", default)))
+    default = inner.read("tie_word_embeddings", FLAG, top.values.get("model_type") == "internvl")
+    return top.read("tie_word_embeddings", FLAG, default)
 
 
 def load_config(directory: Path | str) -> ModelConfig:
@@ -125,18 +61,18 @@ def load_config(directory: Path | str) -> ModelConfig:
         InputError: naming file and key, if something is missing, out of bounds or not supported.
     """
     directory = Path(directory)
-    top = open_section(directory / "config.json")
-    dialect = dialect_of(directory)
-    top.require(table.CONSTANTS["internvl_chat"] | table.CONSTANTS[table.MODEL_TYPE[dialect]])
-    try:
-        return _model_config(top, dialect, directory)
-    except InputError:
-        raise
-    except (ValueError, TypeError, OverflowError, AttributeError) as error:  # values of the wrong kind
-        raise InputError(f"{top.place}: {error}") from None
+    generation = open_section(directory / "generation_config.json", optional=True)
+    return model_config(open_section(directory / "config.json"), generation, directory)
 
 
-def _model_config(top: Section, dialect: Dialect, directory: Path) -> ModelConfig:
+def model_config(top: Section, generation: Section, directory: Path) -> ModelConfig:
+    """Read a configuration from the sections of config.json and generation_config.json.
+
+    Args:
+        directory: has the tokenizer and preprocessor files, which say what those two leave out.
+    """
+    dialect = _dialect(top)
+    top.require(_checked("internvl_chat") | _checked(table.MODEL_TYPE[dialect]))
     vision = vision_from(top.section("vision_config"))
     text = top.section(table.TEXT_CONFIG[dialect])
     family = family_of(text)
@@ -145,51 +81,54 @@ def _model_config(top: Section, dialect: Dialect, directory: Path) -> ModelConfi
         top.require({"force_image_size": vision.image_size})
     elif family == "llama":
         # InternLM2 is stored as LLaMA here; ours say so, and the published ones have its vocabulary.
-        published = text.get("vocab_size") == 92553 and top.get("image_token_id") == 92546
-        family = top.value("original_family", "internlm2" if published else "llama")
+        published = text.values.get("vocab_size") == 92553 and top.values.get("image_token_id") == 92546
+        families = Values(str, choices=("llama", "internlm2"))
+        family = top.read("original_family", families, "internlm2" if published else "llama")
     decoder = decoder_from(text, family)
-    generation = open_section(directory / "generation_config.json", optional=True)
+    ids = Values(int, 0, decoder.vocab_size - 1)
     # Qwen names a bos token that its tokenizer never writes.
-    bos = None if family == "qwen2" else text.get("bos_token_id")
-    return ModelConfig(
+    bos = None if family == "qwen2" else text.read("bos_token_id", ids, None)
+    pad = generation.read("pad_token_id", ids, text.read("pad_token_id", ids, None))
+    shuffles = Values(str, choices=("v1", "v2"))
+    return _built(
+        ModelConfig,
+        top.place,
         vision=vision,
         decoder=decoder,
         tiling=_tiling(top, directory, vision.image_size),
         image_token_id=_image_token(top, directory, decoder),
-        eos_token_ids=_eos_tokens(top, generation, text, directory),
-        pad_token_id=top.get("pad_token_id", generation.get("pad_token_id", text.get("pad_token_id"))),
-        bos_token_id=top.get("bos_token_id", bos),
-        select_layer=top.get(table.SELECT_LAYER[dialect], -1),
-        pixel_shuffle=top.value("ps_version", "v1") if dialect == "internvl_chat" else "v2",
-        template=top.value("template", "internvl2_5"),
-        system_message=top.get("system_message"),
+        eos_token_ids=_eos_tokens((generation, top), text, ids, directory),
+        pad_token_id=top.read("pad_token_id", ids, pad),
+        bos_token_id=top.read("bos_token_id", ids, bos),
+        select_layer=top.read(table.SELECT_LAYER[dialect], Values(int, -1025, 1024), -1),
+        pixel_shuffle=top.read("ps_version", shuffles, "v1") if dialect == "internvl_chat" else "v2",
+        template=top.read("template", TEXT, "internvl2_5"),
+        system_message=top.read("system_message", TEXT, None),
     )
 
 
 def vision_from(section: Section) -> VisionConfig:
     """Read InternViT from the vision part of either dialect, or from the config.json of a ViT alone."""
-    transformers = section.get("model_type") == "internvl_vision" or "use_qk_norm" in section.values
+    transformers = section.values.get("model_type") == "internvl_vision" or "use_qk_norm" in section.values
     dialect: Dialect = "transformers" if transformers else "internvl_chat"
-    section.require(table.CONSTANTS[table.VISION_TYPE[dialect]])
-    return section.read(VisionConfig, table.VISION_KEYS, dialect)
+    section.require(_checked(table.VISION_TYPE[dialect]))
+    return _read(VisionConfig, section, table.VISION_KEYS, dialect)
 
 
 def decoder_from(section: Section, family: Family) -> DecoderConfig:
     """Read a decoder from the language part of either dialect, or from the config.json of a language model alone."""
-    width, num_heads = section.value("hidden_size"), section.value("num_attention_heads")
+    width, num_heads = section.read("hidden_size", table.WIDTH), section.read("num_attention_heads", table.HEADS)
     defaults = {
         "num_key_value_heads": num_heads,
         "head_dim": width // num_heads,
-        "bias": section.get("model_type") == "internlm2",  # its class has biases unless told otherwise
+        "bias": section.values.get("model_type") == "internlm2",  # its class has biases unless told otherwise
     }
     section = Section(defaults | {key: value for key, value in section.values.items() if value is not None}, section.place)
     biased = family == "qwen2"
-    section.require(
-        table.CONSTANTS["qwen2"] | table.CONSTANTS["internlm2"] | table.CONSTANTS["llama"] | {"attention_bias": biased}
-    )
+    section.require(_checked("qwen2") | _checked("internlm2") | _checked("llama") | {"attention_bias": biased})
     theta, factor = _rope(section)
-    return section.read(
-        DecoderConfig, table.DECODER_KEYS, "internvl_chat",
+    return _read(
+        DecoderConfig, section, table.DECODER_KEYS, "internvl_chat",
         family=family, rope_theta=theta, rope_dynamic_factor=factor, qkv_bias=biased,
     )  # fmt: skip
 
@@ -200,71 +139,89 @@ def family_of(section: Section) -> Family:
     Raises:
         InputError: if it is none that the decoder computes.
     """
-    names, model_type = section.get("architectures", []), section.get("model_type")
+    names, model_type = section.items("architectures", TEXT, []), section.values.get("model_type")
     for architecture, family in table.ARCHITECTURES.items():
         if architecture in names or (not names and model_type == family):
             return family
-    raise InputError(f"{section.place}: language model {names or model_type!r} is not one of {', '.join(table.ARCHITECTURES)}")
+    known = ", ".join(table.ARCHITECTURES)
+    raise InputError(f"{section.place}: language model {short(names or model_type)} is not one of {known}")
+
+
+def token_ids(section: Section, key: str, kind: Values) -> list[int]:
+    """Return the token ids of a key, which has one or a list of them; none if it is absent."""
+    value = section.values.get(key)
+    listed = {} if value is None else {key: value if isinstance(value, list) else [value]}
+    return Section(listed, section.place).items(key, kind, [])
+
+
+def _checked(model_type: str) -> dict[str, Any]:
+    """The constants of a model_type that change the computation."""
+    return {key: value for key, value in table.CONSTANTS[model_type].items() if key in table.CHECKED}
+
+
+def _read(kind: type[T], section: Section, keys: Sequence[FieldKey], dialect: Dialect, **known: Any) -> T:
+    """Build a configuration of ours from its keys and from fields that are known already."""
+    return _built(kind, section.place, **known, **{key.field: key.read(section, dialect) for key in keys})
+
+
+def _built(kind: type[T], place: str, **values: Any) -> T:
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise InputError(f"{place}: {error}") from None
 
 
 def _rope(section: Section) -> tuple[float, float | None]:
     """Rotary base and dynamic factor, from the older keys (rope_theta, rope_scaling) or the newer (rope_parameters)."""
-    scaling = Section(section.get("rope_parameters") or section.get("rope_scaling") or {}, section.place)
-    theta = scaling.value("rope_theta", section.value("rope_theta", 10000.0))
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    scaling = section.section("rope_parameters", section.read("rope_scaling", OBJECT, {}))
+    theta = scaling.read("rope_theta", table.ROTARY_BASE, section.read("rope_theta", table.ROTARY_BASE, 10000.0))
+    kind = scaling.read("rope_type", TEXT, scaling.read("type", TEXT, "default"))
     if kind not in ("default", "dynamic"):
-        raise InputError(f"{section.place}: rope scaling {kind!r} is not supported; default and dynamic are")
-    return float(theta), float(scaling.value("factor")) if kind == "dynamic" else None
+        raise InputError(f"{section.place}: rope scaling {short(kind)} is not supported; default and dynamic are")
+    return float(theta), float(scaling.read("factor", Values(float, 1, 1e6))) if kind == "dynamic" else None
 
 
 def _tiling(top: Section, directory: Path, size: int) -> TilingConfig:
     if "max_dynamic_patch" in top.values:
-        return top.read(TilingConfig, table.TILING_KEYS, "internvl_chat", tile_size=size)
+        return _read(TilingConfig, top, table.TILING_KEYS, "internvl_chat", tile_size=size)
     for name in ("preprocessor_config.json", "processor_config.json"):
         values = open_section(directory / name, optional=True)
-        image = Section(values.get("image_processor", values.values), values.place)
+        image = values.section("image_processor", values.values)
         if "max_patches" in image.values:
-            low, high = image.value("min_patches", 1), image.value("max_patches")
-            return TilingConfig(tile_size=size, min_tiles=low, max_tiles=high)
+            low, high = image.read("min_patches", table.TILES, 1), image.read("max_patches", table.TILES)
+            return _built(TilingConfig, image.place, tile_size=size, min_tiles=low, max_tiles=high)
     return TilingConfig(tile_size=size)
 
 
-def _added_token(directory: Path, token: str) -> int | None:
+def _added_token(directory: Path, text: str) -> int | None:
     """Id of an added token, from whichever tokenizer file tells it; None if none does."""
-    for name in ("added_tokens.json", "tokenizer_config.json", "tokenizer.json"):
-        section = open_section(directory / name, optional=True)
-        if name == "added_tokens.json":
-            ids = section.values
-        elif name == "tokenizer.json":
-            ids = {row.get("content"): row.get("id") for row in section.get("added_tokens", ())}
-        else:
-            ids = {row.get("content"): int(key) for key, row in section.get("added_tokens_decoder", {}).items()}
-        if isinstance(ids.get(token), int):
-            return ids[token]
+    for files in (("added_tokens.json", "tokenizer_config.json"), ("tokenizer.json",)):
+        for i, token in added_tokens(directory, *files).items():
+            if token.values["content"] == text:
+                return i
     return None
 
 
 def _image_token(top: Section, directory: Path, decoder: DecoderConfig) -> int:
-    token = top.get("image_token_id", _added_token(directory, IMAGE_TOKEN))
+    token = top.read("image_token_id", TOKEN_ID, None)
+    if token is None:
+        token = _added_token(directory, IMAGE_TOKEN)
     if token is None:
         token = _PUBLISHED_IMAGE_TOKENS.get((decoder.family, decoder.vocab_size))
-    if not isinstance(token, int):
+    if token is None:
         raise InputError(
             f"{top.place}: the id of {IMAGE_TOKEN} is in neither config.json nor the tokenizer's files; copy those"
         )
     return token
 
 
-def _eos_tokens(top: Section, generation: Section, text: Section, directory: Path) -> tuple[int, ...]:
-    listed = generation.get("eos_token_id", top.get("eos_token_id", ()))
-    eos: list[Any] = list(listed) if isinstance(listed, (list, tuple)) else [listed]
+def _eos_tokens(sections: Sequence[Section], text: Section, kind: Values, directory: Path) -> tuple[int, ...]:
+    eos = list(next((ids for section in sections if (ids := token_ids(section, "eos_token_id", kind))), []))
     chat_end = _added_token(directory, CHAT_END)
-    if chat_end is not None and chat_end not in eos:
+    if chat_end is not None and chat_end <= kind.high and chat_end not in eos:
         eos.append(chat_end)  # A ChatML reply ends here, whatever the base model's list says.
-    if not eos:
-        eos = [text.get("eos_token_id")]
-    if not all(isinstance(token, int) for token in eos):
-        raise InputError(f"{generation.place}: eos_token_id is {eos}, expected one id or a list of ids")
+    if not (eos := eos or token_ids(text, "eos_token_id", kind)):
+        raise InputError(f"{sections[0].place}: eos_token_id is missing, and {text.place} has none; expected one id or a list")
     return tuple(eos)
 
 
@@ -325,7 +282,7 @@ def generation_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def _values(config: object, keys: Sequence[FieldKey], dialect: Dialect) -> dict[str, Any]:
-    return {key.of(dialect)[0]: getattr(config, key.field) for key in keys}
+    return {key.key(dialect): getattr(config, key.field) for key in keys}
 
 
 def _end_tokens(config: ModelConfig) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""The table of config.json: fields of ModelConfig with their keys in both dialects, and constants by model_type."""
+"""The table of config.json: fields of ModelConfig with their keys and limits in both dialects, and constants by model_type."""
 
 from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
+from ivl.checkpoint.sections import FLAG, REQUIRED, Section, Values
 from ivl.config import Family
 
 Dialect = Literal["internvl_chat", "transformers"]
@@ -13,52 +14,59 @@ StoredDtype = Literal["keep", "bfloat16", "float16", "float32"]
 
 
 class FieldKey(NamedTuple):
-    """A field of a configuration of ours, and its key in internvl_chat and in transformers."""
+    """A field of a configuration of ours, its key in internvl_chat and in transformers, and the values that it may have."""
 
     field: str
     keys: tuple[str, str]
-    defaults: tuple[Any, Any] = (None, None)
-    """The value where the key is absent; None: it must be there."""
+    kind: Values
+    defaults: tuple[Any, Any] = (REQUIRED, REQUIRED)
 
-    def of(self, dialect: Dialect) -> tuple[str, Any]:
-        """Return the key and the default in a dialect."""
+    def read(self, section: Section, dialect: Dialect) -> Any:
+        """Return the checked value in a section of a dialect."""
         column = int(dialect == "transformers")
-        return self.keys[column], self.defaults[column]
+        return section.read(self.keys[column], self.kind, self.defaults[column])
+
+    def key(self, dialect: Dialect) -> str:
+        """Return the key in a dialect."""
+        return self.keys[int(dialect == "transformers")]
 
 
-def _same(field: str, key: str, default: Any = None) -> FieldKey:
-    return FieldKey(field, (key, key), (default, default))
+def _same(field: str, key: str, kind: Values, default: Any = REQUIRED) -> FieldKey:
+    return FieldKey(field, (key, key), kind, (default, default))
 
 
+# Larger values are nonsense or an attack, and refused before anything is built.
+WIDTH, LAYERS, HEADS, TILES = Values(int, 1, 1 << 16), Values(int, 1, 1024), Values(int, 1, 1024), Values(int, 1, 1024)
+EPSILON, ROTARY_BASE = Values(float, 1e-30, 1), Values(float, 1, 1e30)
 VISION_KEYS = (
-    _same("width", "hidden_size"),
-    _same("num_layers", "num_hidden_layers"),
-    _same("mlp_width", "intermediate_size"),
-    _same("num_heads", "num_attention_heads"),
-    FieldKey("norm", ("norm_type", "norm_type"), ("rms_norm", "layer_norm")),
-    FieldKey("qkv_bias", ("qkv_bias", "attention_bias"), (False, False)),
-    FieldKey("qk_norm", ("qk_normalization", "use_qk_norm"), (True, False)),
-    _same("patch_size", "patch_size", 14),
-    _same("image_size", "image_size", 448),
-    _same("norm_eps", "layer_norm_eps", 1e-6),
-    FieldKey("layer_scale_init", ("initializer_factor", "layer_scale_init_value"), (0.1, 0.1)),
+    _same("width", "hidden_size", WIDTH),
+    _same("num_layers", "num_hidden_layers", LAYERS),
+    _same("mlp_width", "intermediate_size", Values(int, 1, 1 << 20)),
+    _same("num_heads", "num_attention_heads", HEADS),
+    FieldKey("norm", ("norm_type", "norm_type"), Values(str, choices=("layer_norm", "rms_norm")), ("rms_norm", "layer_norm")),
+    FieldKey("qkv_bias", ("qkv_bias", "attention_bias"), FLAG, (False, False)),
+    FieldKey("qk_norm", ("qk_normalization", "use_qk_norm"), FLAG, (True, False)),
+    _same("patch_size", "patch_size", Values(int, 1, 1 << 9), 14),
+    _same("image_size", "image_size", Values(int, 1, 1 << 13), 448),
+    _same("norm_eps", "layer_norm_eps", EPSILON, 1e-6),
+    FieldKey("layer_scale_init", ("initializer_factor", "layer_scale_init_value"), Values(float, 1e-30), (0.1, 0.1)),
 )
 DECODER_KEYS = (
-    _same("vocab_size", "vocab_size"),
-    _same("width", "hidden_size"),
-    _same("num_layers", "num_hidden_layers"),
-    _same("mlp_width", "intermediate_size"),
-    _same("num_heads", "num_attention_heads"),
-    _same("num_kv_heads", "num_key_value_heads"),
-    _same("head_dim", "head_dim"),
-    _same("norm_eps", "rms_norm_eps", 1e-6),
-    _same("max_positions", "max_position_embeddings", 32768),
+    _same("vocab_size", "vocab_size", Values(int, 1, 1 << 22)),
+    _same("width", "hidden_size", WIDTH),
+    _same("num_layers", "num_hidden_layers", LAYERS),
+    _same("mlp_width", "intermediate_size", Values(int, 1, 1 << 20)),
+    _same("num_heads", "num_attention_heads", HEADS),
+    _same("num_kv_heads", "num_key_value_heads", HEADS),
+    _same("head_dim", "head_dim", Values(int, 1, 1 << 12)),
+    _same("norm_eps", "rms_norm_eps", EPSILON, 1e-6),
+    _same("max_positions", "max_position_embeddings", Values(int, 1, 1 << 30), 32768),
 )
 TILING_KEYS = (
-    _same("dynamic", "dynamic_image_size", False),
-    _same("thumbnail", "use_thumbnail", False),
-    _same("min_tiles", "min_dynamic_patch", 1),
-    _same("max_tiles", "max_dynamic_patch"),
+    _same("dynamic", "dynamic_image_size", FLAG, False),
+    _same("thumbnail", "use_thumbnail", FLAG, False),
+    _same("min_tiles", "min_dynamic_patch", TILES, 1),
+    _same("max_tiles", "max_dynamic_patch", TILES),
 )
 TEXT_CONFIG: dict[Dialect, str] = {"internvl_chat": "llm_config", "transformers": "text_config"}
 SELECT_LAYER: dict[Dialect, str] = {"internvl_chat": "select_layer", "transformers": "vision_feature_layer"}
@@ -107,12 +115,3 @@ CODE_REPOS: dict[Family, str] = {
     "qwen2": "OpenGVLab/InternVL2_5-1B", "internlm2": "OpenGVLab/InternVL2_5-8B", "llama": "OpenGVLab/InternVL2_5-8B",
 }  # fmt: skip
 """Where the original library's classes live. Written for that library, which asks its user first; never followed here."""
-
-LIMITS = {
-    "hidden_size": 1 << 16, "num_hidden_layers": 1024, "intermediate_size": 1 << 20, "num_attention_heads": 1024,
-    "num_key_value_heads": 1024, "head_dim": 1 << 12, "vocab_size": 1 << 22, "image_size": 1 << 13, "patch_size": 1 << 9,
-    "max_position_embeddings": 1 << 30, "min_dynamic_patch": 1 << 10, "max_dynamic_patch": 1 << 10, "min_patches": 1 << 10,
-    "max_patches": 1 << 10,
-}  # fmt: skip
-"""Larger values are nonsense or an attack, and refused before anything is built."""
-CHOICES = {"norm_type": ("layer_norm", "rms_norm"), "ps_version": ("v1", "v2"), "original_family": ("llama", "internlm2")}

@@ -75,11 +75,11 @@ def convert(
 
     written = str(weights.main_dtype).removeprefix("torch.") if dtype == "keep" else dtype
     if to == "gguf" and processor:
-        with new_directory(target, force=force, mark=LANGUAGE_GGUF) as out:
+        with new_directory(target, force=force, sources=[directory]) as out:
             return ConversionReport(wider=_write_gguf(out, model, original, processor, STORAGE.get(written, "F32"), progress))
     losses: list[QuantizationLoss] = []
     get = quantizing(model, original, schemes, losses)
-    with new_directory(target, force=force) as out:
+    with new_directory(target, force=force, sources=[directory]) as out:
         save_model(
             model, out, dialect=dialect_of(directory) if to in ("keep", "gguf") else to, dtype=getattr(torch, written),
             get=get, max_shard_bytes=max_shard_bytes, progress=progress,

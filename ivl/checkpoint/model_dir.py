@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from ivl.checkpoint.config_json import dialect_of, generation_json, load_config, tied, to_json
+from ivl.checkpoint.config_json import dialect_of, generation_json, load_config, model_config, tied, to_json
 from ivl.checkpoint.config_table import Dialect
-from ivl.checkpoint.files import listing, read_object
+from ivl.checkpoint.files import listing
 from ivl.checkpoint.hub import resolve
 from ivl.checkpoint.keymaps import TensorEntry, current_name, key_map
 from ivl.checkpoint.quantization import (
@@ -20,6 +20,7 @@ from ivl.checkpoint.quantization import (
     schemes_of,
     weight_shapes,
 )
+from ivl.checkpoint.sections import Section, open_section
 from ivl.checkpoint.weights import MAX_SHARD_BYTES, OnMegabytes, StoredWeights, TensorSource, check_entries, write_shards
 from ivl.config import ModelConfig
 from ivl.errors import InputError
@@ -82,12 +83,16 @@ def save_model(
             most one shard is held. None writes the model's own.
 
     Raises:
-        InputError: if the dialect cannot express the model, or the model carries LoRA adapters.
+        InputError: if the dialect cannot express the model, load_config would refuse its values, or the model carries LoRA
+            adapters; nothing is written then.
     """
     directory, dtype = Path(out_dir), dtype or model.dtype
     config = to_json(model.config, dialect, str(dtype).removeprefix("torch."))
     if quantized_layers(model):
         config["quantization_config"] = quantization_json(schemes_of(model))
+    generation = generation_json(model.config)
+    place = "the configuration to be written"
+    model_config(Section(config, place), Section(generation, place), directory)
     tensors = tensors_of(model)
     entries = quantized_entries(model, key_map(empty_model(model.config), dialect))
     extra = sorted(tensors.keys() - {entry.ours for entry in entries})
@@ -98,7 +103,7 @@ def save_model(
         directory, entries, tensors, get or tensors.__getitem__,
         dtype=dtype, extra=weight_shapes(model, entries), max_shard_bytes=max_shard_bytes, progress=progress,
     )  # fmt: skip
-    write_json(directory / "generation_config.json", generation_json(model.config))
+    write_json(directory / "generation_config.json", generation)
     write_json(directory / "config.json", config)
 
 
@@ -132,19 +137,19 @@ def open_weights(directory: Path, model: VLM, *, quantized: bool = False) -> tup
     """
     dialect = dialect_of(directory)
     entries = key_map(model, dialect)
-    config = read_object(directory / "config.json").get("quantization_config")
-    if config is not None and not quantized:
+    top = open_section(directory / "config.json")
+    integers = top.values.get("quantization_config") is not None
+    if integers and not quantized:
         raise InputError(
             f"{directory}: is quantized, which is for inference only; to train, merge, convert or compose, take the "
             "original model"
         )
     rename = current_name if dialect == "transformers" else str
-    weights = StoredWeights(directory, rename, integers=config is not None)
-    if tied(directory):
+    weights = StoredWeights(directory, rename, integers=integers)
+    if tied(top):
         untie(entries, weights)
-    if config is not None:
-        activations = rounds_activations(str(directory / "config.json"), config)
-        entries = adopt(model, entries, weights, activations)
+    if integers:
+        entries = adopt(model, entries, weights, rounds_activations(top.section("quantization_config")))
     check_entries(entries, {name: tensor.shape for name, tensor in tensors_of(model).items()}, weights)
     return weights, entries
 

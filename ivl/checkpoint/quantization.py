@@ -8,12 +8,13 @@ are rounded, too.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
 
 from ivl.checkpoint.keymaps import TensorEntry
+from ivl.checkpoint.sections import Section, Values
 from ivl.checkpoint.weights import StoredWeights
 from ivl.errors import InputError
 from ivl.quant.layers import QuantConfig, QuantLinear, QuantPlan, quantize_layers, quantized_layers
@@ -29,6 +30,8 @@ _PARTS = {
 """Patterns of a part that is quantized, and of one that is not. The first that fits counts; the general one is last."""
 _PROJECTOR = ["re:.*mlp1.*", "re:.*multi_modal_projector.*"]
 _COMMON = {"num_bits": 8, "type": "int", "symmetric": True, "actorder": None, "block_structure": None}
+_INTEGERS = {"words": torch.int32, "zeros": torch.int32, "signed": torch.int8}
+_FORMATS = Values(str, choices=(PACKED, INTS))
 _TOKEN_INPUTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 """How activations are rounded, if they are."""
 
@@ -72,42 +75,36 @@ def _group_json(scheme: QuantConfig, targets: list[str]) -> dict[str, Any]:
     }
 
 
-def rounds_activations(place: str, config: Any) -> bool:
+def rounds_activations(config: Section) -> bool:
     """Return whether layers stored in plain int8 round their input per token, by a `quantization_config`.
 
     Raises:
         InputError: if it asks for a computation that is not supported.
     """
-
-    def refuse(key: str, value: object, expected: str) -> NoReturn:
-        raise InputError(f"{place}: quantization_config: {key} is {value!r}; expected {expected}")
-
-    if not isinstance(config, dict):
-        raise InputError(f"{place}: quantization_config is {config!r}, expected an object")
-    if config.get("quant_method") != METHOD:
-        refuse("quant_method", config.get("quant_method"), f"{METHOD!r}; convert the original model with --quantize")
-    if config.get("kv_cache_scheme") is not None:
-        refuse("kv_cache_scheme", config["kv_cache_scheme"], "null")
-    groups = config.get("config_groups")
-    if not isinstance(groups, dict) or not groups or not all(isinstance(group, dict) for group in groups.values()):
-        refuse("config_groups", groups, "an object of groups")
+    if (method := config.values.get("quant_method")) != METHOD:
+        raise config.refusal("quant_method", method, f"{METHOD!r}; convert the original model with --quantize")
+    if (scheme := config.values.get("kv_cache_scheme")) is not None:
+        raise config.refusal("kv_cache_scheme", scheme, "null")
     rounding: dict[bool, str] = {}
-    for name, group in groups.items():
-        kind = group.get("format") or config.get("format")
-        weights, inputs, outputs = (group.get(key) for key in ("weights", "input_activations", "output_activations"))
-        if kind not in (PACKED, INTS):
-            refuse(f"format of {name}", kind, f"{PACKED} or {INTS}")
-        if not isinstance(weights, dict) or weights.get("type") != "int" or weights.get("num_bits") not in (4, 8):
-            refuse(f"weights of {name}", weights, "integers of 4 or 8 bits")
-        if outputs is not None:
-            refuse(f"output_activations of {name}", outputs, "null")
+    groups = config.section("config_groups")
+    for name in groups.values:
+        group = groups.section(name)
+        kind = Section({"format": config.values.get("format")} | dict(group.values), group.place).read("format", _FORMATS)
+        weights = group.section("weights")
+        weights.read("type", Values(str, choices=("int",)))
+        if weights.read("num_bits", Values(int, 4, 8)) not in (4, 8):
+            raise weights.refusal("num_bits", weights.values["num_bits"], "4 or 8")
+        if (outputs := group.values.get("output_activations")) is not None:
+            raise group.refusal("output_activations", outputs, "null")
+        inputs = group.values.get("input_activations")
         fits = isinstance(inputs, dict) and kind == INTS and _TOKEN_INPUTS.items() <= inputs.items()
         if inputs is not None and not fits:
-            refuse(f"input_activations of {name}", inputs, f"null, or {_TOKEN_INPUTS} in format {INTS}")
+            raise group.refusal("input_activations", inputs, f"null, or {_TOKEN_INPUTS} in format {INTS}")
         if kind == INTS:
             rounding[fits] = name
-    if len(rounding) > 1:
-        raise InputError(f"{place}: quantization_config: {' and '.join(rounding.values())} differ in input_activations")
+    if not groups.values or len(rounding) > 1:
+        expected = "groups that agree in input_activations" if rounding else "at least one group"
+        raise config.refusal("config_groups", list(groups.values), expected)
     return True in rounding
 
 
@@ -129,7 +126,14 @@ def adopt(model: nn.Module, entries: Sequence[TensorEntry], weights: StoredWeigh
         return schemes.pop()
 
     quantize_layers(model, scheme_of)
-    return quantized_entries(model, entries)
+    entries = quantized_entries(model, entries)
+    for entry in entries:
+        for name in entry.theirs:
+            dtype, expected = weights.dtypes.get(name), _INTEGERS.get(entry.form)
+            if dtype and (dtype is not expected if expected else not dtype.is_floating_point):
+                kind = expected or "floating-point numbers"
+                raise InputError(f"{weights.directory}: tensor {name!r} is {dtype}, expected {kind}; fetch the model again")
+    return entries
 
 
 def _stored_scheme(name: str, width: int, weights: StoredWeights, activations: bool) -> QuantConfig | None:

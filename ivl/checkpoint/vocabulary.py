@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers
 
-from ivl.errors import InputError
+from ivl.checkpoint.sections import FLAG, TEXT, TOKEN_ID, Section, added_tokens, open_section
+from ivl.checkpoint.tokenizer_json import check_added, check_tokenizer, check_vocabulary
+from ivl.errors import InputError, short
 from ivl.processing.tokenizer import CHATML_TOKENS, Tokenizer, byte_letters, byte_level, set_bos, token_text
-from ivl.utils.files import write_json
-from ivl.utils.strict_json import read_json
+from ivl.utils.files import regular, write_json
 
 QWEN_ADDED = (
     *CHATML_TOKENS, "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>",
@@ -28,43 +31,96 @@ INTERNLM2_PIECES = 92544
 INTERNLM2_ADDED = {92542: "<|im_end|>", 92543: "<|im_start|>"}
 """tokenizer.model of InternLM2.5 has these two under reserved names; its configuration renames them."""
 CONFIG_FILE = "tokenizer_config.json"
+SPECIAL_KEYS = ("bos_token", "eos_token", "pad_token", "unk_token")
 ADDED_TOKEN_FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
+
+
+MAX_FILE_BYTES = 64 << 20
+MAX_PIECE = 1024
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
     """Read tokenizer.json, else vocab.json and merges.txt, else `.tiktoken` ranks (Qwen), else tokenizer.model (InternLM2.5).
 
     Raises:
-        InputError: if the directory has none of them, or they contradict each other.
+        InputError: naming the file, if the directory has none of them, one is damaged or may harm this process, or they
+            contradict each other.
     """
     directory = Path(directory)
-    config_file = directory / CONFIG_FILE
-    config = read_json(config_file) if config_file.exists() else {}
-    ranks = sorted(directory.glob("*.tiktoken"))
+    config = open_section(directory / CONFIG_FILE, optional=True)
+    for key in SPECIAL_KEYS:
+        if not isinstance(config.values.get(key), str | None):
+            config.section(key).read("content", TEXT)
+    config.read("add_bos_token", FLAG, None)
+    values = dict(config.values)
     if (file := directory / "tokenizer.json").exists():
-        try:
-            return Tokenizer(tokenizers.Tokenizer.from_file(str(file)), config=config)
-        except Exception as error:  # the library raises no narrower type
-            raise InputError(f"{file}: not a tokenizer of the tokenizers library ({error})") from error
-    if (directory / "vocab.json").exists() and (directory / "merges.txt").exists():
-        try:
-            model = models.BPE.from_file(str(directory / "vocab.json"), str(directory / "merges.txt"))
-        except Exception as error:  # the library raises no narrower type
-            raise InputError(f"{directory}: vocab.json and merges.txt are no BPE vocabulary: {error}") from error
-        backend = byte_level(model)
-    elif ranks:
-        backend = from_ranks(ranks[0])
-        config = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "add_bos_token": False} | config
+        with orderly(file):
+            described = open_section(file)
+            check_tokenizer(described)
+            backend = tokenizers.Tokenizer.from_file(str(file))
+            check_ids(backend, {token.read("id", TOKEN_ID): as_added(token) for token in described.sections("added_tokens")})
+            return _spelled(Tokenizer(backend, config=values), described.values["model"]["vocab"])
+    added = added_tokens(directory, "added_tokens.json", CONFIG_FILE)
+    check_added(list(added.values()), directory)
+    tokens = {i: as_added(token) for i, token in added.items()}
+    if (file := directory / "vocab.json").exists() and (directory / "merges.txt").exists():
+        with orderly(f"{directory}: vocab.json and merges.txt are no BPE vocabulary"):
+            backend = byte_level(models.BPE(vocab=_vocabulary(file), merges=_merges(directory / "merges.txt")))
+    elif ranks := sorted(directory.glob("*.tiktoken")):
+        with orderly(ranks[0]):
+            backend = from_ranks(ranks[0])
+        values = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "add_bos_token": False} | values
     elif (file := directory / "tokenizer.model").exists():
-        backend = from_sentencepiece(file, _added(directory, config))
-        return Tokenizer(backend, config={"bos_token": "<s>", "add_bos_token": True} | config)
+        with orderly(file):
+            backend = from_sentencepiece(file, tokens)
+            return _spelled(Tokenizer(backend, config={"bos_token": "<s>", "add_bos_token": True} | values))
     else:
         raise InputError(
             f"{directory}: no tokenizer here; expected tokenizer.json, vocab.json with merges.txt, "
             "a .tiktoken file or tokenizer.model"
         )
-    append_tokens(backend, _added(directory, config), directory)
-    return Tokenizer(backend, config=config)
+    with orderly(directory):
+        append_tokens(backend, tokens, directory)
+        return _spelled(Tokenizer(backend, config=values))
+
+
+@contextmanager
+def orderly(place: object) -> Iterator[None]:
+    """Turn what a library raises for damaged data into an InputError of one line that starts with the place.
+
+    A panic of the tokenizers library is no Exception.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        known = isinstance(error, InputError)
+        if known and str(place).partition(": ")[0] in str(error):
+            raise
+        problem = str(error) if known else f"not a tokenizer of this kind ({' '.join(str(error).split())[:300]})"
+        raise InputError(f"{place}: {problem}") from None
+
+
+def _spelled(tokenizer: Tokenizer, vocab: Iterable[str] | None = None) -> Tokenizer:
+    """The tokenizer, after a check that it can spell every text and that each entry stands for bytes."""
+    pieces = tokenizer.spelling == "pieces"
+    letters = {byte: f"<0x{byte:02X}>" if pieces else letter for letter, byte in byte_letters().items()}
+    in_text = (byte for byte in range(0xF5) if byte not in (0xC0, 0xC1))  # UTF-8 has no others
+    model = tokenizer.backend.model
+    missing = [byte for byte in in_text if letters[byte] not in tokenizer]
+    if missing and getattr(model, "unk_token", None) is None:
+        raise InputError(f"has no token for {len(missing)} bytes, first 0x{missing[0]:02X}: text with them would be lost")
+    entries = tokenizer.backend.get_vocab(with_added_tokens=False) if vocab is None else vocab
+    wrong: Iterable[str] = []
+    if pieces:
+        wrong = (entry for entry in entries if re.fullmatch("<0x..>", entry) and entry not in letters.values())
+    elif strange := set("".join(entries)) - byte_letters().keys():
+        wrong = (entry for entry in entries if strange.intersection(entry))
+    added = {token.content for token in tokenizer.backend.get_added_tokens_decoder().values()}
+    if wrong := sorted(set(wrong) - added):
+        raise InputError(f"token {short(wrong[0])} stands for no bytes")
+    return tokenizer
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: str | Path, **config: Any) -> None:
@@ -75,8 +131,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | Path, **config: Any) -
     backend.encode_special_tokens = False  # ours at run time only; other libraries decide for themselves
     backend.save(str(directory / "tokenizer.json"))
     backend.encode_special_tokens = True
-    keys = ("bos_token", "eos_token", "pad_token", "unk_token")
-    special = {key: text for key in keys if (text := token_text(tokenizer.config.get(key)))}
+    special = {key: text for key in SPECIAL_KEYS if (text := token_text(tokenizer.config.get(key)))}
     flags = ("content", *ADDED_TOKEN_FLAGS)
     added = sorted(backend.get_added_tokens_decoder().items())
     written = {
@@ -92,59 +147,89 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | Path, **config: Any) -
     write_json(directory / "special_tokens_map.json", special)
 
 
-def _added(directory: Path, config: dict[str, Any]) -> dict[int, AddedToken]:
-    """Added tokens by id, from tokenizer_config.json and added_tokens.json."""
-    found: dict[int, AddedToken] = {}
-    if (file := directory / "added_tokens.json").exists():
-        found = {i: AddedToken(text, special=True, normalized=False) for text, i in read_json(file).items()}
-    for key, token in config.get("added_tokens_decoder", {}).items():
-        flags = {name: bool(token.get(name, False)) for name in ADDED_TOKEN_FLAGS}
-        found[int(key)] = AddedToken(token["content"], **flags)
-    return dict(sorted(found.items()))
+def as_added(token: Section) -> AddedToken:
+    """An added token of a tokenizer file."""
+    return AddedToken(token.read("content", TEXT), **{flag: token.read(flag, FLAG, False) for flag in ADDED_TOKEN_FLAGS})
 
 
 def append_tokens(backend: tokenizers.Tokenizer, added: dict[int, AddedToken], place: object) -> None:
     """Added tokens in the order of their ids, each of which must come out as announced."""
-    for i, token in added.items():
+    for token in added.values():
         (backend.add_special_tokens if token.special else backend.add_tokens)([token])
-        got = backend.token_to_id(token.content)
-        if got != i:
-            raise InputError(f"{place}: added token {token.content!r} should have id {i} but the vocabulary gives {got}")
+    with orderly(place):
+        check_ids(backend, added)
+
+
+def check_ids(backend: tokenizers.Tokenizer, added: dict[int, AddedToken]) -> None:
+    """Refuse added tokens that have not the ids that a file gives them."""
+    for i, token in added.items():
+        if (got := backend.token_to_id(token.content)) != i:
+            raise InputError(f"added token {token.content!r} should have id {i} but the vocabulary gives {got}")
+
+
+def _read(file: Path) -> bytes:
+    """The bytes of a file that is not too large to parse."""
+    if regular(file).st_size > MAX_FILE_BYTES:
+        raise InputError(f"{file}: more than {MAX_FILE_BYTES:,} bytes, which are not read")
+    return file.read_bytes()
+
+
+def possible_merges(ranks: Mapping[str, Any], ids: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Any two pieces whose join is a piece may merge, and the join of the lowest rank goes first."""
+    merges: list[tuple[str, str]] = []
+    for piece in sorted(ranks, key=ranks.__getitem__):
+        if len(piece) > MAX_PIECE:
+            raise InputError(f"token {short(piece)} is longer than {MAX_PIECE}")
+        cuts = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
+        pairs = [pair for pair in cuts if pair[0] in ranks and pair[1] in ranks]
+        merges += sorted(pairs, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+    return merges
 
 
 # -- byte-level BPE: Qwen2.5 and our own
 
 
-def from_ranks(file: Path) -> tokenizers.Tokenizer:
-    """A `.tiktoken` file (base64 bytes and a rank a line) with Qwen2.5's added tokens after it.
+def _vocabulary(file: Path) -> dict[str, int]:
+    vocab = open_section(file)
+    check_vocabulary(vocab)
+    return dict(vocab.values)
 
-    The merge that makes a token is the last one its own bytes need when all lower ranks are applied.
-    """
+
+def _merges(file: Path) -> list[tuple[str, str]]:
+    merges = []
+    for number, line in enumerate(_read(file).decode().splitlines(), 1):
+        if line and not line.startswith("#version"):
+            left, _, right = line.partition(" ")
+            if not left or not right or " " in right:
+                raise InputError(f"line {number} is {short(line)}, expected two tokens")
+            merges.append((left, right))
+    return merges
+
+
+def from_ranks(file: Path) -> tokenizers.Tokenizer:
+    """A `.tiktoken` file (base64 bytes and a rank a line) with Qwen2.5's added tokens after it."""
     letters = {byte: letter for letter, byte in byte_letters().items()}
-    ranks: dict[bytes, int] = {}
-    for number, line in enumerate(file.read_text(encoding="ascii").splitlines(), 1):
+    ranks: dict[str, int] = {}
+    for number, line in enumerate(_read(file).decode("ascii").splitlines(), 1):
         token, _, rank = line.partition(" ")
-        if not rank.isdigit():
-            raise InputError(f"{file}:{number}: expected base64 bytes and a rank, got {line[:80]!r}")
-        ranks[base64.b64decode(token)] = int(rank)
-    pairs = [_last_merge(token, rank, ranks) for token, rank in ranks.items() if len(token) > 1]
-    pairs.sort(key=lambda pair: ranks[pair[0] + pair[1]])
-    vocab = {"".join(letters[byte] for byte in token): rank for token, rank in ranks.items()}
-    spelled = dict(zip(ranks, vocab, strict=True))
-    backend = byte_level(models.BPE(vocab=vocab, merges=[(spelled[left], spelled[right]) for left, right in pairs]))
+        try:
+            ranks["".join(letters[byte] for byte in base64.b64decode(token, validate=True))] = int(rank)
+        except ValueError:
+            raise InputError(f"{file}:{number}: expected base64 bytes and a rank, got {short(line)}") from None
+        if len(ranks) != number:
+            raise InputError(f"{file}:{number}: token {token} has a rank already")
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise InputError(f"{file}: the ranks of {len(ranks)} tokens are not 0 to {len(ranks) - 1}, each once")
+    if missing := [byte for byte in range(256) if letters[byte] not in ranks]:
+        raise InputError(f"{file}: has no token for {len(missing)} bytes, first 0x{missing[0]:02X}")
+    merges = possible_merges(ranks, ranks)
+    made = {left + right for left, right in merges}
+    if lost := [token for token in ranks if len(token) > 1 and token not in made]:
+        raise InputError(f"{file}: {len(lost)} tokens cannot be made from shorter ones, first {short(lost[0])}")
+    backend = byte_level(models.BPE(vocab=ranks, merges=merges))
     added = {len(ranks) + n: AddedToken(t, special=t not in QWEN_PLAIN, normalized=False) for n, t in enumerate(QWEN_ADDED)}
     append_tokens(backend, added, file.parent)
     return backend
-
-
-def _last_merge(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        best, at = min((ranks.get(parts[i] + parts[i + 1], rank), i) for i in range(len(parts) - 1))
-        if best >= rank:
-            raise InputError(f"rank {rank} ({token!r}) cannot be made from lower ranks")
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    return parts[0], parts[1]
 
 
 # -- SentencePiece: InternLM2.5
@@ -160,9 +245,9 @@ def from_sentencepiece(file: Path, added: dict[int, AddedToken]) -> tokenizers.T
     except ImportError as error:
         raise InputError(f"{file}: reading it needs sentencepiece and protobuf: pip install 'ivl[sentencepiece]'") from error
     schema: Any = sentencepiece_model_pb2
-    proto = schema.ModelProto.FromString(file.read_bytes())
+    proto = schema.ModelProto.FromString(_read(file))
     kinds = schema.ModelProto.SentencePiece
-    if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
+    if not proto.pieces or proto.trainer_spec.model_type != proto.trainer_spec.BPE:
         raise InputError(f"{file}: only SentencePiece models of type BPE are supported")
     names: dict[int, str] = {i: str(token.content) for i, token in added.items()}
     if not added and len(proto.pieces) == INTERNLM2_PIECES:
@@ -171,8 +256,8 @@ def from_sentencepiece(file: Path, added: dict[int, AddedToken]) -> tokenizers.T
     scores = {p.piece: p.score for i, p in enumerate(proto.pieces) if p.type == kinds.NORMAL and i not in names}
     unknown = next(piece.piece for piece in proto.pieces if piece.type == kinds.UNKNOWN)
     steps: list[normalizers.Normalizer] = []
-    if proto.normalizer_spec.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap))
+    if proto.normalizer_spec.precompiled_charsmap:  # the tokenizers library aborts the process for a damaged one
+        raise InputError(f"{file}: normalizes text by a table of its own, which is not supported; identity is")
     if proto.normalizer_spec.remove_extra_whitespaces:
         steps += [normalizers.Strip(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
     backend = sentencepiece_bpe(vocab, scores, unknown, prefix=proto.normalizer_spec.add_dummy_prefix, steps=steps)
@@ -196,20 +281,14 @@ def sentencepiece_bpe(
 ) -> tokenizers.Tokenizer:
     """Build BPE over SentencePiece's pieces, with byte fallback.
 
-    SentencePiece keeps no merges: any two pieces whose join is a piece may merge, best score first.
+    SentencePiece keeps no merges: the join of the best score goes first.
 
     Args:
         scores: of the pieces that text is made of.
         prefix: whether text starts with a space.
         steps: what is done to text before that.
     """
-    ranked = []
-    for piece, score in scores.items():
-        cuts = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
-        pairs = [(left, right) for left, right in cuts if left in scores and right in scores]
-        pairs.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
-        ranked += [(-score, vocab.get(piece, 0), n, pair) for n, pair in enumerate(pairs)]
-    merges = [pair for *_, pair in sorted(ranked)]
+    merges = possible_merges({piece: (-score, vocab[piece]) for piece, score in scores.items()}, vocab)
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     start = [normalizers.Prepend("▁")] if prefix else []
     backend.normalizer = normalizers.Sequence([*steps, *start, normalizers.Replace(" ", "▁")])

@@ -16,15 +16,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ivl.checkpoint.files import listing, read_object
+from ivl.checkpoint.files import listing
 from ivl.checkpoint.keymaps import IGNORED_SUFFIXES, TensorEntry
-from ivl.errors import InputError
-from ivl.utils.files import write_json
+from ivl.checkpoint.sections import open_section
+from ivl.errors import InputError, short
+from ivl.utils.files import regular, write_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_SHARD_BYTES = 5_000_000_000
+MAX_HEADER_BYTES = 16 << 20
+"""A header that names every tensor of the largest model takes 4 MB; parsing takes many times its size."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INTEGERS = {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
 """Types of quantized weights."""
@@ -56,13 +59,16 @@ class StoredWeights:
         directory: holds `model.safetensors`, or shards and their index.
         rename: from the names in the files to the names used here.
         integers: accept tensors of integers, as quantized weights are.
+        file: another file to read, alone.
 
     Raises:
         InputError: if there are no safetensors, a shard is missing, damaged or outside the directory, or the index and the
             shards disagree.
     """
 
-    def __init__(self, directory: Path, rename: Callable[[str], str] = str, *, integers: bool = False) -> None:
+    def __init__(
+        self, directory: Path, rename: Callable[[str], str] = str, *, integers: bool = False, file: str | None = None
+    ) -> None:
         self.directory = directory
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
@@ -70,8 +76,8 @@ class StoredWeights:
         self._places: dict[str, tuple[Path, str]] = {}
         self._open: tuple[Path, Any] | None = None
         index = directory / INDEX
-        listed = _read_index(index) if index.exists() else None
-        for file_name in [WEIGHTS] if listed is None else sorted(set(listed.values())):
+        listed = _read_index(index) if index.exists() and not file else None
+        for file_name in [file or WEIGHTS] if listed is None else sorted(set(listed.values())):
             self._read_header(directory / file_name, rename)
         if listed is not None:
             stored = {name: path.name for path, name in self._places.values()}
@@ -80,7 +86,7 @@ class StoredWeights:
                 raise InputError(f"{index}: does not agree with the shards about {listing(wrong)}")
 
     def _read_header(self, path: Path, rename: Callable[[str], str]) -> None:
-        if not path.is_file():
+        if not path.exists():
             pickles = sorted(other.name for other in self.directory.glob("*") if other.suffix in PICKLES)
             danger = "may run code when opened and is never read: convert it to safetensors where you trust it"
             hint = f"{listing(pickles, 3)} {danger}" if pickles else "a model directory has it, or shards with an index"
@@ -102,8 +108,13 @@ class StoredWeights:
         if self._open is None or self._open[0] != path:
             self._open = None
             try:
+                regular(path)
+                with path.open("rb") as file:
+                    length = int.from_bytes(file.read(8), "little")
+                if MAX_HEADER_BYTES < length < path.stat().st_size:
+                    raise SafetensorError(f"its header has {length:,} bytes, at most {MAX_HEADER_BYTES:,} are read")
                 self._open = (path, safe_open(path, framework="pt", device="cpu"))
-            except (SafetensorError, OSError) as error:
+            except (SafetensorError, OSError, UnicodeError) as error:
                 raise InputError(f"{path}: not a readable safetensors file: {error}; fetch it again") from None
         return self._open[1]
 
@@ -191,14 +202,14 @@ def write_shards(
             if progress:
                 progress(done // 10**6, total // 10**6)
         weight_map |= dict.fromkeys(tensors, file_name)
-        _write_shard(directory / file_name, tensors)
+        write_tensors(directory / file_name, tensors)
         del tensors
     written = {*shards}
     if len(shards) > 1:
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         written.add(INDEX)
     for old in [directory / INDEX, *directory.glob("model*.safetensors")]:
-        if old.name not in written:
+        if old.name not in written and re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", old.name):
             old.unlink(missing_ok=True)
 
 
@@ -221,7 +232,12 @@ def _plan_shards(
     return dict(zip(names, groups, strict=True)), total
 
 
-def _write_shard(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a safetensors file whole or not at all.
+
+    Raises:
+        InputError: if it cannot be written.
+    """
     part = path.with_name(f"{path.name}.part")
     try:
         part.touch()
@@ -236,10 +252,11 @@ def _write_shard(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def _read_index(path: Path) -> dict[str, str]:
     """Read which shard holds each tensor; a shard must be a plain file name beside the index."""
-    weight_map = read_object(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    weight_map = open_section(path).section("weight_map").values
+    if not weight_map:
         raise InputError(f"{path}: has no weight_map")
     for name, file_name in weight_map.items():
         if not isinstance(file_name, str) or not re.fullmatch(r"[\w][\w.-]*\.safetensors", file_name):
-            raise InputError(f"{path}: shard {file_name!r} of {name!r} is no plain .safetensors file name; refused")
-    return weight_map
+            problem = f"shard {short(file_name)} of {short(name)} is no plain .safetensors file name; refused"
+            raise InputError(f"{path}: {problem}")
+    return dict(weight_map)

@@ -103,6 +103,8 @@ class MergeOptions:
     """Directory to write."""
     force: Flag = False
     """Replace OUT if it is a model directory."""
+    allow_base: Flag = False
+    """Merge into a model that the adapter was not trained from."""
 
 
 def convert(args: list[str]) -> None:

@@ -118,7 +118,7 @@ def write_checkpoint_model(model: VLM, processor: Processor, config: RunConfig, 
         save_model(full, directory)
         save_processor(processor, directory)
     else:
-        save_adapter(full, directory, base=config.model)
+        save_adapter(full, directory, base=config.model, trained=trainable(full))
         tensors = {name: p.detach().cpu().contiguous() for name, p in trainable(full).items()}
         save_file(tensors, directory / "trainer" / "trainable.safetensors")
     write_json(directory / "trainer" / CONFIG, to_json(config))
@@ -141,7 +141,7 @@ def write_final_model(model: VLM, processor: Processor, config: RunConfig, world
     if full is None:
         return
     if config.lora is not None:
-        save_adapter(full, run_dir / "adapter", base=config.model)
+        save_adapter(full, run_dir / "adapter", base=config.model, trained=trainable(full))
         merge_lora(full)
     temp, final = run_dir / ".tmp-model", run_dir / "model"
     shutil.rmtree(temp, ignore_errors=True)

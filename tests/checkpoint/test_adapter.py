@@ -52,7 +52,7 @@ def test_bad_adapters_are_refused(tmp_path: Path, tiny: VLM) -> None:
     for change, message in (
         ({"use_dora": True}, "use_dora"),
         ({"peft_type": "IA3"}, "IA3"),
-        ({"r": 2}, r"should be \(2, 48\).*\(4, 48\)"),
+        ({"r": 2}, r"should be \(2, \d+\).*\(4, \d+\)"),
     ):
         (tmp_path / "adapter_config.json").write_text(json.dumps(described | change))
         with pytest.raises(InputError, match=message):

@@ -131,12 +131,15 @@ def test_an_existing_directory_is_replaced_only_on_request(source: Path, tmp_pat
     with pytest.raises(InputError, match=r"out: exists; .*--force"):
         convert(source, out, to="transformers")
     assert (out / "leftover").exists()
+    with pytest.raises(InputError, match=r"out: holds leftover, which ivl did not write"):
+        convert(source, out, to="transformers", force=True)
+    (out / "leftover").unlink()
     command([str(source), str(out), "--to", "transformers", "--force"])
-    assert not (out / "leftover").exists() and (out / "config.json").exists()
+    assert json.loads((out / "config.json").read_text())["model_type"] == "internvl"
     notes = tmp_path / "notes"
     notes.mkdir()
     (notes / "thesis.txt").touch()
-    with pytest.raises(InputError, match=r"has no config\.json, so it is no model directory"):
+    with pytest.raises(InputError, match=r"has no config\.json with weights, so it is no model directory"):
         convert(source, notes, to="transformers", force=True)
     assert [file.name for file in notes.iterdir()] == ["thesis.txt"]
 

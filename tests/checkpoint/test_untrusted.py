@@ -131,7 +131,7 @@ def test_damaged_weights_are_refused(good: Path, damage: Callable[[bytes], bytes
 @pytest.mark.parametrize(
     ("part", "key", "value", "message"),
     [
-        ("llm_config", "hidden_size", 10**9, "hidden_size is 1000000000, expected above 0 and at most"),
+        ("llm_config", "hidden_size", 10**9, "hidden_size is 1000000000, expected a whole number from 1 to 65536"),
         ("llm_config", "num_hidden_layers", 10**9, "num_hidden_layers is 1000000000"),
         ("llm_config", "vocab_size", 10**400, "vocab_size is 1000"),
         ("llm_config", "vocab_size", -1, "vocab_size is -1"),
@@ -147,7 +147,7 @@ def test_damaged_weights_are_refused(good: Path, damage: Callable[[bytes], bytes
         ("vision_config", "num_attention_heads", 5, "vision width 32 is not a multiple of its 5 heads"),
         ("vision_config", "norm_type", "batch_norm", "norm_type is 'batch_norm'"),
         (None, "vision_config", [], "vision_config is .*, expected an object"),
-        (None, "model_type", "llava", "model_type is 'llava'; expected internvl_chat"),
+        (None, "model_type", "llava", "model_type is 'llava', expected internvl_chat"),
         (None, "quantization_config", {"bits": 4}, "quant_method is None"),
         (None, "downsample_ratio", 0.25, "downsample_ratio is 0.25; only 0.5"),
         (None, "use_llm_lora", 16, "use_llm_lora is 16"),

@@ -10,11 +10,11 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
+from ivl.checkpoint.tokenizer_json import LLAMA3_PATTERN
 from ivl.checkpoint.vocabulary import append_tokens, sentencepiece_bpe
 from ivl.errors import InputError
 from ivl.processing.tokenizer import GROUNDING, QWEN_PATTERN, Tokenizer, set_bos, spelling_of, token_text
 
-LLAMA3_PATTERN = QWEN_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Types of tokens."""
 # Names that GGUF files give to the rule that splits text before merging.
