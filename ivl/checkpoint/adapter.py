@@ -51,7 +51,7 @@ def merge(model: str | Path, adapter: str | Path, out: str | Path, *, force: boo
         InputError: if the model or the adapter is unreadable, they do not fit each other, or out exists.
     """
     directory = resolve(model)
-    with new_directory(out, force=force, sources=[directory, adapter]) as target:
+    with new_directory(out, force=force, sources=[directory]) as target:
         merged = load_model(directory, quantized=False)
         processor = load_processor(directory)
         load_adapter(merged, adapter, allow_base=allow_base)
@@ -137,7 +137,10 @@ def load_adapter(model: VLM, adapter_dir: str | Path, *, allow_base: bool = Fals
     if not targets:
         raise InputError(f"{where / TENSORS_FILE}: has no LoRA tensor; expected names such as {PEFT_PREFIX}*.lora_A.weight")
     whole = {entries[name].ours: entries[name] for name in weights.shapes if name in entries}
-    shapes = _adapter_shapes(model, targets, rank)
+    config = LoraConfig(rank=rank, alpha=alpha, dropout=dropout, targets=targets)
+    blank = empty_model(model.config)
+    add_lora(blank, config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in _adapter_tensors(blank).items()}
     for entry in whole.values():
         parts = entry.shapes(model.get_parameter(entry.ours).shape)
         shapes |= {PEFT_PREFIX + name: shape for name, shape in zip(entry.theirs, parts, strict=True)}
@@ -151,7 +154,6 @@ def load_adapter(model: VLM, adapter_dir: str | Path, *, allow_base: bool = Fals
         if expected != base_fingerprint(model, whole):
             trained_from = described.values.get("base_model_name_or_path") or "another model"
             raise InputError(f"{where}: was trained from {short(trained_from)}, not from this model; --allow-base takes it")
-    config = LoraConfig(rank=rank, alpha=alpha, dropout=dropout, targets=targets)
     add_lora(model, config)
     with torch.no_grad():
         for name, parameter in _adapter_tensors(model).items():
@@ -212,20 +214,6 @@ def _adapter_tensors(model: VLM) -> dict[str, nn.Parameter]:
         if path in layers and name in layers[path].spans
         for letter, parameters in (("A", layers[path].lora_A), ("B", layers[path].lora_B))
     }
-
-
-def _adapter_shapes(model: VLM, targets: Iterable[str], rank: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of A and B of adapters on the given projections, by their names in the file."""
-    paths, known = _module_paths(model), projections(model)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for target in targets:
-        path, name = known[target]
-        layer = model.get_submodule(path)
-        assert isinstance(layer, nn.Linear)
-        rows = dict(getattr(layer, "parts", ())).get(name, layer.out_features)
-        stem = f"{PEFT_PREFIX}{paths[target]}.lora_"
-        shapes |= {f"{stem}A.weight": (rank, layer.in_features), f"{stem}B.weight": (rows, rank)}
-    return shapes
 
 
 def _numbers(described: Section) -> tuple[int, float, float]:

@@ -130,7 +130,7 @@ def test_k_quants_are_undone_by_the_gguf_package(tmp_path: Path, kind: str) -> N
     stored = np.random.default_rng(0).integers(0, 60, (96, bytes_per_row), dtype=np.uint8)
     writer = gguf.GGUFWriter(path, "qwen2")
     for add, value in (
-        (writer.add_block_count, 0), (writer.add_context_length, 8), (writer.add_embedding_length, 256),
+        (writer.add_block_count, 1), (writer.add_context_length, 8), (writer.add_embedding_length, 256),
         (writer.add_feed_forward_length, 8), (writer.add_head_count, 4), (writer.add_layer_norm_rms_eps, 1e-6),
     ):  # fmt: skip
         add(value)
@@ -170,7 +170,7 @@ def test_what_the_decoder_does_not_compute_is_refused(tmp_path: Path) -> None:
     stranger.write_header_to_file()
     stranger.write_kv_data_to_file()
     stranger.close()
-    with pytest.raises(InputError, match="'mamba'; supported are qwen2, internlm2, llama"):
+    with pytest.raises(InputError, match="'mamba', expected 'qwen2' or 'internlm2' or 'llama'"):
         GgufModel(path)
     write_gguf(path, decoder)
     whole = path.read_bytes()

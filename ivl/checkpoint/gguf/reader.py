@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from ivl.checkpoint.config_table import FAMILIES
+from ivl.checkpoint.config_table import DECODER_KEYS, FAMILIES, HEADS, ROTARY_BASE, WIDTH
 from ivl.checkpoint.gguf.tokenizer import NORMAL, GgufVocabulary
 from ivl.checkpoint.keymaps import DECODER, TensorEntry, build_entries, names_in
+from ivl.checkpoint.sections import FLAG, REQUIRED, TEXT, Section, Values
 from ivl.config import DecoderConfig
-from ivl.errors import InputError
+from ivl.errors import InputError, short
 from ivl.model.decoder import Decoder
+from ivl.utils.files import regular
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader
+    from gguf.gguf_reader import ReaderTensor
 
 INTERLEAVED_ROTARY = ("llama", "internlm2")
 """Architectures whose files rotate neighboring rows of a head; ours, like the originals, rotates its two halves."""
@@ -34,7 +35,10 @@ DECODER_FIELDS = {
     "rope_theta": "rope.freq_base",
 }
 """Fields of DecoderConfig and their keys, which follow the architecture's name."""
+_KINDS = {key.field: key.kind for key in DECODER_KEYS} | {"rope_theta": ROTARY_BASE}
 NAMES = names_in(DECODER, "gguf")
+MAX_VALUES = 5_000_000
+"""Values of a header that are read. The package takes 100 bytes for each; vocabularies of 256,000 tokens have half as many."""
 
 
 class GgufModel:
@@ -46,51 +50,43 @@ class GgufModel:
 
     def __init__(self, path: Path) -> None:
         self.directory = path
-        reader = _opened(path)
-        self._fields = {name: field.contents() for name, field in reader.fields.items()}
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        fields, tensors = _opened(path)
+        self._tensors = {tensor.name: tensor for tensor in tensors}
         self.shapes = {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self._tensors.items()}
-        self.architecture = str(self._fields.get("general.architecture"))
-        if self.architecture not in FAMILIES:
-            raise InputError(f"{path}: architecture {self.architecture!r}; supported are {', '.join(FAMILIES)}")
+        families = Values(str, choices=FAMILIES)
+        self.architecture = Section(fields, str(path)).read("general.architecture", families)
+        self._own = _below(fields, f"{self.architecture}.", path)
+        self._words = _below(fields, "tokenizer.ggml.", path)
         self.config = self._config()
 
-    def _number(self, key: str, default: float | None = None) -> Any:
-        value = self._fields.get(f"{self.architecture}.{key}", default)
-        if not isinstance(value, (int, float)):
-            raise InputError(f"{self.directory}: {self.architecture}.{key} should be one number, got {value!r}")
-        return value
-
     def _config(self) -> DecoderConfig:
-        scaling = self._fields.get(f"{self.architecture}.rope.scaling.type", "none")
+        own = self._own
+        scaling = own.read("rope.scaling.type", TEXT, "none")
         if scaling != "none" or "rope_freqs.weight" in self.shapes:
-            raise InputError(
-                f"{self.directory}: rotary scaling {scaling!r} is not supported in GGUF files; use the safetensors model"
-            )
-        if self._number("expert_count", 0):
-            raise InputError(f"{self.directory}: a mixture of experts is not supported")
+            raise InputError(f"{own.place}: rotary scaling {short(scaling)} is not supported; use the safetensors model")
+        if own.read("expert_count", Values(int, 0), 0):
+            raise InputError(f"{own.place}: a mixture of experts is not supported")
         if len(self.shapes.get("token_embd.weight", ())) != 2:
-            raise InputError(f"{self.directory}: has no matrix token_embd.weight")
-        width, num_heads = self._number("embedding_length"), self._number("attention.head_count")
-        if num_heads < 1:
-            raise InputError(f"{self.directory}: has {num_heads} attention heads")
-        defaults = {"num_kv_heads": num_heads, "head_dim": width // num_heads, "rope_theta": 10000.0}
-        values = {field: self._number(key, defaults.get(field)) for field, key in DECODER_FIELDS.items()}
-        if (rotated := self._number("rope.dimension_count", values["head_dim"])) != values["head_dim"]:
+            raise InputError(f"{own.place}: has no matrix token_embd.weight")
+        num_heads = own.read("attention.head_count", HEADS)
+        head_dim = own.read("embedding_length", WIDTH) // num_heads
+        defaults = {"num_kv_heads": num_heads, "head_dim": head_dim, "rope_theta": 10000.0}
+        values = {field: own.read(key, _KINDS[field], defaults.get(field, REQUIRED)) for field, key in DECODER_FIELDS.items()}
+        if (rotated := own.read("rope.dimension_count", Values(int), values["head_dim"])) != values["head_dim"]:
             raise InputError(
-                f"{self.directory}: rotates {rotated} of {values['head_dim']} numbers per head; only whole heads are supported"
+                f"{own.place}: rotates {rotated} of {values['head_dim']} numbers per head; only whole heads are supported"
             )
         # The file has a float32; its shortest decimal is the number that was meant.
         values["norm_eps"] = float(np.float32(values["norm_eps"]).astype(str))
         try:
             return DecoderConfig(
-                family=self.architecture,  # type: ignore[arg-type]
+                family=self.architecture,
                 vocab_size=self.shapes["token_embd.weight"][0],
                 qkv_bias="blk.0.attn_q.bias" in self.shapes,
                 **values,
             )
         except ValueError as error:
-            raise InputError(f"{self.directory}: {error}") from None
+            raise InputError(f"{own.place}: {error}") from None
 
     @property
     def main_dtype(self) -> torch.dtype:
@@ -123,21 +119,38 @@ class GgufModel:
 
     def vocabulary(self) -> GgufVocabulary:
         """The parts of the tokenizer, whose lists are checked to have the same length."""
-        prefix = "tokenizer.ggml."
-        stored = {key.removeprefix(prefix): value for key, value in self._fields.items() if key.startswith(prefix)}
-        if not stored.get("tokens"):
-            raise InputError(f"{self.directory}: carries no vocabulary ({prefix}tokens)")
-        count, pieces = len(stored["tokens"]), stored.get("model") == "llama"
-        stored = {"token_type": [NORMAL] * count, "add_bos_token": pieces, "add_space_prefix": pieces, **stored}
-        known = {field.name for field in fields(GgufVocabulary)}
-        words = GgufVocabulary(**{key: value for key, value in stored.items() if key in known})
-        types, scores = len(words.token_type), len(words.scores)
-        if types != count or scores not in (0, count):
-            raise InputError(f"{self.directory}: {count} tokens but {types} types and {scores} scores")
-        return words
+        words = self._words
+        if not (tokens := words.items("tokens", TEXT, [])):
+            raise InputError(f"{words.place}: carries no vocabulary (tokenizer.ggml.tokens)")
+        count, pieces = len(tokens), words.values.get("model") == "llama"
+        types = words.items("token_type", Values(int, 0, 1 << 16), [NORMAL] * count)
+        scores = words.items("scores", Values(float), [])
+        if len(types) != count or len(scores) not in (0, count):
+            raise InputError(f"{words.place}: {count} tokens but {len(types)} types and {len(scores)} scores")
+        ids = {f"{name}_token_id": words.read(f"{name}_token_id", Values(int, 0), None) for name in _ENDS}
+        return GgufVocabulary(
+            model=words.read("model", TEXT, ""),
+            pre=words.read("pre", TEXT, "default"),
+            tokens=tokens,
+            token_type=types,
+            scores=scores,
+            merges=words.items("merges", TEXT, []),
+            add_bos_token=words.read("add_bos_token", FLAG, pieces),
+            add_space_prefix=words.read("add_space_prefix", FLAG, pieces),
+            **{key: i if i is not None and i < count else None for key, i in ids.items()},  # -1 as a uint32 means none
+        )
 
 
-def _opened(path: Path) -> GGUFReader:
+_ENDS = ("bos", "eos", "padding", "unknown")
+
+
+def _below(fields: dict[str, Any], prefix: str, path: Path) -> Section:
+    """The fields whose key starts with a prefix, without it."""
+    values = {key.removeprefix(prefix): value for key, value in fields.items() if key.startswith(prefix)}
+    return Section(values, f"{path}: {prefix.removesuffix('.')}")
+
+
+def _opened(path: Path) -> tuple[dict[str, Any], list[ReaderTensor]]:
     """Read the header of a file, which is untrusted: all that it says is checked to lie in the file."""
     try:
         from gguf import GGUFReader
@@ -145,17 +158,25 @@ def _opened(path: Path) -> GGUFReader:
         raise InputError(f"{path}: reading GGUF files needs the gguf package: pip install 'ivl[gguf]'") from None
 
     class CheckedReader(GGUFReader):
+        count = 0
+
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
             # The package takes what lies beyond the end for empty, and reads on through a list of any length that is claimed.
             kind = np.dtype(dtype).newbyteorder(override_order or self.byte_order)
             if offset + int(count) * kind.itemsize > len(self.data):
                 raise ValueError(f"it ends at byte {len(self.data)}, before its contents do")
+            self.count += 1
+            if self.count > MAX_VALUES:
+                raise ValueError(f"its header has more than {MAX_VALUES:,} values")
             return np.ndarray(int(count), kind, self.data, offset)  # faster than slices of a memmap, which there are many of
 
     try:
+        regular(path)
         reader = CheckedReader(path)
+        if reader.byte_order != "I":
+            raise ValueError("its byte order is not this machine's")
+        return {name: field.contents() for name, field in reader.fields.items()}, reader.tensors
+    except InputError:
+        raise
     except Exception as error:  # the package raises whatever indexing and converting raise
-        raise InputError(f"{path}: not a readable GGUF file: {error}; fetch it again") from None
-    if reader.byte_order != "I":
-        raise InputError(f"{path}: not a readable GGUF file: its byte order is not this machine's")
-    return reader
+        raise InputError(f"{path}: not a readable GGUF file: {str(error)[:200]}; fetch it again") from None
