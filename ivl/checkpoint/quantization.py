@@ -92,8 +92,8 @@ def rounds_activations(config: Section) -> bool:
         kind = Section({"format": config.values.get("format")} | dict(group.values), group.place).read("format", _FORMATS)
         weights = group.section("weights")
         weights.read("type", Values(str, choices=("int",)))
-        if weights.read("num_bits", Values(int, 4, 8)) not in (4, 8):
-            raise weights.refusal("num_bits", weights.values["num_bits"], "4 or 8")
+        if (bits := weights.values.get("num_bits")) not in (4, 8):
+            raise weights.refusal("num_bits", bits, "4 or 8 bits")
         if (outputs := group.values.get("output_activations")) is not None:
             raise group.refusal("output_activations", outputs, "null")
         inputs = group.values.get("input_activations")
