@@ -35,16 +35,16 @@ def read_json(path: Path, *, limit: int = MAX_JSON_BYTES, surrogates: bool = Tru
             has NaN or an infinite number, the same key twice in one object, or more than 100 levels.
     """
     try:
-        regular(path)
+        size = regular(path).st_size
         with path.open("rb") as file:
-            data = file.read(limit + 1)
+            data = file.read(limit + 1) if size <= limit else b""
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except InputError:
         raise
     except ValueError as error:  # a name that no file can have
         raise InputError(f"{short(str(path))}: cannot be read ({error})") from None
-    if len(data) > limit:
+    if max(size, len(data)) > limit:
         raise InputError(f"{path}: more than {limit:,} bytes of JSON, which are not read")
     try:
         return _parse(data.decode("utf-8-sig"), surrogates=surrogates)
