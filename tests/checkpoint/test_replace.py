@@ -88,9 +88,7 @@ def test_weights_of_other_names_stay_when_a_model_is_saved_over_another(source: 
 
 
 @pytest.mark.parametrize("force", [False, True])
-@pytest.mark.parametrize(
-    "kind", ["link", "dangling", "long", "bytes", "file", "inside", "under-file", "null", "new-parents"]
-)
+@pytest.mark.parametrize("kind", ["link", "dangling", "long", "bytes", "file", "inside", "under-file", "null", "new-parents"])
 def test_strange_targets_are_one_line_and_leave_nothing(source: Path, tmp_path: Path, kind: str, force: bool) -> None:
     (tmp_path / "file").write_text("mine")
     save_model(load_model(source), tmp_path / "other")
