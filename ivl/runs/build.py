@@ -117,6 +117,7 @@ def build_validation(config: RunConfig, processor: Processor, objective: Objecti
     if config.val_data is None:
         return None
     data = replace(config.val_data, epochs=config.val_data.epochs or 1, shuffle=False)
+    build_loader(data, processor, config, world)  # a missing file stops the run now, and not after its first steps
 
     def loss(model: VLM) -> dict[str, float]:
         total = torch.zeros(2, dtype=torch.float64)

@@ -109,9 +109,9 @@ def run_config(values: Any, where: str) -> RunConfig:
 FREE_ON_RESUME = frozenset((
     "out_dir", "val_every", "val_packs", "val_data", "save_dtype", "device",
     "train.save_every", "train.keep_last", "train.log_every", "train.log_samples", "train.tensorboard",
-    "data.num_workers", "data.prefetch", "data.start_method", "data.cache_samples",
+    "data.num_workers", "data.prefetch", "data.start_method", "data.cache_samples", "data.on_error", "data.max_skip_share",
 ))  # fmt: skip
-"""Options that a resumed run may change: none of them touches an update."""
+"""Options that a resumed run may change: none of them touches an update that was done, or one of good rows."""
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:

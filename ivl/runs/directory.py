@@ -4,62 +4,141 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ivl.checkpoint import save_model, save_processor
 from ivl.checkpoint.adapter import save_adapter
 from ivl.data.loader import Loader
-from ivl.errors import InputError
+from ivl.errors import InputError, short
 from ivl.lora.layers import add_lora, merge_lora
 from ivl.model.vlm import VLM
 from ivl.processing.processor import Processor
 from ivl.runs.config import RunConfig, differences, run_config, to_json
 from ivl.train.stage import trainable
-from ivl.train.state import clean, is_complete, latest_checkpoint
+from ivl.train.state import MARKER, load_trainer, places, step_of
 from ivl.train.world import World, full_tensor, is_sharded
-from ivl.utils.files import write_json
+from ivl.utils.files import locked, write_json
+from ivl.utils.sealed import check_sealed, put_in_place
 from ivl.utils.strict_json import read_json
 
 CONFIG = "run.json"
+RESULTS = ("model", "adapter", "reference", "tensorboard", "metrics.jsonl", "environment.json", "data_report.json")
+"""What a run writes beside its configuration and its checkpoints."""
 PACKAGES = ("ivl", "torch", "numpy", "pillow", "safetensors", "tokenizers", "huggingface-hub")
 
 
-def open_directory(config: RunConfig, world: World, *, resume: bool, allow_changed: bool) -> Path | None:
-    """Create or check the run's directory, and write the configuration into it; returns the checkpoint to go on from.
+@dataclass(frozen=True)
+class RunStart:
+    """Where a run begins: the checkpoint to go on from, None for the first step; and whether it has a final model."""
+
+    checkpoint: Path | None
+    finished: bool
+
+
+@contextmanager
+def open_directory(config: RunConfig, world: World, *, resume: bool, allow_changed: bool) -> Iterator[RunStart]:
+    """Hold the run's directory for this process and the other ranks. No file of it changes before `begin`.
 
     Raises:
-        InputError: if the directory holds a run that is not to be resumed, or was begun with another configuration.
+        InputError: if another process holds it, if it holds a run that is not to be resumed or was begun with another
+            configuration, files that no run wrote, or damaged checkpoints alone.
     """
-    run_dir = Path(config.run_dir)
-    if world.is_main:
+    with ExitStack() as stack:
+        yield world.from_first(lambda: _open(Path(config.run_dir), config, stack, resume=resume, allow_changed=allow_changed))
+
+
+def _open(run_dir: Path, config: RunConfig, stack: ExitStack, *, resume: bool, allow_changed: bool) -> RunStart:
+    try:
+        stack.callback(_remove_empty, [path for path in (run_dir, *run_dir.parents) if not path.exists()])
         run_dir.mkdir(parents=True, exist_ok=True)
-        clean(run_dir)
-    world.barrier()
-    checkpoint = latest_checkpoint(run_dir)
-    finished = (run_dir / "model").exists()
-    if not resume and checkpoint is not None:
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", error)
         raise InputError(
-            f"{run_dir} holds a run ({checkpoint.name}): go on with --resume {run_dir}, or choose another --out-dir"
+            f"{short(str(run_dir))}: cannot be the directory of a run ({reason}); choose another --out-dir"
+        ) from None
+    stack.enter_context(locked(run_dir))
+    begun = load_run_config(run_dir) if (run_dir / CONFIG).exists() else None
+    if begun is None and (others := [name for name in RESULTS if (run_dir / name).exists()]):
+        raise InputError(
+            f"{run_dir} holds {', '.join(others)}, but no {CONFIG} of the run that wrote it: choose another --out-dir"
         )
+    finished = (run_dir / "model").exists()
+    if not resume and (ours := [path.name for path in places(run_dir) if _is_ours(path)]):
+        raise InputError(f"{run_dir} holds a run ({ours[-1]}): go on with --resume {run_dir}, or choose another --out-dir")
     if not resume and finished:
         raise InputError(f"{run_dir} holds a finished run: choose another --out-dir")
+    checkpoint = latest_checkpoint(run_dir)
     if checkpoint is None and finished:
         raise InputError(f"{run_dir} is finished and kept no checkpoint to go on from; its model is {run_dir / 'model'}")
-    if checkpoint is not None and not allow_changed and (changed := differences(load_run_config(run_dir), config)):
+    if checkpoint is not None and not allow_changed and (changed := differences(begun or load_run_config(run_dir), config)):
         raise InputError(f"{run_dir} was begun with another configuration ({'; '.join(changed)}); --allow-changed goes on")
-    world.barrier()
-    if world.is_main:
-        if checkpoint is None:
-            (run_dir / "metrics.jsonl").unlink(missing_ok=True)
-        write_json(run_dir / CONFIG, to_json(config))
-    return checkpoint
+    if begun is not None and resume:
+        print(f"goes on from step {step_of(checkpoint)}, {checkpoint}" if checkpoint else
+              f"{run_dir} has no checkpoint yet: starts from step 0", file=sys.stderr)  # fmt: skip
+    return RunStart(checkpoint, finished)
+
+
+def _remove_empty(directories: list[Path]) -> None:
+    for path in directories:
+        with suppress(OSError, ValueError):
+            path.rmdir()
+
+
+def begin(config: RunConfig, start: RunStart, world: World) -> None:
+    """Write the configuration into the directory, and remove what an interrupted run left unfinished there."""
+    if not world.is_main:
+        return
+    run_dir = Path(config.run_dir)
+    for path in run_dir.glob(".tmp-*"):
+        if re.fullmatch(r"[.]tmp-(model|adapter|checkpoint-[0-9]+(-gone)?)", path.name) and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+    if start.checkpoint is None:
+        (run_dir / "metrics.jsonl").unlink(missing_ok=True)
+    write_json(run_dir / CONFIG, to_json(config))
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """Return the newest sound checkpoint of a run, None if it has none. Others are left as they are and named on stderr.
+
+    Raises:
+        InputError: if it has checkpoints and none is sound.
+    """
+    damaged = []
+    for path in reversed(places(run_dir)):
+        if not _is_ours(path):
+            print(f"{path}: not a checkpoint of ivl; it is left alone", file=sys.stderr)
+            continue
+        try:
+            check_sealed(path, MARKER)
+            load_trainer(path)
+        except InputError as error:
+            damaged.append(error)
+            print(f"{path} is damaged and left alone: {error}", file=sys.stderr)
+        else:
+            return path
+    if damaged:
+        raise InputError(
+            f"{run_dir} has no sound checkpoint to go on from ({damaged[0]}); choose another --out-dir to start afresh"
+        )
+    return None
+
+
+def _is_ours(checkpoint: Path) -> bool:
+    """Whether a run wrote a checkpoint, sound or not."""
+    return (checkpoint / MARKER).exists() or (checkpoint / "trainer").is_dir()
 
 
 def load_run_config(directory: Path) -> RunConfig:
@@ -81,7 +160,7 @@ def run_dir_of(path: str | Path) -> Path:
         InputError: if it is neither.
     """
     path = Path(path)
-    if path.name.startswith("checkpoint-") and is_complete(path):
+    if path.name.startswith("checkpoint-") and not (path / CONFIG).exists():
         path = path.parent
     if not (path / CONFIG).is_file():
         raise InputError(f"{path}: not a training run, there is no {CONFIG} in it")
@@ -126,10 +205,15 @@ def write_checkpoint_model(model: VLM, processor: Processor, config: RunConfig, 
 
 def restore_trainable(model: VLM, checkpoint: Path) -> None:
     """Load the trained parameters of a LoRA run's checkpoint into the model."""
-    tensors = load_file(checkpoint / "trainer" / "trainable.safetensors")
+    path = checkpoint / "trainer" / "trainable.safetensors"
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
     parameters = trainable(model)
-    if wrong := set(tensors) ^ set(parameters):
-        raise InputError(f"{checkpoint}: its trainable parameters differ from the run's in {len(wrong)}, first {min(wrong)!r}")
+    shapes = ({name: tuple(value.shape) for name, value in values.items()} for values in (tensors, parameters))
+    if wrong := set.symmetric_difference(*(set(each.items()) for each in shapes)):
+        raise InputError(f"{path}: its tensors differ from the run's parameters in {len(wrong)}, first {min(wrong)[0]!r}")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
@@ -140,19 +224,19 @@ def write_final_model(model: VLM, processor: Processor, config: RunConfig, world
     full, run_dir = gather_model(model, config, world), Path(config.run_dir)
     if full is None:
         return
+    temp = run_dir / ".tmp-adapter"
     if config.lora is not None:
-        save_adapter(full, run_dir / "adapter", base=config.model, trained=trainable(full))
+        save_adapter(full, temp, base=config.model, trained=trainable(full))
+        put_in_place(temp, run_dir / "adapter")
         merge_lora(full)
-    temp, final = run_dir / ".tmp-model", run_dir / "model"
-    shutil.rmtree(temp, ignore_errors=True)
+    temp = run_dir / ".tmp-model"
     save_model(full, temp, dtype=getattr(torch, config.save_dtype) if config.save_dtype else None)
     save_processor(processor, temp)
-    shutil.rmtree(final, ignore_errors=True)
-    temp.rename(final)
+    put_in_place(temp, run_dir / "model")
 
 
-def record_environment(run_dir: Path, loader: Loader, world: World) -> None:
-    """Write environment.json: what the figures depend on besides the configuration."""
+def record_environment(run_dir: Path, loader: Loader, world: World, step: int) -> None:
+    """Add what the figures depend on besides the configuration to environment.json: at first, and in `starts` of each start."""
     if not world.is_main:
         return
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
@@ -161,12 +245,18 @@ def record_environment(run_dir: Path, loader: Loader, world: World) -> None:
         git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         git = None
-    environment = {
-        "python": platform.python_version(), "platform": platform.platform(), "versions": versions, "git": git,
-        "ranks": world.size, "device": str(world.device), "threads": torch.get_num_threads(),
-        "data": loader.mixture.fingerprint(), "command": sys.argv,
+    environment: dict[str, Any] = {
+        "step": step, "time": time.strftime("%Y-%m-%d %H:%M:%S"), "command": sys.argv, "python": platform.python_version(),
+        "platform": platform.platform(), "versions": versions, "git": git, "ranks": world.size, "device": str(world.device),
+        "threads": torch.get_num_threads(), "data": loader.mixture.fingerprint(),
     }  # fmt: skip
-    write_json(run_dir / "environment.json", environment)
+    path, before = run_dir / "environment.json", None
+    with suppress(InputError):
+        before = read_json(path) if step else None
+    first = before if isinstance(before, dict) else environment
+    starts = first.get("starts", [{**first}])
+    starts = [*(starts if isinstance(starts, list) else []), *([environment] if first is before else [])]
+    write_json(path, first | {"starts": starts})
 
 
 def record_data(run_dir: Path, loader: Loader, world: World) -> None:

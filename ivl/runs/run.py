@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from ivl.data.loader import Loader
+from ivl.errors import DataError, InputError
 from ivl.processing.processor import Processor
 from ivl.runs.build import (
     adapt,
@@ -17,6 +24,8 @@ from ivl.runs.build import (
 )
 from ivl.runs.config import RunConfig
 from ivl.runs.directory import (
+    RunStart,
+    begin,
     open_directory,
     record_data,
     record_environment,
@@ -24,12 +33,13 @@ from ivl.runs.directory import (
     write_checkpoint_model,
     write_final_model,
 )
-from ivl.train.loop import Evaluator, train
+from ivl.train.loop import Evaluator, StoppedError, train
 from ivl.train.objectives import StatefulObjective
 from ivl.train.recorder import Recorder
 from ivl.train.stage import check_start
-from ivl.train.state import CheckpointWriter, load_trainer
+from ivl.train.state import CheckpointWriter, SavedTrainer, checkpoints, load_trainer, step_of
 from ivl.train.world import World, start_world, stop_world
+from ivl.utils.signals import Interruption
 
 MakeEvaluators = Callable[[Processor], tuple[Evaluator, ...]]
 
@@ -56,18 +66,23 @@ def run(
     Raises:
         InputError: for a configuration, model or data that do not fit; if run_dir holds a run and resume is off.
     """
-    world = start_world(config.device)
+    run_dir, world = Path(config.run_dir), start_world(config.device)
     try:
-        checkpoint = open_directory(config, world, resume=resume, allow_changed=allow_changed)
-        _train_in(config, world, checkpoint, evaluators)
-        return Path(config.run_dir) / "model"
+        with open_directory(config, world, resume=resume, allow_changed=allow_changed) as start:
+            _train_in(config, world, start, evaluators, allow_changed=allow_changed)
+        return run_dir / "model"
+    except (OSError, SafetensorError) as error:
+        place = getattr(error, "filename", None) or run_dir
+        raise InputError(f"{place}: {getattr(error, 'strerror', None) or error}") from error
     finally:
         stop_world(world)
 
 
-def _train_in(config: RunConfig, world: World, checkpoint: Path | None, make_evaluators: MakeEvaluators | None) -> None:
+def _train_in(
+    config: RunConfig, world: World, start: RunStart, make_evaluators: MakeEvaluators | None, *, allow_changed: bool
+) -> None:
     """Train from the checkpoint, or from the start, and write the final model."""
-    run_dir = Path(config.run_dir)
+    run_dir, checkpoint = Path(config.run_dir), start.checkpoint
     model = build_model(config, checkpoint)
     processor = build_processor(config, model)
     adapt(model, config)
@@ -76,25 +91,59 @@ def _train_in(config: RunConfig, world: World, checkpoint: Path | None, make_eva
     check_start(model)
     place(model, config, world)
     objective = build_run_objective(config, processor, run_dir, world, resumed=checkpoint is not None)
+    loader = build_loader(config.data, processor, config, world)
+    validation = build_validation(config, processor, objective, world)
+    saved = load_trainer(checkpoint) if checkpoint is not None else None
+    if saved is not None and allow_changed:
+        accept_rows(saved, loader)
+    begin(config, start, world)
+    world.barrier()
     if isinstance(objective, StatefulObjective):
         objective.prepare(model)
-    loader = build_loader(config.data, processor, config, world)
-    record_environment(run_dir, loader, world)
-    validation = build_validation(config, processor, objective, world)
+    step = saved.step if saved else 0
+    record_environment(run_dir, loader, world, step)
     own = make_evaluators(processor) if make_evaluators else ()
-    saved = load_trainer(checkpoint) if checkpoint is not None else None
-    recorder = Recorder(
-        config.name, config.train, directory=run_dir, step=saved.step if saved else 0,
-        budgets=(config.data.max_tokens, config.data.max_tiles), on=world.is_main,
+    budgets = config.data.max_tokens, config.data.max_tiles
+    recorder = Recorder(config.name, config.train, directory=run_dir, step=step, budgets=budgets, on=world.is_main)
+    writer = CheckpointWriter(
+        run_dir, lambda directory: write_checkpoint_model(model, processor, config, directory, world), world,
+        config.train.keep_last,
     )  # fmt: skip
-    train(
-        model, loader, config.train, objective=objective, evaluators=(validation, *own) if validation else own,
-        recorder=recorder, resume=saved, num_samples=loader.num_samples, world=world,
-        checkpoints=CheckpointWriter(
-            run_dir, lambda directory: write_checkpoint_model(model, processor, config, directory, world), world,
-            config.train.keep_last,
-        ),
-    )  # fmt: skip
+    interruption = Interruption("stops after this step; a second signal ends it at once")
+    try:
+        with interruption:
+            history = train(
+                model, loader, config.train, objective=objective, evaluators=(validation, *own) if validation else own,
+                recorder=recorder, resume=saved, num_samples=loader.num_samples, world=world, checkpoints=writer,
+                stop=interruption,
+            )  # fmt: skip
+    except BaseException as error:
+        if world.is_main:
+            say_how_to_go_on(run_dir, error)
+        if isinstance(error, StoppedError):
+            number = interruption.signal or signal.SIGTERM  # of this rank, or of another
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number) from None
+        raise
     record_data(run_dir, loader, world)
-    write_final_model(model, processor, config, world)
+    if history or not start.finished:
+        write_final_model(model, processor, config, world)
     world.barrier()
+
+
+def accept_rows(saved: SavedTrainer, loader: Loader) -> None:
+    """Let a position count for rows whose content has changed, if they are as many as before."""
+    now = loader.mixture.fingerprint()
+    for position in saved.positions:
+        before = position.get("mixture")
+        if isinstance(before, list) and [each[:2] for each in before] == [each[:2] for each in now]:
+            position["mixture"] = now
+
+
+def say_how_to_go_on(run_dir: Path, error: BaseException) -> None:
+    """Print the step of the newest checkpoint, and the command that goes on from it."""
+    skip = " --data.on-error skip" if isinstance(error, DataError) else ""
+    command = f"ivl train --resume {shlex.quote(str(run_dir))}{skip}"
+    if saved := checkpoints(run_dir):
+        print(f"stopped at step {step_of(saved[-1])}; go on with: {command}", file=sys.stderr)
+    else:
+        print(f"stopped before the first checkpoint; start again with: {command}", file=sys.stderr)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -18,8 +20,8 @@ from ivl.train.objectives import Objective, StatefulObjective, next_token
 from ivl.train.optim import Optimizer, lr_factor
 from ivl.train.recorder import Recorder, StepResult, peak_memory_gb
 from ivl.train.stage import set_modes, trainable
-from ivl.train.state import CheckpointWriter, SavedTrainer
-from ivl.train.world import World, full_tensor, is_sharded, synchronized
+from ivl.train.state import CheckpointWriter, Counters, SavedTrainer
+from ivl.train.world import RankFailedError, World, full_tensor, is_sharded, synchronized
 from ivl.types import Batch, Loss
 
 
@@ -29,6 +31,10 @@ class BatchSource(Protocol):
     def __iter__(self) -> Iterator[Batch]: ...
     def state(self) -> dict[str, Any]: ...  # noqa: D102
     def restore(self, state: list[dict[str, Any]]) -> None: ...  # noqa: D102
+
+
+class StoppedError(Exception):
+    """Training was told to stop, and did so after a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ def train(
     resume: SavedTrainer | None = None,
     num_samples: int | None = None,
     world: World | None = None,
+    stop: Callable[[], bool] = bool,
 ) -> list[dict[str, Any]]:
     """Train until config.num_steps, or until the data end, and return the metrics of the steps done here.
 
@@ -62,36 +69,42 @@ def train(
         objective: the loss.
         evaluators: small evaluations during training.
         recorder: where the figures go; by default the console. It is closed at the end.
-        checkpoints: writes checkpoints every config.save_every steps and at the end; None writes none.
+        checkpoints: writes checkpoints every config.save_every steps, at the end, and before an error or `stop` ends the
+            run; None writes none.
         resume: what a checkpoint of any number of ranks holds, whose weights the model has already.
         num_samples: samples that data will give on all ranks; the measure of progress when config.num_steps is None.
         world: the ranks; by default this process alone.
+        stop: asked after every step on every rank; where one says yes, all save and stop.
 
     Raises:
         InputError: within the step and naming the samples, if a batch has nothing to train, does not fit the model, or
             if loss or gradients are not finite.
+        StoppedError: if `stop` said so.
     """
     world = world or World()
     trainer = Trainer(model, objective, config, world, num_samples)
     if resume is not None:
-        trainer.restore(resume)
-        data.restore(resume.positions)
+        trainer.restore(resume, data)
     records = recorder or Recorder("train", config, step=trainer.counters.step, on=world.is_main)
+    trainer.attach(data, checkpoints, records)
     batches = synchronized(iter(data), world) if is_sharded(model) else iter(data)
     history: list[dict[str, Any]] = []
-    with records:
-        while not trainer.is_done and (result := trainer.step(batches)):
+    with records, trainer.saving_on_errors():
+        while not trainer.is_done and (result := trainer.step(batches, stop=stop)):
             history.append(records.write(result))
+            if trainer.stopped:
+                trainer.save()
+                raise StoppedError(f"stopped after step {result.step}")
             if not trainer.is_done:  # the end is evaluated and saved below
                 evaluate(model, [e for e in evaluators if e.every and result.step % e.every == 0], result.step, records)
-                if checkpoints is not None and config.save_every and result.step % config.save_every == 0:
-                    trainer.save(checkpoints, data, records)
+                if config.save_every and result.step % config.save_every == 0:
+                    trainer.save()
         if trainer.counters.step == 0:
             raise InputError("the data gave no batch at all")
         if history:
             evaluate(model, evaluators, trainer.counters.step, records)
-            if checkpoints is not None and config.save_every:
-                trainer.save(checkpoints, data, records)
+            if config.save_every:
+                trainer.save()
     return history
 
 
@@ -103,16 +116,6 @@ def evaluate(model: VLM, evaluators: Sequence[Evaluator], step: int, recorder: R
             figures = dict(evaluator.run(model))
         set_modes(model)
         recorder.write_evaluation(step, evaluator.name, figures)
-
-
-@dataclass
-class Counters:
-    """What a run has done so far, over all ranks; saved with every checkpoint."""
-
-    step: int = 0
-    tokens: int = 0
-    samples: int = 0
-    seconds: float = 0.0
 
 
 @dataclass
@@ -152,6 +155,9 @@ class Trainer:
         self.counters = Counters()
         self.saved_step = 0
         self.started = time.monotonic()
+        self.stopped = False
+        """Whether a rank was told to stop."""
+        self.is_between_steps = True
         set_modes(model)
 
     @property
@@ -159,30 +165,65 @@ class Trainer:
         """Whether config.num_steps are done; False where the data's end decides."""
         return self.config.num_steps is not None and self.counters.step >= self.config.num_steps
 
-    def save(self, checkpoints: CheckpointWriter, data: BatchSource, recorder: Recorder) -> None:
+    def attach(self, data: BatchSource, checkpoints: CheckpointWriter | None, recorder: Recorder) -> None:
+        """Set what checkpoints are made of besides the trainer."""
+        self.data, self.checkpoints, self.recorder = data, checkpoints, recorder
+        self.position = data.state()
+
+    def save(self, *, sync: bool = True) -> None:
         """Write a checkpoint, unless this step has one; all ranks call this together."""
-        if self.saved_step == self.counters.step:
+        if self.checkpoints is None or self.saved_step == self.counters.step:
             return
-        self.saved_step = self.counters.step
-        recorder.sync()
+        self.saved_step = self.counters.step  # a save that fails is not tried again
+        if sync:
+            self.recorder.sync()
         optimizer = self.optimizer.state(keep=self.world.is_main)
         state = {"counters": vars(self.counters), "objective": self.stateful.state()}
-        checkpoints.save(self.saved_step, optimizer=optimizer, state=state, data=data.state())
+        self.checkpoints.save(self.counters.step, optimizer=optimizer, state=state, data=self.position)
 
-    def restore(self, saved: SavedTrainer) -> None:
-        """Go on from a checkpoint."""
-        self.optimizer.restore(saved.optimizer)
-        self.counters = Counters(**saved.counters)
-        self.saved_step = self.counters.step
-        self.started = time.monotonic() - self.counters.seconds
-        if saved.objective:
-            self.stateful.restore(saved.objective)
+    @contextmanager
+    def saving_on_errors(self) -> Iterator[None]:
+        """Write a checkpoint of the steps done before an error goes on, if the parameters are whole and all ranks can do so."""
+        try:
+            yield
+        except Exception as error:
+            if self.is_between_steps and not isinstance(error, StoppedError):
+                try:
+                    if not isinstance(error, RankFailedError):
+                        if self.world.size > 1 and is_sharded(self.model):
+                            raise  # other ranks may wait inside the model
+                        self.world.fail(str(error))
+                    self.save(sync=False)
+                except Exception as again:
+                    if again is not error and self.world.is_main:
+                        print(f"no checkpoint of step {self.counters.step} could be written: {again}", file=sys.stderr)
+            raise
 
-    def step(self, batches: Iterator[Batch]) -> StepResult | None:
+    def restore(self, saved: SavedTrainer, data: BatchSource) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            InputError: if it does not fit the run.
+        """
+        try:
+            self.optimizer.restore(saved.optimizer)
+            self.counters, self.saved_step = saved.counters, saved.step
+            self.started = time.monotonic() - self.counters.seconds
+            if saved.objective:
+                self.stateful.restore(saved.objective)
+            data.restore(saved.positions)
+        except InputError:
+            raise
+        except Exception as error:  # files that a marker without hashes does not vouch for
+            raise InputError(f"{saved.checkpoint}: does not fit the run ({type(error).__name__}: {error})") from error
+
+    def step(self, batches: Iterator[Batch], *, stop: Callable[[], bool] = bool) -> StepResult | None:
         """Do one optimizer step over the next packs; None when every rank is out of data."""
         began = time.monotonic()
         sums = self.forward_backward(batches)
-        total = self.world.all_reduce(sums.values)
+        told = {"stop": torch.ones(1, dtype=torch.float64)} if stop() else {}
+        total = self.world.all_reduce(sums.values | told)
+        self.stopped = total.pop("stop", None) is not None
         return self.apply(total, sums.ids, began) if total else None
 
     def forward_backward(self, batches: Iterator[Batch]) -> StepSums:
@@ -210,6 +251,7 @@ class Trainer:
         """
         loss_sum, weight = total["loss"].tolist()
         tokens, samples, tiles, packs = (int(count) for count in total["counts"].tolist())
+        self.is_between_steps = False
         norm = self._normalize_gradients(weight, ids)
         factor, share = self._schedule(samples)
         self.optimizer.step(factor)
@@ -218,6 +260,8 @@ class Trainer:
         counters.tokens += tokens
         counters.samples += samples
         counters.seconds = now - self.started
+        self.position = self.data.state()
+        self.is_between_steps = True
         took = now - began
         figures: dict[str, float] = {"loss": loss_sum / weight, "lr": self.config.optim.lr * factor, "grad_norm": norm}
         figures |= {k.removeprefix("metric/"): float(v[0] / v[1]) for k, v in total.items() if k.startswith("metric/") and v[1]}
@@ -252,6 +296,7 @@ class Trainer:
         if not math.isfinite(norm):
             bad = [name for name, p in parameters.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
             step = self.counters.step + 1
+            self.is_between_steps = True  # on every rank, and no parameter has changed
             raise InputError(f"step {step}: gradient norm is {norm}, first in {bad[:1]}; samples {_shorten(ids)}")
         limit = self.config.optim.clip
         clip = min(1.0, limit / norm) if limit and norm else 1.0

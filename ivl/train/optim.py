@@ -75,11 +75,15 @@ class Optimizer:
         if wrong := set(states) ^ set(self.parameters):
             raise ValueError(f"optimizer state and trainable parameters differ in {len(wrong)} names, first {min(wrong)!r}")
         names = {p: name for name, p in self.parameters.items()}
+        keys = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.Muon: {"momentum_buffer"}}
         for part in self.parts:
             for group in part.param_groups:
                 for p in group["params"]:
                     # Step counts stay where the optimizer wants them; moments live beside their parameter.
-                    part.state[p] = {k: distribute(v, p) if v.ndim else v.clone() for k, v in states[names[p]].items()}
+                    state = states[names[p]]
+                    if set(state) != keys[type(part)] or any(v.ndim and v.shape != p.shape for v in state.values()):
+                        raise ValueError(f"the optimizer's state of {names[p]!r} has other tensors")
+                    part.state[p] = {k: distribute(v, p) if v.ndim else v.clone() for k, v in state.items()}
 
 
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:

@@ -1,10 +1,10 @@
-"""Checkpoints that survive being killed at any moment.
+"""Checkpoints that survive being killed at any moment, and tell when a disk has changed them.
 
 run_dir/checkpoint-N/        a complete model directory, as write_model writes it
     trainer/state.json       step, counters and the objective's state
     trainer/optimizer.safetensors
     trainer/rank-K.json      data position of each rank
-    COMPLETE                 written last: every other file and its size
+    COMPLETE                 written last: size and hash of every other file
 
 A checkpoint is written beside its place under another name, flushed to disk, and renamed. There is no generator state
 to save: the loop seeds torch anew for every pack from (seed, step, pack), so resuming needs the step alone. Weights and
@@ -14,7 +14,6 @@ ranks may go on.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -23,13 +22,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ivl.errors import InputError
+from ivl.errors import InputError, short
 from ivl.train.world import World
-from ivl.utils.files import sync, write_json
+from ivl.utils.files import write_json
+from ivl.utils.sealed import check_sealed, put_in_place, seal
+from ivl.utils.strict_json import from_json, read_json
 
 MARKER = "COMPLETE"
+STATE, OPTIMIZER = "trainer/state.json", "trainer/optimizer.safetensors"
+
+
+@dataclass
+class Counters:
+    """What a run has done so far, over all ranks."""
+
+    step: int = 0
+    tokens: int = 0
+    samples: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -58,40 +71,48 @@ class CheckpointWriter:
             shutil.rmtree(temp, ignore_errors=True)
             (temp / "trainer").mkdir(parents=True)
         world.barrier()
-        write_json(temp / "trainer" / f"rank-{world.rank}.json", data)
-        self.write_model(temp)
-        if world.is_main:
-            tensors = {name: value.detach().cpu().contiguous() for name, value in optimizer.items()}
-            save_file(tensors, temp / "trainer" / "optimizer.safetensors")
-            write_json(temp / "trainer" / "state.json", {"step": step, "world_size": world.size, **state})
-        world.barrier()
-        if world.is_main:
-            _complete(temp, final)
-            if self.keep_last:
-                for old in checkpoints(run_dir)[: -self.keep_last]:
-                    _remove(old)
+        try:
+            write_json(temp / "trainer" / f"rank-{world.rank}.json", data)
+            self.write_model(temp)
+            if world.is_main:
+                tensors = {name: value.detach().cpu().contiguous() for name, value in optimizer.items()}
+                save_file(tensors, temp / OPTIMIZER)
+                write_json(temp / STATE, {"step": step, "world_size": world.size, **state})
+            world.barrier()
+            if world.is_main:
+                seal(temp, MARKER)
+                put_in_place(temp, final)
+        except BaseException:
+            shutil.rmtree(temp, ignore_errors=True)  # the disk may be full
+            raise
+        if world.is_main and self.keep_last:
+            for old in [path for path in checkpoints(run_dir) if step_of(path) <= step][: -self.keep_last]:
+                _remove(old)
         world.barrier()
         return final
 
 
-def _complete(temp: Path, final: Path) -> None:
-    """Flush every file, write the marker, and rename the directory to its final place."""
-    files = sorted(p for p in temp.rglob("*") if p.is_file())
-    sizes = {p.relative_to(temp).as_posix(): p.stat().st_size for p in files}
-    for path in (*files, *(p for p in temp.rglob("*") if p.is_dir())):
-        sync(path)
-    write_json(temp / MARKER, sizes)
-    _remove(final)  # an incomplete directory of this name, or that of a run which does the same step again
-    temp.rename(final)
-    sync(final.parent)
+@dataclass(frozen=True)
+class TrainerState:
+    """What state.json of a checkpoint holds."""
+
+    step: int
+    world_size: int
+    counters: Counters
+    objective: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.step, self.world_size) < 1 or self.counters.step != self.step:
+            raise InputError(f"step and world_size must be >= 1, and step that of counters, got {short(vars(self))}")
 
 
 @dataclass(frozen=True)
 class SavedTrainer:
     """What a checkpoint holds besides the model."""
 
+    checkpoint: Path
     step: int
-    counters: dict[str, Any]
+    counters: Counters
     objective: dict[str, Any]
     optimizer: dict[str, torch.Tensor]
     positions: list[dict[str, Any]]
@@ -102,54 +123,51 @@ def load_trainer(checkpoint: Path) -> SavedTrainer:
     """Read what a checkpoint holds besides the model.
 
     Raises:
-        InputError: if the checkpoint is not complete.
+        InputError: naming the file that is not what it should be.
     """
-    if not is_complete(checkpoint):
-        raise InputError(f"{checkpoint}: not a complete checkpoint (no {MARKER} marker, or files differ from it)")
-    state = json.loads((checkpoint / "trainer" / "state.json").read_text(encoding="utf-8"))
-    files = [checkpoint / "trainer" / f"rank-{rank}.json" for rank in range(state["world_size"])]
-    return SavedTrainer(
-        step=state["step"],
-        counters=state["counters"],
-        objective=state.get("objective") or {},
-        optimizer=load_file(checkpoint / "trainer" / "optimizer.safetensors"),
-        positions=[json.loads(file.read_text(encoding="utf-8")) for file in files],
-    )
+    state = from_json(TrainerState, read_json(checkpoint / STATE), f"{checkpoint / STATE}")
+    if state.step != step_of(checkpoint):
+        raise InputError(f"{checkpoint / STATE}: is of step {short(state.step)}")
+    positions = []
+    for rank in range(state.world_size):
+        path = checkpoint / "trainer" / f"rank-{rank}.json"
+        positions.append(read_json(path))
+        if not isinstance(positions[-1], dict):
+            raise InputError(f"{path}: must be an object, got {short(positions[-1])}")
+    try:
+        optimizer = load_file(checkpoint / OPTIMIZER)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{checkpoint / OPTIMIZER}: cannot be read ({error})") from None
+    return SavedTrainer(checkpoint, state.step, state.counters, state.objective or {}, optimizer, positions)
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """List complete checkpoints, oldest first."""
-    named = [p for p in run_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and is_complete(p)]
-    return sorted(named, key=lambda p: int(p.name.split("-")[1]))
+    """List the checkpoints that hold what ivl wrote and nothing else, by names and sizes alone; oldest first."""
+    return [path for path in places(run_dir) if not path.is_symlink() and _has_only_its_files(path)]
 
 
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """Return the newest complete checkpoint of a run."""
-    return next(reversed(checkpoints(run_dir)), None)
+def places(run_dir: Path) -> list[Path]:
+    """List what is called checkpoint-N in a run's directory, by N: sound, damaged or somebody else's."""
+    named = [path for path in run_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-[0-9]{1,18}", path.name)]
+    return sorted(named, key=step_of)
 
 
-def is_complete(checkpoint: Path) -> bool:
-    """Whether the marker is there and every file it lists has its size."""
+def step_of(checkpoint: Path) -> int:
+    """Return the step that a checkpoint's name has."""
+    return int(checkpoint.name.split("-")[1])
+
+
+def _has_only_its_files(checkpoint: Path) -> bool:
     try:
-        sizes = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
-        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
+        written = check_sealed(checkpoint, MARKER, content=False)
+    except InputError:
         return False
-
-
-def clean(run_dir: Path) -> list[str]:
-    """Remove what an interrupted save or removal left behind; returns the names."""
-    left = [p for p in run_dir.glob(".tmp-checkpoint-*") if p.is_dir()]
-    left += [p for p in run_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and not is_complete(p)]
-    for path in left:
-        shutil.rmtree(path)
-    return sorted(p.name for p in left)
+    return {p.relative_to(checkpoint).as_posix() for p in checkpoint.rglob("*") if not p.is_dir()} == written
 
 
 def _remove(directory: Path) -> None:
     """Rename, then delete: a half-deleted directory must never look like a checkpoint."""
-    if directory.exists():
-        gone = directory.with_name(f".tmp-{directory.name}-gone")
-        shutil.rmtree(gone, ignore_errors=True)
-        directory.rename(gone)
-        shutil.rmtree(gone)
+    gone = directory.with_name(f".tmp-{directory.name}-gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    directory.rename(gone)
+    shutil.rmtree(gone)

@@ -6,7 +6,8 @@ Tested on CPU processes over gloo, with replicas and with FSDP2 shards. GPUs and
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -20,6 +21,10 @@ WorldItem = TypeVar("WorldItem")
 
 BUCKET = 2**25
 """Gradient elements summed over ranks in one message."""
+
+
+class RankFailedError(InputError):
+    """Another rank has stopped; the message is its reason."""
 
 
 @dataclass(frozen=True)
@@ -38,22 +43,57 @@ class World:
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
-        if self.size > 1:
-            dist.barrier()
+        """Wait until every rank is here.
+
+        Raises:
+            RankFailedError: if another rank has called fail.
+        """
+        self._gather({})
 
     def all_reduce(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Sum named float64 vectors over all ranks; a rank may lack names that others have."""
+        """Sum named float64 vectors over all ranks; a rank may lack names that others have.
+
+        Raises:
+            RankFailedError: if another rank has called fail.
+        """
         if self.size == 1:
             return values
-        gathered: list[dict[str, list[float]]] = [{} for _ in range(self.size)]
-        dist.all_gather_object(gathered, {name: value.tolist() for name, value in values.items()})
         total: dict[str, torch.Tensor] = {}
-        for part in gathered:
+        for part in self._gather({name: value.tolist() for name, value in values.items()}):
             for name, numbers in part.items():
                 value = torch.tensor(numbers, dtype=torch.float64)
                 total[name] = total[name] + value if name in total else value
         return total
+
+    def fail(self, reason: str) -> None:
+        """Make the next barrier or all_reduce of the other ranks raise, instead of waiting for a rank that has stopped."""
+        with suppress(RankFailedError):
+            self._gather(reason)
+
+    def from_first(self, function: Callable[[], WorldItem]) -> WorldItem:
+        """Call a function on the first rank; returns its result, or raises its InputError, on all."""
+        if not self.is_main:
+            return self._gather(None)[0]
+        try:
+            result = function()
+        except InputError as error:
+            self.fail(str(error))
+            raise
+        self._gather(result)
+        return result
+
+    def _gather(self, value: Any) -> list[Any]:
+        """Return the values of all ranks. A string is a reason to stop."""
+        if self.size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.size
+        try:
+            dist.all_gather_object(gathered, value)
+        except RuntimeError as error:  # of the process group, which knows no names
+            raise RankFailedError(f"another rank of the run has ended ({error})") from None
+        if reasons := [part for part in gathered if isinstance(part, str)]:
+            raise RankFailedError(reasons[0])
+        return gathered
 
     def all(self, condition: bool) -> bool:
         """Whether the condition holds on every rank."""

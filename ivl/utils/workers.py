@@ -76,7 +76,7 @@ def _next_result(results: Iterator[Any]) -> Any:
     except (RuntimeError, OSError, EOFError) as error:
         # Without the traceback, whose frames would keep the other workers alive.
         raise InputError(
-            f"a worker process died, most likely for want of memory; try fewer workers ({error})"
+            f"a worker process was killed, perhaps out of memory; try fewer workers ({error})"
         ) from error.with_traceback(None)
 
 

@@ -94,7 +94,7 @@ def killed_at(last: int, n: int) -> Sample | DataError:
 @pytest.mark.skipif(not Path("/dev/shm").exists(), reason="looks into /dev/shm")
 def test_a_killed_worker_ends_the_run_and_leaves_no_memory():
     in_memory = set(Path("/dev/shm").iterdir())
-    with pytest.raises(InputError, match="a worker process died"), workers(partial(killed_at, 9), range(20)) as results:
+    with pytest.raises(InputError, match="a worker process was killed"), workers(partial(killed_at, 9), range(20)) as results:
         list(results)
     gc.collect()
     assert not multiprocessing.active_children()

@@ -7,43 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from ivl.checkpoint import load_model, load_processor, save_processor
+from ivl.checkpoint import load_model, load_processor
 from ivl.cli.train import train as cli
 from ivl.config import LoraConfig
-from ivl.data.config import DataConfig
 from ivl.errors import InputError
-from ivl.runs.config import RunConfig, differences, to_json
+from ivl.runs.config import differences, to_json
 from ivl.runs.config import run_config as read_config
 from ivl.runs.directory import load_run_config
 from ivl.runs.run import run
-from ivl.train.config import OptimConfig, Stage
+from ivl.train.config import Stage
 from ivl.train.loop import Evaluator
-from tests.helpers.mixtures import make_file, processor
-from tests.helpers.training import changed, run_config
-
-
-@pytest.fixture
-def config(tmp_path) -> RunConfig:
-    save_processor(processor(), tmp_path / "tokenizer")
-    return run_config(
-        name="small", out_dir=str(tmp_path / "run"), architecture=processor().config, tokenizer=str(tmp_path / "tokenizer"),
-        stage=Stage(trainable=("vision", "projector", "decoder"), drop_path=0.3), optim=OptimConfig(lr=3e-3, warmup_ratio=0.1),
-        data=DataConfig(mixture=str(make_file(tmp_path / "data", 24)), max_tokens=300, max_tiles=40, num_workers=0),
-        num_steps=12, packs_per_step=2, precision="fp32", save_every=4, log_every=100, log_samples=True, tensorboard=False,
-    )  # fmt: skip
-
-
-def rows(config: RunConfig) -> list[dict]:
-    with Path(config.run_dir, "metrics.jsonl").open() as file:
-        return [json.loads(line) for line in file]
-
-
-def steps(config: RunConfig) -> list[tuple]:
-    return [(r["step"], r["loss"], r["ids"]) for r in rows(config) if "evaluation" not in r]
-
-
-def same_weights(a, b) -> bool:
-    return all(p.equal(q) for p, q in zip(load_model(a).parameters(), load_model(b).parameters(), strict=True))
+from tests.helpers.mixtures import processor
+from tests.helpers.training import changed
+from tests.runs.helpers import rows, same_weights, steps
 
 
 def stop_at(step: int):

@@ -1,0 +1,59 @@
+"""Directories that are written whole, and whose files say later whether a disk or a person has changed them."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+
+from ivl.errors import InputError, short
+from ivl.utils.files import digest, regular, sync, write_json
+from ivl.utils.strict_json import read_json
+
+
+def seal(directory: Path, marker: str) -> None:
+    """Flush every file of a directory to disk, and write a marker with the size and hash of each."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    for path in (*files, *(path for path in directory.rglob("*") if path.is_dir())):
+        sync(path)
+    write_json(directory / marker, {p.relative_to(directory).as_posix(): [p.stat().st_size, digest([p])] for p in files})
+
+
+def check_sealed(directory: Path, marker: str, *, content: bool = True) -> set[str]:
+    """Compare a directory with its marker, and return the names of the files that were written, the marker included.
+
+    Args:
+        directory: a directory that `seal` has marked; further files may lie in it.
+        marker: the marker's name. Markers of older versions have a file's size instead of size and hash.
+        content: compare hashes, which reads every file.
+
+    Raises:
+        InputError: naming the first file that is not as it was written.
+    """
+    written = read_json(directory / marker)
+    if not isinstance(written, dict) or not written:
+        raise InputError(f"{directory / marker}: lists no files")
+    for name, value in written.items():
+        path = directory / name
+        size, known = value if isinstance(value, list) and len(value) == 2 else (value, None)
+        try:
+            found = regular(path).st_size
+            as_written = not content or known is None or found != size or digest([path]) == known
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from None
+        if found != size:
+            raise InputError(f"{path}: has {found} bytes, but {short(size)} were written")
+        if not as_written:
+            raise InputError(f"{path}: its content is not what was written")
+    return {marker, *written}
+
+
+def put_in_place(new: Path, place: Path) -> None:
+    """Rename a directory to its place. What is there already is renamed to PLACE.old and named on stderr, never deleted."""
+    if place.exists() or place.is_symlink():
+        numbers = (f"-{number}" if number > 1 else "" for number in itertools.count(1))
+        old = next(path for n in numbers if not (path := place.with_name(f"{place.name}.old{n}")).exists())
+        place.rename(old)
+        print(f"{place} was there already and is now {old}", file=sys.stderr)
+    new.rename(place)
+    sync(place.parent)
