@@ -34,6 +34,8 @@ class ServeConfig:
     """Size of a request."""
     max_held_bytes: int = 512 << 20
     """Size of all requests that are read or wait to be prepared."""
+    max_json_items: int = 50_000
+    """Texts, keys, lists, objects and commas in the JSON of a request; token ids of a prompt count as one each."""
     max_messages: int = 1000
     """Messages of a conversation."""
     max_images: int = 32
@@ -42,6 +44,8 @@ class ServeConfig:
     """Videos of a conversation."""
     max_frames: int = 64
     """Frames taken from a video."""
+    max_pixels_per_request: int = 500_000_000
+    """Pixels of all images and frames of a request. Of the frames that a video has beside those taken, 16 count as one."""
     max_image_tiles: int = 40
     """Tiles that a request may ask for per image."""
     max_request_tiles: int = 128
@@ -50,6 +54,12 @@ class ServeConfig:
     """Characters of all texts of a request."""
     max_schema_chars: int = 20_000
     """Characters of a JSON schema."""
+    max_schema_depth: int = 32
+    """Levels of a JSON schema."""
+    max_schema_properties: int = 200
+    """Properties of all objects in a JSON schema."""
+    max_schema_refs: int = 200
+    """References in a JSON schema."""
     max_prompt_tokens: int | None = None
     """Tokens of a prompt; by default what the context holds."""
     max_new_tokens: int = 4096
@@ -92,11 +102,18 @@ class ServeConfig:
             if integer and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
             if isinstance(value, float) and not 0 < value < 1e7:
-                raise ValueError(f"{name} must be above 0 seconds, got {value}")
+                raise ValueError(f"{name} must be above 0 and below 10,000,000 seconds, got {value:g}")
+        if not all(name.strip() == name != "" for name in self.names):
+            raise ValueError(f"names must be words, none of them empty, got {self.names}")
         if self.port > 65535:
             raise ValueError(f"port must be at most 65535, got {self.port}")
         if self.default_new_tokens > self.max_new_tokens:
             raise ValueError(f"default_new_tokens {self.default_new_tokens} is above max_new_tokens {self.max_new_tokens}")
+
+    @property
+    def max_json_bytes(self) -> int:
+        """Size of a request beside its media: all text may be escaped, at 12 bytes a character."""
+        return 12 * self.max_text_chars + (1 << 20)
 
     @property
     def is_local(self) -> bool:

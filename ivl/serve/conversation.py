@@ -4,30 +4,61 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from ivl.processing.image import num_tiles
 from ivl.processing.processor import Processor
 from ivl.serve.config import ServeConfig
 from ivl.serve.errors import APIError
+from ivl.serve.guard import RequestContext
 from ivl.serve.media import MediaGateway, is_data_url
 from ivl.serve.schemas import AnyPart, ChatMessage, ChatRequest, CompletionRequest, ImagePart, SamplingBody, TextPart
 from ivl.types import Conversation, Grammar, ImageRef, Message, Part, Prompt, SamplingParams, Text, VideoRef
 
 DEFAULT_FRAMES = 8
 """Frames of a video whose request names no number."""
+FRAMES_PER_TAKEN = 16
+"""Frames that are only decoded on the way to others, and take about as long as one that is taken."""
+
+
+def check_lengths(body: Any, config: ServeConfig) -> None:
+    """Check the lists of a body, before their items are checked one by one, which takes much longer.
+
+    Raises:
+        APIError: for more items than the limits allow.
+    """
+    fields = body if isinstance(body, dict) else {}
+    lists = {name: value for name in ("messages", "prompt", "stop") if isinstance(value := fields.get(name), list)}
+    messages, prompts = lists.get("messages", []), lists.get("prompt", [])
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    most_parts = config.max_messages + config.max_images + config.max_videos
+    _check_limits(
+        (len(messages), config.max_messages, "messages", "messages"),
+        (sum(len(content) for content in contents if isinstance(content, list)), most_parts, "parts", "messages"),
+        (0 if prompts and isinstance(prompts[0], int) else len(prompts), config.max_n, "prompts", "prompt"),
+        (len(lists.get("stop", [])), config.max_stop, "stop strings", "stop"),
+    )
+
+
+def _check_limits(*limits: tuple[int, int, str, str]) -> None:
+    """Raise APIError for a count above its limit. limits: count, limit, noun and field of each."""
+    for count, limit, noun, param in limits:
+        if count > limit:
+            raise APIError(400, f"{count} {noun}, the limit is {limit}", param=param, code="limit_exceeded")
 
 
 async def load_conversation(
-    messages: Sequence[ChatMessage], config: ServeConfig, gateway: MediaGateway, hold: Callable[[int], None]
+    messages: Sequence[ChatMessage], config: ServeConfig, gateway: MediaGateway, context: RequestContext, processor: Processor
 ) -> Conversation:
-    """Return messages as a conversation whose media are fetched and checked.
+    """Return messages as a conversation whose media are fetched and checked; nothing of them is decoded.
 
     Args:
-        hold: Counts bytes that were fetched, and may refuse them.
+        context: Has the media that came with the body, counts what is fetched, and gets the number of pixels.
+        processor: Says how many tiles an image becomes.
 
     Raises:
         APIError: for more of something than the limits allow.
@@ -36,12 +67,38 @@ async def load_conversation(
     conversation = to_conversation(messages, config)
     check_conversation(conversation, config)
     refs = media_of(conversation)
-    fetches = [asyncio.ensure_future(_fetch(ref, gateway, hold)) for ref in refs]
+    share = max(1, processor.tiling.max_tiles // max(1, sum(isinstance(ref, ImageRef) for ref in refs)))
+    tiles = 0
+
+    async def fetch(ref: ImageRef | VideoRef) -> ImageRef | VideoRef:
+        nonlocal tiles
+        url = ref.source
+        assert isinstance(url, str)
+        fetched, header = await gateway.read(ref, context.media.pop(url, url))
+        if not is_data_url(url) and isinstance(fetched.source, bytes):  # a data: URL was counted with the body
+            context.hold(len(fetched.source))
+        frames, width, height = 1, header.width, header.height
+        if isinstance(ref, VideoRef):
+            frames = ref.num_frames or 1
+            frames += header.frames if header.format == "GIF" else header.frames // FRAMES_PER_TAKEN
+            tiles += ref.num_frames or 1
+        else:  # it may lie on its side
+            sides = ((width, height), (height, width))
+            tiles += min(num_tiles(w, h, processor.tiling, ref.max_tiles or share) for w, h in sides)
+        context.pixels += width * height * frames
+        if context.pixels > config.max_pixels_per_request:
+            reason = f"the images and frames have {context.pixels:,} pixels or more, the limit of a request is "
+            reason += f"{config.max_pixels_per_request:,} (max_pixels_per_request): scale them down, or send fewer"
+            raise APIError(413, reason, param="messages", code="limit_exceeded")
+        _check_limits((tiles, config.max_request_tiles, "tiles of images and frames", "messages"))
+        return fetched
+
+    fetches = [asyncio.ensure_future(fetch(ref)) for ref in refs]
     try:
         fetched = iter(await asyncio.gather(*fetches))
     finally:
-        for fetch in fetches:
-            fetch.cancel()
+        for task in fetches:
+            task.cancel()
     return tuple(
         replace(message, content=tuple(part if isinstance(part, Text) else next(fetched) for part in message.content))
         for message in conversation
@@ -79,16 +136,13 @@ def check_conversation(conversation: Conversation, config: ServeConfig) -> None:
     refs = media_of(conversation)
     images = [ref for ref in refs if isinstance(ref, ImageRef)]
     videos = [ref for ref in refs if isinstance(ref, VideoRef)]
-    for count, limit, noun in (
-        (len(conversation), config.max_messages, "messages"),
-        (len(texts), config.max_messages, "pieces of text"),
-        (len(images), config.max_images, "images"),
-        (len(videos), config.max_videos, "videos"),
-        (max((image.max_tiles or 1 for image in images), default=0), config.max_image_tiles, "tiles of an image"),
-        (max((video.num_frames or 1 for video in videos), default=0), config.max_frames, "frames of a video"),
-    ):
-        if count > limit:
-            raise APIError(400, f"{count} {noun}, the limit is {limit}", param="messages", code="limit_exceeded")
+    _check_limits(
+        (len(texts), config.max_messages, "pieces of text", "messages"),
+        (len(images), config.max_images, "images", "messages"),
+        (len(videos), config.max_videos, "videos", "messages"),
+        (max((image.max_tiles or 1 for image in images), default=0), config.max_image_tiles, "tiles of an image", "messages"),
+        (max((video.num_frames or 1 for video in videos), default=0), config.max_frames, "frames of a video", "messages"),
+    )
 
 
 def check_text(texts: Sequence[str], config: ServeConfig, param: str) -> None:
@@ -101,18 +155,6 @@ def check_text(texts: Sequence[str], config: ServeConfig, param: str) -> None:
 def media_of(conversation: Conversation) -> list[ImageRef | VideoRef]:
     """Return the images and videos of a conversation, in order."""
     return [part for message in conversation for part in message.content if not isinstance(part, Text)]
-
-
-async def _fetch(ref: ImageRef | VideoRef, gateway: MediaGateway, hold: Callable[[int], None]) -> ImageRef | VideoRef:
-    url = ref.source
-    assert isinstance(url, str)
-    if isinstance(ref, ImageRef):
-        fetched: ImageRef | VideoRef = await gateway.image(url, max_tiles=ref.max_tiles)
-    else:
-        fetched = await gateway.video(url, num_frames=ref.num_frames)
-    if not is_data_url(url) and isinstance(fetched.source, bytes):  # a data: URL was counted with the body
-        hold(len(fetched.source))
-    return fetched
 
 
 def plain_prompt(text: str | list[int], config: ServeConfig, processor: Processor) -> Prompt:
@@ -149,15 +191,13 @@ def sampling_params(body: SamplingBody, config: ServeConfig) -> list[SamplingPar
         logprobs, num_top = (body.top_logprobs if body.logprobs else None), body.top_logprobs
     elif isinstance(body, CompletionRequest):
         logprobs, num_top = body.logprobs, body.logprobs or 0
-    for value, limit, param, noun in (
-        (body.n, config.max_n, "n", "replies"),
-        (max_tokens or 1, config.max_new_tokens, "max_tokens", "new tokens"),
-        (len(stops), config.max_stop, "stop", "stop strings"),
-        (max(map(len, stops), default=0), config.max_stop_chars, "stop", "characters in a stop string"),
-        (num_top, config.max_logprobs, "top_logprobs", "alternatives per token"),
-    ):
-        if value > limit:
-            raise APIError(400, f"{value} {noun}, the limit is {limit}", param=param, code="limit_exceeded")
+    _check_limits(
+        (body.n, config.max_n, "replies", "n"),
+        (max_tokens or 1, config.max_new_tokens, "new tokens", "max_tokens"),
+        (len(stops), config.max_stop, "stop strings", "stop"),
+        (max(map(len, stops), default=0), config.max_stop_chars, "characters in a stop string", "stop"),
+        (num_top, config.max_logprobs, "alternatives per token", "top_logprobs"),
+    )
     if "" in stops:
         raise APIError(400, "a stop string is empty", param="stop")
     shared = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "ignore_eos")
@@ -184,8 +224,20 @@ def _grammar(body: ChatRequest, config: ServeConfig) -> Grammar | None:
         return None
     if form.json_schema is None:
         return Grammar("json")
-    schema = json.dumps(form.json_schema.schema_, ensure_ascii=False)
-    if len(schema) > config.max_schema_chars:
-        reason = f"a schema of {len(schema)} characters, the limit is {config.max_schema_chars}"
-        raise APIError(400, reason, param="response_format.json_schema", code="limit_exceeded")
+    schema, param = json.dumps(form.json_schema.schema_, ensure_ascii=False), "response_format.json_schema"
+    _check_limits((len(schema), config.max_schema_chars, "characters of a schema", param))
+    depth = num_properties = num_refs = 0
+    level: list[Any] = [form.json_schema.schema_]
+    while level:
+        depth += 1
+        objects = [item for item in level if isinstance(item, dict)]
+        num_refs += sum("$ref" in item for item in objects)
+        num_properties += sum(len(names) for item in objects if isinstance(names := item.get("properties"), dict))
+        inside = [*objects, *(item for item in level if isinstance(item, list))]
+        level = [child for item in inside for child in (item.values() if isinstance(item, dict) else item)]
+    _check_limits(
+        (depth, config.max_schema_depth, "levels of a schema", param),
+        (num_properties, config.max_schema_properties, "properties of a schema", param),
+        (num_refs, config.max_schema_refs, "references of a schema", param),
+    )
     return Grammar("json_schema", schema)

@@ -41,6 +41,12 @@ class RequestContext:
     status: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
     """Counts and times, by name."""
+    group: str = ""
+    """Of whom the request is: requests of one key share cached prompts, and a turn to prepare."""
+    media: dict[str, bytearray] = field(default_factory=dict)
+    """Media that came with the body, by their names in it."""
+    pixels: int = 0
+    """Pixels of images and frames that are to be decoded."""
     hold: Callable[[int], None] = lambda _: None
     """Counts bytes that the request holds in memory. Raises APIError 429 if all requests together hold too much."""
     release: Callable[[], None] = lambda: None

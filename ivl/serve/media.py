@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import binascii
 import re
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 from ivl.serve.fetch import Fetcher, too_large
 from ivl.serve.media_limits import MediaConfig, MediaRefusal
-from ivl.serve.sniff import check_image, check_video
+from ivl.serve.sniff import MediaHeader, check_image, check_video
 from ivl.types import ImageRef, VideoRef
 
 __all__ = ["MediaConfig", "MediaGateway", "MediaRefusal"]
 
 T = TypeVar("T")
+R = TypeVar("R", bound=ImageRef | VideoRef)
 INLINE = 1 << 16
 """Smaller media are read where they arrive; larger ones in a thread, since decoding base64 would stop every stream."""
-_DATA = re.compile(r"data:[\w.+-]*/?[\w.+-]*(;[\w.+-]+=[\w.+-]*){0,4};base64,", re.ASCII | re.IGNORECASE)
+DECODED_AT_ONCE = 1 << 20
+"""Characters of base64, a multiple of four."""
+_DATA = re.compile(rb"data:[\w.+-]*/?[\w.+-]*(;[\w.+-]+=[\w.+-]*){0,4};base64,", re.IGNORECASE)
 
 
 class MediaGateway:
@@ -36,29 +39,32 @@ class MediaGateway:
         self.fetcher = fetcher or Fetcher(self.config)
 
     async def image(self, url: str, *, max_tiles: int | None = None) -> ImageRef:
-        """Return an image by its address. max_tiles: its own tile cap.
-
-        Raises:
-            MediaRefusal: with the reason and an HTTP status.
-        """
-        data = await self._read_url(url, self.config.max_bytes)
-        await _in_thread(len(data), lambda: check_image(data, self.config))
-        return ImageRef(data, max_tiles)
+        """Return an image by its address. max_tiles: its own tile cap. Raises MediaRefusal."""
+        return (await self.read(ImageRef(url, max_tiles), url))[0]
 
     async def video(self, url: str, *, num_frames: int | None = None) -> VideoRef:
-        """Return a video or an animated GIF by its address. num_frames: how many of its frames are shown.
+        """Return a video or an animated GIF by its address. num_frames: how many are shown. Raises MediaRefusal."""
+        return (await self.read(VideoRef(url, num_frames), url))[0]
+
+    async def read(self, ref: R, url: str | bytearray) -> tuple[R, MediaHeader]:
+        """Return a reference to the bytes at an address, with their header.
+
+        Args:
+            ref: What the medium is taken for: an image, or a video.
+            url: Its address; bytes are a data: URL.
 
         Raises:
             MediaRefusal: with the reason and an HTTP status.
         """
-        data = await self._read_url(url, self.config.max_video_bytes)
-        await asyncio.to_thread(check_video, data, self.config)
-        return VideoRef(data, num_frames)
-
-    async def _read_url(self, url: str, max_bytes: int) -> bytes:
-        if is_data_url(url):
-            return await _in_thread(len(url), lambda: from_data_url(url, max_bytes))
-        return await self.fetcher.get(url, max_bytes)
+        is_image = isinstance(ref, ImageRef)
+        max_bytes = self.config.max_bytes if is_image else self.config.max_video_bytes
+        if isinstance(url, str) and not is_data_url(url):
+            data = await self.fetcher.get(url, max_bytes)
+        else:
+            data = await _in_thread(len(url), lambda: from_data_url(url, max_bytes))
+        check = check_image if is_image else check_video
+        header = await _in_thread(len(data) if is_image else INLINE + 1, lambda: check(data, self.config))
+        return replace(ref, source=data), header
 
 
 def is_data_url(url: str) -> bool:
@@ -66,21 +72,26 @@ def is_data_url(url: str) -> bool:
     return url[:5].lower() == "data:"
 
 
-def from_data_url(url: str, max_bytes: int) -> bytes:
+def from_data_url(url: str | bytearray, max_bytes: int) -> bytes:
     """Return the bytes of a base64 data: URL. Its media type is ignored; the size is checked before decoding.
 
     Raises:
         MediaRefusal: 413 above max_bytes, 400 if it is malformed.
     """
-    header = _DATA.match(url, 0, 512)
+    encoded = url.encode(errors="replace") if isinstance(url, str) else url
+    header = _DATA.match(encoded, 0, 512)
     if header is None:
         raise MediaRefusal("a data: URL must look like data:image/png;base64,...")
-    length = len(url) - header.end()
-    if length // 4 * 3 > max_bytes + 2:
+    start, end = header.end(), len(encoded)
+    if (end - start) // 4 * 3 > max_bytes + 2:
         raise too_large(max_bytes)
     try:
-        data = base64.b64decode(url[header.end() :], validate=True)
-    except (binascii.Error, ValueError):
+        if encoded.find(b"=", start, end - 2) >= 0:
+            raise ValueError("padding before the end")
+        # In slices, as each holds the interpreter, and with it every stream, while it is decoded.
+        slices = (encoded[at : at + DECODED_AT_ONCE] for at in range(start, end, DECODED_AT_ONCE))
+        data = b"".join([binascii.a2b_base64(part, strict_mode=True) for part in slices])
+    except ValueError:
         raise MediaRefusal("the data: URL is not strict base64: the standard alphabet with padding, no line breaks") from None
     if len(data) > max_bytes:
         raise too_large(max_bytes)

@@ -10,17 +10,28 @@ from typing import Annotated, Any, TypeVar
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 from pydantic import ValidationError
+from pydantic_core import from_json
 
+from ivl.serve.body import BodyReader
 from ivl.serve.config import ServeConfig
-from ivl.serve.conversation import check_text, load_conversation, plain_prompt, sampling_params
+from ivl.serve.conversation import check_lengths, check_text, load_conversation, plain_prompt, sampling_params
 from ivl.serve.errors import APIError
 from ivl.serve.guard import RequestContext
 from ivl.serve.media import MediaGateway
 from ivl.serve.metrics import CONTENT_TYPE, Metrics
 from ivl.serve.openapi import described
 from ivl.serve.responses import EventStream, JSONParts, ResponseBuilder, to_json, while_connected
-from ivl.serve.schemas import ChatRequest, CompletionRequest, RequestPart, SamplingBody, TokenizeRequest, validation_error
+from ivl.serve.schemas import (
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    RequestPart,
+    SamplingBody,
+    TokenizeRequest,
+    validation_error,
+)
 from ivl.serve.service import ReplyStream, Service
+from ivl.types import Conversation
 
 B = TypeVar("B", bound=RequestPart)
 T = TypeVar("T")
@@ -30,6 +41,8 @@ STATUSES = {
 }  # fmt: skip
 POST: dict[int | str, dict[str, Any]] = {status: described(text, "error") for status, text in STATUSES.items()}
 GET: dict[int | str, dict[str, Any]] = {status: POST[status] for status in (401, 404, 421)}
+HEAVY_PIXELS = 16_000_000
+"""Pixels of a request that may not take the last thread that prepares: half a second of decoding."""
 TOKENS_AT_ONCE = 10_000
 """Token ids that become JSON at a time: an encoder holds the interpreter."""
 router = APIRouter()
@@ -65,6 +78,7 @@ class RouteContext:
         """Return the response from streams that submit gives."""
         streams = await self.within_deadline(submit)
         self.context.release()
+        self.context.media.clear()
         tokenizer = self.service.processor.tokenizer
         builder = ResponseBuilder(
             self.context, body, self.config.names[0], streams, tokenizer, self.deadline, self.config.ping
@@ -72,6 +86,10 @@ class RouteContext:
         if body.stream:
             return EventStream(builder.events())
         return JSONParts(await while_connected(self.request.receive, builder.whole()))
+
+    async def load(self, messages: list[ChatMessage]) -> Conversation:
+        """Return messages as a conversation whose media are fetched and checked."""
+        return await load_conversation(messages, self.config, self.gateway, self.context, self.service.processor)
 
     def check_model(self, name: str) -> None:
         """Raise APIError 404 for a name that the model does not have."""
@@ -96,11 +114,19 @@ def _body(kind: type[B]) -> Callable[[Request], Awaitable[B]]:
         content = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if content != "application/json":
             raise APIError(415, "the body must be JSON, with `Content-Type: application/json`", code="unsupported_media_type")
-        chunks = [chunk async for chunk in request.stream()]  # not request.body(), which would keep it
+        reader, config = BodyReader(request.app.state.config), request.app.state.config
+        async for chunk in request.stream():
+            reader.feed(chunk)
+        reader.feed(b"", last=True)
+        RequestContext.of(request.scope).media = reader.media
         try:
-            return kind.model_validate_json(b"".join(chunks))
+            content = from_json(reader.rest, allow_inf_nan=False)
+            check_lengths(content, config)
+            return kind.model_validate(content)
         except ValidationError as error:
             raise validation_error(error) from None
+        except ValueError:
+            raise APIError(400, "the body is not valid JSON", code="invalid_json") from None
 
     return body
 
@@ -123,9 +149,10 @@ async def chat_completions(shared: Shared, body: Annotated[ChatRequest, Depends(
     params = sampling_params(body, shared.config)
 
     async def submit() -> list[ReplyStream]:
-        conversation = await load_conversation(body.messages, shared.config, shared.gateway, shared.context.hold)
+        conversation = await shared.load(body.messages)
         body.messages.clear()  # they may be large, and a stream may be long
-        return await shared.service.submit_all(conversation, params)
+        heavy = shared.context.pixels > HEAVY_PIXELS or params[0].guide is not None
+        return await shared.service.submit_all(conversation, params, group=shared.context.group, heavy=heavy)
 
     return await shared.respond(body, submit())
 
@@ -146,7 +173,7 @@ async def completions(shared: Shared, body: Annotated[CompletionRequest, Depends
         ready = asyncio.Event()
         try:
             for prompt in rendered:
-                streams += await service.submit_all(prompt, params, ready)
+                streams += await service.submit_all(prompt, params, ready, group=shared.context.group)
         except BaseException:
             for stream in streams:
                 stream.cancel()
@@ -167,8 +194,10 @@ async def tokenize(shared: Shared, body: Annotated[TokenizeRequest, Depends(_bod
             text = body.prompt or ""
             check_text([text], shared.config, "prompt")
             return await service.in_pool(lambda: service.processor.tokenizer.encode(text))
-        conversation = await load_conversation(body.messages, shared.config, shared.gateway, shared.context.hold)
-        return await service.in_pool(lambda: service.processor.prompt(conversation).tokens_T.tolist())
+        conversation = await shared.load(body.messages)
+        heavy = shared.context.pixels > HEAVY_PIXELS
+        prompt = await service.in_pool(lambda: service.processor.prompt(conversation), group=shared.context.group, heavy=heavy)
+        return prompt.tokens_T.tolist()
 
     tokens = await shared.within_deadline(encode())
     parts = [to_json(tokens[at : at + TOKENS_AT_ONCE])[1:-1] for at in range(0, len(tokens), TOKENS_AT_ONCE)]

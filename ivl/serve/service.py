@@ -8,14 +8,15 @@ The event loop gets one call per step, however many replies advanced in it.
 from __future__ import annotations
 
 import asyncio
+import collections
+import copy
 import logging
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ivl.inference.engine import Engine, EngineStats
 from ivl.inference.request import Request
@@ -27,6 +28,8 @@ from ivl.types import Conversation, Prompt, SamplingParams, TextDelta
 T = TypeVar("T")
 TILES_AHEAD = 128
 """Preparation waits while this many tiles wait for the engine: each is 0.6 MB."""
+MAX_BATCH = 64
+"""Deltas that are handed on at a time."""
 MAX_FAILURES = 3
 """Failed steps in a row after which the service is not ready."""
 log = logging.getLogger("ivl.serve")
@@ -51,7 +54,7 @@ class ReplyStream:
         self.ended = False
         self.error: APIError | None = None
         self.started_at: float | None = None
-        self._deltas: deque[TextDelta] = deque()
+        self._deltas: collections.deque[TextDelta] = collections.deque()
 
     def take(self) -> list[TextDelta]:
         """Take all deltas that are there.
@@ -118,11 +121,15 @@ async def merge(
             ready.clear()
             ended = all(stream.ended for stream in streams)  # before taking, or the last deltas might be missed
             batch = [(number, delta) for number, stream in enumerate(streams) for delta in stream.take()]
+            for at in range(0, len(batch), MAX_BATCH):
+                if at:
+                    await asyncio.sleep(0)  # other streams go on while the last deltas become JSON
+                yield batch[at : at + MAX_BATCH]
             if batch:
-                yield batch
-            elif ended:
+                continue
+            if ended:
                 return
-            elif not ready.is_set():
+            if not ready.is_set():
                 left = None if deadline is None else deadline - time.perf_counter()
                 if left is not None and left <= 0:
                     raise APIError(503, "the reply took longer than a request may", code="timeout", retry_after=10)
@@ -143,7 +150,10 @@ class Service:
     def __init__(self, engine: Engine, config: ServeConfig | None = None) -> None:
         assert isinstance(engine.processor, Processor)
         self.engine = engine
-        self.processor: Processor = engine.processor
+        self._stop = threading.local()
+        self.processor: Processor = copy.copy(engine.processor)
+        self.processor.load = self._while_wanted(self.processor.load)
+        self.processor.resize = self._while_wanted(self.processor.resize)
         self.config = config or ServeConfig()
         self.capacity = engine.scheduler.max_sequences + self.config.max_queue
         self.draining = False
@@ -165,6 +175,8 @@ class Service:
         self._loop = asyncio.get_running_loop()
         self._stopped = self._loop.create_future()
         self._preparing = asyncio.Semaphore(self.config.prepare_threads)
+        self._heavy = asyncio.Semaphore(max(1, self.config.prepare_threads - 1))
+        self._turns = collections.defaultdict[str, asyncio.Lock](asyncio.Lock)
         self._room = asyncio.Event()
         self._pool = ThreadPoolExecutor(self.config.prepare_threads, thread_name_prefix="prepare")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -238,17 +250,34 @@ class Service:
         return (await self.submit_all(conversation, [params]))[0]
 
     async def submit_all(
-        self, conversation: Conversation | Prompt, params: Sequence[SamplingParams], ready: asyncio.Event | None = None
+        self,
+        conversation: Conversation | Prompt,
+        params: Sequence[SamplingParams],
+        ready: asyncio.Event | None = None,
+        *,
+        group: str = "",
+        heavy: bool = False,
     ) -> list[ReplyStream]:
         """Return streams of several replies to one conversation, which is prepared once. Raises as `submit`.
 
         Args:
             ready: The event of other streams that are merged with these.
+            group: Only requests of one group share cached prompts.
+            heavy: Whether preparing takes long, see `in_pool`.
         """
+
+        def prepare() -> list[Request]:
+            started = time.perf_counter()
+            prompt = conversation if isinstance(conversation, Prompt) else self.processor.prompt(conversation)
+            requests = self.engine.prepare_all(prompt, params, group)
+            for request in requests:
+                request.timings.prepare = time.perf_counter() - started
+            return requests
+
         self.check(len(params))
         self._coming += len(params)
         try:
-            requests = await self.in_pool(lambda: self.engine.prepare_all(conversation, params))
+            requests = await self.in_pool(prepare, group=group, heavy=heavy)
         finally:
             self._coming -= len(params)
         self.check_size(requests[0])
@@ -261,9 +290,16 @@ class Service:
         self._do(lambda: self._add(streams))
         return streams
 
-    async def in_pool(self, work: Callable[[], T]) -> T:
-        """Return the result of work in the thread pool, which waits while the engine has enough prepared tiles ahead."""
-        task = asyncio.ensure_future(self._in_pool(work))
+    async def in_pool(self, work: Callable[[], T], *, group: str = "", heavy: bool = False) -> T:
+        """Return the result of work in the thread pool, which waits while the engine has enough prepared tiles ahead.
+
+        When the caller is cancelled, work stops before its next image or frame.
+
+        Args:
+            group: Whose work it is. Heavy work of one group is done one by one.
+            heavy: Whether it takes long; one thread is left to work that does not, if there are two.
+        """
+        task = asyncio.ensure_future(self._in_pool(work, [self._turns[group], self._heavy] if heavy else []))
         try:
             await asyncio.wait({task, self._stopped}, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
@@ -272,13 +308,49 @@ class Service:
         finally:
             task.cancel()
 
-    async def _in_pool(self, work: Callable[[], T]) -> T:
-        assert self._loop is not None
-        async with self._preparing:
+    async def _in_pool(self, work: Callable[[], T], turns: list[asyncio.Lock | asyncio.Semaphore]) -> T:
+        loop, stop, held = asyncio.get_running_loop(), threading.Event(), list[asyncio.Lock | asyncio.Semaphore]()
+
+        def run() -> T:
+            self._stop.event = stop
+            try:
+                return work()
+            except Exception:
+                raise
+            except BaseException as error:  # the panic of a library in Rust
+                raise RuntimeError("a library failed") from error
+
+        def release() -> None:
+            for turn in held:
+                turn.release()
+
+        try:
+            for turn in (*turns, self._preparing):
+                await turn.acquire()
+                held.append(turn)
             while self._tiles_ahead >= TILES_AHEAD:
                 self._room.clear()
                 await self._room.wait()
-            return await self._loop.run_in_executor(self._pool, work)
+            job = self._pool.submit(run)
+        except BaseException:
+            release()
+            raise
+        # The turn ends with the work, not with the caller.
+        job.add_done_callback(lambda _: None if loop.is_closed() else loop.call_soon_threadsafe(release))
+        try:
+            return await asyncio.wrap_future(job)
+        finally:
+            stop.set()
+
+    def _while_wanted(self, function: Callable[..., T]) -> Callable[..., T]:
+        """Return a function that does nothing any more once the work is given up in which it is called."""
+
+        def wanted(*args: Any, **options: Any) -> T:
+            if (stop := getattr(self._stop, "event", None)) is not None and stop.is_set():
+                raise stopping_error()
+            return function(*args, **options)
+
+        return wanted
 
     def check_size(self, request: Request) -> None:
         """Check the size of a prompt. Raises APIError 400 for more tokens or tiles than are allowed."""
@@ -349,11 +421,11 @@ class Service:
         try:
             self.engine.step()
             self._failures = 0
-        except Exception as error:  # whatever it is, only the requests of this step are lost
+        except BaseException as error:  # whatever it is; the engine has cancelled the requests that cannot go on
             self._failures += 1
             self.num_failed_steps += 1
             log.error("step failed", exc_info=error, extra={"fields": {"failures": self._failures}})
-            if not any(stream.request.cancelled for stream in self._live) or self._failures >= MAX_FAILURES:
+            if self._failures >= MAX_FAILURES:
                 for stream in self._live:
                     self.engine.cancel(stream.request)
         self._report([news for stream in list(self._live) if (news := self._collect(stream)) is not None])

@@ -42,8 +42,8 @@ _REFUSED = {
 
 
 @dataclass(frozen=True)
-class ImageHeader:
-    """Format by Pillow's name, size in pixels, number of frames."""
+class MediaHeader:
+    """Format by the name of its reader, size in pixels, number of frames."""
 
     format: str
     width: int
@@ -51,7 +51,7 @@ class ImageHeader:
     frames: int = 1
 
 
-def check_image(data: bytes, config: MediaConfig) -> ImageHeader:
+def check_image(data: bytes, config: MediaConfig) -> MediaHeader:
     """Return the header of an image that may be decoded.
 
     Pillow reads the header, so the size that is checked is the size that is decoded.
@@ -71,7 +71,7 @@ def check_image(data: bytes, config: MediaConfig) -> ImageHeader:
             size, layers = image.size, getattr(image, "layer", ())
             if len(layers) != getattr(image, "layers", 0):  # a JPEG with two frame headers
                 raise MediaRefusal("the image names two sizes")
-            header = header or ImageHeader(kind, *size, getattr(image, "n_frames", 1))
+            header = header or MediaHeader(kind, *size, getattr(image, "n_frames", 1))
     except MediaRefusal:
         raise
     except Image.DecompressionBombError:
@@ -102,7 +102,7 @@ def _match(patterns: dict[bytes, str], data: bytes) -> str | None:
     return next((name for pattern, name in patterns.items() if re.match(pattern, data, re.DOTALL)), None)
 
 
-def _gif_header(data: bytes) -> ImageHeader:
+def _gif_header(data: bytes) -> MediaHeader:
     """Walk over a GIF: Pillow would read its blocks one by one to count the frames, and lets frames outgrow the screen.
 
     The size is that of the screen and the first frame together, as Pillow has it.
@@ -133,22 +133,21 @@ def _gif_header(data: bytes) -> ImageHeader:
         at += 1
     if not frames:
         raise damaged("image")
-    return ImageHeader("GIF", width, height, frames)
+    return MediaHeader("GIF", width, height, frames)
 
 
 def _palette_size(flags: int) -> int:
     return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
 
-def check_video(data: bytes, config: MediaConfig) -> None:
-    """Check a video: MP4 or MOV, Matroska or WebM, AVI, or an animated GIF.
+def check_video(data: bytes, config: MediaConfig) -> MediaHeader:
+    """Return the header of a video that may be decoded: MP4 or MOV, Matroska or WebM, AVI, or an animated GIF.
 
     Raises:
         MediaRefusal: 413 for too many pixels, frames or seconds, else 400.
     """
     if data.startswith(b"GIF8"):
-        check_image(data, config)
-        return
+        return check_image(data, config)
     container = _match(_CONTAINERS, data)
     if container is None:
         raise MediaRefusal(
@@ -181,6 +180,7 @@ def check_video(data: bytes, config: MediaConfig) -> None:
                     raise MediaRefusal(f"the video has more than {config.max_video_frames:,} frames", 413)
             if not frames:
                 raise MediaRefusal("the video has no pictures")
+            return MediaHeader(container, stream.width, stream.height, frames)
     except (FFmpegError, OSError, ValueError, OverflowError, MemoryError) as error:
         raise error if isinstance(error, MediaRefusal) else damaged("video") from None
 
