@@ -43,8 +43,12 @@ def serve(args: list[str]) -> None:
         options = tyro.cli(ServeOptions, prog="ivl serve", args=args)
     except ValueError as error:  # a limit that makes no sense
         raise error if isinstance(error, InputError) else InputError(str(error)) from error
+    try:
+        from ivl.serve.log import set_up_log
+        from ivl.serve.run import open_socket, run
+    except ImportError as error:
+        raise InputError(f'a server needs {error.name}: pip install "ivl[serve]"') from error
     from ivl.generators.local import load_engine
-    from ivl.serve.run import open_socket, run, set_up_log
     from ivl.serve.service import Service
 
     keys = load_keys(options.key_file)
@@ -55,6 +59,10 @@ def serve(args: list[str]) -> None:
     directory = resolve(options.model)
     limits = {name: getattr(options, name) for name in ("max_context", "max_cache_tokens", "max_batch_tokens")}
     limits = {name: limit for name, limit in limits.items() if limit is not None}
-    engine = load_engine(directory, options.load, max_sequences=config.max_running, **limits)
+    try:
+        engine = load_engine(directory, options.load, max_sequences=config.max_running, **limits)
+    except (MemoryError, RuntimeError, OverflowError) as error:
+        reason = next(iter(str(error).splitlines()), "")[:200]
+        raise InputError(f"{directory}: no memory for the model and its cache (see --max-cache-tokens): {reason}") from error
     service, seconds = Service(engine, config), time.perf_counter() - started
     run(service, config, listener, keys=keys, load_seconds=seconds, page_of=directory if options.web else None)

@@ -49,13 +49,14 @@ class Keys:
     def __len__(self) -> int:
         return len(self._digests)
 
-    def admit(self, authorization: bytes | None) -> bool:
-        """Whether an Authorization header has a key, as a Bearer token or, for browsers, as the password of Basic.
+    def admit(self, authorization: bytes | None) -> str:
+        """Return the group whose requests share cached prompts, which is everybody or those of one key; "" without a key.
 
-        The time does not depend on the key.
+        An Authorization header has a key as a Bearer token or, for browsers, as the password of Basic. The time does not
+        depend on the key.
         """
         if not self._digests:
-            return True
+            return "everybody"
         scheme, _, value = (authorization or b"").strip().partition(b" ")
         given = value.strip()
         if scheme.lower() == b"basic":
@@ -67,7 +68,7 @@ class Keys:
             given = b""
         digest = _digest(given)
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        return any(matches)
+        return digest.hex() if any(matches) else ""
 
 
 def _digest(key: bytes) -> bytes:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import ipaddress
 import logging
+import socket
 import time
-import traceback
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -70,44 +70,45 @@ class Guard:
         open_paths: Sequence[str] = OPEN,
     ) -> None:
         self.app, self.config, self.keys, self.finished, self.open_paths = app, config, keys, finished, open_paths
-        hosts = config.allowed_hosts or (LOCAL_HOSTS if config.is_local and not keys and not config.no_key else ())
-        self.hosts = {host.lower() for host in hosts}
+        own = () if keys else LOCAL_HOSTS if config.is_local else (*LOCAL_HOSTS, socket.gethostname(), config.host)
+        self.hosts = {host.lower() for host in config.allowed_hosts or own}
+        self.any_address = not (config.allowed_hosts or config.is_local)
         self.held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
+        if scope["type"] != "http":
             return await self.app(scope, receive, send)
         headers = dict(scope["headers"])
-        if scope["type"] != "http":
-            if self._refusal(scope, headers) is None:
-                return await self.app(scope, receive, send)
-            return await send({"type": "websocket.close", "code": 1008})
         body = _CountedBody(self, receive, expects=b"expect" in headers)
         context = scope["ivl"] = RequestContext(hold=body.hold, release=body.release)
         response = _MarkedResponse(send, body, context)
         try:
-            if (refusal := self._refusal(scope, headers) or self._size_refusal(headers)) is not None:
+            if (refusal := self._refusal(scope, headers, context) or self._size_refusal(headers)) is not None:
                 await response.refuse(refusal)
             else:
                 await self.app(scope, body.receive, response.send)
         except ClientGone:
             context.status = 499
-        except Exception as error:
-            if response.started:  # too late for another status: the connection breaks off
-                raise
+        except BaseException as error:
+            is_panic = type(error).__module__ == "pyo3_runtime"  # of a library in Rust
+            if response.started or not (is_panic or isinstance(error, Exception)):
+                raise  # too late for another status, or the server ends: the connection breaks off
             refusal = error if isinstance(error, APIError) else internal_error()
             if refusal.status_code == 500:
                 log.error("request failed", exc_info=error, extra={"fields": {"id": context.id}})
             await response.refuse(refusal)
         finally:
             body.release()
+            context.media.clear()
             context.route = getattr(scope.get("route"), "path", None) or "none"
             self.finished(context)
 
-    def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> APIError | None:
-        if self.hosts and _host_name(headers.get(b"host", b"").decode("latin-1")) not in self.hosts:
+    def _refusal(self, scope: Scope, headers: dict[bytes, bytes], context: RequestContext) -> APIError | None:
+        name = _host_name(headers.get(b"host", b"").decode("latin-1"))
+        if self.hosts and name not in self.hosts and not (self.any_address and _is_address(name)):
             return APIError(421, "the Host header names another server: see allowed_hosts", code="wrong_host")
-        if scope["path"] not in self.open_paths and not self.keys.admit(headers.get(b"authorization")):
+        context.group = self.keys.admit(headers.get(b"authorization"))
+        if scope["path"] not in self.open_paths and not context.group:
             return APIError(401, "a valid key is needed, as `Authorization: Bearer KEY`", code="invalid_api_key")
         return None
 
@@ -205,19 +206,9 @@ def _host_name(host: str) -> str:
     return host.rpartition(":")[0].lower() if ":" in host else host.lower()
 
 
-class JSONLines(logging.Formatter):
-    """Writes one JSON object a line. Of an exception it writes class and place, never the message, which may quote a user."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return a record as JSON."""
-        line: dict[str, Any] = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(),
-            "event": record.getMessage(),
-            **getattr(record, "fields", {}),
-        }
-        if record.exc_info and (error := record.exc_info[1]) is not None:
-            frames = traceback.extract_tb(error.__traceback__)[-8:]
-            line["error"] = type(error).__name__
-            line["at"] = [f"{frame.filename.rpartition('/')[2]}:{frame.lineno} {frame.name}" for frame in frames]
-        return json.dumps(line, ensure_ascii=True)
+def _is_address(name: str) -> bool:
+    """Whether a host name is an address, which no web page can have as a name of its own."""
+    try:
+        return bool(ipaddress.ip_address(name))
+    except ValueError:
+        return False

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import h11
 import uvicorn
 from fastapi import FastAPI
+from h11._receivebuffer import ReceiveBuffer
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ivl.errors import InputError
 from ivl.serve.app import create_app
 from ivl.serve.config import ServeConfig
 from ivl.serve.errors import APIError
-from ivl.serve.guard import JSONLines
 from ivl.serve.service import Service
 
+MAX_READ = 1 << 14
+"""Bytes of a connection that are read at a time: parsed in one go, they stop every stream."""
+MAX_SMALL_CHUNKS = 10_000
+"""Chunks of fewer than 16 bytes in a body."""
+_CHUNK_LENGTH = re.compile(rb"[0-9A-Fa-f]{1,16}\r\n")
 SPARE = 5.0
 """Seconds after shutdown_timeout in which errors reach the clients of replies that were cut off."""
 log = logging.getLogger("ivl.serve")
@@ -108,6 +115,47 @@ class DrainingServer(uvicorn.Server):
         await super().shutdown(sockets)
 
 
+class _StrictBuffer(ReceiveBuffer):
+    """Refuses what two readers of HTTP may take for different requests, and so one hide behind another (RFC 9112)."""
+
+    num_small_chunks = 0
+
+    def maybe_extract_lines(self) -> list[bytearray] | None:
+        """Return the lines of a head, or of the trailer of a body."""
+        data = bytes(self)
+        lines = super().maybe_extract_lines()
+        if lines is None:
+            return None
+        self.num_small_chunks = 0
+        head = data[: len(data) - len(self)]
+        names = [bytes(line.partition(b":")[0]).lower() for line in lines]
+        framing = names.count(b"content-length") + names.count(b"transfer-encoding")
+        if head.count(b"\n") != head.count(b"\r\n") or framing > 1:
+            raise h11.RemoteProtocolError("bare line feed, or a length given twice")
+        if any(line[:1] in (b" ", b"\t") or (line.lower().startswith(b"content-length") and b"," in line) for line in lines):
+            raise h11.RemoteProtocolError("folded line, or a list of lengths")
+        if lines and not lines[0].endswith(b"HTTP/1.1") and b"transfer-encoding" in names:
+            raise h11.RemoteProtocolError("chunks before HTTP/1.1")
+        return lines
+
+    def maybe_extract_next_line(self) -> bytearray | None:
+        """Return the line before a chunk: its length alone, without extensions."""
+        line = super().maybe_extract_next_line()
+        if line is not None and not _CHUNK_LENGTH.fullmatch(line):
+            raise h11.RemoteProtocolError("not the length of a chunk")
+        if line is not None and len(line) < 4:
+            self.num_small_chunks += 1
+            if self.num_small_chunks > MAX_SMALL_CHUNKS:
+                raise h11.RemoteProtocolError("too many small chunks")
+        return line
+
+
+class _StrictHTTP(h11.Connection):
+    def __init__(self) -> None:
+        super().__init__(h11.SERVER)
+        self._receive_buffer = _StrictBuffer()
+
+
 class _Connection(H11Protocol):
     """Drops a connection whose client takes too long to send headers or to read, or is gone."""
 
@@ -118,6 +166,9 @@ class _Connection(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self.conn = _StrictHTTP()
+        if hasattr(transport, "max_size"):  # an attribute of asyncio's transports
+            transport.max_size = MAX_READ
         if len(self.connections) > self.limits.max_connections:
             self.refused = True
             transport.write(_too_many())
@@ -151,6 +202,9 @@ class _Connection(H11Protocol):
     def resume_writing(self) -> None:
         super().resume_writing()
         self._stop("_reading_due")
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Log nothing: anybody may ask for a WebSocket."""
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002, uvicorn's signature
         body = APIError(400, "this is not valid HTTP", code="invalid_http").body
@@ -190,13 +244,3 @@ def _too_many() -> bytes:
 def _raw(status: int, phrase: str, body: bytes, more: bytes = b"") -> bytes:
     head = f"HTTP/1.1 {status} {phrase}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
     return head.encode() + more + b"connection: close\r\n\r\n" + body
-
-
-def set_up_log(level: int = logging.INFO) -> None:
-    """Write JSON lines to standard error, for the server and the libraries below it."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(JSONLines())
-    for name, least in (("ivl.serve", level), ("uvicorn", logging.WARNING), ("asyncio", logging.WARNING)):
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(least)

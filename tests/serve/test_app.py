@@ -16,10 +16,9 @@ import pytest
 
 from ivl.inference.engine import Engine
 from ivl.serve.app import create_app
-from ivl.serve.guard import JSONLines
-from ivl.serve.media import MediaGateway
+from ivl.serve.fetch import Fetcher
+from ivl.serve.log import JSONLines
 from ivl.serve.service import Service
-from ivl.types import ImageRef
 from tests.helpers.engines import picture
 from tests.helpers.servers import CONFIG, KEY, data_url, engine, says
 
@@ -191,10 +190,10 @@ def test_fetched_media_count_as_held_until_they_are_prepared(tiny_engine: Engine
     picture(1).save(file, "png")
     size = len(file.getvalue())
 
-    async def fetched(self: MediaGateway, url: str, *, max_tiles: int | None = None) -> ImageRef:
-        return ImageRef(file.getvalue(), max_tiles)
+    async def fetched(self: Fetcher, url: str, max_bytes: int) -> bytes:
+        return file.getvalue()
 
-    monkeypatch.setattr(MediaGateway, "image", fetched)
+    monkeypatch.setattr(Fetcher, "get", fetched)
 
     async def walk() -> None:
         async with client_of(tiny_engine, max_held_bytes=2 * size) as client:
