@@ -213,6 +213,8 @@ class ReplyCache:
         tables = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'")]
         if tables not in ([], ["replies"]):
             raise InputError(f"{self.path}: holds {', '.join(tables)}, so it is no judge's cache; name another --judge-cache")
+        if tables:
+            db.execute("SELECT key, reply FROM replies LIMIT 0")
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=NORMAL")
         db.execute("CREATE TABLE IF NOT EXISTS replies (key BLOB PRIMARY KEY, reply TEXT NOT NULL) WITHOUT ROWID")
