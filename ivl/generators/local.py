@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ivl.checkpoint import load_model, load_processor, resolve
-from ivl.cpu import accelerate
+from ivl.cpu import accelerate, has_bfloat16
 from ivl.generators import LoadConfig
 from ivl.inference.engine import Engine
 
@@ -45,6 +45,4 @@ def _efficient(stored: torch.dtype, device: str) -> torch.dtype:
     """Return the stored type, or float32 where computing in the stored type is slow."""
     if not device.startswith("cpu") or stored == torch.float32:
         return stored
-    capabilities = torch.cpu.get_capabilities()
-    native = any(capabilities.get(flag) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
-    return stored if stored == torch.bfloat16 and native else torch.float32
+    return stored if stored == torch.bfloat16 and has_bfloat16(torch.device(device)) else torch.float32

@@ -72,7 +72,7 @@ def language() -> RunConfig:
         tokenizer=f"{RUN}/tokenizer",
         stage=Stage(trainable=("decoder",)),
         data=_data("language", epochs=1, max_tokens=1536),
-        train=TrainConfig(optim=_muon(2e-3, warmup_ratio=0.1), packs_per_step=RANKS, log_every=20),
+        train=TrainConfig(optim=_muon(2e-3, warmup_ratio=0.1), packs_per_step=RANKS, precision="auto", log_every=20),
     )
 
 
@@ -85,7 +85,7 @@ def vision() -> RunConfig:
         stage=Stage(trainable=("vision", "projector")),
         objective=ObjectiveConfig(path="ivl.recipes.nano_objectives:flipped_caption_words"),
         data=_data("captions", epochs=12, max_tiles=25),
-        train=TrainConfig(optim=_muon(2e-3), packs_per_step=RANKS, log_every=70),
+        train=TrainConfig(optim=_muon(2e-3), packs_per_step=RANKS, precision="auto", log_every=70),
     )
 
 
@@ -97,7 +97,7 @@ def stage1() -> RunConfig:
         model=f"{RUN}/2-vision/model",
         stage=Stage(trainable=("projector",)),
         data=_data("questions", max_tokens=3072),
-        train=TrainConfig(optim=_muon(1e-3), num_steps=80, packs_per_step=RANKS, log_every=50),
+        train=TrainConfig(optim=_muon(1e-3), num_steps=80, packs_per_step=RANKS, precision="auto", log_every=50),
     )
 
 

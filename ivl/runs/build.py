@@ -10,7 +10,7 @@ import torch
 
 from ivl.checkpoint import load_config, load_model, load_tokenizer, resolve
 from ivl.config import ModelConfig
-from ivl.cpu import accelerate
+from ivl.cpu import accelerate, has_bfloat16
 from ivl.data.config import DataConfig
 from ivl.data.loader import Loader
 from ivl.errors import InputError
@@ -43,6 +43,13 @@ def read_architecture(config: RunConfig) -> ModelConfig:
             if a != b:
                 raise InputError(f"{config.model}: its {part} is {b}, the run was written for {a}")
     return actual
+
+
+def with_precision(config: RunConfig, device: torch.device) -> RunConfig:
+    """Return the run with the precision that `auto` stands for on this device."""
+    if config.train.precision != "auto":
+        return config
+    return replace(config, train=replace(config.train, precision="bf16" if has_bfloat16(device) else "fp32"))
 
 
 def build_model(config: RunConfig, checkpoint: Path | None = None) -> VLM:

@@ -21,6 +21,7 @@ from ivl.runs.build import (
     build_run_objective,
     build_validation,
     place,
+    with_precision,
 )
 from ivl.runs.config import RunConfig
 from ivl.runs.directory import (
@@ -67,6 +68,7 @@ def run(
         InputError: for a configuration, model or data that do not fit; if run_dir holds a run and resume is off.
     """
     run_dir, world = Path(config.run_dir), start_world(config.device)
+    config = with_precision(config, world.device)
     try:
         with open_directory(config, world, resume=resume, allow_changed=allow_changed) as start:
             _train_in(config, world, start, evaluators, allow_changed=allow_changed)

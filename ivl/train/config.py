@@ -11,7 +11,7 @@ from ivl.utils.checks import check_choices
 
 TrainablePart = Literal["vision", "projector", "decoder"]
 PARTS: tuple[TrainablePart, ...] = ("vision", "projector", "decoder")
-Precision = Literal["fp32", "bf16", "pure_bf16"]
+Precision = Literal["auto", "fp32", "bf16", "pure_bf16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +128,8 @@ class TrainConfig:
     packs_per_step: int = 1
     """Packs in one optimizer step over all ranks; each rank takes an equal share, one after another."""
     precision: Precision = "bf16"
-    """bf16: float32 parameters, bfloat16 arithmetic (autocast). pure_bf16: bfloat16 parameters and optimizer state."""
+    """bf16: float32 parameters, bfloat16 arithmetic (autocast). pure_bf16: bfloat16 parameters and optimizer state. auto: a run
+    takes bf16 where the device computes in it, else fp32."""
     checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     seed: int = 0

@@ -151,7 +151,9 @@ class Trainer:
             raise ValueError("without config.num_steps, num_samples must say how long the data are")
         self.model, self.objective, self.config, self.world, self.num_samples = model, objective, config, world, num_samples
         self.stateful = objective if isinstance(objective, StatefulObjective) else StatefulObjective()
-        self.optimizer = Optimizer(trainable(model), config.optim)
+        self.optimizer = Optimizer(
+            trainable(model), config.optim, torch.bfloat16 if "bf16" in config.precision else torch.float32
+        )
         self.counters = Counters()
         self.saved_step = 0
         self.started = time.monotonic()

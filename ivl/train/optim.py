@@ -13,9 +13,14 @@ from ivl.train.world import distribute, full_tensor
 
 
 class Optimizer:
-    """One or two torch optimizers over named parameters: state goes in and out by name, rates follow one schedule."""
+    """One or two torch optimizers over named parameters: state goes in and out by name, rates follow one schedule.
 
-    def __init__(self, parameters: dict[str, nn.Parameter], config: OptimConfig) -> None:
+    muon_dtype: type of Muon's iteration; float32 where the device has no bfloat16 arithmetic.
+    """
+
+    def __init__(
+        self, parameters: dict[str, nn.Parameter], config: OptimConfig, muon_dtype: torch.dtype = torch.bfloat16
+    ) -> None:
         self.parameters = parameters
         self.config = config
         matrices = [n for n, p in parameters.items() if config.name == "muon" and is_hidden_matrix(n, p)]
@@ -25,9 +30,7 @@ class Optimizer:
             groups = self._groups(others, muon=False)
             self.parts.append(torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True))
         if matrices:
-            scale = "match_rms_adamw" if config.muon_scale == "adamw" else "original"
-            groups = self._groups(matrices, muon=True)
-            self.parts.append(torch.optim.Muon(groups, momentum=config.muon_momentum, adjust_lr_fn=scale))
+            self.parts.append(Muon(self._groups(matrices, muon=True), config, muon_dtype))
 
     def _groups(self, names: list[str], *, muon: bool) -> list[dict[str, Any]]:
         """Parameters that share rate and decay; `peak` is the rate that the schedule scales."""
@@ -86,10 +89,47 @@ class Optimizer:
                     part.state[p] = {k: distribute(v, p) if v.ndim else v.clone() for k, v in state.items()}
 
 
+class Muon(torch.optim.Optimizer):
+    """Muon (https://kellerjordan.github.io/posts/muon): the momentum of a matrix, orthogonalized, is its update.
+
+    Equal to torch.optim.Muon, which iterates in bfloat16 always: processors that emulate it take ten times as long.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], config: OptimConfig, dtype: torch.dtype) -> None:
+        super().__init__(groups, {})
+        self.config, self.dtype = config, dtype
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        """Update every matrix that has a gradient."""
+        momentum = self.config.muon_momentum
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
+                average.lerp_(p.grad, 1 - momentum)
+                update = orthogonalized(p.grad.lerp(average, momentum), self.dtype)
+                rows, columns = p.shape
+                like_adamw = self.config.muon_scale == "adamw"
+                scale = 0.2 * math.sqrt(max(p.shape)) if like_adamw else math.sqrt(max(1, rows / columns))
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
+
+
+def orthogonalized(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Bring all singular values near 1 by five Newton-Schulz iterations."""
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = (matrix.T if tall else matrix).to(dtype)
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.T if tall else x
+
+
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Weights of the linear layers of ViT, projector and decoder; not embeddings, head, patch convolution or adapters."""
     pieces = name.split(".")
-    return parameter.ndim == 2 and pieces[-1] == "weight" and pieces[1] not in ("embeddings", "head")
+    outside = pieces[1] in ("embeddings", "head") or any(piece.startswith("lora_") for piece in pieces)
+    return parameter.ndim == 2 and pieces[-1] == "weight" and not outside
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:

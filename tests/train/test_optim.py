@@ -6,7 +6,7 @@ from ivl.errors import InputError
 from ivl.model.vlm import VLM
 from ivl.runs.plan import count_by_part
 from ivl.train.config import OptimConfig, Stage
-from ivl.train.optim import Optimizer, decays, is_hidden_matrix, lr_factor
+from ivl.train.optim import Muon, Optimizer, decays, is_hidden_matrix, lr_factor
 from ivl.train.stage import check_start, trainable
 from tests.conftest import tiny_config
 from tests.helpers.training import staged
@@ -65,6 +65,32 @@ def test_state_goes_in_and_out_exactly(name):
     assert all(p.equal(q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
     with pytest.raises(ValueError, match="differ in"):
         resumed.restore(dict(list(optimizer.state().items())[3:]))
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+@pytest.mark.parametrize("scale", ["adamw", "original"])
+def test_muon_is_torchs(shape, scale):
+    torch.manual_seed(0)
+    start, grads = torch.randn(shape), torch.randn(4, *shape)
+    config = OptimConfig(name="muon", muon_scale=scale)
+    ours, theirs, exact = (torch.nn.Parameter(start.clone()) for _ in range(3))
+    group = {"lr": 0.1, "weight_decay": 0.01}
+    optimizers = [
+        Muon([{"params": [ours], **group}], config, torch.bfloat16),
+        torch.optim.Muon([theirs], adjust_lr_fn={"adamw": "match_rms_adamw"}.get(scale, scale), **group),
+        Muon([{"params": [exact], **group}], config, torch.float32),
+    ]
+    for grad in grads:
+        for optimizer, p in zip(optimizers, (ours, theirs, exact), strict=True):
+            p.grad = grad.clone()
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    assert (exact - theirs).norm() < 0.02 * (theirs - start).norm()
+
+
+def test_adapters_are_no_hidden_matrices():
+    model = staged(Stage(trainable=()), lora=LoraConfig(rank=2, targets=("decoder.layers", "vision.layers", "projector")))
+    assert trainable(model) and not [name for name, p in trainable(model).items() if is_hidden_matrix(name, p)]
 
 
 def test_rates_of_parts():
