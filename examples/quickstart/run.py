@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -27,11 +28,14 @@ FRESH_QUESTIONS, REPLIES, HELD_OUT = 600, 8, 1000
 
 
 def main() -> None:
-    """Write the data, train the five stages, evaluate on the official test split, train by preference, write the report page.
-
-    After an interruption the same command goes on where it stopped; `--fresh` starts over.
-    """
-    if "--fresh" in sys.argv[1:]:
+    """Read the command line and run the quickstart."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.quickstart",
+        description="Write the data, train the five stages, evaluate on the official test split, train by preference, write "
+        "the report page. After an interruption the same command goes on where it stopped.",
+    )
+    parser.add_argument("--fresh", action="store_true", help="start over")
+    if parser.parse_args().fresh:
         shutil.rmtree(nano.RUN, ignore_errors=True)
     try:
         quickstart(Path(nano.RUN))
