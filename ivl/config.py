@@ -216,37 +216,3 @@ def published_config(size: str) -> ModelConfig:
         )
     eos = (151644, 151645) if size == "78B" else (151645,)
     return ModelConfig(vision=vision, decoder=decoder, image_token_id=151667, eos_token_ids=eos, pad_token_id=151643)
-
-
-@dataclass(frozen=True)
-class Published:
-    """One of the fourteen published models."""
-
-    name: str
-    hub_id: str
-    vision: str
-    language: str
-    size: str
-
-    @property
-    def config(self) -> ModelConfig:
-        """The configuration of its size."""
-        return published_config(self.size)
-
-
-_LANGUAGE = {
-    "1B": "Qwen2.5-0.5B-Instruct", "2B": "internlm2_5-1_8b-chat", "4B": "Qwen2.5-3B-Instruct", "8B": "internlm2_5-7b-chat",
-    "26B": "internlm2_5-20b-chat", "38B": "Qwen2.5-32B-Instruct", "78B": "Qwen2.5-72B-Instruct",
-}  # fmt: skip
-
-PUBLISHED = tuple(
-    Published(
-        name=f"InternVL2_5-{size}{suffix}",
-        hub_id=f"OpenGVLab/InternVL2_5-{size}{suffix}",
-        vision=f"InternViT-{'6B' if _PARTS[size][0].qk_norm else '300M'}-448px-V2_5",
-        language=_LANGUAGE[size],
-        size=size,
-    )
-    for suffix in ("", "-MPO")
-    for size in SIZES
-)

@@ -8,8 +8,13 @@ from typing import Annotated
 
 import tyro
 
-from ivl.config import PUBLISHED, SIZES, published_config
+from ivl.config import SIZES, published_config
 from ivl.utils.progress import wide_console
+
+LANGUAGE_MODELS = {
+    "1B": "Qwen2.5-0.5B-Instruct", "2B": "internlm2_5-1_8b-chat", "4B": "Qwen2.5-3B-Instruct", "8B": "internlm2_5-7b-chat",
+    "26B": "internlm2_5-20b-chat", "38B": "Qwen2.5-32B-Instruct", "78B": "Qwen2.5-72B-Instruct",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +27,9 @@ class ModelsOptions:
 
 def models(args: list[str]) -> None:
     options = tyro.cli(ModelsOptions, prog="ivl models", args=args)
-    counts = {size: count_parameters(size) for size in SIZES}
-    rows = [
-        {"name": m.name, "hub_id": m.hub_id, "vision": m.vision, "language": m.language, **counts[m.size]} for m in PUBLISHED
-    ]
+    about = {size: describe(size) for size in SIZES}
+    names = [(f"InternVL2_5-{size}{suffix}", size) for suffix in ("", "-MPO") for size in SIZES]
+    rows = [{"name": name, "hub_id": f"OpenGVLab/{name}", **about[size]} for name, size in names]
     if options.json:
         print(json.dumps(rows, indent=2))
         return
@@ -39,11 +43,13 @@ def models(args: list[str]) -> None:
     wide_console().print(table)
 
 
-def count_parameters(size: str) -> dict[str, int]:
-    """Count the parameters of one published size exactly, by part."""
+def describe(size: str) -> dict[str, str | int]:
+    """Name the parts of one published size, and count their parameters exactly."""
     from ivl.checkpoint.model_dir import empty_model
 
-    model = empty_model(published_config(size))
+    config = published_config(size)
+    model = empty_model(config)
+    vision = f"InternViT-{'6B' if config.vision.qk_norm else '300M'}-448px-V2_5"
     parts = {"vision": model.vision, "projector": model.projector, "language": model.decoder}
     counts = {f"{name}_parameters": sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-    return {**counts, "parameters": sum(counts.values())}
+    return {"vision": vision, "language": LANGUAGE_MODELS[size], **counts, "parameters": sum(counts.values())}
