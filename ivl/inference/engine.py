@@ -100,7 +100,7 @@ class Engine:
         self.vision = VisionEncoder(model, max_bytes=vision_cache_bytes)
         limits = {"max_batch_tokens": max_batch_tokens, "max_sequences": max_sequences}
         self.scheduler = Scheduler(self.cache, self.vision, tile_cost=tile_cost(model.config), **limits)
-        self.runner = Runner(model, self.cache, self.vision)
+        self.runner = Runner(model, self.cache, self.vision, processor.tokenizer.unused(decoder.vocab_size))
         self.eos = frozenset(model.config.eos_token_ids)
         self.grammars = GrammarCompiler(processor.tokenizer, vocab_size=decoder.vocab_size, eos=self.eos)
         self.num_steps = self.num_new_tokens = 0
@@ -122,20 +122,22 @@ class Engine:
         self.scheduler.finish(step)
         self._deliver(step, tokens)
 
-    def _deliver(self, step: EngineStep, tokens: list[SampledToken | None]) -> None:
+    def _deliver(self, step: EngineStep, tokens: list[SampledToken | Exception]) -> None:
         self.num_steps += 1
         now = time.perf_counter()
         for piece, sampled in zip((piece for piece in step.pieces if piece.samples), tokens, strict=True):
             request = piece.request
-            if sampled is not None:
-                self.num_new_tokens += 1
+            try:
+                if isinstance(sampled, Exception):
+                    raise sampled
                 request.append(sampled, self.eos, now)
-                if request.finish_reason is not None:
-                    self.scheduler.remove(request)
+            except Exception as error:  # whatever is wrong with one reply, the others go on
+                self.cancel(request)
+                request.finish_reason, request.failure = None, error
                 continue
-            self.cancel(request)  # alone: the scores of the other requests are finite
-            dtype = self.model.dtype
-            request.failure = InputError(f"the model's scores are not finite in {dtype}: check the checkpoint, or use float32")
+            self.num_new_tokens += 1
+            if request.finish_reason is not None:
+                self.scheduler.remove(request)
 
     # Requests in and out
 
@@ -262,7 +264,7 @@ class Engine:
                 self.step()
                 for number, request in active.items():
                     if request.failure is not None:
-                        raise InputError(f"conversation {number}: {request.failure}")
+                        raise InputError(f"conversation {number}: {request.failure}") from request.failure
                 for number in [n for n, request in active.items() if request.finish_reason is not None]:
                     replies[number] = active.pop(number).reply()
         finally:

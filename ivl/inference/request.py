@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 import torch
 
 from ivl.config import ModelConfig
-from ivl.errors import InputError
 from ivl.inference.sampling import SampledToken, Sampler
 from ivl.inference.text import TextStream
 from ivl.model.cache import CachedSequence
@@ -170,8 +169,8 @@ class Request:
     deltas: deque[TextDelta] = field(default_factory=deque[TextDelta])
     finish_reason: FinishReason | None = None
     cancelled: bool = False
-    failure: InputError | None = None
-    """Why the engine cancelled the request, if that was the model's fault."""
+    failure: Exception | None = None
+    """Why the engine cancelled the request, if its owner did not."""
 
     @property
     def num_prompt(self) -> int:

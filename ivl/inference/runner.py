@@ -16,14 +16,17 @@ from ivl.model.vlm import VLM
 class Runner:
     """Encodes tiles, computes tokens and samples."""
 
-    def __init__(self, model: VLM, cache: PagedCache, encoder: VisionEncoder) -> None:
+    def __init__(self, model: VLM, cache: PagedCache, encoder: VisionEncoder, unused: list[int]) -> None:
+        """unused: the ids that have no token."""
         self.model = model
         self.cache = cache
         self.encoder = encoder
+        # The image token stands for pixels, which a reply does not have.
+        self.never_sampled = torch.tensor([model.config.image_token_id, *unused], device=model.device)
 
-    def run(self, step: EngineStep) -> list[SampledToken | None]:
+    def run(self, step: EngineStep) -> list[SampledToken | Exception]:
         """Encode the tiles of a step, compute its pieces in one forward call, and sample a token for each piece that ends
-        a prompt or continues a reply, in order; None where the scores are not finite."""
+        a prompt or continues a reply, in order; an exception where that fails."""
         started = time.perf_counter()
         if step.tiles:
             encoded = self.encoder.encode(step.tiles)
@@ -39,7 +42,7 @@ class Runner:
                 piece.request.timings.prefill += done - encoded_at
         return tokens
 
-    def _forward(self, pieces: list[Piece]) -> list[SampledToken | None]:
+    def _forward(self, pieces: list[Piece]) -> list[SampledToken | Exception]:
         device = self.model.device
         step = self.cache.step([piece.request.cache.sequence for piece in pieces], tuple(piece.count for piece in pieces))
         hidden_TD = self.model(_tokens(pieces).to(device), step.layout, _vision(pieces), step)
@@ -50,7 +53,7 @@ class Runner:
             ends = [step.layout.starts[number] + pieces[number].count - 1 for number in sampling]
             hidden_TD = hidden_TD[torch.tensor(ends, device=device)]
         logits_SV = self.model.head(hidden_TD)
-        logits_SV[:, self.model.config.image_token_id] = -torch.inf  # stands for pixels, which a reply does not have
+        logits_SV.index_fill_(1, self.never_sampled, -torch.inf)
         return sample(logits_SV, [pieces[number].request.sampler for number in sampling])
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ivl.errors import InputError
 from ivl.inference.grammar import GrammarMatcher
 from ivl.types import FinishReason, SamplingParams, TokenLogprob
 
@@ -110,9 +111,17 @@ def candidates(
     return probabilities, ids
 
 
-def sample(logits_SV: torch.Tensor, samplers: list[Sampler]) -> list[SampledToken | None]:
-    """Sample the next token of each sequence; None where the best score is not finite, as with a damaged checkpoint or a
-    dtype that overflows."""
+def sample(logits_SV: torch.Tensor, samplers: list[Sampler]) -> list[SampledToken | Exception]:
+    """Sample the next token of each sequence; an exception where that fails, which concerns no other sequence."""
     best_S, tokens_S = logits_SV.max(-1)
     finite, tokens = best_S.isfinite().tolist(), tokens_S.tolist()
-    return [sampler.sample(logits_SV[row], tokens[row]) if finite[row] else None for row, sampler in enumerate(samplers)]
+    sampled: list[SampledToken | Exception] = []
+    for row, sampler in enumerate(samplers):
+        try:
+            if not finite[row]:  # a damaged checkpoint, or a dtype that overflows
+                dtype = logits_SV.dtype
+                raise InputError(f"the model's scores are not finite in {dtype}: check the checkpoint, or use float32")
+            sampled.append(sampler.sample(logits_SV[row], tokens[row]))
+        except Exception as error:
+            sampled.append(error)
+    return sampled

@@ -15,11 +15,11 @@ class Detokenizer(Protocol):
 class TokenizerLike(Protocol):
     """What inference needs of a tokenizer."""
 
-    def __len__(self) -> int: ...
     def stream(self) -> Detokenizer: ...  # noqa: D102
     def encode(self, text: str) -> list[int]: ...  # noqa: D102
     def token_bytes(self, token_id: int) -> bytes: ...  # noqa: D102
     def is_control(self, token_id: int) -> bool: ...  # noqa: D102
+    def unused(self, vocab_size: int) -> list[int]: ...  # noqa: D102
 
 
 class TextStream:

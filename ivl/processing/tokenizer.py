@@ -97,6 +97,10 @@ class Tokenizer:
                 ids += self.backend.encode(piece, add_special_tokens=False).ids
         return ids
 
+    def unused(self, vocab_size: int) -> list[int]:
+        """The ids below vocab_size that have no token: padding of the model's rows, and gaps."""
+        return [i for i in range(vocab_size) if self.backend.id_to_token(i) is None]
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of a token; one character may need the bytes of several."""
         if token_id not in self._bytes:

@@ -25,6 +25,9 @@ class FakeTokenizer:
     def stream(self) -> FakeStream:
         return FakeStream()
 
+    def unused(self, vocab_size: int) -> list[int]:
+        return []
+
 
 class FakeStream:
     def push(self, token: int) -> str:

@@ -12,7 +12,9 @@ import torch
 from ivl.errors import InputError
 from ivl.inference.engine import Engine, Reply
 from ivl.model.vlm import VLM
-from ivl.types import Conversation, ImageRef, SamplingParams
+from ivl.processing.processor import Processor
+from ivl.processing.tokenizer import train_tokenizer
+from ivl.types import Conversation, Grammar, ImageRef, SamplingParams
 from tests.helpers.engines import FIRST_CHARACTER, FakeProcessor, ask, assert_idle, lively_model, picture, tiny_engine
 
 
@@ -135,6 +137,42 @@ def test_scores_that_are_not_finite_end_one_reply_alone(lively: VLM) -> None:
     assert_idle(shared)
     again = shared.generate([ask("hello"), ask("there"), ask("more")], params)
     assert [reply.text for reply in again[:2]] == [reply.text for reply in expected]
+
+
+def test_ids_without_a_token_are_never_sampled(lively: VLM) -> None:
+    """The head of a model has often more rows than its tokenizer has tokens."""
+    tokenizer = train_tokenizer(["a b c"], 300)
+    config = replace(
+        lively.config, decoder=replace(lively.config.decoder, vocab_size=400), system_message="",
+        image_token_id=tokenizer.id("<IMG_CONTEXT>"), eos_token_ids=(tokenizer.id("<|im_end|>"),),
+    )  # fmt: skip
+    model = VLM(config).eval()
+    model.init_weights()
+    engine = Engine(model, Processor(config, tokenizer), max_cache_tokens=4096)
+    unused = tokenizer.unused(400)
+    assert unused == list(range(len(tokenizer), 400))
+    hot = [SamplingParams(temperature=100, ignore_eos=True, max_new_tokens=300, seed=n) for n in range(4)]
+    hot += [replace(params, guide=Grammar("regex", "(?s:.*)")) for params in hot]
+    replies = engine.generate([ask("hello")] * len(hot), hot)
+    assert [len(reply.tokens) for reply in replies[:4]] == [300] * 4
+    assert not {token for reply in replies for token in reply.tokens} & set(unused)
+    assert_idle(engine)
+
+
+def test_a_fault_in_one_reply_ends_it_alone(lively: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = SamplingParams(max_new_tokens=20)
+    expected = tiny_engine(lively).generate([ask("hello"), ask("there")], params)
+    shared = tiny_engine(lively)
+    others = [shared.submit(ask(text), params) for text in ("hello", "there")]
+    in_text, in_sampling = (shared.submit(ask(text), params) for text in ("broken", "defect"))
+    monkeypatch.setattr(in_text.stream, "push", lambda token: {}["outside the vocabulary"])
+    monkeypatch.setattr(in_sampling.sampler, "sample", lambda *_: [][0])
+    for request, fault in ((in_text, KeyError), (in_sampling, IndexError)):
+        with pytest.raises(fault):
+            list(shared.deltas(request))
+    for request, reply in zip(others, expected, strict=True):
+        assert "".join(delta.text for delta in shared.deltas(request)) == reply.text
+    assert_idle(shared)
 
 
 def test_stop_strings_end_the_text_and_are_not_in_it(lively: VLM) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ivl.inference.sampling import Sampler, candidates, sample
+from ivl.errors import InputError
+from ivl.inference.sampling import SampledToken, Sampler, candidates, sample
 from ivl.types import SamplingParams
 
 
@@ -68,7 +69,8 @@ def test_scores_that_are_not_finite_give_no_token() -> None:
     logits = torch.zeros(3, 5)
     logits[1, 3], logits[2, 4] = torch.nan, 1.0
     first, second, third = sample(logits, [Sampler(SamplingParams(), []) for _ in range(3)])
-    assert first is not None and second is None and third is not None and third.token == 4
+    assert isinstance(first, SampledToken) and isinstance(second, InputError)
+    assert isinstance(third, SampledToken) and third.token == 4
 
 
 def test_presence_and_frequency_penalties_count_the_reply_and_not_the_prompt() -> None:
