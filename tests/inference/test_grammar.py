@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -12,16 +13,17 @@ import pytest
 import torch
 
 pytest.importorskip("llguidance")
-from llguidance import LLMatcher, LLParserLimits
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from ivl.errors import InputError
 from ivl.inference import grammar as grammar_module
 from ivl.inference.engine import Engine
-from ivl.inference.grammar import GrammarCompiler, GrammarMatcher
+from ivl.inference.grammar import GrammarCompiler
 from ivl.model.vlm import VLM
 from ivl.processing.processor import Processor
 from ivl.processing.tokenizer import Tokenizer, train_tokenizer
 from ivl.types import Grammar, SamplingParams
+from ivl.utils.grammars import close_objects
 from tests.conftest import tiny_config
 from tests.helpers.engines import ask, assert_idle, enliven
 
@@ -215,18 +217,35 @@ def test_a_guide_that_becomes_too_complex_cuts_its_own_reply_only(engine: Engine
     (expected,) = engine.generate([ask("go")], plain)
     with monkeypatch.context() as patch:
 
-        def limited(self: GrammarCompiler, guide: Grammar) -> GrammarMatcher:
-            limits = LLParserLimits(max_lexer_states=20)
-            return GrammarMatcher(
-                LLMatcher(self._read_vocabulary(), grammar_module._to_llguidance(guide), log_level=0, limits=limits),
-                self.vocab_size,
-            )
+        def limited(vocabulary: LLTokenizer, source: str) -> LLMatcher:
+            return LLMatcher(vocabulary, source, log_level=0, limits=LLParserLimits(max_lexer_states=20))
 
-        patch.setattr(GrammarCompiler, "compile", limited)
+        patch.setattr(grammar_module, "compile_source", limited)
         params = [replace(plain, max_new_tokens=200, guide=hard), plain]
         cut, other = engine.generate([ask("go")] * 2, params)
     assert cut.finish_reason == "length" and re.fullmatch("[ab]*", cut.text) and len(cut.tokens) < 200
     assert other.text == expected.text
+    assert_idle(engine)
+    with pytest.raises(KeyError):  # copies share states that are counted: the next request compiles it anew
+        engine.grammars._compiled[hard]
+
+
+def test_a_grammar_whose_tokens_take_long_cuts_its_own_reply_only(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every token of this grammar takes longer than the one before: 195 took 53 s without a limit."""
+    ambiguous = Grammar("grammar", 'start: s\ns: s s s | s s | "a" | ""')
+    matcher, started, token = engine.grammars.compile(ambiguous), time.process_time(), engine.processor.tokenizer.encode("a")[0]
+    count = 0
+    while count < 1000:
+        count += 1
+        assert matcher.allowed()[token]
+        if matcher.advance(token) == "length":
+            break
+    assert 10 < count < 500 and time.process_time() - started < 10
+    plain = SamplingParams(max_new_tokens=12, temperature=1.0, seed=1)
+    (expected,) = engine.generate([ask("go")], plain)
+    monkeypatch.setattr(grammar_module, "EXTRA_SECONDS", -1.0)
+    cut, other = engine.generate([ask("go")] * 2, [replace(plain, guide=Grammar("regex", "[ab]{9}")), plain])
+    assert cut.finish_reason == "length" and len(cut.tokens) == 1 and other.text == expected.text
     assert_idle(engine)
 
 
@@ -252,6 +271,96 @@ def test_grammars_that_cannot_be_followed_are_refused_with_the_reason(engine: En
     with pytest.raises(InputError, match=f"{guide.kind} cannot be .*") as caught:
         engine.prepare(ask("which?"), SamplingParams(guide=guide))
     assert words in str(caught.value) and len(str(caught.value)) < 600 and "<state>" not in str(caught.value)
+
+
+def chain(count: int) -> dict[str, Any]:
+    """A schema whose references lead from one to the next."""
+    rules = {f"d{n}": {"$ref": f"#/$defs/d{n + 1}"} for n in range(count)} | {f"d{count}": {"type": "integer"}}
+    return {"$ref": "#/$defs/d0", "$defs": rules}
+
+
+def nested(levels: int) -> dict[str, Any]:
+    return {"type": "array", "items": nested(levels - 1)} if levels else {"type": "integer"}
+
+
+RULES = "".join(f'r{n}: r{n + 1} | "x{n}"\n' for n in range(4000))
+SCHEMAS = {
+    "multiple": ({"type": "integer", "multipleOf": 999983}, "more than 1 s of processor time"),
+    "multiples": ({"properties": {f"p{n}": {"multipleOf": 30011 + n} for n in range(200)}}, "more than 1 s of processor time"),
+    "intersection": ({"allOf": [{"type": "string", "pattern": f"{n}"} for n in range(300)]}, "more than"),
+    "references": (chain(1000), "1,001 references, the limit is 500"),
+    "deep": (nested(300), "more than 100 levels"),
+    "properties": ({"properties": {f"p{n}": {} for n in range(3000)}}, "3,000 properties, the limit is 1,000"),
+    "enum": ({"enum": list(range(3000))}, "3,000 choices, the limit is 2,000"),
+}
+HUGE = {name: (Grammar("json_schema", json.dumps(schema)), words) for name, (schema, words) in SCHEMAS.items()} | {
+    "deeper": (Grammar("json_schema", '{"items":' * 11_000 + "1"), "more than 100 levels"),
+    "broken": (Grammar("choice", "[" * 90_000), "more than 100 levels"),
+    "rules": (Grammar("grammar", f'start: r0\n{RULES}r4000: "y"'), "more levels than its stack holds"),
+    "forced": (Grammar("regex", "((x{1000}){1000}){1000}"), "more than"),
+    "choices": (Grammar("choice", json.dumps([f"{n}" for n in range(6_000)])), "6,000 choices, the limit is 2,000"),
+    "long": (Grammar("regex", "a" * 100_001), "100,001 characters, the limit is 100,000"),
+    "surrogate": (Grammar("grammar", 'start: "\ud800"'), "surrogates"),
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_grammars_that_would_take_the_process_are_refused_with_the_limit(engine: Engine, name: str) -> None:
+    """A minute of compiling, a stack that overflows, and gigabytes end in another process; at once the second time."""
+    guide, words = HUGE[name]
+    started = time.process_time()
+    for _ in range(2):
+        with pytest.raises(InputError, match=f"{guide.kind} cannot be .*({words})") as caught:
+            engine.prepare_all(ask("which?"), [SamplingParams(guide=guide)] * 3)
+        assert len(str(caught.value)) < 600 and "panic" not in str(caught.value)
+    assert time.process_time() - started < 2
+
+
+def test_references_up_to_the_limit_are_followed(engine: Engine) -> None:
+    guide = Grammar("json_schema", json.dumps(chain(499)))
+    (reply,) = engine.generate([ask("how many?")], SamplingParams(guide=guide, max_new_tokens=50))
+    assert reply.text[:1] in "-0123456789"
+
+
+def test_a_grammar_is_compiled_once_for_all_replies_of_an_engine(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    plain = grammar_module.compile_source
+    monkeypatch.setattr(grammar_module, "compile_source", lambda *args: compiled.append(args[1]) or plain(*args))
+    params = [SamplingParams(guide=Grammar("regex", "[a-d]{9}"), temperature=1.0, seed=n) for n in range(5)]
+    first = engine.generate([ask("go")] * 5, params)
+    assert [reply.text for reply in engine.generate([ask("go")] * 5, params)] == [reply.text for reply in first]
+    assert len(compiled) == 1 and len({reply.text for reply in first}) > 1
+    many = GrammarCompiler(engine.processor.tokenizer, vocab_size=engine.model.config.decoder.vocab_size, eos=engine.eos)
+    for n in range(grammar_module.MAX_COMPILED + 3):
+        many.compile(Grammar("regex", f"a{{{n + 1}}}"))
+    assert len(many._compiled) == grammar_module.MAX_COMPILED
+
+
+def test_json_has_no_white_space_between_its_parts(engine: Engine) -> None:
+    rule: dict[str, Any] = {
+        "type": "object", "properties": {"a": {"const": [1, 2]}, "b": {"const": {"c": "d e"}}}, "required": ["a", "b"],
+        "x-guidance": {"whitespace_flexible": True},
+    }  # fmt: skip
+    close_objects(rule)
+    params = SamplingParams(guide=Grammar("json_schema", json.dumps(rule)), max_new_tokens=60, temperature=1.0, seed=1)
+    assert engine.generate([ask("go")], params)[0].text == '{"a":[1,2],"b":{"c":"d e"}}'
+
+
+def test_objects_that_are_open_are_closed_where_their_schema_does_not_say() -> None:
+    def item(**more: Any) -> dict[str, Any]:
+        return {"properties": {"x": {}}, **more}
+
+    def schema(**more: Any) -> dict[str, Any]:
+        return {
+            "properties": {"a": item(**more), "b": {"items": item(**more)}, "c": {"type": "object"}}, "enum": [item()], **more,
+            "anyOf": [item(**more), item(additionalProperties=True), {"$ref": "#/$defs/d"}], "$defs": {"d": item(**more)},
+        }  # fmt: skip
+
+    given, combined = schema(), {"allOf": [item(), {"$ref": "#/$defs/d"}], "$defs": {"d": item()}}
+    close_objects(given)
+    close_objects(combined)
+    assert given == schema(additionalProperties=False)
+    assert combined == {"allOf": [item(), {"$ref": "#/$defs/d"}], "$defs": {"d": item()}}
 
 
 def test_a_huge_schema_at_fault_is_refused_in_short_time(tokenizer: Tokenizer) -> None:
