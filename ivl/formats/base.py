@@ -10,6 +10,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from ivl.errors import DataError, InputError
+from ivl.utils.budgets import MAX_ROW_BYTES, MAX_ROW_ITEMS
+from ivl.utils.files import regular
 
 RowLayout = Literal["reference", "openai", "sharegpt", "swift", "finevision"]
 """How a row names its turns and media."""
@@ -51,10 +53,6 @@ class Rows(ABC):
     def num_bytes(self) -> int:
         """Size of all files."""
 
-    def line(self, index: int) -> int:
-        """The line that a row begins on, from 1; the row's number where the file has no lines."""
-        return index + 1
-
     def close(self) -> None:  # noqa: B027, formats without open files have nothing to close
         """Close open files; reading opens them again."""
 
@@ -82,8 +80,9 @@ def parse_row(text: bytes, *, source: str) -> dict[str, Any]:
     """Parse the JSON object of one row.
 
     Raises:
-        DataError: naming `source`, if it is not valid JSON, not text or no object.
+        DataError: naming `source`, if it is not valid JSON, not text, no object or too large.
     """
+    check_items(text, source)
     try:
         row = json.loads(text)
         # Half of a surrogate pair, written as an escape, is valid JSON but no text.
@@ -94,6 +93,15 @@ def parse_row(text: bytes, *, source: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise DataError(source, "bad_row", f"expected an object, got {type(row).__name__}")
     return row
+
+
+def check_items(text: bytes | str, source: str) -> None:
+    """Raise DataError for the JSON of a row that would take too much memory once it is parsed."""
+    if len(text) > MAX_ROW_BYTES:
+        raise DataError(source, "too_long", f"{len(text):,} bytes, the limit of a row is {MAX_ROW_BYTES:,}")
+    opening: tuple[Any, ...] = (b"[", b"{", b",") if isinstance(text, bytes) else ("[", "{", ",")
+    if len(text) > MAX_ROW_ITEMS and (count := sum(map(text.count, opening))) > MAX_ROW_ITEMS:
+        raise DataError(source, "too_long", f"up to {count:,} values, the limit of a row is {MAX_ROW_ITEMS:,}")
 
 
 class Shards(Rows):
@@ -126,10 +134,6 @@ class Shards(Rows):
         shard, at = self._find(index)
         return self._shards[shard].source(at)
 
-    def line(self, index: int) -> int:
-        shard, at = self._find(index)
-        return self._shards[shard].line(at)
-
     @property
     def num_bytes(self) -> int:
         return sum(shard.num_bytes for shard in self._shards)
@@ -146,7 +150,7 @@ class Stamp:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            stat = path.stat()
+            stat = regular(path)
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror})") from None
         self.size, self.mtime_ns = stat.st_size, stat.st_mtime_ns

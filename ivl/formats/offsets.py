@@ -17,8 +17,9 @@ import numpy as np
 
 from ivl.errors import InputError
 from ivl.formats.base import Rows, Stamp
+from ivl.utils.files import regular
 
-VERSION = 2
+VERSION = 3
 MIN_BYTES = 1 << 25
 """Smaller files are indexed in memory: that takes milliseconds."""
 CONTAINER_NUMBERS = {"jsonl": 0, "json": 1, "webdataset": 2}
@@ -104,6 +105,7 @@ class IndexedRows(Rows):
     def _load(self, place: Path) -> Arrays | None:
         """Map the arrays of an index file; None if it is missing, of another file, or damaged."""
         try:
+            regular(place)
             whole = np.load(place, mmap_mode="r")
         except (OSError, ValueError, EOFError):
             return None
@@ -117,15 +119,11 @@ class IndexedRows(Rows):
     def _save(self, place: Path, arrays: Arrays) -> bool:
         """Write an index file; returns whether the folder took it, for the index is a convenience."""
         partial = place.with_name(f"{place.name}.{os.getpid()}.{secrets.token_hex(4)}")
-        parts = [arrays[name] for name in self.array_names]
-        head = np.array(self._head([len(part) for part in parts]), dtype="<i8")
-        header = {"descr": "<i8", "fortran_order": False, "shape": (len(head) + sum(map(len, parts)),)}
+        parts = [np.asarray(arrays[name], dtype=np.int64) for name in self.array_names]
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("xb") as file:
-                np.lib.format.write_array_header_1_0(file, header)
-                for part in (head, *parts):
-                    file.write(np.ascontiguousarray(part, dtype="<i8").data)
+                np.save(file, np.concatenate([np.array(self._head([len(part) for part in parts])), *parts]))
             partial.replace(place)
         except OSError:
             return False

@@ -13,8 +13,8 @@ from typing import Any, Literal, cast, get_args
 
 from ivl.errors import InputError
 from ivl.formats.base import RowLayout, Rows, Shards
-from ivl.formats.text import TextRows
-from ivl.utils.files import digest
+from ivl.formats.text import BOM, TextRows
+from ivl.utils.files import digest, regular
 
 Container = Literal["jsonl", "json", "parquet", "arrow", "webdataset"]
 """How a file or folder is built."""
@@ -25,7 +25,6 @@ FORMATS: tuple[RowFormat, ...] = get_args(RowFormat)
 
 SUFFIXES = {".jsonl": "jsonl", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 MAX_HASHED = 1 << 32
-BOM = b"\xef\xbb\xbf"
 
 
 def open_rows(path: str | Path, *, format: str | None = None) -> Rows:
@@ -57,9 +56,12 @@ def container_of(path: str | Path) -> str:
     if path.is_dir():
         return _container_of_folder(path)
     try:
+        regular(path)
         with path.open("rb") as file:
             head = file.read(4096)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from None
     if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
         raise InputError(f"{path}: is compressed, which leaves no random access to its rows; unpack it first")
@@ -87,9 +89,15 @@ def _container_of_folder(folder: Path) -> str:
 
 
 def _open(path: Path, container: str) -> Rows:
-    if not path.is_dir() or (container == "arrow" and (path / "state.json").is_file()):
+    if not path.is_dir():
         return _open_file(path, container)
-    shards = [_open_file(file, container) for file in _files(path) if SUFFIXES[file.suffix] == container]
+    if container == "arrow" and (path / "state.json").is_file():
+        from ivl.formats.table import saved_files
+
+        files = saved_files(path)
+    else:
+        files = [file for file in _files(path) if SUFFIXES[file.suffix] == container]
+    shards = [_open_file(file, container) for file in files]
     if not shards:
         raise InputError(f"{path}: has no file of {container} rows")
     return shards[0] if len(shards) == 1 else Shards(shards)
@@ -114,9 +122,9 @@ def hash_rows(path: str | Path, container: str) -> str:
 
 def _open_file(path: Path, container: str) -> Rows:
     if container in ("parquet", "arrow"):
-        from ivl.formats.table import ArrowRows, ParquetRows, SavedRows
+        from ivl.formats.table import ArrowRows, ParquetRows
 
-        return ParquetRows(path) if container == "parquet" else SavedRows(path) if path.is_dir() else ArrowRows(path)
+        return (ParquetRows if container == "parquet" else ArrowRows)(path)
     if container == "webdataset":
         from ivl.formats.tar import TarRows
 

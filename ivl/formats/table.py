@@ -1,4 +1,4 @@
-"""Rows of parquet and Arrow files and of saved Hugging Face data sets. Needs pyarrow and datasets (the `data` extra)."""
+"""Rows of parquet and Arrow files. Needs pyarrow (the `data` extra)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ import numpy as np
 
 from ivl.errors import DataError, InputError
 from ivl.formats.base import Rows, Stamp
+from ivl.utils.budgets import MAX_GROUP_BYTES, MAX_ROW_ITEMS, MAX_ROW_MEDIA_BYTES
+from ivl.utils.strict_json import read_json
 
 try:
     import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 except ImportError:  # pragma: no cover
     raise InputError("reading tables needs pyarrow; pip install 'ivl[data]'") from None
@@ -28,7 +31,7 @@ class TableRows(Rows):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._stamp = Stamp(path / "state.json" if path.is_dir() else path)
+        self._stamp = Stamp(path)
         self._file: Any = None
         with self._errors():
             sizes = self._block_sizes()
@@ -49,7 +52,9 @@ class TableRows(Rows):
         at = index - int(self._ends[block - 1] if block else 0)
         with self._errors(index):
             row = self._row(block, at)
-            row.validate(full=True)
+            if (size := sum(map(_size, row.columns))) > MAX_ROW_MEDIA_BYTES:
+                problem = f"a row of some {size:,} bytes, the limit is {MAX_ROW_MEDIA_BYTES:,}"
+                raise DataError(self.source(index), "too_long", problem)
             return row.to_pylist()[0]
 
     @abstractmethod
@@ -85,8 +90,38 @@ class TableRows(Rows):
         return self._stamp.size
 
 
+def _size(array: pa.Array | pa.ChunkedArray) -> int:
+    """What an array takes as Python values. A value of a dictionary counts as often as it is used."""
+    if isinstance(array, pa.ChunkedArray):
+        return sum(map(_size, array.chunks))
+    kind, size = array.type, len(array) * (MAX_ROW_MEDIA_BYTES // MAX_ROW_ITEMS)
+    if isinstance(array, pa.ExtensionArray):
+        return _size(array.storage)
+    if isinstance(array, pa.DictionaryArray):
+        lengths = (
+            pc.binary_length(array.dictionary) if _is_binary(kind.value_type) else pa.nulls(len(array.dictionary), pa.int32())
+        )
+        return size + (pc.sum(lengths.take(array.indices)).as_py() or 0)
+    if pa.types.is_struct(kind):
+        return size + sum(map(_size, array.flatten()))
+    if isinstance(array, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray):  # a map is a list
+        return size + _size(array.flatten())
+    if _is_binary(kind) or pa.types.is_primitive(kind) or pa.types.is_decimal(kind) or pa.types.is_null(kind):
+        return size + array.nbytes
+    raise ValueError(f"a column of the type {kind} is not read")
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    """Whether the values are texts or bytes with offsets of their own."""
+    checks = (pa.types.is_binary, pa.types.is_string, pa.types.is_large_binary, pa.types.is_large_string)
+    return any(check(kind) for check in (*checks, pa.types.is_fixed_size_binary))
+
+
 class ParquetRows(TableRows):
-    """A row is found by decoding its row group; the last few are kept. Page checksums are verified where there are any."""
+    """A row is found by decoding its row group; the last few are kept. Page checksums are verified where there are any.
+
+    Texts and bytes are read as dictionaries: a value of 500 MB that comes four times is in memory once.
+    """
 
     container = "parquet"
     max_open = 4
@@ -97,7 +132,10 @@ class ParquetRows(TableRows):
 
     def _open(self) -> pq.ParquetFile:
         if self._file is None:
-            self._file = pq.ParquetFile(self.path, page_checksum_verification=True)
+            metadata = pq.read_metadata(self.path)
+            leaves = map(metadata.schema.column, range(metadata.num_columns))
+            texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+            self._file = pq.ParquetFile(self.path, metadata=metadata, read_dictionary=texts, page_checksum_verification=True)
         return self._file
 
     def _block_sizes(self) -> list[int]:
@@ -112,11 +150,25 @@ class ParquetRows(TableRows):
 
     def _group(self, number: int) -> pa.Table:
         if number not in self._kept:
+            self._check_group(number)
             table = self._open().read_row_group(number, use_threads=False)
+            table.validate(full=True)
             while self._kept and sum(each.nbytes for each in self._kept.values()) + table.nbytes > KEPT_BYTES:
                 del self._kept[next(iter(self._kept))]
             self._kept[number] = table
         return self._kept[number]
+
+    def _check_group(self, number: int) -> None:
+        """Refuse a row group by what the file says of it; a few bytes may stand for many equal numbers."""
+        metadata = self._open().metadata
+        group = metadata.row_group(number)
+        size = group.total_byte_size + 8 * metadata.num_columns * group.num_rows
+        if size > min(MAX_GROUP_BYTES, MAX_ROW_MEDIA_BYTES * group.num_rows):
+            problem = (
+                f"its row group takes {size:,} bytes in memory for {group.num_rows:,} rows, the limits are "
+                f"{MAX_GROUP_BYTES:,}, and {MAX_ROW_MEDIA_BYTES:,} a row; write smaller ones (row_group_size=100)"
+            )
+            raise DataError(self.source(int(self._ends[number] - group.num_rows)), "too_long", problem)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_kept": {}}
@@ -147,30 +199,21 @@ class ArrowRows(TableRows):
         return [batch.num_rows for batch in self._open()]
 
     def _row(self, block: int, at: int) -> pa.RecordBatch:
-        return self._open()[block].slice(at, 1)
+        row = self._open()[block].slice(at, 1)
+        row.validate(full=True)
+        return row
 
 
-class SavedRows(TableRows):
-    """A folder that `save_to_disk` of Hugging Face's datasets wrote."""
+def saved_files(folder: Path) -> list[Path]:
+    """The Arrow files of a folder that `save_to_disk` of Hugging Face's datasets wrote, in their order.
 
-    container = "arrow"
-
-    def _open(self) -> Any:
-        """The data set, which gives tables; images stay encoded."""
-        if self._file is None:
-            try:
-                import datasets
-            except ImportError:  # pragma: no cover
-                raise InputError(f"{self.path}: reading it needs datasets; pip install 'ivl[data]'") from None
-            self._file = datasets.load_from_disk(str(self.path)).with_format("arrow")
-        return self._file
-
-    def _block_sizes(self) -> list[int]:
-        return [len(self._open())]
-
-    def _row(self, block: int, at: int) -> pa.Table:  # noqa: ARG002, all rows are one block
-        return self._open()[at]
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(file.stat().st_size for file in self.path.glob("*.arrow"))
+    Raises:
+        InputError: if its state.json names none, or names rows by their numbers, as old versions did.
+    """
+    state = read_json(folder / "state.json")
+    names = [file.get("filename") for file in state.get("_data_files") or ()] if isinstance(state, dict) else []
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise InputError(f"{folder}: state.json names no files of rows")
+    if state.get("_indices_data_files") or state.get("_indices_files"):
+        raise InputError(f"{folder}: holds a selection of rows; load it by datasets, and save it again")
+    return [folder / name for name in names]

@@ -12,6 +12,7 @@ import numpy as np
 from ivl.errors import DataError, InputError
 from ivl.formats.base import parse_row
 from ivl.formats.offsets import Arrays, IndexedRows
+from ivl.utils.budgets import MAX_ROW_BYTES, MAX_ROW_MEDIA_BYTES, MAX_ROWS
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jp2", "ppm")
 UNREADABLE = ("mp4", "mkv", "webm", "avi", "mov", "mp3", "wav", "flac")
@@ -50,6 +51,8 @@ class TarRows(IndexedRows):
         last = None
         for name, start, size in _members(self.path, self._stamp.size):
             key, _ = split_name(name)
+            if len(columns["starts"]) >= MAX_ROWS:
+                raise InputError(f"{self.path}: has more than {MAX_ROWS:,} members; split it into several files of one folder")
             if key != last:
                 if key in seen:
                     raise InputError(f"{self.path}: member {name!r}: the members of a key must stand together")
@@ -89,6 +92,9 @@ class TarRows(IndexedRows):
                     source, "missing_media", f"a .{kind} inside a tar cannot be played; keep it as a file beside jsonl rows"
                 )
         by_kind = {member.kind: member for member in members}
+        for part, limit in (([by_kind.get("json"), by_kind.get("txt")], MAX_ROW_BYTES), (members, MAX_ROW_MEDIA_BYTES)):
+            if (size := sum(member.size for member in part if member)) > limit:
+                raise DataError(source, "too_long", f"members of {size:,} bytes, the limit is {limit:,}")
         row = parse_row(self._bytes(by_kind["json"]), source=source) if "json" in by_kind else {}
         images = [{"bytes": self._bytes(member), "path": member.name} for member in _images(members, source)]
         if not any(row.get(key) is not None for key in TURNS):
@@ -147,6 +153,15 @@ def _images(members: list[TarMember], source: str) -> list[TarMember]:
     return [member for _, member in sorted(numbered)]
 
 
+class _Info(tarfile.TarInfo):
+    """A header. tarfile reads the long name or the attributes that some hold at once, however large they are."""
+
+    def _proc_member(self, tarfile: Any) -> Any:
+        if self.type in b"xgXLK" and self.size > 1 << 20:
+            raise ValueError(f"a header of {self.size:,} bytes")
+        return super()._proc_member(tarfile)  # type: ignore[misc]
+
+
 def _is_text(name: str) -> bool:
     """tarfile keeps bytes that are not UTF-8 as half surrogates."""
     return not any("\ud800" <= letter <= "\udfff" for letter in name)
@@ -158,7 +173,7 @@ def _members(path: Path, size: int) -> Iterator[tuple[str, int, int]]:
     tarfile takes a damaged header, or no end at all, for the end of the archive; here they are errors.
     """
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:", tarinfo=_Info) as tar:
             at = -1
             while (info := tar.next()) is not None:
                 tar.members = []  # pyright: ignore[reportAttributeAccessIssue] (it would keep them all)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,12 +10,20 @@ from typing import Literal
 import numpy as np
 
 from ivl.errors import DataError, InputError
+from ivl.formats.base import parse_row
 from ivl.formats.offsets import Arrays, IndexedRows
+from ivl.utils.budgets import MAX_ROW_BYTES, MAX_ROWS
 from ivl.utils.progress import reporting
 
-CHUNK = 1 << 24
+CHUNK = 1 << 20
 SLOW = 1 << 28
 """Files of more bytes show their progress while they are indexed."""
+BOM = b"\xef\xbb\xbf"
+_STEPS = np.zeros(256, np.int8)
+"""What each byte adds to the depth of brackets."""
+_STEPS[list(b"[{")], _STEPS[list(b"]}")] = 1, -1
+_IS_STRUCTURE = np.zeros(256, bool)
+_IS_STRUCTURE[list(b'[]{},"\\')] = True
 
 Advance = Callable[[int], None]
 
@@ -24,11 +31,11 @@ Advance = Callable[[int], None]
 class TextRows(IndexedRows):
     """Row i begins at byte starts[i] and ends before starts[i + 1], but for white space and the comma of an array.
 
-    Its line is 1, plus i where each row has a line of its own (jsonl), plus the number of gaps[k] <= i: `gaps` holds the row
-    that follows each other line break.
+    A row of jsonl is named by its line: 1 + i, and the blank lines before it. `gaps` holds the rows that follow blank lines,
+    `blanks` how many of these come before each such row. A row of an array is named by its number.
     """
 
-    array_names = ("starts", "gaps")
+    array_names = ("starts", "gaps", "blanks")
 
     def __init__(self, path: Path, container: Literal["json", "jsonl"]) -> None:
         super().__init__(path, container)
@@ -48,24 +55,26 @@ class TextRows(IndexedRows):
 
     def raw(self, index: int) -> bytes:
         start, end = self._arrays["starts"][index : index + 2].tolist()
+        if end - start > MAX_ROW_BYTES:
+            raise DataError(self.source(index), "too_long", f"{end - start:,} bytes, the limit of a row is {MAX_ROW_BYTES:,}")
         return self._read(start, end).rstrip(b" \t\r\n" if self.container == "jsonl" else b" \t\r\n,")
 
-    def line(self, index: int) -> int:
-        lead = index if self.container == "jsonl" else 0
-        return 1 + lead + int(np.searchsorted(self._arrays["gaps"], index, side="right"))
-
     def source(self, index: int) -> str:
-        return f"{self.path}:{self.line(index)}"
+        if self.container == "json":
+            return f"{self.path}: row {index + 1}"
+        gap = int(np.searchsorted(self._arrays["gaps"], index, side="right"))
+        return f"{self.path}:{1 + index + (int(self._arrays['blanks'][gap - 1]) if gap else 0)}"
 
 
 def _index_lines(path: Path, advance: Advance) -> Arrays:
-    """The start of every line that is not blank, and the end of the file; for each blank line, the row that follows.
+    """The start of every line that is not blank, and the end of the file; the blank lines before each row that follows some.
 
     Blank is an empty line or a lone carriage return.
     """
     starts: list[np.ndarray] = []
     gaps: list[np.ndarray] = []
-    at = line_start = num_rows = 0
+    blanks: list[np.ndarray] = []
+    at = line_start = num_rows = num_blanks = 0
     last = 0  # the byte before the chunk
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
@@ -79,62 +88,94 @@ def _index_lines(path: Path, advance: Advance) -> Arrays:
                     before[0] = last
                 full = ends - lines > (before == ord("\r"))
                 starts.append(lines[full])
-                if not full.all():
-                    gaps.append(num_rows + np.cumsum(full)[~full])
-                num_rows += int(full.sum())
+                # The last of neighboring blank lines says how many there were.
+                follow, firsts = np.unique((num_rows + np.cumsum(full))[~full][::-1], return_index=True)
+                count = int((~full).sum())
+                gaps.append(follow)
+                blanks.append(num_blanks + count - firsts)
+                num_rows, num_blanks = num_rows + int(full.sum()), num_blanks + count
                 line_start = int(ends[-1]) + 1
             last = chunk[-1]
             at += len(chunk)
+            _check_rows(path, num_rows)
             advance(at)
     if at - line_start > (last == ord("\r")):
         starts.append(np.array([line_start]))
-    empty = np.zeros(0, np.int64)
-    return {"starts": np.concatenate([*starts, [at]]).astype(np.int64), "gaps": np.concatenate([*gaps, empty]).astype(np.int64)}
+    arrays = {"starts": [*starts, [at]], "gaps": [*gaps, []], "blanks": [*blanks, []]}
+    return {name: np.concatenate(parts).astype(np.int64) for name, parts in arrays.items()}
+
+
+def _check_rows(path: Path, num_rows: int) -> None:
+    if num_rows > MAX_ROWS:
+        raise InputError(f"{path}: has more than {MAX_ROWS:,} rows; split it into several files of one folder")
 
 
 def _index_array(path: Path, advance: Advance) -> Arrays:
-    """The start of every element of a JSON array and the end of the last; for each line break, the element that follows.
+    """The place behind the opening bracket and behind every comma between two elements, and that of the closing bracket.
 
-    Latin-1 makes one character of each byte, and leaves quotes and brackets of UTF-8 text where they are.
+    Brackets and commas count where they are in no string. Whether an element is valid JSON is seen when it is read.
     """
-    data = path.read_bytes()
-    text = data.decode("latin-1")
-    decode = json.JSONDecoder().raw_decode
-    starts: list[int] = []
-    opening = _skip(text, 3 if data.startswith(b"\xef\xbb\xbf") else 0)
-    if text[opening : opening + 1] != "[":
-        raise _broken(path, text, opening, "not a JSON array")
-    end = _skip(text, opening + 1)
-    at = end
-    while text[at : at + 1] != "]":
-        try:
-            _, end = decode(text, at)
-        except json.JSONDecodeError as error:
-            raise _broken(path, text, error.pos, f"not valid JSON ({error.msg})") from None
-        except ValueError as error:  # a number of thousands of digits
-            raise _broken(path, text, at, f"not valid JSON ({error})") from None
-        except RecursionError:
-            raise _broken(path, text, at, "nested too deep") from None
-        starts.append(at)
-        advance(end)
-        at = _skip(text, end)
-        if text[at : at + 1] == ",":
-            at = _skip(text, at + 1)
-            if text[at : at + 1] == "]":
-                raise _broken(path, text, at, "a comma before the end of the array")
-        elif text[at : at + 1] != "]":
-            raise _broken(path, text, at, "expected a comma or the end of the array")
-    if (rest := _skip(text, at + 1)) < len(text):
-        raise _broken(path, text, rest, "something follows the array")
-    breaks = np.flatnonzero(np.frombuffer(data, dtype=np.uint8) == ord("\n"))
-    return {"starts": np.array([*starts, end]), "gaps": np.searchsorted(np.array(starts), breaks)}
+    with path.open("rb") as file:
+        head = file.read(4096)
+        at = len(head) - len(head.removeprefix(BOM).lstrip())
+        if head[at : at + 1] != b"[":
+            raise DataError(f"{path}:1", "broken_json", "not a JSON array")
+        file.seek(at)
+        starts, num_rows, depth, state = [np.array([at + 1])], 1, 0, (False, 0)
+        while chunk := file.read(CHUNK):
+            places_K, codes_K, outside_K, state = _structure(chunk, *state)
+            depth_K = depth + np.cumsum(_STEPS[codes_K] * outside_K, dtype=np.int64)
+            closed = np.flatnonzero(depth_K == 0)
+            stop = int(places_K[closed[0]]) if len(closed) else len(chunk)
+            commas = places_K[outside_K & (codes_K == ord(",")) & (depth_K == 1) & (places_K < stop)]
+            starts.append(at + commas + 1)
+            num_rows += len(commas)
+            _check_rows(path, num_rows)
+            at, depth = at + stop, int(depth_K[-1]) if len(depth_K) else depth
+            advance(at)
+            if len(closed):
+                rest = chunk[stop + 1 :]
+                while not rest.strip() and (rest := file.read(CHUNK)):
+                    pass
+                problem = f"something follows the array, which ends after row {num_rows}" if rest.strip() else ""
+                return _array(path, np.concatenate([*starts, [at]]), problem)
+    return _array(path, np.concatenate([*starts, [at]]), "the array is not closed")
 
 
-def _broken(path: Path, text: str, at: int, problem: str) -> DataError:
-    return DataError(f"{path}:{text.count(chr(10), 0, at) + 1}", "broken_json", problem)
+def _array(path: Path, starts: np.ndarray, problem: str) -> Arrays:
+    """The index of an array. With a problem, the error of the first broken element, which is most likely its cause."""
+    with path.open("rb") as file:
+        for row in range(len(starts) - 1) if problem else ():
+            file.seek(starts[row])
+            piece = file.read(min(int(starts[row + 1] - starts[row]), MAX_ROW_BYTES + 1))
+            parse_row(piece.rstrip(b" \t\r\n,"), source=f"{path}: row {row + 1}")
+        file.seek(starts[-2])
+        if not file.read(min(int(starts[-1] - starts[-2]), MAX_ROW_BYTES)).strip():  # nothing before the closing bracket
+            problem, starts = problem or ("a comma before the end of the array" if len(starts) > 2 else ""), starts[-1:]
+    if problem:
+        raise DataError(str(path), "broken_json", problem)
+    none = np.zeros(0, np.int64)
+    return {"starts": starts, "gaps": none, "blanks": none}
 
 
-def _skip(text: str, at: int) -> int:
-    while text[at : at + 1] in (" ", "\t", "\r", "\n"):
-        at += 1
-    return at
+def _structure(chunk: bytes, quoted: bool, slashes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[bool, int]]:
+    """The places of the K bytes of a chunk that may be structure, these bytes, and whether each is in no string.
+
+    Args:
+        quoted, slashes: whether the chunk begins in a string, and how many backslashes come right before it.
+
+    Returns:
+        Also the two values for the next chunk.
+    """
+    bytes_N = np.frombuffer(chunk, dtype=np.uint8)
+    places_K = np.flatnonzero(_IS_STRUCTURE[bytes_N])
+    if not len(places_K):
+        none = places_K.astype(bool)
+        return places_K, bytes_N[places_K], none, (quoted, 0)
+    codes_K, order_K = bytes_N[places_K], np.arange(len(places_K))
+    slash_K = codes_K == ord("\\")
+    follows_K = np.concatenate([[slashes > 0 and places_K[0] == 0], slash_K[:-1] & (np.diff(places_K) == 1)])
+    run_K = order_K - np.maximum.accumulate(np.where(follows_K, -slashes, order_K))  # backslashes right before each
+    inside_K = (np.cumsum((codes_K == ord('"')) & (run_K % 2 == 0)) + quoted) % 2 == 1
+    slashes = int(run_K[-1]) + 1 if slash_K[-1] and places_K[-1] == len(chunk) - 1 else 0
+    return places_K, codes_K, ~inside_K, (bool(inside_K[-1]), slashes)

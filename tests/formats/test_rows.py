@@ -28,19 +28,34 @@ def test_jsonl_index_finds_every_row_and_its_line(tmp_path_factory, values, newl
         rows_module.CHUNK = before
     assert [rows[i] for i in range(len(rows))] == values
     numbers = [sum(blanks[: i + 1]) + i + 1 for i in range(len(values))]
-    assert [rows.line(i) for i in range(len(rows))] == numbers
+    assert [rows.source(i) for i in range(len(rows))] == [f"{path}:{number}" for number in numbers]
 
 
-@given(objects, st.sampled_from([None, 2]), st.booleans())
-def test_json_array_index(tmp_path_factory, values, indent, ascii_only):
+@given(objects, st.sampled_from([None, 2]), st.booleans(), st.integers(1, 9))
+def test_json_array_index(tmp_path_factory, values, indent, ascii_only, chunk):
     path = tmp_path_factory.mktemp("rows") / "a.json"
     text = json.dumps(values, indent=indent, ensure_ascii=ascii_only)
     path.write_text(text, encoding="utf-8")
-    rows = Rows(path)
+    before, rows_module.CHUNK = rows_module.CHUNK, chunk
+    try:
+        rows = Rows(path)
+    finally:
+        rows_module.CHUNK = before
     assert [rows[i] for i in range(len(rows))] == values
-    if indent:
-        starts = [n for n, line in enumerate(text.split("\n"), 1) if line.startswith("  {")]
-        assert [rows.line(i) for i in range(len(rows))] == starts
+    assert [rows.source(i) for i in range(len(rows))] == [f"{path}: row {i + 1}" for i in range(len(rows))]
+
+
+@given(st.lists(st.one_of(st.integers(), st.floats(allow_nan=False), st.text(), st.booleans()), min_size=1), st.integers(1, 3))
+def test_an_array_of_anything_is_cut_into_its_elements(tmp_path_factory, values, chunk):
+    """Numbers and words may be cut by the end of a piece and still be valid JSON."""
+    path = tmp_path_factory.mktemp("rows") / "a.json"
+    path.write_text(json.dumps(values), encoding="utf-8")
+    before, rows_module.CHUNK = rows_module.CHUNK, chunk
+    try:
+        rows = Rows(path)
+    finally:
+        rows_module.CHUNK = before
+    assert [json.loads(rows.raw(i)) for i in range(len(rows))] == values
 
 
 def test_formats_are_said(tmp_path):
@@ -53,11 +68,13 @@ def test_formats_are_said(tmp_path):
     assert said == ["reference jsonl", "OpenAI messages jsonl", "LLaVA json", "jsonl of unknown rows"]
 
 
-def test_broken_array_names_the_line(tmp_path):
+def test_a_broken_element_of_an_array_is_one_bad_row(tmp_path):
     path = tmp_path / "a.json"
-    path.write_text('[\n{"a": 1},\n{"a": oops}\n]')
-    with pytest.raises(DataError, match=r"a\.json:3: not valid JSON"):
-        Rows(path)
+    path.write_text('[\n{"a": 1},\n{"a": oops}, {"a": "\\\\\\", ]["}\n]')
+    rows = Rows(path)
+    assert len(rows) == 3 and rows[0] == {"a": 1} and rows[2] == {"a": '\\", ]['}
+    with pytest.raises(DataError, match=r"a\.json: row 2: not valid JSON"):
+        rows[1]
 
 
 def test_missing_empty_and_changed_files_are_refused(tmp_path):
