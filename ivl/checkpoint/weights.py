@@ -115,7 +115,7 @@ class StoredWeights:
                     raise SafetensorError(f"its header has {length:,} bytes, at most {MAX_HEADER_BYTES:,} are read")
                 self._open = (path, safe_open(path, framework="pt", device="cpu"))
             except (SafetensorError, OSError, UnicodeError) as error:
-                raise InputError(f"{path}: not a readable safetensors file: {error}; fetch it again") from None
+                raise InputError(f"{path}: not a readable safetensors file: {str(error)[:300]}; fetch it again") from None
         return self._open[1]
 
     def get(self, name: str) -> torch.Tensor:

@@ -1,0 +1,225 @@
+"""Damaged files of a model: each is an InputError of one line, or is read; none takes memory or the process.
+
+`IVL_FUZZ=10000 python -m pytest tests/checkpoint/test_fuzz.py` tries as many mutations of each kind.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+import resource
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ivl.checkpoint import load_config, load_tokenizer, save_model, save_processor
+from ivl.checkpoint.adapter import load_adapter, save_adapter
+from ivl.checkpoint.compose import _gguf_part
+from ivl.checkpoint.convert import convert
+from ivl.checkpoint.model_dir import empty_model, open_weights
+from ivl.checkpoint.weights import WEIGHTS, StoredWeights
+from ivl.config import LoraConfig
+from ivl.errors import InputError
+from ivl.lora.layers import add_lora
+from ivl.processing.processor import Processor
+from ivl.processing.tokenizer import Tokenizer, byte_letters, train_tokenizer
+from tests.helpers.adapters import build
+from tests.helpers.checkpoints import random_model, tiny_like
+
+MUTATIONS = int(os.environ.get("IVL_FUZZ", "100"))
+VALUES = [
+    None, True, False, 0, 1, -1, 2, 3.5, -1.0, 1e-300, 1e30, 1e300, 2**31, 2**63, 10**30, "", "x", "false", "\ud800", "a" * 5000,
+    "//////8=", "(x+x+)+y", "##", "internvl_chat", [], [[]], [1], ["x"], [None] * 3, {}, {"a": {}}, {"type": "Precompiled"},
+    {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 100},
+]  # fmt: skip
+
+
+def words() -> Tokenizer:
+    return train_tokenizer(["what is this", "a red circle"] * 5, 300)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tokenizer, config = words(), tiny_like("1B")
+    config = replace(
+        config, decoder=replace(config.decoder, vocab_size=len(tokenizer), width=64), bos_token_id=None, pad_token_id=None,
+        image_token_id=tokenizer.id("<IMG_CONTEXT>"), eos_token_ids=(tokenizer.id("<|im_end|>"),),
+    )  # fmt: skip
+    directory = tmp_path_factory.mktemp("fuzz") / "model"
+    save_model(random_model(config), directory)
+    save_processor(Processor(config, tokenizer), directory)
+    return directory
+
+
+def changed_bytes(rng: random.Random, data: bytes, first: int = 0, last: int | None = None) -> bytes:
+    """Bits flipped, bytes overwritten with extremes, cut, or inserted between two places."""
+    whole = bytearray(data)
+    last = len(whole) if last is None else last
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        at = rng.randrange(first, max(last, first + 1))
+        match rng.randrange(5):
+            case 0:
+                whole[at : at + 1] = bytes([whole[at] ^ 1 << rng.randrange(8)]) if at < len(whole) else b""
+            case 1:
+                size = rng.choice((1, 2, 4, 8))
+                whole[at : at + size] = rng.choice((b"\xff", b"\x00", b"\x7f", b"\x80")) * size
+            case 2:
+                del whole[at : at + rng.choice((1, 7, 100))]
+            case 3:
+                whole[at:at] = rng.choice((b"\xff" * 8, b"[" * 200, b"\n", b'"', b"\x00" * 4))
+            case _:
+                whole = whole[: max(at, 1)] if rng.random() < 0.2 else whole
+    return bytes(whole)
+
+
+def changed_json(rng: random.Random, value: Any) -> bytes:
+    """One or two values, keys or items anywhere in an object replaced, removed or doubled; or the text damaged."""
+    value = copy.deepcopy(value)
+    for _ in range(rng.choice((1, 1, 2))):
+        node = value
+        while isinstance(node, dict | list) and node:
+            key = rng.choice(list(node)) if isinstance(node, dict) else rng.randrange(len(node))
+            if rng.random() < 0.4 or not isinstance(node[key], dict | list) or not node[key]:
+                match rng.randrange(8):
+                    case 0:
+                        del node[key]
+                    case 1 if isinstance(node, dict):
+                        node[rng.choice(("1e3", "-1", "", "type", "x" * 300, "99999999999"))] = node.pop(key)
+                    case 2 if isinstance(node, list):
+                        node.extend(copy.deepcopy([node[key]]) * rng.choice((1, 500)))
+                    case _:
+                        node[key] = copy.deepcopy(rng.choice(VALUES))
+                break
+            node = node[key]
+    data = json.dumps(value).encode()
+    return changed_bytes(rng, data) if rng.random() < 0.15 else data
+
+
+def hammer(path: Path, mutate: Callable[[random.Random], bytes], read: Callable[[], object]) -> None:
+    good = path.read_bytes()
+    read()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    escaped, refused = [], 0
+    for seed in range(MUTATIONS):
+        path.write_bytes(mutate(random.Random(f"{path.name} {seed}")))
+        try:
+            read()
+        except InputError as error:
+            refused += 1
+            if "\n" in str(error) or len(str(error)) > 3000:
+                escaped.append(f"{seed}: long message {str(error)[:300]!r}")
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            escaped.append(f"{seed}: {type(error).__name__}: {str(error)[:200]}")
+    path.write_bytes(good)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(f"{path.name}: {MUTATIONS} mutations, {refused} refused, {len(escaped)} escaped, {grown >> 10} MB more")
+    assert not escaped, "\n".join(escaped[:20])
+    assert refused and grown < 200 << 10
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_config(model: Path, name: str) -> None:
+    value = json.loads((model / name).read_text())
+    read = lambda: open_weights(model, empty_model(load_config(model)), quantized=True)  # noqa: E731
+    hammer(model / name, lambda rng: changed_json(rng, value), read)
+
+
+def use(tokenizer: Tokenizer) -> None:
+    tokenizer.decode(tokenizer.encode("What is <box>\n你 it's 12 </box><|im_end|>"))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_tokenizer(model: Path, name: str) -> None:
+    value = json.loads((model / name).read_text())
+
+    def mutate(rng: random.Random) -> bytes:
+        if name != "tokenizer.json" or rng.random() < 0.2:
+            return changed_json(rng, value)
+        rest = changed_json(rng, value | {"model": {**value["model"], "vocab": {}, "merges": []}})  # not among the words
+        parts = [json.dumps(value["model"][key]).encode() for key in ("vocab", "merges")]
+        return rest.replace(b'"vocab": {}', b'"vocab": ' + parts[0]).replace(b'"merges": []', b'"merges": ' + parts[1])
+
+    hammer(model / name, mutate, lambda: use(load_tokenizer(model)))
+
+
+def ranks(folder: Path) -> Path:
+    import base64
+
+    letters, vocab = byte_letters(), json.loads(words().backend.to_str())["model"]["vocab"]
+    lines = [f"{base64.b64encode(bytes(letters[c] for c in t)).decode()} {i}" for t, i in vocab.items()]
+    (folder / "qwen.tiktoken").write_text("\n".join(lines))
+    return folder / "qwen.tiktoken"
+
+
+def sentencepiece_model(folder: Path) -> Path:
+    spm = pytest.importorskip("sentencepiece")
+    (folder / "text").write_text("what is this\na red circle\n" * 20)
+    spm.SentencePieceTrainer.train(
+        input=str(folder / "text"), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=280, byte_fallback=True,
+        normalization_rule_name="identity", hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    return folder / "tokenizer.model"
+
+
+@pytest.mark.parametrize("name", ["qwen.tiktoken", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer.model"])
+def test_older_tokenizer_files(tmp_path: Path, name: str) -> None:
+    described = json.loads(words().backend.to_str())["model"]
+    vocab, merges = described["vocab"], ["#version: 0.2", *map(" ".join, described["merges"])]
+    added = {"<|im_end|>": len(vocab), "<box>": len(vocab) + 1}
+    if name == "qwen.tiktoken":
+        ranks(tmp_path)
+    elif name == "tokenizer.model":
+        sentencepiece_model(tmp_path)
+    else:
+        (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+        (tmp_path / "merges.txt").write_text("\n".join(merges))
+        (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    data = (tmp_path / name).read_bytes()
+    value = json.loads(data) if name.endswith("json") else None
+    mutate = lambda rng: changed_bytes(rng, data) if value is None else changed_json(rng, value)  # noqa: E731
+    hammer(tmp_path / name, mutate, lambda: use(load_tokenizer(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "ivl_base.json"])
+def test_adapter(tmp_path: Path, name: str) -> None:
+    adapted = build()
+    add_lora(adapted, LoraConfig(rank=2, targets=("decoder.layers.0",)))
+    save_adapter(adapted, tmp_path, trained=["projector.fc1.weight"])
+    data = (tmp_path / name).read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    read = lambda: load_adapter(build(), tmp_path)  # noqa: E731
+    if name.endswith("json"):
+        hammer(tmp_path / name, lambda rng: changed_json(rng, json.loads(data)), read)
+    else:
+        hammer(tmp_path / name, lambda rng: changed_header(rng, data, header), read)
+
+
+def changed_header(rng: random.Random, data: bytes, end: int) -> bytes:
+    """A safetensors file with a changed header, whose length is mostly right."""
+    if rng.random() < 0.3:
+        return changed_bytes(rng, data, 0, end)
+    header = changed_json(rng, json.loads(data[8:end]))
+    return struct.pack("<Q", len(header) + rng.choice((0, 0, 0, 1, -1))) + header + data[end:]
+
+
+def test_safetensors_header(model: Path) -> None:
+    data = (model / WEIGHTS).read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    hammer(model / WEIGHTS, lambda rng: changed_header(rng, data, end), lambda: StoredWeights(model))
+
+
+def test_gguf(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    convert(model, tmp_path / "out", to="gguf")
+    path = tmp_path / "out" / "model.gguf"
+    data = path.read_bytes()
+    header = data.index(b"output_norm.weight") + 2000
+    hammer(path, lambda rng: changed_bytes(rng, data, 0, header), lambda: _gguf_part(path))
