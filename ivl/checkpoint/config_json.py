@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from ivl.checkpoint import config_table as table
 from ivl.checkpoint.config_table import Dialect, FieldKey
-from ivl.checkpoint.sections import FLAG, OBJECT, TEXT, TOKEN_ID, Section, Values, added_tokens, open_section
+from ivl.checkpoint.sections import FLAG, TEXT, TOKEN_ID, Section, Values, added_tokens, open_section
 from ivl.config import DecoderConfig, Family, ModelConfig, TilingConfig, VisionConfig
 from ivl.errors import InputError, short
 
@@ -173,7 +173,8 @@ def _built(kind: type[T], place: str, **values: Any) -> T:
 
 def _rope(section: Section) -> tuple[float, float | None]:
     """Rotary base and dynamic factor, from the older keys (rope_theta, rope_scaling) or the newer (rope_parameters)."""
-    scaling = section.section("rope_parameters", section.read("rope_scaling", OBJECT, {}))
+    newer = section.values.get("rope_parameters") is not None
+    scaling = section.section("rope_parameters" if newer else "rope_scaling", {})
     theta = scaling.read("rope_theta", table.ROTARY_BASE, section.read("rope_theta", table.ROTARY_BASE, 10000.0))
     kind = scaling.read("rope_type", TEXT, scaling.read("type", TEXT, "default"))
     if kind not in ("default", "dynamic"):

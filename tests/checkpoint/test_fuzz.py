@@ -34,8 +34,9 @@ from tests.helpers.checkpoints import random_model, tiny_like
 
 MUTATIONS = int(os.environ.get("IVL_FUZZ", "100"))
 VALUES = [
-    None, True, False, 0, 1, -1, 2, 3.5, -1.0, 1e-300, 1e30, 1e300, 2**31, 2**63, 10**30, "", "x", "false", "\ud800", "a" * 5000,
-    "//////8=", "(x+x+)+y", "##", "internvl_chat", [], [[]], [1], ["x"], [None] * 3, {}, {"a": {}}, {"type": "Precompiled"},
+    None, True, False, 0, 1, -1, 2, 3.5, -1.0, 1e-300, 1e30, 1e300, 2**31, 2**63, 10**30, "", "x", "false", "\ud800",
+    "a" * 5000, "//////8=", "(x+x+)+y", "##", "internvl_chat", [], [[]], [1], ["x"], [None] * 3, {}, {"a": {}},
+    {"type": "Precompiled"},
     {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 100},
 ]  # fmt: skip
 
@@ -163,8 +164,8 @@ def sentencepiece_model(folder: Path) -> Path:
     spm = pytest.importorskip("sentencepiece")
     (folder / "text").write_text("what is this\na red circle\n" * 20)
     spm.SentencePieceTrainer.train(
-        input=str(folder / "text"), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=280, byte_fallback=True,
-        normalization_rule_name="identity", hard_vocab_limit=False, minloglevel=2,
+        input=str(folder / "text"), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=280,
+        byte_fallback=True, normalization_rule_name="identity", hard_vocab_limit=False, minloglevel=2,
     )  # fmt: skip
     return folder / "tokenizer.model"
 

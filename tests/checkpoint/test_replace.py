@@ -26,8 +26,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def rewrite(source: Path, target: Path | str, **options: bool) -> None:
-    convert(source, target, to="transformers", weights_only=True, **options)
+def rewrite(source: Path, target: Path | str, force: bool = False) -> None:
+    convert(source, target, to="transformers", weights_only=True, force=force)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
