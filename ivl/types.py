@@ -11,7 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Literal, get_args
+
+from ivl.errors import InputError, short
 
 if TYPE_CHECKING:
     import torch
@@ -43,8 +47,7 @@ class ImageRef:
 
 @dataclass(frozen=True)
 class VideoRef:
-    """A video file, an animated GIF or a folder of frames by path, or an encoded video or GIF; clip is (start, end) in
-    seconds."""
+    """A video file, animated GIF or folder of frames by path, or an encoded video or GIF; clip is (start, end) in seconds."""
 
     source: str | bytes
     num_frames: int | None = None
@@ -152,12 +155,7 @@ class Layout:
     @cached_property
     def starts(self) -> tuple[int, ...]:
         """Index on the token axis of the first new token of each sequence."""
-        starts: list[int] = []
-        at = 0
-        for n in self.new_lens:
-            starts.append(at)
-            at += n
-        return tuple(starts)
+        return tuple(accumulate(self.new_lens, initial=0))[:-1]
 
     @cached_property
     def total_lens(self) -> tuple[int, ...]:
@@ -215,10 +213,10 @@ class Grammar:
     """The schema, the pattern, the grammar, or a JSON list of the choices."""
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(GrammarKind):
-            raise ValueError(f"the kind of a grammar is one of {', '.join(get_args(GrammarKind))}, got {self.kind!r}")
+        if self.kind not in get_args(GrammarKind) or not isinstance(self.value, str):
+            raise InputError(f"a grammar is one of {', '.join(get_args(GrammarKind))}, and a text, got {short(vars(self))}")
         if (self.kind == "json") == bool(self.value):
-            raise ValueError(f"a grammar of kind {self.kind} {'takes no' if self.value else 'needs a'} value")
+            raise InputError(f"a grammar of kind {self.kind} {'takes no' if self.value else 'needs a'} value")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,9 +226,9 @@ class SamplingParams:
     max_new_tokens: int = 1024
     """Upper limit of generated tokens."""
     temperature: float = 0.0
-    """0 is greedy; above 0 samples."""
+    """0 is greedy; from 0.0001 on samples."""
     top_p: float = 1.0
-    """Keep the smallest set of tokens whose probability reaches this, in (0, 1]."""
+    """Keep the smallest set of tokens whose probability reaches this, in [0.000001, 1]."""
     top_k: int = 0
     """Keep this many most likely tokens; 0 keeps all."""
     min_p: float = 0.0
@@ -254,23 +252,26 @@ class SamplingParams:
     """The form that the reply must have."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be >= 1, got {self.max_new_tokens}")
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be >= 0, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be >= 0, got {self.top_k}")
-        if self.repetition_penalty <= 0:
-            raise ValueError(f"repetition_penalty must be > 0, got {self.repetition_penalty}")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
-        for name in ("presence_penalty", "frequency_penalty"):
-            if not -2 <= getattr(self, name) <= 2:
-                raise ValueError(f"{name} must be in [-2, 2], got {getattr(self, name)}")
-        if self.logprobs is not None and self.logprobs < 0:
-            raise ValueError(f"logprobs must be >= 0, got {self.logprobs}")
+        for name, (kind, low, high) in _RANGES.items():
+            value = getattr(self, name)
+            number = isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
+            if not number and (value is not None or name not in ("seed", "logprobs")):
+                raise InputError(f"{name} must be {_KINDS[kind]} in [{low}, {high}], got {short(value)}")
+        if 0 < self.temperature < 1e-4:
+            raise InputError(f"temperature must be 0 (greedy) or at least 0.0001, got {self.temperature}")
+        if not isinstance(self.stop, tuple | list) or not all(isinstance(text, str) for text in self.stop):
+            raise InputError(f"stop must be a tuple of texts, got {short(self.stop)}")
+        if not isinstance(self.ignore_eos, bool) or not isinstance(self.guide, Grammar | None):
+            raise InputError(f"ignore_eos is a bool and guide a Grammar, got {short(self.ignore_eos)} and {short(self.guide)}")
+
+
+_RANGES: dict[str, tuple[type, float, float]] = {
+    "max_new_tokens": (Integral, 1, 2**31 - 1), "temperature": (Real, 0, 1000), "top_p": (Real, 1e-6, 1),
+    "top_k": (Integral, 0, 2**31 - 1), "min_p": (Real, 0, 1), "repetition_penalty": (Real, 0.01, 100),
+    "presence_penalty": (Real, -2, 2), "frequency_penalty": (Real, -2, 2), "seed": (Integral, -(2**63), 2**64 - 1),
+    "logprobs": (Integral, 0, 2**31 - 1),
+}  # fmt: skip
+_KINDS = {Integral: "a whole number", Real: "a number"}
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ def test_chat_command_prints_the_reply_and_stats(
     ("arguments", "message"),
     [
         (["no-model", "no-picture.png", "-p", "?"], "no-picture.png: no such image or video"),
-        (["no-model", "-p", "?", "--top-p", "0"], "top_p must be in"),
+        (["no-model", "-p", "?", "--top-p", "0"], "top_p must be a number in"),
         (["no-model", "-p", ""], "the prompt is empty"),
         (["./no-model", "-p", "?"], "no-model"),
     ],

@@ -80,8 +80,8 @@ def test_a_second_question_reads_what_is_new(
         (["--json", "--choice", "a"], "give one of --json, --json-schema, --choice and --regex"),
         (["--json-schema", "nowhere.json"], r"nowhere\.json: not a schema that can be read"),
         (["--json-schema", __file__], r"test_cli_chat\.py: not a schema that can be read"),
-        (["--min-p", "2"], r"min_p must be in \[0, 1\], got 2"),
-        (["--presence-penalty", "3"], "presence_penalty must be in"),
+        (["--min-p", "2"], r"min_p must be a number in \[0, 1\], got 2"),
+        (["--presence-penalty", "3"], "presence_penalty must be a number in"),
         (["--regex", ""], "a grammar of kind regex needs a value"),
     ],
 )
