@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -47,30 +46,22 @@ def evaluate(args: list[str]) -> None:
         return
     if options.model is None:
         raise InputError("name a model to evaluate: ivl eval MODEL --task easy-vqa")
-    score(options.model, options.config, options.load)
+    show(options.model, options.config, options.load)
 
 
-def score(name: str, config: EvalConfig, load: LoadConfig) -> None:
-    """Load a model, evaluate it and print the report."""
-    from ivl.checkpoint import resolve
-    from ivl.checkpoint.files import fingerprint
-    from ivl.evaluation.run import predictions_of, run
-    from ivl.generators.local import load_engine
+def show(name: str, config: EvalConfig, load: LoadConfig) -> None:
+    """Evaluate a model and print its scores."""
+    from ivl.evaluation.run import run
 
-    directory, engine = resolve(name), load_engine(name, load)
-    model = str(directory) if Path(name).is_dir() else name
-    settings = f"{fingerprint(directory)} {engine.model.dtype} max_tiles={load.max_tiles}"
-    report = run(config, engine, model=model, fingerprint=settings)
-    for group, row in {"all": report, **report["by_type"]}.items():
+    report, predictions = run(config, name, load)
+    rows = {group: (report["metric"], row) for group, row in {"all": report, **report["by_type"]}.items()}
+    if config.method.samples > 1:
+        rows |= {f"{point['samples']} replies": (config.method.select, point) for point in report["samples"]["curve"]}
+    for group, (what, row) in rows.items():
         low, high = row["ci95"]
-        print(f"{group:12}{report['metric']} {row['value']:7.2%}  95% interval {low:.2%} to {high:.2%}  n {row['n']:,}")
-    several = report["samples"]["curve"] if config.method.samples > 1 else ()
-    for point in several:
-        low, high = point["ci95"]
-        select = config.method.select
-        print(f"{point['samples']:>4} replies, {select:11} {point['value']:7.2%}  95% interval {low:.2%} to {high:.2%}")
-    print(f"predictions: {predictions_of(config, model)}")
+        print(f"{group:12}{what} {row['value']:7.2%}  95% interval {low:.2%} to {high:.2%}  n {row['n']:,}")
+    print(f"predictions: {predictions}")
     if config.out:
         print(f"report: {config.out}")
-        if several:
+        if config.method.samples > 1:
             print(f"page: {config.out.with_suffix('.html')}")

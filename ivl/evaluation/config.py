@@ -31,24 +31,21 @@ class Method:
     trained to reason in this style needs no asking."""
     samples: int = 1
     """Replies to each question, of which one counts; all are saved."""
-    select: Select = "vote"
-    """Which reply counts: vote (the answer that most replies give), likelihood (the highest mean log-probability of a token)
-    or judge (the highest rating by another model)."""
+    select: Select | None = None
+    """Which of several replies counts: vote (the answer that most replies give, the default), likelihood (the highest mean
+    log-probability of a token) or judge (the highest rating by another model)."""
     likelihood: Annotated[bool, _Flag] = False
     """Save the log-probability of every reply, whatever selects."""
-    judge: tyro.conf.Suppress[str] = ""
-    """The name of the judge, which tells predictions of one judge from those of another."""
 
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise InputError(f"need at least 1 reply to each question, got --samples {self.samples}")
+        if self.select and self.samples == 1:
+            raise InputError(f"--select {self.select} chooses among several replies: give --samples 2 or more")
+        if self.samples > 1 and self.select is None:
+            object.__setattr__(self, "select", "vote")
         if self.instruct and self.style == "direct":
             object.__setattr__(self, "style", "final_answer")
-
-    @property
-    def needs_judge(self) -> bool:
-        """Whether a judge selects among several replies."""
-        return self.select == "judge" and self.samples > 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +83,8 @@ class EvalConfig:
             raise InputError(f"--limit and --batch-size must be at least 1, got {self.limit} and {self.batch_size}")
         if self.judge.url and not self.judge.url_model:
             raise InputError("--judge.url needs --judge.url-model, the name of the judge at the endpoint")
-        num_judges = bool(self.judge.model) + bool(self.judge.url)
-        if num_judges != (self.method.select == "judge") or (num_judges and not self.method.needs_judge):
-            raise InputError(
-                "--select judge needs --samples of 2 or more and one of --judge.model and --judge.url; else no judge"
-            )
+        if (self.judge.model or self.judge.url) and self.method.select != "judge":
+            raise InputError("a judge is asked with --select judge and --samples of 2 or more only")
         if self.judge.by == "likelihood" and not self.judge.model:
             raise InputError("--judge.by likelihood needs --judge.model: an endpoint gives no likelihood of a given reply")
         if self.sampling is not None and self.method.samples > 1 and self.sampling.temperature == 0:
@@ -100,6 +94,12 @@ class EvalConfig:
         """Return the sampling parameters of the run, where the task's are `params`."""
         if self.sampling is not None:
             return self.sampling
-        if self.method.samples > 1:
+        if self.method.samples > 1 and params.temperature == 0:
             params = replace(params, temperature=SAMPLED_TEMPERATURE, seed=0)
         return params if self.method.style == "direct" else replace(params, max_new_tokens=REASONED_TOKENS)
+
+    def predictions_of(self, model: str) -> Path:
+        """Return the file of the predictions of a model of this name."""
+        if self.predictions:
+            return self.predictions
+        return self.out.with_suffix(".predictions.jsonl") if self.out else Path("runs/eval") / f"{model}-{self.task}.jsonl"

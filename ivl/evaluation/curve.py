@@ -3,38 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from ivl.evaluation.scoring import summary
 from ivl.evaluation.voting import Candidate, Select, choose
 
 MOST_SUBSETS, FEWEST_SUBSETS, CHOICES = 200, 10, 100_000
 """Random subsets of the replies to a question; over all questions about so many choices."""
-RESAMPLINGS = 2000
-"""Resamplings of the questions for an interval."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class CurvePoint:
-    """The metric for one number of replies."""
-
-    samples: int
-    value: float
-    ci95: tuple[float, float]
-
-
-def curve(samples: Sequence[Sequence[Candidate]], scores: Sequence[Sequence[float]], select: Select) -> list[CurvePoint]:
-    """Return the mean score of the reply that is selected from 1, 2, 4, ... and all replies."""
-    expected = by_size(samples, scores, select)
-    return [CurvePoint(samples=size, value=float(means.mean()), ci95=interval(means)) for size, means in expected.items()]
+def curve(samples: Sequence[Sequence[Candidate]], scores: Sequence[Sequence[float]], select: Select) -> list[dict[str, Any]]:
+    """Return the summary of the reply that is selected from 1, 2, 4, ... and all replies."""
+    return [{"samples": size, **summary(means)} for size, means in by_size(samples, scores, select).items()]
 
 
 def by_size(samples: Sequence[Sequence[Candidate]], scores: Sequence[Sequence[float]], select: Select) -> dict[int, np.ndarray]:
     """Return, for 1, 2, 4, ... and all replies, each question's expected score [Q] over random subsets of its replies."""
     most = min(map(len, samples))
-    sizes = sorted({2**k for k in range(most.bit_length()) if 2**k <= most} | {most})
+    sizes = sorted({2**k for k in range(most.bit_length())} | {most})
     return {size: np.array([_expected(c, s, size, select, len(samples)) for c, s in zip(samples, scores, strict=True)])
             for size in sizes}  # fmt: skip
 
@@ -53,19 +41,11 @@ def _expected(candidates: Sequence[Candidate], scores: Sequence[float], size: in
     return total / subsets
 
 
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """Return the 95% bootstrap interval of the mean over questions."""
-    rng = np.random.default_rng(0)
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLINGS)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def draw(axes: Any, points: Sequence[CurvePoint], label: str, color: str | None = None) -> None:
+def draw(axes: Any, points: Sequence[dict[str, Any]], label: str, color: str | None = None) -> None:
     """Draw a line with its interval as a band on matplotlib axes."""
-    sizes, values = [p.samples for p in points], [100 * p.value for p in points]
+    sizes, values = [p["samples"] for p in points], [100 * p["value"] for p in points]
     (line,) = axes.plot(sizes, values, "o-", label=label, color=color)
-    low, high = ([100 * p.ci95[side] for p in points] for side in (0, 1))
+    low, high = ([100 * p["ci95"][side] for p in points] for side in (0, 1))
     axes.fill_between(sizes, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(size) for size in sizes])

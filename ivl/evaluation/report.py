@@ -1,25 +1,61 @@
-"""The page of an evaluation with several replies to a question."""
+"""The report of an evaluation, and its page if there are several replies to a question."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from ivl.evaluation.curve import CurvePoint, draw
+from ivl.errors import InputError
+from ivl.evaluation.curve import draw
 from ivl.utils import html as pages
-from ivl.utils.files import write_atomic
+from ivl.utils.files import regular, write_atomic, write_json
+from ivl.utils.strict_json import read_json
+
+KEYS = {"task", "metric", "value", "ci95", "by_type", "versions"}
+TITLE = "several replies to a question"
 
 
-def write_page(path: Path, report: dict[str, Any]) -> None:
+def check(out: Path, predictions: Path, *, several: bool) -> None:
+    """Check that a report can be written, and its page for several replies, without harm to files of another kind.
+
+    Raises:
+        InputError: naming the file that is in the way, or the missing library.
+    """
+    page = out.with_suffix(".html")
+    if len({path.absolute() for path in (out, predictions, page)}) < 3:
+        raise InputError(f"{out}: report, predictions ({predictions}) and page ({page}) need different names; use NAME.json")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.exists() and regular(out).st_size and not (isinstance(old := read_json(out), dict) and old.keys() >= KEYS):
+            raise InputError(f"{out}: exists and is no report of ivl eval; name another file with --out")
+        if several and page.exists() and regular(page).st_size and TITLE not in page.read_text("utf-8", "replace")[:5000]:
+            raise InputError(f"{page}: exists and is no page of ivl eval; name another file with --out")
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror})") from None
+    if several:
+        pages.pyplot()
+
+
+def write(out: Path, report: dict[str, Any]) -> None:
+    """Write the report, and its page if there are several replies to a question."""
+    try:
+        write_json(out, report)
+        if report.get("method", {}).get("samples", 1) > 1:
+            _write_page(out.with_suffix(".html"), report)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror})") from None
+
+
+def _write_page(path: Path, report: dict[str, Any]) -> None:
     """Write one HTML file: the metric by number of replies as a plot and a table, and by type of question."""
     method, samples = report["method"], report["samples"]
-    points = [CurvePoint(**point) for point in samples["curve"]]
+    points = samples["curve"]
     figure, axes = pages.pyplot().subplots(figsize=(6, 3.2), layout="constrained")
     draw(axes, points, method["select"])
     axes.set(ylabel=f"{report['metric']}, %", title=f"{report['task']}, temperature {report['params']['temperature']:g}")
-    by_size = [[point.samples, *_figures(point.value, point.ci95)] for point in points]
+    by_size = [[point["samples"], *_figures(point)] for point in points]
     rows = {"all": report, **report["by_type"]}
-    by_type = [[name, f"{row['n']:,}", *_figures(row["value"], row["ci95"])] for name, row in rows.items()]
+    by_type = [[name, f"{row['n']:,}", *_figures(row)] for name, row in rows.items()]
     counts = [["all", f"{samples['replies']:,}"], ["without an answer", f"{samples['without_answer']:,}"]]
     if samples["without_rating"] is not None:
         counts.append(["without a rating", f"{samples['without_rating']:,}"])
@@ -33,8 +69,9 @@ def write_page(path: Path, report: dict[str, Any]) -> None:
         "<h2>Replies</h2>",
         pages.table(["replies", "number"], counts),
     )
-    write_atomic(path, pages.page(f"{report['task']}: several replies to a question", *sections))
+    write_atomic(path, pages.page(f"{report['task']}: {TITLE}", *sections))
 
 
-def _figures(value: float, ci95: tuple[float, float] | list[float]) -> tuple[str, str]:
-    return f"{value:.2%}", f"{ci95[0]:.2%} to {ci95[1]:.2%}"
+def _figures(row: dict[str, Any]) -> tuple[str, str]:
+    low, high = row["ci95"]
+    return f"{row['value']:.2%}", f"{low:.2%} to {high:.2%}"

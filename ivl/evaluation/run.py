@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
 from collections import defaultdict
 from contextlib import suppress
@@ -13,159 +14,135 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ivl.checkpoint import model_name
-from ivl.errors import InputError
+from ivl.errors import InputError, short
+from ivl.evaluation import fingerprint
 from ivl.evaluation.config import EvalConfig, JudgeConfig, Method
 from ivl.evaluation.curve import curve
+from ivl.evaluation.predictions import Prediction, PredictionsFile
 from ivl.evaluation.prompts import reasoned
-from ivl.evaluation.scoring import wilson
+from ivl.evaluation.scoring import summary
 from ivl.evaluation.task import Example, Task
 from ivl.evaluation.voting import GUIDED_RATING, RATING, Candidate, Rater, RatingJudge, RewardModel, choose, rate, sample
-from ivl.generators import Generator, answers_of, connect
-from ivl.types import SamplingParams
-from ivl.utils.files import write_json
-from ivl.utils.jsonl import AppendLog, json_line
+from ivl.generators import Generator, LoadConfig, connect
+from ivl.types import Conversation, SamplingParams
 from ivl.utils.progress import ShowProgress, reporting
 
 PACKAGES = ("ivl", "torch", "tokenizers", "pillow", "easy-vqa")
 """Packages whose versions a report notes."""
 FIRST_BATCH = 16
 """Batches grow from here, up to what is answered in a few seconds: a slow model too shows progress and saves often."""
-ONE_REPLY = Method()
+DEFAULT, ONE_REPLY = EvalConfig(), Method()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """One line of a predictions file."""
-
-    id: str
-    group: str
-    answers: tuple[str, ...]
-    prediction: str
-    """The reply that counts."""
-    score: float
-    samples: tuple[Candidate, ...] = ()
-    """All replies, where the method notes more than the text of one."""
-
-
-def run(config: EvalConfig, generator: Generator, *, model: str, fingerprint: str = "") -> dict[str, Any]:
-    """Evaluate a generator as the configuration says, write the report and its page, and return the report.
+def run(config: EvalConfig, name: str, load: LoadConfig) -> tuple[dict[str, Any], Path]:
+    """Load a model, evaluate it as the configuration says, and write the report and its page.
 
     Args:
-        model: The model's name, which tells its predictions from those of others.
-        fingerprint: Changes when the model's replies may change.
+        name: A directory or a hub id.
+
+    Returns:
+        The report, and the file of the predictions.
 
     Raises:
-        InputError: as `evaluate`; also for an unknown task, or a judge that cannot be loaded.
+        InputError: as `evaluate`; also for an unknown task, a model or judge that cannot be loaded, and foreign files.
     """
-    from ivl.evaluation.report import write_page
+    from ivl.checkpoint import model_name, resolve
+    from ivl.evaluation.report import check, write
     from ivl.evaluation.tasks import find
-    from ivl.utils.html import pyplot
+    from ivl.generators.local import load_engine
 
-    task = find(config.task)
-    if config.out and config.method.samples > 1:
-        pyplot()  # a missing library should not show after hours of sampling
-    judge, name = connect_judge(config.judge) if config.method.needs_judge else (None, "")
-    predictions = predictions_of(config, model)
-    if config.fresh:
-        predictions.unlink(missing_ok=True)
+    task, predictions = find(config.task), config.predictions_of(model_name(name))
+    if config.out:  # what is wrong with it should not show after hours of asking
+        check(config.out, predictions, several=config.method.samples > 1)
+    judge = connect_judge(config.judge) if config.method.select == "judge" else None
+    engine = load_engine(name, load)
+    model = str(resolve(name)) if Path(name).is_dir() else name
     with reporting("evaluation", "questions") as show:
-        report = evaluate(
-            task, generator, model=model, predictions=predictions, fingerprint=fingerprint, limit=config.limit,
-            batch_size=config.batch_size, params=config.sampling_for(task.params), method=replace(config.method, judge=name),
-            judge=judge, on_progress=show,
-        )  # fmt: skip
+        report = evaluate(task, engine, config, model=model, predictions=predictions, judge=judge, on_progress=show)
     if config.out:
-        write_json(config.out, report)
-        if config.method.samples > 1:
-            write_page(config.out.with_suffix(".html"), report)
-    return report
+        write(config.out, report)
+    return report, predictions
 
 
-def predictions_of(config: EvalConfig, model: str) -> Path:
-    """Return the file of a run's predictions."""
-    default = Path("runs/eval") / f"{model_name(model)}-{config.task}.jsonl"
-    return config.predictions or (config.out.with_suffix(".predictions.jsonl") if config.out else default)
-
-
-def connect_judge(config: JudgeConfig) -> tuple[Rater, str]:
-    """Return a judge and its name. One that runs here can only answer with a number."""
-    generator, name = connect(config)
+def connect_judge(config: JudgeConfig) -> Rater:
+    """Return a judge. One that runs here can only answer with a number."""
+    if bool(config.model) == bool(config.url):
+        raise InputError("--select judge needs one of --judge.model and --judge.url")
+    generator, _ = connect(config)
+    name = config.model or f"{config.url} {config.url_model}"
     if config.by == "likelihood":
-        return RewardModel(generator), f"likelihood under {name}"
-    return RatingJudge(generator, GUIDED_RATING if config.model else RATING), name
+        return RewardModel(generator, name)
+    return RatingJudge(generator, GUIDED_RATING if config.model else RATING, name)
 
 
 def evaluate(
     task: Task,
     generator: Generator,
+    config: EvalConfig = DEFAULT,
     *,
     model: str,
     predictions: Path,
-    fingerprint: str = "",
-    limit: int | None = None,
-    batch_size: int = 512,
-    params: SamplingParams | None = None,
-    method: Method = ONE_REPLY,
     judge: Rater | None = None,
     on_progress: ShowProgress = lambda *_, **__: None,
 ) -> dict[str, Any]:
-    """Answer a task's first `limit` examples and return the report.
+    """Answer a task's examples and return the report.
+
+    A saved prediction is used again if generator, sampling, method and judge are the same, and the example still asks the same
+    with the same answers; how many are is printed on standard error.
 
     Args:
-        model: The model's name; with the fingerprint it tells its predictions from those of others.
-        predictions: A jsonl file, continued if it exists.
-        batch_size: Most examples that are asked, and saved, at a time.
-        params: Replace the task's. The seed of an example follows from their seed (0 if none) and its id.
+        config: Its limit, batch size, method and sampling; `fresh` forgets the predictions. The seed of an example follows from
+            the seed of the sampling parameters (0 if none) and its id.
+        model: The model's name in the report.
+        predictions: A file of predictions, continued if it exists.
         judge: Rates replies, if the method selects by judge.
         on_progress: Gets the predictions so far, all that are asked for, those of an earlier run, and the metric so far.
 
     Raises:
-        InputError: if the file holds predictions of something else, or an example cannot be answered.
+        InputError: if the file holds predictions of something else or belongs to another process, or an example cannot be
+            answered or scored.
     """
-    if method.needs_judge != (judge is not None):
-        raise InputError(f"a judge is needed to select by judge, and then only; got select {method.select!r}, judge {judge}")
-    listed = list(islice(task.examples(), limit))
-    examples = {example.id: example for example in listed}
-    if not examples or len(examples) != len(listed):
-        raise InputError(f"task {task.name} gives {len(listed)} examples and {len(examples)} different ids")
-    asking = _Asking(task, generator, params or task.params, method, judge)
-    settings = json.loads(json.dumps(asdict(asking.params)))
-    about = {"task": task.name, "model": model, "fingerprint": fingerprint, "params": settings}
-    if method != ONE_REPLY:
-        about["method"] = asdict(method)
-    saved, log = open_predictions(predictions, about)
-    done = {p.id: asking.prediction(examples[p.id], p.prediction, p.samples) for p in saved if p.id in examples}
-    todo = iter([example for example in listed if example.id not in done])
-    total, resumed, size = sum(p.score for p in done.values()), len(done), min(FIRST_BATCH, batch_size)
-    with log:
+    if (config.method.select == "judge") != (judge is not None):
+        raise InputError(f"a judge is needed to select by judge, and then only; select is {config.method.select}")
+    examples = list(islice(task.examples(), config.limit))
+    by_id = {example.id: example for example in examples}
+    if not examples or len(by_id) != len(examples):
+        count = f"{len(examples)} examples, but {len(by_id)} different ids" if examples else "no examples"
+        raise InputError(f"task {task.name} gives {count}")
+    asking = _Asking(task, generator, config.sampling_for(task.params), config.method, judge)
+    with PredictionsFile(predictions, {"model": model, **asking.about()}, fresh=config.fresh) as file:
+        same = (p for p in file.saved if p.id in by_id and p.asked == asking.hash(by_id[p.id]))
+        done = {p.id: asking.prediction(by_id[p.id], p.prediction, p.samples) for p in same}
+        if file.saved:
+            print(f"{len(done):,} answers from {predictions}, {len(examples) - len(done):,} new", file=sys.stderr, flush=True)
+        todo = iter([example for example in examples if example.id not in done])
+        total, resumed, size = sum(p.score for p in done.values()), len(done), min(FIRST_BATCH, config.batch_size)
         while batch := list(islice(todo, size)):
             started = time.monotonic()
             try:
                 new = asking.predictions(batch)
             except InputError as error:
                 raise InputError(f"task {task.name}, examples {batch[0].id} to {batch[-1].id}: {error}") from error
-            log.append(map(_row, new))
-            log.sync()
             done.update((p.id, p) for p in new)
+            if judge is not None and all(c.rating is None for p in done.values() for c in p.samples):
+                raise InputError(f"the judge rated no reply to {len(done)} questions: it must write a number from 0 to 10")
+            file.append(new)
             total += sum(p.score for p in new)
             seconds = time.monotonic() - started
-            if seconds < 2:
-                size = min(2 * size, batch_size)
-            elif seconds > 20:
-                size = max(1, size // 2)
+            size = min(2 * size, config.batch_size) if seconds < 2 else max(1, size // 2) if seconds > 20 else size
             on_progress(len(done), len(examples), resumed=resumed, note=f"{total / len(done):.2%} so far")
+    found = [done[example.id] for example in examples]
     by_type = defaultdict(list)
-    for prediction in done.values():
+    for prediction in found:
         by_type[prediction.group].append(prediction.score)
     return {
         "task": task.name,
         "metric": task.metric,
-        **summary([p.score for p in done.values()]),
+        **summary([prediction.score for prediction in found]),
         "by_type": {group: summary(scores) for group, scores in sorted(by_type.items())},
-        **({} if method == ONE_REPLY else {"method": asdict(method), "samples": asking.samples_report([*done.values()])}),
+        **({} if config.method == ONE_REPLY else asking.samples_report(examples, found)),
         "model": model,
-        "params": settings,
+        "params": json.loads(json.dumps(asdict(asking.params))),
         "versions": versions(),
     }
 
@@ -180,19 +157,32 @@ class _Asking:
     method: Method
     judge: Rater | None
 
+    def about(self) -> dict[str, Any]:
+        """Return what predictions depend on beside their questions."""
+        settings = {"params": asdict(self.params), "method": asdict(self.method)}
+        return {
+            "task": self.task.name, **fingerprint.of_generator(self.generator), **settings,
+            "judge": fingerprint.of_judge(self.judge),
+        }  # fmt: skip
+
+    def question(self, example: Example) -> Conversation:
+        return reasoned(example.conversation, self.method.style) if self.method.instruct else example.conversation
+
+    def hash(self, example: Example) -> str:
+        return fingerprint.of_question(self.question(example), example.answers)
+
     def predictions(self, examples: list[Example]) -> list[Prediction]:
-        asked = [example.conversation for example in examples]
-        if self.method.instruct:
-            asked = [reasoned(conversation, self.method.style) for conversation in asked]
+        asked = [self.question(example) for example in examples]
         params = [self.seeded(example) for example in examples]
-        if self.method == ONE_REPLY:
-            texts = answers_of(self.generator, asked, params)
-            return [self.prediction(example, text) for example, text in zip(examples, texts, strict=True)]
         likelihood = self.method.select == "likelihood" or self.method.likelihood
         candidates = sample(self.generator, asked, params, self.method.samples, style=self.method.style, likelihood=likelihood)
         if self.judge is not None:
             candidates = rate(self.judge, asked, candidates)
-        return [self.prediction(example, "", tuple(replies)) for example, replies in zip(examples, candidates, strict=True)]
+        plain = self.method == ONE_REPLY
+        return [
+            self.prediction(example, replies[0].text, () if plain else tuple(replies))
+            for example, replies in zip(examples, candidates, strict=True)
+        ]
 
     def seeded(self, example: Example) -> SamplingParams:
         """Give every example other random numbers, the same on every run."""
@@ -203,35 +193,35 @@ class _Asking:
 
     def prediction(self, example: Example, text: str, samples: tuple[Candidate, ...] = ()) -> Prediction:
         """Score a reply, or the one that counts of several, by the current rules."""
-        if samples:
-            chosen = samples[choose(samples, self.method.select)]
-            text, score = chosen.text, self.score(chosen, example.answers)
-        else:
-            score = self.task.score(text, example.answers)
+        chosen = samples[choose(samples, self.method.select)] if samples else Candidate(text=text, answer=text)
         return Prediction(
-            id=example.id, group=example.group, answers=example.answers, prediction=text, score=score, samples=samples
-        )
+            id=example.id, asked=self.hash(example), group=example.group, answers=example.answers, prediction=chosen.text,
+            score=self.score(chosen, example), samples=samples,
+        )  # fmt: skip
 
-    def score(self, candidate: Candidate, answers: tuple[str, ...]) -> float:
-        return 0.0 if candidate.answer is None else self.task.score(candidate.answer, answers)
+    def score(self, candidate: Candidate, example: Example) -> float:
+        if candidate.answer is None:
+            return 0.0
+        score = self.task.score(candidate.answer, example.answers)
+        if not isinstance(score, int | float) or not 0 <= score <= 1:
+            raise InputError(f"the score of {example.id} must be a number from 0 to 1, got {short(score)}")
+        return float(score)
 
-    def samples_report(self, predictions: list[Prediction]) -> dict[str, Any]:
+    def samples_report(self, examples: list[Example], predictions: list[Prediction]) -> dict[str, Any]:
         """Report the metric for fewer replies, and how many replies have no answer or rating."""
         samples = [p.samples for p in predictions]
         candidates = [candidate for replies in samples for candidate in replies]
-        scores = [[self.score(c, p.answers) for c in p.samples] for p in predictions]
+        scores = [[self.score(c, example) for c in replies] for example, replies in zip(examples, samples, strict=True)]
         return {
-            "replies": len(candidates),
-            "without_answer": sum(c.answer is None for c in candidates),
-            "without_rating": sum(c.rating is None for c in candidates) if self.judge is not None else None,
-            "curve": [asdict(point) for point in curve(samples, scores, self.method.select)],
+            "method": asdict(self.method),
+            "judge": fingerprint.of_judge(self.judge),
+            "samples": {
+                "replies": len(candidates),
+                "without_answer": sum(c.answer is None for c in candidates),
+                "without_rating": sum(c.rating is None for c in candidates) if self.judge is not None else None,
+                "curve": curve(samples, scores, self.method.select),
+            },
         }
-
-
-def summary(scores: list[float]) -> dict[str, Any]:
-    """Return the mean score with its 95% interval."""
-    total = sum(scores)
-    return {"value": total / len(scores), "ci95": list(wilson(total, len(scores))), "n": len(scores)}
 
 
 def versions() -> dict[str, str]:
@@ -241,44 +231,3 @@ def versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             installed[package] = version(package)
     return installed
-
-
-def open_predictions(path: Path, about: dict[str, Any]) -> tuple[list[Prediction], AppendLog]:
-    """Open a file of predictions under a first line that says whose they are.
-
-    Returns:
-        The saved predictions, and the log behind them. An unfinished last line, which a killed run may leave, is cut off.
-
-    Raises:
-        InputError: if the file holds predictions of something else, or a line is broken.
-    """
-    saved: list[Prediction] = []
-
-    def take(number: int, row: dict[str, Any]) -> bool:
-        if number > 1:
-            saved.append(_prediction(row, f"{path}:{number}"))
-        for key in {**about, **row} if number == 1 else ():
-            if row.get(key) != about.get(key):
-                raise InputError(
-                    f"{path}: holds predictions with {key} {row.get(key)!r}, this run has {about.get(key)!r}; "
-                    "delete the file or name another with --predictions"
-                )
-        return True
-
-    log = AppendLog(path)
-    if not log.resume(json_line(about), take, "delete the file to start again"):
-        log.append([about])
-        log.sync()
-    return saved, log
-
-
-def _row(prediction: Prediction) -> dict[str, Any]:
-    return {key: value for key, value in asdict(prediction).items() if key != "samples" or value}
-
-
-def _prediction(row: dict[str, Any], where: str) -> Prediction:
-    try:
-        samples = tuple(Candidate(**candidate) for candidate in row.get("samples", ()))
-        return Prediction(**{**row, "answers": tuple(row["answers"]), "samples": samples})
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{where}: not a prediction ({error}); delete the file to start again") from error

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from ivl.types import Conversation, SamplingParams
+from ivl.errors import InputError, short
+from ivl.types import Conversation, Message, SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +20,12 @@ class Example:
     answers: tuple[str, ...]
     group: str = ""
     """Reported separately, such as a kind of question."""
+
+    def __post_init__(self) -> None:
+        turns = isinstance(self.conversation, tuple) and all(isinstance(turn, Message) for turn in self.conversation)
+        texts = isinstance(self.answers, tuple) and all(isinstance(text, str) for text in (*self.answers, self.id, self.group))
+        if not (turns and texts and self.id and self.conversation):
+            raise InputError(f"an example needs texts, a tuple of Message and a tuple of answers, got {short(self, 300)}")
 
 
 class Task(Protocol):

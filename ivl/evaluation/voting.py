@@ -8,6 +8,7 @@ Works with any generator: n replies are n requests with seeds of their own.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
-from ivl.errors import InputError
+from ivl.errors import InputError, short
 from ivl.evaluation.scoring import AnswerStyle, extract, normalize
 from ivl.evaluation.scoring.spelling import wording
 from ivl.generators import Generator, ReplyLike, answers_of, replies_of
@@ -47,6 +48,12 @@ class RatingJudge:
 
     generator: Generator
     params: SamplingParams = RATING
+    name: str = ""
+
+    def rate(self, pairs: Sequence[tuple[Conversation, str]]) -> list[float | None]:
+        """Return the ratings of replies; None where the judge's own reply has no number from 0 to 10."""
+        asked = [judged(conversation, text) for conversation, text in pairs]
+        return [rating_of(text) for text in answers_of(self.generator, asked, self.params)]
 
 
 @dataclass(frozen=True)
@@ -57,9 +64,24 @@ class RewardModel:
     """
 
     generator: Generator
+    name: str = ""
+
+    def rate(self, pairs: Sequence[tuple[Conversation, str]]) -> list[float | None]:
+        """Return the likelihood of replies; None for an empty one.
+
+        A grammar that allows one reply only makes the engine write it with its scores.
+        """
+        nonempty = [(conversation, text) for conversation, text in pairs if text]
+        guides = [Grammar("choice", json.dumps([text], ensure_ascii=False)) for _, text in nonempty]
+        params = [
+            SamplingParams(max_new_tokens=len(text.encode()) + 1, guide=guide, logprobs=0)
+            for (_, text), guide in zip(nonempty, guides, strict=True)
+        ]
+        replies = iter(replies_of(self.generator, [conversation for conversation, _ in nonempty], params))
+        return [mean_logprob(next(replies)) if text else None for _, text in pairs]
 
 
-Rater = RatingJudge | RewardModel | Callable[[Conversation, str], float]
+Rater = RatingJudge | RewardModel | Callable[[Conversation, str], float | None]
 """A model, or a function of a conversation and a reply."""
 
 
@@ -112,30 +134,20 @@ def mean_logprob(reply: ReplyLike) -> float:
         InputError: if the reply does not carry log-probabilities.
     """
     logprobs = [token.logprob for token in getattr(reply, "logprobs", ())]
-    if not logprobs:
-        raise InputError("the replies carry no log-probabilities; choose by vote or judge, or use a model that runs here")
-    return sum(logprobs) / len(logprobs)
+    if not logprobs or not math.isfinite(mean := sum(logprobs) / len(logprobs)):
+        problem = "log-probabilities that are no numbers" if logprobs else "no log-probabilities"
+        raise InputError(f"the replies carry {problem}; choose by vote or judge, or use a model that runs here")
+    return mean
 
 
-def vote(candidates: Sequence[Candidate], same: Callable[[str, str], bool] | None = None) -> int:
+def vote(candidates: Sequence[Candidate]) -> int:
     """Return the index of the answer that most replies give; of several, the first (self-consistency, arXiv:2203.11171).
 
-    Args:
-        candidates: The replies; without any answer among them the first counts.
-        same: Says which answers count as one besides those of the same wording (`two dogs.` and `2 dogs`), such as
-            `ivl.evaluation.scoring.correct`.
+    Answers of the same wording (`two dogs.` and `2 dogs`) count as one. Without any answer the first reply counts.
     """
-    first: dict[str, int] = {}
-    votes: Counter[str] = Counter()
-    for index, candidate in enumerate(candidates):
-        if candidate.answer is None:
-            continue
-        key = _key(candidate.answer)
-        if key not in first and same is not None:
-            key = next((other for other, at in first.items() if same(candidate.answer, candidates[at].answer or "")), key)
-        first.setdefault(key, index)
-        votes[key] += 1
-    return first[votes.most_common(1)[0][0]] if votes else 0
+    keys = [None if candidate.answer is None else _key(candidate.answer) for candidate in candidates]
+    votes = Counter(key for key in keys if key is not None)
+    return keys.index(votes.most_common(1)[0][0]) if votes else 0
 
 
 @lru_cache(1 << 16)
@@ -167,7 +179,8 @@ def rate(
 ) -> list[list[Candidate]]:
     """Return the candidates with their ratings. Equal replies to a question are rated once.
 
-    A rating is None where a judge's reply has no number from 0 to 10, and where a reward model gets an empty reply.
+    Raises:
+        InputError: if a judge returns something else than a number or None.
     """
     pairs = {
         (number, candidate.text): conversation
@@ -175,28 +188,13 @@ def rate(
         for candidate in replies
     }
     rated = [(conversation, text) for (_, text), conversation in pairs.items()]
-    if isinstance(rater, RewardModel):
-        scores: list[float | None] = _rewards(rater.generator, rated)
-    elif isinstance(rater, RatingJudge):
-        asked = [judged(conversation, text) for conversation, text in rated]
-        scores = [rating_of(text) for text in answers_of(rater.generator, asked, rater.params)]
-    else:
-        scores = [float(rater(conversation, text)) for conversation, text in rated]
+    judge = isinstance(rater, RatingJudge | RewardModel)
+    scores = rater.rate(rated) if judge else [rater(conversation, text) for conversation, text in rated]
+    for score, (_, text) in zip(scores, rated, strict=True):
+        if score is not None and not (isinstance(score, int | float) and math.isfinite(score)):
+            raise InputError(f"a judge must return a number or None, got {short(score)} for the reply {short(text)}")
     ratings = dict(zip(pairs, scores, strict=True))
     return [[replace(c, rating=ratings[number, c.text]) for c in replies] for number, replies in enumerate(candidates)]
-
-
-def _rewards(generator: Generator, pairs: list[tuple[Conversation, str]]) -> list[float | None]:
-    """Score replies by their likelihood. A grammar that allows one reply only makes the engine write it with its scores."""
-    nonempty = [(conversation, text) for conversation, text in pairs if text]
-    params = [
-        SamplingParams(
-            max_new_tokens=len(text.encode()) + 1, guide=Grammar("choice", json.dumps([text], ensure_ascii=False)), logprobs=0
-        )
-        for _, text in nonempty
-    ]
-    replies = iter(replies_of(generator, [conversation for conversation, _ in nonempty], params))
-    return [mean_logprob(next(replies)) if text else None for _, text in pairs]
 
 
 def judged(conversation: Conversation, reply: str) -> Conversation:

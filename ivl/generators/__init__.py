@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
-from ivl.errors import InputError
+from ivl.errors import InputError, short
 from ivl.types import Conversation, FinishReason, SamplingParams, TextDelta
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -122,11 +122,19 @@ def replies_of(
 
     Args:
         params: One for all conversations, or one per conversation.
+
+    Raises:
+        InputError: if the generator gives another number of replies, or one without text; and whatever the generator raises.
     """
-    if isinstance(generator, BatchGenerator):
-        return generator.generate(conversations, params)
-    params = [params] * len(conversations) if isinstance(params, SamplingParams) else params
-    return [join_deltas(generator.stream(*question)) for question in zip(conversations, params, strict=True)]
+    if not isinstance(generator, BatchGenerator):
+        params = [params] * len(conversations) if isinstance(params, SamplingParams) else params
+        return [join_deltas(generator.stream(*question)) for question in zip(conversations, params, strict=True)]
+    replies = generator.generate(conversations, params)
+    if not isinstance(replies, Sequence) or len(replies) != len(conversations):
+        raise InputError(f"the generator must give {len(conversations)} replies, got {short(replies)}")
+    for reply in replies:
+        _text(reply)
+    return replies
 
 
 def answers_of(
@@ -141,6 +149,13 @@ def join_deltas(deltas: Iterator[TextDelta]) -> PlainReply:
     texts: list[str] = []
     reason: FinishReason = "stop"
     for delta in deltas:
-        texts.append(delta.text)
+        texts.append(_text(delta))
         reason = delta.finish_reason or reason
     return PlainReply("".join(texts), reason)
+
+
+def _text(reply: object) -> str:
+    text = getattr(reply, "text", None)
+    if not isinstance(text, str):
+        raise InputError(f"the generator gave a reply without text: {short(reply)}")
+    return text

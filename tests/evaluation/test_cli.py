@@ -25,7 +25,7 @@ def test_eval_writes_report_and_predictions(tmp_path: Path, capsys: pytest.Captu
     assert len(lines) == 21
     evaluate([model, "--limit", "25", "--out", str(out)])  # goes on
     assert (tmp_path / "report.predictions.jsonl").read_text().splitlines()[:21] == lines
-    with pytest.raises(InputError, match="holds predictions with fingerprint"):
+    with pytest.raises(InputError, match=r"holds predictions with tiling .*; --fresh"):
         evaluate([model, "--limit", "25", "--out", str(out), "--max-tiles", "2"])
     evaluate([model, "--limit", "5", "--out", str(out), "--max-tiles", "2", "--fresh"])
     assert json.loads(out.read_text())["n"] == 5

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from ivl.errors import InputError
+from ivl.evaluation.config import EvalConfig
 from ivl.evaluation.run import evaluate
 from ivl.evaluation.scoring import exact_match, wilson
 from ivl.evaluation.task import Example
@@ -64,8 +64,9 @@ class Batching(Streaming):
 
 
 def run(path: Path, generator: Streaming | None = None, **options: object) -> dict:
-    settings = {"model": "m", "predictions": path, "batch_size": 7, **options}
-    return evaluate(Sums(), generator or Batching(), **settings)
+    about = {"model": options.pop("model", "m"), "predictions": path, "task": options.pop("task", Sums())}
+    about |= {key: options.pop(key) for key in ("on_progress", "judge") if key in options}
+    return evaluate(generator=generator or Batching(), config=EvalConfig(**{"batch_size": 7, **options}), **about)
 
 
 def test_report(tmp_path: Path) -> None:
@@ -82,7 +83,8 @@ def test_report(tmp_path: Path) -> None:
 
 def test_a_generator_without_batches_gives_the_same(tmp_path: Path) -> None:
     assert run(tmp_path / "a.jsonl", Streaming()) == run(tmp_path / "b.jsonl", Batching())
-    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+    lines = [(tmp_path / name).read_text().splitlines()[1:] for name in ("a.jsonl", "b.jsonl")]
+    assert lines[0] == lines[1]
 
 
 def test_a_file_cut_anywhere_is_completed_without_loss_or_repetition(tmp_path: Path) -> None:
@@ -99,30 +101,51 @@ def test_a_file_cut_anywhere_is_completed_without_loss_or_repetition(tmp_path: P
         assert len(generator.asked) == 40 - max(0, data[:cut].count(b"\n") - 1)
 
 
+def in_a_child(path: Path, pause: float) -> int:
+    """Start a run in a process of its own, and return its id."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        run(path, Batching(pause), batch_size=6)
+    finally:
+        os._exit(0)
+
+
+def grown(path: Path, size: int) -> None:
+    """Wait until a file is larger than this."""
+    deadline = time.monotonic() + 60
+    while not (path.exists() and path.stat().st_size > size) and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
 def test_killed_runs_go_on(tmp_path: Path) -> None:
-    path = tmp_path / "p.jsonl"
-    code = (
-        "import sys; from pathlib import Path; from tests.evaluation.test_run import *; "
-        "evaluate(Sums(), Batching(0.004), model='m', predictions=Path(sys.argv[1]), batch_size=6)"
-    )
-    kills = 0
-    rng = random.Random(1)
-    while True:
-        process = subprocess.Popen([sys.executable, "-c", code, str(path)])
-        deadline = time.monotonic() + 20
+    path, rng = tmp_path / "p.jsonl", random.Random(1)
+    for _ in range(5):
         size = path.stat().st_size if path.exists() else 0
-        while process.poll() is None and time.monotonic() < deadline:
-            if path.exists() and path.stat().st_size > size:
-                time.sleep(rng.random() * 0.02)
-                process.send_signal(signal.SIGKILL)
-                break
-            time.sleep(0.001)
-        if process.wait() == 0:
-            break
-        kills += 1
+        child = in_a_child(path, 0.02)
+        grown(path, size)
+        time.sleep(rng.random() * 0.02)
+        os.kill(child, signal.SIGKILL)
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    report = run(path)
     rows = [json.loads(line) for line in path.read_text().splitlines()[1:]]
-    assert [row["id"] for row in rows] == [f"sum-{n}" for n in range(40)] and kills >= 3
-    assert run(path) == run(tmp_path / "other.jsonl")
+    assert [row["id"] for row in rows] == [f"sum-{n}" for n in range(40)]
+    assert report == run(tmp_path / "other.jsonl")
+
+
+def test_a_file_of_predictions_belongs_to_one_process_until_it_is_killed(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    child = in_a_child(path, 60)
+    grown(path, 0)
+    data = path.read_bytes()
+    for fresh in (False, True):
+        with pytest.raises(InputError, match=r"p\.jsonl: another process is writing this file"):
+            run(path, fresh=fresh)
+    assert path.read_bytes() == data
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert run(path, fresh=True)["n"] == 40
 
 
 def test_a_limit_can_be_raised_later(tmp_path: Path) -> None:
@@ -138,8 +161,6 @@ def test_predictions_of_something_else_are_refused(tmp_path: Path) -> None:
     run(path)
     with pytest.raises(InputError, match=r"p.jsonl: holds predictions with model 'm', this run has 'n'"):
         run(path, model="n")
-    with pytest.raises(InputError, match="fingerprint '', this run has 'abc'"):
-        run(path, fingerprint="abc")
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:3], "{broken", *lines[3:]]) + "\n")
     with pytest.raises(InputError, match=r"p\.jsonl:4: not valid JSON"):

@@ -4,7 +4,7 @@ The import is light: rapidfuzz and math-verify (extra `eval`) are loaded where t
 """
 
 from ivl.evaluation.scoring.extraction import AnswerStyle, Extracted, FormatProblem, extract, fix_answer
-from ivl.evaluation.scoring.metrics import anls, edit_distance, exact_match, normalize, wilson
+from ivl.evaluation.scoring.metrics import anls, edit_distance, exact_match, normalize, summary, wilson
 from ivl.evaluation.scoring.verification import ACCEPT, AnswerMode, AnswerVerdict, compare, correct, mode_for, verify
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "fix_answer",
     "mode_for",
     "normalize",
+    "summary",
     "verify",
     "wilson",
 ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from ivl.errors import InputError
 
@@ -72,3 +73,9 @@ def wilson(total: float, n: int, z: float = 1.959964) -> tuple[float, float]:
     center = (p + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(max(0.0, p * (1 - p)) / n + spread / (4 * n))
     return max(0.0, center - half), min(1.0, center + half)
+
+
+def summary(scores: Sequence[float]) -> dict[str, Any]:
+    """Return the mean score with its 95% interval."""
+    total, n = float(sum(scores)), len(scores)
+    return {"value": total / n, "ci95": list(wilson(total, n)), "n": n}
