@@ -17,6 +17,7 @@ from own_model_from_config import build
 from PIL import Image
 
 import ivl
+from ivl.evaluation.config import EvalConfig
 from ivl.evaluation.run import evaluate
 from ivl.evaluation.scoring import exact_match
 from ivl.evaluation.task import Example
@@ -43,9 +44,8 @@ class Colors:
 
 def main() -> None:
     model = sys.argv[1] if len(sys.argv) > 1 else str(build(RUN / "model"))
-    predictions = RUN / "predictions.jsonl"
-    predictions.unlink(missing_ok=True)  # kept, it would continue an interrupted run
-    report = evaluate(Colors(), ivl.load(model).engine, model=model, predictions=predictions)
+    config = EvalConfig(fresh=True)  # without it, an interrupted run goes on
+    report = evaluate(Colors(), ivl.load(model).engine, config, model=model, predictions=RUN / "predictions.jsonl")
     (RUN / "report.json").write_text(json.dumps(report, indent=2))
     low, high = report["ci95"]
     print(f"{report['task']}: {report['value']:.0%} of {report['n']}, 95% interval {low:.0%} to {high:.0%}")

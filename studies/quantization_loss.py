@@ -26,6 +26,7 @@ from ivl.checkpoint.convert import convert
 from ivl.checkpoint.gguf.reader import GgufModel
 from ivl.checkpoint.gguf.tokenizer import tokenizer_from_gguf
 from ivl.checkpoint.model_dir import fill
+from ivl.evaluation.config import EvalConfig
 from ivl.evaluation.run import evaluate
 from ivl.evaluation.tasks import TASKS
 from ivl.model.decoder import Decoder
@@ -107,8 +108,9 @@ def on_task(source: str, task: str, limit: int | None) -> list[dict]:
                 continue
             model = ivl.load(str(target))
             report = evaluate(
-                TASKS[task][0], model.engine, model=name, predictions=Path(directory) / "answers.jsonl", limit=limit
-            )
+                TASKS[task][0], model.engine, EvalConfig(limit=limit), model=name,
+                predictions=Path(directory) / "answers.jsonl",
+            )  # fmt: skip
         rows.append({"name": name, "task": task, "value": report["value"], "ci95": report["ci95"], "n": report["n"]})
         print(f"{name:20} {task} {report['value']:.2%} of {report['n']}", flush=True)
     return rows

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,8 @@ from rich.table import Table
 import ivl
 from examples.quickstart.alignment import ASKED, GREEDY, write_rows
 from examples.quickstart.compositions import compositions
-from ivl.checkpoint.files import fingerprint
-from ivl.evaluation.config import Method
-from ivl.evaluation.curve import CurvePoint, by_size, draw, interval
+from ivl.evaluation.config import EvalConfig, Method
+from ivl.evaluation.curve import by_size, draw
 from ivl.evaluation.run import evaluate, versions
 from ivl.evaluation.scoring import exact_match
 from ivl.evaluation.task import Example
@@ -70,18 +69,18 @@ def replies(
 ) -> list[dict[str, Any]]:
     """The predictions of all questions; one greedy reply at temperature 0."""
     path, model = options.out / f"{name}replies-{temperature:g}.jsonl", model or options.model
-    method = Method(style="final_answer", samples=options.samples if temperature else 1, likelihood=True)
+    config = EvalConfig(
+        method=Method(style="final_answer", samples=options.samples if temperature else 1, likelihood=True),
+        sampling=replace(task.params, temperature=temperature), batch_size=64,
+    )  # fmt: skip
     with counting(on=True, lasting=True) as bar:
         shown = bar.add_task(f"temperature {temperature:g}", total=len(task.rows), note="")
         report = evaluate(
             task,
             engine,
+            config,
             model=str(model),
             predictions=path,
-            fingerprint=fingerprint(model),
-            params=replace(task.params, temperature=temperature),
-            method=method,
-            batch_size=64,
             on_progress=lambda done, total, **about: bar.update(shown, completed=done, note=about["note"]),
         )
     print(temperature, {key: report["samples"][key] for key in ("replies", "without_answer")})
@@ -110,8 +109,16 @@ def curves(task: Compositions, found: list[dict[str, Any]], judge: Any = None) -
     return ways
 
 
-def point(size: int, values: np.ndarray) -> CurvePoint:
-    return CurvePoint(samples=size, value=float(values.mean()), ci95=interval(values))
+def point(size: int, values: np.ndarray) -> dict[str, Any]:
+    return {"samples": size, "value": float(values.mean()), "ci95": interval(values)}
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """The 95% bootstrap interval of the mean over questions."""
+    rng = np.random.default_rng(0)
+    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(2000)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def gain(values: np.ndarray, base: np.ndarray) -> list[float]:
@@ -143,17 +150,17 @@ def main() -> None:
     greedy = curves(task, replies(options, task, engine, 0.0))["vote"][1]
     own: np.ndarray | None = None
     result: dict[str, Any] = {
-        "model": str(options.model), "questions": len(task.rows), "greedy": asdict(point(1, greedy)), "versions": versions(),
+        "model": str(options.model), "questions": len(task.rows), "greedy": point(1, greedy), "versions": versions(),
         "temperatures": {},
     }  # fmt: skip
     if judge is not None:
         own = curves(task, replies(options, task, judge, 0.0, "judge-", options.judge))["vote"][1]
-        result["judge_greedy"] = asdict(point(1, own)) | {"over_greedy": gain(own, greedy)}
+        result["judge_greedy"] = point(1, own) | {"over_greedy": gain(own, greedy)}
     for temperature in options.temperatures:
         found = curves(task, replies(options, task, engine, temperature), judge)
         result["temperatures"][f"{temperature:g}"] = {
             way: [
-                {**asdict(point(size, values)), "over_greedy": gain(values, greedy)}
+                {**point(size, values), "over_greedy": gain(values, greedy)}
                 | ({"over_judge": gain(values, own)} if own is not None else {})
                 for size, values in sizes.items()
             ]
@@ -196,8 +203,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     for row, result in zip(grid, results, strict=True):
         for axes, (temperature, ways) in zip(row, result["temperatures"].items(), strict=True):
             for way, points in ways.items():
-                chosen = [CurvePoint(samples=p["samples"], value=p["value"], ci95=tuple(p["ci95"])) for p in points]
-                draw(axes, chosen, way, COLOURS[way])
+                draw(axes, points, way, COLOURS[way])
             axes.axhline(100 * result["greedy"]["value"], color="#333", linestyle="--", linewidth=1, label="greedy")
             if own := result.get("judge_greedy"):
                 axes.axhline(100 * own["value"], color=COLOURS["judge"], linestyle=":", linewidth=1, label="judge's own greedy")

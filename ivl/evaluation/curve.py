@@ -10,31 +10,33 @@ import numpy as np
 from ivl.evaluation.scoring import summary
 from ivl.evaluation.voting import Candidate, Select, choose
 
+Replies = Sequence[Sequence[Candidate]]
+"""The replies to each question."""
 MOST_SUBSETS, FEWEST_SUBSETS, CHOICES = 200, 10, 100_000
 """Random subsets of the replies to a question; over all questions about so many choices."""
 
 
-def curve(samples: Sequence[Sequence[Candidate]], scores: Sequence[Sequence[float]], select: Select) -> list[dict[str, Any]]:
+def curve(samples: Replies, scores: Sequence[Sequence[float]], select: Select | None) -> list[dict[str, Any]]:
     """Return the summary of the reply that is selected from 1, 2, 4, ... and all replies."""
-    return [{"samples": size, **summary(means)} for size, means in by_size(samples, scores, select).items()]
+    return [{"samples": size, **summary(means.tolist())} for size, means in by_size(samples, scores, select).items()]
 
 
-def by_size(samples: Sequence[Sequence[Candidate]], scores: Sequence[Sequence[float]], select: Select) -> dict[int, np.ndarray]:
+def by_size(samples: Replies, scores: Sequence[Sequence[float]], select: Select | None) -> dict[int, np.ndarray]:
     """Return, for 1, 2, 4, ... and all replies, each question's expected score [Q] over random subsets of its replies."""
-    most = min(map(len, samples))
+    most, subsets = min(map(len, samples)), min(MOST_SUBSETS, max(FEWEST_SUBSETS, CHOICES // len(samples)))
     sizes = sorted({2**k for k in range(most.bit_length())} | {most})
-    return {size: np.array([_expected(c, s, size, select, len(samples)) for c, s in zip(samples, scores, strict=True)])
-            for size in sizes}  # fmt: skip
+    questions = list(zip(samples, scores, strict=True))
+    return {size: np.array([_expected(*question, size, select, subsets) for question in questions]) for size in sizes}
 
 
-def _expected(candidates: Sequence[Candidate], scores: Sequence[float], size: int, select: Select, questions: int) -> float:
+def _expected(
+    candidates: Sequence[Candidate], scores: Sequence[float], size: int, select: Select | None, subsets: int
+) -> float:
     if size == 1:
         return float(np.mean(scores))
     if size == len(candidates) or min(scores) == max(scores):
         return scores[choose(candidates, select)]
-    rng = np.random.default_rng(size)
-    subsets = min(MOST_SUBSETS, max(FEWEST_SUBSETS, CHOICES // questions))
-    total = 0.0
+    rng, total = np.random.default_rng(size), 0.0
     for _ in range(subsets):
         subset = rng.permutation(len(candidates))[:size]
         total += scores[subset[choose([candidates[at] for at in subset], select)]]

@@ -169,8 +169,10 @@ def best_of(candidates: Sequence[Candidate], by: Literal["likelihood", "judge"])
     return max(range(len(candidates)), key=rank)
 
 
-def choose(candidates: Sequence[Candidate], select: Select) -> int:
-    """Return the index of the reply that counts."""
+def choose(candidates: Sequence[Candidate], select: Select | None) -> int:
+    """Return the index of the reply that counts; the first without a way to select."""
+    if select is None:
+        return 0
     return vote(candidates) if select == "vote" else best_of(candidates, select)
 
 
@@ -188,8 +190,8 @@ def rate(
         for candidate in replies
     }
     rated = [(conversation, text) for (_, text), conversation in pairs.items()]
-    judge = isinstance(rater, RatingJudge | RewardModel)
-    scores = rater.rate(rated) if judge else [rater(conversation, text) for conversation, text in rated]
+    model = isinstance(rater, RatingJudge | RewardModel)
+    scores = rater.rate(rated) if model else [rater(*pair) for pair in rated]  # type: ignore[operator]
     for score, (_, text) in zip(scores, rated, strict=True):
         if score is not None and not (isinstance(score, int | float) and math.isfinite(score)):
             raise InputError(f"a judge must return a number or None, got {short(score)} for the reply {short(text)}")
