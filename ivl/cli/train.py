@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from ivl.errors import InputError
-from ivl.recipes import find, recipes
+from ivl.recipes import STAGES, find, recipes
 from ivl.runs.config import RunConfig
 
-USAGE = """usage: ivl train RECIPE [--optim.lr 2e-5 ...]     train a recipe, with any option changed
+USAGE = """usage: ivl train finetune|lora|mpo --model DIR_OR_HUB_ID --data ROWS ...
+                                                 train any model on your own rows, or pairs
+       ivl train RECIPE [--optim.lr 2e-5 ...]     train a recipe, with any option changed
        ivl train path/to/file.py:function ...    your own recipe
        ivl train --resume DIR                    go on with an interrupted run, exactly
        ivl train RECIPE --dry-run                print the plan: parameters, steps, memory
@@ -40,27 +42,26 @@ def train(args: list[str]) -> None:
     if not args or args[0] in ("-h", "--help"):
         print(f"{USAGE}\nrecipes:\n" + "\n".join(f"  {name:18}{_summary(recipe)}" for name, recipe in recipes().items()))
         return
-    resume, args = _take_resume(args)
+    resume, args = _take(args, "--resume")
     if resume is not None:
+        if not resume:
+            raise InputError("--resume needs the directory of a run, such as --resume runs/NAME")
         from ivl.runs.directory import load_run_config, run_dir_of
 
-        run_dir = run_dir_of(resume)
-        start, name = dataclasses.replace(load_run_config(run_dir), out_dir=str(run_dir)), f"--resume {resume}"
+        run_dir = run_dir_of(resume[0])
+        start, name = dataclasses.replace(load_run_config(run_dir), out_dir=str(run_dir)), f"--resume {resume[0]}"
+    elif args[0] in STAGES:
+        name, *args = args
+        start, args = _any_model(name, args)
     else:
         name, *args = args
         start = find(name)
-    options = tyro.cli(
-        TrainOptions,
-        prog=f"ivl train {name}",
-        description=start.name,
-        default=TrainOptions(config=start),
-        args=[re.sub("^--preference[.]", "--objective.", arg) for arg in args],  # as they were named once
-        config=(tyro.conf.AvoidSubcommands,),
-    )
-    config = options.config
-    if options.val_mixture is not None:
-        data = dataclasses.replace(config.data, mixture=options.val_mixture, root=None, epochs=1)
-        config = dataclasses.replace(config, val_data=data)
+    try:
+        config, options = _parse(name, start, args)
+    except InputError:
+        raise
+    except (ValueError, ArithmeticError) as error:  # checks of the configuration
+        raise InputError(str(error)) from error
     if options.dry_run:
         from ivl.runs.plan import make_plan
 
@@ -69,20 +70,63 @@ def train(args: list[str]) -> None:
     from ivl.runs.run import run
 
     final = run(config, resume=resume is not None, allow_changed=options.allow_changed)
-    if os.environ.get("RANK", "0") == "0":  # once, however many processes
+    if _is_first():
         print(final)
 
 
-def _take_resume(args: list[str]) -> tuple[Path | None, list[str]]:
-    """Split off `--resume DIR` (or --resume=DIR)."""
-    for at, arg in enumerate(args):
-        if arg.startswith("--resume="):
-            return Path(arg.removeprefix("--resume=")), args[:at] + args[at + 1 :]
-        if arg == "--resume":
-            if at + 1 == len(args):
-                raise InputError("--resume needs the directory of a run, such as --resume runs/NAME")
-            return Path(args[at + 1]), args[:at] + args[at + 2 :]
-    return None, args
+def _parse(name: str, start: RunConfig, args: list[str]) -> tuple[RunConfig, TrainOptions]:
+    """The recipe's configuration with the options of the command line."""
+    options = tyro.cli(
+        TrainOptions,
+        prog=f"ivl train {name}",
+        description=start.name,
+        default=TrainOptions(config=start),
+        args=[re.sub("^--data(=|$)", r"--data.mixture\1", re.sub("^--preference[.]", "--objective.", arg)) for arg in args],
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    config = options.config
+    if options.val_mixture is not None:
+        data = dataclasses.replace(config.data, mixture=options.val_mixture, root=None, epochs=1)
+        config = dataclasses.replace(config, val_data=data)
+    return config, options
+
+
+def _any_model(stage: str, args: list[str]) -> tuple[RunConfig, list[str]]:
+    """The configuration of `finetune`, `lora` or `mpo` from --model and --data, and the other arguments."""
+    from ivl.recipes.any_model import any_model, unknown_model
+
+    model, args = _take(args, "--model")
+    data, args = _take(args, "--data", "--data.mixture")
+    if {"-h", "--help"} & set(args):
+        return unknown_model(stage), args
+    if not model or not data:
+        raise InputError(f"ivl train {stage} needs --model and --data, as in --model runs/quickstart/model --data rows.jsonl")
+    forced = _take(args, "--data.format")[0]
+    config, chosen = any_model(stage, model[-1], tuple(data), format=forced[-1] if forced else None)
+    if _is_first():
+        print(chosen, file=sys.stderr)
+    return config, args
+
+
+def _is_first() -> bool:
+    """Whether this process prints, of however many a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _take(args: list[str], *names: str) -> tuple[list[str] | None, list[str]]:
+    """Split off the values of an option, up to the next option; None if the option is not there."""
+    values, rest, inside = None, [], False
+    for arg in args:
+        name, equals, value = arg.partition("=")
+        if name in names:
+            inside = not equals
+            values = [*(values or []), *([value] if equals else [])]
+        elif inside and not arg.startswith("--") and values is not None:
+            values.append(arg)
+        else:
+            inside = False
+            rest.append(arg)
+    return values, rest
 
 
 def _summary(recipe: object) -> str:

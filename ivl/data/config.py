@@ -19,8 +19,8 @@ Weighting = Literal["size", "root"] | float
 class DataConfig:
     """How the rows of a mixture of data sets become packs."""
 
-    mixture: str
-    """A meta JSON that names several data sets, or one file or folder of rows."""
+    mixture: str | tuple[str, ...]
+    """A meta JSON that names several data sets, or a file or folder of rows; or several of either."""
     root: str | None = None
     """Folder of relative media paths when `mixture` is a file of rows; None is the file's own folder."""
     format: RowFormat | None = None

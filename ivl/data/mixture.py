@@ -51,7 +51,9 @@ class DatasetSpec:
         check_choices(self)
 
 
-def load_mixture(path: str | Path, *, root: str | None = None, format: RowFormat | None = None) -> tuple[DatasetSpec, ...]:
+def load_mixture(
+    path: str | Path | tuple[str, ...], *, root: str | None = None, format: RowFormat | None = None
+) -> tuple[DatasetSpec, ...]:
     """Read a meta JSON, or take one file or folder of rows as a mixture of itself.
 
     Relative annotation and root paths are taken from the meta file's folder where they exist there, else from the working
@@ -60,6 +62,8 @@ def load_mixture(path: str | Path, *, root: str | None = None, format: RowFormat
     Raises:
         InputError: naming the file, the entry and the key.
     """
+    if isinstance(path, tuple):
+        return tuple(spec for each in path for spec in load_mixture(each, root=root, format=format))
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file; a mixture is a meta JSON or a file or folder of rows")

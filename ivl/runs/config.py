@@ -12,7 +12,7 @@ from ivl.config import LoraConfig, ModelConfig
 from ivl.data.config import DataConfig
 from ivl.errors import InputError
 from ivl.train.config import ObjectiveConfig, Stage, TrainConfig
-from ivl.utils.checks import check_choices
+from ivl.utils.checks import check_choices, check_ranges
 from ivl.utils.imports import import_object
 from ivl.utils.strict_json import from_json
 
@@ -55,20 +55,18 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         if not self.model and self.architecture is None:
-            raise ValueError("give `model` (a directory or hub id) or `architecture` (to start from random weights)")
+            raise InputError("give `model` (a directory or hub id) or `architecture` (to start from random weights)")
         if self.lora is None and not self.stage.trainable:
-            raise ValueError("nothing would train: name trainable parts in `stage`, or give `lora`")
+            raise InputError("nothing would train: name trainable parts in `stage`, or give `lora`")
         if self.lora is not None:
             both = [target for target in self.lora.targets if target.split(".")[0] in self.stage.trainable]
             if both:
-                raise ValueError(f"LoRA targets {both} lie in parts that the stage trains whole; choose one of the two")
+                raise InputError(f"LoRA targets {both} lie in parts that the stage trains whole; choose one of the two")
         if self.shard and self.train.optim.name == "muon":
-            raise ValueError("muon needs whole matrices: use adamw, or shard = False")
+            raise InputError("muon needs whole matrices: use adamw, or shard = False")
         if self.train.num_steps is None and self.data.epochs is None:
-            raise ValueError("the run has no end: give num_steps or data.epochs")
-        for name in ("val_every", "val_packs"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+            raise InputError("the run has no end: give num_steps or data.epochs")
+        check_ranges(self, val_every="[0, inf)", val_packs="[0, inf)")
         self.objective.check(self.data, self.stage, self.lora)
 
     @property
@@ -98,11 +96,12 @@ def run_config(values: Any, where: str) -> RunConfig:
     named = rest.pop("objective", {})
     path = named.get("path", ObjectiveConfig.path) if isinstance(named, dict) else ObjectiveConfig.path
     settings = getattr(import_object(str(path), "objective"), "Settings", ObjectiveConfig)
-    objective = from_json(settings, named, f"{where}: objective")
-    config = from_json(RunConfig, rest, where)
     try:
-        return dataclasses.replace(config, objective=objective)
-    except ValueError as error:
+        objective = from_json(settings, named, f"{where}: objective")
+        return dataclasses.replace(from_json(RunConfig, rest, where), objective=objective)
+    except InputError:
+        raise
+    except (ValueError, ArithmeticError) as error:
         raise InputError(f"{where}: {error}") from error
 
 

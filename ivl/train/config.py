@@ -7,7 +7,8 @@ from typing import ClassVar, Literal
 
 from ivl.config import LoraConfig
 from ivl.data.config import DataConfig
-from ivl.utils.checks import check_choices
+from ivl.errors import InputError
+from ivl.utils.checks import check_choices, check_ranges
 
 TrainablePart = Literal["vision", "projector", "decoder"]
 PARTS: tuple[TrainablePart, ...] = ("vision", "projector", "decoder")
@@ -28,13 +29,12 @@ class Stage:
     def __post_init__(self) -> None:
         unknown = set(self.trainable) - set(PARTS)
         if unknown:
-            raise ValueError(f"trainable parts are vision, projector and decoder, got {sorted(unknown)}")
+            raise InputError(f"trainable parts are vision, projector and decoder, got {sorted(unknown)}")
         if len(set(self.trainable)) < len(self.trainable):
-            raise ValueError(f"trainable names a part twice: {self.trainable}")
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"drop_path must be in [0, 1), got {self.drop_path}")
+            raise InputError(f"trainable names a part twice: {self.trainable}")
+        check_ranges(self, drop_path="[0, 1)")
         if self.vision_from_layer and "vision" not in self.trainable:
-            raise ValueError(f"vision_from_layer {self.vision_from_layer} needs 'vision' among the trainable parts")
+            raise InputError(f"vision_from_layer {self.vision_from_layer} needs 'vision' among the trainable parts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,22 +76,13 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_choices(self, "optim.")
-        for name in ("lr", "lr_vision", "lr_projector", "lr_decoder", "muon_lr"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < 1:
-                raise ValueError(f"{name} must be in (0, 1), got {value}")
-        if self.weight_decay < 0 or self.clip < 0:
-            raise ValueError(f"weight_decay and clip must be >= 0, got {self.weight_decay} and {self.clip}")
-        if not all(0 <= beta < 1 for beta in (*self.betas, self.muon_momentum)):
-            raise ValueError(f"betas and muon_momentum must be in [0, 1), got {self.betas} and {self.muon_momentum}")
-        if self.warmup_steps < 0 or not 0 <= self.warmup_ratio < 1:
-            raise ValueError(f"need warmup_steps >= 0 and warmup_ratio in [0, 1), got {self.warmup_steps}, {self.warmup_ratio}")
+        check_ranges(
+            self, lr="(0, 1)", lr_vision="(0, 1)", lr_projector="(0, 1)", lr_decoder="(0, 1)", muon_lr="(0, 1)", eps="[0, 1)",
+            weight_decay="[0, inf)", clip="[0, inf)", betas="[0, 1)", muon_momentum="[0, 1)", warmup_steps="[0, inf)",
+            warmup_ratio="[0, 1)", min_lr_ratio="[0, 1]", schedule_steps="[1, inf)",
+        )  # fmt: skip
         if self.warmup_steps and self.warmup_ratio:
-            raise ValueError(f"give warmup_steps or warmup_ratio, not both ({self.warmup_steps}, {self.warmup_ratio})")
-        if not 0 <= self.min_lr_ratio <= 1:
-            raise ValueError(f"min_lr_ratio must be in [0, 1], got {self.min_lr_ratio}")
-        if self.schedule_steps is not None and self.schedule_steps < 1:
-            raise ValueError(f"schedule_steps must be >= 1, got {self.schedule_steps}")
+            raise InputError(f"give warmup_steps or warmup_ratio, not both ({self.warmup_steps}, {self.warmup_ratio})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,9 +139,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         if self.num_steps is None and (self.optim.warmup_steps or self.optim.schedule_steps):
-            raise ValueError("without num_steps the length is not known in steps: use optim.warmup_ratio, no schedule_steps")
-        minimums = {"num_steps": 1, "packs_per_step": 1, "save_every": 0, "keep_last": 0, "log_every": 1}
-        for name, minimum in minimums.items():
-            value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise ValueError(f"{name} must be >= {minimum}, got {value}")
+            raise InputError("without num_steps the length is not known in steps: use optim.warmup_ratio, no schedule_steps")
+        check_ranges(
+            self, num_steps="[1, inf)", packs_per_step="[1, inf)", save_every="[0, inf)", keep_last="[0, inf)",
+            log_every="[1, inf)", seed="[0, 9e18]",
+        )  # fmt: skip

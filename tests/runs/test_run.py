@@ -114,13 +114,40 @@ def test_configuration_survives_json(config):
         read_config(wrong, "run.json")
 
 
+@pytest.mark.parametrize("value", [b"", b"[]", b"null", b"5", b"{}", b"\xff", b"[" * 9000, b'{"name": NaN}'])
+def test_any_run_json_is_one_line(config, tmp_path, value):
+    (tmp_path / "run.json").write_bytes(value)
+    with pytest.raises(InputError, match=r"run\.json"):
+        cli(["--resume", str(tmp_path)])
+
+
+WRONG = {
+    "name": [5, None, []], "data": [None, [], {}, {"mixture": 5}, {"mixture": "x", "max_tokens": 0}],
+    "train": [[], {"seed": 1.5}, {"seed": -1}, {"seed": 2**64}, {"precision": "fp8"}, {"num_steps": "x"},
+              {"optim": {"lr": "x"}}, {"optim": {"eps": -1}}, {"optim": {"clip": -1}}, {"optim": {"betas": [0.9]}}],
+    "architecture": [5, [], {"vision": {"num_heads": 0}}], "stage": [None, {"trainable": ["x"]}],
+    "objective": [5, {"path": 5}, {"path": "nowhere:x"}, {"further": 1}],
+    "lora": [[], {"rank": 0}, {"targets": []}], "val_every": [-1, "x"], "shard": ["yes"], "further": [1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in WRONG.items() for value in values])
+def test_any_value_in_run_json_is_one_line(config, key, value):
+    good = json.loads(json.dumps(to_json(config)))
+    if key in ("train", "architecture") and isinstance(value, dict):
+        value = {k: {**good[key][k], **v} if isinstance(v, dict) else v for k, v in value.items()}
+        value = good[key] | value
+    with pytest.raises(InputError, match=r"run\.json|nowhere|names no objective"):
+        read_config(good | {key: value}, "run.json")
+
+
 @pytest.mark.parametrize(
     "changes,message",
     [
         ({"num_steps": None}, "has no end"),
         ({"stage": Stage(trainable=())}, "nothing would train"),
         ({"lora": LoraConfig()}, "LoRA targets .* trains whole"),
-        ({"packs_per_step": 0}, "packs_per_step must be >= 1, got 0"),
+        ({"packs_per_step": 0}, "packs_per_step must be in .1, inf., got 0"),
         ({"architecture": None}, "give `model`"),
     ],
 )

@@ -1,0 +1,86 @@
+"""Train any model on rows of one's own: the published settings of the size that is nearest to it, fitted to model and data."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+from ivl.checkpoint import load_config, resolve
+from ivl.config import SIZES, DecoderConfig, published_config
+from ivl.data.mixture import Mixture, load_mixture
+from ivl.formats.rows import RowFormat
+from ivl.recipes import published
+from ivl.runs.config import RunConfig
+
+MIN_STEPS = 32
+"""Steps that an epoch has at least: of few rows the published batch would leave fewer, and a step takes fewer rows instead."""
+
+
+def unknown_model(stage: str) -> RunConfig:
+    """The configuration before model and data are known, for `--help`."""
+    base = published.STAGES[stage]("1B")
+    return replace(base, name=stage, model="MODEL", architecture=None, data=replace(base.data, mixture="ROWS"))
+
+
+def any_model(stage: str, model: str, data: tuple[str, ...], *, format: str | None = None) -> tuple[RunConfig, str]:
+    """Make the configuration of a run of one epoch, and say what was chosen.
+
+    Args:
+        stage: `finetune`, `lora`, or `mpo` whose rows are preference pairs.
+        model: a directory or a hub id. Architecture, tokenizer and template are its own.
+        data: files and folders of rows, and mixtures.
+        format: the format of all rows; None looks.
+
+    Raises:
+        InputError: if the model's configuration cannot be read, or a file of rows.
+    """
+    architecture = load_config(resolve(model))
+    size = min(SIZES, key=lambda size: abs(math.log(_weight(published_config(size).decoder) / _weight(architecture.decoder))))
+    base = published.STAGES[stage](size)
+    rows = len(Mixture(load_mixture(data, format=cast(RowFormat | None, format)), seed=0))
+    published_packs, ranks = base.train.packs_per_step, int(os.environ.get("WORLD_SIZE", "1"))
+    packs = min(published_packs, 2 ** int(math.log2(max(1, rows / MIN_STEPS))))
+    packs = -(-packs // ranks) * ranks
+    sequences = 2 if stage == "mpo" else 1
+    max_tokens = sequences * min(base.data.max_tokens // sequences, architecture.decoder.max_positions)
+    config = replace(
+        base,
+        name=f"{_name(model)}-{stage}",
+        model=model,
+        architecture=None,
+        data=replace(
+            base.data, mixture=data[0] if len(data) == 1 else data, max_tokens=max_tokens,
+            max_tiles=max(base.data.max_tiles, max_tokens // architecture.tokens_per_tile),
+            over_budget="refuse" if stage == "mpo" else "truncate",
+        ),
+        train=replace(base.train, packs_per_step=packs, precision="bf16" if _multiplies_bf16() else "fp32"),
+    )  # fmt: skip
+    chosen = (
+        f"{config.name}: published settings of {size}; {rows:,} rows, {packs} a step (published {published_packs}), "
+        f"{-(-rows // packs):,} steps an epoch; at most {max_tokens:,} tokens a {'pair' if sequences > 1 else 'row'}; "
+        f"lr {base.train.optim.lr:g}, {config.train.precision}; into {config.run_dir}"
+    )
+    return config, chosen
+
+
+def _weight(decoder: DecoderConfig) -> int:
+    """Count the parameters of a decoder's layers."""
+    heads = 2 * (decoder.num_heads + decoder.num_kv_heads) * decoder.head_dim
+    return decoder.num_layers * decoder.width * (heads + 3 * decoder.mlp_width)
+
+
+def _name(model: str) -> str:
+    """Name a model by its directory; the run's where that is called `model`."""
+    pieces = [piece for piece in Path(model).absolute().parts if piece != "model"]
+    return re.sub(r"[^\w.-]+", "-", pieces[-1])
+
+
+def _multiplies_bf16() -> bool:
+    """Whether this machine has instructions for bfloat16; emulating them is slower than float32."""
+    import torch
+
+    return torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
