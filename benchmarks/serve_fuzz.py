@@ -1,8 +1,10 @@
 """Random requests after the server's own OpenAPI document (schemathesis): no answer may be 5xx, none may hang.
 
     python -m benchmarks.serve_fuzz --cases 10000
+    python -m benchmarks.serve_fuzz --cases 0 --hostile 2000
 
-A tiny random model in this process answers, so that the figure is about the server. Half of the cases fit the document, half
+The second sends bodies of up to 10 MB that are made to cost time or memory, and measures both. A tiny random model in this
+process answers, so that the figure is about the server. Half of the cases of the first fit the document, half
 break it somewhere; a third carry a known picture where the generator put some string, so that they reach the engine.
 """
 
@@ -10,6 +12,8 @@ from __future__ import annotations
 
 import collections
 import json
+import math
+import random
 import sys
 import tempfile
 import time
@@ -19,13 +23,15 @@ from typing import Any
 
 import httpx
 import hypothesis
+import psutil
 import schemathesis
 import tyro
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
 
 from ivl.utils.progress import counting
-from tests.helpers.servers import KEY, data_url, engine, running
+from tests.helpers.hostile import KINDS, LoopClock, post
+from tests.helpers.servers import KEY, Running, data_url, engine, running
 
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 SLOW = 20.0
@@ -59,6 +65,38 @@ def fuzz(url: str, cases: int, *, seed: int = 0, say: Any = lambda: None) -> Out
                 continue  # nothing about the route can be wrong
             except schemathesis.errors.SchemathesisError:
                 continue
+    return out
+
+
+@dataclass
+class Flood:
+    statuses: collections.Counter[tuple[str, int]]
+    failures: list[str]
+    slowest: float
+    gap: float
+    """Longest time for which the event loop stood still."""
+    megabytes: float
+    """Memory of the process above that before the first body."""
+
+
+def flood(server: Running, count: int, *, seed: int = 0, largest: int = 10_000_000, say: Any = lambda: None) -> Flood:
+    """Send so many hostile bodies of up to `largest` bytes one after another. Only 200 and 4xx are right."""
+    rng, process = random.Random(seed), psutil.Process()
+    for kind in KINDS.values():  # what is allocated once
+        post(server, *kind(10_000, rng))
+    idle, out = process.memory_info().rss, Flood(collections.Counter(), [], 0.0, 0.0, 0.0)
+    for _ in range(count):
+        name = rng.choice(list(KINDS))
+        path, body = KINDS[name](int(10 ** rng.uniform(2, math.log10(largest))), rng)
+        started = time.perf_counter()
+        with LoopClock(server) as clock:
+            status, answer = post(server, path, body, chunk=rng.choice([0, 0, 0, 100, 5000]))
+        out.gap, out.slowest = max(out.gap, clock.longest), max(out.slowest, time.perf_counter() - started)
+        out.megabytes = max(out.megabytes, (process.memory_info().rss - idle - len(body)) / 1e6)
+        out.statuses[name, status] += 1
+        if status != 200 and not 400 <= status < 500:
+            out.failures.append(f"{name}, {len(body)} bytes: {status} {answer[:200]!r}")
+        say()
     return out
 
 
@@ -123,20 +161,29 @@ def _with_picture(body: Any) -> Any:
     return [_with_picture(value) for value in body] if isinstance(body, list) else body
 
 
-def main(cases: int = 10_000, seed: int = 0) -> None:
+def main(cases: int = 10_000, hostile: int = 0, seed: int = 0) -> None:
     """Fuzz a tiny server.
 
     Args:
         cases: Requests to send.
+        hostile: Hostile bodies to send.
         seed: What they are drawn from.
     """
     with tempfile.TemporaryDirectory() as folder, running(engine(Path(folder))) as server:
         started = time.perf_counter()
         with counting() as bar:
+            task = bar.add_task("hostile bodies", total=hostile, note="")
+            bodies = flood(server, hostile, seed=seed, say=lambda: bar.advance(task)) if hostile else None
+        with counting() as bar:
             task = bar.add_task("cases", total=cases, note="")
             out = fuzz(server.url, cases, seed=seed, say=lambda: bar.advance(task))
         seconds = time.perf_counter() - started
         alive = httpx.get(f"{server.url}/ready", headers=HEADERS).status_code == 200 and server.service.num_open == 0
+    if bodies is not None:
+        for (label, status), count in sorted(bodies.statuses.items()):
+            print(f"{count:6}  {status}  {label}")
+        print(f"slowest {bodies.slowest:.2f} s, event loop still for {bodies.gap:.3f} s, {bodies.megabytes:.0f} MB above idle")
+        out.failures += bodies.failures
     for (label, status), count in sorted(out.statuses.items()):
         print(f"{count:6}  {status}  {label}")
     print(

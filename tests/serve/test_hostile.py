@@ -1,0 +1,312 @@
+"""One small request takes nothing away from others: the event loop goes on, budgets hold, nothing is smuggled."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Generator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from benchmarks.serve_fuzz import flood
+from ivl.errors import InputError
+from ivl.inference.engine import Engine
+from ivl.processing.processor import Processor
+from ivl.serve.body import BodyReader
+from ivl.serve.config import ServeConfig
+from ivl.serve.errors import APIError
+from tests.helpers.hostile import CHAT, KINDS, LoopClock, post, raw
+from tests.helpers.servers import CONFIG, KEY, Running, data_url, engine, running, says
+
+OTHER_KEY = "another-key-0123456789"
+GAP = 0.3
+"""Seconds; the law is 0.1 on a quiet machine, and what it forbids took seconds."""
+
+
+@pytest.fixture(scope="module")
+def tiny_engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    return engine(tmp_path_factory.mktemp("model"), max_sequences=4)
+
+
+@pytest.fixture(scope="module")
+def server(tiny_engine: Engine) -> Generator[Running]:
+    with running(tiny_engine, replace(CONFIG, max_queue=16), keys=(KEY, OTHER_KEY)) as server:
+        yield server
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_event_loop_goes_on(server: Running, kind: str) -> None:
+    path, body = KINDS[kind](4_000_000, random.Random(0))
+    with LoopClock(server) as clock:
+        status, _ = post(server, path, body)
+    assert (status == 200 or 400 <= status < 500) and clock.longest < GAP, (status, clock.longest)
+
+
+def test_many_small_chunks_are_refused(server: Running) -> None:
+    with LoopClock(server) as clock:
+        status, _ = post(server, CHAT, b" " * 200_000 + json.dumps(says("?")).encode(), chunk=1)
+        assert status == 400 and post(server, CHAT, json.dumps(says("?")).encode(), chunk=1)[0] == 200
+    assert clock.longest < GAP
+
+
+def test_a_large_honest_body_passes_and_stops_nothing(server: Running) -> None:
+    out = io.BytesIO()
+    Image.frombytes("RGB", (1800, 1800), os.urandom(1800 * 1800 * 3)).save(out, "PNG", compress_level=0)
+    url = "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()  # 13 MB
+    for body in (json.dumps(says("?", *[url] * 4)), json.dumps(says("?", url)).replace("/", "\\/")):
+        with LoopClock(server) as clock:
+            assert post(server, CHAT, body.encode())[0] == 200
+        assert clock.longest < GAP
+
+
+def test_a_body_read_in_any_chunks_is_the_same() -> None:
+    url = "data:image/png;base64," + "Ab/+" * 3000
+    content = {"a": ['x\\"\\\\', {"url": url}, {"url": "data:short"}, {"url": url + "="}, 'say "url":"data:'], "url": "\\"}
+    for text in (json.dumps(content), json.dumps(content, indent=1), json.dumps(content).replace("/", "\\/")):
+        body = text.encode()
+        for size in (1, 3, 255, 256, 257, 4096, len(body)):
+            reader = BodyReader(ServeConfig())
+            for at in range(0, len(body), size):
+                reader.feed(body[at : at + size])
+            reader.feed(b"", last=True)
+            read = json.loads(reader.rest)
+            assert len(reader.media) == 2 and len(reader.rest) < 1000
+            for item in read["a"][1:4:2]:
+                item["url"] = reader.media[item["url"]].decode()
+            assert read == content
+
+
+def test_what_names_a_medium_of_another_is_a_bad_url(server: Running) -> None:
+    body = json.dumps(says("?", "data:0123456789abcdef0123456789abcdef/0")).encode()
+    assert post(server, CHAT, body)[0] == 400
+
+
+def png(width: int, height: int) -> str:
+    out = io.BytesIO()
+    Image.new("1", (width, height)).save(out, "PNG")
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def test_pixels_of_a_request_are_refused_before_decoding(
+    server: Running, tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[int] = []
+    load = server.service.processor.load
+    monkeypatch.setattr(server.service.processor, "load", lambda *a, **k: (opened.append(1), load(*a, **k))[1])
+    status, body = post(server, CHAT, json.dumps(says("?", *[png(7000, 7000)] * 11)).encode())
+    assert status == 413 and b"max_pixels_per_request" in body and not opened
+    tiles = [{"type": "image_url", "image_url": {"url": data_url(n), "max_dynamic_patch": 40}} for n in range(32)]
+    wide = [{**part, "image_url": {**part["image_url"], "url": png(1120, 28)}} for part in tiles]
+    status, body = post(server, CHAT, json.dumps({"messages": [{"role": "user", "content": wide}]}).encode())
+    assert status == 400 and b"tiles" in body and not opened
+
+
+def test_heavy_requests_leave_a_thread_and_end_with_their_client(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """S6: two clients that send large images, and leave at once, keep nobody waiting."""
+    started, loads = threading.Event(), []
+
+    def slow(*_: Any, **__: Any) -> Image.Image:
+        if (stop := getattr(server.service._stop, "event", None)) is not None and stop.is_set():
+            raise InputError("given up")
+        started.set()
+        loads.append(time.monotonic())
+        time.sleep(0.2)
+        return Image.new("RGB", (28, 28))
+
+    monkeypatch.setattr(server.service.processor, "load", slow)
+    heavy = json.dumps(says("?", *[png(5000, 4000 + n) for n in range(20)])).encode()
+
+    def leave() -> None:
+        with contextlib.suppress(TimeoutError):
+            post(server, CHAT, heavy, timeout=1.0)
+
+    threads = [threading.Thread(target=leave) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    assert started.wait(20)
+    begun = time.monotonic()
+    assert post(server, CHAT, json.dumps(says("hi")).encode())[0] == 200
+    assert time.monotonic() - begun < 3.0  # all the images would take 12
+    for thread in threads:
+        thread.join()
+    time.sleep(1.0)
+    last = len(loads)
+    time.sleep(0.6)
+    assert len(loads) == last < 40
+
+
+@pytest.mark.parametrize(
+    ("schema", "noun"),
+    [
+        ({"allOf": [{"$ref": "#"}] * 201}, "references"),
+        ({"properties": {str(n): {} for n in range(201)}}, "properties"),
+        ({"enum": ["x" * 20_000]}, "characters"),
+        (json.loads('{"items":' * 40 + "{}" + "}" * 40), "levels"),
+    ],
+)
+def test_schemas_have_limits(server: Running, schema: Any, noun: str) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    status, body = post(server, CHAT, json.dumps(says("?", response_format=form)).encode())
+    error = json.loads(body)["error"]
+    assert status == 400 and noun in error["message"] and error["param"] == "response_format.json_schema"
+
+
+def test_one_key_never_finds_what_another_asked(server: Running) -> None:
+    body = json.dumps(says("a secret of some length " * 4, data_url(3), max_tokens=1)).encode()
+
+    def cached(key: str) -> int:
+        sent = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\nContent-Type: application/json\r\n"
+        status, reply = raw(server, f"{sent}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
+        assert status == 200
+        return json.loads(reply)["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    assert cached(KEY) == 0 and cached(KEY) > 0 and cached(OTHER_KEY) == 0 and cached(OTHER_KEY) > 0
+
+
+def test_a_failed_step_ends_nobody_elses_reply(server: Running, tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, failures = tiny_engine.step, iter([True])
+
+    def failing() -> None:
+        if next(failures, False):
+            raise ValueError("between two requests")
+        step()
+
+    monkeypatch.setattr(tiny_engine, "step", failing)
+    assert post(server, CHAT, json.dumps(says("hi")).encode())[0] == 200 and server.service.ready
+
+
+def test_panics_of_libraries_are_errors(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    panic = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})
+
+    def panicking(_: Any) -> None:
+        raise panic("words of a user")
+
+    monkeypatch.setattr(server.service.processor, "render", panicking)
+    monkeypatch.setattr(Processor, "prompt", lambda *_: panicking(None))
+    status, body = post(server, CHAT, json.dumps(says("hi")).encode())
+    assert status == 500 and json.loads(body)["error"]["code"] == "internal_error" and b"words" not in body
+
+
+HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
+SMUGGLED = "GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "request_text",
+    [
+        HEAD + "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+        HEAD + "Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n" + SMUGGLED,
+        HEAD + "Content-Length: 2\r\nContent-Length: 2\r\n\r\n{}" + SMUGGLED,
+        HEAD + "Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}" + SMUGGLED,
+        HEAD + "Content-Length: 2, 2\r\n\r\n{}" + SMUGGLED,
+        HEAD + "Content-Length: +2\r\n\r\n{}" + SMUGGLED,
+        HEAD + "Content-Length : 2\r\n\r\n{}" + SMUGGLED,
+        HEAD + "X: a\r\n b\r\nContent-Length: 2\r\n\r\n{}" + SMUGGLED,
+        HEAD + "X: a\nContent-Length: 2\r\n\r\n{}" + SMUGGLED,
+        HEAD.replace("\r\n", "\n") + "Content-Length: 2\n\n{}" + SMUGGLED,
+        HEAD + "Transfer-Encoding: chunked\r\n\r\n2;a=b\r\n{}\r\n0\r\n\r\n" + SMUGGLED,
+        HEAD + "Transfer-Encoding: chunked\r\n\r\n2 \r\n{}\r\n0\r\n\r\n" + SMUGGLED,
+        HEAD + "Transfer-Encoding: chunked\r\n\r\n2\n{}\r\n0\r\n\r\n" + SMUGGLED,
+        HEAD + "Transfer-Encoding: chunked\r\n\r\n0\r\nX: a\n\r\n\r\n" + SMUGGLED,
+        HEAD + "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+        HEAD + "Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+        HEAD.replace("1.1", "1.0") + "Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+    ],
+)
+def test_ambiguous_framing_closes_the_connection(server: Running, request_text: str) -> None:
+    status, body = raw(server, request_text.encode(), 20)
+    assert 400 <= status < 502 and b'"ok"' not in body  # nothing behind it is answered
+
+
+def test_a_host_is_checked_whatever_the_flags(tiny_engine: Engine) -> None:
+    def statuses(config: ServeConfig, keys: tuple[str, ...] = ()) -> list[int]:
+        with running(tiny_engine, config, keys) as server:
+            key = f"Authorization: Bearer {KEY}\r\n"
+            get = "GET /v1/models HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n" + key + "\r\n"
+            hosts = ("evil.example", f"127.0.0.1:{server.address[1]}", "localhost", "192.0.2.7:80", "[2001:db8::7]")
+            return [raw(server, get.format(host).encode())[0] for host in hosts]
+
+    assert statuses(CONFIG) == statuses(replace(CONFIG, no_key=True)) == [421, 200, 200, 421, 421]
+    assert statuses(replace(CONFIG, no_key=True, host="0.0.0.0")) == [421, 200, 200, 200, 200]
+    assert statuses(replace(CONFIG, no_key=True, allowed_hosts=("evil.example",))) == [200, 421, 421, 421, 421]
+    assert statuses(CONFIG, (KEY,)) == [200] * 5
+
+
+def test_an_unread_log_stops_nothing() -> None:
+    """More lines than the pipe holds, then the end of the process, with a reader that reads nothing; and without any."""
+    code = """if True:
+        import logging, sys, time
+        from ivl.serve import log
+        log.MAX_WAITING = 100
+        log.set_up_log()
+        logger, begun = logging.getLogger("ivl.serve"), time.monotonic()
+        for n in range(5000):
+            logger.info("request", extra={"fields": {"n": n}})
+        logging.getLogger("asyncio").error("Exception in callback x('words of a user')\\n{\\"event\\":\\"forged\\"}")
+        print(time.monotonic() - begun < 5, flush=True)
+    """
+    read, write = os.pipe()
+    for stderr in (write, subprocess.DEVNULL):
+        done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=stderr, timeout=60, check=True)
+        assert done.stdout.strip() == b"True"
+    os.close(write)
+    os.close(read)
+    both = subprocess.run([sys.executable, "-c", code.replace("5000", "5")], capture_output=True, timeout=60, check=True)
+    lines = [json.loads(line) for line in both.stderr.splitlines()]
+    assert len(lines) == 6 and b"words" not in both.stderr and lines[-1]["event"] == "Exception in callback x"
+
+
+def test_websocket_attempts_log_nothing(server: Running, caplog: pytest.LogCaptureFixture) -> None:
+    upgrade = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: eA==\r\n\r\n"
+    with caplog.at_level("WARNING"):
+        sent = f"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n{upgrade}"
+        thread = threading.Thread(target=lambda: raw(server, sent.encode(), 2), daemon=True)
+        thread.start()
+        thread.join(0.5)
+    assert not [record for record in caplog.records if "upgrade" in record.getMessage().lower()]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"names": ("",)}, "names"), ({"names": (" ",)}, "names"), ({"keep_alive": 1e9}, "below"), ({"keep_alive": 0.0}, "above")],
+)
+def test_options_that_make_no_sense_are_named(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        ServeConfig(**options)
+
+
+def test_a_server_without_its_extra_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "uvicorn.py").write_text("raise ModuleNotFoundError(\"No module named 'uvicorn'\", name='uvicorn')\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', Path.cwd())}"}
+    done = subprocess.run(
+        [sys.executable, "-m", "ivl", "serve", "x"], capture_output=True, text=True, env=environment, timeout=60, check=False
+    )
+    assert done.returncode != 0 and len(done.stderr.strip().splitlines()) == 1 and 'pip install "ivl[serve]"' in done.stderr
+
+
+def test_a_long_reply_with_logprobs_stops_nothing(server: Running) -> None:
+    body = says("?", n=4, logprobs=True, top_logprobs=20, ignore_eos=True, temperature=1.0, seed=1) | {"max_tokens": 500}
+    with LoopClock(server) as clock:
+        status, reply = post(server, CHAT, json.dumps(body).encode(), timeout=120)
+    assert status == 200 and len(json.loads(reply)["choices"]) == 4 and clock.longest < GAP
+
+
+def test_hostile_bodies_in_a_crowd(server: Running) -> None:
+    out = flood(server, 40, seed=3, largest=4_000_000)
+    assert not out.failures and out.megabytes < 200, out
+    assert server.service.num_open == 0 and server.service.ready and asyncio.run(asyncio.sleep(0)) is None
+    with pytest.raises(APIError):
+        server.service.check(100)
