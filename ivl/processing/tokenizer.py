@@ -94,7 +94,7 @@ class Tokenizer:
             if piece in self._markers:
                 ids.append(self._markers[piece])
             elif piece:
-                ids += self.backend.encode(piece, add_special_tokens=False).ids
+                ids += self.backend.encode_batch_fast([piece], add_special_tokens=False)[0].ids  # lets other threads run
         return ids
 
     def unused(self, vocab_size: int) -> list[int]:
