@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import os
 import sys
 
@@ -31,6 +32,8 @@ def main() -> None:
     """Entry point of the `ivl` command."""
     from ivl.errors import InputError, nearest
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files and rows may hold what no encoding has
     args = sys.argv[1:]
     if not args or args[0] in ("-h", "--help"):
         with contextlib.suppress(BrokenPipeError):  # a reader such as head has closed the pipe

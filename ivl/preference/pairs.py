@@ -22,7 +22,7 @@ from ivl.errors import DataError, InputError
 from ivl.evaluation.scoring import AnswerMode, AnswerStyle, compare, extract, fix_answer
 from ivl.preference.questions import QuestionSource
 from ivl.utils.files import NewFiles, write_json
-from ivl.utils.jsonl import Journal, json_line, read_journal, reading_line
+from ivl.utils.jsonl import Journal, json_line, read_journal, reading_line, whole_text
 from ivl.utils.strict_json import from_json
 
 FILES = ("pairs.jsonl", "format_pairs.jsonl", "grades.jsonl")
@@ -154,14 +154,15 @@ def join(prefix: str, continuation: str) -> str:
 
 
 def _pair(row: dict[str, Any], kind: PairKind, index: int, chosen: str, rejected: str) -> dict[str, Any]:
+    """Make a row of training data: image paths are absolute, and a lone surrogate of a text becomes U+FFFD."""
     images = [str(Path(image).absolute()) for image in row["images"]]
     marks = "" if "<image>" in row["question"] else "<image>\n" * len(images)
-    pair = {
-        "id": f"{row['id']}/{kind}-{index}", "question": marks + row["question"], "chosen": chosen, "rejected": rejected,
-    }  # fmt: skip
+    texts = {"id": f"{row['id']}/{kind}-{index}", "question": marks + row["question"], "chosen": chosen, "rejected": rejected}
+    pair: dict[str, Any] = {key: whole_text(text) for key, text in texts.items()}
     if images:
         pair["image"] = images[0] if len(images) == 1 else images
-    return pair | {"answer_gt": row["answers"], "source": row["source"], "kind": kind}
+    answers = [whole_text(answer) for answer in row["answers"]]
+    return pair | {"answer_gt": answers, "source": whole_text(row["source"]), "kind": kind}
 
 
 def build_pairs(
@@ -258,10 +259,10 @@ def _trainable(pairs: list[dict[str, Any]], tally: Tally, max_chars: int) -> lis
         elif not all(Path(image).is_file() for image in images):
             reason = "image no longer there"
         try:
-            "".join((pair["question"], *texts)).encode()
+            "".join(images).encode()
             to_record(pair, source=pair["id"], root=Path())
         except UnicodeEncodeError:
-            reason = "lone surrogates"
+            reason = "an image whose name is not UTF-8"
         except DataError as error:
             reason = reason or f"training refuses it: {error.problem[:80]}"
         if reason:

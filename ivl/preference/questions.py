@@ -158,7 +158,7 @@ def _question(source: QuestionSource, line: bytes, where: str, number: int) -> Q
     marks = text.count("<image>")
     if marks and marks != len(images):
         raise InputError(f"{where}: {marks} <image> marks but {len(images)} images")
-    root = Path(source.root) if source.root else Path(source.questions).parent
+    root = (Path(source.root) if source.root else Path(source.questions).parent).absolute()
     paths = [str(root / image) for image in images]
     for image in paths:
         if not Path(image).is_file():

@@ -24,7 +24,7 @@ from ivl.train.objectives import ObjectiveContext
 from ivl.train.stage import set_modes
 from ivl.train.world import World, full_tensor, is_sharded
 from ivl.types import IGNORE, Batch, Layout, VideoRef
-from ivl.utils.jsonl import Journal, read_journal
+from ivl.utils.jsonl import Journal, read_journal, reading_line
 from ivl.utils.progress import counting
 
 NOT_DATA = frozenset(("num_workers", "prefetch", "start_method", "cache_samples", "epochs", "shuffle", "mixture", "root"))
@@ -96,9 +96,10 @@ class FileReference:
             for file in files:
                 about, rows = read_journal(file)
                 ranks = about["ranks"]
-                for _, row in rows:
-                    if "source" in row:
-                        pairs[row["dataset"], row["source"]] = row["chosen"], row["rejected"]
+                for number, row in rows:
+                    with reading_line(file, number):
+                        if "source" in row:
+                            pairs[row["dataset"], row["source"]] = row["chosen"] + 0.0, row["rejected"] + 0.0
                     done += bool(row.get("done"))
             if not files or not len(files) == done == ranks:
                 raise InputError(f"{directory}: no finished log-probabilities of the reference model; start the run afresh")

@@ -14,7 +14,7 @@ from ivl.errors import InputError
 from ivl.generators import Generator, replies_of
 from ivl.preference.questions import Question, QuestionSource, fingerprint, read_questions
 from ivl.types import Conversation, SamplingParams
-from ivl.utils.jsonl import Journal, read_journal
+from ivl.utils.jsonl import Journal, read_journal, reading_line, whole_text
 
 SAMPLED = SamplingParams(temperature=1.0, top_k=50, max_new_tokens=4096)
 CONTINUED = replace(SAMPLED, max_new_tokens=2048)
@@ -111,9 +111,12 @@ def continue_without_images(
 
     def prefixes() -> Iterator[dict[str, Any]]:
         for number, row in rows:
-            if not row["images"]:
-                raise InputError(f"{replies}:{number}: question {row['id']!r} has no image to take away")
-            whole = [reply["text"] for reply in row["replies"] if reply["finish_reason"] == "stop" and reply["text"].strip()]
+            with reading_line(replies, number, "sample the question again into another file"):
+                if not row["images"]:
+                    raise InputError(f"{replies}:{number}: question {row['id']!r} has no image to take away")
+                whole = [
+                    reply["text"] for reply in row["replies"] if reply["finish_reason"] == "stop" and reply["text"].strip()
+                ]
             for k, text in enumerate(whole[: config.per_question]):
                 if prefix := first_words(text, config.ratio):
                     yield {**row, "replies": None, "chosen": text, "prefix": prefix, "index": k}
@@ -162,11 +165,11 @@ def _replies(
         replies = replies_of(generator, prompts, params)
     except InputError as error:
         raise InputError(f"questions {ids[0]} to {ids[-1]}: {error}") from error
-    return [{"text": reply.text, "finish_reason": reply.finish_reason} for reply in replies]
+    return [{"text": whole_text(reply.text), "finish_reason": reply.finish_reason} for reply in replies]
 
 
 def _seeded(params: SamplingParams, question: str, index: int) -> SamplingParams:
-    digest = hashlib.sha256(f"{params.seed or 0} {question} {index}".encode()).digest()
+    digest = hashlib.sha256(f"{params.seed or 0} {question} {index}".encode("utf-8", "surrogatepass")).digest()
     return replace(params, seed=int.from_bytes(digest[:4], "little") & 0x7FFFFFFF)
 
 

@@ -18,6 +18,11 @@ CHOOSE = "choose another output or remove the file"
 DAMAGED = "remove this line and all that follow, and the same command goes on from there"
 
 
+def whole_text(text: str) -> str:
+    """Replace each lone surrogate by U+FFFD: training rows cannot hold it, and no tokenizer encodes it."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 class AppendLog:
     """A file that only grows, and belongs to one process at a time.
 
