@@ -25,7 +25,7 @@ FEWEST_PEOPLE = 10
 
 _BY_NAME: tuple[tuple[str, AnswerMode], ...] = (
     ("chartqa", "relaxed"), ("docvqa", "anls"), ("infographic", "anls"), ("infovqa", "anls"), ("sroie", "geometry"),
-    ("clevr", "geometry"), ("geo", "geometry"), ("unigeo", "geometry"), ("mavis", "mavis"),
+    ("clevr", "geometry"), ("geo", "geometry"), ("mavis", "mavis"),
 )  # fmt: skip
 
 
@@ -48,18 +48,11 @@ _AnswerRule = Callable[[str, str, Sequence[str]], bool | None]
 
 def mode_for(dataset: str) -> AnswerMode:
     """Return the mode of a data set by its name; auto for unknown names."""
-    for part, mode in _BY_NAME:
-        if part in dataset.lower():
-            return mode
-    return "auto"
+    return next((mode for part, mode in _BY_NAME if part in dataset.lower()), "auto")
 
 
 def compare(
-    prediction: str,
-    truth: str | Sequence[str],
-    *,
-    mode: AnswerMode = "auto",
-    choices: Sequence[str] = (),
+    prediction: str, truth: str | Sequence[str], *, mode: AnswerMode = "auto", choices: Sequence[str] = ()
 ) -> AnswerVerdict:
     """Score an answer from 0 to 1. An empty answer scores 0.
 
@@ -86,16 +79,6 @@ def compare(
     verdicts = [_verdict(prediction, answer, choices, mode) for answer in truths]
     best = max(verdict.score for verdict in verdicts)
     return AnswerVerdict(best, "" if best > ACCEPT else next((v.stopped for v in verdicts if v.stopped), ""))
-
-
-def verify(prediction: str, truth: str | Sequence[str], *, mode: AnswerMode = "auto", choices: Sequence[str] = ()) -> float:
-    """Return the score of `compare`."""
-    return compare(prediction, truth, mode=mode, choices=choices).score
-
-
-def correct(prediction: str, truth: str | Sequence[str], *, mode: AnswerMode = "auto", choices: Sequence[str] = ()) -> bool:
-    """Return whether `compare` finds the answer right."""
-    return compare(prediction, truth, mode=mode, choices=choices).correct
 
 
 def _verdict(prediction: str, truth: str, choices: Sequence[str], mode: AnswerMode) -> AnswerVerdict:
@@ -127,8 +110,7 @@ def _number(prediction: str, truth: str, _: Sequence[str]) -> bool | None:
 
 
 def _relaxed(prediction: str, truth: str, _: Sequence[str]) -> bool | None:
-    both = quantities(prediction, truth)
-    return same_quantity(*both, tolerance=0.05, relaxed=True) if both else None
+    return same_quantity(*both, tolerance=0.05, relaxed=True) if (both := quantities(prediction, truth)) else None
 
 
 def _words(prediction: str, truth: str, _: Sequence[str]) -> bool | None:

@@ -10,7 +10,7 @@ from typing import get_args
 
 import pytest
 
-from ivl.evaluation.scoring import ACCEPT, AnswerMode, verify
+from ivl.evaluation.scoring import AnswerMode, compare
 
 CASES = [json.loads(line) for line in (Path(__file__).parent / "cases.jsonl").read_text(encoding="utf-8").splitlines()]
 MOST_SECONDS = 120.0
@@ -22,9 +22,9 @@ def test_every_case_is_judged_as_labelled_and_in_time() -> None:
     wrong, began = [], processor_time()
     for number, case in enumerate(CASES, 1):
         prediction = case["prediction"] * case.get("repeat", 1)
-        score = verify(prediction, case["truth"], mode=case["mode"], choices=case.get("choices", ()))
-        if not 0 <= score <= 1 or (score > ACCEPT) != case["accept"]:
-            wrong.append((number, case["mode"], prediction[:40], case["truth"], score))
+        verdict = compare(prediction, case["truth"], mode=case["mode"], choices=case.get("choices", ()))
+        if not 0 <= verdict.score <= 1 or verdict.correct != case["accept"]:
+            wrong.append((number, case["mode"], prediction[:40], case["truth"], verdict))
     assert not wrong
     assert processor_time() - began < MOST_SECONDS
 

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from ivl.evaluation.scoring import anls, edit_distance, exact_match, normalize, wilson
-from ivl.evaluation.scoring.metrics import agreement
+from ivl.evaluation.scoring import anls, exact_match, normalize, wilson
+from ivl.evaluation.scoring.metrics import agreement, edit_distance
 
 
 def test_normalize() -> None:

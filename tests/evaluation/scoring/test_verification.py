@@ -13,14 +13,8 @@ from hypothesis import strategies as st
 
 import ivl.errors
 from ivl.errors import InputError
-from ivl.evaluation.scoring import (
-    compare,
-    correct,
-    edit_distance,
-    formulas,
-    mode_for,
-    verify,
-)
+from ivl.evaluation.scoring import compare, formulas, mode_for
+from ivl.evaluation.scoring.metrics import edit_distance
 from ivl.utils.killable import CallStopped
 
 TEXT_MODES = ("exact", "anls", "vqa", "relaxed", "choice", "number", "auto")
@@ -60,34 +54,34 @@ needs_math_verify = pytest.mark.skipif(importlib.util.find_spec("math_verify") i
 @few
 @given(ANSWERS, ANSWERS, st.sampled_from(TEXT_MODES[:-1]), st.lists(ANSWERS, max_size=4))
 def test_any_text_has_a_score(prediction: str, truth: str, mode: str, choices: list[str]) -> None:
-    assert 0 <= verify(prediction, truth, mode=mode, choices=choices) <= 1  # type: ignore[arg-type]
+    assert 0 <= compare(prediction, truth, mode=mode, choices=choices).score <= 1  # type: ignore[arg-type]
 
 
 @needs_math_verify
 @settings(few, max_examples=60)
 @given(ANSWERS, ANSWERS, st.sampled_from(("math", "auto", "geometry", "mavis")))
 def test_any_formula_has_a_score(prediction: str, truth: str, mode: str) -> None:
-    assert verify(prediction, truth, mode=mode) in (0, 1)  # type: ignore[arg-type]
+    assert compare(prediction, truth, mode=mode).score in (0, 1)  # type: ignore[arg-type]
 
 
 @few
 @given(ANSWERS, st.sampled_from(TEXT_MODES))
 def test_an_answer_is_right_about_itself_unless_empty(text: str, mode: str) -> None:
-    assert correct(text, text, mode=mode) == bool(text.strip())  # type: ignore[arg-type]
+    assert compare(text, text, mode=mode).correct == bool(text.strip())  # type: ignore[arg-type]
 
 
 @few
 @given(ANSWERS, ANSWERS, st.sampled_from(SYMMETRIC))
 def test_the_same_score_both_ways(a: str, b: str, mode: str) -> None:
-    assert verify(a, b, mode=mode) == verify(b, a, mode=mode)  # type: ignore[arg-type]
+    assert compare(a, b, mode=mode).score == compare(b, a, mode=mode).score  # type: ignore[arg-type]
 
 
 @few
 @given(st.integers(-(10**12), 10**12), st.integers(-(10**12), 10**12))
 def test_integers_are_equal_or_not_in_every_spelling(a: int, b: int) -> None:
     for mode in ("number", "auto"):
-        assert correct(f"{a:,}", str(b), mode=mode) == (a == b)
-        assert correct(f" {a}.0", f"{b:,}", mode=mode) == (a == b) or abs(a - b) <= abs(b) / 1000
+        assert compare(f"{a:,}", str(b), mode=mode).correct == (a == b)
+        assert compare(f" {a}.0", f"{b:,}", mode=mode).correct == (a == b) or abs(a - b) <= abs(b) / 1000
 
 
 @few
@@ -96,16 +90,16 @@ def test_anls_falls_with_the_distance(a: str, b: str) -> None:
     said, meant = (" ".join(text.split()) for text in (a, b))
     if said and meant:
         share = edit_distance(said, meant) / max(len(said), len(meant))
-        assert verify(a, b, mode="anls") == pytest.approx(1 - share if share < 0.5 else 0)
+        assert compare(a, b, mode="anls").score == pytest.approx(1 - share if share < 0.5 else 0)
 
 
 def test_several_truths() -> None:
-    assert correct("5", ["4", "5"]) and not correct("6", ["4", "5"])
-    assert verify("red", ["red"] * 3 + ["blue"] * 7, mode="vqa") == pytest.approx(0.9)
+    assert compare("5", ["4", "5"]).correct and not compare("6", ["4", "5"]).correct
+    assert compare("red", ["red"] * 3 + ["blue"] * 7, mode="vqa").score == pytest.approx(0.9)
     with pytest.raises(InputError, match="no truth"):
-        verify("5", [])
+        compare("5", [])
     with pytest.raises(InputError, match="'maths'"):
-        verify("5", "5", mode="maths")  # type: ignore[arg-type]
+        compare("5", "5", mode="maths")  # type: ignore[arg-type]
 
 
 def test_modes_of_data_sets() -> None:
@@ -122,7 +116,7 @@ def test_a_formula_beyond_its_limits_counts_as_different_and_the_next_is_compare
     verdict = compare(hostile, truth, mode="math")
     assert verdict.score == 0
     assert verdict.stopped == f"the comparison of '{truth}' and '{hostile}' took more than 1 s of processor time"
-    assert correct(r"\frac{1}{2}x", r"\frac{x}{2}", mode="math")
+    assert compare(r"\frac{1}{2}x", r"\frac{x}{2}", mode="math").correct
 
 
 def test_a_verdict_names_a_comparison_that_was_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,6 +148,6 @@ def test_without_the_libraries_the_message_says_what_to_install(monkeypatch: pyt
     )
     monkeypatch.setitem(sys.modules, "rapidfuzz.distance", None)
     with pytest.raises(InputError, match=r"math-verify.*ivl\[eval\]"):
-        verify("x", "y", mode="math")
+        compare("x", "y", mode="math")
     with pytest.raises(InputError, match=r"rapidfuzz.*ivl\[eval\]"):
-        verify("hello", "hallo", mode="anls")
+        compare("hello", "hallo", mode="anls")
