@@ -150,9 +150,14 @@ def medium(source: Medium) -> ImageRef | VideoRef:
         return VideoRef(str(path))
     from PIL import Image, UnidentifiedImageError
 
+    from ivl.utils.files import regular
+    from ivl.utils.pictures import open_image
+
+    regular(path)
     try:
-        with Image.open(path) as image:
+        with path.open("rb") as stream:
+            image, _ = open_image(stream)
             moving = image.format == "GIF" and getattr(image, "n_frames", 1) > 1
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+    except (UnidentifiedImageError, OSError, ValueError, IndexError, Image.DecompressionBombError) as error:
         raise InputError(f"{source}: not an image that can be read ({error})") from error
     return VideoRef(str(path)) if moving else ImageRef(str(path))

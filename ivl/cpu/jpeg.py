@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ivl.processing.image import MAX_PIXELS, load_image, open_image
+from ivl.processing.image import check_source, load_image
 from ivl.types import ImageRef
+from ivl.utils.budgets import MAX_FILE_BYTES, MAX_PIXELS
+from ivl.utils.files import regular
+from ivl.utils.pictures import open_image
 
 KEPT_BYTES = 64 << 20
 """Pixels of a larger image get memory of their own."""
-ORIENTATION = 0x0112
-"""The EXIF tag that says how the camera was held."""
 ORIENTATION_MARKS = (b"Exif\0\0", b"Orientation")
 """A JPEG file that states an orientation, in EXIF or XMP, contains one of these."""
 
@@ -38,6 +39,7 @@ class FastLoader:
         return FastLoader, ()  # a worker process starts with no memory
 
     def __call__(self, ref: ImageRef, root: str = "", *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+        check_source(ref)
         pixels_YXC = None if isinstance(ref.source, Image.Image) else self._decode(ref.source, root, max_pixels)
         return np.asarray(load_image(ref, root, max_pixels=max_pixels)) if pixels_YXC is None else pixels_YXC
 
@@ -47,6 +49,8 @@ class FastLoader:
             return None
         read_header, decode = decoder
         try:
+            if not isinstance(source, bytes) and regular(Path(root) / source).st_size > MAX_FILE_BYTES:
+                return None
             with io.BytesIO(source) if isinstance(source, bytes) else (Path(root) / source).open("rb") as stream:
                 if stream.read(3) != b"\xff\xd8\xff":
                     return None
@@ -57,10 +61,10 @@ class FastLoader:
                 return None
             # Searching for the marks of an orientation costs less than parsing for one.
             marked = any(mark in data for mark in ORIENTATION_MARKS)
-            if marked and open_image(io.BytesIO(data), ("JPEG",)).getexif().get(ORIENTATION, 1) != 1:
+            if marked and open_image(io.BytesIO(data), ("JPEG",))[1] != 1:
                 return None
             return decode(data, "RGB", buffer=self._memory(3 * width * height))  # strict: its warnings are ValueErrors
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        except (OSError, ValueError, IndexError, SyntaxError, Image.DecompressionBombError):
             return None
 
     def _memory(self, num_bytes: int) -> np.ndarray | None:

@@ -19,6 +19,7 @@ from ivl.generators import PlainReply, Refused, join_deltas
 from ivl.processing.image import load_image
 from ivl.processing.video import load_frames
 from ivl.types import Conversation, FinishReason, ImageRef, Message, Part, SamplingParams, Text, TextDelta
+from ivl.utils.pictures import open_image
 
 DEFAULT_FRAMES = 8
 """Frames of a video that names no number."""
@@ -193,8 +194,7 @@ def _data_url(ref: ImageRef) -> str:
     data, mime = b"", None
     if not isinstance(ref.source, Image.Image):
         data = Path(ref.source).read_bytes() if isinstance(ref.source, str) else ref.source
-        with Image.open(io.BytesIO(data)) as opened:
-            mime = MIME.get(opened.format or "")
+        mime = MIME.get(open_image(io.BytesIO(data))[0].format or "")
     if mime is None:
         out = io.BytesIO()
         image.save(out, "PNG")

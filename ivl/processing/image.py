@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import io
 import os
-import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +18,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ivl.config import TilingConfig
 from ivl.errors import InputError, MediaError
 from ivl.types import ImageRef
-
-MAX_PIXELS = 178_956_970
-"""Largest image that is decoded, in pixels (512 MiB of RGB); a header announcing more is refused before decoding."""
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
-"""What may be opened; the decoders of other formats are never started."""
+from ivl.utils.budgets import MAX_METADATA_BYTES, MAX_PIXELS, MAX_TILES
+from ivl.utils.files import regular
+from ivl.utils.pictures import open_image, upright
 
 
 def load_image(ref: ImageRef, root: str = "", *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -38,20 +34,17 @@ def load_image(ref: ImageRef, root: str = "", *, max_pixels: int = MAX_PIXELS) -
     Raises:
         MediaError: naming the file, if it is missing, of another format, truncated, or larger than max_pixels.
     """
-    source = ref.source
+    source = check_source(ref).source
     if isinstance(source, Image.Image):
-        _check_size(source, "the given image", max_pixels)
-        return to_rgb(ImageOps.exif_transpose(source))
-    if isinstance(source, bytes):
-        name, stream = f"image of {len(source)} bytes", io.BytesIO(source)
-    else:
-        name = str(Path(root) / source)
-        stream = _open_file(name)
-    with stream:
+        check_size(source.size, "the given image", max_pixels)
+        exif = source.info.get("exif") or b""
+        return to_rgb(ImageOps.exif_transpose(source) if len(exif) <= MAX_METADATA_BYTES else source)
+    name = f"image of {len(source)} bytes" if isinstance(source, bytes) else str(Path(root) / source)
+    with io.BytesIO(source) if isinstance(source, bytes) else _open_file(name) as stream:
         try:
-            image = open_image(stream, FORMATS)
-            _check_size(image, name, max_pixels)
-            return to_rgb(ImageOps.exif_transpose(image))
+            image, orientation = open_image(stream)
+            check_size(image.size, name, max_pixels)
+            return upright(to_rgb(image), orientation)
         except InputError:
             raise
         except Exception as error:  # Pillow's readers raise whatever their parsing meets
@@ -62,26 +55,33 @@ def load_image(ref: ImageRef, root: str = "", *, max_pixels: int = MAX_PIXELS) -
             raise MediaError("undecodable_media", f"{name}: not a readable image ({why})") from error
 
 
+def check_source(ref: ImageRef) -> ImageRef:
+    """Raise InputError for a reference whose source is nothing that an image can be read from."""
+    if not isinstance(ref.source, str | bytes | os.PathLike | Image.Image):
+        kind = type(ref.source).__name__
+        raise InputError(f"an image must be a path, bytes or a PIL image, got {kind}; PIL.Image.fromarray takes an array")
+    if isinstance(ref.source, str | bytes) and not ref.source:
+        raise MediaError("missing_media", "an image has an empty path or no bytes")
+    return ref
+
+
 def _open_file(name: str) -> io.BufferedReader:
     try:
+        regular(name)
         return Path(name).open("rb")
+    except InputError as error:  # a pipe or a device
+        raise MediaError("undecodable_media", str(error)) from None
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
         kind = "undecodable_media" if os.path.exists(name) else "missing_media"  # noqa: PTH110, never raises
         why = error.strerror if isinstance(error, OSError) else error
         raise MediaError(kind, f"{name}: cannot read the image ({why})") from error
 
 
-def open_image(stream: Any, formats: tuple[str, ...]) -> Image.Image:
-    """Open an image without decoding it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked instead
-        return Image.open(stream, formats=formats)
-
-
-def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
-    if image.width * image.height > max_pixels:
-        size = f"{image.width} x {image.height} pixels, the limit is {max_pixels:,}"
-        raise MediaError("undecodable_media", f"{name}: {size}; scale it down")
+def check_size(size: tuple[int, int], name: object, max_pixels: int) -> None:
+    """Raise MediaError for an image or a frame of more pixels than may be decoded."""
+    if size[0] * size[1] > max_pixels:
+        sizes = f"{size[0]} x {size[1]} pixels, the limit is {max_pixels:,}"
+        raise MediaError("undecodable_media", f"{name}: {sizes}; scale it down")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -119,8 +119,8 @@ def grid_for(width: int, height: int, tiling: TilingConfig, max_tiles: int | Non
     if not tiling.dynamic:
         return 1, 1
     most = tiling.max_tiles if max_tiles is None else max_tiles
-    if most < 1:
-        raise InputError(f"max_tiles must be >= 1, got {most}")
+    if not 1 <= most <= MAX_TILES:
+        raise InputError(f"max_tiles must be in 1..{MAX_TILES:,}, got {most}")
     ratio, area = width / height, width * height
     best, best_distance = (1, 1), float("inf")
     for columns, rows in grids(min(tiling.min_tiles, most), most):

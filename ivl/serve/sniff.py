@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from ivl.serve.media_limits import MediaConfig, MediaRefusal
+from ivl.utils.pictures import open_image
 
 MAX_READS = 10_000
 """Reads that Pillow may make in a header. A header of more parts than that is made to cost time."""
@@ -67,7 +68,8 @@ def check_image(data: bytes, config: MediaConfig) -> MediaHeader:
         raise _too_many_parts()
     try:
         header = _gif_header(data) if kind == "GIF" else None
-        with Image.open(_CountedReads(data), formats=[kind]) as image:
+        stream = _CountedReads(data)  # of a JPEG, Pillow unpacks every EXIF tag when it opens it
+        with open_image(stream, [kind])[0] if kind == "JPEG" else Image.open(stream, formats=[kind]) as image:
             size, layers = image.size, getattr(image, "layer", ())
             if len(layers) != getattr(image, "layers", 0):  # a JPEG with two frame headers
                 raise MediaRefusal("the image names two sizes")

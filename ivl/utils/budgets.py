@@ -29,5 +29,7 @@ MAX_FRAME_PIXELS = 1 << 24
 """A frame of a video is halved until it has no more pixels, which is 85 times what its tile shows."""
 MAX_METADATA_BYTES = 1 << 16
 """EXIF of an image; more of it is not read, and the image counts as upright."""
+MAX_PARTS = 100_000
+"""Segments, chunks or tags of an image file."""
 MAX_TILES = 1_000
 """Tiles that one image may be cut into."""

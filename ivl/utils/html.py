@@ -12,6 +12,8 @@ from typing import Any
 from PIL import Image
 
 from ivl.errors import InputError
+from ivl.utils.files import regular
+from ivl.utils.pictures import open_image, upright
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -61,7 +63,9 @@ def picture(source: str | Path | bytes | Image.Image, *, size: int = 160) -> str
         if isinstance(source, Image.Image):
             image = source.copy()
         else:
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+            data = source if isinstance(source, bytes) else Path(source).read_bytes() if regular(source) else b""
+            image, orientation = open_image(io.BytesIO(data))
+            image = upright(image, orientation)
         image.thumbnail((size, size))
         buffer = io.BytesIO()
         image.convert("RGB").save(buffer, format="JPEG", quality=85)

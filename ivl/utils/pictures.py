@@ -1,0 +1,173 @@
+"""Opens images without the metadata that Pillow would unpack: a megabyte of it can take gigabytes of memory.
+
+Pillow reads every tag of an EXIF block, and each of its 65,535 tags may name the same megabyte. Of JPEG and PNG it gets the
+parts that hold the picture alone; the tags of a TIFF are summed first; what says how the camera was held is read here.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+import warnings
+import zlib
+from collections.abc import Sequence
+from typing import IO
+
+import numpy as np
+from PIL import Image
+
+from ivl.utils.budgets import MAX_FILE_BYTES, MAX_METADATA_BYTES, MAX_PARTS
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
+"""What may be opened; the decoders of other formats are never started."""
+ORIENTATION, SUB_IFDS = 0x0112, (0x8769, 0x8825, 0xA005)
+"""Tags: how the camera was held; where EXIF, GPS and interoperability tags lie."""
+_SIZES = np.array([0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8, 0], float)
+"""Bytes of a value by its type in a TIFF."""
+_XMP = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
+_UPRIGHT = (
+    None, None, Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90,
+)  # fmt: skip
+
+
+def open_image(stream: IO[bytes], formats: Sequence[str] = FORMATS) -> tuple[Image.Image, int]:
+    """Open an image, and do not decode it.
+
+    Returns:
+        The image, and its orientation from 1 to 8; 1 is upright.
+
+    Raises:
+        Exception: whatever Pillow raises for what it cannot read.
+    """
+    head = stream.read(8)
+    stream.seek(0)
+    exif = xmp = b""
+    if head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")):
+        data = stream.read(MAX_FILE_BYTES + 1)
+        if len(data) > MAX_FILE_BYTES:
+            raise ValueError(f"more than {MAX_FILE_BYTES:,} bytes")
+        parts, exif, xmp = _png(data) if head[:1] == b"\x89" else _jpeg(data)
+        stream = io.BytesIO(b"".join(parts))
+    elif head.startswith((b"II", b"MM")):
+        _check_tags(stream)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked instead
+        image = Image.open(stream, formats=formats)
+    if image.format == "WEBP":
+        exif, xmp = (image.info.get(name) or b"" for name in ("exif", "xmp"))
+    return image, orientation_of(exif, xmp)
+
+
+def upright(image: Image.Image, orientation: int) -> Image.Image:
+    """Turn an image as its orientation says."""
+    method = _UPRIGHT[orientation]
+    return image if method is None else image.transpose(method)
+
+
+def orientation_of(exif: bytes, xmp: bytes = b"") -> int:
+    """The orientation that an EXIF block states, or else an XMP text; 1 if neither does."""
+    exif = exif[:MAX_METADATA_BYTES].removeprefix(b"Exif\0\0")
+    order = {b"II": "<", b"MM": ">"}.get(exif[:2])
+    try:
+        if order:
+            (at,) = struct.unpack_from(f"{order}I", exif, 4)
+            (count,) = struct.unpack_from(f"{order}H", exif, at)
+            for entry in range(at + 2, at + 2 + 12 * count, 12):
+                tag, kind, number, value = struct.unpack_from(f"{order}HHIH", exif, entry)
+                if tag == ORIENTATION:
+                    return value if kind == 3 and number == 1 and 1 <= value <= 8 else 1
+    except struct.error:  # the block ends before its tags do
+        pass
+    found = _XMP.search(xmp[:MAX_METADATA_BYTES])
+    return int(found[1]) if found else 1
+
+
+def _jpeg(data: bytes) -> tuple[list[bytes], bytes, bytes]:
+    """The segments of a JPEG that hold the picture, its first EXIF block, and its XMP text."""
+    parts, exif, xmp, at = [data[:2]], b"", b"", 2
+    for _ in range(MAX_PARTS):
+        if data[at] != 0xFF:
+            break
+        marker = data[at + 1]
+        if marker in (0, 0xFF):  # padding
+            at += 1
+            continue
+        end = at + 2 if 0xD0 <= marker <= 0xD9 or marker == 1 else at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker == 0xDA:  # the pixels follow
+            return [*parts, data[at:]], exif, xmp
+        if marker == 0xE1 and data.startswith(b"Exif\0\0", at + 4):
+            exif = exif or data[at + 4 : end]
+        elif marker == 0xE1 and data.startswith(b"http://ns.adobe.com/xap/1.0/\0", at + 4):
+            xmp = xmp or data[at + 4 : end]
+        elif marker in (0xE0, 0xEE) or not (0xE0 <= marker <= 0xEF or marker == 0xFE):  # JFIF, Adobe's colors, no metadata
+            parts.append(data[at:end])
+        at = end
+    raise ValueError("no picture behind its metadata")
+
+
+def _png(data: bytes) -> tuple[list[bytes], bytes, bytes]:
+    """The chunks of a PNG that hold the picture, its EXIF block, and its XMP text."""
+    parts, exif, xmp, at = [data[:8]], b"", b"", 8
+    for _ in range(MAX_PARTS):
+        kind, end = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if kind == b"tRNS" or kind[:1].isupper():  # the critical ones begin with a capital letter
+            parts.append(data[at:end])
+        elif kind == b"eXIf":
+            exif = data[at + 8 : min(end - 4, at + 8 + MAX_METADATA_BYTES)]
+        elif kind in (b"tEXt", b"zTXt", b"iTXt"):
+            name, text = _png_text(kind, data[at + 8 : min(end - 4, at + 8 + MAX_METADATA_BYTES)])
+            if name == b"Raw profile type exif" and not exif:
+                exif = _raw_profile(text)
+            elif name == b"XML:com.adobe.xmp":
+                xmp = text
+        at = end
+        if at >= len(data) or kind == b"IEND":
+            return parts, exif, xmp
+    raise ValueError("more parts than an encoder would write")
+
+
+def _png_text(kind: bytes, chunk: bytes) -> tuple[bytes, bytes]:
+    """The name of a text chunk, and its text as far as it is read."""
+    name, _, rest = chunk.partition(b"\0")
+    packed = kind == b"zTXt"
+    if kind == b"iTXt":
+        packed, rest = rest[:1] == b"\1", rest[2:].split(b"\0", 2)[-1]
+    elif packed:
+        rest = rest[1:]
+    try:
+        return name, zlib.decompressobj().decompress(rest, 2 * MAX_METADATA_BYTES) if packed else rest
+    except zlib.error:
+        return name, b""
+
+
+def _raw_profile(text: bytes) -> bytes:
+    """The block that ImageMagick writes as hexadecimal digits: a newline, its name, its length, the digits."""
+    try:
+        return bytes.fromhex("".join(text.decode("ascii").split("\n")[3:]))
+    except ValueError:
+        return b""
+
+
+def _check_tags(stream: IO[bytes]) -> None:
+    """Refuse a TIFF whose tags name more bytes than it has: they lie over each other, and each is read by itself."""
+    size = stream.seek(0, io.SEEK_END)
+    stream.seek(0)
+    head = stream.read(16)
+    order, big = "<" if head[:2] == b"II" else ">", head[2:4] in (b"+\0", b"\0+")
+    number, counter = (f"{order}u8", f"{order}u8") if big else (f"{order}u4", f"{order}u2")
+    entry = np.dtype([("tag", f"{order}u2"), ("kind", f"{order}u2"), ("count", number), ("value", number)])
+
+    def tags_at(at: int) -> np.ndarray:
+        stream.seek(at)
+        count = int(np.frombuffer(stream.read(np.dtype(counter).itemsize), counter, 1)[0])
+        data = stream.read(min(count, MAX_PARTS) * entry.itemsize)
+        return np.frombuffer(data, entry, len(data) // entry.itemsize)
+
+    tags = tags_at(int(np.frombuffer(head, number, 1, 8 if big else 4)[0]))
+    parts = [tags, *map(tags_at, np.unique(tags["value"][np.isin(tags["tag"], SUB_IFDS)])[:9].tolist())]
+    named = sum(float((part["count"] * _SIZES[np.minimum(part["kind"], len(_SIZES) - 1)]).sum()) for part in parts)
+    if named > size + MAX_METADATA_BYTES:
+        raise ValueError("its tags name more bytes than it has")
+    stream.seek(0)
