@@ -9,8 +9,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from ivl.cli.serve import serve
 from ivl.errors import InputError
 from ivl.inference.engine import Engine
+from ivl.serve.config import ServeConfig
 from ivl.serve.page import EXAMPLES, FILES, POLICY, PageExample, read_examples, write_examples
 from tests.helpers.engines import picture
 from tests.helpers.servers import KEY, Running, engine, running
@@ -92,3 +94,13 @@ def test_examples_are_read_as_they_were_written(tmp_path: Path) -> None:
         (model / EXAMPLES).write_text(wrong)
         with pytest.raises(InputError, match=r"examples\.json"):
             read_examples(model)
+
+
+def test_serve_names_a_model_after_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_socket(config: ServeConfig, _: object) -> None:
+        raise InputError(config.names[0])
+
+    monkeypatch.setattr("ivl.serve.run.open_socket", open_socket)
+    for args, name in ((["runs/mine/model"], "mine"), (["runs/mine/model", "--names", "a", "b"], "a"), (["me/nano"], "nano")):
+        with pytest.raises(InputError, match=f"^{name}$"):
+            serve(args)
