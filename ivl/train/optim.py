@@ -78,7 +78,7 @@ class Optimizer:
         if wrong := set(states) ^ set(self.parameters):
             raise ValueError(f"optimizer state and trainable parameters differ in {len(wrong)} names, first {min(wrong)!r}")
         names = {p: name for name, p in self.parameters.items()}
-        keys = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.Muon: {"momentum_buffer"}}
+        keys = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}
         for part in self.parts:
             for group in part.param_groups:
                 for p in group["params"]:
