@@ -57,12 +57,12 @@ def any_model(stage: str, model: str, data: tuple[str, ...], *, format: str | No
             max_tiles=max(base.data.max_tiles, max_tokens // architecture.tokens_per_tile),
             over_budget="refuse" if stage == "mpo" else "truncate",
         ),
-        train=replace(base.train, packs_per_step=packs, precision="bf16" if _multiplies_bf16() else "fp32"),
+        train=replace(base.train, packs_per_step=packs, precision="auto"),
     )  # fmt: skip
     chosen = (
         f"{config.name}: published settings of {size}; {rows:,} rows, {packs} a step (published {published_packs}), "
         f"{-(-rows // packs):,} steps an epoch; at most {max_tokens:,} tokens a {'pair' if sequences > 1 else 'row'}; "
-        f"lr {base.train.optim.lr:g}, {config.train.precision}; into {config.run_dir}"
+        f"lr {base.train.optim.lr:g}; into {config.run_dir}"
     )
     return config, chosen
 
@@ -77,10 +77,3 @@ def _name(model: str) -> str:
     """Name a model by its directory; the run's where that is called `model`."""
     pieces = [piece for piece in Path(model).absolute().parts if piece != "model"]
     return re.sub(r"[^\w.-]+", "-", pieces[-1])
-
-
-def _multiplies_bf16() -> bool:
-    """Whether this machine has instructions for bfloat16; emulating them is slower than float32."""
-    import torch
-
-    return torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()

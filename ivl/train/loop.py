@@ -18,11 +18,12 @@ from ivl.model.vlm import VLM
 from ivl.train.config import TrainConfig
 from ivl.train.objectives import Objective, StatefulObjective, next_token
 from ivl.train.optim import Optimizer, lr_factor
-from ivl.train.recorder import Recorder, StepResult, peak_memory_gb
+from ivl.train.recorder import Recorder, StepResult
 from ivl.train.stage import set_modes, trainable
 from ivl.train.state import CheckpointWriter, Counters, SavedTrainer
 from ivl.train.world import RankFailedError, World, full_tensor, is_sharded, synchronized
 from ivl.types import Batch, Loss
+from ivl.utils.metrics import peak_memory_gb
 
 
 class BatchSource(Protocol):
@@ -82,11 +83,10 @@ def train(
         StoppedError: if `stop` said so.
     """
     world = world or World()
-    trainer = Trainer(model, objective, config, world, num_samples)
+    records = recorder or Recorder("train", config, step=resume.step if resume else 0, on=world.is_main)
+    trainer = Trainer(model, objective, config, world, num_samples, data, checkpoints, records)
     if resume is not None:
-        trainer.restore(resume, data)
-    records = recorder or Recorder("train", config, step=trainer.counters.step, on=world.is_main)
-    trainer.attach(data, checkpoints, records)
+        trainer.restore(resume)
     batches = synchronized(iter(data), world) if is_sharded(model) else iter(data)
     history: list[dict[str, Any]] = []
     with records, trainer.saving_on_errors():
@@ -143,8 +143,9 @@ class Trainer:
     """
 
     def __init__(
-        self, model: VLM, objective: Objective, config: TrainConfig, world: World, num_samples: int | None = None
-    ) -> None:
+        self, model: VLM, objective: Objective, config: TrainConfig, world: World, num_samples: int | None,
+        data: BatchSource, checkpoints: CheckpointWriter | None, recorder: Recorder,
+    ) -> None:  # fmt: skip
         if config.packs_per_step % world.size:
             raise InputError(f"packs_per_step {config.packs_per_step} is not a multiple of the {world.size} ranks")
         if config.num_steps is None and num_samples is None:
@@ -155,6 +156,9 @@ class Trainer:
             trainable(model), config.optim, torch.bfloat16 if "bf16" in config.precision else torch.float32
         )
         self.counters = Counters()
+        self.data, self.checkpoints, self.recorder = data, checkpoints, recorder
+        self.position = data.state()
+        """Data position after the last finished step."""
         self.saved_step = 0
         self.started = time.monotonic()
         self.stopped = False
@@ -166,11 +170,6 @@ class Trainer:
     def is_done(self) -> bool:
         """Whether config.num_steps are done; False where the data's end decides."""
         return self.config.num_steps is not None and self.counters.step >= self.config.num_steps
-
-    def attach(self, data: BatchSource, checkpoints: CheckpointWriter | None, recorder: Recorder) -> None:
-        """Set what checkpoints are made of besides the trainer."""
-        self.data, self.checkpoints, self.recorder = data, checkpoints, recorder
-        self.position = data.state()
 
     def save(self, *, sync: bool = True) -> None:
         """Write a checkpoint, unless this step has one; all ranks call this together."""
@@ -188,20 +187,22 @@ class Trainer:
         """Write a checkpoint of the steps done before an error goes on, if the parameters are whole and all ranks can do so."""
         try:
             yield
+        except StoppedError:
+            raise
         except Exception as error:
-            if self.is_between_steps and not isinstance(error, StoppedError):
+            told = isinstance(error, RankFailedError)
+            if self.is_between_steps and (told or self.world.size == 1 or not is_sharded(self.model)):
+                # Ranks that share shards may wait for each other inside the model, where none can be told.
                 try:
-                    if not isinstance(error, RankFailedError):
-                        if self.world.size > 1 and is_sharded(self.model):
-                            raise  # other ranks may wait inside the model
+                    if not told:
                         self.world.fail(str(error))
                     self.save(sync=False)
                 except Exception as again:
-                    if again is not error and self.world.is_main:
+                    if self.world.is_main:
                         print(f"no checkpoint of step {self.counters.step} could be written: {again}", file=sys.stderr)
             raise
 
-    def restore(self, saved: SavedTrainer, data: BatchSource) -> None:
+    def restore(self, saved: SavedTrainer) -> None:
         """Go on from a checkpoint.
 
         Raises:
@@ -213,7 +214,8 @@ class Trainer:
             self.started = time.monotonic() - self.counters.seconds
             if saved.objective:
                 self.stateful.restore(saved.objective)
-            data.restore(saved.positions)
+            self.data.restore(saved.positions)
+            self.position = self.data.state()
         except InputError:
             raise
         except Exception as error:  # files that a marker without hashes does not vouch for
@@ -270,7 +272,7 @@ class Trainer:
         figures |= {
             "tokens": tokens, "samples": samples, "tiles": tiles, "packs": packs, "total_tokens": counters.tokens,
             "total_samples": counters.samples, "tokens_per_second": tokens / took, "samples_per_second": samples / took,
-            "seconds": counters.seconds, "memory_gb": peak_memory_gb(self.world.device),
+            "seconds": counters.seconds, "memory_gb": peak_memory_gb(self.world.device.type),
         }  # fmt: skip
         return StepResult(counters.step, figures, ids, share)
 

@@ -78,13 +78,13 @@ class Optimizer:
         if wrong := set(states) ^ set(self.parameters):
             raise ValueError(f"optimizer state and trainable parameters differ in {len(wrong)} names, first {min(wrong)!r}")
         names = {p: name for name, p in self.parameters.items()}
-        keys = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}
         for part in self.parts:
+            keys = {"momentum_buffer"} if isinstance(part, Muon) else {"step", "exp_avg", "exp_avg_sq"}
             for group in part.param_groups:
                 for p in group["params"]:
                     # Step counts stay where the optimizer wants them; moments live beside their parameter.
                     state = states[names[p]]
-                    if set(state) != keys[type(part)] or any(v.ndim and v.shape != p.shape for v in state.values()):
+                    if set(state) != keys or any(v.ndim and v.shape != p.shape for v in state.values()):
                         raise ValueError(f"the optimizer's state of {names[p]!r} has other tensors")
                     part.state[p] = {k: distribute(v, p) if v.ndim else v.clone() for k, v in state.items()}
 

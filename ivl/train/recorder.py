@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
-
-import torch
 
 from ivl.train.config import TrainConfig
 from ivl.utils.jsonl import AppendLog
@@ -56,7 +53,8 @@ class Recorder:
         self.console = ConsoleLogger(title, config.num_steps, step, every=config.log_every, on=on)
         self.log, self.board = None, None
         if directory is not None and on:
-            self.log = open_metrics(directory / "metrics.jsonl", step)
+            self.log = AppendLog(directory / "metrics.jsonl")
+            self.log.resume(b'{"step": ', lambda _, row: row["step"] <= step)
             self.board = TensorBoardLogger(directory / "tensorboard", step) if config.tensorboard else None
 
     def write(self, result: StepResult) -> dict[str, Any]:
@@ -98,20 +96,3 @@ class Recorder:
             self.log.append([row])
         if self.board is not None:
             self.board.write(row, prefix)
-
-
-def open_metrics(path: Path, step: int) -> AppendLog:
-    """Open metrics.jsonl to append to; lines beyond `step` and a last line that a crash cut short are dropped."""
-    log = AppendLog(path)
-    log.resume(b'{"step": ', lambda _, row: row["step"] <= step)
-    return log
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory of this process: GPU memory on a GPU, resident memory elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

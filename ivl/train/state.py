@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,13 @@ def load_trainer(checkpoint: Path) -> SavedTrainer:
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """List the checkpoints that hold what ivl wrote and nothing else, by names and sizes alone; oldest first."""
-    return [path for path in places(run_dir) if not path.is_symlink() and _has_only_its_files(path)]
+    found = []
+    for path in places(run_dir):
+        with suppress(InputError):
+            names = {file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir()}
+            if names == check_sealed(path, MARKER, content=False) and not path.is_symlink():
+                found.append(path)
+    return found
 
 
 def places(run_dir: Path) -> list[Path]:
@@ -155,14 +162,6 @@ def places(run_dir: Path) -> list[Path]:
 def step_of(checkpoint: Path) -> int:
     """Return the step that a checkpoint's name has."""
     return int(checkpoint.name.split("-")[1])
-
-
-def _has_only_its_files(checkpoint: Path) -> bool:
-    try:
-        written = check_sealed(checkpoint, MARKER, content=False)
-    except InputError:
-        return False
-    return {p.relative_to(checkpoint).as_posix() for p in checkpoint.rglob("*") if not p.is_dir()} == written
 
 
 def _remove(directory: Path) -> None:

@@ -43,11 +43,7 @@ class World:
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait until every rank is here.
-
-        Raises:
-            RankFailedError: if another rank has called fail.
-        """
+        """Wait until every rank is here; raises as all_reduce does."""
         self._gather({})
 
     def all_reduce(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -97,3 +97,15 @@ def console_line(row: Mapping[str, Any], seconds_left: float) -> str:
     if "fill" in row:
         parts.append(f"fill {row['fill']:.0%}")
     return "  ".join((*parts, f"{row['memory_gb']:.1f} GB"))
+
+
+def peak_memory_gb(device: str) -> float:
+    """Peak memory of this process: GPU memory on a GPU, resident memory elsewhere."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -16,7 +16,7 @@ from ivl.runs import directory
 from ivl.train import state
 from ivl.train.config import OptimConfig, Stage
 from ivl.train.loop import train
-from ivl.train.recorder import Recorder, open_metrics
+from ivl.train.recorder import Recorder
 from ivl.train.stage import apply_stage
 from ivl.train.world import World
 from tests.helpers.training import BatchList, staged, tiny_batch, tiny_train
@@ -180,7 +180,6 @@ def test_batches_in_memory_are_shared_by_another_number_of_ranks():
 def test_metrics_log_drops_what_a_resumed_run_writes_again(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "evaluation": "x"}\n{"step": 3}\n{"ste')
-    log = open_metrics(path, 2)
-    log.append([{"step": 3, "again": True}])
-    log.close()
+    with Recorder("test", tiny_train(), directory=tmp_path, step=2) as recorder:
+        recorder.write_evaluation(3, "y", {"again": True})
     assert [json.loads(line).get("again", False) for line in path.read_text().splitlines()] == [False, False, False, True]
