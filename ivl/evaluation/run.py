@@ -26,6 +26,7 @@ from ivl.evaluation.voting import GUIDED_RATING, RATING, Candidate, Rater, Ratin
 from ivl.generators import Generator, LoadConfig, connect
 from ivl.types import Conversation, SamplingParams
 from ivl.utils.progress import ShowProgress, reporting
+from ivl.utils.signals import Interruption
 
 PACKAGES = ("ivl", "torch", "tokenizers", "pillow", "easy-vqa")
 """Packages whose versions a report notes."""
@@ -57,8 +58,16 @@ def run(config: EvalConfig, name: str, load: LoadConfig) -> tuple[dict[str, Any]
     judge = connect_judge(config.judge) if config.method.select == "judge" else None
     engine = load_engine(name, load)
     model = str(resolve(name)) if Path(name).is_dir() else name
-    with reporting("evaluation", "questions") as show:
-        report = evaluate(task, engine, config, model=model, predictions=predictions, judge=judge, on_progress=show)
+    stop = Interruption("stops after these questions; a second signal ends it at once")
+    with reporting("evaluation", "questions") as show, stop:
+
+        def saved(done: int, total: int, *, resumed: int = 0, note: str = "") -> None:
+            show(done, total, resumed=resumed, note=note)
+            if stop.signal and done < total:
+                print(f"stopped at {done:,} of {total:,} questions; the same command goes on from there", file=sys.stderr)
+                raise SystemExit(128 + stop.signal)
+
+        report = evaluate(task, engine, config, model=model, predictions=predictions, judge=judge, on_progress=saved)
     if config.out:
         write(config.out, report)
     return report, predictions

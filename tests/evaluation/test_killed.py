@@ -64,3 +64,33 @@ def test_e1_twenty_kills_change_nothing(tmp_path: Path) -> None:
     assert (
         reports[0]["value"] == reports[1]["value"] and reports[0]["ci95"] == reports[1]["ci95"] and reports[0]["n"] == EXAMPLES
     )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_what_is_answered_and_says_how_to_go_on(
+    tmp_path: Path, number: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("easy_vqa")
+    path = tmp_path / "p.jsonl"
+    command = [str(tiny_directory(tmp_path / "model")), "--batch-size", "4", "--predictions", str(path)]
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            torch.set_num_threads(1)
+            evaluate([*command, "--limit", "2000"])
+        except SystemExit as error:
+            status = error.code
+        finally:
+            os._exit(status)
+    deadline = time.monotonic() + 60
+    while not (path.exists() and path.read_bytes().count(b"\n") > 8) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(child, number)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + number
+    lines = path.read_bytes().splitlines()
+    told = capfd.readouterr().err
+    assert "stops after these questions" in told
+    assert f"stopped at {len(lines) - 1:,} of 2,000 questions; the same command goes on from there" in told
+    evaluate([*command, "--limit", str(len(lines) + 1)])
+    assert f"{len(lines) - 1:,} answers from {path}, 2 new" in capfd.readouterr().err
