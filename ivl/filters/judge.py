@@ -231,44 +231,26 @@ def sample_text(record: Record, max_chars: int) -> str:
     return f"{text[:half]}\n[... {len(text) - 2 * half:,} characters are not shown ...]\n{text[len(text) - half :]}"
 
 
-_TOKEN = re.compile(r"-?\d+(?:[.,]\d+)*|[a-z]+|评分|得分|分数|[^\w\s]|\w", re.IGNORECASE)
-_LABELS = frozenset(("score", "rating", "grade", "评分", "得分", "分数"))
-_DECORATION = frozenset("\"'*_`()[]:：=")
-_SCALES = (["0", "-10"], ["0", "-", "10"], ["0", "–", "10"], ["0", "to", "10"])
-_NUMBER, _RANGE = re.compile(r"\d{1,3}(?:[.,]\d+)?"), re.compile(r"-\d")
+_NUMBER = (
+    r"(?<![\d.,-])(\d{1,3}(?:[.,]\d+)?)(?!\d|[.,]\d)(?: ?(?:/|out of) ?(\d{1,9})(?!\d))?(?! ?(?:-|–|—|to\b) ?\d)"
+)
+_LABELLED = re.compile(
+    r"(?<![a-z])(?:score|rating|grade|评分|得分|分数) ?(?:0 ?(?:-|–|to) ?10 )?(?:is|of|为)? ?" + _NUMBER, re.IGNORECASE
+)
+_ANY, _ALONE = re.compile(_NUMBER, re.IGNORECASE), re.compile(f"{_NUMBER}[ .]{{0,9}}", re.IGNORECASE)
+_DECORATION = dict.fromkeys(map(ord, "\"'*_`()[]:：="), " ")
 
 
 def parse_score(reply: str | None) -> float | None:
     """Read the score from 0 to 10 that a reply ends with: the last `Score: N`, else `N/10`, else a number alone.
 
-    Other scales, ranges and numbers below 0 or above 10 are no score. The reply is read token by token, in linear time.
+    Other scales, ranges and numbers below 0 or above 10 are no score. Marks and white space become single spaces first, so
+    that no pattern repeats without a bound: reading is linear in the length of the reply.
     """
-    tokens = [token for token in _TOKEN.findall((reply or "").casefold()) if token not in _DECORATION]
-    labelled = [found for at, token in enumerate(tokens) if token in _LABELS and (found := _score(tokens, _behind(tokens, at)))]
-    rated = [found for at in range(len(tokens)) if (found := _score(tokens, at)) and found[1] == "10"]
-    alone = _score(tokens, 0)
-    if alone and not labelled and not rated and any(token != "." for token in tokens[3 if alone[1] else 1 :]):
-        alone = None
-    found = labelled[-1] if labelled else rated[-1] if rated else alone
-    return found[0] if found and found[0] <= 10 and found[1] in ("", "10") else None
-
-
-def _behind(tokens: list[str], label: int) -> int:
-    """Return the place behind a label, the scale and a verb, as in `Score (0-10) is`."""
-    at = label + 1
-    at += next((len(scale) for scale in _SCALES if tokens[at : at + len(scale)] == scale), 0)
-    return at + (tokens[at : at + 1] in (["is"], ["of"], ["为"]))
-
-
-def _score(tokens: list[str], at: int) -> tuple[float, str] | None:
-    """Return the number at a place and the scale behind it; None where there is no number, or a range of two."""
-    if at >= len(tokens) or not _NUMBER.fullmatch(tokens[at]):
+    plain = " ".join((reply or "").translate(_DECORATION).split())
+    found = list(_LABELLED.finditer(plain)) or [match for match in _ANY.finditer(plain) if match[2] == "10"]
+    last = found[-1] if found else _ALONE.fullmatch(plain)
+    if last is None:
         return None
-    number, scale, at = tokens[at], "", at + 1
-    for words in (["/"], ["out", "of"]):
-        if tokens[at : at + len(words)] == words and tokens[at + len(words) : at + len(words) + 1]:
-            scale, at = tokens[at + len(words)], at + len(words) + 1
-    rest = tokens[at : at + 2]
-    if rest and (_RANGE.match(rest[0]) or (rest[0] in ("-", "–", "—", "to") and rest[-1][:1].isdigit())):
-        return None
-    return float(number.replace(",", ".")), scale
+    score = float(last[1].replace(",", "."))
+    return score if score <= 10 and last[2] in (None, "10") else None

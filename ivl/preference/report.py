@@ -28,7 +28,7 @@ def write_report(out: Path, tallies: dict[str, Tally], *, seed: int = 0) -> dict
     ]  # fmt: skip
     if pairs:
         sections += [
-            "<h2>Lengths</h2>", pages.table(*_length_rows(report["lengths"])), _length_plot(pairs),
+            "<h2>Lengths</h2>", pages.table(*_length_rows(report["lengths"])),
             "<h2>Samples</h2>", _samples(pairs, seed),
         ]  # fmt: skip
     write_atomic(out / "report.html", pages.page("Preference pairs", *sections))
@@ -39,18 +39,14 @@ def lengths(pairs: list[dict[str, Any]]) -> dict[str, Any]:
     """Return, by kind of pair, the words of chosen and rejected replies and how often the chosen one is longer."""
     by_kind = {}
     for kind in sorted({pair["kind"] for pair in pairs}):
-        words = _words([pair for pair in pairs if pair["kind"] == kind])
-        chosen, rejected = words.T
+        own = [pair for pair in pairs if pair["kind"] == kind]
+        chosen, rejected = (np.array([len(pair[side].split()) for pair in own]) for side in ("chosen", "rejected"))
         by_kind[kind] = {
-            "pairs": len(words), "chosen_mean": chosen.mean().item(), "rejected_mean": rejected.mean().item(),
+            "pairs": len(own), "chosen_mean": chosen.mean().item(), "rejected_mean": rejected.mean().item(),
             "chosen_median": float(np.median(chosen)), "rejected_median": float(np.median(rejected)),
             "chosen_longer": (chosen > rejected).mean().item(), "rejected_longer": (rejected > chosen).mean().item(),
         }  # fmt: skip
     return by_kind
-
-
-def _words(pairs: list[dict[str, Any]]) -> np.ndarray:
-    return np.array([[len(pair["chosen"].split()), len(pair["rejected"].split())] for pair in pairs])
 
 
 def _yields(tallies: dict[str, Tally]) -> tuple[list[str], list[list[str]]]:
@@ -86,22 +82,6 @@ def _length_rows(by_kind: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         ]
         for kind, f in by_kind.items()
     ]  # fmt: skip
-
-
-def _length_plot(pairs: list[dict[str, Any]]) -> str:
-    words = _words(pairs)
-    figure, (left, right) = pages.pyplot().subplots(1, 2, figsize=(10, 3), layout="constrained")
-    bins = np.linspace(0, max(1, np.percentile(words, 99)), 40)
-    for column, (name, color) in enumerate((("chosen", "#2ca02c"), ("rejected", "#d62728"))):
-        left.hist(words[:, column].clip(max=bins[-1]), bins=bins, alpha=0.5, label=name, color=color)
-    left.set(xlabel="words", ylabel="pairs")
-    left.legend()
-    gap = words[:, 0] - words[:, 1]
-    limit = max(1, np.percentile(abs(gap), 99))
-    right.hist(gap.clip(-limit, limit), bins=41, color="#1f77b4")
-    right.axvline(0, color="#333", linewidth=0.8)
-    right.set(xlabel=f"words, chosen - rejected (mean {gap.mean():+.1f})", ylabel="pairs")
-    return pages.plot(figure, "lengths of chosen and rejected replies")
 
 
 def _samples(pairs: list[dict[str, Any]], seed: int) -> str:

@@ -20,6 +20,7 @@ from ivl.cli import main
 from ivl.errors import InputError
 from ivl.preference.pairs import build_pairs
 from ivl.utils.jsonl import read_journal
+from tests.helpers.engines import tiny_directory
 from tests.preference.test_pairs import journal, pairs, reply, row
 
 IVL = [sys.executable, "-m", "ivl"]
@@ -102,6 +103,9 @@ def test_relative_questions_make_pairs_that_train_from_any_folder(
     assert ivl("data", "validate", meta, monkeypatch=monkeypatch) == 0, capsys.readouterr().out
     made = pairs(meta.parent) + pairs(meta.parent, "format_pairs.jsonl")
     assert all(Path(pair["image"]).is_absolute() and pair["rejected"].strip() and pair["chosen"].strip() for pair in made)
+    train = ("train", "mpo", "--model", tiny_directory(place / "tiny"), "--data", meta, "--data.num-workers", 0)
+    assert ivl(*train, "--num-steps", 1, "--out-dir", "run", monkeypatch=monkeypatch) == 0, capsys.readouterr().err
+    assert (place / "data" / "run" / "model" / "config.json").is_file()
 
 
 def test_pairs_that_training_refuses_are_counted_and_not_written(tmp_path: Path) -> None:
