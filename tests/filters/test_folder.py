@@ -161,7 +161,7 @@ def test_one_line_json_names_its_rows(tmp_path: Path) -> None:
     (tmp_path / "train.json").write_text(json.dumps(rows))
     report = run(chain(), tmp_path / "train.json", tmp_path / "out")
     dropped = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
-    assert report["rows"] == len(dropped) == 30
+    assert report["rows"] == len(dropped) == len({row["source"] for row in dropped}) == 30
     assert len(report["stages"]) == 3 and dropped[7]["stage"] == "unreadable"
 
 
