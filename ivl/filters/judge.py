@@ -231,9 +231,7 @@ def sample_text(record: Record, max_chars: int) -> str:
     return f"{text[:half]}\n[... {len(text) - 2 * half:,} characters are not shown ...]\n{text[len(text) - half :]}"
 
 
-_NUMBER = (
-    r"(?<![\d.,-])(\d{1,3}(?:[.,]\d+)?)(?!\d|[.,]\d)(?: ?(?:/|out of) ?(\d{1,9})(?!\d))?(?! ?(?:-|–|—|to\b) ?\d)"
-)
+_NUMBER = r"(?<![\d.,-])(\d{1,3}(?:[.,]\d+)?)(?!\d|[.,]\d)(?: ?(?:/|out of) ?(\d{1,9})(?!\d))?(?! ?(?:-|–|—|to\b) ?\d)"
 _LABELLED = re.compile(
     r"(?<![a-z])(?:score|rating|grade|评分|得分|分数) ?(?:0 ?(?:-|–|to) ?10 )?(?:is|of|为)? ?" + _NUMBER, re.IGNORECASE
 )
