@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 import ivl
+from ivl.boxes import parse_boxes
 from ivl.config import TilingConfig
 from ivl.processing import chat
-from ivl.processing.boxes import parse_boxes
 from ivl.processing.image import grid_for
 from ivl.serve.config import ServeConfig
 from ivl.serve.conversation import load_conversation

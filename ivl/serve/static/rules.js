@@ -17,7 +17,7 @@ export function gridFor(width, height, tiling, maxTiles = tiling.max_tiles) {
 const GROUNDING = /(?:<ref>((?:(?!<ref>|<\/?box>).)*?)<\/ref>\s*)?<box>((?:(?!<box>).)*?)<\/box>/gs;
 const LIST_OF_BOXES = /^\s*\[\s*(?:\[[^[\]]*\]\s*,\s*)*\[[^[\]]*\]\s*\]\s*$/;
 
-/** The groundings of a reply, as ivl.processing.boxes.parse_boxes reads them. */
+/** The groundings of a reply, as ivl.boxes.parse_boxes reads them. */
 export function parseBoxes(text) {
   const groundings = [];
   for (const match of text.matchAll(GROUNDING)) {

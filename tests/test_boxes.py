@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ivl.boxes import Grounding, format_boxes, from_pixels, parse_boxes, to_pixels
 from ivl.errors import InputError
-from ivl.processing.boxes import Grounding, format_boxes, from_pixels, parse_boxes, to_pixels
 
 corner = st.integers(0, 1000)
 box = st.tuples(corner, corner, corner, corner).map(
