@@ -23,6 +23,7 @@ from tests.helpers.engines import assert_idle, picture
 from tests.helpers.servers import CONFIG, KEY, Running, engine, running, saved, slow
 
 api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
+api.expect.set_options(timeout=15_000)
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 LEAK = "http://192.0.2.1/leak.png"
@@ -122,10 +123,10 @@ def ask(page: Any, text: str) -> None:
     page.locator("body:not(.busy)").wait_for()
 
 
-def stage(page: Any, reply: str) -> None:
+def stage(page: Any, reply: str, end: str = "data: [DONE]\n\n") -> None:
     """Have the server's next replies be this one."""
     chunks: list[Any] = [{"choices": [{"index": 0, "delta": {"content": piece}}]} for piece in reply.splitlines(keepends=True)]
-    body = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+    body = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + end
     page.route("**/v1/chat/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
 
 
@@ -272,6 +273,25 @@ def test_settings_reach_the_server(opened: Opened, tmp_path: Path) -> None:
     assert page.locator(".usage").inner_text().count("out") == 1 and not page.locator(".problem:visible").count()
 
 
+def test_a_video_is_seen_as_frames(opened: Opened, tmp_path: Path) -> None:
+    av = pytest.importorskip("av", reason="videos need av")
+    with av.open(str(tmp_path / "moving.mp4"), "w") as out:
+        stream = out.add_stream("mpeg4", rate=4)
+        stream.width = stream.height = 64
+        for seed in range(8):
+            out.mux(stream.encode(av.VideoFrame.from_image(picture(seed).resize((64, 64)))))
+        out.mux(stream.encode())
+    page = opened()
+    page.fill("#frames", "2")
+    page.set_input_files("#files", [str(tmp_path / "moving.mp4")])
+    page.locator("#media li", has_text="2 frames").locator("video").wait_for()
+    ask(page, "what happens?")
+    assert (
+        page.locator(".question video").get_attribute("title") == "moving.mp4" and page.locator(".problem:visible").count() == 0
+    )
+    assert "out" in page.locator(".usage").inner_text()
+
+
 def test_tiles_and_boxes_are_drawn(opened: Opened, tmp_path: Path) -> None:
     picture(1).resize((1200, 400)).save(tmp_path / "wide.png")
     page = opened()
@@ -312,7 +332,7 @@ def test_words_are_text(opened: Opened) -> None:
 
 
 def test_errors_stand_beside_their_question(
-    opened: Opened, tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    opened: Opened, server: Running, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     page = opened()
     page.press("#text", "Enter")
@@ -331,16 +351,23 @@ def test_errors_stand_beside_their_question(
     ask(page, "hello")  # what was refused is not part of what follows
     assert "tokens in" in page.locator(".usage").nth(1).inner_text() and problem.count() == 1
 
-    monkeypatch.setattr(tiny_engine, "step", lambda: 1 / 0)
+    monkeypatch.setattr(server.service.processor, "prompt", lambda _: 1 / 0)
     ask(page, "secret")
-    assert "something went wrong" in problem.nth(1).inner_text()
+    assert "something went wrong" in problem.nth(1).inner_text() and "zero" not in problem.nth(1).inner_text()
     monkeypatch.undo()
     page.locator(".turn").nth(2).locator(".retry").click()
     page.locator(".turn").nth(2).locator(".usage").filter(has_text="tokens in").wait_for()
     assert problem.count() == 1
+
+    for end, words in (('data: {"error": {"message": "too slow"}}\n\ndata: [DONE]\n\n', "too slow"), ("", "ended before")):
+        stage(page, "so far", end)
+        ask(page, "go on")
+        last = page.locator(".turn").last.locator(".answer")
+        assert last.locator("p").first.inner_text() == "so far" and words in last.locator(".problem").inner_text()
+        page.unroute("**/v1/chat/completions")
     page.route("**/v1/chat/completions", lambda route: route.abort())
     ask(page, "are you there?")
-    assert "cannot be reached" in problem.nth(1).inner_text()
+    assert "cannot be reached" in problem.last.inner_text()
 
 
 def test_what_is_too_large_is_not_sent(browser: Any, tiny_engine: Engine, directory: Path) -> None:

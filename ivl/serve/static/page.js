@@ -178,7 +178,7 @@ function renderAnswer(turn) {
   const running = state.running?.turn === turn, groundings = parseBoxes(turn.reply), parts = markdown(turn.reply);
   const image = turnsBefore(turn).concat(turn).flatMap(({ media }) => media).findLast(({ kind }) => kind === "image");
   if (running) parts.push(make("span", { className: "waiting", role: "status", "aria-label": "The model is writing" }));
-  if (groundings.length && image) parts.push(pictureOf(image, groundings));
+  if (!running && groundings.length && image) parts.push(pictureOf(image, groundings));
   if (turn.problem) parts.push(make("p", { className: "problem", role: "alert" }, turn.problem));
   const copy = make("button", { type: "button", hidden: !turn.reply, onclick: () => copyText(copy, turn.reply) }, "Copy");
   const retry = make("button", { type: "button", className: "retry", onclick: () => run(turn) }, "Retry");
