@@ -6,6 +6,7 @@ Beside the adapters, the file has the parameters that trained whole, which PEFT 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import sys
 from collections.abc import Collection, Iterable
@@ -121,7 +122,7 @@ def load_adapter(model: VLM, adapter_dir: str | Path, *, allow_base: bool = Fals
     """
     where = Path(adapter_dir)
     for file in (CONFIG_FILE, TENSORS_FILE):
-        if not (where / file).exists():
+        if not os.path.lexists(where / file):
             raise InputError(f"{where}: no {file}; a LoRA adapter is a directory with {CONFIG_FILE} and {TENSORS_FILE}")
     described = open_section(where / CONFIG_FILE)
     rank, alpha, dropout = _numbers(described)
@@ -149,7 +150,7 @@ def load_adapter(model: VLM, adapter_dir: str | Path, *, allow_base: bool = Fals
             raise InputError(f"{where}: {name} should be {shape} but the file has {stored}")
     if extra := sorted(weights.shapes.keys() - shapes.keys()):
         raise InputError(f"{where}: {listing(extra)} belong to no adapter")
-    if (where / BASE_FILE).exists() and not allow_base:
+    if os.path.lexists(where / BASE_FILE) and not allow_base:
         expected = open_section(where / BASE_FILE).read("fingerprint", TEXT)
         if expected != base_fingerprint(model, whole):
             trained_from = described.values.get("base_model_name_or_path") or "another model"

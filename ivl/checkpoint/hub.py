@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ivl.errors import InputError
+from ivl.errors import InputError, short
 
 FILES: dict[str, Any] = {
     "allow_patterns": ["*.json", "*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"],
@@ -28,14 +28,14 @@ def resolve(name_or_dir: str | Path) -> Path:
         InputError: with the remedy, if there is no such directory, the id is unknown, private or gated, or the hub cannot be
             reached.
     """
-    path = Path(name_or_dir).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(name_or_dir))  # noqa: PTH111 (pathlib raises for users that are not there)
+    if os.path.isdir(path):  # noqa: PTH112 (and for long names)
         return path
     name = str(name_or_dir)
     modelscope = name.startswith(MODELSCOPE) or _flag("IVL_MODELSCOPE")
     match = _HUB_ID.fullmatch(name.removeprefix(MODELSCOPE))
-    if match is None or path.exists():
-        raise InputError(f"{name}: neither a model directory nor a hub id such as OpenGVLab/InternVL2_5-1B")
+    if match is None or os.path.lexists(path):
+        raise InputError(f"{short(name, 300)}: neither a model directory nor a hub id such as OpenGVLab/InternVL2_5-1B")
     return (_from_modelscope if modelscope else _from_hub)(match["repo"], match["revision"])
 
 

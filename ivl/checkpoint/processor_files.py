@@ -71,42 +71,9 @@ def jinja(template: Template, system_message: str | None) -> str:
 
     BOS comes from the post-processor of tokenizer.json.
     """
-
-    def header(role: str) -> str:
-        return _quoted(template.header.format(role="\0") + "\n").replace("\\x00", f"' + {role} + '")
-
+    before, after = template.header.split("{role}")
     system = template.system_message if system_message is None else system_message
-    end = _quoted(template.end + template.newline)
-    default = f"{{{{ {header(_quoted('system'))} + {_quoted(system)} + {end} }}}}" if system else ""
-    return "".join(
-        [
-            "{%- if messages[0]['role'] != 'system' -%}" + default + "{%- endif -%}" if default else "",
-            "{%- for message in messages -%}",
-            "{%- set content = message['content'] -%}",
-            "{%- if content is string -%}{%- set content = [{'type': 'text', 'text': content}] -%}{%- endif -%}",
-            # An empty system turn means no system message.
-            "{%- if message['role'] != 'system' or content | map(attribute='text') | join -%}",
-            "{{ " + header("message['role']") + " }}",
-            # Media given before the text rather than marked in it stand on lines of their own.
-            "{%- set texts = content | selectattr('type', 'equalto', 'text') | list -%}",
-            "{%- set ns = namespace(lines=content[0]['type'] != 'text' and texts and texts[0]['text']"
-            " and texts[0]['text'][0] == texts[0]['text'][0].strip()) -%}",
-            "{%- for part in content -%}",
-            "{%- if part['type'] == 'text' -%}{%- set ns.lines = false -%}{{ part['text'] }}",
-            "{%- else -%}",
-            "{{ " + _quoted(VIDEO_TOKEN) + " if part['type'] == 'video' else " + _quoted(PLACEHOLDER) + " }}",
-            "{%- if ns.lines -%}{{ '\\n' }}{%- endif -%}",
-            "{%- endif -%}",
-            "{%- endfor -%}",
-            "{{ " + end + " }}",
-            "{%- endif -%}",
-            "{%- endfor -%}",
-            "{%- if add_generation_prompt -%}{{ " + header(_quoted("assistant")) + " }}{%- endif -%}",
-        ]
-    )
-
-
-def _quoted(text: str) -> str:
-    """A string literal of the template language."""
-    text = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\0", "\\x00")
-    return f"'{text}'"
+    texts = {"before": before, "after": after + "\n", "end": template.end + template.newline, "system": system or ""}
+    texts = {name: text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") for name, text in texts.items()}
+    body = Path(__file__).with_name("chat_template.jinja").read_text("utf-8").rstrip("\n")
+    return "".join(f"{{%- set {name} = '{text}' -%}}\n" for name, text in texts.items()) + body

@@ -188,12 +188,21 @@ def write_shards(
     Raises:
         InputError: if a file cannot be written (disk full, no permission).
     """
-    shards, total = _plan_shards(entries, like, dtype, max_shard_bytes)
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    def size(tensor: torch.Tensor) -> int:
+        return tensor.numel() * (dtype if tensor.is_floating_point() else tensor.dtype).itemsize
+
+    by_name = {entry.ours: entry for entry in entries}
+    shards = split_state_dict_into_shards_factory(
+        {name: like[name] for name in by_name}, get_storage_size=size, filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    ).filename_to_tensors  # fmt: skip
     weight_map: dict[str, str] = {}
-    done = 0
+    done, total = 0, sum(size(like[name]) for name in by_name)
     for file_name, shard in shards.items():
         tensors: dict[str, torch.Tensor] = dict(extra or {}) if file_name == list(shards)[-1] else {}
-        for entry in shard:
+        for entry in (by_name[name] for name in shard):
             for name, tensor in zip(entry.theirs, entry.split(get(entry.ours).detach()), strict=True):
                 # A copy of its own: parts of a fused weight share storage, which safetensors refuses.
                 kind = dtype if tensor.is_floating_point() else tensor.dtype
@@ -211,25 +220,6 @@ def write_shards(
     for old in [directory / INDEX, *directory.glob("model*.safetensors")]:
         if old.name not in written and re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", old.name):
             old.unlink(missing_ok=True)
-
-
-def _plan_shards(
-    entries: Sequence[TensorEntry], like: Mapping[str, torch.Tensor], dtype: torch.dtype, max_shard_bytes: int
-) -> tuple[dict[str, list[TensorEntry]], int]:
-    """Divide entries into shards, in order: returns the entries by file name, and the bytes of all of them."""
-    groups: list[list[TensorEntry]] = [[]]
-    room, total = max_shard_bytes, 0
-    for entry in entries:
-        tensor = like[entry.ours]
-        size = tensor.numel() * (dtype if tensor.is_floating_point() else tensor.dtype).itemsize
-        if size > room and groups[-1]:
-            groups.append([])
-            room = max_shard_bytes
-        groups[-1].append(entry)
-        room, total = room - size, total + size
-    count = len(groups)
-    names = [WEIGHTS] if count == 1 else [f"model-{n + 1:05}-of-{count:05}.safetensors" for n in range(count)]
-    return dict(zip(names, groups, strict=True)), total
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -256,7 +246,7 @@ def _read_index(path: Path) -> dict[str, str]:
     if not weight_map:
         raise InputError(f"{path}: has no weight_map")
     for name, file_name in weight_map.items():
-        if not isinstance(file_name, str) or not re.fullmatch(r"[\w][\w.-]*\.safetensors", file_name):
+        if not isinstance(file_name, str) or not re.fullmatch(r"[\w][\w.-]{,200}\.safetensors", file_name):
             problem = f"shard {short(file_name)} of {short(name)} is no plain .safetensors file name; refused"
             raise InputError(f"{path}: {problem}")
     return dict(weight_map)

@@ -120,7 +120,16 @@ def test_a_huge_header_is_not_parsed(model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "weight_map", [None, [], {}, {"a": None}, {"a": ["model.safetensors"]}, {"a": "/dev/zero.safetensors"}]
+    "weight_map",
+    [
+        None,
+        [],
+        {},
+        {"a": None},
+        {"a": ["model.safetensors"]},
+        {"a": "/dev/zero.safetensors"},
+        {"a": "n" * 300 + ".safetensors"},
+    ],
 )
 def test_an_index_of_wrong_types_is_refused(model: Path, weight_map: Any) -> None:
     (model / INDEX).write_text(json.dumps({"weight_map": weight_map}))

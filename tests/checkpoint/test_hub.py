@@ -141,6 +141,8 @@ def test_a_token_opens_a_private_model(hub: Hub, monkeypatch: pytest.MonkeyPatch
         (f"{REPO}@v9", "the hub has no revision 'v9'"),
         ("runs/some/model", "neither a model directory nor a hub id"),
         ("nothing", "neither a model directory nor a hub id"),
+        ("n" * 260, "neither a model directory nor a hub id"),
+        ("~nobody-of-that-name/x", "neither a model directory nor a hub id"),
         ("../up", "neither a model directory nor a hub id"),
     ],
 )
