@@ -59,7 +59,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
             check_tokenizer(described)
             backend = tokenizers.Tokenizer.from_file(str(file))
             check_ids(backend, {token.read("id", TOKEN_ID): as_added(token) for token in described.sections("added_tokens")})
-            return _spelled(Tokenizer(backend, config=values), described.values["model"]["vocab"])
+            return spelled(Tokenizer(backend, config=values), described.values["model"]["vocab"])
     added = added_tokens(directory, "added_tokens.json", CONFIG_FILE)
     check_added(list(added.values()), directory)
     tokens = {i: as_added(token) for i, token in added.items()}
@@ -73,7 +73,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     elif (file := directory / "tokenizer.model").exists():
         with orderly(file):
             backend = from_sentencepiece(file, tokens)
-            return _spelled(Tokenizer(backend, config={"bos_token": "<s>", "add_bos_token": True} | values))
+            return spelled(Tokenizer(backend, config={"bos_token": "<s>", "add_bos_token": True} | values))
     else:
         raise InputError(
             f"{directory}: no tokenizer here; expected tokenizer.json, vocab.json with merges.txt, "
@@ -81,7 +81,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         )
     with orderly(directory):
         append_tokens(backend, tokens, directory)
-        return _spelled(Tokenizer(backend, config=values))
+        return spelled(Tokenizer(backend, config=values))
 
 
 @contextmanager
@@ -102,11 +102,12 @@ def orderly(place: object) -> Iterator[None]:
         raise InputError(f"{place}: {problem}") from None
 
 
-def _spelled(tokenizer: Tokenizer, vocab: Iterable[str] | None = None) -> Tokenizer:
+def spelled(tokenizer: Tokenizer, vocab: Iterable[str] | None = None) -> Tokenizer:
     """The tokenizer, after a check that it can spell every text and that each entry stands for bytes."""
     pieces = tokenizer.spelling == "pieces"
     letters = {byte: f"<0x{byte:02X}>" if pieces else letter for letter, byte in byte_letters().items()}
-    in_text = (byte for byte in range(0xF5) if byte not in (0xC0, 0xC1))  # UTF-8 has no others
+    # Those of UTF-8 but for rare control characters and unassigned planes, which SmolLM2's vocabulary lacks.
+    in_text = (0x09, 0x0A, 0x0D, *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xF1))
     model = tokenizer.backend.model
     missing = [byte for byte in in_text if letters[byte] not in tokenizer]
     if missing and getattr(model, "unk_token", None) is None:
