@@ -89,6 +89,8 @@ def compose(
     Raises:
         InputError: if a part is unreadable, parts do not fit each other, or out exists.
     """
+    if not 0 <= seed < 1 << 63:
+        raise InputError(f"seed is {seed}, must be from 0 to 2**63 - 1")
     vit_part = _vision_part(resolve(vit))
     llm_part, tokenizer = _language_part(llm)
     tokenizer, added = _extended(tokenizer, llm_part.whole.decoder.vocab_size, llm)

@@ -33,7 +33,7 @@ def fingerprint(directory: Path) -> str:
     """Hash names, sizes and times of a model's files, which tells it from a retrained model in the same directory."""
     digest = hashlib.sha256()
     for path in sorted(directory.iterdir()):
-        if path.suffix in (".safetensors", ".json", ".model", ".txt"):
+        if path.suffix in (".safetensors", ".json", ".model", ".txt") and path.is_file():
             status = path.stat()
             digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]

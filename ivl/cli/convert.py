@@ -110,8 +110,8 @@ class MergeOptions:
 def convert(args: list[str]) -> None:
     options = tyro.cli(ConvertOptions, prog="ivl convert", args=args)
     schemes = options.quantization.schemes()
-    if options.max_shard_gb <= 0:
-        raise InputError(f"--max-shard-gb is {options.max_shard_gb}, must be above 0")
+    if not 0 < options.max_shard_gb <= 1e6:
+        raise InputError(f"--max-shard-gb is {options.max_shard_gb}, must be above 0 and at most 1000000")
     from ivl.checkpoint.convert import convert as convert_model
 
     with reporting(f"writing {options.dst}", "MB") as progress:

@@ -21,6 +21,7 @@ from ivl.checkpoint import load_config, load_model, load_tokenizer, save_model, 
 from ivl.checkpoint.adapter import load_adapter, merge, save_adapter
 from ivl.checkpoint.compose import compose
 from ivl.checkpoint.convert import convert
+from ivl.checkpoint.files import fingerprint
 from ivl.checkpoint.weights import INDEX, WEIGHTS
 from ivl.config import LoraConfig
 from ivl.errors import InputError
@@ -468,3 +469,21 @@ def test_a_base_that_was_not_trained_from_is_refused(model: Path, tmp_path: Path
     (tmp_path / "adapter" / "ivl_base.json").unlink()  # as PEFT writes it
     merge(tmp_path / "other", tmp_path / "adapter", tmp_path / "merged-2")
     assert "whether it was trained from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [("convert", ["--max-shard-gb", "nan"]), ("convert", ["--max-shard-gb", "inf"]), ("compose", ["--seed", str(1 << 70)])],
+)
+def test_numbers_of_the_command_line_have_limits(model: Path, tmp_path: Path, command: str, options: list[str]) -> None:
+    from ivl.cli import convert as commands
+
+    parts = [str(model)] if command == "convert" else ["--vit", str(model), "--llm", str(model)]
+    with pytest.raises(InputError, match=options[0].strip("-")):
+        getattr(commands, command)([*parts, str(tmp_path / "out"), *options])
+
+
+def test_a_fingerprint_ignores_links_to_nothing(model: Path) -> None:
+    before = fingerprint(model)
+    (model / "zz.safetensors").symlink_to("nowhere")
+    assert fingerprint(model) == before
