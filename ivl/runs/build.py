@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -19,10 +20,12 @@ from ivl.model.vlm import VLM
 from ivl.parallel.shard import shard
 from ivl.processing.processor import Processor
 from ivl.runs.config import RunConfig
+from ivl.train.config import PARTS, ObjectiveConfig
 from ivl.train.loop import Evaluator, to_device
-from ivl.train.objectives import Objective, ObjectiveContext, build_objective
-from ivl.train.stage import apply_stage
+from ivl.train.objectives import Objective, ObjectiveContext, StatefulObjective
+from ivl.train.stage import apply_stage, trainable
 from ivl.train.world import World, is_sharded, synchronized
+from ivl.utils.imports import import_object
 
 
 def read_architecture(config: RunConfig) -> ModelConfig:
@@ -75,6 +78,22 @@ def adapt(model: VLM, config: RunConfig) -> None:
     apply_stage(model, config.stage, adapters=lora_parameters(model), checkpointing=config.train.checkpointing)
 
 
+def check_start(model: VLM) -> None:
+    """Refuse weights that cannot be meant: not finite, or a trainable part whose matrices are all zero.
+
+    Raises:
+        InputError: naming the parameters.
+    """
+    parameters = trainable(model)
+    bad = [name for name, p in parameters.items() if not torch.isfinite(p).all()]
+    if bad:
+        raise InputError(f"{len(bad)} trainable parameters are not finite at the start, first {bad[0]!r}: were they ever set?")
+    for part in PARTS:
+        matrices = [p for name, p in parameters.items() if name.startswith(f"{part}.") and p.ndim >= 2]
+        if matrices and not any(p.any() for p in matrices):
+            raise InputError(f"every trainable matrix of the {part} is zero, so it cannot learn: was the checkpoint complete?")
+
+
 def place(model: VLM, config: RunConfig, world: World) -> None:
     """Shard the model over the ranks where the run says so, or move it to this rank's device and accelerate it there.
 
@@ -117,6 +136,22 @@ def build_run_objective(config: RunConfig, processor: Processor, run_dir: Path, 
         loaders={name: partial(loader, data) for name, data in sets.items()}, start_model=start_model,
     )  # fmt: skip
     return build_objective(config.objective, context)
+
+
+def build_objective(config: ObjectiveConfig, context: ObjectiveContext) -> Objective:
+    """Import the objective that the configuration names, and build it where it is a StatefulObjective.
+
+    Raises:
+        InputError: if there is no such object, or the settings are those of another objective.
+    """
+    target: Any = import_object(config.path, "objective")
+    if not callable(target):
+        raise InputError(f"objective {config.path} is {type(target).__name__}, not a function or a StatefulObjective")
+    built = target if isinstance(target, type) and issubclass(target, StatefulObjective) else None
+    settings = built.Settings if built else ObjectiveConfig
+    if type(config) is not settings:
+        raise InputError(f"objective {config.path} takes settings of {settings.__name__}, got {type(config).__name__}")
+    return built.build(config, context) if built else cast(Objective, target)
 
 
 def build_validation(config: RunConfig, processor: Processor, objective: Objective, world: World) -> Evaluator | None:

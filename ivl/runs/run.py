@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from ivl.data.loader import Loader
 from ivl.errors import DataError, InputError
+from ivl.parallel.launch import start_world, stop_world
 from ivl.processing.processor import Processor
 from ivl.runs.build import (
     adapt,
@@ -20,6 +21,7 @@ from ivl.runs.build import (
     build_processor,
     build_run_objective,
     build_validation,
+    check_start,
     place,
     with_precision,
 )
@@ -37,9 +39,8 @@ from ivl.runs.directory import (
 from ivl.train.loop import Evaluator, StoppedError, train
 from ivl.train.objectives import StatefulObjective
 from ivl.train.recorder import Recorder
-from ivl.train.stage import check_start
 from ivl.train.state import CheckpointWriter, SavedTrainer, checkpoints, load_trainer, step_of
-from ivl.train.world import World, start_world, stop_world
+from ivl.train.world import World
 from ivl.utils.signals import Interruption
 
 MakeEvaluators = Callable[[Processor], tuple[Evaluator, ...]]

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self
 
 import torch
 
 from ivl.data.loader import Loader
-from ivl.errors import InputError
 from ivl.model.vlm import VLM
 from ivl.train.config import ObjectiveConfig, Precision
 from ivl.train.losses import linear_cross_entropy
 from ivl.train.world import World, is_sharded
 from ivl.types import Batch, Loss
-from ivl.utils.imports import import_object
 
 Objective = Callable[[VLM, Batch], Loss]
 """A plain function, or a StatefulObjective."""
@@ -71,22 +69,6 @@ class StatefulObjective:
     def __call__(self, model: VLM, batch: Batch) -> Loss:
         """Compute the loss of one pack: a sum, its weight, and figures to log."""
         raise NotImplementedError
-
-
-def build_objective(config: ObjectiveConfig, context: ObjectiveContext) -> Objective:
-    """Import the objective that the configuration names, and build it where it is a StatefulObjective.
-
-    Raises:
-        InputError: if there is no such object, or the settings are those of another objective.
-    """
-    target: Any = import_object(config.path, "objective")
-    if not callable(target):
-        raise InputError(f"objective {config.path} is {type(target).__name__}, not a function or a StatefulObjective")
-    built = target if isinstance(target, type) and issubclass(target, StatefulObjective) else None
-    settings = built.Settings if built else ObjectiveConfig
-    if type(config) is not settings:
-        raise InputError(f"objective {config.path} takes settings of {settings.__name__}, got {type(config).__name__}")
-    return built.build(config, context) if built else cast(Objective, target)
 
 
 def next_token(model: VLM, batch: Batch) -> Loss:

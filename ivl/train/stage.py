@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-import torch
 from torch import nn
 
 from ivl.errors import InputError
 from ivl.model.vlm import VLM
-from ivl.train.config import PARTS, Stage
+from ivl.train.config import Stage
 
 
 def apply_stage(model: VLM, stage: Stage, *, adapters: Collection[str] = (), checkpointing: bool = False) -> None:
@@ -42,22 +41,6 @@ def set_modes(model: nn.Module) -> None:
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that train, by name, in the model's order."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def check_start(model: VLM) -> None:
-    """Refuse weights that cannot be meant: not finite, or a trainable part whose matrices are all zero.
-
-    Raises:
-        InputError: naming the parameters.
-    """
-    parameters = trainable(model)
-    bad = [name for name, p in parameters.items() if not torch.isfinite(p).all()]
-    if bad:
-        raise InputError(f"{len(bad)} trainable parameters are not finite at the start, first {bad[0]!r}: were they ever set?")
-    for part in PARTS:
-        matrices = [p for name, p in parameters.items() if name.startswith(f"{part}.") and p.ndim >= 2]
-        if matrices and not any(p.any() for p in matrices):
-            raise InputError(f"every trainable matrix of the {part} is zero, so it cannot learn: was the checkpoint complete?")
 
 
 def _trains(name: str, stage: Stage, num_vision_layers: int) -> bool:

@@ -88,7 +88,8 @@ class CheckpointWriter:
             raise
         if world.is_main and self.keep_last:
             for old in [path for path in checkpoints(run_dir) if step_of(path) <= step][: -self.keep_last]:
-                _remove(old)
+                # Renamed first: a half-deleted directory must never look like a checkpoint.
+                shutil.rmtree(old.rename(run_dir / f".tmp-{old.name}-gone"))
         world.barrier()
         return final
 
@@ -162,11 +163,3 @@ def places(run_dir: Path) -> list[Path]:
 def step_of(checkpoint: Path) -> int:
     """Return the step that a checkpoint's name has."""
     return int(checkpoint.name.split("-")[1])
-
-
-def _remove(directory: Path) -> None:
-    """Rename, then delete: a half-deleted directory must never look like a checkpoint."""
-    gone = directory.with_name(f".tmp-{directory.name}-gone")
-    shutil.rmtree(gone, ignore_errors=True)
-    directory.rename(gone)
-    shutil.rmtree(gone)

@@ -5,7 +5,6 @@ Tested on CPU processes over gloo, with replicas and with FSDP2 shards. GPUs and
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -158,38 +157,3 @@ def synchronized(items: Iterator[WorldItem], world: World) -> Iterator[WorldItem
             return
         assert item is not None
         yield item
-
-
-def pick_device(device: str) -> str:
-    """Resolve `auto`: a GPU when there is one, else the CPU.
-
-    Raises:
-        InputError: if a GPU is asked for and there is none.
-    """
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device is cuda but torch finds no GPU here; use --device cpu or auto")
-    return device
-
-
-def start_world(device: str) -> World:
-    """Join the run that torchrun or Slurm started, over gloo on CPUs and nccl on GPUs; a world of one when neither did."""
-    kind = pick_device(device)
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    if "RANK" not in os.environ and "MASTER_ADDR" in os.environ and "SLURM_PROCID" in os.environ:
-        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
-    rank, size, local = (int(os.environ.get(name, default)) for name, default in zip(names, ("0", "1", "0"), strict=True))
-    where = torch.device("cuda", local) if kind == "cuda" else torch.device("cpu")
-    if kind == "cuda":
-        torch.cuda.set_device(where)
-    new_group = size > 1 and not dist.is_initialized()
-    if new_group:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", rank=rank, world_size=size)
-    return World(rank, size, where, new_group)
-
-
-def stop_world(world: World) -> None:
-    """End the process group that start_world made."""
-    if world.owns_group:
-        dist.destroy_process_group()

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ivl.parallel.launch import start_world, stop_world
 from ivl.preference import losses as preference
 from ivl.preference.config import PreferenceConfig
 from ivl.preference.objective import PreferenceObjective
 from ivl.preference.replies import Replies
-from ivl.train.world import start_world, stop_world
 from tests.helpers.ranks import on_ranks
 
 BETA, LENGTH = 0.1, 12

@@ -18,6 +18,7 @@ from ivl.checkpoint import load_model, save_model, save_processor
 from ivl.config import LoraConfig
 from ivl.errors import DataError, InputError
 from ivl.formats.rows import write_jsonl
+from ivl.parallel.launch import start_world, stop_world
 from ivl.preference import reference
 from ivl.preference.config import TERMS, PreferenceConfig
 from ivl.preference.objective import PreferenceObjective
@@ -28,7 +29,7 @@ from ivl.runs.run import run
 from ivl.train.config import ObjectiveConfig, OptimConfig, Stage
 from ivl.train.loop import train
 from ivl.train.optim import Optimizer
-from ivl.train.world import World, start_world, stop_world
+from ivl.train.world import World
 from ivl.types import Batch
 from tests.helpers.mixtures import processor, turns
 from tests.helpers.pairs import make_pairs, new_model, pair_batches, pair_data

@@ -10,11 +10,12 @@ from torch.nn import functional as F
 from ivl.data.config import DataConfig
 from ivl.data.loader import Loader
 from ivl.model.vlm import VLM
+from ivl.parallel.launch import start_world, stop_world
 from ivl.train.config import OptimConfig
 from ivl.train.loop import train
 from ivl.train.objectives import forward_batch
 from ivl.train.optim import Optimizer
-from ivl.train.world import World, start_world, stop_world
+from ivl.train.world import World
 from ivl.types import Batch
 from tests.helpers.mixtures import make_file, processor
 from tests.helpers.ranks import on_ranks

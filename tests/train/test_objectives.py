@@ -9,8 +9,9 @@ import pytest
 from ivl.errors import InputError
 from ivl.preference.config import PreferenceConfig
 from ivl.preference.objective import PreferenceObjective
+from ivl.runs.build import build_objective
 from ivl.train.config import ObjectiveConfig
-from ivl.train.objectives import ObjectiveContext, build_objective, next_token
+from ivl.train.objectives import ObjectiveContext, next_token
 from ivl.train.world import World
 
 

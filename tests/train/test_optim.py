@@ -4,10 +4,11 @@ import torch
 from ivl.config import LoraConfig
 from ivl.errors import InputError
 from ivl.model.vlm import VLM
+from ivl.runs.build import check_start
 from ivl.runs.plan import count_by_part
 from ivl.train.config import OptimConfig, Stage
 from ivl.train.optim import Muon, Optimizer, decays, is_hidden_matrix, lr_factor
-from ivl.train.stage import check_start, trainable
+from ivl.train.stage import trainable
 from tests.conftest import tiny_config
 from tests.helpers.training import staged
 
