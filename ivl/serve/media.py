@@ -7,6 +7,7 @@ import binascii
 import re
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TypeVar
 
@@ -21,7 +22,7 @@ T = TypeVar("T")
 R = TypeVar("R", bound=ImageRef | VideoRef)
 INLINE = 1 << 16
 """Smaller media are read where they arrive; larger ones in a thread, since decoding base64 would stop every stream."""
-DECODED_AT_ONCE = 1 << 20
+DECODED_AT_ONCE = 1 << 18
 """Characters of base64, a multiple of four."""
 _DATA = re.compile(rb"data:[\w.+-]*/?[\w.+-]*(;[\w.+-]+=[\w.+-]*){0,4};base64,", re.IGNORECASE)
 
@@ -37,6 +38,7 @@ class MediaGateway:
         warnings.filterwarnings("ignore", module="PIL")  # they concern damaged metadata, and hold a path of this machine
         self.config = config or MediaConfig()
         self.fetcher = fetcher or Fetcher(self.config)
+        self._threads = ThreadPoolExecutor(2, "ivl-media")
 
     async def image(self, url: str, *, max_tiles: int | None = None) -> ImageRef:
         """Return an image by its address. max_tiles: its own tile cap. Raises MediaRefusal."""
@@ -61,10 +63,16 @@ class MediaGateway:
         if isinstance(url, str) and not is_data_url(url):
             data = await self.fetcher.get(url, max_bytes)
         else:
-            data = await _in_thread(len(url), lambda: from_data_url(url, max_bytes))
+            data = await self._in_thread(len(url), lambda: from_data_url(url, max_bytes))
         check = check_image if is_image else check_video
-        header = await _in_thread(len(data) if is_image else INLINE + 1, lambda: check(data, self.config))
+        header = await self._in_thread(len(data) if is_image else INLINE + 1, lambda: check(data, self.config))
         return replace(ref, source=data), header
+
+    async def _in_thread(self, size: int, work: Callable[[], T]) -> T:
+        """Return the result of work, which is done in one of two threads if it is large."""
+        if size <= INLINE:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
 
 def is_data_url(url: str) -> bool:
@@ -96,8 +104,3 @@ def from_data_url(url: str | bytearray, max_bytes: int) -> bytes:
     if len(data) > max_bytes:
         raise too_large(max_bytes)
     return data
-
-
-async def _in_thread(size: int, work: Callable[[], T]) -> T:
-    """Return the result of work, which is done in a thread if it is large."""
-    return await asyncio.to_thread(work) if size > INLINE else work()
