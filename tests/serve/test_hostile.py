@@ -28,6 +28,7 @@ from ivl.processing.processor import Processor
 from ivl.serve.body import BodyReader
 from ivl.serve.config import ServeConfig
 from ivl.serve.errors import APIError
+from tests.helpers.engines import tiny_directory
 from tests.helpers.hostile import CHAT, KINDS, LoopClock, post, raw
 from tests.helpers.servers import CONFIG, KEY, Running, data_url, engine, running, says
 
@@ -310,3 +311,39 @@ def test_hostile_bodies_in_a_crowd(server: Running) -> None:
     assert server.service.num_open == 0 and server.service.ready and asyncio.run(asyncio.sleep(0)) is None
     with pytest.raises(APIError):
         server.service.check(100)
+
+
+def test_a_cache_beyond_memory_is_one_line(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "ivl",
+        "serve",
+        str(tiny_directory(tmp_path)),
+        "--port",
+        "0",
+        "--max-cache-tokens",
+        "1" + "0" * 15,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode != 0 and "Traceback" not in done.stderr and "cache" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"stop": 5}, "stop"),
+        ({"stop": [5]}, "stop[0]"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages[0].content[0].text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x.png"}]}]},
+            "messages[0].content[0].image_url",
+        ),
+        ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content[0]"),
+        ({"k" * 1000: 1}, "k" * 100),
+    ],
+)
+def test_param_names_fields_alone(server: Running, body: dict[str, Any], param: str) -> None:
+    status, reply = post(server, CHAT, json.dumps(says("?") | body).encode())
+    assert status == 400 and json.loads(reply)["error"]["param"] == param and len(reply) < 500
