@@ -3,9 +3,62 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass, field
+from typing import Any
 
-from ivl.serve.media_limits import MediaConfig
+_DOMAIN = re.compile(r"(\*|\.?[a-z0-9_-]+(\.[a-z0-9_-]+)*)(:[0-9]{1,5})?")
+
+
+def _check_numbers(config: Any, zero: tuple[str, ...]) -> None:
+    """Raise ValueError for a whole number below 1, or below 0 for those in zero, or seconds that are no time."""
+    for name, value in vars(config).items():
+        integer, least = isinstance(value, int) and not isinstance(value, bool), int(name not in zero)
+        if integer and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+        if isinstance(value, float) and not 0 < value < 1e7:
+            raise ValueError(f"{name} must be above 0 and below 10,000,000 seconds, got {value:g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaConfig:
+    """Limits of images and videos in requests."""
+
+    allow_remote: bool = False
+    """Fetch http and https addresses; otherwise only data: URLs are taken."""
+    allowed_domains: tuple[str, ...] = ()
+    """Hosts of remote media: `example.org` is that name, `.example.org` that name and all below it, `*` every public
+    name. Ports 80 and 443, or the one given, as in `example.org:8443`."""
+    max_bytes: int = 20 << 20
+    """Encoded size of an image."""
+    max_video_bytes: int = 64 << 20
+    """Encoded size of a video."""
+    max_pixels: int = 50_000_000
+    """Pixels of an image or a video frame."""
+    max_side: int = 32_768
+    """Width or height of an image or a video frame."""
+    max_frames: int = 500
+    """Frames of an animated image."""
+    max_video_frames: int = 20_000
+    """Frames of a video."""
+    max_video_seconds: float = 3600.0
+    """Length of a video."""
+    timeout: float = 20.0
+    """Seconds for fetching one medium, redirects included."""
+    max_redirects: int = 3
+    """Redirects in a row that are followed."""
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, zero=("max_redirects",))
+        if self.max_redirects > 20:
+            raise ValueError(f"max_redirects must be at most 20, got {self.max_redirects}")
+        for domain in self.allowed_domains:
+            if not _DOMAIN.fullmatch(domain):
+                raise ValueError(
+                    f"allowed_domains: {domain!r} is not a lower-case name such as example.org or .example.org, nor *"
+                )
+        if self.allow_remote and not self.allowed_domains:
+            raise ValueError("allow_remote needs allowed_domains: the names to fetch from, or * for every public one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,13 +149,7 @@ class ServeConfig:
     """Limits of single images and videos, and whether remote ones are fetched."""
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            integer = isinstance(value, int) and not isinstance(value, bool)
-            least = 0 if name in ("port", "max_queue", "max_videos", "max_images", "max_stop", "max_logprobs") else 1
-            if integer and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-            if isinstance(value, float) and not 0 < value < 1e7:
-                raise ValueError(f"{name} must be above 0 and below 10,000,000 seconds, got {value:g}")
+        _check_numbers(self, zero=("port", "max_queue", "max_videos", "max_images", "max_stop", "max_logprobs"))
         if not all(name.strip() == name != "" for name in self.names):
             raise ValueError(f"names must be words, none of them empty, got {self.names}")
         if self.port > 65535:

@@ -40,6 +40,17 @@ class APIError(HTTPException):
         return json.dumps(self.content, ensure_ascii=False).encode(errors="backslashreplace")
 
 
+class MediaRefusal(InputError):
+    """Refuses a medium. The message holds no path, address, base64 or text of a library, and may be shown to anybody.
+
+    status is an HTTP status: 400 unusable, 403 not allowed, 413 too large, 504 too slow.
+    """
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 def internal_error() -> APIError:
     """Return the error for a fault of the server."""
     return APIError(500, "something went wrong inside the server; the log has the place", code="internal_error")

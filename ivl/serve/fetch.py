@@ -18,7 +18,8 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
-from ivl.serve.media_limits import MediaConfig, MediaRefusal
+from ivl.serve.config import MediaConfig
+from ivl.serve.errors import MediaRefusal
 
 MAX_URL = 8192
 MAX_FETCHES = 16

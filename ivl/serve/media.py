@@ -11,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TypeVar
 
+from ivl.serve.config import MediaConfig
+from ivl.serve.errors import MediaRefusal
 from ivl.serve.fetch import Fetcher, too_large
-from ivl.serve.media_limits import MediaConfig, MediaRefusal
 from ivl.serve.sniff import MediaHeader, check_image, check_video
 from ivl.types import ImageRef, VideoRef
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from ivl.serve.media_limits import MediaConfig, MediaRefusal
+from ivl.serve.config import MediaConfig
+from ivl.serve.errors import MediaRefusal
 from ivl.utils.pictures import open_image
 
 MAX_READS = 10_000

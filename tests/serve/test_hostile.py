@@ -271,7 +271,7 @@ def test_an_unread_log_stops_nothing() -> None:
 
 
 def test_websocket_attempts_log_nothing(server: Running, caplog: pytest.LogCaptureFixture) -> None:
-    upgrade = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: eA==\r\n\r\n"
+    upgrade = "Connection: close, Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: eA==\r\n\r\n"
     with caplog.at_level("WARNING"):
         sent = f"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n{upgrade}"
         thread = threading.Thread(target=lambda: raw(server, sent.encode(), 2), daemon=True)
