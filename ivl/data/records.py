@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeGuard
 from ivl.errors import DataError, DataFault, short
 from ivl.formats.base import RowLayout, Rows
 from ivl.types import Conversation, ImageRef, Message, Part, Record, Role, Text, VideoRef
+from ivl.utils.budgets import MAX_ROW_CHARS
 
 MediumKind = Literal["image", "video"]
 TURN_KEYS: dict[RowLayout | None, tuple[str, ...]] = {
@@ -107,13 +108,10 @@ class _RowReader:
         system = self.row.get("system")
         if system is not None and not isinstance(system, str):
             raise self._bad(f"`system` must be a string, got {short(system)}")
-        return Record(
-            id=self._id(),
-            conversations=tuple(self._conversation(turns, system or "", key == "texts") for turns in conversations),
-            source=self.source,
-            dataset=dataset,
-            is_pair=is_pair,
-        )
+        read = tuple(self._conversation(turns, system or "", key == "texts") for turns in conversations)
+        if (size := sum(len(message.text) for conversation in read for message in conversation)) > MAX_ROW_CHARS:
+            raise self._bad(f"{size:,} characters, the limit of a row is {MAX_ROW_CHARS:,}", "too_long")
+        return Record(id=self._id(), conversations=read, source=self.source, dataset=dataset, is_pair=is_pair)
 
     def _bad(self, problem: str, kind: DataFault = "bad_row") -> DataError:
         return DataError(self.source, kind, problem)

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +18,17 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ivl.config import TilingConfig
 from ivl.errors import InputError, MediaError
-from ivl.types import ImageRef
-from ivl.utils.budgets import MAX_METADATA_BYTES, MAX_PIXELS, MAX_TILES
+from ivl.types import ImageRef, VideoRef
+from ivl.utils.budgets import MAX_METADATA_BYTES, MAX_PIXELS, MAX_PIXELS_PER_REQUEST, MAX_TILES
 from ivl.utils.files import regular
 from ivl.utils.pictures import open_image, upright
+
+Pixels = Image.Image | np.ndarray
+"""An RGB image of Pillow, or uint8 RGB [height, width, 3]."""
+Opener = Callable[..., Pixels]
+"""Opens an image as `load_image` does, with the same pixels and errors."""
+Resizer = Callable[..., np.ndarray]
+"""Resizes an image as `resize` does, with the same pixels."""
 
 
 def load_image(ref: ImageRef, root: str = "", *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -34,7 +42,8 @@ def load_image(ref: ImageRef, root: str = "", *, max_pixels: int = MAX_PIXELS) -
     Raises:
         MediaError: naming the file, if it is missing, of another format, truncated, or larger than max_pixels.
     """
-    source = check_source(ref).source
+    check_source(ref)
+    source = ref.source
     if isinstance(source, Image.Image):
         check_size(source.size, "the given image", max_pixels)
         exif = source.info.get("exif") or b""
@@ -55,14 +64,14 @@ def load_image(ref: ImageRef, root: str = "", *, max_pixels: int = MAX_PIXELS) -
             raise MediaError("undecodable_media", f"{name}: not a readable image ({why})") from error
 
 
-def check_source(ref: ImageRef) -> ImageRef:
-    """Raise InputError for a reference whose source is nothing that an image can be read from."""
+def check_source(ref: ImageRef | VideoRef) -> None:
+    """Raise InputError for a reference whose source is nothing that a medium can be read from."""
+    kind = "an image" if isinstance(ref, ImageRef) else "a video"
     if not isinstance(ref.source, str | bytes | os.PathLike | Image.Image):
-        kind = type(ref.source).__name__
-        raise InputError(f"an image must be a path, bytes or a PIL image, got {kind}; PIL.Image.fromarray takes an array")
+        remedy = "; PIL.Image.fromarray makes an image of an array"
+        raise InputError(f"{kind} must be a path, bytes or a PIL image, got {type(ref.source).__name__}{remedy}")
     if isinstance(ref.source, str | bytes) and not ref.source:
-        raise MediaError("missing_media", "an image has an empty path or no bytes")
-    return ref
+        raise MediaError("missing_media", f"{kind} has an empty path or no bytes")
 
 
 def _open_file(name: str) -> io.BufferedReader:
@@ -82,6 +91,35 @@ def check_size(size: tuple[int, int], name: object, max_pixels: int) -> None:
     if size[0] * size[1] > max_pixels:
         sizes = f"{size[0]} x {size[1]} pixels, the limit is {max_pixels:,}"
         raise MediaError("undecodable_media", f"{name}: {sizes}; scale it down")
+
+
+class PixelBudget:
+    """Pixels that may still be decoded for one prompt or sample."""
+
+    def __init__(self, limit: int = MAX_PIXELS_PER_REQUEST) -> None:
+        self.limit = self.left = limit
+
+    def spend(self, pixels: int, name: object) -> None:
+        """Take off what is about to be decoded; raises MediaError if that is too much."""
+        if pixels > self.left:
+            limit = f"the limit of all media of a request is {self.limit:,} (max_pixels_per_request)"
+            raise MediaError(
+                "undecodable_media", f"{name}: {pixels:,} pixels to decode, of which {self.left:,} are left; {limit}"
+            )
+        self.left -= pixels
+
+    def load(self, load: Opener, ref: ImageRef, root: str, max_pixels: int) -> Any:
+        """Open an image within the budget."""
+        try:
+            pixels = load(ref, root, max_pixels=min(max_pixels, self.left))
+        except MediaError as error:
+            if self.left >= max_pixels:
+                raise
+            limit = f"all media of a request may have {self.limit:,} pixels (max_pixels_per_request)"
+            raise MediaError(error.kind, f"{error}; {limit}") from error
+        width, height = pixels.size if isinstance(pixels, Image.Image) else pixels.shape[1::-1]
+        self.left -= width * height
+        return pixels
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -136,14 +174,6 @@ def num_tiles(width: int, height: int, tiling: TilingConfig, max_tiles: int | No
     columns, rows = grid_for(width, height, tiling, max_tiles)
     count = columns * rows
     return count + (tiling.thumbnail and count > 1)
-
-
-Pixels = Image.Image | np.ndarray
-"""An RGB image of Pillow, or uint8 RGB [height, width, 3]."""
-Opener = Callable[..., Pixels]
-"""Opens an image as `load_image` does, with the same pixels and errors."""
-Resizer = Callable[..., np.ndarray]
-"""Resizes an image as `resize` does, with the same pixels."""
 
 
 def resize(image: Pixels, size: int, columns: int, rows: int, *, thumbnail: bool) -> np.ndarray:

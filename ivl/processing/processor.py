@@ -11,11 +11,12 @@ from typing import Literal
 import torch
 
 from ivl.config import ModelConfig, TilingConfig
-from ivl.errors import DataError, InputError, MediaError
+from ivl.errors import DataError, InputError, MediaError, short
 from ivl.processing import chat, image, video
 from ivl.processing.augment import Augmentation, compress_, corrupt
 from ivl.processing.tokenizer import PLACEHOLDER, Tokenizer
 from ivl.types import IGNORE, Averaging, Conversation, ImageRef, Prompt, Record, Sample, Text, VideoRef
+from ivl.utils.budgets import MAX_PIXELS, MAX_PIXELS_PER_REQUEST, MAX_ROW_CHARS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,8 @@ class Processor:
         tokenizer: Tokenizer,
         tiling: TilingConfig | None = None,
         *,
-        max_pixels: int = image.MAX_PIXELS,
+        max_pixels: int = MAX_PIXELS,
+        max_pixels_per_request: int = MAX_PIXELS_PER_REQUEST,
         load: image.Opener = image.load_image,
         resize: image.Resizer = image.resize,
     ) -> None:
@@ -71,6 +73,7 @@ class Processor:
         Args:
             tiling: replaces the model's.
             max_pixels: an image or frame of more pixels is refused before it is decoded.
+            max_pixels_per_request: so are the media of one prompt or sample, with every frame that must be decoded for them.
             load: opens images.
             resize: resizes images to tiles; `ivl.cpu.accelerate(processor)` replaces both by faster ones.
 
@@ -79,6 +82,7 @@ class Processor:
         """
         self.config = config
         self.max_pixels = max_pixels
+        self.max_pixels_per_request = max_pixels_per_request
         self.load = load
         self.resize = resize
         self.tokenizer = tokenizer
@@ -102,8 +106,10 @@ class Processor:
             num_frames: for videos that do not state their number; their frames are evenly spaced.
 
         Raises:
-            InputError: for turns out of order; MediaError, which is one, for unreadable media.
+            InputError: for turns out of order and texts that are too long; MediaError, which is one, for unreadable media.
         """
+        if too_long := _check_texts([conversation]):
+            raise InputError(too_long)
         reader = _MediaReader(self, SampleOptions(root=root, min_frames=num_frames, max_frames=num_frames, frames="even"))
         media = reader.read(conversation)
         rendered = self.render(conversation, [len(tiles_GSSC) for tiles_GSSC in media], reply=True)
@@ -127,6 +133,8 @@ class Processor:
     def _sample(self, record: Record, options: SampleOptions) -> Sample:
         if not record.conversations:
             raise InputError("the record has no conversation")
+        if too_long := _check_texts(record.conversations):
+            raise DataError(record.source, "too_long", too_long)
         reader = _MediaReader(self, options)
         sequences: list[_Sequence] = []
         for conversation in record.conversations:
@@ -161,6 +169,21 @@ class Processor:
             dataset=record.dataset,
             cut=cut,
         )
+
+
+def _check_texts(conversations: Sequence[Conversation]) -> str:
+    """Say that texts are too long to be encoded; empty if they are not.
+
+    Raises:
+        InputError: for what is no conversation.
+    """
+    try:
+        messages = [message for conversation in conversations for message in conversation]
+        texts = [part.text for message in messages for part in message.content if isinstance(part, Text)]
+        size = sum(map(len, texts))
+    except (TypeError, AttributeError):
+        raise InputError(f"a conversation must be Messages of Text and media, got {short(conversations)}") from None
+    return f"{size:,} characters, the limit is {MAX_ROW_CHARS:,}" if size > MAX_ROW_CHARS else ""
 
 
 @dataclass(frozen=True)
@@ -219,6 +242,7 @@ class _MediaReader:
         self._processor = processor
         self._options = options
         self._media: dict[object, torch.Tensor] = {}
+        self._budget = image.PixelBudget(processor.max_pixels_per_request)
 
     def read(self, conversation: Conversation) -> list[torch.Tensor]:
         """Tiles of each medium, in order. Each of n images gets max(1, max_tiles // n) tiles, each frame of a video one."""
@@ -228,6 +252,7 @@ class _MediaReader:
         share = max(1, budget // max(1, num_images))
         media: list[torch.Tensor] = []
         for ref in refs:
+            image.check_source(ref)
             if isinstance(ref, VideoRef):
                 key = (ref.source, ref.num_frames, ref.clip and tuple(ref.clip))
             else:
@@ -256,11 +281,10 @@ class _MediaReader:
     def _image(self, ref: ImageRef, max_tiles: int) -> torch.Tensor:
         processor, augment, generator = self._processor, self._options.augment, self._options.generator
         damage = augment.drawn(generator) if augment and generator else None
-        root, max_pixels = self._options.root, processor.max_pixels
-        if damage is None:
-            pixels = processor.load(ref, root, max_pixels=max_pixels)
-        else:
-            pixels = corrupt(image.load_image(ref, root, max_pixels=max_pixels), *damage)
+        load = processor.load if damage is None else image.load_image
+        pixels = self._budget.load(load, ref, self._options.root, processor.max_pixels)
+        if damage is not None:
+            pixels = corrupt(pixels, *damage)
         tiles_GSSC = image.tile_image(pixels, processor.tiling, max_tiles, resize=processor.resize)
         if augment and generator and (qualities := augment.qualities(len(tiles_GSSC), generator)):
             compress_(tiles_GSSC, qualities)
@@ -272,8 +296,9 @@ class _MediaReader:
         if num_frames is None:
             generator = options.generator
             num_frames = generator.randint(options.min_frames, options.max_frames) if generator else options.max_frames
-        frames = video.load_frames(
+        tiles = video.load_frames(
             ref, num_frames, mode=options.frames, fps=options.fps, generator=options.generator,
-            root=options.root, max_pixels=processor.max_pixels,
+            root=options.root, max_pixels=processor.max_pixels, budget=self._budget,
+            use=lambda frame: image.tile_image(frame, processor.tiling, 1, resize=processor.resize),
         )  # fmt: skip
-        return torch.cat([image.tile_image(frame, processor.tiling, 1, resize=processor.resize) for frame in frames])
+        return torch.cat(tiles)

@@ -18,7 +18,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from ivl.config import SPECIAL_TOKENS
-from ivl.errors import InputError
+from ivl.errors import InputError, short
 
 IMAGE_START, IMAGE_END, PLACEHOLDER = SPECIAL_TOKENS[:3]
 GROUNDING = SPECIAL_TOKENS[3:]
@@ -88,13 +88,24 @@ class Tokenizer:
         return len(missing)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text. Grounding markers become their tokens, every other special token stays plain text."""
+        """Ids of a text. Grounding markers become their tokens, every other special token stays plain text.
+
+        Raises:
+            InputError: for what is no text or has half a surrogate pair, and where the library itself fails.
+        """
         ids: list[int] = []
-        for piece in self._split.split(text) if self._split else [text]:
-            if piece in self._markers:
-                ids.append(self._markers[piece])
-            elif piece:
-                ids += self.backend.encode_batch_fast([piece], add_special_tokens=False)[0].ids  # lets other threads run
+        try:
+            for piece in self._split.split(text) if self._split else [text]:
+                if piece in self._markers:
+                    ids.append(self._markers[piece])
+                elif piece:
+                    ids += self.backend.encode_batch_fast([piece], add_special_tokens=False)[0].ids  # lets other threads run
+        except (TypeError, UnicodeError):
+            raise InputError(f"not a text that can be encoded: {short(text)}") from None
+        except BaseException as error:  # the library's panics are no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            raise InputError(f"the tokenizer fails at a text of {len(text):,} characters: {short(text)}") from None
         return ids
 
     def unused(self, vocab_size: int) -> list[int]:

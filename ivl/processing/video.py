@@ -8,7 +8,8 @@ from __future__ import annotations
 import io
 import random
 import re
-from collections.abc import Callable, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
@@ -17,9 +18,14 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from ivl.errors import MediaError
-from ivl.processing.image import MAX_PIXELS, load_image, to_rgb
+from ivl.errors import InputError, MediaError
+from ivl.processing.image import PixelBudget, check_size, check_source, load_image, to_rgb
 from ivl.types import ImageRef, VideoRef
+from ivl.utils.budgets import MAX_FRAME_PIXELS, MAX_PIXELS, MAX_TILES
+from ivl.utils.files import regular
+
+Use = Callable[[Image.Image], Any]
+"""What becomes of a frame."""
 
 FrameMode = Literal["even", "rand", "middle", "fps"]
 """even: spread over the whole video (inference). rand, middle: one frame of each of num_frames intervals. fps: a fixed rate."""
@@ -41,30 +47,41 @@ def load_frames(
     generator: random.Random | None = None,
     root: str = "",
     max_pixels: int = MAX_PIXELS,
-) -> list[Image.Image]:
+    budget: PixelBudget | None = None,
+    use: Use = lambda frame: frame,
+) -> list[Any]:
     """Read RGB frames in order: num_frames of them, or for mode "fps" at most as many.
 
-    A folder gives its images sorted by the last number in their names, a GIF its frames, and anything else is decoded with
-    PyAV (the `video` extra). ref.clip keeps the frames shown from its first to its second second. A video that is too
-    short repeats its last frame.
+    Each frame is handed to `use` as soon as it is decoded, and only what that returns is kept. A frame of a container that has
+    more than MAX_FRAME_PIXELS is halved first. A folder gives its images sorted by the last number in their names, a GIF its
+    frames, and anything else is decoded with PyAV (the `video` extra). ref.clip keeps the frames shown from its first to its
+    second second. A video that is too short repeats its last frame.
 
     Raises:
-        MediaError: naming the file, if it cannot be read, has no frame inside the clip, or has frames above max_pixels.
+        MediaError: naming the file, if it cannot be read, has no frame inside the clip, has frames above max_pixels, or more
+            pixels to decode than the budget has left.
     """
 
     def choose(total: int, rate: float) -> list[int]:
         return frame_indices(total, num_frames, mode, rate=rate, fps=fps, generator=generator)
 
+    if not 1 <= num_frames <= MAX_TILES:
+        raise InputError(f"num_frames must be in 1..{MAX_TILES:,}, got {num_frames}")
+    check_source(ref)
     source = ref.source if isinstance(ref.source, bytes) else Path(root) / ref.source
-    file = _VideoFile(source, ref.clip, max_pixels, choose)
+    file = _VideoFile(source, ref.clip, max_pixels, choose, budget or PixelBudget(), use)
     if isinstance(source, bytes):
         return file.read_gif() if source.startswith(b"GIF8") else file.read_container()
+    try:
+        regular(source)
+    except InputError as error:
+        raise MediaError("undecodable_media", str(error)) from None
+    except (OSError, ValueError):  # ValueError: a null byte in the name
+        raise MediaError("missing_media", f"{source}: no such video") from None
     if source.is_dir():
         if ref.clip is not None or mode == "fps":
             raise file.error("a folder of frames has no time axis; a clip or a frame rate needs a video file")
         return file.read_folder(source)
-    if not source.exists():
-        raise MediaError("missing_media", f"{source}: no such video")
     return file.read_gif() if source.suffix.lower() == ".gif" else file.read_container()
 
 
@@ -104,6 +121,8 @@ class _VideoFile:
     max_pixels: int
     choose: Callable[[int, float], list[int]]
     """Picks frames, given how many there are and their rate a second."""
+    budget: PixelBudget
+    use: Use
 
     def error(self, problem: str | Exception) -> MediaError:
         """The error for a problem, or for the error of a library.
@@ -116,16 +135,15 @@ class _VideoFile:
         if isinstance(problem, Exception):
             words = "damaged or cut short" if in_memory else f"{type(problem).__name__}: {problem}"
             problem = f"not a readable video ({words})"
-        name = f"video of {len(self.source)} bytes" if isinstance(self.source, bytes) else self.source
-        return MediaError("undecodable_media", f"{name}: {problem}")
+        return MediaError("undecodable_media", f"{self.name}: {problem}")
+
+    @property
+    def name(self) -> str:
+        return f"video of {len(self.source)} bytes" if isinstance(self.source, bytes) else str(self.source)
 
     def open(self) -> str | io.BytesIO:
         """The video as Pillow and PyAV take it."""
         return io.BytesIO(self.source) if isinstance(self.source, bytes) else str(self.source)
-
-    def check_size(self, width: int, height: int) -> None:
-        if width * height > self.max_pixels:
-            raise self.error(f"frames of {width} x {height} pixels, the limit is {self.max_pixels:,}")
 
     def pick(self, starts: Sequence[float], rate: float) -> list[int]:
         """Choose among the frames that start within the clip, or among all without one."""
@@ -149,14 +167,16 @@ class _VideoFile:
             raise self.error(f"the name of a frame must hold its number, got {unnumbered[0]}")
         files.sort(key=lambda file: (int(re.findall(r"\d+", file.stem)[-1]), file.name))
         picked = self.choose(len(files), 0.0)
-        images = {i: load_image(ImageRef(str(files[i])), max_pixels=self.max_pixels) for i in sorted(set(picked))}
-        return [images[i] for i in picked]
+        wanted = {i: ImageRef(str(files[i])) for i in sorted(set(picked))}
+        frames = {i: self.use(self.budget.load(load_image, ref, "", self.max_pixels)) for i, ref in wanted.items()}
+        return [frames[i] for i in picked]
 
-    def read_gif(self) -> list[Image.Image]:
+    def read_gif(self) -> list[Any]:
         try:
             with Image.open(self.open(), formats=["GIF"]) as gif:
-                self.check_size(gif.width, gif.height)
+                check_size(gif.size, self.name, self.max_pixels)
                 total = getattr(gif, "n_frames", 1)
+                self.budget.spend(total * gif.width * gif.height, self.name)
                 starts: list[float] = []
                 now = 0
                 for n in range(total):
@@ -164,15 +184,15 @@ class _VideoFile:
                     starts.append(now / 1000)
                     now += gif.info.get("duration", 100)
                 picked = self.pick(starts, 1000 * total / now if now else 10.0)
-                images = {}
+                frames = {}
                 for n in sorted(set(picked)):
                     gif.seek(n)
-                    images[n] = to_rgb(gif.copy())
-                return [images[n] for n in picked]
+                    frames[n] = self.use(to_rgb(gif.copy()))
+                return [frames[n] for n in picked]
         except Exception as error:  # Pillow's readers raise whatever their parsing meets
             raise self.error(error) from error
 
-    def read_container(self) -> list[Image.Image]:
+    def read_container(self) -> list[Any]:
         try:
             import av
             from av.error import FFmpegError
@@ -187,24 +207,30 @@ class _VideoFile:
                 if not container.streams.video:
                     raise self.error("no video stream in this file")
                 stream = container.streams.video[0]
-                self.check_size(stream.width, stream.height)
+                size = stream.width, stream.height
+                check_size(size, self.name, self.max_pixels)
                 times, keys = _timestamps(container, stream)
                 if not times:
                     raise self.error("no frames in this file")
                 base, rate = float(stream.time_base or 1), float(stream.average_rate or 0)
             seconds = [(time - times[0]) * base for time in times]
             picked = self.pick(seconds, rate or len(times) / max(seconds[-1], 1e-9))
-            images: dict[int, Image.Image] = {}
+            frames: dict[int, Any] = {}
             if keys:
+                self.budget.spend(_num_decoded(times, sorted(set(picked)), keys) * size[0] * size[1], self.name)
                 with open_container() as container:
-                    images = _decode_by_seeking(self.bounded(container), container, times, sorted(set(picked)), keys)
-            if any(n not in images for n in picked):  # formats without exact time stamps or exact seeking: AVI, MPEG-TS
+                    for n, frame in _decode_by_seeking(self.bounded(container), container, times, sorted(set(picked)), keys):
+                        frames[n] = self.use(_upright(frame))
+            if any(n not in frames for n in picked):  # formats without exact time stamps or exact seeking: AVI, MPEG-TS
+                self.budget.spend((max(picked) + 1) * size[0] * size[1], self.name)
                 with open_container() as container:
-                    frames: Any = enumerate(container.decode(self.bounded(container)))
-                    images = {n: _upright(frame) for n, frame in islice(frames, max(picked) + 1) if n in picked}
-            if missing := [n for n in picked if n not in images]:
+                    decoded: Any = enumerate(container.decode(self.bounded(container)))
+                    for n, frame in islice(decoded, max(picked) + 1):
+                        if n in picked:
+                            frames[n] = self.use(_upright(frame))
+            if missing := [n for n in picked if n not in frames]:
                 raise self.error(f"the frame at {seconds[missing[0]]:.3f} s cannot be decoded")
-            return [images[n] for n in picked]
+            return [frames[n] for n in picked]
         except (FFmpegError, OSError, ValueError) as error:
             raise self.error(error) from error
 
@@ -220,29 +246,41 @@ def _timestamps(container: Any, stream: Any) -> tuple[list[int], list[int]]:
     return sorted(packet.dts or 0 for packet in packets), []
 
 
+def _num_decoded(times: Sequence[int], wanted: Sequence[int], keys: Sequence[int]) -> int:
+    """How many frames are decoded for the wanted ones, from the last key frame before each."""
+    total, done = 0, -1
+    for n in wanted:
+        key = keys[max(0, bisect_right(keys, times[n]) - 1)]
+        first = max(done + 1, bisect_left(times, key))
+        total, done = total + max(0, n + 1 - first), n
+    return total
+
+
 def _decode_by_seeking(
     stream: Any, container: Any, times: Sequence[int], wanted: Sequence[int], keys: Sequence[int]
-) -> dict[int, Image.Image]:
+) -> Iterator[tuple[int, Any]]:
     """Decode the wanted frames, seeking to the last key frame before each where that saves decoding."""
-    images: dict[int, Image.Image] = {}
     frames: Any = iter(())
     at: int | None = None
     for n in wanted:
         target = times[n]
-        start = max((key for key in keys if key <= target), default=keys[0])
+        start = keys[max(0, bisect_right(keys, target) - 1)]
         if at is None or start > at:
             container.seek(start, stream=stream, backward=True)
             frames = container.decode(stream)
-        for frame in frames:
+        for frame in islice(frames, len(times)):
             at = frame.pts
             if at is not None and at >= target:
                 if at == target:
-                    images[n] = _upright(frame)
+                    yield n, frame
                 break
-    return images
 
 
 def _upright(frame: Any) -> Image.Image:
     """The frame as players show it, with the container's rotation."""
-    image = frame.to_image()
+    width, height = frame.width, frame.height
+    while width * height > MAX_FRAME_PIXELS:
+        width, height = -(-width // 2), -(-height // 2)
+    halved = {} if width == frame.width else {"width": width, "height": height, "interpolation": "AREA"}
+    image = frame.to_image(**halved)
     return image.rotate(frame.rotation, expand=True) if frame.rotation else image
