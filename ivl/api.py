@@ -12,7 +12,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ivl.errors import InputError
+from ivl.errors import InputError, nearest, short
 from ivl.generators import Dtype, LoadConfig
 from ivl.types import VIDEO_SUFFIXES, Conversation, ImageRef, Message, SamplingParams, Text, VideoRef
 
@@ -53,7 +53,10 @@ def load(
 
 
 class Model:
-    """A loaded model. Keyword options of its methods are those of `SamplingParams`; the default is greedy."""
+    """A loaded model. Keyword options of its methods are those of `SamplingParams`; the default is greedy.
+
+    Safe in threads: calls that run at the same time advance together.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -67,10 +70,18 @@ class Model:
         return self.start().stream(text, *media, **options)
 
     def generate(
-        self, conversations: Sequence[Conversation], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self, conversations: Sequence[Conversation | str], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Reply]:
-        """Reply to many conversations (see `ask`) at once; batching changes no reply."""
-        return self.engine.generate(conversations, params or SamplingParams())
+        """Reply to many conversations (see `ask`) at once; batching changes no reply. A text is a conversation of one question.
+
+        Raises:
+            InputError: for anything else than texts and conversations, and as `Chat.stream`.
+        """
+        asked = [ask(each) if isinstance(each, str) else each for each in conversations]
+        for number, each in enumerate(asked):
+            if not isinstance(each, tuple | list) or not all(isinstance(message, Message) for message in each):
+                raise InputError(f"conversation {number} must be a text, or messages as ivl.ask makes them, got {short(each)}")
+        return self.engine.generate(asked, params or SamplingParams())
 
     def start(self, *, system: str | None = None) -> Chat:
         """Start a conversation of several turns; `system` replaces the model's own system message."""
@@ -83,7 +94,7 @@ class Chat:
     def __init__(self, engine: Engine, *, system: str | None = None) -> None:
         self.engine = engine
         self.system = system
-        self.messages: Conversation = () if system is None else (Message("system", (Text(system),)),)
+        self.messages: Conversation = () if system is None else (_system(system),)
         self.request: Request | None = None
 
     def send(self, text: str, *media: Medium, **options: Any) -> str:
@@ -99,6 +110,9 @@ class Chat:
             InputError: for media that cannot be read, or a conversation longer than the context.
         """
         message = user(text, *media)
+        known = SamplingParams.__dataclass_fields__
+        for name in options.keys() - known:
+            raise InputError(f"unknown option {name!r}: {nearest(name, known, 'options')}")
         self.request = self.engine.submit((*self.messages, message), SamplingParams(**options))
         reply = ""
         try:
@@ -114,7 +128,7 @@ class Chat:
 
 def ask(text: str, *media: Medium, system: str | None = None) -> Conversation:
     """Make a conversation of one question, for `Model.generate`."""
-    first = () if system is None else (Message("system", (Text(system),)),)
+    first = () if system is None else (_system(system),)
     return (*first, user(text, *media))
 
 
@@ -129,8 +143,21 @@ def user(text: str, *media: Medium) -> Message:
     """
     from ivl.processing import chat
 
+    _check_text(text)
     refs = [medium(m) for m in media]
     return chat.user(chat.marked(text, refs), *refs)
+
+
+def _system(text: str) -> Message:
+    _check_text(text)
+    return Message("system", (Text(text),))
+
+
+def _check_text(text: object) -> None:
+    if not isinstance(text, str):
+        raise InputError(f"a question or system message must be a text, got {short(text)}")
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise InputError(f"a text with half of a surrogate pair has no tokens: {short(text)}")
 
 
 def medium(source: Medium) -> ImageRef | VideoRef:
@@ -141,19 +168,25 @@ def medium(source: Medium) -> ImageRef | VideoRef:
     """
     if isinstance(source, ImageRef | VideoRef):
         return source
-    if not isinstance(source, str | Path):
-        return ImageRef(source)
-    path = Path(source).expanduser()
-    if not path.exists():
-        raise InputError(f"{source}: no such image or video")
-    if path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES:
-        return VideoRef(str(path))
     from PIL import Image, UnidentifiedImageError
 
-    from ivl.utils.files import regular
     from ivl.utils.pictures import open_image
 
-    regular(path)
+    if isinstance(source, bytes | Image.Image):
+        return ImageRef(source)
+    if not isinstance(source, str | Path):
+        array = "; PIL.Image.fromarray makes an image of an array" if hasattr(source, "shape") else ""
+        raise InputError(f"an image or video is a path, bytes, a PIL image or a reference, got {type(source).__name__}{array}")
+    path, found, reason = Path(source), False, ""
+    try:
+        path = path.expanduser()
+        found = path.is_file() or path.is_dir()  # reading a pipe or a device might never end
+    except (OSError, ValueError, RuntimeError) as error:  # a name that no file can have
+        reason = f" ({str(error)[:60]})"
+    if not found:
+        raise InputError(f"{str(source)[:200]}: no such image or video{reason}")
+    if path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES:
+        return VideoRef(str(path))
     try:
         with path.open("rb") as stream:
             image, _ = open_image(stream)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import ivl
+from ivl import InputError
 from ivl.cli.chat import chat as chat_command
-from tests.helpers.engines import picture, tiny_directory
+from tests.helpers.engines import assert_idle, picture, tiny_directory
 
 SHORT = {"max_new_tokens": 12}
 
@@ -55,6 +61,101 @@ def test_stream_and_generate_equal_chat(model: ivl.Model, image: Path) -> None:
     assert "".join(model.stream("What is it?", image, **SHORT)).strip() == reply
     replies = model.generate([ivl.ask("What is it?", image), ivl.ask("Why?")], ivl.SamplingParams(**SHORT))
     assert [r.text.strip() for r in replies] == [reply, model.chat("Why?", **SHORT)]
+
+
+def test_threads_get_what_one_thread_gets(model: ivl.Model, image: Path) -> None:
+    """Calls of one model from several threads advance together, and leave nothing behind."""
+    asked = [(f"question {n}, what is it?", *([image] if n % 10 == 0 else [])) for n in range(50)]
+    options = [{"max_new_tokens": 6, "temperature": float(n % 2), "seed": n} for n in range(50)]
+    alone = [model.chat(*each, **option) for each, option in zip(asked, options, strict=True)]
+
+    def fifty(thread: int) -> list[str]:
+        if thread % 4 == 0:
+            replies = model.generate([ivl.ask(*each) for each in asked], [ivl.SamplingParams(**option) for option in options])
+            return [reply.text.strip() for reply in replies]
+        order = [(n + 7 * thread) % 50 for n in range(50)]
+        texts = {n: model.chat(*asked[n], **options[n]) for n in order}
+        return [texts[n] for n in range(50)]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(fifty, range(8))) == [alone] * 8
+    assert_idle(model.engine)
+
+
+def test_a_thread_streams_while_another_one_runs_the_steps(model: ivl.Model) -> None:
+    first, second = (model.stream(f"tell me {n}", max_new_tokens=400, ignore_eos=True) for n in range(2))
+    assert next(first) and next(second)
+    with ThreadPoolExecutor(2) as pool:
+        whole, piece = pool.submit(list, first), pool.submit(next, second)
+        assert piece.result()
+        second.close()
+        assert whole.result()
+    assert_idle(model.engine)
+
+
+def test_an_interrupted_call_frees_its_blocks(model: ivl.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(model.engine.runner, "run", lambda step: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            model.chat("hello", **SHORT)
+    assert_idle(model.engine)
+    assert model.chat("hello", **SHORT)
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a \udfff", None, 5, b"x"])
+def test_what_is_no_text_is_refused_in_one_line(model: ivl.Model, text: Any) -> None:
+    system = 0 if text is None else text
+    for call in (
+        lambda: model.chat(text), lambda: ivl.ask(text), lambda: model.start(system=system), lambda: ivl.ask("x", system=system)
+    ):  # fmt: skip
+        with pytest.raises(InputError) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "source", [np.zeros((4, 4, 3), np.uint8), torch.zeros(3, 4, 4), 3, None, [b"x"], "a\0b", "x" * 5000, "\ud800", "~nobody/x"]
+)
+def test_media_of_another_kind_are_refused_in_one_line(source: Any) -> None:
+    with pytest.raises(InputError) as caught:
+        ivl.ask("what?", source)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_a_pipe_is_no_image(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(InputError, match="no such image"):
+        ivl.ask("what?", tmp_path / "pipe.png")
+
+
+def test_texts_are_conversations_and_other_things_are_refused(model: ivl.Model) -> None:
+    params = ivl.SamplingParams(**SHORT)
+    assert model.generate(["hello"], params)[0].text.strip() == model.chat("hello", **SHORT)
+    for wrong in (5, {"role": "user", "content": "hello"}, [{"role": "user", "content": "hello"}], None):
+        with pytest.raises(InputError, match="conversation 0 must be a text, or messages"):
+            model.generate([wrong], params)  # type: ignore[list-item]
+    with pytest.raises(InputError, match=r"unknown option 'max_new_token': did you mean 'max_new_tokens'"):
+        model.chat("hello", max_new_token=5)
+
+
+SIZES = ("block_size", "max_cache_tokens", "max_batch_tokens", "max_sequences", "max_context")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("dtype", value) for value in ("float8", "int8", torch.int8, None, 5)),
+        *(("device", value) for value in ("nope", "cuda:99", "meta", "mps", 5, None)),
+        *(("max_tiles", value) for value in (0, 10**6, 2.5)),
+        *((name, value) for name in SIZES for value in (0, -1, 1.5, "x")),
+        *(("max_cache_tokens", value) for value in (10**12, 1e12)),
+        *(("vision_cache_bytes", value) for value in (-1, "1")),
+    ],
+)
+def test_options_of_load_are_refused_by_name(directory: Path, option: str, value: Any) -> None:
+    with pytest.raises(InputError, match=option) as caught:
+        ivl.load(directory, **{option: value})
+    assert "\n" not in str(caught.value)
 
 
 def test_a_conversation_remembers(model: ivl.Model, image: Path) -> None:
@@ -107,7 +208,7 @@ def test_what_a_path_is(tmp_path: Path, image: Path) -> None:
 def test_context_and_tile_limits_are_told(directory: Path, model: ivl.Model) -> None:
     with pytest.raises(ivl.InputError, match="context is 600 tokens"):
         model.chat("word " * 600)
-    with pytest.raises(ivl.InputError, match="max_tiles must be at least 1, got 0"):
+    with pytest.raises(ivl.InputError, match=r"max_tiles must be a whole number in .*, got 0"):
         ivl.load(directory, max_tiles=0)
     wide = picture(2).resize((28 * 4, 28))
     few, many = (ivl.load(directory, max_tiles=n).engine.submit(ivl.ask("?", wide)) for n in (1, 4))

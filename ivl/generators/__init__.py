@@ -12,6 +12,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 from ivl.errors import InputError, short
 from ivl.types import Conversation, FinishReason, SamplingParams, TextDelta
+from ivl.utils.checks import check_choices
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -65,8 +66,9 @@ class LoadConfig:
     """Tiles an image may be cut into (more show finer detail and take longer); by default what the checkpoint says."""
 
     def __post_init__(self) -> None:
-        if self.max_tiles is not None and self.max_tiles < 1:
-            raise InputError(f"max_tiles must be at least 1, got {self.max_tiles}")
+        check_choices(self)
+        if self.max_tiles is not None and (not isinstance(self.max_tiles, int) or not 1 <= self.max_tiles <= 1000):
+            raise InputError(f"max_tiles must be a whole number in [1, 1000], got {short(self.max_tiles)}")
 
 
 @dataclass(frozen=True, kw_only=True)

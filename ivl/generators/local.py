@@ -9,6 +9,7 @@ import torch
 
 from ivl.checkpoint import load_model, load_processor, resolve
 from ivl.cpu import accelerate, has_bfloat16
+from ivl.errors import InputError, short
 from ivl.generators import LoadConfig
 from ivl.inference.engine import Engine
 
@@ -24,9 +25,7 @@ def load_engine(name: str | Path, config: LoadConfig | None = None, **engine_opt
     """
     config = config or LoadConfig()
     directory = resolve(name)
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device(config.device)
     dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
     model = load_model(directory, dtype=dtype, device=device, map_embeddings=True)
     if dtype is None:
@@ -39,6 +38,20 @@ def load_engine(name: str | Path, config: LoadConfig | None = None, **engine_opt
         min_tiles = min(tiling.min_tiles, config.max_tiles)
         processor.tiling = replace(tiling, max_tiles=config.max_tiles, min_tiles=min_tiles)
     return Engine(model, processor, **engine_options)
+
+
+def _device(name: str) -> str:
+    """Return the device to load to. Raises InputError if this machine does not have it."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        device = None
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device is None or not (device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < count)):
+        raise InputError(f"device must be auto, cpu or one of {count} cuda devices of this machine, got {short(name)}")
+    return name
 
 
 def _efficient(stored: torch.dtype, device: str) -> torch.dtype:

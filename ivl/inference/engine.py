@@ -3,13 +3,14 @@
     prepare -> add -> waiting -> running (prompt by pieces, then one token per step) -> finished
 
 `stream` and `generate` are folds over `step`. Whoever consumes a stream drives the engine, and requests of other open
-streams advance in the same forward calls. An engine belongs to one thread; only `prepare` may be called from others.
+streams, of other threads, too, advance in the same forward calls. All methods are safe in any thread.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Protocol
 
 import torch
 
-from ivl.errors import InputError
+from ivl.errors import InputError, short
 from ivl.inference.grammar import GrammarCompiler
 from ivl.inference.request import CacheState, HashedPrompt, Reply, Request, RequestTimes
 from ivl.inference.runner import Runner
@@ -35,6 +36,8 @@ GREEDY = SamplingParams()
 DEFAULT_CACHE_TOKENS = 65536
 CACHE_SHARE_OF_MEMORY = 4
 """By default the key/value cache grows to at most one part in this many of the device's memory."""
+TURN_SECONDS = 0.02
+"""A thread looks for new text of its reply so often while another one runs the steps."""
 TILES_AHEAD = 64
 """`generate` prepares conversations until this many tiles wait, or as many requests as may run."""
 
@@ -95,7 +98,18 @@ class Engine:
         self.model = model
         self.processor = processor
         self.max_context = decoder.max_positions if max_context is None else max_context
-        cache_tokens = default_cache_tokens(model) if max_cache_tokens is None else max_cache_tokens
+        most_tokens = tokens_in_memory(model)
+        default_tokens = max(1, min(DEFAULT_CACHE_TOKENS, most_tokens // CACHE_SHARE_OF_MEMORY))
+        cache_tokens = default_tokens if max_cache_tokens is None else max_cache_tokens
+        options = {
+            "max_cache_tokens": cache_tokens, "max_batch_tokens": max_batch_tokens, "max_sequences": max_sequences,
+            "max_context": self.max_context, "block_size": block_size, "vision_cache_bytes": vision_cache_bytes,
+        }  # fmt: skip
+        for name, value in options.items():
+            if not isinstance(value, int) or value < (name != "vision_cache_bytes"):
+                raise InputError(f"{name} must be a whole number above 0, got {short(value)}")
+        if cache_tokens + block_size > most_tokens:
+            raise InputError(f"max_cache_tokens is {cache_tokens}, the memory has room for {most_tokens} at most: lower it")
         self.cache = PagedCache(decoder, num_tokens=cache_tokens, block_size=block_size, dtype=model.dtype, device=model.device)
         self.vision = VisionEncoder(model, max_bytes=vision_cache_bytes)
         limits = {"max_batch_tokens": max_batch_tokens, "max_sequences": max_sequences}
@@ -104,23 +118,25 @@ class Engine:
         self.eos = frozenset(model.config.eos_token_ids)
         self.grammars = GrammarCompiler(processor.tokenizer, vocab_size=decoder.vocab_size, eos=self.eos)
         self.num_steps = self.num_new_tokens = 0
+        self._lock = threading.RLock()
 
     # One step
 
     @torch.inference_mode()
     def step(self) -> None:
         """Schedule, run the model once, and deliver a token to every reply and every prompt that was read to its end."""
-        step = self.scheduler.schedule()
-        if not step.requests:
-            return
-        try:
-            tokens = self.runner.run(step)
-        except BaseException:  # half-written sequences cannot go on, whatever stopped the run
-            for request in step.requests:
-                self.cancel(request)
-            raise
-        self.scheduler.finish(step)
-        self._deliver(step, tokens)
+        with self._lock:
+            step = self.scheduler.schedule()
+            if not step.requests:
+                return
+            try:
+                tokens = self.runner.run(step)
+            except BaseException:  # half-written sequences cannot go on, whatever stopped the run
+                for request in step.requests:
+                    self.cancel(request)
+                raise
+            self.scheduler.finish(step)
+            self._deliver(step, tokens)
 
     def _deliver(self, step: EngineStep, tokens: list[SampledToken | Exception]) -> None:
         self.num_steps += 1
@@ -132,12 +148,12 @@ class Engine:
                     raise sampled
                 request.append(sampled, self.eos, now)
             except Exception as error:  # whatever is wrong with one reply, the others go on
+                request.failure = error
                 self.cancel(request)
-                request.finish_reason, request.failure = None, error
-                continue
-            self.num_new_tokens += 1
-            if request.finish_reason is not None:
-                self.scheduler.remove(request)
+            else:
+                self.num_new_tokens += 1
+                if request.finish_reason is not None:
+                    self.scheduler.remove(request)
 
     # Requests in and out
 
@@ -205,7 +221,8 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queue a prepared request; `step` advances it."""
-        self.scheduler.add(request)
+        with self._lock:
+            self.scheduler.add(request)
 
     def submit(self, conversation: Conversation, params: SamplingParams = GREEDY, cache_salt: str = "") -> Request:
         """Prepare a request and queue it. Arguments as `prepare_all`."""
@@ -215,8 +232,8 @@ class Engine:
 
     def cancel(self, request: Request) -> None:
         """Forget an unfinished request and release its blocks. Does nothing to a finished one."""
-        if self.scheduler.remove(request):
-            request.cancelled = True
+        with self._lock:
+            request.cancelled = self.scheduler.remove(request) or request.cancelled
 
     # Folds over steps
 
@@ -227,13 +244,20 @@ class Engine:
     def deltas(self, request: Request) -> Generator[TextDelta, None, None]:
         """Yield the deltas of a queued request, and step the engine while there are none. Closing cancels the request."""
         try:
-            while request.deltas or request.finish_reason is None:
-                if request.cancelled:
-                    raise request.failure or RuntimeError("the request was cancelled")
-                if not request.deltas:
-                    self.step()
+            while True:
+                ended = request.finish_reason is not None  # before the deltas, or the last one might be missed
                 while request.deltas:
                     yield request.deltas.popleft()
+                if ended:
+                    return
+                if request.cancelled:
+                    raise request.failure or RuntimeError("the request was cancelled")
+                if self._lock.acquire(timeout=TURN_SECONDS):  # the step of another thread brings this request on, too
+                    try:
+                        if not (request.deltas or request.finish_reason or request.cancelled):
+                            self.step()
+                    finally:
+                        self._lock.release()
         finally:
             self.cancel(request)
 
@@ -286,9 +310,10 @@ class Engine:
 
     def _has_room(self) -> bool:
         """Whether to prepare another request: prompts hold tiles, so only a few wait."""
-        waiting = self.scheduler.waiting
-        num_tiles = sum(len(request.cache.tiles) for request in waiting)
-        return len(waiting) < self.scheduler.max_sequences and num_tiles < TILES_AHEAD
+        with self._lock:
+            waiting = self.scheduler.waiting
+            num_tiles = sum(len(request.cache.tiles) for request in waiting)
+            return len(waiting) < self.scheduler.max_sequences and num_tiles < TILES_AHEAD
 
     def stats(self) -> EngineStats:
         """Return the engine's counts. Safe in any thread."""
@@ -307,12 +332,12 @@ class Engine:
         )
 
 
-def default_cache_tokens(model: VLM) -> int:
-    """Return the tokens that a key/value cache holds by default."""
+def tokens_in_memory(model: VLM) -> int:
+    """Return the tokens whose keys and values are as large as the device's memory."""
     decoder = model.config.decoder
     bytes_per_token = 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * model.dtype.itemsize
     if model.device.type == "cuda":
         memory = torch.cuda.mem_get_info(model.device)[0]
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(1, min(DEFAULT_CACHE_TOKENS, memory // CACHE_SHARE_OF_MEMORY // bytes_per_token))
+    return memory // bytes_per_token

@@ -202,16 +202,18 @@ class Request:
         self.tokens.append(sampled.token)
         self.timings.first_token_at = self.timings.first_token_at or now
         self.timings.last_token_at = now
+        reason: FinishReason | None = None
         if sampled.token in eos and not self.sampler.params.ignore_eos:
-            self.finish_reason, text = sampled.end or "stop", self.stream.flush()
+            reason, text = sampled.end or "stop", self.stream.flush()
         else:
             text = self.stream.push(sampled.token)
             if self.stream.stopped:
-                self.finish_reason = "stop"
+                reason = "stop"
             elif sampled.end is not None or len(self.tokens) == self.max_new_tokens:
-                self.finish_reason = sampled.end or "length"
+                reason = sampled.end or "length"
                 text += self.stream.flush()
-        self.deltas.append(TextDelta(text, sampled.token, self.finish_reason, sampled.logprob))
+        self.deltas.append(TextDelta(text, sampled.token, reason, sampled.logprob))
+        self.finish_reason = reason  # after the delta: another thread may wait for the end
 
     def reply(self) -> Reply:
         """Return the finished reply; `deltas` must not have been consumed."""

@@ -74,8 +74,6 @@ class Scheduler:
     def __init__(
         self, cache: PagedCache, encoder: VisionEncoder, *, max_batch_tokens: int, max_sequences: int, tile_cost: int
     ) -> None:
-        if max_batch_tokens < 1 or max_sequences < 1:
-            raise ValueError(f"need max_batch_tokens >= 1 and max_sequences >= 1, got {max_batch_tokens}, {max_sequences}")
         self.cache = cache
         self.encoder = encoder
         self.max_batch_tokens = max_batch_tokens
