@@ -10,18 +10,18 @@ import numpy as np
 from ivl.evaluation.scoring import summary
 from ivl.evaluation.voting import Candidate, Select, choose
 
-Replies = Sequence[Sequence[Candidate]]
+Candidates = Sequence[Sequence[Candidate]]
 """The replies to each question."""
 MOST_SUBSETS, FEWEST_SUBSETS, CHOICES = 200, 10, 100_000
 """Random subsets of the replies to a question; over all questions about so many choices."""
 
 
-def curve(samples: Replies, scores: Sequence[Sequence[float]], select: Select | None) -> list[dict[str, Any]]:
+def curve(samples: Candidates, scores: Sequence[Sequence[float]], select: Select | None) -> list[dict[str, Any]]:
     """Return the summary of the reply that is selected from 1, 2, 4, ... and all replies."""
     return [{"samples": size, **summary(means.tolist())} for size, means in by_size(samples, scores, select).items()]
 
 
-def by_size(samples: Replies, scores: Sequence[Sequence[float]], select: Select | None) -> dict[int, np.ndarray]:
+def by_size(samples: Candidates, scores: Sequence[Sequence[float]], select: Select | None) -> dict[int, np.ndarray]:
     """Return, for 1, 2, 4, ... and all replies, each question's expected score [Q] over random subsets of its replies."""
     most, subsets = min(map(len, samples)), min(MOST_SUBSETS, max(FEWEST_SUBSETS, CHOICES // len(samples)))
     sizes = sorted({2**k for k in range(most.bit_length())} | {most})

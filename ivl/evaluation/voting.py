@@ -117,14 +117,15 @@ def sample(
         for k in range(count)
     ]
     replies = replies_of(generator, [c for c in conversations for _ in range(count)], seeded)
-    candidates = [_candidate(reply, style, likelihood) for reply in replies]
+    candidates = [
+        Candidate(
+            text=reply.text,
+            answer=None if style != "direct" and reply.finish_reason == "length" else extract(reply.text, style).answer,
+            likelihood=mean_logprob(reply) if likelihood else None,
+        )
+        for reply in replies
+    ]
     return [candidates[at : at + count] for at in range(0, len(candidates), count)]
-
-
-def _candidate(reply: ReplyLike, style: AnswerStyle, likelihood: bool) -> Candidate:
-    is_cut = style != "direct" and reply.finish_reason == "length"
-    answer = None if is_cut else extract(reply.text, style).answer
-    return Candidate(text=reply.text, answer=answer, likelihood=mean_logprob(reply) if likelihood else None)
 
 
 def mean_logprob(reply: ReplyLike) -> float:
@@ -161,12 +162,12 @@ def best_of(candidates: Sequence[Candidate], by: Literal["likelihood", "judge"])
     Replies without an answer, or without a rating, are taken only if there are no others.
     """
 
-    def rank(index: int) -> tuple[bool, float, int]:
-        candidate = candidates[index]
-        score = candidate.likelihood if by == "likelihood" else candidate.rating
-        return candidate.answer is not None, float("-inf") if score is None else score, -index
-
-    return max(range(len(candidates)), key=rank)
+    scores = [candidate.likelihood if by == "likelihood" else candidate.rating for candidate in candidates]
+    ranks = [
+        (candidate.answer is not None, -math.inf if score is None else score)
+        for candidate, score in zip(candidates, scores, strict=True)
+    ]
+    return ranks.index(max(ranks))
 
 
 def choose(candidates: Sequence[Candidate], select: Select | None) -> int:

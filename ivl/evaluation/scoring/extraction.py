@@ -18,7 +18,6 @@ _MARKER = re.compile(
     r"(?:final answer(?: is)?|最终答案(?:是|为)?|最后答案(?:是|为)?)\s{0,3}(?:\*\*|__)?\s{0,3}[:：]", re.IGNORECASE
 )
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-_MOST_MARKERS, _FEWEST_NEWLINES = 2, 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +50,11 @@ def final_answer(reply: str) -> Extracted:
     markers = list(_MARKER.finditer(reply))
     if not markers:
         return Extracted(problem="no answer")
-    if len(markers) > _MOST_MARKERS:
+    if len(markers) > 2:
         return Extracted(problem="too many answers")
     if not re.search(r"\w", reply[: markers[0].start()]):
         return Extracted(problem="no reasoning")
-    if reply.count("\n") < _FEWEST_NEWLINES:
+    if reply.count("\n") < 2:
         return Extracted(problem="too few lines")
     return _extracted(reply[markers[-1].end() :], one_line=True)
 
@@ -89,13 +88,12 @@ def think(reply: str) -> Extracted:
 
     Each tag must occur once, with nothing around them.
     """
-    think_at, thought_at, answer_at, end_at = (reply.find(tag) for tag in _TAGS)
-    counts = [reply.count(tag) for tag in _TAGS]
-    if counts[:2] != [1, 1] or thought_at < think_at:
+    places, counts = [reply.find(tag) for tag in _TAGS], [reply.count(tag) for tag in _TAGS]
+    if counts[:2] != [1, 1] or places[1] < places[0]:
         return Extracted(problem="broken think tags")
     if counts[2:] == [0, 0]:
         return Extracted(problem="no answer")
-    if counts[2:] != [1, 1] or not thought_at < answer_at < end_at:
+    if counts[2:] != [1, 1] or places != sorted(places):
         return Extracted(problem="broken answer tags")
     before, reasoning, between, answer, after = re.split("|".join(_TAGS), reply)
     if (before + between + after).strip():

@@ -25,14 +25,9 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 
 def anls(prediction: str, answers: Sequence[str], threshold: float = 0.5) -> float:
     """Return DocVQA's normalized Levenshtein similarity to the nearest answer; 0 from a relative distance of threshold on."""
-    return max(_similarity(prediction, answer, threshold) for answer in answers)
-
-
-def _similarity(prediction: str, answer: str, threshold: float) -> float:
-    prediction, answer = (" ".join(text.lower().split()) for text in (prediction, answer))
-    longest = max(len(prediction), len(answer))
-    distance = edit_distance(prediction, answer) / longest if longest else 0.0
-    return 1 - distance if distance < threshold else 0.0
+    texts = [" ".join(text.lower().split()) for text in (prediction, *answers)]
+    distances = [edit_distance(texts[0], text) / (max(len(texts[0]), len(text)) or 1) for text in texts[1:]]
+    return max(1 - distance if distance < threshold else 0.0 for distance in distances)
 
 
 def edit_distance(a: str, b: str) -> int:

@@ -63,8 +63,7 @@ def _without_latex(text: str) -> str:
         text = _WRAPPED.sub(r" \1 ", text)
     text = re.sub(r"\\(?:left|right)(?![a-z])", "", text)
     text = re.sub(r"\\([%$#&{}])", r"\1", _SPACES.sub(" ", text))
-    text = re.sub(r" +\^", "^", text)
-    text = text.strip()
+    text = re.sub(r" +\^", "^", text).strip()
     return text[7:-1] if text.startswith("\\boxed{") and text.endswith("}") else text
 
 
@@ -75,8 +74,7 @@ def introduced(text: str) -> str:
 
 def bare(text: str) -> str:
     """Return the plain text without an introduction ("The answer is") and a closing full stop."""
-    text = introduced(plain(text))
-    text = re.sub(r"(?<=[^\W\d_]{2})[!?]+\.?$", "", text)  # n! is a factorial
+    text = re.sub(r"(?<=[^\W\d_]{2})[!?]+\.?$", "", introduced(plain(text)))  # n! is a factorial
     return text.rstrip(".,; ") or text
 
 
@@ -100,7 +98,6 @@ def wording(text: str) -> str:
 
 def _stripped(word: str) -> str:
     word = word.strip(",;:\"'").rstrip(".")
-    word = word.rstrip("!?") if re.search(r"[^\W\d_]{2}", word) else word
     return word if re.search(r"\d", word) else word.strip("()[]")
 
 

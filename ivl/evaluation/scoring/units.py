@@ -60,8 +60,6 @@ _WORDS = (
 _NOT_COUNTED = frozenset(_WORDS.split())
 _CLASSIFIERS = "个只条张名人次件本辆头位种台块棵朵支把"
 _OF_WHAT = re.compile(r"(?:^| )(?:long|tall|wide|high|deep|old|away|in total|altogether|o'clock)$")
-_POWERS = {"square": 2, "sq": 2, "平方": 2, "cubic": 3, "cu": 3, "立方": 3}
-_POWER = re.compile(r"(?:(square|sq|cubic|cu)\.? |(平方|立方))(\w+)")
 
 
 def unit_of(text: str, *, spaced: bool) -> str | None:
@@ -71,8 +69,7 @@ def unit_of(text: str, *, spaced: bool) -> str | None:
         return ""
     if text[0] in _CLASSIFIERS and text not in _UNITS:
         return text[1:] if re.fullmatch(r"[\u4e00-\u9fff]{0,6}", text[1:]) and not set(text) & set("半多以或至到和") else None
-    if match := _POWER.fullmatch(text):
-        text = f"{match[3]}^{_POWERS[match[1] or match[2]]}"
+    text = re.sub(r"^(?:((?:square|sq\.?) |平方)|(?:cubic|cu\.?) |立方)(\w+)$", lambda m: f"{m[2]}^{2 if m[1] else 3}", text)
     text = re.sub(r" ?/ ?| per ", "/", text.replace("^{", "^").rstrip("}")).removesuffix(".")
     text = _SPELLINGS.get(text.lower(), text)
     for name in (text, text.lower()):

@@ -25,7 +25,7 @@ FEWEST_PEOPLE = 10
 
 _BY_NAME: tuple[tuple[str, AnswerMode], ...] = (
     ("chartqa", "relaxed"), ("docvqa", "anls"), ("infographic", "anls"), ("infovqa", "anls"), ("sroie", "geometry"),
-    ("clevr", "geometry"), ("geo", "geometry"), ("mavis", "mavis"),
+    ("clevr", "geometry"), ("geo", "geometry"), ("mavis", "mavis"), ("", "auto"),
 )  # fmt: skip
 
 
@@ -48,7 +48,7 @@ _AnswerRule = Callable[[str, str, Sequence[str]], bool | None]
 
 def mode_for(dataset: str) -> AnswerMode:
     """Return the mode of a data set by its name; auto for unknown names."""
-    return next((mode for part, mode in _BY_NAME if part in dataset.lower()), "auto")
+    return next(mode for part, mode in _BY_NAME if part in dataset.lower())
 
 
 def compare(
