@@ -6,6 +6,7 @@ That library aborts the process, or takes gigabytes, for some descriptions, and 
 from __future__ import annotations
 
 import json
+from base64 import b64decode
 from typing import Any
 
 from ivl.checkpoint.sections import FLAG, TEXT, TOKEN_ID, Section, Values
@@ -21,12 +22,12 @@ PATTERNS = {
 }  # fmt: skip
 """Regular expressions of published tokenizers (Qwen, Llama 3, GPT-2 and their kin), which are known to end on any text; of
 another one, nobody can tell."""
-MAX_STEP_CHARS, MAX_GROWTH, MAX_ADDED_CHARS = 4096, 8, 1 << 18
+MAX_STEP_CHARS, MAX_GROWTH, MAX_ADDED_CHARS, MAX_MAPPED_BYTES = 4096, 8, 1 << 18, 64
 _INSIDE = {
     "normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "post_processor": "processors", "decoder": "decoders",
 }  # fmt: skip
 _STEPS = {
-    "normalizer": ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Prepend", "Replace", "Strip"),
+    "normalizer": ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Prepend", "Replace", "Strip", "Precompiled"),
     "pre_tokenizer": ("ByteLevel", "Split", "Digits", "Metaspace", "Punctuation", "Whitespace", "WhitespaceSplit"),
     "post_processor": ("ByteLevel", "TemplateProcessing"),
     "decoder": ("ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"),
@@ -55,7 +56,7 @@ def check_tokenizer(tokenizer: Section) -> None:
     for part in _STEPS:
         growth = 1.0
         for step in _steps(tokenizer, part):
-            if len(json.dumps(step.values)) > MAX_STEP_CHARS:
+            if step.values.get("type") != "Precompiled" and len(json.dumps(step.values)) > MAX_STEP_CHARS:
                 raise InputError(f"{step.place}: is longer than {MAX_STEP_CHARS} characters")
             growth *= _check_step(step, part)
         if growth > MAX_GROWTH:
@@ -113,12 +114,27 @@ def _check_step(step: Section, part: str) -> float:
             step.read(key, _KEYS[key], None)
         elif key == "pattern":
             _check_pattern(step, value)
+        elif key == "precompiled_charsmap":
+            check_charsmap(step, step.read(key, Values(str, high=1 << 20)))
         elif key != "type":
             raise step.refusal(key, value, "no such key")
     if kind != "Replace":
-        return 1
+        return MAX_GROWTH if kind == "Precompiled" else 1  # two of them could do what two replacements can
     pattern = step.section("pattern").values.get("String", " ")
     return max(1, len(step.read("content", _SHORT)) / len(pattern))
+
+
+def check_charsmap(step: Section, text: str) -> None:
+    """Check SentencePiece's table of characters and what stands for them: a trie's size, the trie, and short texts.
+
+    The library reserves as much memory as the size says, and panics or aborts for one beyond the table.
+    """
+    data = b64decode(text)
+    size = int.from_bytes(data[:4], "little")
+    texts = data[4 + size :]
+    texts.decode()
+    if not size or size % 4 or size + 4 >= len(data) or max(map(len, texts.split(b"\0"))) > MAX_MAPPED_BYTES:
+        raise step.refusal("precompiled_charsmap", text, "a table of SentencePiece")
 
 
 def _check_pattern(step: Section, value: Any) -> None:

@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers
 
 from ivl.checkpoint.sections import FLAG, TEXT, TOKEN_ID, Section, added_tokens, open_section
-from ivl.checkpoint.tokenizer_json import check_added, check_tokenizer, check_vocabulary
+from ivl.checkpoint.tokenizer_json import check_added, check_charsmap, check_tokenizer, check_vocabulary
 from ivl.errors import InputError, short
 from ivl.processing.tokenizer import CHATML_TOKENS, Tokenizer, byte_letters, byte_level, set_bos, token_text
 from ivl.utils.files import regular, write_json
@@ -198,7 +198,7 @@ def _vocabulary(file: Path) -> dict[str, int]:
 
 def _merges(file: Path) -> list[tuple[str, str]]:
     merges = []
-    for number, line in enumerate(_read(file).decode().splitlines(), 1):
+    for number, line in enumerate(_read(file).decode().replace("\r\n", "\n").split("\n"), 1):
         if line and not line.startswith("#version"):
             left, _, right = line.partition(" ")
             if not left or not right or " " in right:
@@ -257,8 +257,9 @@ def from_sentencepiece(file: Path, added: dict[int, AddedToken]) -> tokenizers.T
     scores = {p.piece: p.score for i, p in enumerate(proto.pieces) if p.type == kinds.NORMAL and i not in names}
     unknown = next(piece.piece for piece in proto.pieces if piece.type == kinds.UNKNOWN)
     steps: list[normalizers.Normalizer] = []
-    if proto.normalizer_spec.precompiled_charsmap:  # the tokenizers library aborts the process for a damaged one
-        raise InputError(f"{file}: normalizes text by a table of its own, which is not supported; identity is")
+    if charsmap := proto.normalizer_spec.precompiled_charsmap:
+        check_charsmap(Section({}, str(file)), base64.b64encode(charsmap).decode())
+        steps.append(normalizers.Precompiled(charsmap))
     if proto.normalizer_spec.remove_extra_whitespaces:
         steps += [normalizers.Strip(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
     backend = sentencepiece_bpe(vocab, scores, unknown, prefix=proto.normalizer_spec.add_dummy_prefix, steps=steps)

@@ -17,7 +17,7 @@ import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
-from ivl.checkpoint import load_config, load_model, load_tokenizer, save_model, save_processor
+from ivl.checkpoint import load_config, load_model, load_tokenizer, save_model, save_processor, save_tokenizer
 from ivl.checkpoint.adapter import load_adapter, merge, save_adapter
 from ivl.checkpoint.compose import compose
 from ivl.checkpoint.convert import convert
@@ -330,6 +330,21 @@ def test_older_files_of_wrong_types_are_one_line(tmp_path: Path, name: str, cont
     (tmp_path / name).write_text(text, errors="surrogateescape")
     with pytest.raises(InputError, match=str(tmp_path)):
         load_tokenizer(tmp_path)
+
+
+def test_a_table_of_sentencepiece_travels(tmp_path: Path) -> None:
+    spm = pytest.importorskip("sentencepiece")
+    (tmp_path / "text").write_text("what is this\na red circle\n" * 20)
+    spm.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "tokenizer"), model_type="bpe", vocab_size=280,
+        byte_fallback=True, normalization_rule_name="nmt_nfkc", hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    oracle = spm.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    words = load_tokenizer(tmp_path)
+    save_tokenizer(words, tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved")
+    for text in ("what is this", "ｗｈａｔ　ｉｓ ①", "ﷺ ﬁ 你"):
+        assert words.encode(text) == again.encode(text) == oracle.encode(text)
 
 
 @pytest.mark.parametrize("data", [b"", b"x", b"\n\xff\xff\xff\x0f", bytes(range(256))])
