@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import random
 import re
@@ -11,6 +10,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 import ivl
@@ -18,14 +18,10 @@ from ivl.boxes import parse_boxes
 from ivl.config import TilingConfig
 from ivl.processing import chat
 from ivl.processing.image import grid_for
-from ivl.serve.config import ServeConfig
-from ivl.serve.conversation import load_conversation
-from ivl.serve.media import MediaGateway
 from ivl.serve.page import FILES
-from ivl.serve.schemas import ChatRequest
 from ivl.types import ImageRef, Message, Text
 from tests.helpers.engines import picture
-from tests.helpers.servers import data_url, engine
+from tests.helpers.servers import data_url, engine, running
 
 STATIC = Path(ivl.__file__).parent / "serve" / "static"
 
@@ -112,19 +108,19 @@ def test_boxes_are_those_of_the_processor(script: Path) -> None:
 
 
 def test_questions_are_those_of_chat(script: Path, tmp_path: Path) -> None:
-    processor, system = engine(tmp_path / "model").processor, "be brief"
+    tiny, system = engine(tmp_path / "model"), "be brief"
     urls = [data_url(seed) for seed in range(3)]
     cases: list[Any] = []
     for count in range(4):
         media = [{"kind": "image", "data": url, "maxTiles": 3} for url in urls[:count]]
         cases.append({"turns": [], "question": {"text": "what?", "media": media}, "system": f" {system} "})
     replies = evaluate(script, "return rules.messagesOf(x.turns, x.question, x.system)", cases)
-    for count, messages in enumerate(replies):
-        request = ChatRequest.model_validate({"messages": messages})
-        asked = asyncio.run(load_conversation(request.messages, ServeConfig(), MediaGateway(), lambda _: None))
+    with running(tiny, keys=()) as server:
+        tokens = [httpx.post(f"{server.url}/tokenize", json={"messages": messages}).json()["tokens"] for messages in replies]
+    for count in range(4):
         pictures = [ImageRef(picture(seed), 3) for seed in range(count)]
         expected = (Message("system", (Text(system),)), chat.user(chat.marked("what?", pictures), *pictures))
-        assert processor.prompt(asked).tokens_T.tolist() == processor.prompt(expected).tokens_T.tolist()
+        assert tokens[count] == tiny.processor.prompt(expected).tokens_T.tolist()
 
 
 def test_turns_without_a_reply_are_left_out(script: Path) -> None:
