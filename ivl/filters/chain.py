@@ -120,11 +120,8 @@ class Chain:
         return asdict(self.config) | {"stages": stages}
 
     def to_text(self) -> str:
-        """Return the configuration with every default as JSON to be edited, a line for each stage."""
-        config = self.spelled_out()
-        lines = ",\n".join(f"    {json.dumps(stage, ensure_ascii=False)}" for stage in config.pop("stages"))
-        head = json.dumps(config, indent=2, ensure_ascii=False).removesuffix("\n}")
-        return f'{head},\n  "stages": [\n{lines}\n  ]\n}}\n'
+        """Return the configuration with every default as JSON to be edited."""
+        return json.dumps(self.spelled_out(), indent=2, ensure_ascii=False) + "\n"
 
     def domain_of(self, dataset: str) -> str:
         """Return the domain of the first pattern that fits."""

@@ -77,8 +77,8 @@ def write_outputs(out: Path, checker: RowChecker, journal: Journal, judge: str |
             if entry["keep"]:
                 files.write(kept[entry["dataset"]], _kept(checker, entry))
             else:
-                head = json_line(_without(entry, "keep", "scores", "unjudged", "signatures")).removesuffix(b"}\n")
-                files.write("dropped.jsonl", head + b', "row": ' + _dropped(checker, entry) + b"}\n")
+                told = _without(entry, "keep", "scores", "unjudged", "signatures")
+                files.write("dropped.jsonl", json_line(told | {"row": _dropped(checker, entry)}))
     figures = report.figures(judge) | {"run": journal.about}
     write_json(out / "meta.json", _meta(checker, kept, report.datasets))
     write_atomic(out / "report.html", report.page(figures))
@@ -103,21 +103,19 @@ def _kept(checker: RowChecker, entry: RowEntry) -> bytes:
         return json_line(from_record(record, layout="openai"))
 
 
-def _dropped(checker: RowChecker, entry: RowEntry) -> bytes:
-    """Return a row as JSON on one line; a string if it is not JSON, null if its bytes cannot be read."""
+def _dropped(checker: RowChecker, entry: RowEntry) -> Any:
+    """Return the row: its text if it is not JSON, None if its bytes cannot be read; bytes of media as base64."""
     try:
         data = checker.files[entry["dataset"]].raw(entry["row"])
     except DataError:
-        return b"null"
-    if isinstance(data, bytes):
-        try:
-            text = data.decode().strip()
-            data = json.loads(text)
-            if "\n" not in text and "\r" not in text:
-                return text.encode()
-        except (ValueError, RecursionError):
-            data = data.decode("utf-8", "backslashreplace")
-    return json.dumps(data, ensure_ascii=False, default=_plain).encode("utf-8", "backslashreplace")
+        return None
+    if not isinstance(data, bytes):
+        return json.loads(json.dumps(data, default=_plain))
+    text = data.decode("utf-8", "backslashreplace")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text.strip()
 
 
 def _plain(value: Any) -> Any:
