@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ivl.preference.pairs import build_pairs
+from ivl.preference.pairs import PairsConfig, build_pairs
 from ivl.preference.questions import load_sources
 from ivl.preference.report import write_report
 from ivl.preference.sampling import SamplingConfig, sample
@@ -41,7 +41,7 @@ def main() -> None:
     sources = load_sources(OUT / "questions.jsonl", style="final_answer")
     config = SamplingConfig(num_replies=8, params=SamplingParams(temperature=1.0, max_new_tokens=64))
     replies = sample(Guesser(), sources, OUT / "replies.jsonl", model="guesser", config=config)
-    tallies = build_pairs(replies, OUT / "pairs", limit=5)
+    tallies = build_pairs(replies, OUT / "pairs", PairsConfig(limit=5))
     write_report(OUT / "pairs", tallies)
     [tally] = tallies.values()
     print(f"{tally.accuracy:.0%} of {tally.replies} replies are right; {tally.pairs['correctness']} pairs; see {OUT}/pairs")

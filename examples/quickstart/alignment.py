@@ -55,10 +55,10 @@ def write_pairs(model: Path, out: Path, *, questions: int, replies: int) -> Path
 
 def pair_up(journal: Path, out: Path) -> None:
     """Write pairs of the replies, and their report."""
-    from ivl.preference.pairs import build_pairs
+    from ivl.preference.pairs import PairsConfig, build_pairs
     from ivl.preference.report import write_report
 
-    write_report(out, build_pairs(journal, out, limit=4))
+    write_report(out, build_pairs(journal, out, PairsConfig(limit=4)))
 
 
 def held_out(model: Path, count: int, folder: Path, *, seed: int = 9) -> dict[str, Any]:

@@ -59,3 +59,8 @@ def main() -> None:
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except OSError as error:  # a full disk, a name that is too long, a folder that cannot be read
+        if error.errno is None:
+            raise
+        print(f"ivl {args[0]}: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        raise SystemExit(1) from None

@@ -11,7 +11,9 @@ import tyro
 from ivl.errors import InputError
 from ivl.evaluation.scoring import AnswerMode, AnswerStyle
 from ivl.generators import GeneratorConfig, connect
+from ivl.preference.pairs import PairsConfig, build_pairs, why_none
 from ivl.preference.questions import load_sources, read_questions
+from ivl.preference.report import write_report
 from ivl.preference.sampling import DropoutConfig, SamplingConfig, continue_without_images, sample
 from ivl.utils.jsonl import read_journal
 from ivl.utils.progress import reporting
@@ -82,28 +84,13 @@ class PairsOptions:
     """Journal of `ivl prefer sample` or `ivl prefer dropout`."""
     out: Input
     """Directory for pairs.jsonl, format_pairs.jsonl, grades.jsonl, meta.json, report.json and report.html."""
-    limit: int | None = None
-    """Most pairs of a question and kind; by default 15, or 3 where there are more than 500,000 questions."""
-    seed: int = 0
-    """Chooses among possible pairs."""
-    max_chars: int = 32_000
-    """Most characters of a question and its two replies; longer pairs are left out."""
-    style: AnswerStyle | None = None
-    """Where replies show their answer; by default as they were asked to."""
-    mode: AnswerMode | None = None
-    """How answers are compared; by default as the source says."""
+    config: PairsConfig = field(default_factory=PairsConfig)
 
     def run(self) -> None:
         """Run `ivl prefer pairs`."""
-        from ivl.preference.pairs import build_pairs, why_none
-        from ivl.preference.report import write_report
-
         with reporting("pairs", "questions") as show:
-            tallies = build_pairs(
-                self.replies, self.out, limit=self.limit, seed=self.seed, max_chars=self.max_chars,
-                style=self.style, mode=self.mode, on_progress=show,
-            )  # fmt: skip
-        write_report(self.out, tallies, seed=self.seed)
+            tallies = build_pairs(self.replies, self.out, self.config, on_progress=show)
+        write_report(self.out, tallies, seed=self.config.seed)
         for name, tally in tallies.items():
             pairs = ", ".join(f"{count:,} {kind} pairs" for kind, count in sorted(tally.pairs.items()))
             pairs = pairs or f"no pairs: {why_none(tally)}"

@@ -75,8 +75,9 @@ def run(
         names = ", ".join(stage.name for stage in chain.stages if stage.judged)
         raise InputError(f"the stages {names} need a judge: give a model or an endpoint, or take the filter `heuristic`")
     checker = RowChecker(chain, load_mixture(mixture, root=options.root, format=options.format))
-    _check_folder(out, [str(mixture), *(place for spec in checker.specs.values() for place in (spec.annotation, spec.root))])
+    inputs = [str(mixture), *(place for spec in checker.specs.values() for place in (spec.annotation, spec.root))]
     try:
+        _check_folder(out, inputs)
         with _journal(out, checker, judge, fresh=options.fresh) as journal:
             if options.fresh:
                 remove_outputs(out)
@@ -119,7 +120,7 @@ def _check_folder(out: Path, inputs: Sequence[str]) -> None:
         if real == (path := Path(place).resolve()) or real in path.parents:
             raise InputError(f"{out}: holds the input {place}; choose another folder for the results")
     journal = out / "progress.jsonl"
-    if not (journal.exists() and journal.stat().st_size):
+    if not (os.path.lexists(journal) and journal.stat().st_size):
         for path in (*(out / name for name in OUTPUTS), *out.glob("kept/*")):
             if os.path.lexists(path):
                 raise InputError(f"{out}: holds {path.name}, which is not of a filter run; choose another folder")

@@ -26,8 +26,6 @@ from ivl.utils.jsonl import Journal, json_line, read_journal, reading_line, whol
 from ivl.utils.strict_json import from_json
 
 FILES = ("pairs.jsonl", "format_pairs.jsonl", "grades.jsonl")
-MAX_CHARS = 32_000
-"""Most characters of a pair: about 8,000 tokens of English, half of what a pack of the published runs holds."""
 PairKind = Literal["correctness", "format", "dropout"]
 MAX_PAIRS, MAX_PAIRS_HUGE, HUGE = 15, 3, 500_000
 """Most pairs of one question, and of one question among more than HUGE (arXiv:2411.10442, section 3)."""
@@ -165,41 +163,46 @@ def _pair(row: dict[str, Any], kind: PairKind, index: int, chosen: str, rejected
     return pair | {"answer_gt": answers, "source": whole_text(row["source"]), "kind": kind}
 
 
+@dataclass(frozen=True, kw_only=True)
+class PairsConfig:
+    """Which pairs are made of graded replies."""
+
+    limit: int | None = None
+    """Most pairs of a question and kind; by default 15, or 3 where there are more than 500,000 questions."""
+    seed: int = 0
+    """Chooses among possible pairs."""
+    max_chars: int = 32_000
+    """Most characters of a question and its two replies, about 8,000 tokens of English; longer pairs are left out."""
+    style: AnswerStyle | None = None
+    """Where replies show their answer; by default as they were asked to."""
+    mode: AnswerMode | None = None
+    """How answers are compared; by default as the source says."""
+
+
 def build_pairs(
     replies: Path,
     out: Path,
+    config: PairsConfig | None = None,
     *,
-    limit: int | None = None,
-    seed: int = 0,
-    max_chars: int = MAX_CHARS,
-    style: AnswerStyle | None = None,
-    mode: AnswerMode | None = None,
     on_progress: Callable[[int, int], None] = lambda *_: None,
 ) -> dict[str, Tally]:
     """Grade the replies of a journal and write out/pairs.jsonl, out/format_pairs.jsonl, out/grades.jsonl and out/meta.json.
 
     A journal of continuations gives out/pairs.jsonl of Dropout-NTP pairs. Files appear whole or not at all, and follow from
-    the journal and the arguments alone. A pair that training would refuse is not written but counted.
-
-    Args:
-        limit: Most pairs of a question and kind; None is 15, or 3 among over 500,000 questions.
-        seed: Chooses among possible pairs.
-        max_chars: Most characters of a question and its two replies.
-        style: Where replies show their answer; None is how they were asked to.
-        mode: How answers are compared; None is the source's.
+    the journal and the configuration alone. A pair that training would refuse is not written but counted.
 
     Raises:
         InputError: for a journal that is broken, or whose questions have no answers to compare with; for a folder that holds
             files of something else.
     """
+    config = config or PairsConfig()
     about, rows = read_journal(replies)
     with reading_line(replies, 1):
         kind, entries = about["kind"], [from_json(QuestionSource, entry, f"{replies}:1") for entry in about["sources"]]
-    changes = {name: value for name, value in (("style", style), ("mode", mode)) if value is not None}
+    changes = {name: value for name in ("style", "mode") if (value := getattr(config, name)) is not None}
     sources = {source.name: replace(source, **changes) for source in entries}
     total = sum(1 for _ in read_journal(replies)[1])
-    if limit is None:
-        limit = MAX_PAIRS_HUGE if total > HUGE else MAX_PAIRS
+    limit = config.limit if config.limit is not None else MAX_PAIRS_HUGE if total > HUGE else MAX_PAIRS
     tallies = {name: Tally(style=source.style, mode=source.mode) for name, source in sources.items()}
     written: Counter[str] = Counter()
     with claimed(out), NewFiles(out, FILES) as files:
@@ -212,11 +215,11 @@ def build_pairs(
                     pairs = dropout_pair(row, tally)
                 else:
                     grades = _grades(row, sources[row["source"]], tally, f"{replies}:{number}")
-                    pairs = correctness_pairs(row, grades, tally, limit=limit, seed=seed)
+                    pairs = correctness_pairs(row, grades, tally, limit=limit, seed=config.seed)
                     graded = [{"answer": g.answer, "correct": g.correct, "problem": g.problem} for g in grades]
                     files.write("grades.jsonl", json_line({"id": row["id"], "source": row["source"], "grades": graded}))
                     written["grades.jsonl"] += 1
-            for pair in _trainable(pairs, tally, max_chars):
+            for pair in _trainable(pairs, tally, config.max_chars):
                 name = "format_pairs.jsonl" if pair["kind"] == "format" else "pairs.jsonl"
                 files.write(name, json_line(pair))
                 written[name] += 1
@@ -237,7 +240,7 @@ def claimed(out: Path) -> Iterator[None]:
     The journal out/progress.jsonl, which has no chunks, tells whose the folder is.
     """
     marker = out / "progress.jsonl"
-    if not marker.exists():
+    if not os.path.lexists(marker):
         for name in (*FILES, "meta.json", "report.json", "report.html"):
             if os.path.lexists(out / name):
                 raise InputError(f"{out / name}: was not written by `ivl prefer pairs`; choose another folder")

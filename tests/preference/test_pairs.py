@@ -11,7 +11,7 @@ from PIL import Image
 from ivl.data.mixture import Mixture, load_mixture
 from ivl.errors import InputError
 from ivl.evaluation.scoring import formulas
-from ivl.preference.pairs import Tally, build_pairs, correctness_pairs
+from ivl.preference.pairs import PairsConfig, Tally, build_pairs, correctness_pairs
 from ivl.preference.questions import QuestionSource
 from ivl.preference.report import write_report
 from ivl.utils.jsonl import Journal
@@ -75,8 +75,8 @@ def test_at_most_so_many_pairs_of_a_question_by_its_own_seed(tmp_path: Path, ima
     path = journal(tmp_path / "r.jsonl", rows)
     build_pairs(path, tmp_path / "a")
     build_pairs(path, tmp_path / "b")
-    build_pairs(path, tmp_path / "c", seed=1)
-    build_pairs(path, tmp_path / "d", limit=3)
+    build_pairs(path, tmp_path / "c", PairsConfig(seed=1))
+    build_pairs(path, tmp_path / "d", PairsConfig(limit=3))
     a, b, c, d = (pairs(tmp_path / name) for name in "abcd")
     assert a == b != c and len(a) == len(c) == 30 and len(d) == 6
     texts = [[(p["chosen"], p["rejected"]) for p in a if p["id"].startswith(f"s/{n}/")] for n in range(2)]

@@ -198,3 +198,24 @@ def test_two_samplers_at_once_and_a_killed_holder(place: Path, endpoint: str) ->
     assert done.returncode == 0, done.stderr
     assert sorted(row["id"] for _, row in read_journal(out)[1]) == sorted(f"q/{n} \ud83d" for n in range(12))
     assert [path.name for path in Path.cwd().iterdir()] == ["r.jsonl"]
+
+
+def test_names_that_no_file_can_have_are_one_line(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long, rows = "x" * 300, place / "data" / "q.jsonl"
+    replies = journal(place / "r.jsonl", [])
+    for arguments in (
+        ("prefer", "sample", long, "r.jsonl", "--url", "http://127.0.0.1:9/v1", "--url-model", "m"),
+        ("prefer", "sample", rows, long, "--url", "http://127.0.0.1:9/v1", "--url-model", "m"),
+        ("prefer", "pairs", long, "out"),
+        ("prefer", "pairs", replies, long),
+        ("prefer", "pairs", replies, replies),
+        ("data", "filter", "heuristic", long, "out"),
+        ("data", "filter", "heuristic", rows, long),
+        ("data", "filter", "heuristic", rows, rows),
+        ("data", "filter", long, rows, "out"),
+    ):
+        assert ivl(*arguments, monkeypatch=monkeypatch) == 1, arguments
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and said.startswith(f"ivl {arguments[0]}: "), (arguments, said)
