@@ -23,6 +23,7 @@ import pytest
 from PIL import Image
 
 from ivl.cli import COMMANDS, main
+from ivl.recipes import STAGES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -80,7 +81,9 @@ def command_of(arguments: list[str]) -> tuple[str, ...]:
     """The words that choose a help page."""
     if arguments[0] in ("data", "prefer") and len(arguments) > 1:
         return tuple(arguments[:2])
-    return ("train", "nano-language") if arguments[0] == "train" else (arguments[0],)
+    if arguments[0] != "train":
+        return (arguments[0],)
+    return ("train", arguments[1] if arguments[1] in STAGES else "nano-language")
 
 
 def all_flags() -> set[str]:
@@ -88,6 +91,7 @@ def all_flags() -> set[str]:
         *(("data", name) for name in ("validate", "stats", "convert", "filter", "pack")),
         ("train", "nano-language"),
         ("train", "nano-mpo"),
+        ("train", "lora"),
     ]
     chosen += [("prefer", name) for name in ("sample", "pairs", "dropout")]
     chosen += [(name,) for name in COMMANDS if name not in ("data", "prefer", "train")]
@@ -110,6 +114,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         talk = [{"from": "human", "value": "<image>\nwhat colour is it?"}, {"from": "gpt", "value": "red"}]
         rows.append({"id": n, "image": f"{n}.png", "conversations": talk})
     (place / "data/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = [
+        {"id": n, "image": f"{n}.png", "question": "what color is it?", "chosen": "red", "rejected": "blue"} for n in range(4)
+    ]
+    (place / "data/pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     shutil.copytree(ROOT / "examples", place / "examples", ignore=shutil.ignore_patterns("__pycache__"))
     return place
 

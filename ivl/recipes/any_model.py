@@ -23,7 +23,13 @@ MIN_STEPS = 32
 def unknown_model(stage: str) -> RunConfig:
     """The configuration before model and data are known, for `--help`."""
     base = published.STAGES[stage]("1B")
-    return replace(base, name=stage, model="MODEL", architecture=None, data=replace(base.data, mixture="ROWS"))
+    return replace(
+        base,
+        name=f"{stage} --model DIR_OR_HUB_ID --data ROWS ...",
+        model="MODEL",
+        architecture=None,
+        data=replace(base.data, mixture="ROWS"),
+    )
 
 
 def any_model(stage: str, model: str, data: tuple[str, ...], *, format: str | None = None) -> tuple[RunConfig, str]:
@@ -62,7 +68,7 @@ def any_model(stage: str, model: str, data: tuple[str, ...], *, format: str | No
     chosen = (
         f"{config.name}: published settings of {size}; {rows:,} rows, {packs} a step (published {published_packs}), "
         f"{-(-rows // packs):,} steps an epoch; at most {max_tokens:,} tokens a {'pair' if sequences > 1 else 'row'}; "
-        f"lr {base.train.optim.lr:g}; into {config.run_dir}"
+        f"lr {base.train.optim.lr:g}"
     )
     return config, chosen
 
