@@ -73,7 +73,7 @@ def raw(server: Running, sent: bytes, timeout: float = 60.0) -> tuple[int, bytes
 
 
 def _repeated(item: bytes, size: int) -> bytes:
-    return b",".join([item] * max(1, size // (len(item) + 1)))
+    return (item + b",") * (size // (len(item) + 1)) + item
 
 
 def _text(content: Any) -> bytes:
@@ -119,6 +119,7 @@ KINDS: dict[str, Callable[[int, random.Random], tuple[str, bytes]]] = {
     "letters": lambda n, _: (TOKENIZE, json.dumps({"prompt": "a" * n}).encode()),
     "blank text": lambda n, _: (TOKENIZE, json.dumps({"prompt": " " * min(n, 400_000)}).encode()),
     "Chinese": lambda n, _: (TOKENIZE, json.dumps({"prompt": "中文" * min(n // 6, 200_000)}, ensure_ascii=False).encode()),
+    "Chinese question": lambda n, _: (CHAT, _text("中文" * min(n // 6, 200_000))),
     "no base64": lambda n, _: (CHAT, _text([{"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * n}}])),
     "URLs": lambda n, _: (CHAT, _text([{"type": "image_url", "image_url": {"url": data_url(1)}}] * (n // 300))),
     "schema": lambda n, _: (CHAT, _schema({"enum": ["a" * n]})),
