@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import numpy as np
 import torch
 
 from ivl.config import ModelConfig, TilingConfig
@@ -113,7 +114,7 @@ class Processor:
         reader = _MediaReader(self, SampleOptions(root=root, min_frames=num_frames, max_frames=num_frames, frames="even"))
         media = reader.read(conversation)
         rendered = self.render(conversation, [len(tiles_GSSC) for tiles_GSSC in media], reply=True)
-        return Prompt(torch.tensor(rendered.ids), *reader.show(media))
+        return Prompt(torch.from_numpy(np.array(rendered.ids, np.int64)), *reader.show(media))
 
     def sample(self, record: Record, *, options: SampleOptions | None = None) -> Sample:
         """Tokens, labels and weights of every conversation of the record, and the tiles, which they share.

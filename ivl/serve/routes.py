@@ -187,22 +187,24 @@ async def completions(shared: Shared, body: Annotated[CompletionRequest, Depends
 async def tokenize(shared: Shared, body: Annotated[TokenizeRequest, Depends(_body(TokenizeRequest))]) -> Response:
     """Token ids of a text, or of a conversation as the model gets it; those of images are placeholders."""
     shared.check_model(body.model)
-    service = shared.service
+    service, processor = shared.service, shared.service.processor
 
-    async def encode() -> list[int]:
+    async def encode() -> list[bytes]:
         if body.messages is None:
             text = body.prompt or ""
             check_text([text], shared.config, "prompt")
-            return await service.in_pool(lambda: service.processor.tokenizer.encode(text))
+            return await service.in_pool(lambda: parts(processor.tokenizer.encode(text)))
         conversation = await shared.load(body.messages)
         heavy = shared.context.pixels > HEAVY_PIXELS
-        prompt = await service.in_pool(lambda: service.processor.prompt(conversation), group=shared.context.group, heavy=heavy)
-        return prompt.tokens_T.tolist()
+        group = shared.context.group
+        return await service.in_pool(lambda: parts(processor.prompt(conversation).tokens_T.tolist()), group=group, heavy=heavy)
 
-    tokens = await shared.within_deadline(encode())
-    parts = [to_json(tokens[at : at + TOKENS_AT_ONCE])[1:-1] for at in range(0, len(tokens), TOKENS_AT_ONCE)]
-    head = to_json({"count": len(tokens), "max_model_len": service.engine.max_context})
-    return JSONParts([head[:-1].encode(), b',"tokens":[', ",".join(parts).encode(), b"]}"])
+    def parts(tokens: list[int]) -> list[bytes]:
+        slices = [to_json(tokens[at : at + TOKENS_AT_ONCE])[1:-1] for at in range(0, len(tokens), TOKENS_AT_ONCE)]
+        head = to_json({"count": len(tokens), "max_model_len": service.engine.max_context})
+        return [head[:-1].encode(), b',"tokens":[', ",".join(slices).encode(), b"]}"]
+
+    return JSONParts(await shared.within_deadline(encode()))
 
 
 @router.get("/v1/models", responses={**GET, 200: described("The models", "models")}, tags=["v1"])
