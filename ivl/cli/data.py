@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from ivl.datasets.inspect import Watch
     from ivl.datasets.stats import DatasetStats
     from ivl.errors import InputError
+
+SHOWN = 10
+"""Problems of each kind that `validate` prints without `--all`."""
 
 
 def main(args: list[str]) -> None:
@@ -46,6 +50,8 @@ class ValidateOptions(MixtureOptions):
     """Model directory whose processor also encodes every row: finds rows that are too long or train nothing."""
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
     """Print one JSON object a line instead: each problem, then the summary."""
+    show_all: Annotated[bool, tyro.conf.arg(name="all")] = False
+    """Print every problem, not the first ten of each kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +63,12 @@ class StatsOptions(MixtureOptions):
 
 
 def validate(options: Annotated[ValidateOptions, tyro.conf.arg(name="")]) -> None:
-    """Print every problem with its file and line, then the number of each kind; exit code 1 if there is one."""
+    """Print problems with file and line, the first ten of each kind, then the number of each; exit code 1 if there is one."""
     from ivl.datasets.inspect import kind_of
     from ivl.datasets.stats import DatasetStats, total
 
     done: list[DatasetStats] = []
+    shown: Counter[str] = Counter()
     for finding in _inspect(options, options.model):
         if isinstance(finding, DatasetStats):
             done.append(finding)
@@ -70,7 +77,8 @@ def validate(options: Annotated[ValidateOptions, tyro.conf.arg(name="")]) -> Non
         elif options.as_json:
             source, problem = getattr(finding, "source", None), getattr(finding, "problem", str(finding))
             print(json.dumps({"source": source, "kind": kind_of(finding), "problem": problem}))
-        else:
+        elif options.show_all or shown[kind_of(finding)] < SHOWN:
+            shown[kind_of(finding)] += 1
             print(f"{finding} [{kind_of(finding)}]")
     whole = total(done)
     if options.as_json:
@@ -78,6 +86,8 @@ def validate(options: Annotated[ValidateOptions, tyro.conf.arg(name="")]) -> Non
         print(json.dumps({"rows": whole.rows, "bad": whole.bad, "kinds": whole.kinds, "datasets": datasets}))
     elif whole.bad:
         print(f"{whole.bad:,} problem{'s' * (whole.bad > 1)} in {whole.rows:,} rows: {_kinds(whole)}")
+        if hidden := whole.bad - shown.total():
+            print(f"{hidden:,} more problems are not printed; --all prints them")
     if whole.bad:
         raise SystemExit(1)
 

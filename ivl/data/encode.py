@@ -50,10 +50,13 @@ class Encoder:
             if self.pairs is not None and record.is_pair != self.pairs:
                 raise DataError(record.source, "bad_row", NO_PAIR if self.pairs else PAIR)
             options = self._options(record, draw)
-            return self._sample(record, options), options.generator is None
+            return self.processor.sample(record, options=options), options.generator is None
         except DataError as error:
             # A new one, for the traceback of the old one would keep the row's media in memory.
             return DataError(error.source, error.kind, error.problem), False
+        except Exception as error:
+            error.add_note(f"while encoding {self.mixture.files[draw.dataset].source(draw.row)}")
+            raise
 
     def _options(self, record: Record, draw: Draw) -> SampleOptions:
         config, dataset = self.config, self.mixture.specs[draw.dataset]
@@ -71,15 +74,6 @@ class Encoder:
             max_frames=config.max_frames,
             generator=generator,
         )
-
-    def _sample(self, record: Record, options: SampleOptions) -> Sample:
-        try:
-            return self.processor.sample(record, options=options)
-        except DataError:
-            raise
-        except Exception as error:
-            error.add_note(f"while encoding {record.source}")
-            raise
 
 
 class SampleCache:

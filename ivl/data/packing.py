@@ -68,17 +68,13 @@ class Packer(Generic[Item]):
         """Open packs."""
         return sum(len(shelf) for shelf in self._shelves)
 
-    def fits(self, item: Item) -> bool:
-        """Whether the sample fits an empty pack."""
-        return item.num_tokens <= self.max_tokens and item.num_tiles <= self.max_tiles
-
     def add(self, position: int, item: Item) -> OpenPack[Item] | None:
         """Place one sample; returns the pack that this released, if any.
 
         Raises:
             ValueError: if the sample is larger than a whole pack.
         """
-        if not self.fits(item):
+        if item.num_tokens > self.max_tokens or item.num_tiles > self.max_tiles:
             size = f"{item.num_tokens} tokens and {item.num_tiles} tiles"
             raise ValueError(f"a sample of {size} exceeds a pack of {self.max_tokens} and {self.max_tiles}")
         pack = self._take((self.max_tokens - item.num_tokens, self.max_tiles - item.num_tiles)) or OpenPack()

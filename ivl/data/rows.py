@@ -28,7 +28,7 @@ def from_record(record: Record, *, layout: WrittenLayout = "reference", medium: 
     row: dict[str, Any] = {} if record.id == record.source else {"id": record.id}
     shown = [_media(conversation) for conversation in record.conversations]
     _check(record, [ref for refs in shown for ref in refs])
-    value_of = medium or _value
+    value_of: MediumValue = medium or (lambda ref, _: medium_value(ref))
     if layout == "openai":
         conversations = [[_openai_turn(message, record.source, value_of) for message in each] for each in record.conversations]
     else:
@@ -44,10 +44,6 @@ def from_record(record: Record, *, layout: WrittenLayout = "reference", medium: 
         chosen, rejected = conversations
         return row | {key: chosen[:-1], "chosen": chosen[-1], "rejected": rejected[-1]}
     return row | {key: conversations[0] if len(conversations) == 1 else conversations}
-
-
-def _value(ref: ImageRef | VideoRef, _: str) -> str:
-    return medium_value(ref)
 
 
 def _media(conversation: Conversation) -> list[ImageRef | VideoRef]:

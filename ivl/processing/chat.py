@@ -54,10 +54,6 @@ class Rendered:
     cuts: list[tuple[int, int]]
     """Numbers of tokens and of media up to the end of each reply, which are those of the conversation that ends there."""
 
-    def first(self, num_tokens: int) -> Rendered:
-        """The first tokens alone."""
-        return Rendered(self.ids[:num_tokens], self.trained[:num_tokens], [])
-
     def add(self, ids: Sequence[int], *, trained: bool = False) -> None:
         """Append tokens."""
         self.ids.extend(ids)

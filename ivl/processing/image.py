@@ -68,8 +68,8 @@ def check_source(ref: ImageRef | VideoRef) -> None:
     """Raise InputError for a reference whose source is nothing that a medium can be read from."""
     kind = "an image" if isinstance(ref, ImageRef) else "a video"
     if not isinstance(ref.source, str | bytes | os.PathLike | Image.Image):
-        remedy = "; PIL.Image.fromarray makes an image of an array"
-        raise InputError(f"{kind} must be a path, bytes or a PIL image, got {type(ref.source).__name__}{remedy}")
+        got = f"{type(ref.source).__name__}; PIL.Image.fromarray makes an image of an array"
+        raise InputError(f"{kind} must be a path, bytes or a PIL image, got {got}")
     if isinstance(ref.source, str | bytes) and not ref.source:
         raise MediaError("missing_media", f"{kind} has an empty path or no bytes")
 

@@ -227,7 +227,8 @@ def _fit(source: str, sequences: list[_Sequence], options: SampleOptions) -> tup
     kept: list[_Sequence] = []
     for whole in sequences:
         # Whole, or cut after one of its replies, the last first. The order of media is that of the text.
-        starts = (_Sequence(whole.rendered.first(n), whole.media[:m]) for n, m in reversed(whole.rendered.cuts))
+        ids, trained, cuts = whole.rendered.ids, whole.rendered.trained, whole.rendered.cuts
+        starts = (_Sequence(chat.Rendered(ids[:n], trained[:n], []), whole.media[:m]) for n, m in reversed(cuts))
         best = next((start for start in (whole, *starts) if fits(*kept, start)), None)
         if best is not None:
             kept.append(best)

@@ -100,7 +100,7 @@ def _quiet_start() -> Generator[None]:
 class _Failure:
     """An exception on its way from a worker. DataLoader would raise another one with its text."""
 
-    error: Exception
+    error: BaseException
 
 
 class _Calls:
@@ -112,7 +112,9 @@ class _Calls:
     def __getitem__(self, item: Any) -> Any:
         try:
             return self.function(item)
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of a library in Rust is no Exception
             error.add_note(f"in a worker process:\n{traceback.format_exc()}")
             return _Failure(picklable(error))
 

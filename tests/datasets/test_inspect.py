@@ -7,6 +7,7 @@ import pytest
 from ivl.cli import data as cli
 from ivl.data.config import DataConfig
 from ivl.datasets.inspect import DatasetStats, inspect
+from ivl.formats.rows import write_jsonl
 from tests.data.test_loader import DIRT, soil
 from tests.helpers.mixtures import make_file, picture, processor, turns
 
@@ -109,3 +110,31 @@ def test_containers_with_media_inside(tmp_path, kind, capsys):
     first, *_, last = capsys.readouterr().out.splitlines()
     assert first.startswith(f"{path}:{'row 2' if kind == 'parquet' else 'b'}: ") and "0x" not in first
     assert last == "1 problem in 2 rows: 1 undecodable_media"
+
+
+def test_ten_problems_of_a_kind_are_printed_or_all(tmp_path, capsys):
+    rows = [{"conversations": turns("<image>", "red")}] * 25 + [{"x": 1}] * 3
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    for flags, printed in (([], 13), (["--all"], 28)):
+        with pytest.raises(SystemExit):
+            cli.main(["validate", str(tmp_path / "rows.json"), *flags])
+        lines = capsys.readouterr().out.splitlines()
+        assert sum(line.endswith("]") for line in lines) == printed
+        assert lines[0].startswith(f"{tmp_path}/rows.json: row 1: ")
+        assert ("15 more problems are not printed; --all prints them" in lines) == (not flags)
+    with pytest.raises(SystemExit):
+        cli.main(["validate", str(tmp_path / "rows.json"), "--json"])
+    assert len(capsys.readouterr().out.splitlines()) == 29
+    assert any("row 17" in line for line in lines)
+
+
+@pytest.mark.parametrize("chars", [1_000_001, 5_000_000])
+def test_a_huge_answer_is_found_without_a_model(tmp_path, capsys, chars):
+    write_jsonl([{"conversations": turns("hi", "a" * chars)}, {"conversations": turns("hi", "yes")}], tmp_path / "a.jsonl")
+    with pytest.raises(SystemExit):
+        cli.main(["validate", str(tmp_path / "a.jsonl")])
+    out = capsys.readouterr().out
+    assert (
+        f"a.jsonl:1: {chars + 2:,} characters, the limit of a row is 1,000,000 [too_long]" in out
+        and "1 problem in 2 rows" in out
+    )
