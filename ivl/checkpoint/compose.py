@@ -23,7 +23,7 @@ from ivl.checkpoint.keymaps import TensorEntry, decoder_map, vision_map
 from ivl.checkpoint.model_dir import empty_model, open_weights, read, save_model, tensors_of, untie
 from ivl.checkpoint.processor_files import save_processor
 from ivl.checkpoint.sections import TOKEN_ID, open_section
-from ivl.checkpoint.vocabulary import load_tokenizer, orderly, spelled
+from ivl.checkpoint.vocabulary import check_spelling, load_tokenizer, refusing_damage
 from ivl.checkpoint.weights import OnMegabytes, StoredWeights, TensorSource, check_entries
 from ivl.config import SPECIAL_TOKENS, DecoderConfig, ModelConfig, published_config
 from ivl.errors import InputError
@@ -174,8 +174,8 @@ def _language_part(llm: str | Path) -> tuple[SourcePart, Tokenizer]:
 def _gguf_part(path: Path) -> tuple[SourcePart, Tokenizer]:
     file = GgufModel(path)
     vocabulary = file.vocabulary()
-    with orderly(path):
-        tokenizer = spelled(tokenizer_from_gguf(vocabulary))
+    with refusing_damage(path):
+        tokenizer = check_spelling(tokenizer_from_gguf(vocabulary))
     eos_ids = () if vocabulary.eos_token_id is None else (vocabulary.eos_token_id,)
     whole = _language_alone(file.config, tokenizer, eos_ids)
     return _alone(whole, file, file.key_map(empty_model(whole).decoder)), tokenizer

@@ -54,13 +54,13 @@ def new_directory(target: str | Path, *, force: bool = False, sources: Sequence[
         InputError: before anything changes, if the target exists and is not to be replaced, is being written by another
             process, or cannot be written. Errors of the block that the system raised become one, too.
     """
-    made: list[Path] = []
+    new_parents: list[Path] = []
     try:
         target = Path(os.path.abspath(target))  # noqa: PTH100 (links stay)
         str(target).encode()
         replaced = _check_target(target, force, sources)
         part = target.with_name(f".{target.name}.ivl-part")
-        made = [parent for parent in target.parents if not parent.exists()]
+        new_parents = [parent for parent in target.parents if not parent.exists()]
         part.mkdir(parents=True, exist_ok=True)
         with ExitStack() as held:
             for directory in (part, target) if replaced else (part,):
@@ -76,7 +76,7 @@ def new_directory(target: str | Path, *, force: bool = False, sources: Sequence[
             except BaseException:
                 shutil.rmtree(part, ignore_errors=True)
                 raise
-            made = []
+            new_parents = []
             if replaced:
                 _clear(part)
                 part.rmdir()
@@ -87,7 +87,7 @@ def new_directory(target: str | Path, *, force: bool = False, sources: Sequence[
             raise
         raise InputError(f"{short(str(target), 300)}: cannot be written: {error}") from None
     finally:
-        for parent in made:
+        for parent in new_parents:
             with suppress(OSError):
                 parent.rmdir()
 

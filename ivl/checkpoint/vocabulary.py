@@ -54,38 +54,38 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     config.read("add_bos_token", FLAG, None)
     values = dict(config.values)
     if (file := directory / "tokenizer.json").exists():
-        with orderly(file):
+        with refusing_damage(file):
             described = open_section(file)
             check_tokenizer(described)
             backend = tokenizers.Tokenizer.from_file(str(file))
             check_ids(backend, {token.read("id", TOKEN_ID): as_added(token) for token in described.sections("added_tokens")})
-            return spelled(Tokenizer(backend, config=values), described.values["model"]["vocab"])
+            return check_spelling(Tokenizer(backend, config=values), described.values["model"]["vocab"])
     added = added_tokens(directory, "added_tokens.json", CONFIG_FILE)
     check_added(list(added.values()), directory)
     tokens = {i: as_added(token) for i, token in added.items()}
     if (file := directory / "vocab.json").exists() and (directory / "merges.txt").exists():
-        with orderly(f"{directory}: vocab.json and merges.txt are no BPE vocabulary"):
+        with refusing_damage(f"{directory}: vocab.json and merges.txt are no BPE vocabulary"):
             backend = byte_level(models.BPE(vocab=_vocabulary(file), merges=_merges(directory / "merges.txt")))
     elif ranks := sorted(directory.glob("*.tiktoken")):
-        with orderly(ranks[0]):
+        with refusing_damage(ranks[0]):
             backend = from_ranks(ranks[0])
         values = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "add_bos_token": False} | values
     elif (file := directory / "tokenizer.model").exists():
-        with orderly(file):
+        with refusing_damage(file):
             backend = from_sentencepiece(file, tokens)
-            return spelled(Tokenizer(backend, config={"bos_token": "<s>", "add_bos_token": True} | values))
+            return check_spelling(Tokenizer(backend, config={"bos_token": "<s>", "add_bos_token": True} | values))
     else:
         raise InputError(
             f"{directory}: no tokenizer here; expected tokenizer.json, vocab.json with merges.txt, "
             "a .tiktoken file or tokenizer.model"
         )
-    with orderly(directory):
+    with refusing_damage(directory):
         append_tokens(backend, tokens, directory)
-        return spelled(Tokenizer(backend, config=values))
+        return check_spelling(Tokenizer(backend, config=values))
 
 
 @contextmanager
-def orderly(place: object) -> Iterator[None]:
+def refusing_damage(place: object) -> Iterator[None]:
     """Turn what a library raises for damaged data into an InputError of one line that starts with the place.
 
     A panic of the tokenizers library is no Exception.
@@ -102,7 +102,7 @@ def orderly(place: object) -> Iterator[None]:
         raise InputError(f"{place}: {problem}") from None
 
 
-def spelled(tokenizer: Tokenizer, vocab: Iterable[str] | None = None) -> Tokenizer:
+def check_spelling(tokenizer: Tokenizer, vocab: Iterable[str] | None = None) -> Tokenizer:
     """The tokenizer, after a check that it can spell every text and that each entry stands for bytes."""
     pieces = tokenizer.spelling == "pieces"
     letters = {byte: f"<0x{byte:02X}>" if pieces else letter for letter, byte in byte_letters().items()}
@@ -157,7 +157,7 @@ def append_tokens(backend: tokenizers.Tokenizer, added: dict[int, AddedToken], p
     """Added tokens in the order of their ids, each of which must come out as announced."""
     for token in added.values():
         (backend.add_special_tokens if token.special else backend.add_tokens)([token])
-    with orderly(place):
+    with refusing_damage(place):
         check_ids(backend, added)
 
 
@@ -224,8 +224,8 @@ def from_ranks(file: Path) -> tokenizers.Tokenizer:
     if missing := [byte for byte in range(256) if letters[byte] not in ranks]:
         raise InputError(f"{file}: has no token for {len(missing)} bytes, first 0x{missing[0]:02X}")
     merges = possible_merges(ranks, ranks)
-    made = {left + right for left, right in merges}
-    if lost := [token for token in ranks if len(token) > 1 and token not in made]:
+    joins = {left + right for left, right in merges}
+    if lost := [token for token in ranks if len(token) > 1 and token not in joins]:
         raise InputError(f"{file}: {len(lost)} tokens cannot be made from shorter ones, first {short(lost[0])}")
     backend = byte_level(models.BPE(vocab=ranks, merges=merges))
     added = {len(ranks) + n: AddedToken(t, special=t not in QWEN_PLAIN, normalized=False) for n, t in enumerate(QWEN_ADDED)}
