@@ -1,4 +1,4 @@
-"""Hashes of what a prediction depends on: the generator that wrote it, the judge that chose it, and the question."""
+"""Hashes of the generator that wrote a prediction, of the judge that chose it, and of its question."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ PIECE = 1 << 16
 
 
 def of_generator(generator: Any) -> dict[str, str]:
-    """Return what changes when the replies of a generator may change.
+    """Return values that change when the replies of a generator may change.
 
-    That is the weights, the configuration and the processor of an engine, and the url and the model of an endpoint. Any other
-    generator may have a string `fingerprint`; without one only its class is known.
+    They stand for the weights, the configuration and the processor of an engine, or for the url and the model of an endpoint.
+    Any other generator may have a string `fingerprint`; without one only its class is known.
     """
     generator = getattr(generator, "engine", generator)
     model, own = getattr(generator, "model", None), getattr(generator, "fingerprint", None)
@@ -43,7 +43,7 @@ def of_generator(generator: Any) -> dict[str, str]:
 
 
 def of_judge(judge: Rater | None) -> dict[str, str]:
-    """Return what changes when the ratings of a judge may change; of a function only its name is known."""
+    """Return values that change when the ratings of a judge may change; of a function only its name is known."""
     if judge is None:
         return {}
     if isinstance(judge, RatingJudge | RewardModel):
@@ -52,7 +52,7 @@ def of_judge(judge: Rater | None) -> dict[str, str]:
 
 
 def of_question(conversation: Conversation, answers: tuple[str, ...]) -> str:
-    """Hash what is asked, with the bytes of its pictures and videos wherever they lie, and the accepted answers."""
+    """Hash a conversation, with the bytes of its pictures and videos wherever they lie, and the accepted answers."""
     turns = [[message.role, [_part(part) for part in message.content]] for message in conversation]
     return _hash(json.dumps([turns, answers]).encode())
 

@@ -76,10 +76,10 @@ class PredictionsFile:
 def _check_header(path: Path, row: dict[str, Any], header: dict[str, Any], *, fresh: bool) -> None:
     if row.get("ivl") != FORMAT:
         raise InputError(f"{path}: is no file of predictions, or one of an older ivl; name another with --predictions")
-    found, expected = dict(_flat(row)), dict(_flat(header))
-    for key in {**expected, **found}:
-        if not fresh and found.get(key) != expected.get(key):
-            values = f"{short(found.get(key))}, this run has {short(expected.get(key))}"
+    saved, expected = dict(_flat(row)), dict(_flat(header))
+    for key in {**expected, **saved}:
+        if not fresh and saved.get(key) != expected.get(key):
+            values = f"{short(saved.get(key))}, this run has {short(expected.get(key))}"
             raise InputError(f"{path}: holds predictions with {key} {values}; {REMEDY}")
 
 

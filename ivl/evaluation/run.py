@@ -140,16 +140,16 @@ def evaluate(
             seconds = time.monotonic() - started
             size = min(2 * size, config.batch_size) if seconds < 2 else max(1, size // 2) if seconds > 20 else size
             on_progress(len(done), len(examples), resumed=resumed, note=f"{total / len(done):.2%} so far")
-    found = [done[example.id] for example in examples]
+    answered = [done[example.id] for example in examples]
     by_type = defaultdict(list)
-    for prediction in found:
+    for prediction in answered:
         by_type[prediction.group].append(prediction.score)
     return {
         "task": task.name,
         "metric": task.metric,
-        **summary([prediction.score for prediction in found]),
+        **summary([prediction.score for prediction in answered]),
         "by_type": {group: summary(scores) for group, scores in sorted(by_type.items())},
-        **({} if config.method == ONE_REPLY else asking.samples_report(examples, found)),
+        **({} if config.method == ONE_REPLY else asking.samples_report(examples, answered)),
         "model": model,
         "params": json.loads(json.dumps(asdict(asking.params))),
         "versions": versions(),
