@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -46,10 +47,11 @@ def train(args: list[str]) -> None:
     if resume is not None:
         if not resume:
             raise InputError("--resume needs the directory of a run, such as --resume runs/NAME")
-        from ivl.runs.directory import load_run_config, run_dir_of
+        from ivl.runs.directory import load_run_config
 
-        run_dir = run_dir_of(resume[0])
-        start, name = dataclasses.replace(load_run_config(run_dir), out_dir=str(run_dir)), f"--resume {resume[0]}"
+        given = Path(resume[0])
+        run_dir = given.parent if given.name.startswith("checkpoint-") and (given / "trainer").is_dir() else given
+        start, name = dataclasses.replace(load_run_config(run_dir), out_dir=str(run_dir)), f"--resume {given}"
     elif args[0] in STAGES:
         name, *args = args
         start, args = _any_model(name, args)

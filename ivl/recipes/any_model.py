@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import cast
 
 from ivl.checkpoint import load_config, resolve
-from ivl.config import SIZES, DecoderConfig, published_config
+from ivl.config import SIZES, published_config
 from ivl.data.mixture import Mixture, load_mixture
 from ivl.formats.rows import RowFormat
 from ivl.recipes import published
@@ -45,7 +45,10 @@ def any_model(stage: str, model: str, data: tuple[str, ...], *, format: str | No
         InputError: if the model's configuration cannot be read, or a file of rows.
     """
     architecture = load_config(resolve(model))
-    size = min(SIZES, key=lambda size: abs(math.log(_weight(published_config(size).decoder) / _weight(architecture.decoder))))
+    # Layers hold about num_layers * width^2 parameters, up to a factor that is much the same in all sizes.
+    scales = {size: decoder.num_layers * decoder.width**2 for size in SIZES for decoder in [published_config(size).decoder]}
+    own = architecture.decoder.num_layers * architecture.decoder.width**2
+    size = min(SIZES, key=lambda size: abs(math.log(scales[size] / own)))
     base = published.STAGES[stage](size)
     rows = len(Mixture(load_mixture(data, format=cast(RowFormat | None, format)), seed=0))
     published_packs, ranks = base.train.packs_per_step, int(os.environ.get("WORLD_SIZE", "1"))
@@ -71,12 +74,6 @@ def any_model(stage: str, model: str, data: tuple[str, ...], *, format: str | No
         f"lr {base.train.optim.lr:g}"
     )
     return config, chosen
-
-
-def _weight(decoder: DecoderConfig) -> int:
-    """Count the parameters of a decoder's layers."""
-    heads = 2 * (decoder.num_heads + decoder.num_kv_heads) * decoder.head_dim
-    return decoder.num_layers * decoder.width * (heads + 3 * decoder.mlp_width)
 
 
 def _name(model: str) -> str:

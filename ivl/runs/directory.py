@@ -153,20 +153,6 @@ def load_run_config(directory: Path) -> RunConfig:
     raise InputError(f"{directory}: not a training run, there is no {CONFIG} in it")
 
 
-def run_dir_of(path: str | Path) -> Path:
-    """Return the run's directory, given it or one of its checkpoints.
-
-    Raises:
-        InputError: if it is neither.
-    """
-    path = Path(path)
-    if path.name.startswith("checkpoint-") and not (path / CONFIG).exists():
-        path = path.parent
-    if not (path / CONFIG).is_file():
-        raise InputError(f"{path}: not a training run, there is no {CONFIG} in it")
-    return path
-
-
 def gather_model(model: VLM, config: RunConfig, world: World) -> VLM | None:
     """Gather the whole model on the first rank, None on others; all ranks call this together."""
     if not is_sharded(model):
