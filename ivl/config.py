@@ -1,4 +1,4 @@
-"""Configuration of every model: InternViT, decoder, tiling, and the published sizes (arXiv:2412.05271, table 2).
+"""Configuration of every model: InternViT, decoder, tiling, adapters, and the published sizes (arXiv:2412.05271, table 2).
 
 The values are those of the published checkpoints' config.json.
 """
@@ -202,11 +202,7 @@ SIZES = tuple(_PARTS)
 
 
 def published_config(size: str) -> ModelConfig:
-    """The published configuration of one size, `1B` to `78B`.
-
-    Raises:
-        ValueError: if the size is not a published one.
-    """
+    """The published configuration of one size, `1B` to `78B`; raises ValueError for any other."""
     if size not in _PARTS:
         raise ValueError(f"unknown size {size!r}; published sizes are {', '.join(SIZES)}")
     vision, decoder = _PARTS[size]

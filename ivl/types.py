@@ -3,8 +3,8 @@
 Training:   Record -> Sample -> Pack -> Batch -> Loss.
 Inference:  messages -> Prompt -> TextDelta.
 
-Shape suffixes, used in every file: T tokens, S sequences, G tiles, R placeholder runs (one per tile shown), P patches,
-U vision tokens per tile, N query heads, K key/value heads, H head size, D width, V vocabulary, C channels.
+Shape suffixes: T tokens, S sequences (SSC: side of a tile), L padded length, G tiles, R placeholder runs (one per tile shown),
+P patches, U vision tokens per tile, N query heads, K key/value heads, H head size, D width, V vocabulary, C channels, X any.
 """
 
 from __future__ import annotations

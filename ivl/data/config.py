@@ -37,7 +37,7 @@ class DataConfig:
     max_buffer: int = 20
     """Packs that stay open for the next samples."""
     max_tiles_per_image: int | None = None
-    """Tile budget of one sample's images; a data set's max_dynamic_patch goes before it, None is the processor's own."""
+    """Tile budget that a conversation's images share; a data set's max_dynamic_patch goes before it, None is the model's."""
     min_frames: int = 8
     """Fewest frames drawn from a video."""
     max_frames: int = 32
@@ -53,10 +53,10 @@ class DataConfig:
     on_error: Literal["refuse", "skip"] = "refuse"
     """A bad row stops the run with its file and line (refuse), or is left out and counted in the report (skip)."""
     over_budget: Literal["refuse", "truncate", "skip"] = "refuse"
-    """The same for a sample larger than a whole pack, which on_error=skip covers too. truncate drops whole turns from the end,
-    down to the last reply that fits, and counts the row; a sample of which no reply fits is refused."""
+    """The same for a sample larger than a whole pack; on_error=skip skips it, too. truncate drops whole turns from the end,
+    down to the last reply that fits, and counts the row; a sample of which no reply fits is a bad row."""
     max_skip_share: float = 0.2
-    """More bad rows than this share stop the run even where they may be skipped."""
+    """Where bad rows are skipped, a larger share of them than this stops the run all the same."""
     num_workers: int = 2
     """Processes that encode; 0 encodes in the main process. Batches do not depend on it."""
     prefetch: int = 16

@@ -252,5 +252,5 @@ class Loader:
 
 
 def _is_first(draw: Draw) -> bool:
-    """Whether no earlier draw of a run is of the same row."""
+    """Whether this is the draw that counts its row: every drawn row has one such draw in the first epoch."""
     return draw.epoch == 0 and draw.copy == 0

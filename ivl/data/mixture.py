@@ -1,4 +1,4 @@
-"""A mixture of data sets: the rows that one epoch draws, and their order."""
+"""A mixture of data sets: the rows that one epoch draws, and their order. D data sets, N positions of the stream."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class DatasetSpec:
     data_augment: bool = False
     """Degrade images by random JPEG compression."""
     max_dynamic_patch: int | None = None
-    """Tile budget of a sample's images; None takes the run's."""
+    """Tile budget that the images of a conversation share; None takes the run's."""
     repeat_time: float = 1.0
     """Draws per row and epoch, in (0, 4]; a fraction is a seeded random subset, the same in every epoch."""
     length: int | None = None
@@ -119,7 +119,7 @@ class Draw(NamedTuple):
     dataset: int
     row: int
     copy: int
-    """How many times the epoch may have drawn the row before; 0 once for every row that is drawn at all."""
+    """Number of this draw among the epoch's draws of the row, from 0, whatever their order in the stream."""
 
 
 class Mixture:
@@ -184,11 +184,7 @@ class Mixture:
         return self._order[1]
 
     def record(self, dataset: int, row: int) -> Record:
-        """Read one row.
-
-        Raises:
-            DataError: if the row is not what it should be.
-        """
+        """Read one row; raises DataError if it is not what it should be."""
         spec, rows = self.specs[dataset], self.files[dataset]
         return read_record(rows, row, root=Path(spec.root), dataset=spec.name)
 

@@ -47,11 +47,7 @@ PART_KINDS = ("text", "image_url", "image", "video_url", "video")
 
 
 def read_record(rows: Rows, index: int, *, root: Path, dataset: str = "") -> Record:
-    """Read one row of an opened file.
-
-    Raises:
-        DataError: if the row is damaged, or is not what it should be.
-    """
+    """Read one row of an opened file; raises DataError if it is damaged, or not what it should be."""
     return to_record(rows[index], source=rows.source(index), root=root, dataset=dataset, layout=rows.layout)
 
 
@@ -255,7 +251,7 @@ class _RowReader:
         return self._image(value) if medium == "image" else self._video(value)
 
     def _unmarked(self, items: list[list[Part | _Slot]], *, several: bool) -> list[Part | _Slot]:
-        """Slots for media without a mark, which stand before the first question: a lone one of a kind, or `several`."""
+        """Slots before the first question for media of a kind that no mark shows: one medium, or with `several` any number."""
         slots: list[Part | _Slot] = []
         media: tuple[tuple[MediumKind, int], ...] = (("image", len(self.images)), ("video", len(self.videos)))
         for kind, count in media:

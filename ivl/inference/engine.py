@@ -2,8 +2,8 @@
 
     prepare -> add -> waiting -> running (prompt by pieces, then one token per step) -> finished
 
-`stream` and `generate` are folds over `step`. Whoever consumes a stream drives the engine, and requests of other open
-streams, of other threads, too, advance in the same forward calls. All methods are safe in any thread.
+`stream` and `generate` repeat `step` until their replies end. Whoever consumes a stream drives the engine: the requests of all
+other streams, even of other threads, advance in the same forward calls. All methods are safe in any thread.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DEFAULT_CACHE_TOKENS = 65536
 CACHE_SHARE_OF_MEMORY = 4
 """By default the key/value cache grows to at most one part in this many of the device's memory."""
 TURN_SECONDS = 0.02
-"""A thread looks for new text of its reply so often while another one runs the steps."""
+"""How often a thread looks for new text of its reply while another one runs the steps."""
 TILES_AHEAD = 64
 """`generate` prepares conversations until this many tiles wait, or as many requests as may run."""
 
@@ -85,7 +85,7 @@ class Engine:
         """Set up the cache and the scheduler.
 
         Args:
-            max_cache_tokens: Prompt and reply tokens held at once; by default 65,536, or what a quarter of memory holds.
+            max_cache_tokens: Prompt and reply tokens held at once; by default 65,536 or a quarter of memory, the lesser.
             max_batch_tokens: Tokens of one step; a longer prompt is computed in pieces.
             max_sequences: Requests running at once.
             max_context: Tokens of prompt and reply together; by default what the model was trained for.
@@ -235,7 +235,7 @@ class Engine:
         with self._lock:
             request.cancelled = self.scheduler.remove(request) or request.cancelled
 
-    # Folds over steps
+    # Whole replies
 
     def stream(self, prompt: Conversation, params: SamplingParams = GREEDY) -> Generator[TextDelta, None, None]:
         """Yield one delta per token, the last with its finish_reason. Closing the iterator cancels the request."""

@@ -28,7 +28,7 @@ USUAL_SECONDS, EXTRA_SECONDS = 0.02, 1.0
 
 
 class GrammarCompiler:
-    """Compiles grammars for one vocabulary, which is read at the first, and remembers them. Safe in any thread."""
+    """Compiles grammars for one vocabulary, which is read with the first grammar, and remembers them. Safe in any thread."""
 
     def __init__(self, tokenizer: TokenizerLike, *, vocab_size: int, eos: frozenset[int]) -> None:
         self.tokenizer, self.vocab_size, self.eos = tokenizer, vocab_size, eos

@@ -41,7 +41,7 @@ class HashedPrompt:
         self.tokens_T, self.salt = prompt.tokens_T, salt
         self.num_tiles = len(tile_hashes)
         self.run_tiles: list[bytes] = [tile_hashes[tile] for tile in prompt.tile_ids_R.tolist()]
-        """The tile that each placeholder run shows."""
+        """The hash of the tile that each placeholder run shows."""
         self.run_length = config.tokens_per_tile
         self.placeholders = array("q", (prompt.tokens_T == config.image_token_id).nonzero().flatten().tolist())
         """Positions of the placeholders."""
@@ -89,7 +89,7 @@ class HashedPrompt:
         return bisect_left(self.placeholders, start), bisect_left(self.placeholders, stop)
 
     def _runs(self, first: int, stop: int) -> list[bytes]:
-        """Return the tiles of the runs that hold the placeholders from first up to stop."""
+        """Return the tiles of the runs that hold the placeholders number first up to stop, counted from the prompt's first."""
         return self.run_tiles[first // self.run_length : -(-stop // self.run_length)] if first < stop else []
 
 
@@ -98,7 +98,7 @@ class CacheState:
     """How much of a request is computed, and what the next piece of its prompt needs. The scheduler changes it."""
 
     max_blocks: int
-    """Blocks that the longest possible reply needs."""
+    """Blocks of the prompt and the longest possible reply."""
     tiles: dict[bytes, torch.Tensor]
     """Tiles by hash; dropped once the prompt is computed, as they are large."""
     vision: dict[bytes, torch.Tensor] = field(default_factory=dict[bytes, torch.Tensor])

@@ -93,7 +93,7 @@ def candidates(
     """Return the probabilities that survive top-k, top-p and min-p, and their token ids.
 
     Top-p keeps the smallest set of most likely tokens whose probability, after top-k, reaches it. Min-p keeps tokens at
-    least this times as likely as the most likely one. The ids are None if every token survives, in the order of tokens.
+    least this times as likely as the most likely one. The ids are None if every token survives: token n is then at place n.
     """
     ids = None
     if 0 < top_k < len(logits_V):

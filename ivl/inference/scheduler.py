@@ -67,8 +67,7 @@ class Scheduler:
     than reading max_batch_tokens. A request starts when blocks for its longest possible reply are free, so none is ever
     preempted.
 
-    A request whose prompt begins like one that is just being computed waits for it, and later ones overtake it. Then it
-    finds the common prefix in the cache.
+    A request whose prompt begins like one that is being computed waits, may be overtaken, and then finds the prefix cached.
     """
 
     def __init__(
@@ -119,6 +118,7 @@ class Scheduler:
     def _admit(self, step: EngineStep) -> None:
         """Start waiting requests while tokens, sequences and blocks last."""
         pool = self.cache.pool
+        # Hashes of the blocks that running requests are about to compute.
         coming = {prefix_hash for request in self.running for prefix_hash in self._hashes_ahead(request)}
         # Blocks that running requests have not taken yet, but may: what is left of them belongs to newcomers.
         reserved = sum(request.cache.max_blocks - len(request.cache.sequence.blocks) for request in self.running)
@@ -181,7 +181,7 @@ class Scheduler:
             step.add(request, min(stop - start, step.budget))
 
     def _add_tiles(self, request: Request, start: int, stop: int, step: EngineStep) -> bool:
-        """Add the tiles shown between two positions of a prompt. Returns False if some must wait for a later step."""
+        """Add the tiles shown between two positions, one at least to a step. Returns False if some wait for a later step."""
         for tile in request.prompt.tiles_between(start, stop):
             if tile in request.cache.vision:
                 continue

@@ -17,11 +17,11 @@ from ivl.model.cache import CacheStep
 from ivl.types import Layout
 
 MAX_PADDING_SHARE = 4
-"""A group of sequences may be padded by one part in this many of its longest member ..."""
+"""Sequences are padded to the longest of their group, by up to one part in this many of its length ..."""
 MAX_PADDING_TOKENS = 16
-"""... or by this many tokens per sequence, if that is more."""
+"""... or by up to this many tokens, if that is more."""
 MAX_GATHER = 2
-"""Decoding sequences are gathered into one rectangle unless it would be this many times larger than they are."""
+"""Decoding sequences are padded into one rectangle if it has at most this many times their own tokens."""
 SpanKind = Literal["fresh", "decoding", "continued"]
 
 

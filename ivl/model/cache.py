@@ -1,4 +1,4 @@
-"""The paged key/value cache: sequences own blocks of token slots, so memory is shared and nothing is ever moved."""
+"""The paged key/value cache: sequences own blocks of token slots, so memory is shared and nothing ever moves. B blocks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class BlockPool:
         self.cached: dict[bytes, int] = {}
         """The block of each prefix hash."""
         self.hashes: dict[int, list[bytes]] = {}
-        """The prefix hashes of each cached block."""
+        """The prefix hashes of each cached block: that of the full block, and those of prompts that end within it."""
 
     @property
     def num_available(self) -> int:
@@ -137,7 +137,7 @@ class PagedCache:
         return CacheStep(self, layout, [tuple(s.blocks) for s in sequences])
 
     def _clear(self, block: int) -> None:
-        """Zero the last block of a sequence: its unused slots are read and masked, so they must hold finite numbers."""
+        """Zero a block: the unused slots of a sequence's last block are read and masked, so they must hold finite numbers."""
         slots = slice(block * self.block_size, (block + 1) * self.block_size)
         self.keys[:, slots] = 0
         self.values[:, slots] = 0

@@ -99,11 +99,7 @@ class Decoder(nn.Module):
         self.head = Linear(config.width, config.vocab_size, bias=False)
 
     def forward(self, x_TD: torch.Tensor, layout: Layout, cache: CacheStep | None = None) -> torch.Tensor:
-        """Turn embedded tokens into final, normalized hidden states, [T, D] each.
-
-        Raises:
-            ValueError: if the layout does not describe exactly the given tokens.
-        """
+        """Turn embedded tokens into normalized hidden states, [T, D] each; raises ValueError for a layout of other tokens."""
         if layout.num_tokens != len(x_TD):
             raise ValueError(f"layout describes {layout.num_tokens} tokens but {len(x_TD)} were given")
         factors = self.rotary(x_TD, layout)

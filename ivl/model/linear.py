@@ -1,4 +1,4 @@
-"""The linear layer of the whole model, and the gate of its MLPs."""
+"""The linear layer of the whole model, and the gate of the decoder's MLPs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Linear(nn.Linear):
         """Leave the weights unset: the model's init_weights or a checkpoint fills every one of them."""
 
     def matrix(self) -> torch.Tensor:
-        """Return what forward multiplies by, [out, in], for losses that run a wide head in chunks."""
+        """Return what forward multiplies by, [out, in], for losses by chunks; subclasses (adapters, 8 bits) compute it."""
         return self.weight
 
 

@@ -1,4 +1,4 @@
-"""Pixel unshuffle and the two-layer projector between InternViT and the decoder (arXiv:2412.05271, section 3.1)."""
+"""Pixel unshuffle and the two-layer projector between InternViT and the decoder (arXiv:2412.05271, section 2)."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class VisionEmbeddings(nn.Module):
 
 
 class VisionAttention(nn.Module):
-    """Full attention among the patches of a tile."""
+    """Full attention among the patches of a tile and its class token, which P counts in the layers."""
 
     backend: Sdpa | None = None
     """The attention backend; None takes the backend of the table in attention.py."""

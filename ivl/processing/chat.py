@@ -46,13 +46,13 @@ TEMPLATES = {
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as tokens."""
+    """A conversation as tokens; `render` fills the lists."""
 
     ids: list[int]
     trained: list[bool]
     """For each token, whether it is trained: part of a reply, or the end of one."""
     cuts: list[tuple[int, int]]
-    """Numbers of tokens and of media up to the end of each reply, which are those of the conversation that ends there."""
+    """For each reply, how many tokens and media the conversation has if it ends there."""
 
     def add(self, ids: Sequence[int], *, trained: bool = False) -> None:
         """Append tokens."""
@@ -61,11 +61,7 @@ class Rendered:
 
 
 def template_of(name: str) -> Template:
-    """The template of a name in config.json.
-
-    Raises:
-        InputError: for an unknown name.
-    """
+    """The template of a name in config.json; raises InputError for an unknown one."""
     if name not in TEMPLATES:
         raise InputError(f"unknown template {name!r}; known are {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
@@ -86,8 +82,8 @@ def render(
     Args:
         num_tiles: one number per medium, in order: tiles of an image, or frames of a video (one tile each).
         system_message: replaces the template's ('' for none); a system turn of the conversation replaces both.
-        reply: whether the tokens end where the assistant begins to speak, or continues a last turn of its own, instead of with
-            the end of the last turn.
+        reply: stop where the assistant is to speak: behind the header of its next turn, or within a last turn of its own, which
+            it goes on with. Otherwise the last turn is rendered to its end.
 
     Raises:
         InputError: for turns out of order, an empty reply, media outside user turns, or a wrong number of entries in num_tiles.

@@ -226,7 +226,7 @@ def _fit(source: str, sequences: list[_Sequence], options: SampleOptions) -> tup
         raise DataError(source, "too_long", f"{sizes}; {remedy}")
     kept: list[_Sequence] = []
     for whole in sequences:
-        # Whole, or cut after one of its replies, the last first. The order of media is that of the text.
+        # Whole, or its longest beginning that ends with a reply and fits. Media have the text's order, so m cuts them alike.
         ids, trained, cuts = whole.rendered.ids, whole.rendered.trained, whole.rendered.cuts
         starts = (_Sequence(chat.Rendered(ids[:n], trained[:n], []), whole.media[:m]) for n, m in reversed(cuts))
         best = next((start for start in (whole, *starts) if fits(*kept, start)), None)

@@ -70,11 +70,7 @@ class Tokenizer:
         return self.backend.token_to_id(token) is not None
 
     def id(self, token: str) -> int:
-        """The id of one token.
-
-        Raises:
-            InputError: if the vocabulary does not have it.
-        """
+        """The id of one token; raises InputError if the vocabulary does not have it."""
         token_id = self.backend.token_to_id(token)
         if token_id is None:
             raise InputError(f"the tokenizer of {len(self)} tokens has no {token!r}")

@@ -54,8 +54,8 @@ def load_frames(
 
     Each frame is handed to `use` as soon as it is decoded, and only what that returns is kept. A frame of a container that has
     more than MAX_FRAME_PIXELS is halved first. A folder gives its images sorted by the last number in their names, a GIF its
-    frames, and anything else is decoded with PyAV (the `video` extra). ref.clip keeps the frames shown from its first to its
-    second second. A video that is too short repeats its last frame.
+    frames, and anything else is decoded with PyAV (the `video` extra). ref.clip keeps the frames that are shown between its two
+    times. A video that is too short repeats its last frame.
 
     Raises:
         MediaError: naming the file, if it cannot be read, has no frame inside the clip, has frames above max_pixels, or more
@@ -154,7 +154,7 @@ class _VideoFile:
         return [frames[i] for i in self.choose(len(frames), rate)]
 
     def bounded(self, container: Any) -> Any:
-        """The container's stream, with the limit for its decoder, which believes the sizes in the pictures alone."""
+        """The video stream, with max_pixels set for its decoder, too: a picture may be larger than the container says."""
         stream = container.streams.video[0]
         stream.codec_context.options = {"max_pixels": str(self.max_pixels)}
         return stream
@@ -238,7 +238,7 @@ class _VideoFile:
 def _timestamps(container: Any, stream: Any) -> tuple[list[int], list[int]]:
     """Times of all frames in the order they are shown, and of key frames, in units of the stream; nothing is decoded.
 
-    Where the times to show are not written, decoding times replace them, and there are no key frames.
+    If a frame lacks the time at which it is shown, decoding times replace all, and there are no key frames: no seeking.
     """
     packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
     if all(packet.pts is not None for packet in packets):
@@ -277,7 +277,7 @@ def _decode_by_seeking(
 
 
 def _upright(frame: Any) -> Image.Image:
-    """The frame as players show it, with the container's rotation."""
+    """The frame as players show it, rotated as the container says, and halved until it has at most MAX_FRAME_PIXELS."""
     width, height = frame.width, frame.height
     while width * height > MAX_FRAME_PIXELS:
         width, height = -(-width // 2), -(-height // 2)

@@ -61,7 +61,7 @@ class OptimConfig:
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the rate falls after warm-up."""
     schedule_steps: int | None = None
-    """Length the schedule is shaped for; None is the length of the run. The published stage 1 stops long before."""
+    """Length the schedule is shaped for; None is the length of the run. The published stage 1 stops long before its end."""
     warmup_steps: int = 0
     """Steps of linear warm-up."""
     warmup_ratio: float = 0.0
@@ -70,7 +70,7 @@ class OptimConfig:
     """Where the schedule ends, as a share of the peak."""
     muon_momentum: float = 0.95
     muon_lr: float | None = None
-    """Peak rate of the matrices under muon; None takes lr."""
+    """Peak rate of the matrices under muon, in parts without a rate of their own (lr_vision, ...); None takes lr."""
     muon_scale: Literal["adamw", "original"] = "adamw"
     """adamw scales updates to the size of AdamW's, so its rates carry over; original scales by sqrt(max(1, rows / columns))."""
 

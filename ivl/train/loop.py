@@ -75,7 +75,7 @@ def train(
         resume: what a checkpoint of any number of ranks holds, whose weights the model has already.
         num_samples: samples that data will give on all ranks; the measure of progress when config.num_steps is None.
         world: the ranks; by default this process alone.
-        stop: asked after every step on every rank; where one says yes, all save and stop.
+        stop: asked in every step on every rank; where one says yes, all save and stop. The default, bool(), says no.
 
     Raises:
         InputError: within the step and naming the samples, if a batch has nothing to train, does not fit the model, or
@@ -120,13 +120,13 @@ def evaluate(model: VLM, evaluators: Sequence[Evaluator], step: int, recorder: R
 
 @dataclass
 class StepSums:
-    """Float64 sums over the micro-batches of a step, and the ids of their samples."""
+    """Float64 sums over the packs of a step, and the ids of their samples."""
 
     values: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     ids: list[str] = field(default_factory=list[str])
 
     def add(self, batch: Batch, loss: Loss) -> None:
-        """Add the figures of one micro-batch."""
+        """Add the figures of one pack."""
         self.ids.extend(batch.ids)
         counts = [len(batch.tokens_T), len(batch.ids), len(batch.tiles_GSSC), 1]
         sum_and_weight = torch.stack([loss.total.detach().double(), loss.weight.double().to(loss.total.device)])
@@ -139,7 +139,7 @@ class StepSums:
 class Trainer:
     """Does one optimizer step after another.
 
-    Gradients of Loss.total add up over micro-batches and ranks and are divided once, by the weight of all of them.
+    Gradients of Loss.total add up over packs and ranks and are divided once, by the weight of all of them.
     """
 
     def __init__(
@@ -164,6 +164,7 @@ class Trainer:
         self.stopped = False
         """Whether a rank was told to stop."""
         self.is_between_steps = True
+        """False while an update is under way, which no checkpoint could hold."""
         set_modes(model)
 
     @property
@@ -192,7 +193,7 @@ class Trainer:
         except Exception as error:
             told = isinstance(error, RankFailedError)
             if self.is_between_steps and (told or self.world.size == 1 or not is_sharded(self.model)):
-                # Ranks that share shards may wait for each other inside the model, where none can be told.
+                # Ranks that share shards save only if told: others may wait inside the model, where nobody can tell them.
                 try:
                     if not told:
                         self.world.fail(str(error))
@@ -203,11 +204,7 @@ class Trainer:
             raise
 
     def restore(self, saved: SavedTrainer) -> None:
-        """Go on from a checkpoint.
-
-        Raises:
-            InputError: if it does not fit the run.
-        """
+        """Go on from a checkpoint; raises InputError if it does not fit the run."""
         try:
             self.optimizer.restore(saved.optimizer)
             self.counters, self.saved_step = saved.counters, saved.step

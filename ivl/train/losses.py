@@ -1,6 +1,6 @@
 """Cross-entropy that never holds a whole logit matrix: head and loss run in chunks, over trained tokens only.
 
-M is the number of trained tokens, M <= T.
+M trained tokens, M <= T; R of them in a chunk.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class World:
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     owns_group: bool = False
-    """Whether start_world made the process group, so that stop_world ends it."""
+    """Whether start_world of ivl.parallel made the process group, so that stop_world ends it."""
 
     @property
     def is_main(self) -> bool:
@@ -66,7 +66,7 @@ class World:
             self._gather(reason)
 
     def from_first(self, function: Callable[[], WorldItem]) -> WorldItem:
-        """Call a function on the first rank; returns its result, or raises its InputError, on all."""
+        """Call a function on the first rank; returns its result (no string, see _gather), or raises its InputError, on all."""
         if not self.is_main:
             return self._gather(None)[0]
         try:
@@ -150,7 +150,7 @@ def distribute(tensor: torch.Tensor, like: Any) -> torch.Tensor:
 
 
 def synchronized(items: Iterator[WorldItem], world: World) -> Iterator[WorldItem]:
-    """Yield the items until the first rank has no more. Ranks that share shards must run the model together."""
+    """Yield items while every rank has one, since ranks that share shards must run the model together."""
     while True:
         item = next(items, None)
         if not world.all(item is not None):
