@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import random
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +32,50 @@ SENT = ("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "fr
 """Settings by the names that servers know."""
 LOCAL = ("guide", "logprobs", "ignore_eos")
 """Settings that servers take in too many forms, or not at all."""
+MAX_REPLY_BYTES = 16 << 20
+"""Bytes of one reply with its headers; a reply of 30,000 tokens in pieces has a third of it."""
+TIMEOUTS_A_REPLY = 10
+"""A whole reply may take so many times the seconds that may pass without a byte."""
 MIME = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
 
 
 class _UnusableReply(Exception):
-    """A reply with status 200 that has no text, or breaks off."""
+    """A reply that has no text, breaks off, or is no chat completion at all."""
+
+
+class _LimitedBackend:
+    """The HTTP library's connections, on which each thread reads one reply after another, each with a deadline and a limit
+    of its bytes. The library limits the time between two bytes only, of headers and of the body."""
+
+    def __init__(self, backend: Any, reply: Any, seconds: float) -> None:
+        self.backend, self.reply, self.seconds = backend, reply, seconds
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
+
+    def connect_tcp(self, *args: Any, **options: Any) -> Any:
+        return _LimitedStream(self.backend.connect_tcp(*args, **options), self.reply, self.seconds)
+
+
+class _LimitedStream:
+    def __init__(self, stream: Any, reply: Any, seconds: float) -> None:
+        self.stream, self.reply, self.seconds = stream, reply, seconds
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def start_tls(self, *args: Any, **options: Any) -> Any:
+        return _LimitedStream(self.stream.start_tls(*args, **options), self.reply, self.seconds)
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        seconds = self.reply.deadline - time.monotonic()
+        if seconds <= 0:
+            raise TimeoutError(f"timed out: the whole reply took more than {self.seconds:g} s")
+        data = self.stream.read(max_bytes, seconds if timeout is None else min(timeout, seconds))
+        self.reply.bytes_left -= len(data)
+        if self.reply.bytes_left < 0:
+            raise OSError(f"the reply has more than {MAX_REPLY_BYTES:,} bytes")
+        return data
 
 
 class RemoteGenerator:
@@ -42,7 +84,7 @@ class RemoteGenerator:
     Args:
         base_url: Base URL of the endpoint, usually ending in /v1.
         model: Name of the model at the endpoint.
-        timeout: Seconds without a byte after which a try has failed.
+        timeout: Seconds without a byte after which a try has failed; so it has after ten times these seconds in all.
         retries: Tries after the first. The client waits longer from try to try, or as long as the server asks for.
         concurrency: Requests of `generate` at the same time.
     """
@@ -59,10 +101,22 @@ class RemoteGenerator:
             raise InputError(f"need timeout > 0, retries >= 0 and concurrency >= 1, got {timeout}, {retries} and {concurrency}")
         self.url, self.model, self.retries, self.concurrency = base_url, model, retries, concurrency
         self._limit_name = "max_tokens"
-        http_client = openai.DefaultHttpxClient(follow_redirects=False)  # a key must not follow a redirect to another host
+        http_client = openai.DefaultHttpxClient(
+            follow_redirects=False,  # a key must not follow a redirect to another host
+            headers={"Accept-Encoding": "identity"},
+            event_hooks={"request": [self._start_reply], "response": [_check_encoding]},
+        )
+        self._reply, self._seconds = threading.local(), TIMEOUTS_A_REPLY * timeout
+        # The transports of the endpoint and of proxies; the HTTP library takes no network backend from outside.
+        for transport in (http_client._transport, *http_client._mounts.values()):  # noqa: SLF001
+            if (pool := getattr(transport, "_pool", None)) is not None:
+                pool._network_backend = _LimitedBackend(pool._network_backend, self._reply, self._seconds)  # noqa: SLF001
         self._client = openai.OpenAI(
             base_url=base_url, api_key=api_key or "none", timeout=timeout, max_retries=retries, http_client=http_client
         )
+
+    def _start_reply(self, _: Any) -> None:
+        self._reply.deadline, self._reply.bytes_left = time.monotonic() + self._seconds, MAX_REPLY_BYTES
 
     def generate(
         self, conversations: Sequence[Conversation], params: SamplingParams | Sequence[SamplingParams]
@@ -104,29 +158,39 @@ class RemoteGenerator:
                 time.sleep(2**attempt * random.uniform(0.25, 0.75))
 
     def _attempt(self, messages: list[Any], settings: dict[str, Any], stream: bool) -> Iterator[TextDelta]:
-        reply, finish = self._post(messages, settings, stream), None
-        for chunk in _chunks(reply) if stream else [reply]:
-            choices = getattr(chunk, "choices", None)
-            if not choices and stream:
-                continue  # a chunk of usage
-            if not isinstance(choices, list) or not choices:  # servers report errors with status 200, too
-                raise _UnusableReply(f"no choices in the reply: {str(chunk)[:300]}")
-            text = getattr(choices[0].delta if stream else choices[0].message, "content", None)
-            if text is None and not stream:
-                raise _UnusableReply(f"no text in the reply: {str(chunk)[:300]}")
-            if text:
-                yield TextDelta(text)
-            if choices[0].finish_reason or not stream:
-                finish: FinishReason | None = "length" if choices[0].finish_reason == "length" else "stop"
+        try:
+            yield from self._read(messages, settings, stream)
+        except (InputError, _UnusableReply):
+            raise
+        except Exception as error:  # of the client, its HTTP library, or a reply of another form
+            raise _UnusableReply(f"not a chat completion ({type(error).__name__}: {str(error)[:200]})") from None
+
+    def _read(self, messages: list[Any], settings: dict[str, Any], stream: bool) -> Iterator[TextDelta]:
+        finish: FinishReason | None = None
+        with closing(self._post(messages, settings, stream)) as response:
+            for chunk in _chunks(response) if stream else [json.loads(response.read())]:
+                choices = chunk.get("choices")
+                if stream and not choices and "error" not in chunk:
+                    continue  # a chunk of usage
+                if not isinstance(choices, list) or not choices:  # servers report errors with status 200, too
+                    raise _UnusableReply(f"no choices in the reply: {str(chunk)[:300]}")
+                text = (choices[0].get("delta" if stream else "message") or {}).get("content")
+                if not isinstance(text, str) and (text is not None or not stream):
+                    raise _UnusableReply(f"no text in the reply: {str(chunk)[:300]}")
+                if text:
+                    yield TextDelta(text.encode(errors="replace").decode())  # half of a surrogate pair is no text
+                if (reason := choices[0].get("finish_reason")) or not stream:
+                    finish = "length" if reason == "length" else "stop"
         if finish is None:
             raise _UnusableReply("the stream ended without a finish_reason")
         yield TextDelta("", finish_reason=finish)
 
     def _post(self, messages: list[Any], settings: dict[str, Any], stream: bool) -> Any:
+        """Return the open response. Raises InputError for a status that is an error, and after the last try."""
         try:
-            return self._client.chat.completions.create(
+            return self._client.chat.completions.with_streaming_response.create(
                 model=self.model, messages=messages, stream=stream or openai.omit, extra_body=settings
-            )
+            ).__enter__()
         except openai.APIStatusError as error:
             status, reason = error.status_code, _reason(error)[:300]
             if status == 400 and "max_completion_tokens" in reason and "max_tokens" in settings:
@@ -138,10 +202,8 @@ class RemoteGenerator:
             kind = Refused if status in REFUSED_STATUSES else InputError
             raise kind(f"{self.url}: {tries}status {status}: {reason}") from None
         except openai.APIConnectionError as error:
-            reason = error.message if isinstance(error, openai.APITimeoutError) else str(error.__cause__ or error)
-            raise InputError(f"{self.url}: no reply after {self.retries + 1} tries; the last error: {reason}") from None
-        except ValueError as error:  # the client does not catch JSON that cannot be read
-            raise _UnusableReply(f"not valid JSON ({error})") from None
+            reason = str(error.__cause__ or "") or error.message
+            raise InputError(f"{self.url}: no reply after {self.retries + 1} tries; the last error: {reason[:300]}") from None
 
     def _settings(self, params: SamplingParams) -> dict[str, Any]:
         """Return what differs from the defaults, since not every server knows top_k or seed.
@@ -156,12 +218,20 @@ class RemoteGenerator:
         return {self._limit_name: params.max_new_tokens, "temperature": params.temperature, **changed}
 
 
-def _chunks(stream: Any) -> Iterator[Any]:
-    try:
-        with stream:
-            yield from stream
-    except Exception as error:  # the client does not catch the errors of its HTTP library while it reads a stream
-        raise _UnusableReply(str(error) or type(error).__name__) from None
+def _check_encoding(response: Any) -> None:
+    """Refuse a compressed reply, whose size no limit would see."""
+    if response.headers.get("Content-Encoding", "identity") != "identity":
+        raise ValueError("the reply is compressed, which was not asked for")
+
+
+def _chunks(response: Any) -> Iterator[Any]:
+    """Yield the JSON values of a stream of server-sent events."""
+    for line in response.iter_lines():
+        data = line[5:].strip() if line.startswith("data:") else ""
+        if data == "[DONE]":
+            return
+        if data:
+            yield json.loads(data)
 
 
 def _reason(error: openai.APIStatusError) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import itertools
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -185,6 +187,107 @@ def test_silence_times_out(server: Stub, pauses: list[float]) -> None:
     server.script = [silent]
     with pytest.raises(InputError, match=r"after 2 tries.*timed out"):
         make(server, timeout=0.05, retries=1).generate([ask("hello")], GREEDY)
+
+
+class Raw(threading.Thread):
+    """Answers each connection with pieces, as fast as they are read, until the client goes away."""
+
+    def __init__(self, *pieces: bytes, forever: bytes = b"", pause: float = 0) -> None:
+        super().__init__(daemon=True)
+        self.pieces, self.forever, self.pause = pieces, forever, pause
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}/v1"
+        self.sent = 0
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            with self.listener.accept()[0] as connection, contextlib.suppress(OSError):
+                connection.recv(1 << 16)
+                for piece in itertools.chain(self.pieces, itertools.repeat(self.forever) if self.forever else ()):
+                    connection.sendall(piece)
+                    self.sent += len(piece)
+                    time.sleep(self.pause)
+
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+FLOOD = b" " * (1 << 16)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("pieces", "forever"),
+    [
+        ((OK + b"\r\n",), FLOOD), ((OK + b'\r\n{"choices": [{"message": {"content": "',), b"x" * (1 << 16)),
+        ((OK + b"\r\ndata: ",), FLOOD), ((OK + b"\r\n",), b"data: {}\n\n" * 1000), ((OK,), b"X-Header: y\r\n" * 100),
+        ((b"HTTP/1.1 503 Busy\r\n\r\n",), FLOOD), ((), b"HTTP/1.1 100 Continue\r\n\r\n" * 100),
+    ],
+)  # fmt: skip
+def test_a_reply_without_end_is_cut_off(
+    pauses: list[float], monkeypatch: pytest.MonkeyPatch, pieces: tuple[bytes, ...], forever: bytes, stream: bool
+) -> None:
+    monkeypatch.setattr(remote, "MAX_REPLY_BYTES", 1 << 20)
+    server = Raw(*pieces, forever=forever)
+    generator = RemoteGenerator(server.url, model="m", retries=0)
+    with pytest.raises(InputError, match=r"after 1 tries"):
+        list(generator.stream(ask("hello"), GREEDY)) if stream else generator.generate([ask("hello")], GREEDY)
+    assert server.sent < 30 << 20  # what lies in the buffers of the sockets, too
+
+
+@pytest.mark.parametrize("pieces", [(OK + b"\r\n",), (OK,), (b"",), (OK + b"\r\ndata: ",)])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_reply_that_drips_has_a_deadline(pauses: list[float], pieces: tuple[bytes, ...], stream: bool) -> None:
+    server = Raw(*pieces, forever=b" ", pause=0.02) if pieces != (OK,) else Raw(*pieces, forever=b"x", pause=0.02)
+    generator = RemoteGenerator(server.url, model="m", retries=0, timeout=0.1)
+    started = time.monotonic()
+    with pytest.raises(InputError, match="after 1 tries"):
+        list(generator.stream(ask("hello"), GREEDY)) if stream else generator.generate([ask("hello")], GREEDY)
+    assert time.monotonic() - started < 10
+
+
+SHAPES = (
+    b'{"choices":[{"message":"x","delta":"x"}]}', b'{"choices":["x"]}', b'{"choices":{"a":1}}', b"[]", b"5", b"null", b'"x"',
+    b'{"choices":[{"message":{"content":5},"delta":{"content":5}}]}', b'{"choices":[null]}', b"[" * 100_000, b"\xff\xfe{}",
+    b'{"choices":[{"message":{"content":["a"]},"delta":{"content":["a"]}}]}', b'{"choices":[{"message":[1],"delta":[1]}]}',
+    b'{"error":{"message":"overloaded"}}', b'{"choices":[{"mess',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("value", SHAPES)
+def test_replies_of_another_form_are_failed_tries(server: Stub, pauses: list[float], value: bytes, stream: bool) -> None:
+    def reply_of(generator: RemoteGenerator) -> str:
+        asked = ask("hello")
+        deltas = generator.stream(asked, GREEDY) if stream else generator.generate([asked], GREEDY)
+        return "".join(delta.text for delta in deltas)
+
+    body = b"data: " + value + b"\n\ndata: [DONE]\n\n" if stream else value
+    server.script = [(200, {}, body), events("fine") if stream else said("fine")]
+    assert reply_of(make(server)) == "fine" and len(server.requests) == 2
+    server.script = [(200, {}, body)]
+    with pytest.raises(InputError, match="after 2 tries"):
+        reply_of(make(server, retries=1))
+
+
+HEADERS = (
+    b"Content-Length: 99999999999999999999", b"Content-Length: -1", b"Content-Length: x", b"Content-Encoding: gzip", b"\xff: x",
+    b"Transfer-Encoding: chunked", b"Content-Type: text/plain; charset=nonsense", b"Set-Cookie: \xff", b"X" * 200_000,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("header", HEADERS)
+@pytest.mark.parametrize(
+    "status", [b"200 OK", b"500 no", b"429 no\r\nRetry-After: 1e999", b"429 no\r\nRetry-After: nan", b"abc"]
+)
+def test_headers_of_another_form_are_failed_tries(pauses: list[float], header: bytes, status: bytes) -> None:
+    server = Raw(b"HTTP/1.1 " + status + b"\r\n" + header + b"\r\n\r\n{}")
+    with pytest.raises(InputError, match=r"127\.0\.0\.1"):
+        RemoteGenerator(server.url, model="m", retries=1, timeout=2).generate([ask("hello")], GREEDY)
+
+
+def test_half_of_a_surrogate_pair_is_replaced(server: Stub) -> None:
+    server.script = [(200, {}, b'{"choices":[{"message":{"content":"x \\ud83d y"},"finish_reason":"stop"}]}')]
+    assert answers_of(make(server), [ask("hello")], GREEDY) == ["x ? y"]
 
 
 def test_nobody_listens(pauses: list[float]) -> None:
