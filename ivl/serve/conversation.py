@@ -19,6 +19,7 @@ from ivl.serve.guard import RequestContext
 from ivl.serve.media import MediaGateway, is_data_url
 from ivl.serve.schemas import AnyPart, ChatMessage, ChatRequest, CompletionRequest, ImagePart, SamplingBody, TextPart
 from ivl.types import Conversation, Grammar, ImageRef, Message, Part, Prompt, SamplingParams, Text, VideoRef
+from ivl.utils.grammars import close_objects
 
 DEFAULT_FRAMES = 8
 """Frames of a video whose request names no number."""
@@ -242,4 +243,7 @@ def _grammar(body: ChatRequest, config: ServeConfig) -> Grammar | None:
         (num_properties, config.max_schema_properties, "properties of a schema", param),
         (num_refs, config.max_schema_refs, "references of a schema", param),
     )
+    if form.json_schema.strict:  # as OpenAI has it, where a schema must forbid other properties
+        close_objects(form.json_schema.schema_)
+        schema = json.dumps(form.json_schema.schema_, ensure_ascii=False)
     return Grammar("json_schema", schema)
