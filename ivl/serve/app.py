@@ -34,7 +34,7 @@ def create_app(
 ) -> FastAPI:
     """Return the application around a service, which starts and ends with it.
 
-    app.state has service, config, gateway, metrics and finished, which logs and counts a request.
+    app.state has service, config, gateway and metrics.
 
     Args:
         keys: Keys that open the server; without one it is open to everybody who can reach it.
@@ -62,7 +62,7 @@ def create_app(
         fields.setdefault("seconds", round(time.perf_counter() - context.arrived, 4))
         log.info("request", extra={"fields": fields})
 
-    app.state.service, app.state.config, app.state.metrics, app.state.finished = service, config, metrics, finished
+    app.state.service, app.state.config, app.state.metrics = service, config, metrics
     app.state.gateway, app.state.created = gateway or MediaGateway(config.media), int(time.time())
     open_paths = (*OPEN, *FILES) if page_of is not None else OPEN
     app.add_middleware(Guard, config=config, keys=Keys(tuple(keys)), finished=finished, open_paths=open_paths)

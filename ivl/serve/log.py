@@ -83,6 +83,7 @@ class LineWriter(logging.Handler):
 
 def set_up_log(level: int = logging.INFO) -> None:
     """Write the log of the server, and of the libraries below it, to standard error; of threads that fail, too."""
+    os.environ["RUST_BACKTRACE"] = "0"  # that of a panic holds paths of this machine
     handler = LineWriter()
     logging.captureWarnings(capture=True)
     for name, least in (("ivl.serve", level), *((name, logging.WARNING) for name in ("uvicorn", "asyncio", "py.warnings"))):

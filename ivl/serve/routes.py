@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Request
@@ -33,7 +33,7 @@ from ivl.serve.schemas import (
 from ivl.serve.service import ReplyStream, Service
 from ivl.types import Conversation
 
-B = TypeVar("B", bound=RequestPart)
+B = TypeVar("B", ChatRequest, CompletionRequest, TokenizeRequest)
 T = TypeVar("T")
 STATUSES = {
     400: "Not understood, or beyond a limit", 401: "No valid key", 404: "No such model or page", 408: "Sent too slowly",
@@ -87,6 +87,28 @@ class RouteContext:
             return EventStream(builder.events())
         return JSONParts(await while_connected(self.request.receive, builder.whole()))
 
+    async def read(self, kind: type[B]) -> B:
+        """Return the body as a request of this kind, if the service takes requests at all."""
+        self.service.check()
+        content_type = self.request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if content_type != "application/json":
+            raise APIError(415, "the body must be JSON, with `Content-Type: application/json`", code="unsupported_media_type")
+        reader = BodyReader(self.config)
+        async for chunk in self.request.stream():
+            reader.feed(chunk)
+        reader.feed(b"", last=True)
+        self.context.media = reader.media
+        try:
+            content = from_json(reader.rest, allow_inf_nan=False)
+            check_lengths(content, self.config)
+            body = kind.model_validate(content)
+        except ValidationError as error:
+            raise validation_error(error) from None
+        except ValueError:
+            raise APIError(400, "the body is not valid JSON", code="invalid_json") from None
+        self.check_model(body.model)
+        return body
+
     async def load(self, messages: list[ChatMessage]) -> Conversation:
         """Return messages as a conversation whose media are fetched and checked."""
         return await load_conversation(messages, self.config, self.gateway, self.context, self.service.processor)
@@ -106,31 +128,6 @@ class RouteContext:
 Shared = Annotated[RouteContext, Depends()]
 
 
-def _body(kind: type[B]) -> Callable[[Request], Awaitable[B]]:
-    """Return a dependency that reads the body as a request of this kind, if the service takes requests at all."""
-
-    async def body(request: Request) -> B:
-        request.app.state.service.check()
-        content = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if content != "application/json":
-            raise APIError(415, "the body must be JSON, with `Content-Type: application/json`", code="unsupported_media_type")
-        reader, config = BodyReader(request.app.state.config), request.app.state.config
-        async for chunk in request.stream():
-            reader.feed(chunk)
-        reader.feed(b"", last=True)
-        RequestContext.of(request.scope).media = reader.media
-        try:
-            content = from_json(reader.rest, allow_inf_nan=False)
-            check_lengths(content, config)
-            return kind.model_validate(content)
-        except ValidationError as error:
-            raise validation_error(error) from None
-        except ValueError:
-            raise APIError(400, "the body is not valid JSON", code="invalid_json") from None
-
-    return body
-
-
 def _describe(body: type[RequestPart], response: str, *, streams: bool = False) -> dict[str, Any]:
     """Return the arguments by which a route tells the OpenAPI document what it reads itself and what it answers."""
     schema, success = {"$ref": f"#/components/schemas/{body.__name__}"}, described("The response", response)
@@ -143,9 +140,9 @@ def _describe(body: type[RequestPart], response: str, *, streams: bool = False) 
 
 
 @router.post("/v1/chat/completions", **_describe(ChatRequest, "chat", streams=True), tags=["v1"])
-async def chat_completions(shared: Shared, body: Annotated[ChatRequest, Depends(_body(ChatRequest))]) -> Response:
+async def chat_completions(shared: Shared) -> Response:
     """A reply to a conversation with images and videos, whole or as server-sent events."""
-    shared.check_model(body.model)
+    body = await shared.read(ChatRequest)
     params = sampling_params(body, shared.config)
 
     async def submit() -> list[ReplyStream]:
@@ -158,9 +155,9 @@ async def chat_completions(shared: Shared, body: Annotated[ChatRequest, Depends(
 
 
 @router.post("/v1/completions", **_describe(CompletionRequest, "completion", streams=True), tags=["v1"])
-async def completions(shared: Shared, body: Annotated[CompletionRequest, Depends(_body(CompletionRequest))]) -> Response:
+async def completions(shared: Shared) -> Response:
     """The continuation of a text, without the model's template."""
-    shared.check_model(body.model)
+    body = await shared.read(CompletionRequest)
     service, config = shared.service, shared.config
     params, prompts = sampling_params(body, config), body.prompts
     if not prompts or len(prompts) * body.n > config.max_n:
@@ -184,9 +181,9 @@ async def completions(shared: Shared, body: Annotated[CompletionRequest, Depends
 
 
 @router.post("/tokenize", **_describe(TokenizeRequest, "tokens"))
-async def tokenize(shared: Shared, body: Annotated[TokenizeRequest, Depends(_body(TokenizeRequest))]) -> Response:
+async def tokenize(shared: Shared) -> Response:
     """Token ids of a text, or of a conversation as the model gets it; those of images are placeholders."""
-    shared.check_model(body.model)
+    body = await shared.read(TokenizeRequest)
     service, processor = shared.service, shared.service.processor
 
     async def encode() -> list[bytes]:

@@ -20,7 +20,7 @@ from ivl.serve.fetch import Fetcher
 from ivl.serve.log import JSONLines
 from ivl.serve.service import Service
 from tests.helpers.engines import picture
-from tests.helpers.servers import CONFIG, KEY, data_url, engine, says
+from tests.helpers.servers import CONFIG, KEY, data_url, engine, says, slow
 
 CHAT = "/v1/chat/completions"
 
@@ -156,9 +156,11 @@ def test_limits_of_size(tiny_engine: Engine) -> None:
     run(walk)
 
 
-def test_a_reply_that_takes_too_long(tiny_engine: Engine) -> None:
+def test_a_reply_that_takes_too_long(tiny_engine: Engine, monkeypatch: Any) -> None:
+    slow(tiny_engine, monkeypatch)
+
     async def walk() -> None:
-        async with client_of(tiny_engine, request_timeout=0.05) as client:
+        async with client_of(tiny_engine, request_timeout=2.0) as client:
             body = says("?", max_tokens=500, temperature=1.5, seed=1)
             response = await client.post(CHAT, json=body)
             assert response.status_code == 503 and error_of(response)["code"] == "timeout"
