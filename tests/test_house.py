@@ -17,8 +17,9 @@ PACKAGE = ROOT / "ivl"
 ROOMS = ("model", "processing", "data", "train", "inference")
 NOUNS = ("types.py", "config.py", "errors.py")
 MAX_CORE_LINES, MAX_CORE_FILES = 7_000, 48
-MAX_PACKAGE_LINES = 28_000
-"""What the package is at most until the rings are smaller; the plan says 24,000."""
+MAX_PACKAGE_LINES = 30_000
+"""What the package is at most until the rings are smaller. The plan says 24,000; checks of what strangers send and of damaged
+files have added 2,000 since the rings had 27,700."""
 MAX_CORE_FUNCTION, MAX_FUNCTION = 60, 80
 
 

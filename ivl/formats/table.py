@@ -99,9 +99,11 @@ def _size(array: pa.Array | pa.ChunkedArray) -> int:
         return _size(array.storage)
     if isinstance(array, pa.DictionaryArray):
         lengths = (
-            pc.binary_length(array.dictionary) if _is_binary(kind.value_type) else pa.nulls(len(array.dictionary), pa.int32())
+            pc.binary_length(array.dictionary)  # pyright: ignore[reportAttributeAccessIssue] (made at import)
+            if _is_binary(kind.value_type)
+            else pa.nulls(len(array.dictionary), pa.int32())
         )
-        return size + (pc.sum(lengths.take(array.indices)).as_py() or 0)
+        return size + (pc.sum(lengths.take(array.indices)).as_py() or 0)  # pyright: ignore[reportAttributeAccessIssue]
     if pa.types.is_struct(kind):
         return size + sum(map(_size, array.flatten()))
     if isinstance(array, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray):  # a map is a list

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -184,7 +184,7 @@ class Trainer:
         self.checkpoints.save(self.counters.step, optimizer=optimizer, state=state, data=self.position)
 
     @contextmanager
-    def saving_on_errors(self) -> Iterator[None]:
+    def saving_on_errors(self) -> Generator[None]:
         """Write a checkpoint of the steps done before an error goes on, if the parameters are whole and all ranks can do so."""
         try:
             yield

@@ -54,7 +54,7 @@ def open_image(stream: IO[bytes], formats: Sequence[str] = FORMATS) -> tuple[Ima
         _check_tags(stream)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked instead
-        image = Image.open(stream, formats=formats)
+        image = Image.open(stream, formats=list(formats))
     if image.format == "WEBP":
         exif, xmp = (image.info.get(name) or b"" for name in ("exif", "xmp"))
     return image, orientation_of(exif, xmp)
