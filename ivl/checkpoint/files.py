@@ -143,7 +143,8 @@ def _held(directory: Path, target: Path) -> Iterator[None]:
 def _clear(part: Path) -> None:
     """Remove the files of ours from a part; others are an error."""
     for path in part.iterdir():
-        if not _OWN.fullmatch(path.name.removesuffix(".part")) and not re.fullmatch(r"\.tmp\w{6}", path.name):  # safetensors'
+        own = _OWN.fullmatch(re.sub(r"^\.(.*)\.new$|(.*)\.part$", r"\1\2", path.name))
+        if not own and not re.fullmatch(r"\.tmp\w{6}", path.name):  # safetensors'
             raise InputError(f"{part}: holds {path.name}, which ivl did not write; move that away")
         path.unlink()
 

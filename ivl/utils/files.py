@@ -36,13 +36,25 @@ def regular(path: str | Path) -> os.stat_result:
 
 def write_atomic(path: Path, text: str) -> None:
     """Write a text file so that a reader, also after a crash, sees the old file or the new one, never a part."""
-    part = path.with_name(f"{path.name}.part")
-    with part.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
+    with new_file(path) as file:
+        file.write(text.encode("utf-8", "backslashreplace"))
         file.flush()
         os.fsync(file.fileno())
-    part.replace(path)
+    Path(file.name).replace(path)
     sync(path.parent)
+
+
+def new_file(place: Path) -> IO[bytes]:
+    """Open the hidden file beside a place that will be renamed to it. What a killed process left there is written anew.
+
+    Raises:
+        OSError: if it cannot be made, or a link, a pipe or a folder has its name.
+    """
+    part = place.with_name(f".{place.name}.new")
+    with suppress(FileNotFoundError):
+        if stat.S_ISREG(part.lstat().st_mode):
+            part.unlink()
+    return part.open("xb", buffering=1 << 20)  # never through a link
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -65,7 +77,7 @@ class NewFiles:
     def __enter__(self) -> Self:
         for name, place in self._places.items():
             place.parent.mkdir(parents=True, exist_ok=True)
-            self._files[name] = place.with_name(f".{place.name}.new").open("wb", buffering=1 << 20)
+            self._files[name] = new_file(place)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -155,8 +167,10 @@ def _lock(path: Path) -> IO[bytes]:
         import fcntl
     except ImportError:  # Windows
         return path.open("ab")
+    # Neither through a link nor waiting for the reader of a pipe.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     while True:
-        file = path.open("ab")
+        file = os.fdopen(os.open(path, flags, 0o666), "ab")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):

@@ -13,7 +13,7 @@ import pytest
 
 from ivl.errors import InputError
 from ivl.utils import files
-from ivl.utils.files import locked, regular
+from ivl.utils.files import locked, regular, write_atomic
 
 HOLD = """
 import sys, time
@@ -80,3 +80,36 @@ def test_a_digest_is_of_content_and_order(tmp_path: Path, monkeypatch: pytest.Mo
     assert files.digest([a], limit=4) != files.digest([a])
     a.write_bytes(b"0123456798")
     assert files.digest([a, b]) != whole
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "pipe", "folder"])
+def test_a_temporary_name_that_is_taken_changes_nothing(tmp_path: Path, kind: str) -> None:
+    victim, part = tmp_path / "victim", tmp_path / ".out.json.new"
+    if kind != "dangling":
+        victim.write_text("mine")
+    if kind in ("link", "dangling"):
+        part.symlink_to(victim)
+    elif kind == "pipe":
+        os.mkfifo(part)
+    else:
+        part.mkdir()
+    with pytest.raises(OSError):
+        write_atomic(tmp_path / "out.json", "text")
+    assert not (tmp_path / "out.json").exists() and part.lstat()
+    assert victim.read_text() == "mine" if kind != "dangling" else not victim.exists()
+
+
+def test_what_a_killed_writer_left_is_written_anew_and_other_files_stay(tmp_path: Path) -> None:
+    (tmp_path / ".out.json.new").write_text("half")
+    (tmp_path / "out.json.part").write_text("mine")
+    write_atomic(tmp_path / "out.json", "whole")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"out.json": "whole", "out.json.part": "mine"}
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_a_lock_that_is_no_file_is_one_line(tmp_path: Path, kind: str) -> None:
+    lock = tmp_path / ".lock"
+    {"link": lambda: lock.symlink_to(tmp_path / "outside"), "pipe": lambda: os.mkfifo(lock), "folder": lock.mkdir}[kind]()
+    with pytest.raises(InputError, match="cannot be written"), locked(tmp_path):
+        pass
+    assert not (tmp_path / "outside").exists()
