@@ -34,6 +34,10 @@ LOCAL = ("guide", "logprobs", "ignore_eos")
 """Settings that servers take in too many forms, or not at all."""
 MAX_REPLY_BYTES = 16 << 20
 """Bytes of one reply with its headers; a reply of 30,000 tokens in pieces has a third of it."""
+MAX_REPLY_ITEMS = 1_000_000
+"""Commas and opening brackets of one reply, which bound its values; one of two bytes takes up to 70 in memory."""
+MAX_REPLY_LINES = 200_000
+"""Lines of a stream: two for each token, and as many tokens as MAX_REPLY_BYTES hold."""
 TIMEOUTS_A_REPLY = 10
 """A whole reply may take so many times the seconds that may pass without a byte."""
 MIME = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
@@ -44,8 +48,8 @@ class _UnusableReply(Exception):
 
 
 class _LimitedBackend:
-    """The HTTP library's connections, on which each thread reads one reply after another, each with a deadline and a limit
-    of its bytes. The library limits the time between two bytes only, of headers and of the body."""
+    """The HTTP library's connections, on which each thread reads one reply after another, each with a deadline and limits
+    of its bytes and items. The library limits the time between two bytes only, of headers and of the body."""
 
     def __init__(self, backend: Any, reply: Any, seconds: float) -> None:
         self.backend, self.reply, self.seconds = backend, reply, seconds
@@ -75,6 +79,9 @@ class _LimitedStream:
         self.reply.bytes_left -= len(data)
         if self.reply.bytes_left < 0:
             raise OSError(f"the reply has more than {MAX_REPLY_BYTES:,} bytes")
+        self.reply.items_left -= data.count(b",") + data.count(b"[") + data.count(b"{")
+        if self.reply.items_left < 0:
+            raise OSError(f"the reply has more than {MAX_REPLY_ITEMS:,} items")
         return data
 
 
@@ -93,7 +100,7 @@ class RemoteGenerator:
         self, base_url: str, *, model: str, api_key: str | None = None, timeout: float = 120, retries: int = 5,
         concurrency: int = 8,
     ) -> None:  # fmt: skip
-        if not base_url.startswith(("http://", "https://")):
+        if not isinstance(base_url, str) or not base_url.startswith(("http://", "https://")):
             raise InputError(f"endpoint {base_url!r} must start with http:// or https://, such as http://localhost:8000/v1")
         if not model:
             raise InputError(f"{base_url}: name the model to ask")
@@ -116,7 +123,8 @@ class RemoteGenerator:
         )
 
     def _start_reply(self, _: Any) -> None:
-        self._reply.deadline, self._reply.bytes_left = time.monotonic() + self._seconds, MAX_REPLY_BYTES
+        self._reply.deadline = time.monotonic() + self._seconds
+        self._reply.bytes_left, self._reply.items_left = MAX_REPLY_BYTES, MAX_REPLY_ITEMS
 
     def generate(
         self, conversations: Sequence[Conversation], params: SamplingParams | Sequence[SamplingParams]
@@ -129,7 +137,7 @@ class RemoteGenerator:
         """
         params = [params] * len(conversations) if isinstance(params, SamplingParams) else list(params)
         if len(params) != len(conversations):
-            raise ValueError(f"{len(conversations)} conversations but {len(params)} sampling parameters")
+            raise InputError(f"{len(conversations)} conversations but {len(params)} sampling parameters")
         pool = ThreadPoolExecutor(self.concurrency)
         try:
             return list(pool.map(lambda *question: join_deltas(self._deltas(*question, stream=False)), conversations, params))
@@ -163,7 +171,7 @@ class RemoteGenerator:
         except (InputError, _UnusableReply):
             raise
         except Exception as error:  # of the client, its HTTP library, or a reply of another form
-            raise _UnusableReply(f"not a chat completion ({type(error).__name__}: {str(error)[:200]})") from None
+            raise _UnusableReply(f"not a chat completion ({type(error).__name__}: {_line(error, 200)})") from None
 
     def _read(self, messages: list[Any], settings: dict[str, Any], stream: bool) -> Iterator[TextDelta]:
         finish: FinishReason | None = None
@@ -173,10 +181,10 @@ class RemoteGenerator:
                 if stream and not choices and "error" not in chunk:
                     continue  # a chunk of usage
                 if not isinstance(choices, list) or not choices:  # servers report errors with status 200, too
-                    raise _UnusableReply(f"no choices in the reply: {str(chunk)[:300]}")
+                    raise _UnusableReply(f"no choices in the reply: {_line(chunk)}")
                 text = (choices[0].get("delta" if stream else "message") or {}).get("content")
                 if not isinstance(text, str) and (text is not None or not stream):
-                    raise _UnusableReply(f"no text in the reply: {str(chunk)[:300]}")
+                    raise _UnusableReply(f"no text in the reply: {_line(chunk)}")
                 if text:
                     yield TextDelta(text.encode(errors="replace").decode())  # half of a surrogate pair is no text
                 if (reason := choices[0].get("finish_reason")) or not stream:
@@ -192,7 +200,7 @@ class RemoteGenerator:
                 model=self.model, messages=messages, stream=stream or openai.omit, extra_body=settings
             ).__enter__()
         except openai.APIStatusError as error:
-            status, reason = error.status_code, _reason(error)[:300]
+            status, reason = error.status_code, _line(_reason(error))
             if status == 400 and "max_completion_tokens" in reason and "max_tokens" in settings:
                 self._limit_name = "max_completion_tokens"  # some models know the limit by this name only
                 settings[self._limit_name] = settings.pop("max_tokens")
@@ -203,7 +211,7 @@ class RemoteGenerator:
             raise kind(f"{self.url}: {tries}status {status}: {reason}") from None
         except openai.APIConnectionError as error:
             reason = str(error.__cause__ or "") or error.message
-            raise InputError(f"{self.url}: no reply after {self.retries + 1} tries; the last error: {reason[:300]}") from None
+            raise InputError(f"{self.url}: no reply after {self.retries + 1} tries; the last error: {_line(reason)}") from None
 
     def _settings(self, params: SamplingParams) -> dict[str, Any]:
         """Return what differs from the defaults, since not every server knows top_k or seed.
@@ -226,7 +234,9 @@ def _check_encoding(response: Any) -> None:
 
 def _chunks(response: Any) -> Iterator[Any]:
     """Yield the JSON values of a stream of server-sent events."""
-    for line in response.iter_lines():
+    for number, line in enumerate(response.iter_lines()):
+        if number >= MAX_REPLY_LINES:
+            raise _UnusableReply(f"the stream has more than {MAX_REPLY_LINES:,} lines")
         data = line[5:].strip() if line.startswith("data:") else ""
         if data == "[DONE]":
             return
@@ -238,6 +248,12 @@ def _reason(error: openai.APIStatusError) -> str:
     """Return the message of an error response, without its wrapping."""
     message = error.body.get("message") if isinstance(error.body, dict) else error.body
     return str(message or error.response.text.strip() or "nothing")
+
+
+def _line(text: object, limit: int = 300) -> str:
+    """Return the beginning of a server's text on one line: control characters would rule the reader's terminal or log."""
+    characters = str(text)[:limit]
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in characters)
 
 
 def _content(message: Message) -> str | list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import json
 import socket
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -64,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        with contextlib.suppress(BrokenPipeError):  # the client gave up
+        with contextlib.suppress(ConnectionError):  # the client gave up
             self.wfile.write(body if isinstance(body, bytes) else json.dumps(body).encode())
 
     def log_message(self, *args: object) -> None:
@@ -283,6 +284,34 @@ def test_headers_of_another_form_are_failed_tries(pauses: list[float], header: b
     server = Raw(b"HTTP/1.1 " + status + b"\r\n" + header + b"\r\n\r\n{}")
     with pytest.raises(InputError, match=r"127\.0\.0\.1"):
         RemoteGenerator(server.url, model="m", retries=1, timeout=2).generate([ask("hello")], GREEDY)
+
+
+@pytest.mark.parametrize("status", [200, 400, 500])
+def test_a_message_of_an_endpoint_stays_on_one_line(server: Stub, pauses: list[float], status: int) -> None:
+    message = "a\n\x1b[31mforged\u2028\x9b"
+    server.script = [(status, {}, {"error": {"message": message}})]
+    with pytest.raises(InputError) as raised:
+        make(server, retries=0).generate([ask("hello")], GREEDY)
+    assert str(raised.value).isprintable() and r"a\n\x1b[31mforged\u2028\x9b" in str(raised.value)
+
+
+@pytest.mark.parametrize("status", [200, 400])
+def test_a_reply_of_too_many_items_is_not_parsed(server: Stub, pauses: list[float], status: int) -> None:
+    server.script = [(status, {}, b"[" + b"{}," * 5_000_000 + b"{}]")]
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match="more than 1,000,000 items"):
+            make(server, retries=0).generate([ask("hello")], GREEDY)
+        assert tracemalloc.get_traced_memory()[1] < 60e6  # the 15 MB of the server and the part that was read among them
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("line", [b"data: {}\n", b"\r", b"\n", b": wait\r\n"])
+def test_a_stream_of_too_many_lines_ends_early(server: Stub, pauses: list[float], line: bytes) -> None:
+    server.script = [(200, {}, line * 1_000_000)]
+    with pytest.raises(InputError, match="more than 200,000 lines"):
+        list(make(server, retries=0).stream(ask("hello"), GREEDY))
 
 
 def test_half_of_a_surrogate_pair_is_replaced(server: Stub) -> None:
