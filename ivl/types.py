@@ -67,6 +67,11 @@ class Message:
     role: Role
     content: tuple[Part, ...]
 
+    def __post_init__(self) -> None:
+        parts = self.content if isinstance(self.content, tuple | list) else (None,)
+        if not all(isinstance(part, Part) and isinstance(getattr(part, "text", ""), str) for part in parts):
+            raise InputError(f"a message's content must be a tuple of Text, ImageRef and VideoRef, got {short(self.content)}")
+
     @property
     def text(self) -> str:
         """The text of the turn, without its media."""
@@ -257,10 +262,12 @@ class SamplingParams:
             number = isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
             if not number and (value is not None or name not in ("seed", "logprobs")):
                 raise InputError(f"{name} must be {_KINDS[kind]} in [{low}, {high}], got {short(value)}")
+            if value is not None and type(value) not in (int, float):  # neither torch nor JSON takes numbers of numpy
+                object.__setattr__(self, name, int(value) if kind is Integral else float(value))
         if 0 < self.temperature < 1e-4:
             raise InputError(f"temperature must be 0 (greedy) or at least 0.0001, got {self.temperature}")
-        if not isinstance(self.stop, tuple | list) or not all(isinstance(text, str) for text in self.stop):
-            raise InputError(f"stop must be a tuple of texts, got {short(self.stop)}")
+        if not isinstance(self.stop, tuple | list) or not all(isinstance(text, str) and text for text in self.stop):
+            raise InputError(f"stop must be a tuple of texts, none of them empty, got {short(self.stop)}")
         if not isinstance(self.ignore_eos, bool) or not isinstance(self.guide, Grammar | None):
             raise InputError(f"ignore_eos is a bool and guide a Grammar, got {short(self.ignore_eos)} and {short(self.guide)}")
 

@@ -9,6 +9,7 @@ import io
 import os
 from collections.abc import Callable
 from functools import lru_cache
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ivl.config import TilingConfig
-from ivl.errors import InputError, MediaError
+from ivl.errors import InputError, MediaError, short
 from ivl.types import ImageRef, VideoRef
 from ivl.utils.budgets import MAX_METADATA_BYTES, MAX_PIXELS, MAX_PIXELS_PER_REQUEST, MAX_TILES
 from ivl.utils.files import regular
-from ivl.utils.pictures import open_image, upright
+from ivl.utils.pictures import open_image, to_rgb, upright
 
 Pixels = Image.Image | np.ndarray
 """An RGB image of Pillow, or uint8 RGB [height, width, 3]."""
@@ -47,7 +48,10 @@ def load_image(ref: ImageRef, root: str = "", *, max_pixels: int = MAX_PIXELS) -
     if isinstance(source, Image.Image):
         check_size(source.size, "the given image", max_pixels)
         exif = source.info.get("exif") or b""
-        return to_rgb(ImageOps.exif_transpose(source) if len(exif) <= MAX_METADATA_BYTES else source)
+        try:
+            return to_rgb(ImageOps.exif_transpose(source) if len(exif) <= MAX_METADATA_BYTES else source)
+        except Exception as error:  # it or its file was closed, or the file is damaged
+            raise MediaError("undecodable_media", f"the given image: not readable ({type(error).__name__}: {error})") from error
     name = f"image of {len(source)} bytes" if isinstance(source, bytes) else str(Path(root) / source)
     with io.BytesIO(source) if isinstance(source, bytes) else _open_file(name) as stream:
         try:
@@ -65,11 +69,20 @@ def load_image(ref: ImageRef, root: str = "", *, max_pixels: int = MAX_PIXELS) -
 
 
 def check_source(ref: ImageRef | VideoRef) -> None:
-    """Raise InputError for a reference whose source is nothing that a medium can be read from."""
-    kind = "an image" if isinstance(ref, ImageRef) else "a video"
-    if not isinstance(ref.source, str | bytes | os.PathLike | Image.Image):
-        got = f"{type(ref.source).__name__}; PIL.Image.fromarray makes an image of an array"
-        raise InputError(f"{kind} must be a path, bytes or a PIL image, got {got}")
+    """Raise InputError for a reference whose source is nothing that a medium can be read from, or whose options are wrong."""
+    is_image = isinstance(ref, ImageRef)
+    kind, forms = ("an image", "a path, bytes or a PIL image") if is_image else ("a video", "a path or bytes")
+    if not isinstance(ref.source, str | bytes | os.PathLike) and not (is_image and isinstance(ref.source, Image.Image)):
+        got = f"{type(ref.source).__name__}{'; PIL.Image.fromarray makes an image of an array' if is_image else ''}"
+        raise InputError(f"{kind} must be {forms}, got {got}")
+    name, number = ("max_tiles", ref.max_tiles) if isinstance(ref, ImageRef) else ("num_frames", ref.num_frames)
+    whole = isinstance(number, Integral) and not isinstance(number, bool) and 1 <= number <= MAX_TILES
+    if number is not None and not whole:
+        raise InputError(f"{name} of {kind} must be a whole number in 1..{MAX_TILES:,}, got {short(number)}")
+    if isinstance(ref, VideoRef) and ref.clip is not None:
+        times = ref.clip if isinstance(ref.clip, tuple | list) and len(ref.clip) == 2 else ("",)
+        if not (all(isinstance(time, Real) for time in times) and times[0] <= times[-1]):
+            raise InputError(f"clip of a video must be (start, end) in seconds, start first, got {short(ref.clip)}")
     if isinstance(ref.source, str | bytes) and not ref.source:
         raise MediaError("missing_media", f"{kind} has an empty path or no bytes")
 
@@ -120,23 +133,6 @@ class PixelBudget:
         width, height = pixels.size if isinstance(pixels, Image.Image) else pixels.shape[1::-1]
         self.left -= width * height
         return pixels
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to RGB."""
-    if image.mode == "RGB":
-        image.load()
-        return image
-    if image.mode.startswith("I") or image.mode == "F":  # PIL's own conversion clips at 255 instead of scaling
-        values = np.asarray(image, dtype=np.float64)
-        unit = image.mode == "F" and values.size and values.min() >= 0 and values.max() <= 1
-        scale = 255 if unit else 1 if image.mode == "F" else 1 / 257
-        return Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
 
 
 @lru_cache(maxsize=128)

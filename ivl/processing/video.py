@@ -19,10 +19,11 @@ import numpy as np
 from PIL import Image
 
 from ivl.errors import InputError, MediaError
-from ivl.processing.image import PixelBudget, check_size, check_source, load_image, to_rgb
+from ivl.processing.image import PixelBudget, check_size, check_source, load_image
 from ivl.types import ImageRef, VideoRef
 from ivl.utils.budgets import MAX_FRAME_PIXELS, MAX_PIXELS, MAX_TILES
 from ivl.utils.files import regular
+from ivl.utils.pictures import to_rgb
 
 Use = Callable[[Image.Image], Any]
 """What becomes of a frame."""
@@ -65,9 +66,9 @@ def load_frames(
     def choose(total: int, rate: float) -> list[int]:
         return frame_indices(total, num_frames, mode, rate=rate, fps=fps, generator=generator)
 
+    check_source(ref)
     if not 1 <= num_frames <= MAX_TILES:
         raise InputError(f"num_frames must be in 1..{MAX_TILES:,}, got {num_frames}")
-    check_source(ref)
     source = ref.source if isinstance(ref.source, bytes) else Path(root) / ref.source
     file = _VideoFile(source, ref.clip, max_pixels, choose, budget or PixelBudget(), use)
     if isinstance(source, bytes):

@@ -11,7 +11,7 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import IO
 
 import numpy as np
@@ -23,6 +23,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
 """What may be opened; the decoders of other formats are never started."""
 ORIENTATION, SUB_IFDS = 0x0112, (0x8769, 0x8825, 0xA005)
 """Tags: how the camera was held; where EXIF, GPS and interoperability tags lie."""
+STRIP_PIXELS = 1 << 18
+"""Pixels of a strip of rows that is converted at a time."""
 _SIZES = np.array([0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8, 0], float)
 """Bytes of a value by its type in a TIFF."""
 _XMP = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
@@ -64,6 +66,48 @@ def upright(image: Image.Image, orientation: int) -> Image.Image:
     """Turn an image as its orientation says."""
     method = _UPRIGHT[orientation]
     return image if method is None else image.transpose(method)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode to RGB, over white where it is transparent.
+
+    What needs wider pixels on the way is converted in strips of rows: a whole image of them would take gigabytes, and Pillow
+    would not let other threads run meanwhile.
+    """
+    if image.mode == "RGB":
+        image.load()
+        return image
+    gray = image.mode.startswith("I") or image.mode == "F"
+    if not gray and image.mode not in ("RGBA", "LA", "PA", "RGBa", "La") and "transparency" not in image.info:
+        return image.convert("RGB")
+    scale = 1 / 257
+    if image.mode == "F":
+        values = (np.asarray(strip) for _, strip in _strips(image))
+        scale = 255.0 if all(np.all((part >= 0) & (part <= 1)) for part in values) else 1.0
+    rgb = Image.new("RGB", image.size)
+    for corner, strip in _strips(image):
+        rgb.paste(_gray_to_rgb(strip, scale) if gray else _over_white(strip), corner)
+    return rgb
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[tuple[int, int], Image.Image]]:
+    """Yield the rows of an image in strips, each with its upper left corner; a row longer than a strip is cut."""
+    width = max(1, min(image.width, STRIP_PIXELS))
+    rows = STRIP_PIXELS // width
+    for top in range(0, image.height, rows):
+        for left in range(0, image.width, width):
+            yield (left, top), image.crop((left, top, min(left + width, image.width), min(top + rows, image.height)))
+
+
+def _gray_to_rgb(image: Image.Image, scale: float) -> Image.Image:
+    """Scale gray values to 0 to 255; Pillow's own conversion clips them instead."""
+    values = np.asarray(image, dtype=np.float64) * scale
+    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def orientation_of(exif: bytes, xmp: bytes = b"") -> int:

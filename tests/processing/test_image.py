@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 import random
 import struct
+import subprocess
+import sys
 import zlib
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +19,10 @@ from PIL import Image
 
 from ivl.config import TilingConfig
 from ivl.errors import InputError
-from ivl.processing.image import grid_for, grids, load_image, num_tiles, tile_image
-from ivl.types import ImageRef
+from ivl.processing.image import check_source, grid_for, grids, load_image, num_tiles, tile_image
+from ivl.types import ImageRef, VideoRef
+from ivl.utils import pictures
+from ivl.utils.pictures import to_rgb
 
 
 @cache
@@ -166,3 +171,68 @@ def test_large_images_are_refused_before_decoding():
     with pytest.raises(InputError, match="20 x 20 pixels, the limit is 399"):
         load_image(ImageRef(png(picture(20, 20))), max_pixels=399)
     assert load_image(ImageRef(png(picture(20, 20))), max_pixels=400).size == (20, 20)
+
+
+def whole_to_rgb(image: Image.Image) -> Image.Image:
+    """What `to_rgb` computes, without strips."""
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float64)
+        unit = image.mode == "F" and values.min() >= 0 and values.max() <= 1
+        scale = 255 if unit else 1 if image.mode == "F" else 1 / 257
+        return Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+@pytest.mark.parametrize("size", [(37, 29), (300, 2), (1, 97)])
+def test_strips_have_the_pixels_of_the_whole(monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]) -> None:
+    monkeypatch.setattr(pictures, "STRIP_PIXELS", 100)
+    rng = np.random.default_rng(0)
+    shape = size[::-1]
+    noise = Image.fromarray(rng.integers(0, 256, (*shape, 4), dtype=np.uint8), "RGBA")
+    wide = rng.integers(0, 65536, shape)
+    indexed = noise.convert("RGB").quantize(16)
+    indexed.info["transparency"] = 3
+    gray = noise.convert("L")
+    gray.info["transparency"] = 100
+    late = np.zeros(shape, np.float32)
+    late[-1, -1] = 200.0  # only the last strip shows that the values are not 0 to 1
+    images = [noise, noise.convert("LA"), noise.convert("PA"), noise.convert("RGBa"), indexed, gray]
+    images += [Image.fromarray(wide.astype(kind)) for kind in (np.uint16, ">u2", np.int32)]
+    images += [Image.fromarray(values.astype(np.float32)) for values in (wide / 65535, wide / 257 - 9, late)]
+    for image in images:
+        rgb = to_rgb(image)
+        assert rgb.mode == "RGB" and rgb.size == size
+        assert np.array_equal(np.asarray(rgb), np.asarray(whole_to_rgb(image))), image.mode
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "I;16", "F"])
+def test_a_large_image_takes_little_memory_beside_its_pixels(mode: str) -> None:
+    code = f"""
+from PIL import Image
+import numpy as np, resource
+from ivl.utils.pictures import to_rgb
+image = Image.new({mode!r}, (7000, 7000), 1)
+to_rgb(image.resize((300, 300)))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+to_rgb(image)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 260 << 10  # KiB: 196 MB are the result
+
+
+def refused_refs() -> list[ImageRef | VideoRef]:
+    image, closed = picture(40, 30), Image.open(io.BytesIO(png(picture(40, 30))))
+    closed.close()
+    wrong: list[Any] = [ImageRef(image, tiles) for tiles in (2.5, "x", 0, -1, True, 1001)] + [ImageRef(closed), ImageRef(5)]
+    wrong += [VideoRef(b"GIF89a", frames) for frames in ("x", True, 0, 2.5, 1001)] + [VideoRef(image), VideoRef(None)]
+    return wrong + [VideoRef(b"GIF89a", 2, clip) for clip in (5, (1,), (1, 2, 3), (2, 1), ("a", "b"), (0, float("nan")), "ab")]
+
+
+@pytest.mark.parametrize("ref", refused_refs(), ids=repr)
+def test_wrong_references_are_input_errors(ref: ImageRef | VideoRef) -> None:
+    words = "max_tiles|image" if isinstance(ref, ImageRef) else "num_frames|clip|a video must be a path or bytes"
+    with pytest.raises(InputError, match=words):
+        check_source(ref)
+        load_image(ref)  # a closed image
