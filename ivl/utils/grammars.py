@@ -6,11 +6,13 @@ A schema of thirty characters may take llguidance a minute, and a long chain of 
 from __future__ import annotations
 
 import json
+import math
 import resource
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ivl.errors import short
 from ivl.types import Grammar
 from ivl.utils.killable import Killable
 
@@ -99,7 +101,8 @@ def read_source(grammar: Grammar) -> str:
     if grammar.kind == "grammar":
         return LLMatcher.grammar_from_lark(grammar.value)
     try:
-        value = json.loads(grammar.value or '{"type":"object"}')
+        text = grammar.value or '{"type":"object"}'
+        value = json.loads(text, parse_int=_whole, parse_float=_finite, parse_constant=_finite)
     except RecursionError:
         raise ValueError(f"it has more than {MAX_LEVELS} levels") from None
     if grammar.kind == "choice":
@@ -109,6 +112,19 @@ def read_source(grammar: Grammar) -> str:
     _check_size(value)
     value.pop("x-guidance", None)  # llguidance's options for white space
     return LLMatcher.grammar_from_json_schema(value, overrides=COMPACT)
+
+
+def _whole(number: str) -> int:
+    """Read a whole number of JSON that llguidance can take."""
+    if len(number) > 20 or not -(2**63) <= int(number) < 2**64:
+        raise ValueError(f"a whole number is in [-2^63, 2^64 - 1], got {short(number)}")
+    return int(number)
+
+
+def _finite(number: str) -> float:
+    if not math.isfinite(value := float(number)):
+        raise ValueError(f"a number is finite, got {short(number)}")
+    return value
 
 
 def _choice(choices: Any) -> str:
@@ -129,7 +145,8 @@ def _check_size(schema: dict[str, Any]) -> None:
         for part in level:
             if isinstance(part, dict):
                 counts["references"] += "$ref" in part
-                counts["properties"] += len(part.get("properties") or ())
+                properties = part.get("properties")  # a property of this name may have the schema true
+                counts["properties"] += len(properties) if isinstance(properties, dict) else 0
                 counts["choices"] += sum(len(value) for key, value in part.items() if isinstance(value, list))
         level = [
             item

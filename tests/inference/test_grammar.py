@@ -259,6 +259,15 @@ def test_a_grammar_whose_tokens_take_long_cuts_its_own_reply_only(engine: Engine
         (Grammar("json_schema", '{"properties": {"a": {"$ref": "#/$defs/b"}}, "$defs": {"b": {"type": 3}}}'), "type"),
         (Grammar("json_schema", '{"type": "integer", "minimum": 5, "maximum": 3}'), "greater than maximum"),
         (Grammar("json_schema", '{"$ref": "#"}'), "no text that it allows"),
+        *(
+            (Grammar("json_schema", f'{{"properties": {value}}}'), "properties must be an object")
+            for value in ("5", "true", '"a"')
+        ),
+        (Grammar("json_schema", '{"minimum": 1e999}'), "a number is finite, got '1e999'"),
+        (Grammar("json_schema", '{"enum": [1, NaN]}'), "a number is finite, got 'NaN'"),
+        (Grammar("json_schema", '{"const": -Infinity}'), "a number is finite, got '-Infinity'"),
+        (Grammar("json_schema", f'{{"minimum": {10**60}}}'), "a whole number is in [-2^63, 2^64 - 1], got '1000"),
+        (Grammar("json_schema", f'{{"enum": [-1{"0" * 9000}]}}'), "a whole number is in [-2^63, 2^64 - 1], got '-1000"),
         (Grammar("regex", "(a"), "unclosed group"),
         (Grammar("regex", r"[^\s\S]"), "no text that it allows"),
         (Grammar("grammar", "start: foo"), "unknown name"),
@@ -368,3 +377,8 @@ def test_a_huge_schema_at_fault_is_refused_in_short_time(tokenizer: Tokenizer) -
     compiler = GrammarCompiler(tokenizer, vocab_size=len(tokenizer), eos=frozenset([tokenizer.id("<|im_end|>")]))
     with pytest.raises(InputError, match="cannot be followed: Invalid type"):
         compiler.compile(Grammar("json_schema", json.dumps(wide)))
+
+
+def test_a_property_may_be_named_properties_and_numbers_may_have_sixty_four_bits(engine: Engine) -> None:
+    for schema in ({"properties": {"properties": True}}, {"enum": [2**64 - 1, -(2**62), 1.5]}):
+        engine.prepare(ask("which?"), SamplingParams(guide=Grammar("json_schema", json.dumps(schema))))
