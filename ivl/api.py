@@ -7,7 +7,7 @@ print(model.chat("What color is the shape?", "picture.png"))
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -77,11 +77,20 @@ class Model:
         Raises:
             InputError: for anything else than texts and conversations, and as `Chat.stream`.
         """
+        if isinstance(conversations, str | bytes | dict) or not isinstance(conversations, Iterable):
+            raise InputError(f"conversations must be a list of texts or of conversations, got {short(conversations)}")
         asked = [ask(each) if isinstance(each, str) else each for each in conversations]
         for number, each in enumerate(asked):
             if not isinstance(each, tuple | list) or not all(isinstance(message, Message) for message in each):
                 raise InputError(f"conversation {number} must be a text, or messages as ivl.ask makes them, got {short(each)}")
-        return self.engine.generate(asked, params or SamplingParams())
+        each_params = SamplingParams() if params is None else params
+        if isinstance(each_params, SamplingParams):
+            return self.engine.generate(asked, each_params)
+        if not isinstance(each_params, tuple | list) or not all(isinstance(each, SamplingParams) for each in each_params):
+            raise InputError(f"params must be ivl.SamplingParams, or a list of one for each conversation, got {short(params)}")
+        if len(each_params) != len(asked):
+            raise InputError(f"{len(asked)} conversations but {len(each_params)} sampling parameters")
+        return self.engine.generate(asked, each_params)
 
     def start(self, *, system: str | None = None) -> Chat:
         """Start a conversation of several turns; `system` replaces the model's own system message."""

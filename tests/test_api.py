@@ -253,3 +253,60 @@ def test_interactive_chat(
     hello, what = conversation.send("Hello", **SHORT), conversation.send("What is it?", image, **SHORT)
     assert [line for line in out.split("\n") if line] == [s for text in (hello, what, hello) for s in text.split("\n") if s]
     assert "nowhere.png: no such image" in err and "unknown command /what" in err
+
+
+@pytest.mark.parametrize("wrong", [None, "hello", b"hello", {"a": 1}, 5, ["a", 5], [("x",)]])
+def test_generate_refuses_what_are_no_conversations(model: ivl.Model, wrong: Any) -> None:
+    with pytest.raises(InputError, match="conversation"):
+        model.generate(wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"x": 1}, {}, [None], [], "greedy", 5, [ivl.SamplingParams()] * 2])
+def test_generate_refuses_other_parameters(model: ivl.Model, wrong: Any) -> None:
+    with pytest.raises(InputError, match=r"params must be ivl\.SamplingParams|1 conversations but [02] sampling"):
+        model.generate(["a"], wrong)
+
+
+@pytest.mark.parametrize("name", [None, b"m", 5, ["m"]])
+def test_load_refuses_what_names_no_model(name: Any) -> None:
+    with pytest.raises(InputError, match="a model is named by its directory or hub id, got"):
+        ivl.load(name)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"foo": 1}, "unknown option 'foo' of a model: options are dtype, device"), ({"max_contxt": 1}, "mean 'max_context'"),
+     ({"max_tile": 1}, "mean 'max_tiles'"), ({"processor": 1}, "unknown option 'processor'"),
+     ({"max_tiles": True}, "max_tiles"),
+     *(({name: value}, f"{name} must be a whole number in") for value in (True, 10**18, 2.5, "x")
+       for name in ("max_context", "max_batch_tokens", "max_sequences", "block_size", "max_cache_tokens",
+                    "vision_cache_bytes"))],
+)  # fmt: skip
+def test_load_refuses_wrong_options(directory: Path, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        ivl.load(directory, **options)
+
+
+def test_numbers_of_numpy_are_numbers(model: ivl.Model) -> None:
+    params = ivl.SamplingParams(seed=np.int64(3), temperature=np.float32(0.5), max_new_tokens=np.int32(4), top_k=np.uint8(9))
+    plain = ivl.SamplingParams(seed=3, temperature=0.5, max_new_tokens=4, top_k=9)
+    assert params == plain and type(params.seed) is int and type(params.temperature) is float
+    assert model.generate(["a"], params)[0].text == model.generate(["a"], plain)[0].text
+
+
+@pytest.mark.parametrize("stop", [("",), ("a", ""), "a", (5,), None])
+def test_wrong_stops_are_refused(stop: Any) -> None:
+    with pytest.raises(InputError, match="stop must be a tuple of texts, none of them empty"):
+        ivl.SamplingParams(stop=stop)
+
+
+@pytest.mark.parametrize("content", ["x", (5,), None, ("x",), (ivl.Text(5),), (ivl.Text(b"x"),), ivl.Text("x")])  # type: ignore[arg-type]
+def test_a_message_refuses_other_content(content: Any) -> None:
+    with pytest.raises(InputError, match="content must be a tuple of Text, ImageRef and VideoRef"):
+        ivl.Message("user", content)
+
+
+@pytest.mark.parametrize("options", [{"max_tiles": 2.5}, {"max_tiles": "x"}, {"max_tiles": 0}])
+def test_chat_refuses_wrong_options_of_an_image(model: ivl.Model, options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"max_tiles of an image must be a whole number in 1\.\.1,000"):
+        model.chat("What is it?", ivl.ImageRef(picture(1), **options), **SHORT)

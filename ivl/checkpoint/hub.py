@@ -28,6 +28,8 @@ def resolve(name_or_dir: str | Path) -> Path:
         InputError: with the remedy, if there is no such directory, the id is unknown, private or gated, or the hub cannot be
             reached.
     """
+    if not isinstance(name_or_dir, str | os.PathLike):
+        raise InputError(f"a model is named by its directory or hub id, got {short(name_or_dir)}")
     path = Path(os.path.expanduser(name_or_dir))  # noqa: PTH111 (pathlib raises for users that are not there)
     if os.path.isdir(path):  # noqa: PTH112 (and for long names)
         return path

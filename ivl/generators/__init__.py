@@ -67,7 +67,8 @@ class LoadConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        if self.max_tiles is not None and (not isinstance(self.max_tiles, int) or not 1 <= self.max_tiles <= 1000):
+        whole = isinstance(self.max_tiles, int) and not isinstance(self.max_tiles, bool)
+        if self.max_tiles is not None and not (whole and 1 <= self.max_tiles <= 1000):
             raise InputError(f"max_tiles must be a whole number in [1, 1000], got {short(self.max_tiles)}")
 
 

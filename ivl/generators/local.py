@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 
 from ivl.checkpoint import load_model, load_processor, resolve
 from ivl.cpu import accelerate, has_bfloat16
-from ivl.errors import InputError, short
+from ivl.errors import InputError, nearest, short
 from ivl.generators import LoadConfig
 from ivl.inference.engine import Engine
 
@@ -23,6 +24,10 @@ def load_engine(name: str | Path, config: LoadConfig | None = None, **engine_opt
     Raises:
         InputError: if the model cannot be found or read.
     """
+    known = [name for name in inspect.signature(Engine).parameters if name not in ("model", "processor")]
+    for option in engine_options.keys() - known:
+        fields = [*LoadConfig.__dataclass_fields__, *known]
+        raise InputError(f"unknown option {option!r} of a model: {nearest(option, fields, 'options')}")
     config = config or LoadConfig()
     directory = resolve(name)
     device = _device(config.device)

@@ -106,8 +106,9 @@ class Engine:
             "max_context": self.max_context, "block_size": block_size, "vision_cache_bytes": vision_cache_bytes,
         }  # fmt: skip
         for name, value in options.items():
-            if not isinstance(value, int) or value < (name != "vision_cache_bytes"):
-                raise InputError(f"{name} must be a whole number above 0, got {short(value)}")
+            low, high = (0, 2**47) if name == "vision_cache_bytes" else (1, 2**31 - 1)
+            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+                raise InputError(f"{name} must be a whole number in [{low}, {high}], got {short(value)}")
         if cache_tokens + block_size > most_tokens:
             raise InputError(f"max_cache_tokens is {cache_tokens}, the memory has room for {most_tokens} at most: lower it")
         self.cache = PagedCache(decoder, num_tokens=cache_tokens, block_size=block_size, dtype=model.dtype, device=model.device)
@@ -272,7 +273,7 @@ class Engine:
         """
         params = [params] * len(conversations) if isinstance(params, SamplingParams) else list(params)
         if len(params) != len(conversations):
-            raise ValueError(f"{len(conversations)} conversations but {len(params)} sampling parameters")
+            raise InputError(f"{len(conversations)} conversations but {len(params)} sampling parameters")
         replies: dict[int, Reply] = {}
         active: dict[int, Request] = {}
         prepared = self._prepared(conversations, params)
