@@ -76,7 +76,7 @@ async def load_conversation(
         nonlocal tiles
         url = ref.source
         assert isinstance(url, str)
-        fetched, header = await gateway.read(ref, context.media.pop(url, url))
+        fetched, header = await gateway.read(ref, context.media.pop(url, url), context.group)
         if not is_data_url(url) and isinstance(fetched.source, bytes):  # a data: URL was counted with the body
             context.hold(len(fetched.source))
         frames, width, height = 1, header.width, header.height

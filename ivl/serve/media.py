@@ -15,6 +15,7 @@ from ivl.serve.config import MediaConfig
 from ivl.serve.errors import MediaRefusal
 from ivl.serve.fetch import Fetcher, too_large
 from ivl.serve.sniff import MediaHeader, check_image, check_video
+from ivl.serve.turns import Turns
 from ivl.types import ImageRef, VideoRef
 
 __all__ = ["MediaConfig", "MediaGateway", "MediaRefusal"]
@@ -22,7 +23,9 @@ __all__ = ["MediaConfig", "MediaGateway", "MediaRefusal"]
 T = TypeVar("T")
 R = TypeVar("R", bound=ImageRef | VideoRef)
 INLINE = 1 << 16
-"""Smaller media are read where they arrive; larger ones in a thread, since decoding base64 would stop every stream."""
+"""Smaller base64 is decoded where it arrives; larger is in a thread, since it would stop every stream."""
+NUM_THREADS = 2
+"""Threads that decode base64 and check headers; keys take them by turns."""
 DECODED_AT_ONCE = 1 << 18
 """Characters of base64, a multiple of four."""
 _DATA = re.compile(rb"data:[\w.+-]*/?[\w.+-]*(;[\w.+-]+=[\w.+-]*){0,4};base64,", re.IGNORECASE)
@@ -39,7 +42,8 @@ class MediaGateway:
         warnings.filterwarnings("ignore", module="PIL")  # they concern damaged metadata, and hold a path of this machine
         self.config = config or MediaConfig()
         self.fetcher = fetcher or Fetcher(self.config)
-        self._threads = ThreadPoolExecutor(2, "ivl-media")
+        self._threads = ThreadPoolExecutor(NUM_THREADS, "ivl-media")
+        self._turns = Turns(NUM_THREADS)
 
     async def image(self, url: str, *, max_tiles: int | None = None) -> ImageRef:
         """Return an image by its address. max_tiles: its own tile cap. Raises MediaRefusal."""
@@ -49,12 +53,13 @@ class MediaGateway:
         """Return a video or an animated GIF by its address. num_frames: how many are shown. Raises MediaRefusal."""
         return (await self.read(VideoRef(url, num_frames), url))[0]
 
-    async def read(self, ref: R, url: str | bytearray) -> tuple[R, MediaHeader]:
+    async def read(self, ref: R, url: str | bytearray, group: str = "") -> tuple[R, MediaHeader]:
         """Return a reference to the bytes at an address, with their header.
 
         Args:
             ref: What the medium is taken for: an image, or a video.
             url: Its address; bytes are a data: URL.
+            group: Whose medium it is. Groups take the threads by turns.
 
         Raises:
             MediaRefusal: with the reason and an HTTP status.
@@ -64,16 +69,26 @@ class MediaGateway:
         if isinstance(url, str) and not is_data_url(url):
             data = await self.fetcher.get(url, max_bytes)
         else:
-            data = await self._in_thread(len(url), lambda: from_data_url(url, max_bytes))
+            small = len(url) <= INLINE
+            data = (
+                from_data_url(url, max_bytes) if small else await self._in_thread(lambda: from_data_url(url, max_bytes), group)
+            )
         check = check_image if is_image else check_video
-        header = await self._in_thread(len(data) if is_image else INLINE + 1, lambda: check(data, self.config))
+        header = await self._in_thread(lambda: check(data, self.config), group)  # a small one may take long, too
         return replace(ref, source=data), header
 
-    async def _in_thread(self, size: int, work: Callable[[], T]) -> T:
-        """Return the result of work, which is done in one of two threads if it is large."""
-        if size <= INLINE:
-            return work()
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+    async def _in_thread(self, work: Callable[[], T], group: str) -> T:
+        """Return the result of work, which is done in a thread at a turn of its group."""
+        loop = asyncio.get_running_loop()
+        await self._turns.acquire(group)
+        try:
+            job = self._threads.submit(work)
+        except BaseException:
+            self._turns.release(group)
+            raise
+        # The turn ends with the work, not with the caller.
+        job.add_done_callback(lambda _: None if loop.is_closed() else loop.call_soon_threadsafe(self._turns.release, group))
+        return await asyncio.wrap_future(job)
 
 
 def is_data_url(url: str) -> bool:

@@ -69,8 +69,7 @@ def check_image(data: bytes, config: MediaConfig) -> MediaHeader:
         raise _too_many_parts()
     try:
         header = _gif_header(data) if kind == "GIF" else None
-        stream = _CountedReads(data)  # of a JPEG, Pillow unpacks every EXIF tag when it opens it
-        with open_image(stream, [kind])[0] if kind == "JPEG" else Image.open(stream, formats=[kind]) as image:
+        with open_image(_CountedReads(data), [kind])[0] as image:  # without the metadata that Pillow would unpack
             size, layers = image.size, getattr(image, "layer", ())
             if len(layers) != getattr(image, "layers", 0):  # a JPEG with two frame headers
                 raise MediaRefusal("the image names two sizes")

@@ -31,5 +31,7 @@ MAX_METADATA_BYTES = 1 << 16
 """EXIF of an image; more of it is not read, and the image counts as upright."""
 MAX_PARTS = 100_000
 """Segments, chunks or tags of an image file."""
+MAX_HEADER_PARTS = 1_000
+"""Segments of a JPEG and chunks of a PNG that a reader looks into, beside those of pixels."""
 MAX_TILES = 1_000
 """Tiles that one image may be cut into."""

@@ -17,7 +17,7 @@ from typing import IO
 import numpy as np
 from PIL import Image
 
-from ivl.utils.budgets import MAX_FILE_BYTES, MAX_METADATA_BYTES, MAX_PARTS
+from ivl.utils.budgets import MAX_FILE_BYTES, MAX_HEADER_PARTS, MAX_METADATA_BYTES, MAX_PARTS
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
 """What may be opened; the decoders of other formats are never started."""
@@ -27,6 +27,8 @@ STRIP_PIXELS = 1 << 18
 """Pixels of a strip of rows that is converted at a time."""
 _SIZES = np.array([0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8, 0], float)
 """Bytes of a value by its type in a TIFF."""
+_EXIF_TEXT, _XMP_TEXT = b"Raw profile type exif", b"XML:com.adobe.xmp"
+"""Names of the texts of a PNG that may say how the camera was held."""
 _XMP = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 _UPRIGHT = (
     None, None, Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
@@ -147,43 +149,48 @@ def _jpeg(data: bytes) -> tuple[list[bytes], bytes, bytes]:
             xmp = xmp or data[at + 4 : end]
         elif marker in (0xE0, 0xEE) or not (0xE0 <= marker <= 0xEF or marker == 0xFE):  # JFIF, Adobe's colors, no metadata
             parts.append(data[at:end])
+            if len(parts) > MAX_HEADER_PARTS:
+                break
         at = end
     raise ValueError("no picture behind its metadata")
 
 
 def _png(data: bytes) -> tuple[list[bytes], bytes, bytes]:
     """The chunks of a PNG that hold the picture, its EXIF block, and its XMP text."""
-    parts, exif, xmp, at = [data[:8]], b"", b"", 8
+    parts, exif, at, num_headers = [data[:8]], b"", 8, 0
+    texts: dict[bytes, bytes] = {}
     for _ in range(MAX_PARTS):
         kind, end = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4], "big")
         if kind == b"tRNS" or kind[:1].isupper():  # the critical ones begin with a capital letter
             parts.append(data[at:end])
+            num_headers += kind != b"IDAT"
         elif kind == b"eXIf":
             exif = data[at + 8 : min(end - 4, at + 8 + MAX_METADATA_BYTES)]
         elif kind in (b"tEXt", b"zTXt", b"iTXt"):
-            name, text = _png_text(kind, data[at + 8 : min(end - 4, at + 8 + MAX_METADATA_BYTES)])
-            if name == b"Raw profile type exif" and not exif:
-                exif = _raw_profile(text)
-            elif name == b"XML:com.adobe.xmp":
-                xmp = text
+            num_headers += 1
+            name = data[at + 8 : at + 88].partition(b"\0")[0]  # of up to 79 bytes
+            if name in (_EXIF_TEXT, _XMP_TEXT) and name not in texts:  # no other text is unpacked, and none twice
+                texts[name] = _png_text(kind, data[at + 8 : min(end - 4, at + 8 + MAX_METADATA_BYTES)])
         at = end
         if at >= len(data) or kind == b"IEND":
-            return parts, exif, xmp
+            return parts, exif or _raw_profile(texts.get(_EXIF_TEXT, b"")), texts.get(_XMP_TEXT, b"")
+        if num_headers > MAX_HEADER_PARTS:
+            break
     raise ValueError("more parts than an encoder would write")
 
 
-def _png_text(kind: bytes, chunk: bytes) -> tuple[bytes, bytes]:
-    """The name of a text chunk, and its text as far as it is read."""
-    name, _, rest = chunk.partition(b"\0")
+def _png_text(kind: bytes, chunk: bytes) -> bytes:
+    """The text of a text chunk as far as it is read."""
+    rest = chunk.partition(b"\0")[2]
     packed = kind == b"zTXt"
     if kind == b"iTXt":
         packed, rest = rest[:1] == b"\1", rest[2:].split(b"\0", 2)[-1]
     elif packed:
         rest = rest[1:]
     try:
-        return name, zlib.decompressobj().decompress(rest, 2 * MAX_METADATA_BYTES) if packed else rest
+        return zlib.decompressobj().decompress(rest, 2 * MAX_METADATA_BYTES) if packed else rest
     except zlib.error:
-        return name, b""
+        return b""
 
 
 def _raw_profile(text: bytes) -> bytes:

@@ -9,10 +9,12 @@ import io
 import json
 import os
 import random
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
@@ -25,9 +27,11 @@ from benchmarks.serve_fuzz import flood
 from ivl.errors import InputError
 from ivl.inference.engine import Engine
 from ivl.processing.processor import Processor
+from ivl.serve import media
 from ivl.serve.body import BodyReader
 from ivl.serve.config import ServeConfig
 from ivl.serve.errors import APIError
+from tests.helpers import media as samples
 from tests.helpers.engines import tiny_directory
 from tests.helpers.hostile import CHAT, KINDS, LoopClock, post, raw
 from tests.helpers.servers import CONFIG, KEY, Running, data_url, engine, running, says
@@ -113,6 +117,55 @@ def test_pixels_of_a_request_are_refused_before_decoding(
     wide = [{**part, "image_url": {**part["image_url"], "url": png(1120, 28)}} for part in tiles]
     status, body = post(server, CHAT, json.dumps({"messages": [{"role": "user", "content": wide}]}).encode())
     assert status == 400 and b"tiles" in body and not opened
+
+
+def crafted(name: str) -> bytes:
+    """An image of a few kilobytes whose header is made to cost time or memory."""
+    small = zlib.compress(bytes(4 * 13))
+    packed = zlib.compress(bytes(1_000_000), 9)
+    jpeg, out = samples.encoded("JPEG"), b""
+    table = jpeg[jpeg.index(b"\xff\xdb") :][:69]
+    match name:
+        case "packed chunks":
+            kinds = ((b"zTXt", b"a\0\0"), (b"iTXt", b"a\0\1\0\0\0"), (b"iCCP", b"a\0\0"))
+            out = samples.png(4, 4, body=small, extra=b"".join(samples.chunk(k, h + packed) for k, h in kinds) * 20)
+        case "EXIF texts":
+            text = samples.chunk(b"zTXt", b"Raw profile type exif\0\0" + packed)
+            out = samples.png(4, 4, body=small, extra=text * 60)
+        case "texts":
+            out = samples.png(4, 4, body=small, extra=samples.chunk(b"tEXt", b"a\0b") * 3300)
+        case "GIF blocks":
+            out = b"GIF89a" + struct.pack("<HHBBB", 2, 2, 0, 0, 0) + b"!\xfe" + b"\1a" * 9000 + b"\0" + samples.gif(1)[13:]
+        case "JPEG comments":
+            out = jpeg[:2] + b"\xff\xfe\0\2" * 16_000 + jpeg[2:]
+        case "JPEG tables":
+            out = jpeg[:2] + table * 900 + jpeg[2:]
+        case "WebP of two headers":
+            out = struct.pack("<4sI4s4sIBI", b"RIFF", 30, b"WEBP", b"VP8L", 18, 0x2F, 6999 | 6999 << 14) + bytes(13)
+    return out
+
+
+CRAFTED = ("packed chunks", "EXIF texts", "texts", "GIF blocks", "JPEG comments", "JPEG tables", "WebP of two headers")
+
+
+@pytest.mark.parametrize("name", CRAFTED)
+def test_small_images_that_cost_time_stop_nothing(server: Running, name: str) -> None:
+    data = crafted(name)
+    assert len(data) < 1 << 17
+    url = "data:image/png;base64," + base64.b64encode(data).decode()
+    begun = time.process_time()
+    with LoopClock(server) as clock:
+        status, _ = post(server, CHAT, json.dumps(says("?", *[url] * 32)).encode())
+    assert status in (200, 400, 413) and clock.longest < 0.3, (status, clock.longest)
+    assert time.process_time() - begun < 8.0, (status, time.process_time() - begun)
+
+
+def test_headers_are_never_read_on_the_event_loop(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+    check = media.check_image
+    monkeypatch.setattr(media, "check_image", lambda *a: (threads.append(threading.current_thread().name), check(*a))[1])
+    assert post(server, CHAT, json.dumps(says("?", data_url(1), data_url(2))).encode())[0] == 200
+    assert len(threads) == 2 and all(name.startswith("ivl-media") for name in threads)
 
 
 def test_heavy_requests_leave_a_thread_and_end_with_their_client(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:

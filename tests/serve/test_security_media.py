@@ -32,6 +32,10 @@ EXAMPLE = "data:image/png;base64,..."
 SEEDS = samples.good()
 
 
+DROPPED = {"png with 30 MB of text", "png with 30 MB of colours", "apng of 10,000 frames"}
+"""Bombs in chunks that are dropped unread: the picture beside them is taken."""
+
+
 @cache
 def bombs() -> dict[str, bytes]:
     vp8x = struct.pack("<4sI4s4sIB3x", b"RIFF", 22, b"WEBP", b"VP8X", 10, 0) + (16_777_215).to_bytes(3, "little") * 2
@@ -99,10 +103,14 @@ def test_s2_bombs_are_refused_in_no_time_and_memory(name: str, monkeypatch: pyte
     measured = []
     for _ in range(3):  # threads of earlier tests may still be spinning: the least is the bomb's
         before, start = peak(reset=True), time.process_time()
-        with pytest.raises(MediaRefusal) as caught:
+        refusal = None
+        try:
             asyncio.run(gateway.image(url))
+        except MediaRefusal as error:
+            refusal = error
         measured.append((time.process_time() - start, peak() - before))
-        assert caught.value.status in (400, 413) and not LEAK.search(str(caught.value))
+        assert (refusal is None) == (name in DROPPED)
+        assert refusal is None or (refusal.status in (400, 413) and not LEAK.search(str(refusal)))
     seconds, memory = map(min, zip(*measured, strict=True))
     assert seconds < 0.1 + base64_seconds and memory < 50 << 20, f"{seconds:.3f} s, {memory >> 20} MB"
 
