@@ -51,7 +51,7 @@ class RequestPart(BaseModel):
                 given[key] = value
             elif key not in UNSUPPORTED:
                 raise PydanticCustomError("unknown", "not known to this server", {"param": key})
-            elif value not in EMPTY:
+            elif not any(type(value) is type(empty) and value == empty for empty in EMPTY):  # 0 equals False
                 raise PydanticCustomError("unsupported", "{reason}", {"reason": UNSUPPORTED[key], "param": key})
         return given
 
@@ -72,7 +72,7 @@ def _text_or_list(value: Any) -> str | None:
 
 def _kind_of_prompt(value: Any) -> str | None:
     first = type(value[0]) if isinstance(value, list) and value else None
-    return {int: "<ids>", list: "<lists>"}.get(first) if first in (int, list) else _text_or_list(value)
+    return {None: _text_or_list(value), str: "<list>", int: "<ids>", list: "<lists>"}.get(first)
 
 
 def _kind_of_part(value: Any) -> str | None:
@@ -154,14 +154,15 @@ class SamplingBody(RequestPart):
     model: str = ""
     max_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(0.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=-1, le=1 << 31)
+    """Up to 2, as OpenAI has it."""
+    top_p: float = Field(1.0, ge=1e-6, le=1)
+    top_k: int = Field(0, ge=-1, le=(1 << 31) - 1)
     """0 and -1 keep all tokens."""
     min_p: float = Field(0.0, ge=0, le=1)
     repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    seed: int | None = Field(None, ge=-(1 << 63), le=(1 << 63) - 1)
+    seed: int | None = Field(None, ge=-(1 << 63), le=(1 << 64) - 1)
     stop: Annotated[AnyText | Texts, _choice(_text_or_list, "stop is a text or a list of texts")] = Field(default_factory=list)
     n: int = Field(1, ge=1)
     stream: bool = False

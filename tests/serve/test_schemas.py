@@ -39,6 +39,11 @@ def test_null_is_nothing_and_what_asks_for_nothing_is_taken() -> None:
     ("options", "param", "code"),
     [
         ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
+        ({"tools": 0}, "tools", "unsupported_parameter"),
+        ({"echo": 0.0}, "echo", "unsupported_parameter"),
+        ({"top_k": 1 << 31}, "top_k", "invalid_value"),
+        ({"top_p": 1e-7}, "top_p", "invalid_value"),
+        ({"seed": 1 << 64}, "seed", "invalid_value"),
         ({"logit_bias": {"1": 2}}, "logit_bias", "unsupported_parameter"),
         ({"modalities": ["text", "audio"]}, "modalities[1]", "invalid_value"),
         ({"temprature": 1}, "temprature", "unknown_parameter"),
@@ -84,9 +89,9 @@ def test_limits_of_sampling(options: dict[str, Any]) -> None:
 
 def test_each_reply_has_its_own_seed() -> None:
     every = conversation.sampling_params(
-        parsed(n=3, seed=(1 << 63) - 2, temperature=1.0, max_completion_tokens=7), ServeConfig()
+        parsed(n=3, seed=(1 << 64) - 2, temperature=1.0, max_completion_tokens=7), ServeConfig()
     )
-    assert [params.seed for params in every] == [(1 << 63) - 2, (1 << 63) - 1, 0]
+    assert [params.seed for params in every] == [(1 << 64) - 2, (1 << 64) - 1, 0]
     assert {params.max_new_tokens for params in every} == {7}
 
 
@@ -109,6 +114,25 @@ def test_limits_of_messages() -> None:
 def test_prompts_of_completions() -> None:
     for prompt, prompts in (("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2]], [[1], [2]])):
         assert CompletionRequest.model_validate({"prompt": prompt}).prompts == prompts
+
+
+@pytest.mark.parametrize("prompt", [[0.5] * 49_000, [True], [{}], 0.5])
+def test_prompts_of_another_kind_are_told_what_prompts_are(prompt: Any) -> None:
+    conversation.check_lengths({"prompt": prompt}, ServeConfig())
+    with pytest.raises(ValidationError) as error:
+        CompletionRequest.model_validate({"prompt": prompt})
+    problem = validation_error(error.value)
+    assert "a prompt is a text, a list of texts, a list of token ids" in problem.message and problem.param == "prompt"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"top_k": (1 << 31) - 1}, {"top_k": -1}, {"top_p": 1e-6}, {"seed": (1 << 64) - 1}, {"seed": -(1 << 63)},
+     {"min_p": 1}, {"repetition_penalty": 0.01}, {"repetition_penalty": 100}, {"presence_penalty": -2},
+     {"frequency_penalty": 2}, {"temperature": 2}, {"temperature": 1e-4}],
+)  # fmt: skip
+def test_what_the_schema_takes_the_sampler_takes(options: dict[str, Any]) -> None:
+    assert len(conversation.sampling_params(parsed(**options), ServeConfig())) == 1
 
 
 def test_keys(tmp_path: Any) -> None:
