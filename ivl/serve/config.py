@@ -104,7 +104,7 @@ class ServeConfig:
     max_request_tiles: int = 128
     """Tiles of all images and frames of a request."""
     max_text_chars: int = 400_000
-    """Characters of all texts of a request."""
+    """Characters of all texts of a request. In UTF-8 they may have one and a half times as many bytes."""
     max_schema_chars: int = 20_000
     """Characters of a JSON schema."""
     max_schema_depth: int = 32
@@ -156,6 +156,11 @@ class ServeConfig:
             raise ValueError(f"port must be at most 65535, got {self.port}")
         if self.default_new_tokens > self.max_new_tokens:
             raise ValueError(f"default_new_tokens {self.default_new_tokens} is above max_new_tokens {self.max_new_tokens}")
+
+    @property
+    def max_text_bytes(self) -> int:
+        """Size in UTF-8 of all texts of a request: a tokenizer takes time and memory by the byte."""
+        return self.max_text_chars * 3 // 2
 
     @property
     def max_json_bytes(self) -> int:

@@ -41,7 +41,7 @@ def check_lengths(body: Any, config: ServeConfig) -> None:
     _check_limits(
         (len(messages), config.max_messages, "messages", "messages"),
         (sum(len(content) for content in contents if isinstance(content, list)), most_parts, "parts", "messages"),
-        (0 if prompts and isinstance(prompts[0], int) else len(prompts), config.max_n, "prompts", "prompt"),
+        (len(prompts) if prompts and isinstance(prompts[0], str | list) else 0, config.max_n, "prompts", "prompt"),
         (len(lists.get("stop", [])), config.max_stop, "stop strings", "stop"),
     )
 
@@ -148,9 +148,13 @@ def check_conversation(conversation: Conversation, config: ServeConfig) -> None:
 
 
 def check_text(texts: Sequence[str], config: ServeConfig, param: str) -> None:
-    """Check the number of characters. Raises APIError for more than are allowed."""
+    """Check the numbers of characters and of their bytes. Raises APIError for more than are allowed."""
+    reason = None
     if (count := sum(map(len, texts))) > config.max_text_chars:
         reason = f"{count} characters of text, the limit is {config.max_text_chars}"
+    elif (count := sum(len(text.encode(errors="replace")) for text in texts)) > config.max_text_bytes:
+        reason = f"{count} bytes of text in UTF-8, the limit is {config.max_text_bytes}"
+    if reason is not None:
         raise APIError(400, reason, param=param, code="context_length_exceeded")
 
 
@@ -159,7 +163,7 @@ def media_of(conversation: Conversation) -> list[ImageRef | VideoRef]:
     return [part for message in conversation for part in message.content if not isinstance(part, Text)]
 
 
-def plain_prompt(text: str | list[int], config: ServeConfig, processor: Processor) -> Prompt:
+def plain_prompt(text: str | list[int], processor: Processor) -> Prompt:
     """Return text or token ids as a prompt without the model's template. Tokenizes: not for the event loop.
 
     Raises:
@@ -167,7 +171,6 @@ def plain_prompt(text: str | list[int], config: ServeConfig, processor: Processo
     """
     tokenizer = processor.tokenizer
     if isinstance(text, str):
-        check_text([text], config, "prompt")
         ids = [] if tokenizer.bos is None else [tokenizer.bos]
         ids += tokenizer.encode(text)
     else:
@@ -216,7 +219,7 @@ def sampling_params(body: SamplingBody, config: ServeConfig) -> list[SamplingPar
         )
     except ValueError as error:
         raise APIError(400, str(error), code="invalid_value") from error
-    seeds = [None if body.seed is None else (body.seed + number) % (1 << 63) for number in range(body.n)]
+    seeds = [None if body.seed is None else (body.seed + number) % (1 << 64) for number in range(body.n)]
     return [replace(params, seed=seed) for seed in seeds]
 
 

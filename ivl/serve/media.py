@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 from ivl.serve.config import MediaConfig
@@ -69,12 +70,10 @@ class MediaGateway:
         if isinstance(url, str) and not is_data_url(url):
             data = await self.fetcher.get(url, max_bytes)
         else:
-            small = len(url) <= INLINE
-            data = (
-                from_data_url(url, max_bytes) if small else await self._in_thread(lambda: from_data_url(url, max_bytes), group)
-            )
+            decode = partial(from_data_url, url, max_bytes)
+            data = decode() if len(url) <= INLINE else await self._in_thread(decode, group)
         check = check_image if is_image else check_video
-        header = await self._in_thread(lambda: check(data, self.config), group)  # a small one may take long, too
+        header = await self._in_thread(partial(check, data, self.config), group)  # a small one may take long, too
         return replace(ref, source=data), header
 
     async def _in_thread(self, work: Callable[[], T], group: str) -> T:

@@ -165,7 +165,14 @@ async def completions(shared: Shared) -> Response:
         raise APIError(400, reason, param="prompt")
 
     async def submit() -> list[ReplyStream]:
-        rendered = await service.in_pool(lambda: [plain_prompt(prompt, config, service.processor) for prompt in prompts])
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        check_text(texts, config, "prompt")
+        for text in texts:
+            service.check_fits([text], "prompt")
+        rendered = await service.in_pool(
+            lambda: [plain_prompt(prompt, service.processor) for prompt in prompts],
+            group=shared.context.group, count=len(prompts) * body.n,
+        )  # fmt: skip
         streams: list[ReplyStream] = []
         ready = asyncio.Event()
         try:
@@ -184,16 +191,15 @@ async def completions(shared: Shared) -> Response:
 async def tokenize(shared: Shared) -> Response:
     """Token ids of a text, or of a conversation as the model gets it; those of images are placeholders."""
     body = await shared.read(TokenizeRequest)
-    service, processor = shared.service, shared.service.processor
+    service, processor, group = shared.service, shared.service.processor, shared.context.group
 
     async def encode() -> list[bytes]:
         if body.messages is None:
             text = body.prompt or ""
             check_text([text], shared.config, "prompt")
-            return await service.in_pool(lambda: parts(processor.tokenizer.encode(text)))
+            return await service.in_pool(lambda: parts(processor.tokenizer.encode(text)), group=group)
         conversation = await shared.load(body.messages)
         heavy = shared.context.pixels > HEAVY_PIXELS
-        group = shared.context.group
         return await service.in_pool(lambda: parts(processor.prompt(conversation).tokens_T.tolist()), group=group, heavy=heavy)
 
     def parts(tokens: list[int]) -> list[bytes]:
@@ -213,6 +219,8 @@ async def models(shared: Shared) -> dict[str, Any]:
 @router.get("/v1/models/{name:path}", responses={**GET, 200: described("The model", "model")}, tags=["v1"])
 async def model(shared: Shared, name: str) -> dict[str, Any]:
     """The model under one of its names."""
+    if not name or not shared.request.scope["path"].endswith(f"/{name}"):  # name lacks a newline at the end of the path
+        raise APIError(404, "there is no such model here", param="model", code="model_not_found")
     shared.check_model(name)
     return shared.card(name)
 

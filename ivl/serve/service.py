@@ -21,9 +21,11 @@ from typing import Any, TypeVar
 from ivl.inference.engine import Engine, EngineStats
 from ivl.inference.request import Request
 from ivl.processing.processor import Processor
+from ivl.processing.tokenizer import Tokenizer
 from ivl.serve.config import ServeConfig
 from ivl.serve.errors import APIError, internal_error, stopping_error
-from ivl.types import Conversation, Prompt, SamplingParams, TextDelta
+from ivl.serve.turns import Turns
+from ivl.types import Conversation, Prompt, SamplingParams, Text, TextDelta
 
 T = TypeVar("T")
 TILES_AHEAD = 128
@@ -156,6 +158,7 @@ class Service:
         self.processor.resize = self._while_wanted(self.processor.resize)
         self.config = config or ServeConfig()
         self.capacity = engine.scheduler.max_sequences + self.config.max_queue
+        self._token_bytes = max_token_bytes(self.processor.tokenizer)
         self.draining = False
         self.num_cancelled = self.num_failed_steps = 0
         self._live: dict[ReplyStream, None] = {}  # the engine thread's
@@ -174,9 +177,9 @@ class Service:
     async def __aenter__(self) -> Service:
         self._loop = asyncio.get_running_loop()
         self._stopped = self._loop.create_future()
-        self._preparing = asyncio.Semaphore(self.config.prepare_threads)
+        self._preparing = Turns(self.config.prepare_threads)
         self._heavy = asyncio.Semaphore(max(1, self.config.prepare_threads - 1))
-        self._turns = collections.defaultdict[str, asyncio.Lock](asyncio.Lock)
+        self._heavy_turns = collections.defaultdict[str, asyncio.Lock](asyncio.Lock)
         self._room = asyncio.Event()
         self._pool = ThreadPoolExecutor(self.config.prepare_threads, thread_name_prefix="prepare")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -274,12 +277,9 @@ class Service:
                 request.timings.prepare = time.perf_counter() - started
             return requests
 
-        self.check(len(params))
-        self._coming += len(params)
-        try:
-            requests = await self.in_pool(prepare, group=group, heavy=heavy)
-        finally:
-            self._coming -= len(params)
+        if not isinstance(conversation, Prompt):
+            self.check_fits([part.text for message in conversation for part in message.content if isinstance(part, Text)])
+        requests = await self.in_pool(prepare, group=group, heavy=heavy, count=len(params))
         self.check_size(requests[0])
         if self._stopped.done():
             raise stopping_error()
@@ -290,26 +290,41 @@ class Service:
         self._do(lambda: self._add(streams))
         return streams
 
-    async def in_pool(self, work: Callable[[], T], *, group: str = "", heavy: bool = False) -> T:
+    def check_fits(self, texts: Sequence[str], param: str = "messages") -> None:
+        """Check texts before they cost a tokenizer's time. Raises APIError 400 if they surely have too many tokens."""
+        limit = min(self.config.max_prompt_tokens or self.engine.max_context, self.engine.max_context)
+        least = sum(len(text.encode(errors="replace")) for text in texts) // self._token_bytes
+        if least > limit:
+            message = f"the text has {least} tokens or more, the limit is {limit}"
+            raise APIError(400, message, param=param, code="context_length_exceeded")
+
+    async def in_pool(self, work: Callable[[], T], *, group: str = "", heavy: bool = False, count: int = 1) -> T:
         """Return the result of work in the thread pool, which waits while the engine has enough prepared tiles ahead.
 
         When the caller is cancelled, work stops before its next image or frame.
 
         Args:
-            group: Whose work it is. Heavy work of one group is done one by one.
+            group: Whose work it is. Groups take the threads by turns; heavy work of one group is done one by one.
             heavy: Whether it takes long; one thread is left to work that does not, if there are two.
+            count: The number of replies that it prepares, which count as waiting meanwhile.
+
+        Raises:
+            APIError: if there is no room for so many, or the service ends.
         """
-        task = asyncio.ensure_future(self._in_pool(work, [self._turns[group], self._heavy] if heavy else []))
+        self.check(count)
+        self._coming += count
+        task = asyncio.ensure_future(self._in_pool(work, group, heavy))
         try:
             await asyncio.wait({task, self._stopped}, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
                 raise stopping_error()
             return task.result()
         finally:
+            self._coming -= count
             task.cancel()
 
-    async def _in_pool(self, work: Callable[[], T], turns: list[asyncio.Lock | asyncio.Semaphore]) -> T:
-        loop, stop, held = asyncio.get_running_loop(), threading.Event(), list[asyncio.Lock | asyncio.Semaphore]()
+    async def _in_pool(self, work: Callable[[], T], group: str, heavy: bool) -> T:
+        loop, stop, releases = asyncio.get_running_loop(), threading.Event(), list[Callable[[], None]]()
 
         def run() -> T:
             self._stop.event = stop
@@ -321,13 +336,15 @@ class Service:
                 raise RuntimeError("a library failed") from error
 
         def release() -> None:
-            for turn in held:
-                turn.release()
+            for each in releases:
+                each()
 
         try:
-            for turn in (*turns, self._preparing):
+            for turn in (self._heavy_turns[group], self._heavy) if heavy else ():
                 await turn.acquire()
-                held.append(turn)
+                releases.append(turn.release)
+            await self._preparing.acquire(group)
+            releases.append(lambda: self._preparing.release(group))
             while self._tiles_ahead >= TILES_AHEAD:
                 self._room.clear()
                 await self._room.wait()
@@ -446,6 +463,12 @@ class Service:
         assert self._loop is not None
         if news and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(_deliver, news)
+
+
+def max_token_bytes(tokenizer: Tokenizer) -> int:
+    """Return the most bytes of text that one token can stand for."""
+    longest = max(map(len, map(str.encode, tokenizer.backend.get_vocab())), default=1)
+    return longest if tokenizer.backend.normalizer is None else 3 * longest  # NFC composes up to nine bytes to three
 
 
 def _deliver(news: Sequence[News]) -> None:

@@ -27,13 +27,16 @@ from benchmarks.serve_fuzz import flood
 from ivl.errors import InputError
 from ivl.inference.engine import Engine
 from ivl.processing.processor import Processor
+from ivl.processing.tokenizer import Tokenizer
 from ivl.serve import media
 from ivl.serve.body import BodyReader
 from ivl.serve.config import ServeConfig
 from ivl.serve.errors import APIError
+from ivl.serve.service import max_token_bytes
+from ivl.serve.turns import Turns
 from tests.helpers import media as samples
 from tests.helpers.engines import tiny_directory
-from tests.helpers.hostile import CHAT, KINDS, LoopClock, post, raw
+from tests.helpers.hostile import CHAT, COMPLETIONS, KINDS, TOKENIZE, LoopClock, post, raw
 from tests.helpers.servers import CONFIG, KEY, Running, data_url, engine, running, says
 
 OTHER_KEY = "another-key-0123456789"
@@ -252,6 +255,82 @@ def test_panics_of_libraries_are_errors(server: Running, monkeypatch: pytest.Mon
     monkeypatch.setattr(Processor, "prompt", lambda *_: panicking(None))
     status, body = post(server, CHAT, json.dumps(says("hi")).encode())
     assert status == 500 and json.loads(body)["error"]["code"] == "internal_error" and b"words" not in body
+
+
+def test_one_key_does_not_keep_another_waiting(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten long texts of one key wait; the question of another comes after the texts in work, not after all."""
+    encode, begun = Tokenizer.encode, threading.Event()
+
+    def slow(self: Tokenizer, text: str) -> list[int]:
+        if text.startswith("slow"):
+            begun.set()
+            time.sleep(0.5)
+        return encode(self, text)
+
+    monkeypatch.setattr(Tokenizer, "encode", slow)
+    sent = [(TOKENIZE, {"prompt": "slow"}), (COMPLETIONS, {"prompt": "slow", "max_tokens": 1}), (CHAT, says("slow"))] * 4
+    threads = [threading.Thread(target=post, args=(server, path, json.dumps(body).encode())) for path, body in sent]
+    for thread in threads:
+        thread.start()
+    assert begun.wait(20)
+    time.sleep(0.2)
+    assert server.service.num_open >= 10  # texts to tokenize are counted, too
+    started, body = time.monotonic(), json.dumps(says("hi")).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {OTHER_KEY}\r\nContent-Type: application/json\r\n"
+    status, _ = raw(server, f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
+    waited = time.monotonic() - started
+    assert status == 200 and waited < 1.5, waited  # all of them take 3
+    assert any(thread.is_alive() for thread in threads)
+    for thread in threads:
+        thread.join()
+
+
+def test_places_go_to_groups_by_turns() -> None:
+    async def order() -> list[str]:
+        turns, out = Turns(2), []
+
+        async def work(name: str) -> None:
+            await turns.acquire(name[0])
+            out.append(name)
+            await asyncio.sleep(0.01)
+            turns.release(name[0])
+
+        tasks = [asyncio.ensure_future(work(name)) for name in ("a1", "a2", "a3", "a4", "a5", "b1", "c1", "b2")]
+        await asyncio.sleep(0)
+        tasks[3].cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await turns.acquire("d")
+        await turns.acquire("d")  # one group alone has every place
+        return out
+
+    assert asyncio.run(order()) == ["a1", "a2", "b1", "a3", "c1", "b2", "a5"]
+
+
+@pytest.mark.parametrize(("name", "status"), [("%0a", 404), ("", 404), ("tiny%0a", 404), ("tiny", 200), ("other", 404)])
+def test_only_names_of_the_model_are_models(server: Running, name: str, status: int) -> None:
+    head = f"GET /v1/models/{name} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nConnection: close\r\n\r\n"
+    assert raw(server, head.encode())[0] == status
+
+
+def test_texts_are_refused_before_they_are_tokenized(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts: list[str] = []
+    encode = Tokenizer.encode
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text: (texts.append(text), encode(self, text))[1])
+    monkeypatch.setattr(server.service, "_token_bytes", 4)
+    for path, body in ((CHAT, says("a" * 399_000)), (COMPLETIONS, {"prompt": ["b", "a" * 399_000]})):
+        status, reply = post(server, path, json.dumps(body).encode())
+        assert status == 400 and b"tokens or more" in reply and b"context_length_exceeded" in reply
+    for path, body in ((CHAT, says("😀" * 200_000)), (COMPLETIONS, {"prompt": ["😀" * 100_000] * 2})):
+        status, reply = post(server, path, json.dumps(body).encode())
+        assert status == 400 and b"800000 bytes of text in UTF-8, the limit is 600000" in reply
+    status, reply = post(server, TOKENIZE, json.dumps({"prompt": "😀" * 200_000}).encode())
+    assert status == 400 and b"800000 bytes" in reply and not texts
+
+
+@pytest.mark.parametrize("text", ["e\u0301" * 50, "각" * 50, "the quick fox " * 20, "  " * 200, "😀" * 9])
+def test_no_token_stands_for_more_bytes_than_are_counted(tiny_engine: Engine, text: str) -> None:
+    tokenizer = tiny_engine.processor.tokenizer
+    assert len(text.encode()) <= max_token_bytes(tokenizer) * len(tokenizer.encode(text))
 
 
 HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
