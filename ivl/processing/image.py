@@ -80,7 +80,7 @@ def check_source(ref: ImageRef | VideoRef) -> None:
     if number is not None and not whole:
         raise InputError(f"{name} of {kind} must be a whole number in 1..{MAX_TILES:,}, got {short(number)}")
     if isinstance(ref, VideoRef) and ref.clip is not None:
-        times = ref.clip if isinstance(ref.clip, tuple | list) and len(ref.clip) == 2 else ("",)
+        times: tuple[Any, ...] = tuple(ref.clip) if isinstance(ref.clip, tuple | list) and len(ref.clip) == 2 else ("",)
         if not (all(isinstance(time, Real) for time in times) and times[0] <= times[-1]):
             raise InputError(f"clip of a video must be (start, end) in seconds, start first, got {short(ref.clip)}")
     if isinstance(ref.source, str | bytes) and not ref.source:

@@ -130,7 +130,7 @@ def test_special_files_are_refused_by_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", [None, 5, np.zeros(3), b"", ""])
 def test_what_is_no_video_is_one_line(source: object) -> None:
-    with pytest.raises(InputError, match=r"a video must be a path, bytes|empty path or no bytes"):
+    with pytest.raises(InputError, match=r"a video must be a path or bytes|empty path or no bytes"):
         load_frames(VideoRef(source), 2)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"num_frames must be in 1\.\.1,000"):
         load_frames(VideoRef("a.mp4"), 10**9)
