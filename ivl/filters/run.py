@@ -23,7 +23,7 @@ from ivl.filters.judge import DataJudge
 from ivl.filters.outputs import OUTPUTS, finished_report, read_entries, remove_outputs, write_outputs
 from ivl.filters.rows import Results, RowChecker, RowEntry, add_verdict
 from ivl.filters.rules import KEEP, FilterVerdict
-from ivl.formats.rows import RowFormat
+from ivl.formats.rows import RowFormat, row_files
 from ivl.utils.jsonl import Journal, reading_line
 from ivl.utils.progress import ShowProgress
 from ivl.utils.workers import in_order
@@ -75,7 +75,9 @@ def run(
         names = ", ".join(stage.name for stage in chain.stages if stage.judged)
         raise InputError(f"the stages {names} need a judge: give a model or an endpoint, or take the filter `heuristic`")
     checker = RowChecker(chain, load_mixture(mixture, root=options.root, format=options.format))
-    inputs = [str(mixture), *(place for spec in checker.specs.values() for place in (spec.annotation, spec.root))]
+    inputs = [str(mixture)]
+    for spec in checker.specs.values():
+        inputs += [spec.annotation, spec.root, *map(str, row_files(spec.annotation))]  # the folder may hold links to files
     try:
         _check_folder(out, inputs)
         with _journal(out, checker, judge, fresh=options.fresh) as journal:

@@ -109,13 +109,17 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
+def row_files(path: str | Path) -> list[Path]:
+    """Return the files that hold the rows of a file or folder."""
+    return _files(Path(path)) if Path(path).is_dir() else [Path(path)]
+
+
 def hash_rows(path: str | Path, container: str) -> str:
     """Hash the content of a file or folder of rows. Of tables and archives beyond MAX_HASHED bytes, which may hold all media of
     a data set, only evenly spread pieces are read.
     """
-    files = _files(Path(path)) if Path(path).is_dir() else [Path(path)]
     try:
-        return digest(files, None if container in ("json", "jsonl") else MAX_HASHED)
+        return digest(row_files(path), None if container in ("json", "jsonl") else MAX_HASHED)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 

@@ -291,6 +291,20 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
         run(chain(), meta, tmp_path / "other")
 
 
+def test_a_folder_of_links_to_the_results_is_refused(tmp_path: Path) -> None:
+    world(tmp_path)
+    out, links = tmp_path / "out", tmp_path / "links"
+    run(load_chain("heuristic"), tmp_path / "text.jsonl", out)
+    (kept,) = (out / "kept").iterdir()
+    before = kept.read_bytes()
+    links.mkdir()
+    (links / "rows.jsonl").symlink_to(kept)
+    for fresh in (False, True):
+        with pytest.raises(InputError, match=r"holds the input .*links/rows\.jsonl"):
+            run(load_chain("heuristic"), links, out, FilterOptions(root=str(tmp_path), fresh=fresh))
+    assert kept.read_bytes() == before
+
+
 def test_a_full_disk_is_said_and_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     meta, calls = world(tmp_path), iter(range(1000))
     real = os.fsync
