@@ -26,6 +26,8 @@ from ivl.utils.jsonl import Journal, json_line, read_journal, reading_line, whol
 from ivl.utils.strict_json import from_json
 
 FILES = ("pairs.jsonl", "format_pairs.jsonl", "grades.jsonl")
+ABOUT = ("meta.json", "report.json", "report.html")
+"""Files that are written beside the pairs."""
 PairKind = Literal["correctness", "format", "dropout"]
 MAX_PAIRS, MAX_PAIRS_HUGE, HUGE = 15, 3, 500_000
 """Most pairs of one question, and of one question among more than HUGE (arXiv:2411.10442, section 3)."""
@@ -193,10 +195,13 @@ def build_pairs(
 
     Raises:
         InputError: for a journal that is broken, or whose questions have no answers to compare with; for a folder that holds
-            files of something else.
+            files of something else, or the journal under the name of a file that is written.
     """
     config = config or PairsConfig()
     about, rows = read_journal(replies)
+    for place in (out / name for name in (*FILES, *ABOUT)):
+        if place.exists() and replies.samefile(place):
+            raise InputError(f"{out}: the pairs would replace the journal {replies}; choose another folder")
     with reading_line(replies, 1):
         kind, entries = about["kind"], [from_json(QuestionSource, entry, f"{replies}:1") for entry in about["sources"]]
     changes = {name: value for name in ("style", "mode") if (value := getattr(config, name)) is not None}
@@ -241,7 +246,7 @@ def claimed(out: Path) -> Iterator[None]:
     """
     marker = out / "progress.jsonl"
     if not os.path.lexists(marker):
-        for name in (*FILES, "meta.json", "report.json", "report.html"):
+        for name in (*FILES, *ABOUT):
             if os.path.lexists(out / name):
                 raise InputError(f"{out / name}: was not written by `ivl prefer pairs`; choose another folder")
     with Journal(marker, {"kind": "pairs"}):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -192,7 +194,9 @@ class Journal:
 
 
 def read_journal(path: Path) -> tuple[dict[str, Any], Iterator[tuple[int, dict[str, Any]]]]:
-    """What a finished journal is about, and its rows with their line numbers.
+    """What a journal is about, and the rows of its whole chunks with their line numbers.
+
+    Rows at the end that belong to no whole chunk are left out, and counted on stderr.
 
     Raises:
         InputError: if there is no such file or it is not a journal; while iterating, at a broken line.
@@ -209,12 +213,24 @@ def read_journal(path: Path) -> tuple[dict[str, Any], Iterator[tuple[int, dict[s
 
 
 def _journal_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    chunk: list[tuple[int, dict[str, Any]]] = []
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             with reading_line(path, number, "run the command that writes it again, which goes on from its last whole chunk"):
                 row = _object(line)
-            if number > 1 and "end_of_chunk" not in row:
-                yield number, row
+            if "end_of_chunk" in row:
+                yield from chunk
+                chunk = []
+            elif number > 1:
+                chunk.append((number, row))
+    if chunk:
+        _warn_of_cut(path, len(chunk))
+
+
+@cache
+def _warn_of_cut(path: Path, rows: int) -> None:
+    """Print the warning once, however often the journal is read."""
+    print(f"{path}: the last {rows:,} rows are of a chunk that was cut off; they are left out", file=sys.stderr)
 
 
 def _object(line: bytes) -> dict[str, Any]:

@@ -145,3 +145,26 @@ def test_comparisons_that_were_given_up_are_reported(tmp_path: Path, image: str,
     assert write_report(tmp_path / "out", tallies)["sources"]["s"]["given_up"] == 2
     again = build_pairs(journal(tmp_path / "q.jsonl", rows[:1]), tmp_path / "again")
     assert again["s"].given_up == 0 and write_report(tmp_path / "again", again)["sources"]["s"]["given_up"] == 0
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "format_pairs.jsonl", "grades.jsonl", "meta.json", "report.json"])
+def test_the_journal_is_never_replaced_by_its_pairs(tmp_path: Path, image: str, name: str) -> None:
+    out = tmp_path / "out"
+    build_pairs(journal(tmp_path / "r.jsonl", [row(0, [reply("4"), reply("5")], ["4"], image)]), out)
+    (out / name).unlink(missing_ok=True)
+    replies = journal(out / name, [row(0, [reply("4"), reply("5")], ["4"], image)])
+    (tmp_path / "link").symlink_to(replies)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    for given in (replies, tmp_path / "link"):
+        with pytest.raises(InputError, match="would replace the journal"):
+            build_pairs(given, out)
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_rows_of_a_cut_chunk_are_left_out_and_counted(tmp_path: Path, image: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = journal(tmp_path / "r.jsonl", [row(n, [reply("4"), reply("5")], ["4"], image) for n in range(2)])
+    whole = path.read_bytes()
+    second = b"".join(whole.splitlines(keepends=True)[1:2])
+    path.write_bytes(whole + second * 3)
+    assert build_pairs(path, tmp_path / "out")["s"].questions == 2
+    assert capsys.readouterr().err.count("the last 3 rows are of a chunk that was cut off; they are left out") == 1
