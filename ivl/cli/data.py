@@ -95,9 +95,11 @@ def validate(options: Annotated[ValidateOptions, tyro.conf.arg(name="")]) -> Non
 def stats(options: Annotated[StatsOptions, tyro.conf.arg(name="")]) -> None:
     """Print the number of rows, turns, media and characters of each data set, and how long they are."""
     from ivl.datasets.stats import DatasetStats
-    from ivl.datasets.stats_report import tables, write_report
+    from ivl.datasets.stats_report import check, tables, write_report
     from ivl.utils.progress import wide_console
 
+    if options.out:
+        check(options.out)
     datasets = [finding for finding in _inspect(options, options.model) if isinstance(finding, DatasetStats)]
     for table in tables(datasets):
         wide_console().print(table)

@@ -18,6 +18,20 @@ MAX_SOURCES = 12
 """Data sets that a plot tells apart; the smaller ones are drawn as one. The tables name them all."""
 
 
+KEYS = {"mixture", "model", "datasets", "total"}
+TITLE = "<title>What "
+"""What every page begins with."""
+
+
+def check(out: str | Path) -> None:
+    """Check, before rows are read, that a directory can take a report without harm to files of another kind.
+
+    Raises:
+        InputError: naming the file that is in the way, or if matplotlib is not installed.
+    """
+    pages.check_places(Path(out) / "stats.json", KEYS, Path(out) / "stats.html", TITLE, "ivl data stats")
+
+
 def tables(datasets: Sequence[DatasetStats]) -> list[Table]:
     """Counts of each data set and of all, then percentiles of lengths."""
     return [_table(*_counts(datasets)), *(_table(*part) for part in _lengths(datasets))]

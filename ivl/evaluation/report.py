@@ -8,8 +8,7 @@ from typing import Any
 from ivl.errors import InputError
 from ivl.evaluation.curve import draw
 from ivl.utils import html as pages
-from ivl.utils.files import regular, write_atomic, write_json
-from ivl.utils.strict_json import read_json
+from ivl.utils.files import write_atomic, write_json
 
 KEYS = {"task", "metric", "value", "ci95", "by_type", "versions"}
 TITLE = "several replies to a question"
@@ -24,16 +23,7 @@ def check(out: Path, predictions: Path, *, several: bool) -> None:
     page = out.with_suffix(".html")
     if len({path.absolute() for path in (out, predictions, page)}) < 3:
         raise InputError(f"{out}: report, predictions ({predictions}) and page ({page}) need different names; use NAME.json")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.exists() and regular(out).st_size and not (isinstance(old := read_json(out), dict) and old.keys() >= KEYS):
-            raise InputError(f"{out}: exists and is no report of ivl eval; name another file with --out")
-        if several and page.exists() and regular(page).st_size and TITLE not in page.read_text("utf-8", "replace")[:5000]:
-            raise InputError(f"{page}: exists and is no page of ivl eval; name another file with --out")
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error.strerror})") from None
-    if several:
-        pages.pyplot()
+    pages.check_places(out, KEYS, page if several else None, TITLE, "ivl eval")
 
 
 def write(out: Path, report: dict[str, Any]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Sequence
+import os
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 from ivl.errors import InputError
 from ivl.utils.files import regular
 from ivl.utils.pictures import open_image, upright
+from ivl.utils.strict_json import read_json
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -35,6 +37,31 @@ def page(title: str, *sections: str, style: str = "") -> str:
         f'<!doctype html><html lang="en">{head}<title>{text(title)}</title><style>{STYLE}{style}</style>\n'
         f"<h1>{text(title)}</h1>\n{body}</html>"
     )
+
+
+def check_places(report: Path, keys: Set[str], page: Path | None, title: str, command: str) -> None:
+    """Check that a report and its page can be written without harm to files of another kind. A missing folder is created.
+
+    A report that has these keys, a page with this title, and an empty file may be replaced.
+
+    Raises:
+        InputError: naming the file that is in the way, or the missing library for plots.
+    """
+    try:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        filled = (report.exists() or report.is_symlink()) and regular(report).st_size
+        if filled and not (isinstance(old := read_json(report), dict) and old.keys() >= keys):
+            raise InputError(f"{report}: exists and is no report of {command}; give another --out")
+        if page and os.path.lexists(page) and regular(page).st_size and title not in page.read_text("utf-8", "replace")[:5000]:
+            raise InputError(f"{page}: exists and is no page of {command}; give another --out")
+        if not os.access(report.parent, os.W_OK):
+            raise InputError(f"{report.parent}: cannot be written (Permission denied)")
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{report}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
+    if page:
+        pyplot()
 
 
 def text(value: object) -> str:

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ivl.cli.data import main
 from ivl.data.config import DataConfig
 from ivl.datasets.inspect import inspect
 from ivl.datasets.stats import PERCENTILES, DatasetStats, Histogram, total
@@ -79,3 +80,26 @@ def test_many_sources_without_a_model(tmp_path):
 def test_nothing_to_plot(tmp_path):
     with pytest.raises(InputError, match="no row could be read"):
         write_report(tmp_path, [DatasetStats("bad", rows=1, bad=1)], mixture="m.json", model=None)
+
+
+def test_files_of_others_are_refused_before_the_scan(tmp_path, monkeypatch):
+    rows, out = make_file(tmp_path, 3), tmp_path / "out"
+    out.mkdir()
+    (tmp_path / "file").write_text("mine")
+    for name in ("stats.json", "stats.html"):
+        (out / name).write_text('{"mine": 1}')
+        with pytest.raises(InputError, match=rf"{name}: exists and is no (report|page) of ivl data stats"):
+            main(["stats", str(rows), "--out", str(out)])
+        assert (out / name).read_text() == '{"mine": 1}'
+        (out / name).unlink()
+    (out / "stats.json").symlink_to("nowhere")
+    with monkeypatch.context() as patch:
+        patch.setattr("ivl.datasets.inspect.inspect", lambda *_, **__: pytest.fail("rows were read"))
+        for place in (tmp_path / "file", "/dev/full", out):
+            with pytest.raises(InputError, match="cannot be written"):
+                main(["stats", str(rows), "--out", str(place)])
+    assert (tmp_path / "file").read_text() == "mine" and (out / "stats.json").is_symlink()
+    (out / "stats.json").unlink()
+    for _ in range(2):  # its own report is replaced
+        main(["stats", str(rows), "--out", str(out)])
+    assert json.loads((out / "stats.json").read_text())["total"]["rows"] == 3
