@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from dataclasses import dataclass
 from typing import Annotated
@@ -30,6 +31,7 @@ def convert(
     """
     from ivl.datasets.convert import convert as convert_rows
 
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # cleans up, as after Ctrl-C
     with reporting(options.target.name, "rows") as show:
         report = convert_rows(options, on_bad=lambda error: print(f"{error} [{error.kind}]", file=sys.stderr), on_progress=show)
     print(f"{options.target}: {report.rows:,} rows from {report.format}")

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import IO, Literal, get_args
 
 from ivl.data.records import to_record
 from ivl.data.rows import from_record
 from ivl.errors import DataError, InputError
 from ivl.formats.base import Rows
-from ivl.formats.rows import RowFormat, open_rows
+from ivl.formats.rows import RowFormat, open_rows, row_files
 from ivl.formats.writers import ParquetRowWriter, TarWriter, TextWriter, Writer, WrittenLayout
 
 ConvertTarget = WrittenLayout | Literal["parquet", "webdataset"]
@@ -74,36 +75,95 @@ def convert(
         on_progress: called with rows done and all rows.
 
     Raises:
-        InputError: for a target that exists, or whose suffix is not its format's.
+        InputError: for a target that exists, unless it is another regular file and may be overwritten; for one whose suffix is
+            not its format's.
         DataError: of the first row that is bad, or that the target cannot hold, unless on_error is skip.
     """
     source, target = config.source, config.target
     to = _checked_target(target, config.to)
-    if target.exists() and (not config.overwrite or target.is_dir() or target.samefile(source)):
-        raise InputError(f"{target}: exists; choose another name{'' if target.is_dir() else ', or overwrite it'}")
+    _check_replaceable(config)
     rows = open_rows(source, format=config.format)
     report = ConvertReport(format=rows.format)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        with closing(_open_writer(partial, target, to)) as writer:
-            for index in range(len(rows)):
-                try:
-                    _convert_row(rows, index, writer, config, report)
-                except DataError as error:
-                    if config.on_error == "refuse":
-                        raise
-                    report.bad[error.kind] = report.bad.get(error.kind, 0) + 1
-                    on_bad(error)
-                on_progress(index + 1, len(rows))
-        if not report.rows:
-            raise InputError(f"{source}: none of its {len(rows):,} rows could be converted")
-        partial.replace(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _new_part(target) as part:
+            with closing(_open_writer(part, target, to)) as writer:
+                for index in range(len(rows)):
+                    try:
+                        _convert_row(rows, index, writer, config, report)
+                    except DataError as error:
+                        if config.on_error == "refuse":
+                            raise
+                        report.bad[error.kind] = report.bad.get(error.kind, 0) + 1
+                        on_bad(error)
+                    on_progress(index + 1, len(rows))
+            if not report.rows:
+                raise InputError(f"{source}: none of its {len(rows):,} rows could be converted")
+            _check_replaceable(config)
+            _put_in_place(part, config)
     except OSError as error:
         raise InputError(f"{target}: cannot be written ({error})") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return report
+
+
+def _check_replaceable(config: ConvertConfig) -> None:
+    """Refuse a target that is there, unless it is a regular file that holds no rows of the source and may be overwritten."""
+    target = config.target
+    try:
+        if not os.path.lexists(target):
+            return
+        if target.is_symlink() or not target.is_file():
+            kind = "a link" if target.is_symlink() else "a folder" if target.is_dir() else "no regular file"
+            raise InputError(f"{target}: exists and is {kind}; choose another name")
+        if not config.overwrite:
+            raise InputError(f"{target}: exists; choose another name, or overwrite it")
+        if any(file.exists() and target.samefile(file) for file in row_files(config.source)):
+            raise InputError(f"{target}: exists; choose another name, for it holds rows of the source {config.source}")
+    except OSError as error:
+        raise InputError(f"{target}: cannot be written ({error.strerror})") from None
+
+
+@contextmanager
+def _new_part(target: Path) -> Iterator[Path]:
+    """Yield a new hidden file beside the target, locked for this process, and remove it in the end.
+
+    Parts that killed processes left, on which there is no lock, are removed as well.
+    """
+    with suppress(OSError):  # a folder that cannot be listed
+        for left in filter(Path.is_file, target.parent.iterdir()):
+            if re.fullmatch(rf"[.]{re.escape(target.name)}[.]\d+[.][0-9a-f]{{8}}", left.name) and not left.is_symlink():
+                with suppress(OSError, ImportError), left.open("r+b") as file:
+                    _lock(file)
+                    left.unlink()
+    part = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    with part.open("xb") as held:
+        try:
+            with suppress(OSError, ImportError):  # no locks
+                _lock(held)
+            yield part
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def _lock(file: IO[bytes]) -> None:
+    """Lock an open file. Unlike that of `lockf`, the lock does not end when a writer closes the same file."""
+    import fcntl  # not on Windows
+
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _put_in_place(part: Path, config: ConvertConfig) -> None:
+    """Give the part its name; a file that came to be there in between is replaced only if it may be overwritten."""
+    if config.overwrite:
+        part.replace(config.target)
+        return
+    try:
+        os.link(part, config.target)
+    except FileExistsError:
+        _check_replaceable(config)
+        raise
+    except OSError:  # a file system without hard links
+        part.replace(config.target)
 
 
 def _checked_target(path: Path, to: ConvertTarget | None) -> ConvertTarget:

@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -207,3 +209,79 @@ def test_the_command(rows, tmp_path):
     again = subprocess.run([*command, "--from", "parquet"], capture_output=True, text=True, check=False)
     assert again.returncode == 1
     assert "exists" in again.stderr
+
+
+def test_a_file_of_the_source_is_no_target(rows, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("a.jsonl", "b.jsonl"):
+        (folder / name).write_bytes(rows.read_bytes())
+    before = (folder / "a.jsonl").read_bytes()
+    with pytest.raises(InputError, match="it holds rows of the source"):
+        convert(folder, folder / "a.jsonl", overwrite=True, root=str(tmp_path))
+    assert (folder / "a.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "pipe", "folder"])
+def test_links_and_special_files_are_no_target(rows, tmp_path, kind):
+    target, other = tmp_path / "o.jsonl", tmp_path / "other"
+    other.write_text("mine")
+    match kind:
+        case "link":
+            target.symlink_to(other)
+        case "dangling":
+            target.symlink_to(tmp_path / "nowhere")
+        case "pipe":
+            os.mkfifo(target)
+        case _:
+            target.mkdir()
+    before = target.lstat().st_ino
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match=r"o\.jsonl: exists and is (a|no) "):
+            convert(rows, target, overwrite=overwrite)
+    assert target.lstat().st_ino == before and other.read_text() == "mine"
+
+
+def test_a_target_that_appears_meanwhile_is_kept(rows, tmp_path, monkeypatch):
+    target = tmp_path / "o.jsonl"
+    write = convert_module._convert_row
+    monkeypatch.setattr(convert_module, "_convert_row", lambda *args: (target.write_text("mine"), write(*args)))
+    with pytest.raises(InputError, match=r"o\.jsonl: exists"):
+        convert(rows, target)
+    monkeypatch.setattr(convert_module, "_check_replaceable", lambda _: None)  # later than the check
+    with pytest.raises(InputError, match=r"o\.jsonl: cannot be written"):
+        convert(rows, target)
+    assert target.read_text() == "mine" and not list(tmp_path.glob(".o.jsonl*"))
+
+
+WAIT = """
+import sys, time
+from ivl.cli.data import main
+from ivl.datasets import convert as module
+
+def wait(*_):
+    print("begun", flush=True)
+    time.sleep(60)
+
+module._convert_row = wait
+main(["convert", *sys.argv[1:]])
+"""
+
+
+def test_parts_of_ended_processes_do_not_stay(rows, tmp_path):
+    target = tmp_path / "o.jsonl"
+    mine = tmp_path / ".o.jsonl.notes"
+    mine.write_text("mine")
+    for number, left in ((signal.SIGTERM, 0), (signal.SIGKILL, 1)):
+        process = subprocess.Popen([sys.executable, "-c", WAIT, str(rows), str(target)], stdout=subprocess.PIPE)
+        assert process.stdout.readline() == b"begun\n"
+        (part,) = tmp_path.glob(".o.jsonl.*.*")
+        convert(rows, target, overwrite=True)
+        assert part.exists()  # its process is alive
+        process.send_signal(number)
+        assert process.wait(20) == (143 if number == signal.SIGTERM else -9)
+        process.stdout.close()
+        assert len(list(tmp_path.glob(".o.jsonl.*.*"))) == left
+        target.unlink()
+    convert(rows, target)
+    assert [path.name for path in tmp_path.glob(".o.jsonl*")] == [mine.name]
