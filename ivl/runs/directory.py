@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import re
 import shutil
@@ -22,7 +23,9 @@ from safetensors.torch import load_file, save_file
 from ivl.checkpoint import save_model, save_processor
 from ivl.checkpoint.adapter import save_adapter
 from ivl.data.loader import Loader
+from ivl.data.mixture import load_mixture
 from ivl.errors import InputError, short
+from ivl.formats.rows import row_files
 from ivl.lora.layers import add_lora, merge_lora
 from ivl.model.vlm import VLM
 from ivl.processing.processor import Processor
@@ -70,6 +73,9 @@ def _open(run_dir: Path, config: RunConfig, stack: ExitStack, *, resume: bool, a
             f"{short(str(run_dir))}: cannot be the directory of a run ({reason}); choose another --out-dir"
         ) from None
     stack.enter_context(locked(run_dir))
+    for path in (run_dir / name for name in (CONFIG, *RESULTS)):
+        if os.path.lexists(path) and not path.exists():
+            raise InputError(f"{path}: is a link to nothing; choose another --out-dir")
     begun = load_run_config(run_dir) if (run_dir / CONFIG).exists() else None
     if begun is None and (others := [name for name in RESULTS if (run_dir / name).exists()]):
         raise InputError(
@@ -85,10 +91,23 @@ def _open(run_dir: Path, config: RunConfig, stack: ExitStack, *, resume: bool, a
         raise InputError(f"{run_dir} is finished and kept no checkpoint to go on from; its model is {run_dir / 'model'}")
     if checkpoint is not None and not allow_changed and (changed := differences(begun or load_run_config(run_dir), config)):
         raise InputError(f"{run_dir} was begun with another configuration ({'; '.join(changed)}); --allow-changed goes on")
+    if begun is None and checkpoint is None:
+        _check_rows_apart(run_dir, config)
     if begun is not None and resume:
         print(f"goes on from step {step_of(checkpoint)}, {checkpoint}" if checkpoint else
               f"{run_dir} has no checkpoint yet: starts from step 0", file=sys.stderr)  # fmt: skip
     return RunStart(checkpoint, finished)
+
+
+def _check_rows_apart(run_dir: Path, config: RunConfig) -> None:
+    """Refuse a directory inside a folder of rows, for metrics.jsonl would be one of its files of rows; and rows inside it."""
+    real = run_dir.resolve()
+    for data in filter(None, (config.data, config.val_data)):
+        for spec in load_mixture(data.mixture, root=data.root, format=data.format):
+            rows = Path(spec.annotation)
+            inside = rows.is_dir() and rows.resolve() in (real, *real.parents)
+            if inside or any(real in file.resolve().parents for file in row_files(rows)):
+                raise InputError(f"{run_dir}: the run's files would lie among the rows of {rows}; choose another --out-dir")
 
 
 def _remove_empty(directories: list[Path]) -> None:

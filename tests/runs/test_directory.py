@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -235,3 +236,24 @@ def test_the_first_command_is_kept(short_run, monkeypatch):
     environment = json.loads(Path(short_run.run_dir, "environment.json").read_text())
     assert environment["command"][-1] == "first"
     assert [(each["step"], each["command"][-1]) for each in environment["starts"]] == [(0, "first"), (4, "second")]
+
+
+def test_a_run_does_not_lie_among_its_rows(short_run, tmp_path):
+    rows_file = Path(short_run.data.mixture)
+    folder = rows_file.parent
+    before = snapshot(folder)
+    of_folder = changed(short_run, data=replace(short_run.data, mixture=str(folder)))
+    for given, place in ((short_run, folder), (of_folder, folder), (of_folder, folder / "new" / "run")):
+        with pytest.raises(InputError, match="among the rows of"):
+            run(changed(given, out_dir=str(place)))
+        assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "model"])
+def test_a_link_to_nothing_is_not_replaced(short_run, name):
+    folder = Path(short_run.run_dir)
+    folder.mkdir()
+    (folder / name).symlink_to("nowhere")
+    with pytest.raises(InputError, match=rf"{name}: is a link to nothing"):
+        run(short_run)
+    assert [path.name for path in folder.iterdir()] == [name] and (folder / name).is_symlink()
