@@ -138,7 +138,10 @@ def test_what_is_no_video_is_one_line(source: object) -> None:
 
 def test_conversations_of_anything_else_are_one_line() -> None:
     mine = processor()
-    for wrong in (None, 5, "what?", (None,), (Message("user", (Text(None),)),), (Message("user", None),)):  # type: ignore[arg-type]
+    for content in ((Text(None),), None):  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="content must be a tuple of Text, ImageRef and VideoRef"):
+            Message("user", content)  # type: ignore[arg-type]
+    for wrong in (None, 5, "what?", (None,)):
         with pytest.raises(InputError, match="a conversation must be Messages of Text and media"):
             mine.prompt(wrong)  # type: ignore[arg-type]
     for source in (None, np.zeros((4, 4, 3), np.uint8), b""):
@@ -191,6 +194,7 @@ def test_a_panic_of_the_tokenizer_is_a_bad_row_and_an_interruption_is_none() -> 
         mine.tokenizer.backend = Panic(backend, error)  # type: ignore[assignment]
         with pytest.raises(type(error)):
             mine.sample(record)
+    mine.tokenizer.backend = backend  # the tests share the processor
 
 
 def test_ten_million_spaces_are_one_line() -> None:
