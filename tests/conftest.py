@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 
 from ivl.config import DecoderConfig, ModelConfig, TilingConfig, VisionConfig
 from ivl.model.vlm import VLM
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell ignores it for what runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def tiny_config(*, family: str = "qwen2", norm: str = "layer_norm", qk_norm: bool = False) -> ModelConfig:

@@ -183,15 +183,15 @@ class Panic:
         raise self.error
 
 
-def test_a_panic_of_the_tokenizer_is_a_bad_row_and_an_interruption_is_none() -> None:
-    mine = processor()
+def test_a_panic_of_the_tokenizer_is_a_bad_row_and_an_interruption_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = processor()  # which other tests share
     panic = type("PanicException", (BaseException,), {})("retry limit")
     record, backend = Record("1", ((user("hi"), Message("assistant", (Text("yes"),))),), "a:1"), mine.tokenizer.backend
-    mine.tokenizer.backend = Panic(backend, panic)  # type: ignore[assignment]
+    monkeypatch.setattr(mine.tokenizer, "backend", Panic(backend, panic))
     with pytest.raises(DataError, match="a:1: the tokenizer fails at a text of"):
         mine.sample(record)
     for error in (KeyboardInterrupt(), SystemExit(3)):
-        mine.tokenizer.backend = Panic(backend, error)  # type: ignore[assignment]
+        monkeypatch.setattr(mine.tokenizer, "backend", Panic(backend, error))
         with pytest.raises(type(error)):
             mine.sample(record)
     mine.tokenizer.backend = backend  # the tests share the processor
