@@ -1,6 +1,9 @@
 """A small run."""
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 
 from ivl.checkpoint import save_processor
 from ivl.data.config import DataConfig
@@ -8,6 +11,15 @@ from ivl.runs.config import RunConfig
 from ivl.train.config import OptimConfig, Stage
 from tests.helpers.mixtures import make_file, processor
 from tests.helpers.training import run_config
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums depend on the number of threads in their last bit, and the forked runs have one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
