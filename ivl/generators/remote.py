@@ -22,6 +22,7 @@ from ivl.generators import PlainReply, Refused, join_deltas
 from ivl.processing.image import load_image
 from ivl.processing.video import load_frames
 from ivl.types import Conversation, FinishReason, ImageRef, Message, Part, SamplingParams, Text, TextDelta
+from ivl.utils.jsonl import whole_text
 from ivl.utils.pictures import open_image
 
 DEFAULT_FRAMES = 8
@@ -186,7 +187,7 @@ class RemoteGenerator:
                 if not isinstance(text, str) and (text is not None or not stream):
                     raise _UnusableReply(f"no text in the reply: {_line(chunk)}")
                 if text:
-                    yield TextDelta(text.encode(errors="replace").decode())  # half of a surrogate pair is no text
+                    yield TextDelta(whole_text(text))
                 if (reason := choices[0].get("finish_reason")) or not stream:
                     finish = "length" if reason == "length" else "stop"
         if finish is None:
