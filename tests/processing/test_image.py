@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -230,7 +231,7 @@ def refused_refs() -> list[ImageRef | VideoRef]:
     return wrong + [VideoRef(b"GIF89a", 2, clip) for clip in (5, (1,), (1, 2, 3), (2, 1), ("a", "b"), (0, float("nan")), "ab")]
 
 
-@pytest.mark.parametrize("ref", refused_refs(), ids=repr)
+@pytest.mark.parametrize("ref", refused_refs(), ids=lambda ref: re.sub(r" at 0x\w+", "", repr(ref)))
 def test_wrong_references_are_input_errors(ref: ImageRef | VideoRef) -> None:
     words = "max_tiles|image" if isinstance(ref, ImageRef) else "num_frames|clip|a video must be a path or bytes"
     with pytest.raises(InputError, match=words):
