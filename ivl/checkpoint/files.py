@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ivl.checkpoint.config_json import dialect_of
 from ivl.errors import InputError, short
+from ivl.utils.files import hold
 
 _OWN = re.compile(
     r"(config|generation_config|model\.safetensors\.index|tokenizer|tokenizer_config|special_tokens_map|preprocessor_config"
@@ -120,19 +121,13 @@ def _check_target(target: Path, force: bool, sources: Sequence[str | Path]) -> b
 @contextmanager
 def _held(directory: Path, target: Path) -> Iterator[None]:
     """Hold a directory for this process, without a file in it; the lock ends with the process."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
+    if os.name != "posix":  # a directory cannot be opened
         yield
         return
     handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{target}: another process is writing this directory") from None
-        except OSError:  # a file system without locks
-            pass
+        if hold(handle) is False:
+            raise InputError(f"{target}: another process is writing this directory")
         if not os.path.samestat(os.fstat(handle), directory.stat()):
             raise InputError(f"{target}: another process has written this directory meanwhile")
         yield

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Literal, get_args
+from typing import Literal, get_args
 
 from ivl.data.records import to_record
 from ivl.data.rows import from_record
@@ -17,6 +17,7 @@ from ivl.errors import DataError, InputError
 from ivl.formats.base import Rows
 from ivl.formats.rows import RowFormat, open_rows, row_files
 from ivl.formats.writers import ParquetRowWriter, TarWriter, TextWriter, Writer, WrittenLayout
+from ivl.utils.files import hold
 
 ConvertTarget = WrittenLayout | Literal["parquet", "webdataset"]
 TARGETS: tuple[ConvertTarget, ...] = (*get_args(WrittenLayout), "parquet", "webdataset")
@@ -132,24 +133,16 @@ def _new_part(target: Path) -> Iterator[Path]:
     with suppress(OSError):  # a folder that cannot be listed
         for left in filter(Path.is_file, target.parent.iterdir()):
             if re.fullmatch(rf"[.]{re.escape(target.name)}[.]\d+[.][0-9a-f]{{8}}", left.name) and not left.is_symlink():
-                with suppress(OSError, ImportError), left.open("r+b") as file:
-                    _lock(file)
-                    left.unlink()
+                with suppress(OSError), left.open("r+b") as file:
+                    if hold(file.fileno()):
+                        left.unlink()
     part = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}")
     with part.open("xb") as held:
         try:
-            with suppress(OSError, ImportError):  # no locks
-                _lock(held)
+            hold(held.fileno())
             yield part
         finally:
             part.unlink(missing_ok=True)
-
-
-def _lock(file: IO[bytes]) -> None:
-    """Lock an open file. Unlike that of `lockf`, the lock does not end when a writer closes the same file."""
-    import fcntl  # not on Windows
-
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _put_in_place(part: Path, config: ConvertConfig) -> None:

@@ -129,6 +129,25 @@ def _hash_piece(piece: tuple[Path, int]) -> bytes:
         return hashlib.blake2b(file.read(PIECE), digest_size=16).digest()
 
 
+def hold(descriptor: int) -> bool | None:
+    """Lock an open file or directory; the lock ends when this process and its forked workers have closed it.
+
+    Unlike the lock of `locked`, it does not end when another part of the process closes the same file.
+
+    Returns:
+        Whether it is held; False if another process holds it, None where the file system or the system has no locks.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):  # Windows has no fcntl
+        return None
+    return True
+
+
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Hold a directory, which must exist, for this process.

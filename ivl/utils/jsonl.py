@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from ivl.errors import InputError, short
-from ivl.utils.files import regular
+from ivl.utils.files import hold, regular
 
 CHOOSE = "choose another output or remove the file"
 DAMAGED = "remove this line and all that follow, and the same command goes on from there"
@@ -43,7 +43,7 @@ class AppendLog:
             if path.exists():
                 regular(path)
             self._file = path.open("ab", buffering=0)
-            if not _hold(self._file):
+            if not _wait_for(self._file):
                 self._file.close()
                 raise InputError(f"{path}: another process is writing this file")
 
@@ -115,21 +115,12 @@ class AppendLog:
             raise InputError(f"{self.path}: cannot be written ({error.strerror or error}){remedy}") from None
 
 
-def _hold(file: IO[bytes]) -> bool:
+def _wait_for(file: IO[bytes]) -> bool:
     """Lock a file for this process; False if another one holds it. Where the file system has no locks, nothing is held."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return True
     for _ in range(20):  # forked workers hold it, too, and end a moment after a killed process
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.1)
-        except OSError:
+        if hold(file.fileno()) is not False:
             return True
-        else:
-            return True
+        time.sleep(0.1)
     return False
 
 
