@@ -19,7 +19,7 @@ from ivl.serve.guard import RequestContext
 from ivl.serve.media import MediaGateway, is_data_url
 from ivl.serve.schemas import AnyPart, ChatMessage, ChatRequest, CompletionRequest, ImagePart, SamplingBody, TextPart
 from ivl.types import Conversation, Grammar, ImageRef, Message, Part, Prompt, SamplingParams, Text, VideoRef
-from ivl.utils.grammars import close_objects
+from ivl.utils.grammars import close_objects, schema_counts
 
 DEFAULT_FRAMES = 8
 """Frames of a video whose request names no number."""
@@ -232,19 +232,11 @@ def _grammar(body: ChatRequest, config: ServeConfig) -> Grammar | None:
         return Grammar("json")
     schema, param = json.dumps(form.json_schema.schema_, ensure_ascii=False), "response_format.json_schema"
     _check_limits((len(schema), config.max_schema_chars, "characters of a schema", param))
-    depth = num_properties = num_refs = 0
-    level: list[Any] = [form.json_schema.schema_]
-    while level:
-        depth += 1
-        objects = [item for item in level if isinstance(item, dict)]
-        num_refs += sum("$ref" in item for item in objects)
-        num_properties += sum(len(names) for item in objects if isinstance(names := item.get("properties"), dict))
-        inside = [*objects, *(item for item in level if isinstance(item, list))]
-        level = [child for item in inside for child in (item.values() if isinstance(item, dict) else item)]
+    counts = schema_counts(form.json_schema.schema_)
     _check_limits(
-        (depth, config.max_schema_depth, "levels of a schema", param),
-        (num_properties, config.max_schema_properties, "properties of a schema", param),
-        (num_refs, config.max_schema_refs, "references of a schema", param),
+        (counts["levels"], config.max_schema_depth, "levels of a schema", param),
+        (counts["properties"], config.max_schema_properties, "properties of a schema", param),
+        (counts["references"], config.max_schema_refs, "references of a schema", param),
     )
     if form.json_schema.strict:  # as OpenAI has it, where a schema must forbid other properties
         close_objects(form.json_schema.schema_)

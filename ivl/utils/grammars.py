@@ -137,26 +137,30 @@ def _choice(choices: Any) -> str:
     return "start: " + " | ".join(json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f") for text in choices)
 
 
-def _check_size(schema: dict[str, Any]) -> None:
-    """Count what a schema has. Raises ValueError above a limit."""
+def schema_counts(schema: dict[str, Any]) -> Counter[str]:
+    """Count the levels of a schema, and its references, properties and choices in all."""
     counts: Counter[str] = Counter()
     level: list[Any] = [schema]
-    for _ in range(MAX_LEVELS):
+    while level:
+        counts["levels"] += 1
+        inside: list[Any] = []
         for part in level:
             if isinstance(part, dict):
                 counts["references"] += "$ref" in part
                 properties = part.get("properties")  # a property of this name may have the schema true
                 counts["properties"] += len(properties) if isinstance(properties, dict) else 0
-                counts["choices"] += sum(len(value) for key, value in part.items() if isinstance(value, list))
-        level = [
-            item
-            for part in level
-            if isinstance(part, dict | list)
-            for item in (part.values() if isinstance(part, dict) else part)
-        ]
-        if not level:
-            break
-    else:
+                counts["choices"] += sum(len(value) for value in part.values() if isinstance(value, list))
+                inside += part.values()
+            elif isinstance(part, list):
+                inside += part
+        level = inside
+    return counts
+
+
+def _check_size(schema: dict[str, Any]) -> None:
+    """Raise ValueError if a schema has more of something than its limit."""
+    counts = schema_counts(schema)
+    if counts["levels"] > MAX_LEVELS:
         raise ValueError(f"it has more than {MAX_LEVELS} levels")
     for name, limit in MAX_COUNTS.items():
         if counts[name] > limit:
