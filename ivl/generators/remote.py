@@ -48,35 +48,33 @@ class _UnusableReply(Exception):
     """A reply that has no text, breaks off, or is no chat completion at all."""
 
 
-class _LimitedBackend:
-    """The HTTP library's connections, on which each thread reads one reply after another, each with a deadline and limits
-    of its bytes and items. The library limits the time between two bytes only, of headers and of the body."""
+class _Limited:
+    """Part of the HTTP library whose connections have the limits of `reply`. Each thread reads one reply after another.
 
-    def __init__(self, backend: Any, reply: Any, seconds: float) -> None:
-        self.backend, self.reply, self.seconds = backend, reply, seconds
+    The library limits the time between two bytes only, of headers and of the body.
+    """
+
+    def __init__(self, inner: Any, reply: Any, seconds: float) -> None:
+        self.inner, self.reply, self.seconds = inner, reply, seconds
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.backend, name)
+        return getattr(self.inner, name)
 
+
+class _LimitedBackend(_Limited):
     def connect_tcp(self, *args: Any, **options: Any) -> Any:
-        return _LimitedStream(self.backend.connect_tcp(*args, **options), self.reply, self.seconds)
+        return _LimitedStream(self.inner.connect_tcp(*args, **options), self.reply, self.seconds)
 
 
-class _LimitedStream:
-    def __init__(self, stream: Any, reply: Any, seconds: float) -> None:
-        self.stream, self.reply, self.seconds = stream, reply, seconds
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
+class _LimitedStream(_Limited):
     def start_tls(self, *args: Any, **options: Any) -> Any:
-        return _LimitedStream(self.stream.start_tls(*args, **options), self.reply, self.seconds)
+        return _LimitedStream(self.inner.start_tls(*args, **options), self.reply, self.seconds)
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         seconds = self.reply.deadline - time.monotonic()
         if seconds <= 0:
             raise TimeoutError(f"timed out: the whole reply took more than {self.seconds:g} s")
-        data = self.stream.read(max_bytes, seconds if timeout is None else min(timeout, seconds))
+        data = self.inner.read(max_bytes, seconds if timeout is None else min(timeout, seconds))
         self.reply.bytes_left -= len(data)
         if self.reply.bytes_left < 0:
             raise OSError(f"the reply has more than {MAX_REPLY_BYTES:,} bytes")

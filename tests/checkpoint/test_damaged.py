@@ -34,7 +34,7 @@ from ivl.train.config import Stage
 from ivl.train.stage import apply_stage, trainable
 from tests.checkpoint.test_compose import image_logits
 from tests.helpers.adapters import build, logits, stir
-from tests.helpers.checkpoints import random_model, same_weights, tiny_like
+from tests.helpers.checkpoints import random_model, same_weights, sentencepiece_model, tiny_like
 
 EXPLODING = "(x+x+)+y"
 
@@ -333,13 +333,8 @@ def test_older_files_of_wrong_types_are_one_line(tmp_path: Path, name: str, cont
 
 
 def test_a_table_of_sentencepiece_travels(tmp_path: Path) -> None:
-    spm = pytest.importorskip("sentencepiece")
-    (tmp_path / "text").write_text("what is this\na red circle\n" * 20)
-    spm.SentencePieceTrainer.train(
-        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "tokenizer"), model_type="bpe", vocab_size=280,
-        byte_fallback=True, normalization_rule_name="nmt_nfkc", hard_vocab_limit=False, minloglevel=2,
-    )  # fmt: skip
-    oracle = spm.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    model = sentencepiece_model(tmp_path, "nmt_nfkc")
+    oracle = pytest.importorskip("sentencepiece").SentencePieceProcessor(model_file=str(model))
     words = load_tokenizer(tmp_path)
     save_tokenizer(words, tmp_path / "saved")
     again = load_tokenizer(tmp_path / "saved")

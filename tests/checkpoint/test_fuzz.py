@@ -30,7 +30,7 @@ from ivl.lora.layers import add_lora
 from ivl.processing.processor import Processor
 from ivl.processing.tokenizer import Tokenizer, byte_letters, train_tokenizer
 from tests.helpers.adapters import build
-from tests.helpers.checkpoints import random_model, tiny_like
+from tests.helpers.checkpoints import random_model, sentencepiece_model, tiny_like
 
 MUTATIONS = int(os.environ.get("IVL_FUZZ", "100"))
 VALUES = [
@@ -160,16 +160,6 @@ def ranks(folder: Path) -> Path:
     return folder / "qwen.tiktoken"
 
 
-def sentencepiece_model(folder: Path) -> Path:
-    spm = pytest.importorskip("sentencepiece")
-    (folder / "text").write_text("what is this\na red circle\n" * 20)
-    spm.SentencePieceTrainer.train(
-        input=str(folder / "text"), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=280,
-        byte_fallback=True, normalization_rule_name="identity", hard_vocab_limit=False, minloglevel=2,
-    )  # fmt: skip
-    return folder / "tokenizer.model"
-
-
 @pytest.mark.parametrize("name", ["qwen.tiktoken", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer.model"])
 def test_older_tokenizer_files(tmp_path: Path, name: str) -> None:
     described = json.loads(words().backend.to_str())["model"]
@@ -178,7 +168,7 @@ def test_older_tokenizer_files(tmp_path: Path, name: str) -> None:
     if name == "qwen.tiktoken":
         ranks(tmp_path)
     elif name == "tokenizer.model":
-        sentencepiece_model(tmp_path)
+        sentencepiece_model(tmp_path, "identity")
     else:
         (tmp_path / "vocab.json").write_text(json.dumps(vocab))
         (tmp_path / "merges.txt").write_text("\n".join(merges))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
+import pytest
 import torch
 
 from ivl.config import ModelConfig, published_config
@@ -43,3 +45,14 @@ def same_weights(a: VLM, b: VLM) -> bool:
     """Bit-equal parameters under equal names."""
     ours, theirs = dict(a.named_parameters()), dict(b.named_parameters())
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def sentencepiece_model(folder: Path, normalization: str) -> Path:
+    """Train a small tokenizer.model; skips the test without sentencepiece."""
+    spm = pytest.importorskip("sentencepiece")
+    (folder / "text").write_text("what is this\na red circle\n" * 20)
+    spm.SentencePieceTrainer.train(
+        input=str(folder / "text"), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=280,
+        byte_fallback=True, normalization_rule_name=normalization, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    return folder / "tokenizer.model"

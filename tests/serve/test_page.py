@@ -21,11 +21,6 @@ BASIC = ("anybody", KEY)
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("page") / "model"
-
-
-@pytest.fixture(scope="module")
 def tiny_engine(directory: Path) -> Engine:
     made = engine(directory)
     picture(9).save(directory.parent / "example.png")

@@ -58,11 +58,6 @@ CONTRASTS = """() => {
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("page") / "model"
-
-
-@pytest.fixture(scope="module")
 def tiny_engine(directory: Path) -> Engine:
     made = engine(directory)
     picture(9).resize((280, 140)).save(directory.parent / "example.png")
