@@ -102,6 +102,8 @@ def hub(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    # The library reads the variable once, when it is imported, and tests of transformers set it.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "IVL_MODELSCOPE"):
         monkeypatch.delenv(name, raising=False)
     yield server
