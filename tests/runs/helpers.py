@@ -6,6 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable
 from multiprocessing.context import ForkProcess
@@ -54,6 +55,7 @@ def redirect_errors(log: Path) -> None:
 def _call(function: Callable[..., None], args: tuple, log: Path) -> None:
     from ivl.errors import InputError
 
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Ray, in a test before, leaves a handler of its own
     torch.set_num_threads(1)
     redirect_errors(log)
     try:
