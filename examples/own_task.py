@@ -20,12 +20,12 @@ import ivl
 from ivl.evaluation.config import EvalConfig
 from ivl.evaluation.run import evaluate
 from ivl.evaluation.scoring import exact_match
-from ivl.evaluation.task import Example
+from ivl.evaluation.task import Example, Task
 
 RUN = Path("runs/examples/own-task")
 
 
-class Colors:
+class Colors(Task):
     """Name the color of a plain picture."""
 
     name = "colors"
@@ -38,8 +38,8 @@ class Colors:
                 asked = ivl.ask("what color is the shape?", Image.new("RGB", (size, size), color))
                 yield Example(id=f"{color}-{size}", conversation=asked, answers=(color,), group=f"{size} px")
 
-    def score(self, prediction: str, answers: tuple[str, ...]) -> float:
-        return exact_match(prediction, answers)
+    def score(self, reply: str, example: Example) -> float:
+        return exact_match(reply, example.answers)
 
 
 def main() -> None:

@@ -108,7 +108,7 @@ def on_task(source: str, task: str, limit: int | None) -> list[dict]:
                 continue
             model = ivl.load(str(target))
             report = evaluate(
-                TASKS[task][0], model.engine, EvalConfig(limit=limit), model=name,
+                TASKS[task], model.engine, EvalConfig(limit=limit), model=name,
                 predictions=Path(directory) / "answers.jsonl",
             )  # fmt: skip
         rows.append({"name": name, "task": task, "value": report["value"], "ci95": report["ci95"], "n": report["n"]})

@@ -53,8 +53,8 @@ class Compositions:
             asked = ivl.ask("<image>\n" * len(row["image"]) + row["question"], *row["image"])
             yield Example(id=row["id"], conversation=asked, answers=(row["answer"],), group=row["question"])
 
-    def score(self, prediction: str, answers: tuple[str, ...]) -> float:
-        return exact_match(prediction, answers)
+    def score(self, reply: str, example: Example) -> float:
+        return exact_match(reply, example.answers)
 
 
 def read_rows(options: argparse.Namespace) -> list[dict[str, Any]]:

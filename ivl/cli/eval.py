@@ -1,30 +1,44 @@
-"""`ivl eval`: scores a model on a task."""
+"""`ivl eval`: scores models on a task, or replies that another tool has written, and compares runs."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
-from typing import Annotated
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
 
 import tyro
 
 from ivl.errors import InputError
 from ivl.evaluation.config import EvalConfig
-from ivl.evaluation.tasks import TASKS, find
-from ivl.generators import LoadConfig
+from ivl.evaluation.tasks import TASKS, task_of
+from ivl.generators import GeneratorConfig, LoadConfig, connect
+
+_Flag = tyro.conf.FlagCreatePairsOff
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """Score a model on a benchmark, with a 95% confidence interval (Wilson).
+    """Score models on a benchmark or on rows of your own, each figure with its 95% interval.
 
     Predictions are saved as they come; the same command continues a run that was interrupted.
     """
 
-    model: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="MODEL")]] = None
-    """A model directory or hub id."""
-    list_tasks: Annotated[bool, tyro.conf.arg(name="list"), tyro.conf.FlagCreatePairsOff] = False
-    """Show the tasks and stop."""
+    models: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="MODEL")]] = ()
+    """Model directories or hub ids."""
+    list_tasks: Annotated[bool, tyro.conf.arg(name="list"), _Flag] = False
+    """Show the tasks, with rows, metric, judge and tiles, and stop."""
+    compare: tuple[Path, Path] | None = None
+    """Compare two runs on the same questions: their reports, predictions or scores."""
+    average: tuple[Path, ...] = ()
+    """Show the eight scores of the OpenCompass average from these reports, beside the published ones."""
+    score: Path | None = None
+    """Score the replies in a file of predictions by VLMEvalKit (tsv, xlsx) or samples by lmms-eval (jsonl)."""
+    url: tuple[str, ...] = ()
+    """OpenAI-compatible endpoints to evaluate, beside or instead of models."""
+    url_model: tuple[str, ...] = ()
+    """The name of the model at each endpoint."""
     config: Annotated[EvalConfig, tyro.conf.arg(name="")] = field(default_factory=EvalConfig)
     load: Annotated[LoadConfig, tyro.conf.arg(name="")] = field(default_factory=LoadConfig)
 
@@ -35,33 +49,100 @@ def evaluate(args: list[str]) -> None:
     without_help = [arg for arg in args if arg not in ("-h", "--help")]
     # The defaults of sampling follow from the task and the method, which are read first.
     first, _ = tyro.cli(EvalOptions, args=without_help, return_unknown_args=True, config=(tyro.conf.AvoidSubcommands,))
-    sampling = first.config.sampling_for(find(first.config.task).params)
+    sampling = first.config.sampling_for(task_of(first.config).params)
     try:
         default = EvalOptions(config=EvalConfig(sampling=sampling))
         options = tyro.cli(EvalOptions, prog="ivl eval", args=args, default=default, config=(tyro.conf.AvoidSubcommands,))
     except ValueError as error:
         raise error if isinstance(error, InputError) else InputError(str(error)) from error
     if options.list_tasks:
-        print("\n".join(f"{name:20}{text}" for name, (_, text) in TASKS.items()))
-        return
-    if options.model is None:
+        print(listing())
+    elif options.compare:
+        show_comparison(*options.compare)
+    elif options.average:
+        from ivl.evaluation.average import as_text, average
+
+        print(as_text(average(options.average)))
+    else:
+        evaluate_each(options)
+
+
+def evaluate_each(options: EvalOptions) -> None:
+    """Evaluate every model, endpoint or file of replies that the options name."""
+    if len(options.url) != len(options.url_model):
+        raise InputError("give --url-model for every --url, the name of the model at the endpoint")
+    targets: list[tuple[str, Any]] = [(name, None) for name in options.models]
+    targets += [
+        (model, GeneratorConfig(url=url, url_model=model)) for url, model in zip(options.url, options.url_model, strict=True)
+    ]
+    if options.score:
+        if targets:
+            raise InputError("--score takes the replies of a file; name no model beside it")
+        targets = [(options.score.stem, options.score)]
+    if not targets:
         raise InputError("name a model to evaluate: ivl eval MODEL --task easy-vqa")
-    show(options.model, options.config, options.load)
+    for name, source in targets:
+        config = options.config
+        if len(targets) > 1 and (config.out or config.predictions):
+            label = re.sub(r"[^\w.-]+", "-", name).strip("-")
+            out, predictions = (
+                path and path.with_name(f"{path.stem}-{label}{path.suffix}") for path in (config.out, config.predictions)
+            )
+            config = replace(config, out=out, predictions=predictions)
+        show(name, config, options.load, source)
 
 
-def show(name: str, config: EvalConfig, load: LoadConfig) -> None:
-    """Evaluate a model and print its scores."""
+def listing() -> str:
+    """Return a line for each task: name, rows, metric, judge, tiles."""
+    lines = [("task", "rows", "metric", "judge", "tiles", "")]
+    for name, task in TASKS.items():
+        rows, judge, tiles = (getattr(task, key, None) for key in ("rows", "judge", "tiles"))
+        lines.append((name, f"{rows:,}" if rows else "", task.metric, judge or "no", str(tiles or ""), task.about))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def show(name: str, config: EvalConfig, load: LoadConfig, source: GeneratorConfig | Path | None) -> None:
+    """Evaluate a model, an endpoint or the replies of a file, and print the figures."""
+    from ivl.evaluation.figures import shown
+    from ivl.evaluation.given import Given, given_task
     from ivl.evaluation.run import run
 
-    report, predictions = run(config, name, load)
-    rows = {group: (report["metric"], row) for group, row in {"all": report, **report["by_type"]}.items()}
-    if config.method.samples > 1:
-        rows |= {f"{point['samples']} replies": (config.method.select, point) for point in report["samples"]["curve"]}
-    for group, (what, row) in rows.items():
-        low, high = row["ci95"]
-        print(f"{group:12}{what} {row['value']:7.2%}  95% interval {low:.2%} to {high:.2%}  n {row['n']:,}")
-    print(f"predictions: {predictions}")
-    if config.out:
-        print(f"report: {config.out}")
-        if config.method.samples > 1:
-            print(f"page: {config.out.with_suffix('.html')}")
+    if isinstance(source, Path):
+        report, files = run(config, name, load, Given(source), given_task(source, config))
+    else:
+        report, files = run(config, name, load, connect(source)[0] if source else None)
+    for group, what, row in _rows(report, config):
+        value, interval = shown(row)
+        print(f"{group:12}{what} {value:>7}  95% interval {interval}  n {row['n']:,}")
+    if left := report.get("undecided"):
+        print("; ".join([f"undecided: {left['replies']:,} replies, counted as {left['count_as']}", *left["notes"]]))
+    for kind, file in files:
+        print(f"{kind}: {file}")
+
+
+def _rows(report: dict[str, Any], config: EvalConfig) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield the lines of a report: name, metric and figure."""
+    if report["value"] is None:
+        return
+    for group, row in {"all": report, **report["by_type"]}.items():
+        yield group, report["metric"], row
+    for point in report.get("samples", {}).get("curve", ()):
+        yield f"{point['samples']} replies", str(config.method.select), point
+
+
+def show_comparison(first: Path, second: Path) -> None:
+    """Print the difference of two runs, the second minus the first."""
+    from ivl.evaluation.results import compare
+
+    found = compare(first, second)
+    low, high = found["ci95"]
+    print(f"{found['task']}: {found['n']:,} questions of both runs, {found['left_out']:,} of one alone left out")
+    for model, mean in zip(found["models"], found["means"], strict=True):
+        print(f"  mean score {mean:.4f}  {model}")
+    print(f"  difference {found['difference']:+.4f}  95% interval {low:+.4f} to {high:+.4f}")
+    print("  right in one run alone: {:,} and {:,}, McNemar's p {:.3g}".format(*found["only_right"], found["mcnemar_p"]))
+    if headline := found.get("headline"):
+        low, high = headline["ci95"]
+        values = " and ".join(f"{value:.4f}" for value in headline["values"])
+        print(f"  headline {values}, difference {headline['difference']:+.4f}  95% interval {low:+.4f} to {high:+.4f}")

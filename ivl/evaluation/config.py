@@ -9,11 +9,15 @@ from typing import Annotated, Literal
 import tyro
 
 from ivl.errors import InputError
+from ivl.evaluation.prompts import Profile, PromptName
 from ivl.evaluation.scoring import AnswerStyle
 from ivl.evaluation.voting import Select
 from ivl.generators import GeneratorConfig
 from ivl.types import SamplingParams
+from ivl.utils.checks import check_choices
 
+Export = Literal["tsv", "xlsx", "lmms-eval"]
+Metric = Literal["exact", "relaxed", "anls", "vqa", "choice", "iou", "math", "judge"]
 SAMPLED_TEMPERATURE, REASONED_TOKENS = 0.7, 1024
 """Temperature of several replies, and longest reply that reasons, where the user sets none."""
 _Flag = tyro.conf.FlagCreatePairsOff
@@ -50,7 +54,7 @@ class Method:
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeConfig(GeneratorConfig):
-    """The model that rates replies."""
+    """The model that rates replies with --select judge, and decides about replies that the task's own rule cannot decide."""
 
     by: Literal["rating", "likelihood"] = "rating"
     """Ask the judge for a rating, or take the likelihood of the reply under a reward model, such as a model trained on
@@ -62,13 +66,29 @@ class EvalConfig:
     """What is evaluated, how, and where the results go."""
 
     task: str = "easy-vqa"
-    """The benchmark; --list shows all."""
+    """The benchmark, of which --list shows all; or FILE.py:Class, a task of your own."""
+    data: Path | None = None
+    """File or folder of a benchmark's rows: VLMEvalKit's TSV, tables of the hub, jsonl. By default the TSV in LMUData. With
+    --metric, rows of your own in any format that training reads."""
+    metric: Metric | None = None
+    """Score the last turn of every row of --data against the row's own, by this metric."""
+    prompt: PromptName = "published"
+    """How a benchmark asks: as the published scores were measured, as the authors' own code does (reference), without a request
+    (plain), with the request to reason (cot), or as models trained by MPO are asked (mpo)."""
+    extraction: Profile = "2024-12"
+    """The rules that read a reply: those of the published scores, or the later ones of the same tool."""
+    defects: Annotated[bool, _Flag] = False
+    """Repeat known defects of a benchmark's official tool, which its file in ivl/evaluation/tasks names."""
     limit: int | None = None
-    """Ask only this many examples, the first ones."""
+    """Ask only this many examples, the first ones; those that depend on one another stay together."""
     out: Path | None = None
     """The report (task, metric, value, ci95, n, by_type, model, versions) as a JSON file."""
     predictions: Path | None = None
     """The file of predictions; by default beside --out, or under runs/eval."""
+    export: Export | None = None
+    """Write the files of another tool too: VLMEvalKit's predictions as tsv or xlsx, or lmms-eval's results and samples."""
+    export_to: Path = Path("outputs")
+    """The folder of these files."""
     fresh: Annotated[bool, _Flag] = False
     """Forget the predictions of an earlier run."""
     batch_size: int = 512
@@ -77,14 +97,20 @@ class EvalConfig:
     sampling: Annotated[SamplingParams | None, tyro.conf.arg(name="")] = None
     """None takes the task's, with temperature 0.7 for several replies and 1,024 tokens for replies that reason."""
     judge: JudgeConfig = JudgeConfig()
+    undecided: Literal["range", "wrong"] = "range"
+    """What replies count that neither the task's rule nor a judge decides: the score as a range, from all of them wrong to all
+    of them right, or wrong."""
 
     def __post_init__(self) -> None:
         if (self.limit is not None and self.limit < 1) or self.batch_size < 1:
             raise InputError(f"--limit and --batch-size must be at least 1, got {self.limit} and {self.batch_size}")
+        check_choices(self)
+        if self.metric and not self.data:
+            raise InputError("--metric scores rows of your own: name their file with --data")
         if self.judge.url and not self.judge.url_model:
             raise InputError("--judge.url needs --judge.url-model, the name of the judge at the endpoint")
-        if (self.judge.model or self.judge.url) and self.method.select != "judge":
-            raise InputError("a judge is asked with --select judge and --samples of 2 or more only")
+        if self.judge.by == "likelihood" and self.method.select != "judge":
+            raise InputError("--judge.by likelihood is for --select judge")
         if self.judge.by == "likelihood" and not self.judge.model:
             raise InputError("--judge.by likelihood needs --judge.model: an endpoint gives no likelihood of a given reply")
         if self.sampling is not None and self.method.samples > 1 and self.sampling.temperature == 0:
@@ -98,8 +124,13 @@ class EvalConfig:
             params = replace(params, temperature=SAMPLED_TEMPERATURE, seed=0)
         return params if self.method.style == "direct" else replace(params, max_new_tokens=REASONED_TOKENS)
 
+    @property
+    def task_name(self) -> str:
+        """The task's name as a part of file names."""
+        return self.data.stem if self.metric and self.data else self.task.rpartition(":")[2]
+
     def predictions_of(self, model: str) -> Path:
         """Return the file of the predictions of a model of this name."""
         if self.predictions:
             return self.predictions
-        return self.out.with_suffix(".predictions.jsonl") if self.out else Path("runs/eval") / f"{model}-{self.task}.jsonl"
+        return self.out.with_suffix(".predictions.jsonl") if self.out else Path("runs/eval") / f"{model}-{self.task_name}.jsonl"

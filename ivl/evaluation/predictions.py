@@ -14,6 +14,8 @@ from ivl.utils.strict_json import from_json
 
 FORMAT = "predictions 2"
 """The first value of every file; a file without it is never changed."""
+OPTIONAL = frozenset(("samples", "read", "cluster"))
+"""Keys that are left out of a line where they hold nothing."""
 REMEDY = "--fresh forgets them, --predictions names another file"
 
 
@@ -31,6 +33,14 @@ class Prediction:
     score: float
     samples: tuple[Candidate, ...] = ()
     """All replies, where the method notes more than the text of one."""
+    read: str = ""
+    """What the extractor read in the answer."""
+    cluster: str = ""
+
+
+def beside(predictions: Path, kind: str) -> Path:
+    """Return the path of another file of the same run, such as `NAME.scores.jsonl`."""
+    return predictions.with_name(predictions.name.removesuffix(".jsonl").removesuffix(".predictions") + f".{kind}")
 
 
 class PredictionsFile:
@@ -63,7 +73,7 @@ class PredictionsFile:
     def append(self, predictions: list[Prediction]) -> None:
         """Save predictions; they are on disk when this returns."""
         rows = (asdict(prediction) for prediction in predictions)
-        self._log.append({key: value for key, value in row.items() if key != "samples" or value} for row in rows)
+        self._log.append({key: value for key, value in row.items() if key not in OPTIONAL or value} for row in rows)
         self._log.sync()
 
     def __enter__(self) -> PredictionsFile:

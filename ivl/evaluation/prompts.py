@@ -9,6 +9,11 @@ from typing import Literal
 from ivl.evaluation.scoring import AnswerStyle
 from ivl.types import Conversation, Text
 
+PromptName = Literal["published", "reference", "plain", "cot", "mpo"]
+"""Prompts of benchmarks: as VLMEvalKit asks InternVL2.5, as InternVL's own evaluation code does, without any request, with
+VLMEvalKit's request to reason (USE_COT), and as it asks the models trained by MPO."""
+Profile = Literal["2024-12", "2026-08"]
+"""Rules of extraction: those of VLMEvalKit when InternVL2.5 was published, and later ones."""
 PromptLanguage = Literal["en", "zh"]
 Domain = Literal["science", "visual", "grounded"]
 
@@ -34,6 +39,28 @@ REASON: dict[tuple[AnswerStyle, PromptLanguage], str] = {
     ("think", "en"): ("First think inside <think> and </think>, then give the answer alone inside <answer> and </answer>."),
     ("think", "zh"): "请先在 <think> 与 </think> 之间思考，再在 <answer> 与 </answer> 之间只写答案。",
 }
+
+SHORT = "Answer the question using a single word or phrase."
+LETTER = "Answer with the option's letter from the given choices directly."
+LETTER_ZH = "请直接回答选项字母。"
+_GUESS = (
+    "If you are uncertain or the problem is too complex, make a reasoned guess based on the information provided. Avoid "
+    "repeating steps indefinitely—provide your best guess even if unsure. Think step by step logically, considering all "
+    "relevant information before answering."
+)
+COT_CHOICE = (
+    "Answer the preceding multiple choice question. The last line of your response should follow this format: "
+    f"'Answer: \\boxed{{$LETTER}}' (without quotes), where LETTER is one of the options. {_GUESS}"
+)
+COT_OPEN = (
+    "Answer the preceding question. The last line of your response should follow this format: "
+    "'Answer: \\boxed{$FINAL_ANSWER}' (without quotes), where 'FINAL_ANSWER' is your conclusion based on the reasoning "
+    f"provided. {_GUESS}"
+)
+MPO = (
+    "Your task is to answer the question below. Give step by step reasoning before you answer, and when you're ready to "
+    'answer, please use the format "Final answer: .."\n\nQuestion:\n\n'
+)
 
 CHINESE = re.compile("[\u4e00-\u9fff]")
 

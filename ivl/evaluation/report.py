@@ -1,21 +1,30 @@
-"""The report of an evaluation, and its page if there are several replies to a question."""
+"""The report of an evaluation and its page: figures by category, replies by number, and the wrong answers."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ivl.errors import InputError
 from ivl.evaluation.curve import draw
+from ivl.evaluation.figures import shown
+from ivl.types import ImageRef, Text
 from ivl.utils import html as pages
 from ivl.utils.files import write_atomic, write_json
 
+if TYPE_CHECKING:
+    from ivl.evaluation.run import Evaluated
+
 KEYS = {"task", "metric", "value", "ci95", "by_type", "versions"}
-TITLE = "several replies to a question"
+TITLE = "scores by ivl eval"
+MOST_SHOWN, MOST_CHARACTERS = 100, 1500
 
 
 def check(out: Path, predictions: Path, *, several: bool) -> None:
-    """Check that a report can be written, and its page for several replies, without harm to files of another kind.
+    """Check that a report and its page can be written without harm to files of another kind.
+
+    Args:
+        several: Whether the page has a plot of several replies.
 
     Raises:
         InputError: naming the file that is in the way, or the missing library.
@@ -23,45 +32,64 @@ def check(out: Path, predictions: Path, *, several: bool) -> None:
     page = out.with_suffix(".html")
     if len({path.absolute() for path in (out, predictions, page)}) < 3:
         raise InputError(f"{out}: report, predictions ({predictions}) and page ({page}) need different names; use NAME.json")
-    pages.check_places(out, KEYS, page if several else None, TITLE, "ivl eval")
+    pages.check_places(out, KEYS, page, TITLE, "ivl eval", plots=several)
 
 
-def write(out: Path, report: dict[str, Any]) -> None:
-    """Write the report, and its page if there are several replies to a question."""
+def write(out: Path, result: Evaluated) -> None:
+    """Write the report and its page."""
     try:
-        write_json(out, report)
-        if report.get("method", {}).get("samples", 1) > 1:
-            _write_page(out.with_suffix(".html"), report)
+        write_json(out, result.report)
+        write_atomic(out.with_suffix(".html"), _page(result))
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror})") from None
 
 
-def _write_page(path: Path, report: dict[str, Any]) -> None:
-    """Write one HTML file: the metric by number of replies as a plot and a table, and by type of question."""
+def _page(result: Evaluated) -> str:
+    """Return one HTML file."""
+    report, sections = result.report, []
+    if "samples" in report:
+        sections += _several(report)
+    if report["value"] is not None:
+        rows = {"all": report, **report["by_type"]}
+        table = [[name, f"{row['n']:,}", *shown(row)] for name, row in rows.items()]
+        sections += ["<h2>By category</h2>", pages.table(["category", "questions", report["metric"], "95% interval"], table)]
+        sections += _wrong(result)
+    about = {key: report[key] for key in ("prompt", "extraction", "defects", "data", "undecided") if key in report}
+    facts = "".join(f"<p>{pages.text(key)}: {pages.text(value)}</p>" for key, value in about.items())
+    return pages.page(f"{report['task']}: {TITLE}", f"<p>{pages.text(report['model'])}</p>", facts, *sections)
+
+
+def _several(report: dict[str, Any]) -> list[str]:
+    """Return the metric by number of replies as a plot and a table, and counts of replies."""
     method, samples = report["method"], report["samples"]
-    points = samples["curve"]
-    figure, axes = pages.pyplot().subplots(figsize=(6, 3.2), layout="constrained")
-    draw(axes, points, method["select"])
-    axes.set(ylabel=f"{report['metric']}, %", title=f"{report['task']}, temperature {report['params']['temperature']:g}")
-    by_size = [[point["samples"], *_figures(point)] for point in points]
-    rows = {"all": report, **report["by_type"]}
-    by_type = [[name, f"{row['n']:,}", *_figures(row)] for name, row in rows.items()]
     counts = [["all", f"{samples['replies']:,}"], ["without an answer", f"{samples['without_answer']:,}"]]
     if samples["without_rating"] is not None:
         counts.append(["without a rating", f"{samples['without_rating']:,}"])
-    counted = f"of {method['samples']} replies to a question, one counts, by {method['select']}"
-    sections = (
-        f"<p>{pages.text(report['model'])}: {counted}.</p>",
-        pages.plot(figure, "the metric against the number of replies"),
-        pages.table(["replies to a question", report["metric"], "95% interval"], by_size),
-        "<h2>By type of question</h2>",
-        pages.table(["type", "questions", report["metric"], "95% interval"], by_type),
-        "<h2>Replies</h2>",
-        pages.table(["replies", "number"], counts),
-    )
-    write_atomic(path, pages.page(f"{report['task']}: {TITLE}", *sections))
+    sections = [f"<p>of {method['samples']} replies to a question, one counts, by {pages.text(method['select'])}</p>"]
+    if points := samples["curve"]:
+        figure, axes = pages.pyplot().subplots(figsize=(6, 3.2), layout="constrained")
+        draw(axes, points, method["select"])
+        axes.set(ylabel=f"{report['metric']}, %", title=f"{report['task']}, temperature {report['params']['temperature']:g}")
+        by_size = [[point["samples"], *shown(point)] for point in points]
+        head = ["replies to a question", report["metric"], "95% interval"]
+        sections += [pages.plot(figure, "the metric against the number of replies"), pages.table(head, by_size)]
+    return [*sections, "<h2>Replies</h2>", pages.table(["replies", "number"], counts)]
 
 
-def _figures(row: dict[str, Any]) -> tuple[str, str]:
-    low, high = row["ci95"]
-    return f"{row['value']:.2%}", f"{low:.2%} to {high:.2%}"
+def _wrong(result: Evaluated) -> list[str]:
+    """Return the wrong and the undecided answers with their pictures, and what the extractor read in each."""
+    wrong = [(s, p) for s, p in zip(result.scored, result.predictions, strict=True) if s.score.value < 1]
+    cards: list[str] = []
+    for each, prediction in wrong[:MOST_SHOWN]:
+        parts = [part for message in each.example.conversation for part in message.content]
+        pictures = "".join(pages.picture(part.source) for part in parts if isinstance(part, ImageRef))
+        asked = "".join(part.text for part in parts if isinstance(part, Text)).strip()
+        read = "undecided" if each.score.undecided else f"read as {each.score.answer!r}, worth {each.score.value:g}"
+        cards.append(
+            f"<div class='card'>{pictures}<pre>{pages.text(asked[:MOST_CHARACTERS])}</pre>"
+            f"<pre class='bad'>{pages.text(prediction.prediction[:MOST_CHARACTERS])}</pre>"
+            f"{pages.text(each.example.id)}: {pages.text(read)}; expected "
+            f"<span class='good'>{pages.text(' or '.join(each.example.answers)[:MOST_CHARACTERS])}</span></div>"
+        )
+    title = f"<h2>Wrong answers: {len(wrong):,} of {len(result.scored):,}, the first {len(cards)} shown</h2>"
+    return [title, f"<div class='grid'>{''.join(cards)}</div>"]

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 import time
-from collections import defaultdict
+from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ivl.errors import InputError, short
 from ivl.evaluation import fingerprint
-from ivl.evaluation.config import EvalConfig, JudgeConfig, Method
+from ivl.evaluation.config import EvalConfig, Method
 from ivl.evaluation.curve import curve
-from ivl.evaluation.predictions import Prediction, PredictionsFile
+from ivl.evaluation.figures import rows_of
+from ivl.evaluation.grading import Grader, if_right
+from ivl.evaluation.predictions import Prediction, PredictionsFile, beside
 from ivl.evaluation.prompts import reasoned
-from ivl.evaluation.scoring import summary
-from ivl.evaluation.task import Example, Task
+from ivl.evaluation.results import write_scores
+from ivl.evaluation.task import Example, Score, Scored, Task
 from ivl.evaluation.voting import GUIDED_RATING, RATING, Candidate, Rater, RatingJudge, RewardModel, choose, rate, sample
 from ivl.generators import Generator, LoadConfig, connect
 from ivl.types import Conversation, SamplingParams
@@ -35,28 +39,47 @@ FIRST_BATCH = 16
 DEFAULT, ONE_REPLY = EvalConfig(), Method()
 
 
-def run(config: EvalConfig, name: str, load: LoadConfig) -> tuple[dict[str, Any], Path]:
-    """Load a model, evaluate it as the configuration says, and write the report and its page.
+@dataclass(frozen=True)
+class Evaluated:
+    """What an evaluation gives: the report, and for each question its score and its prediction."""
+
+    report: dict[str, Any]
+    scored: list[Scored]
+    predictions: list[Prediction]
+
+    @property
+    def replies(self) -> list[str]:
+        """The replies that count."""
+        return [prediction.prediction for prediction in self.predictions]
+
+
+def run(
+    config: EvalConfig, name: str, load: LoadConfig, generator: Generator | None = None, task: Task | None = None
+) -> tuple[dict[str, Any], list[tuple[str, Path]]]:
+    """Load a model, evaluate it as the configuration says, and write the report, its page and files of other tools.
 
     Args:
-        name: A directory or a hub id.
+        name: A directory or a hub id, or the name of the generator.
+        generator: Answers in place of a model that is loaded here.
+        task: Is asked in place of the one that the configuration names.
 
     Returns:
-        The report, and the file of the predictions.
+        The report, and what files were written.
 
     Raises:
         InputError: as `evaluate`; also for an unknown task, a model or judge that cannot be loaded, and foreign files.
     """
     from ivl.checkpoint import model_name, resolve
+    from ivl.evaluation.export import export, submit
     from ivl.evaluation.report import check, write
-    from ivl.evaluation.tasks import find
+    from ivl.evaluation.tasks import task_of
     from ivl.generators.local import load_engine
 
-    task, predictions = find(config.task), config.predictions_of(model_name(name))
+    task, predictions = task or task_of(config), config.predictions_of(model_name(name) if generator is None else name)
     if config.out:  # what is wrong with it should not show after hours of asking
         check(config.out, predictions, several=config.method.samples > 1)
-    judge = connect_judge(config.judge) if config.method.select == "judge" else None
-    engine = load_engine(name, load)
+    judge, grader = connect_judge(config, predictions)
+    generator = generator or load_engine(name, load)
     model = str(resolve(name)) if Path(name).is_dir() else name
     stop = Interruption("stops after these questions; a second signal ends it at once")
     with reporting("evaluation", "questions") as show, stop:
@@ -67,24 +90,46 @@ def run(config: EvalConfig, name: str, load: LoadConfig) -> tuple[dict[str, Any]
                 print(f"stopped at {done:,} of {total:,} questions; the same command goes on from there", file=sys.stderr)
                 raise SystemExit(128 + stop.signal)
 
-        report = evaluate(task, engine, config, model=model, predictions=predictions, judge=judge, on_progress=saved)
+        result = evaluate_all(
+            task, generator, config, model=model, predictions=predictions, judge=judge, grader=grader, on_progress=saved
+        )
+    files = [("predictions", predictions)]
+    if result.report["value"] is None:
+        files.append(("submission", submit(beside(predictions, "submission"), task, result.scored, result.replies)))
+    if config.export:
+        exported = export(config.export, config.export_to, task, result.report, result.scored, result.replies)
+        files += [("exported", path) for path in exported]
     if config.out:
-        write(config.out, report)
-    return report, predictions
+        write(config.out, result)
+        files += [("report", config.out), ("page", config.out.with_suffix(".html"))]
+    return result.report, files
 
 
-def connect_judge(config: JudgeConfig) -> Rater:
-    """Return a judge. One that runs here can only answer with a number."""
-    if bool(config.model) == bool(config.url):
-        raise InputError("--select judge needs one of --judge.model and --judge.url")
-    generator, _ = connect(config)
-    name = config.model or f"{config.url} {config.url_model}"
-    if config.by == "likelihood":
-        return RewardModel(generator, name)
-    return RatingJudge(generator, GUIDED_RATING if config.model else RATING, name)
+def connect_judge(config: EvalConfig, predictions: Path) -> tuple[Rater | None, Grader | None]:
+    """Load the judge, if one is named, as the rater that selects replies and as the grader of what scores leave undecided."""
+    judge = config.judge
+    if not (judge.model or judge.url):
+        if config.method.select == "judge":
+            raise InputError("--select judge needs one of --judge.model and --judge.url")
+        return None, None
+    generator, name = connect(judge)
+    grader = Grader(generator, name, beside(predictions, "judge.jsonl"))
+    if config.method.select != "judge":
+        return None, grader
+    shown = judge.model or f"{judge.url} {judge.url_model}"
+    if judge.by == "likelihood":
+        return RewardModel(generator, shown), None
+    return RatingJudge(generator, GUIDED_RATING if judge.model else RATING, shown), grader
 
 
 def evaluate(
+    task: Task, generator: Generator, config: EvalConfig = DEFAULT, *, model: str, predictions: Path, **options: Any
+) -> dict[str, Any]:
+    """Answer a task's examples and return the report, as `evaluate_all` does."""
+    return evaluate_all(task, generator, config, model=model, predictions=predictions, **options).report
+
+
+def evaluate_all(
     task: Task,
     generator: Generator,
     config: EvalConfig = DEFAULT,
@@ -92,9 +137,10 @@ def evaluate(
     model: str,
     predictions: Path,
     judge: Rater | None = None,
+    grader: Grader | None = None,
     on_progress: ShowProgress = lambda *_, **__: None,
-) -> dict[str, Any]:
-    """Answer a task's examples and return the report.
+) -> Evaluated:
+    """Answer a task's examples, score the replies, and write the scores beside the predictions.
 
     A saved prediction is used again if generator, sampling, method and judge are the same, and the example still asks the same
     with the same answers; how many are is printed on standard error.
@@ -105,6 +151,7 @@ def evaluate(
         model: The model's name in the report.
         predictions: A file of predictions, continued if it exists.
         judge: Rates replies, if the method selects by judge.
+        grader: Decides about replies that the task's rule leaves undecided. What stays undecided makes the value a range.
         on_progress: Gets the predictions so far, all that are asked for, those of an earlier run, and the metric so far.
 
     Raises:
@@ -113,7 +160,7 @@ def evaluate(
     """
     if (config.method.select == "judge") != (judge is not None):
         raise InputError(f"a judge is needed to select by judge, and then only; select is {config.method.select}")
-    examples = list(islice(task.examples(), config.limit))
+    examples = limited(task.examples(), config.limit)
     by_id = {example.id: example for example in examples}
     if not examples or len(by_id) != len(examples):
         count = f"{len(examples)} examples, but {len(by_id)} different ids" if examples else "no examples"
@@ -139,21 +186,60 @@ def evaluate(
             total += sum(p.score for p in new)
             seconds = time.monotonic() - started
             size = min(2 * size, config.batch_size) if seconds < 2 else max(1, size // 2) if seconds > 20 else size
-            on_progress(len(done), len(examples), resumed=resumed, note=f"{total / len(done):.2%} so far")
+            on_progress(
+                len(done),
+                len(examples),
+                resumed=resumed,
+                note=f"{total / len(done):{'.2%' if total <= len(done) else '.3f'}} so far",
+            )
     answered = [done[example.id] for example in examples]
-    by_type = defaultdict(list)
-    for prediction in answered:
-        by_type[prediction.group].append(prediction.score)
-    return {
+    scores = [asking.scores[example.id] for example in examples]
+    scored = list(map(Scored, examples, grader.decide(scores) if grader else scores))
+    report = {
         "task": task.name,
         "metric": task.metric,
-        **summary([prediction.score for prediction in answered]),
-        "by_type": {group: summary(scores) for group, scores in sorted(by_type.items())},
-        **({} if config.method == ONE_REPLY else asking.samples_report(examples, answered)),
+        **figures_of(task, scored, config.undecided),
+        **({} if config.method == ONE_REPLY else asking.samples_report(examples, answered, grader)),
         "model": model,
         "params": json.loads(json.dumps(asdict(asking.params))),
+        **task.settings(),
         "versions": versions(),
     }
+    if report["value"] is not None:
+        headline = next(iter(task.figures(scored).values()))
+        write_scores(beside(predictions, "scores.jsonl"), {"task": task.name, "model": model}, headline, scored, answered)
+    return Evaluated(report, scored, answered)
+
+
+def limited(examples: Iterable[Example], limit: int | None) -> list[Example]:
+    """Return the first examples, as many whole clusters as the limit holds, and at least one."""
+    examples = iter(examples)
+    first = list(islice(examples, limit))
+    if limit is None or not any(example.cluster for example in first):
+        return first
+    every, total = [*first, *examples], 0
+    kept: set[str] = set()
+    for cluster, size in Counter(example.cluster or example.id for example in every).items():
+        if (total := total + size) > limit and kept:
+            break
+        kept.add(cluster)
+    return [example for example in every if (example.cluster or example.id) in kept]
+
+
+def figures_of(task: Task, scored: list[Scored], undecided: Literal["range", "wrong"]) -> dict[str, Any]:
+    """Return the headline and the other figures of a report. Undecided replies make each value a range, from wrong to right."""
+    if not any(s.example.answers for s in scored):  # a server has them
+        return {"value": None, "ci95": None, "n": len(scored), "by_type": {}}
+    rows = rows_of(task.figures(scored))
+    left = [s.score.undecided for s in scored if s.score.undecided]
+    if left and undecided == "range":
+        for name, best in rows_of(task.figures([Scored(s.example, if_right(s.score)) for s in scored])).items():
+            row = rows[name]
+            row |= {"range": [row["value"], best["value"]], "ci95": [row["ci95"][0], max(row["ci95"][1], best["ci95"][1])]}
+    headline, *others = rows
+    notes = sorted({f"the official tool {question.official}" for question in left if question.official})
+    about = {"undecided": {"replies": len(left), "count_as": undecided, "notes": notes}} if left else {}
+    return {**rows[headline], "by_type": {name: rows[name] for name in others}, **about}
 
 
 @dataclass(frozen=True)
@@ -165,6 +251,8 @@ class _Asking:
     params: SamplingParams
     method: Method
     judge: Rater | None
+    scores: dict[str, Score] = field(default_factory=dict[str, Score])
+    """Scores of the replies that count, by example."""
 
     def about(self) -> dict[str, Any]:
         """Return what predictions depend on beside their questions."""
@@ -203,24 +291,29 @@ class _Asking:
     def prediction(self, example: Example, text: str, samples: tuple[Candidate, ...] = ()) -> Prediction:
         """Score a reply, or the one that counts of several, by the current rules."""
         chosen = samples[choose(samples, self.method.select)] if samples else Candidate(text=text, answer=text)
+        score = self.scores[example.id] = self.score(chosen.answer, example)
         return Prediction(
             id=example.id, asked=self.hash(example), group=example.group, answers=example.answers, prediction=chosen.text,
-            score=self.score(chosen, example), samples=samples,
+            score=score.value, samples=samples, read=score.answer, cluster=example.cluster,
         )  # fmt: skip
 
-    def score(self, candidate: Candidate, example: Example) -> float:
-        if candidate.answer is None:
-            return 0.0
-        score = self.task.score(candidate.answer, example.answers)
-        if not isinstance(score, int | float) or not 0 <= score <= 1:
-            raise InputError(f"the score of {example.id} must be a number from 0 to 1, got {short(score)}")
-        return float(score)
+    def score(self, answer: str | None, example: Example) -> Score:
+        """Score an answer by the task's rule; a reply without an answer is wrong."""
+        score = Score() if answer is None else self.task.score(answer, example)
+        if isinstance(score, int | float) and 0 <= score <= 1:
+            return Score(value=float(score))
+        if not isinstance(score, Score) or not all(map(math.isfinite, (score.value, *score.numbers.values()))):
+            raise InputError(f"the score of {example.id} must be a Score or a number from 0 to 1, got {short(score)}")
+        return score
 
-    def samples_report(self, examples: list[Example], predictions: list[Prediction]) -> dict[str, Any]:
+    def samples_report(self, examples: list[Example], predictions: list[Prediction], grader: Grader | None) -> dict[str, Any]:
         """Report the metric for fewer replies, and how many replies have no answer or rating."""
         samples = [p.samples for p in predictions]
         candidates = [candidate for replies in samples for candidate in replies]
-        scores = [[self.score(c, example) for c in replies] for example, replies in zip(examples, samples, strict=True)]
+        pairs = [(example, c.answer) for example, replies in zip(examples, samples, strict=True) for c in replies]
+        graded = [self.score(answer, example) for example, answer in pairs]
+        values = iter(score.value for score in (grader.decide(graded) if grader else graded))
+        scores = [list(islice(values, len(replies))) for replies in samples]
         return {
             "method": asdict(self.method),
             "judge": fingerprint.of_judge(self.judge),

@@ -39,7 +39,9 @@ def page(title: str, *sections: str, style: str = "") -> str:
     )
 
 
-def check_places(report: Path, keys: Set[str], page: Path | None, title: str, command: str) -> None:
+def check_places(
+    report: Path, keys: Set[str], page: Path | None, title: str, command: str, *, plots: bool = True
+) -> None:  # fmt: skip
     """Check that a report and its page can be written without harm to files of another kind. A missing folder is created.
 
     A report that has these keys, a page with this title, and an empty file may be replaced.
@@ -60,7 +62,7 @@ def check_places(report: Path, keys: Set[str], page: Path | None, title: str, co
         if isinstance(error, InputError):
             raise
         raise InputError(f"{report}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
-    if page:
+    if page and plots:
         pyplot()
 
 

@@ -19,7 +19,7 @@ from ivl.evaluation import fingerprint
 from ivl.evaluation.config import EvalConfig, Method
 from ivl.evaluation.run import evaluate
 from ivl.evaluation.scoring import exact_match
-from ivl.evaluation.task import Example
+from ivl.evaluation.task import Example, Task
 from ivl.evaluation.voting import RatingJudge
 from ivl.generators import PlainReply
 from ivl.generators.remote import RemoteGenerator
@@ -38,7 +38,7 @@ FOREIGN = (
 
 
 @dataclass
-class Asks:
+class Asks(Task):
     """Three questions about one picture."""
 
     picture: str | bytes
@@ -53,8 +53,8 @@ class Asks:
             words = self.words if n else "the same"
             yield Example(id=str(n), conversation=ivl.ask(words, self.picture), answers=self.answers if n else ("red",))
 
-    def score(self, prediction: str, answers: tuple[str, ...]) -> Any:
-        return exact_match(prediction, answers)
+    def score(self, reply: str, example: Example) -> Any:
+        return exact_match(reply, example.answers)
 
 
 @dataclass
@@ -250,7 +250,9 @@ def test_replies_of_odd_types_are_one_line(tmp_path: Path, picture: str, says: A
 def test_scores_of_odd_types_are_one_line(tmp_path: Path, picture: str, score: Any) -> None:
     task = Asks(picture)
     task.score = lambda *_: score  # type: ignore[method-assign]
-    with pytest.raises(InputError, match="task asks, examples 0 to 2: the score of 0 must be a number from 0 to 1, got"):
+    with pytest.raises(
+        InputError, match="task asks, examples 0 to 2: the score of 0 must be a Score or a number from 0 to 1, got"
+    ):
         evaluate(task, Counts(), model="m", predictions=tmp_path / "p.jsonl")
 
 

@@ -16,7 +16,7 @@ from ivl.evaluation.config import EvalConfig, Method
 from ivl.evaluation.curve import by_size, curve
 from ivl.evaluation.run import evaluate
 from ivl.evaluation.scoring import exact_match
-from ivl.evaluation.task import Example
+from ivl.evaluation.task import Example, Task
 from ivl.evaluation.voting import Candidate
 from ivl.generators import PlainReply
 from ivl.types import Conversation, Message, SamplingParams, Text
@@ -26,15 +26,15 @@ VOTED = Method(style="final_answer", samples=8)
 NUM = 40
 
 
-class Sums:
+class Sums(Task):
     name, metric, params = "sums", "exact_match", SamplingParams(max_new_tokens=64, temperature=1.0)
 
     def examples(self) -> Iterator[Example]:
         for n in range(NUM):
             yield Example(id=f"sum-{n}", conversation=(Message("user", (Text(f"{n}+1"),)),), answers=(str(n + 1),))
 
-    def score(self, prediction: str, answers: tuple[str, ...]) -> float:
-        return exact_match(prediction, answers)
+    def score(self, reply: str, example: Example) -> float:
+        return exact_match(reply, example.answers)
 
 
 class Unsure:
@@ -175,7 +175,6 @@ def test_the_command_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--samples", "0"], "at least 1 reply"),
         (["--select", "vote"], "--select vote chooses among several replies: give --samples 2 or more"),
         (["--samples", "4", "--select", "judge"], "--select judge needs one of --judge.model and --judge.url"),
-        (["--samples", "4", "--judge-model", "m"], "with --select judge and --samples of 2"),
         (["--samples", "4", "--select", "judge", "--judge-url", "http://x/v1"], "--judge.url needs --judge.url-model"),
         (["--temperature", "-1"], "temperature must be a number in"),
         (["--samples", "2", "--temperature", "0"], "at temperature 0 all 2 replies are the same"),

@@ -13,7 +13,7 @@ from typing import Literal
 
 from ivl.errors import InputError
 from ivl.evaluation.scoring import exact_match
-from ivl.evaluation.task import Example
+from ivl.evaluation.task import Example, Task
 from ivl.types import Conversation, ImageRef, Message, SamplingParams, Text
 
 Split = Literal["train", "test"]
@@ -75,15 +75,14 @@ def conversation(row: Row, *, answered: bool, suffix: str = "") -> Conversation:
     return question, Message("assistant", (Text(row.answer),))
 
 
-class EasyVQA:
+class EasyVQA(Task):
     """Exact match of one-word answers, reported by kind of question."""
 
     metric = "exact_match"
     params = SamplingParams(max_new_tokens=10)
 
-    def __init__(self, name: str, suffix: str = "") -> None:
-        self.name = name
-        self.suffix = suffix
+    def __init__(self, name: str, about: str, suffix: str = "") -> None:
+        self.name, self.about, self.suffix = name, about, suffix
 
     def examples(self) -> Iterator[Example]:
         """Yield the test split."""
@@ -91,6 +90,12 @@ class EasyVQA:
             asked = conversation(row, answered=False, suffix=self.suffix)
             yield Example(id=row.id, conversation=asked, answers=(row.answer,), group=row.kind)
 
-    def score(self, prediction: str, answers: tuple[str, ...]) -> float:
+    def score(self, reply: str, example: Example) -> float:
         """Score a reply by exact match."""
-        return exact_match(prediction, answers)
+        return exact_match(reply, example.answers)
+
+
+TASKS = (
+    EasyVQA("easy-vqa", "one-word questions about a colored shape, as `make quickstart` trains them"),
+    EasyVQA("easy-vqa-short", "the same, asking for a short answer: for models not trained on it", SHORT_ANSWER),
+)

@@ -1,0 +1,223 @@
+"""Reads the files of benchmarks: VLMEvalKit's TSV, tables of the Hugging Face hub, and jsonl.
+
+Every row comes as texts by column, without empty cells, and with its pictures under PICTURES.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import binascii
+import csv
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ivl.errors import InputError, short
+from ivl.formats.rows import open_rows
+from ivl.utils.files import regular
+
+PICTURES = "<pictures>"
+"""The key under which a row holds its pictures, as bytes or paths."""
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LONGEST_REFERENCE = 64
+"""A picture cell of at most so many characters is the index of the row whose picture is meant."""
+_PICTURE = re.compile(r"image(?:s|_list|_\d+)?|decoded_image")
+_OPTIONS, _OPTION = ("options", "choices", "candidates"), re.compile(r"(?:choice_|option_?)([a-z]|\d)")
+
+
+def data_root() -> Path:
+    """Return the folder of benchmark files: LMUData of the environment if it exists, else ~/LMUData."""
+    told = os.environ.get("LMUData")  # noqa: SIM112, the name that VLMEvalKit reads
+    return Path(told) if told and Path(told).exists() else Path.home() / "LMUData"
+
+
+def read_rows(path: Path, columns: Mapping[str, str], *, samples: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows of a file or folder of rows, each with its place.
+
+    Args:
+        columns: New names of columns of tables and jsonl that are called otherwise than in VLMEvalKit's TSV.
+        samples: Whether a file of jsonl has samples of lmms-eval.
+
+    Raises:
+        InputError: naming the place of what cannot be read.
+    """
+    if path.suffix in (".tsv", ".csv", ".xlsx"):
+        for place, cells in _with_shared_pictures(path):
+            row = {key: value for key, value in cells.items() if value and key != "image"}
+            yield place, row | {PICTURES: _pictures_of_cell(path, place, cells)}
+        return
+    rows = open_rows(path)
+    for index in range(len(rows)):
+        place = rows.source(index)
+        yield place, _from_table(_of_sample(rows[index], place) if samples else rows[index], columns, path, place)
+
+
+def literal(cell: Any) -> list[Any]:
+    """Return a cell as a list: the text of a Python list is parsed, anything else is its only item."""
+    if isinstance(cell, list | tuple):
+        return list(cell)
+    text = str(cell).strip()
+    if text.startswith("[") and text.endswith("]"):
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            return [cell]
+        return value if isinstance(value, list) else [cell]
+    return [cell]
+
+
+def options_of(row: Mapping[str, Any]) -> dict[str, str]:
+    """Return the options of a row by letter, in order, up to the first that is missing."""
+    options: dict[str, str] = {}
+    for letter in LETTERS:
+        if row.get(letter) is None:
+            break
+        options[letter] = str(row[letter])
+    return options
+
+
+@lru_cache(64)
+def _md5(path: str, *_: int) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
+
+
+def md5(path: Path) -> str:
+    """Return the MD5 of a file, computed once as long as it does not change; empty for a folder."""
+    if path.is_dir():
+        return ""
+    try:
+        status = regular(path)
+        return _md5(str(path), status.st_size, status.st_mtime_ns)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _with_shared_pictures(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the cells of a TSV, each reference to another row's picture replaced by that picture.
+
+    The file is read three times where it has references, so that pictures of all other rows need not stay in memory.
+    """
+    wanted = {cell for _, row in _cells(path) if 0 < len(cell := row.get("image", "")) <= LONGEST_REFERENCE}
+    shared = {row["index"]: row["image"] for _, row in _cells(path) if row.get("index") in wanted} if wanted else {}
+    for place, row in _cells(path):
+        cell = row.get("image", "")
+        if 0 < len(cell) <= LONGEST_REFERENCE:
+            row["image"] = shared.get(cell, "")
+            if len(row["image"]) <= LONGEST_REFERENCE:
+                raise InputError(f"{place}: its picture is that of row {short(cell)}, which has none")
+        yield place, row
+
+
+def _cells(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    if path.suffix == ".xlsx":
+        yield from _sheet(path)
+        return
+    csv.field_size_limit(2**31 - 1)  # a cell holds megabytes of base64
+    try:
+        regular(path)
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, delimiter="," if path.suffix == ".csv" else "\t")
+            for row in reader:
+                place = f"{path}:{reader.line_num}"
+                if None in row or None in row.values():
+                    raise InputError(f"{place}: has another number of cells than the first line names")
+                yield place, row
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+
+
+def _sheet(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    try:
+        import openpyxl
+    except ImportError:
+        raise InputError(f"{path}: reading xlsx needs openpyxl: pip install openpyxl; or save it as tsv") from None
+    try:
+        sheet = openpyxl.load_workbook(path, read_only=True, data_only=True).active
+        lines = iter(sheet.iter_rows(values_only=True))
+        head = [str(name) for name in next(lines)]
+        for number, line in enumerate(lines, 2):
+            yield f"{path}:{number}", {name: "" if cell is None else str(cell) for name, cell in zip(head, line, strict=False)}
+    except (OSError, ValueError, KeyError, StopIteration) as error:
+        raise InputError(f"{path}: is no xlsx file that can be read ({error})") from None
+
+
+def _pictures_of_cell(path: Path, place: str, cells: Mapping[str, str]) -> tuple[bytes | str, ...]:
+    if not cells.get("image"):
+        if "image" in cells or not cells.get("image_path"):
+            return ()
+        return tuple(_found(str(name), path, "images", f"images/{path.stem}") for name in literal(cells["image_path"]))
+    try:
+        return tuple(base64.b64decode(str(item), validate=True) for item in literal(cells["image"]))
+    except (binascii.Error, ValueError) as error:
+        raise InputError(f"{place}: its picture is no base64 ({error})") from None
+
+
+def _from_table(raw: Mapping[str, Any], columns: Mapping[str, str], path: Path, place: str) -> dict[str, Any]:
+    """Return a row of a hub table or of jsonl with the columns of a TSV: options as A, B, ..., an answer as its letter."""
+    row: dict[str, Any] = {columns.get(key, key): value for key, value in raw.items() if value is not None and value != ""}
+    pictures: list[bytes | str] = []
+    for key in [key for key in row if _PICTURE.fullmatch(key)]:
+        value = row.pop(key)
+        if key != "image" or "decoded_image" not in row:
+            pictures += [_picture(item, path, place) for item in (value if isinstance(value, list) else literal(value))]
+    for key in [key for key in _OPTIONS if key in row]:
+        texts = literal(row.pop(key))
+        row |= {letter: _unlettered(str(text), letter) for letter, text in zip(LETTERS, texts, strict=False)}
+    for key in [key for key in row if _OPTION.fullmatch(key)]:
+        name = key[-1]
+        row[LETTERS[int(name)] if name.isdigit() else name.upper()] = str(row.pop(key))
+    answer = row.get("answer")
+    if "A" in row and isinstance(answer, int | str):
+        if re.fullmatch(r"\d", str(answer)) and str(answer) not in options_of(row).values():
+            row["answer"] = LETTERS[int(answer)]
+        elif match := re.fullmatch(r"\(([A-Z])\)", str(answer)):
+            row["answer"] = match[1]
+    return row | {PICTURES: tuple(pictures)}
+
+
+def _unlettered(text: str, letter: str) -> str:
+    """Take the letter off an option that is written with it, as in `(A) cat` and `A. cat`."""
+    return re.sub(rf"^(?:\({letter}\)|{letter}\.)\s+", "", text)
+
+
+def _picture(value: Any, path: Path, place: str) -> bytes | str:
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str) and len(value) > 512:
+        with_head = value.partition("base64,")
+        try:
+            return base64.b64decode(with_head[2] or value, validate=True)
+        except (binascii.Error, ValueError):
+            value = None
+    if isinstance(value, str) and value:
+        return _found(value, path)
+    if not isinstance(value, bytes) or not value:
+        raise InputError(f"{place}: a picture must be bytes, base64 or a path, got {short(value)}")
+    return value
+
+
+def _found(name: str, path: Path, *folders: str) -> str:
+    """Return the path of a picture, which may be relative to any folder above the rows; as it is where none has it."""
+    if not Path(name).is_absolute():
+        for parent in path.absolute().parents:
+            for folder in (*folders, ""):
+                if (place := parent / folder / name).is_file():
+                    return str(place)
+    return name
+
+
+def _of_sample(sample: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Return the row of a sample of lmms-eval, with the reply under `prediction`."""
+    try:
+        reply = sample["filtered_resps"] if sample.get("filtered_resps") else sample["resps"]
+        while isinstance(reply, list):
+            reply = reply[0]
+        return {"index": sample["doc_id"], **sample["doc"], "prediction": str(reply)}
+    except (KeyError, TypeError, IndexError) as error:
+        raise InputError(f"{place}: is no sample of lmms-eval ({type(error).__name__} {error})") from None

@@ -1,0 +1,119 @@
+"""Files that other tools read: VLMEvalKit's predictions and scores, lmms-eval's results and samples, submissions to servers."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ivl.errors import InputError
+from ivl.evaluation.config import Export
+from ivl.evaluation.task import Scored, Task
+from ivl.utils.files import write_atomic
+from ivl.utils.jsonl import json_line
+
+LONGEST_CELL = 32_767
+"""Characters of a cell of xlsx; Excel's own limit."""
+
+
+def export(
+    kind: Export, folder: Path, task: Task, report: Mapping[str, Any], scored: Sequence[Scored], replies: Sequence[str]
+) -> list[Path]:
+    """Write the files of a run; return their paths.
+
+    Raises:
+        InputError: if a reply does not fit into a cell of xlsx, a library is missing or a file cannot be written.
+    """
+    model = re.sub(r"[^\w.-]+", "_", str(report["model"]).rstrip("/").rpartition("/")[2])
+    try:
+        if kind == "lmms-eval":
+            return _lmms_eval(folder / model, task, report, scored, replies)
+        stem = folder / model / f"{model}_{getattr(task, 'file', task.name)}"
+        rows = [{**s.example.row, "prediction": reply} for s, reply in zip(scored, replies, strict=True)]
+        figures = {"Overall": report, **report["by_type"]}
+        table = [{"split": "none", **{name: row["value"] for name, row in figures.items()}}]
+        return [write_table(Path(f"{stem}.{kind}"), rows), write_table(Path(f"{stem}_acc.csv"), table)]
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write rows as tsv, csv or xlsx, by the name."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cells = [[row.get(column, "") for column in columns] for row in rows]
+    if path.suffix == ".xlsx":
+        _write_sheet(path, columns, cells)
+        return path
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter="," if path.suffix == ".csv" else "\t", lineterminator="\n")
+    writer.writerows([columns, *cells])
+    write_atomic(path, text.getvalue())
+    return path
+
+
+def _write_sheet(path: Path, columns: list[str], cells: Iterable[list[Any]]) -> None:
+    try:
+        import openpyxl
+    except ImportError:
+        raise InputError(f"{path}: writing xlsx needs openpyxl: pip install openpyxl; or export as tsv") from None
+    book = openpyxl.Workbook()
+    sheet = book.worksheets[0]
+    sheet.append(columns)
+    for number, line in enumerate(cells, 2):
+        texts = [cell if isinstance(cell, int | float) else str(cell) for cell in line]
+        if any(isinstance(cell, str) and len(cell) > LONGEST_CELL for cell in texts):
+            raise InputError(f"{path}:{number}: a cell of xlsx holds {LONGEST_CELL:,} characters at most; export as tsv")
+        sheet.append(texts)
+    book.save(path)
+
+
+def _lmms_eval(
+    folder: Path, task: Task, report: Mapping[str, Any], scored: Sequence[Scored], replies: Sequence[str]
+) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp, metric = time.strftime("%Y%m%d_%H%M%S"), re.sub(r"\W+", "_", report["metric"])
+    low, high = report["ci95"] or (0.0, 0.0)
+    results = {
+        "results": {task.name: {"alias": task.name, f"{metric},none": report["value"],
+                                f"{metric}_stderr,none": (high - low) / (2 * 1.959964)}},
+        "configs": {task.name: {"task": task.name, "generation_kwargs": report["params"]}}, "versions": {task.name: 0},
+        "n-shot": {task.name: 0}, "model_name": report["model"], "n-samples": {task.name: {"effective": len(scored)}},
+    }  # fmt: skip
+    samples = [
+        {
+            "doc_id": number, "doc": dict(s.example.row), "target": list(s.example.answers),
+            "arguments": s.example.conversation[-1].text, "resps": [[reply]], "filtered_resps": [reply], metric: s.score.value,
+            "doc_hash": hashlib.sha256(json.dumps(dict(s.example.row), default=str).encode()).hexdigest(),
+        }
+        for number, (s, reply) in enumerate(zip(scored, replies, strict=True))
+    ]  # fmt: skip
+    paths = [folder / f"{stamp}_results.json", folder / f"{stamp}_samples_{task.name}.jsonl"]
+    write_atomic(paths[0], json.dumps(results, indent=2))
+    write_atomic(paths[1], b"".join(map(json_line, samples)).decode())
+    return paths
+
+
+def submit(path: Path, task: Task, scored: Sequence[Scored], replies: Sequence[str]) -> Path:
+    """Write the answers to questions whose references are hidden, as the benchmark's server takes them.
+
+    Args:
+        path: The file without its suffix.
+    """
+    form = getattr(task, "submission", "map")
+    if form == "table":
+        rows = [{**s.example.row, "prediction": reply} for s, reply in zip(scored, replies, strict=True)]
+        return write_table(Path(f"{path}.tsv"), rows)
+    texts = {str(s["id"] or s.example.id): s.score.answer or reply for s, reply in zip(scored, replies, strict=True)}
+    answers: Any = texts
+    if form == "list":
+        answers = [{"questionId": int(key) if key.isdigit() else key, "answer": text} for key, text in texts.items()]
+    path = Path(f"{path}.json")
+    write_atomic(path, json.dumps(answers, ensure_ascii=False, indent=2))
+    return path

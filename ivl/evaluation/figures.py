@@ -1,0 +1,178 @@
+"""Figures of a benchmark, each with its 95% interval.
+
+A figure is a weighted sum of ratios, and a ratio is a sum of numerators over a sum of denominators. So are a mean, a share of
+groups that are all right, F1, a mean of means and a sum of points. Numerators and denominators are kept by cluster, which
+makes one bootstrap over clusters (Efron and Tibshirani, 1993, chapter 8) serve all of them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ivl.evaluation.scoring import wilson
+
+if TYPE_CHECKING:
+    from ivl.evaluation.task import Scored
+
+DRAWS, DRAWN_AT_A_TIME = 1000, 2_000_000
+"""Bootstrap samples, and most counts of clusters in memory."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Sums of numerators and denominators by cluster."""
+
+    sums: Mapping[str, tuple[float, float]]
+    plain: bool = False
+    """Every cluster is one unit with a number from 0 to 1, so that Wilson's interval holds."""
+
+    @property
+    def value(self) -> float:
+        """The quotient; 0 without any unit."""
+        top, bottom = (sum(pair[side] for pair in self.sums.values()) for side in (0, 1))
+        return top / bottom if bottom else 0.0
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A weighted sum of ratios."""
+
+    terms: tuple[tuple[float, Ratio], ...]
+    n: int
+    """Units that it counts, such as questions."""
+    points: bool = False
+    """Shown as it is, such as the 2,800 points of a sum; other figures are shares, and shown in percent."""
+
+    @property
+    def value(self) -> float:
+        """The figure of all units."""
+        return sum(weight * ratio.value for weight, ratio in self.terms)
+
+    def interval(self) -> tuple[float, float]:
+        """Return the 95% interval: Wilson's for a share of units that stand alone, else of the bootstrap over clusters."""
+        if len(self.terms) == 1 and self.terms[0][1].plain and self.n:
+            weight, ratio = self.terms[0]
+            low, high = wilson(sum(top for top, _ in ratio.sums.values()), len(ratio.sums))
+            return weight * low, weight * high
+        if not (clusters := self.clusters):
+            return 0.0, 0.0
+        low, high = np.quantile(np.concatenate([self.at(counts) for counts in draws(clusters)]), (0.025, 0.975))
+        return float(low), float(high)
+
+    @property
+    def clusters(self) -> list[str]:
+        """The clusters of all ratios."""
+        return list(dict.fromkeys(cluster for _, ratio in self.terms for cluster in ratio.sums))
+
+    def at(self, counts: np.ndarray, clusters: Sequence[str] | None = None) -> np.ndarray:
+        """Return the figure for each draw, given how often each draw has each cluster [draws, clusters]."""
+        order = {cluster: at for at, cluster in enumerate(clusters or self.clusters)}
+        total = np.zeros(len(counts))
+        for weight, ratio in self.terms:
+            at = [order[cluster] for cluster in ratio.sums]
+            tops, bottoms = counts[:, at] @ np.array(list(ratio.sums.values()) or np.zeros((0, 2)), dtype=float).T[:, :, None]
+            # A draw may miss a whole category, whose ratio is then the one of all units.
+            known = bottoms[:, 0] != 0
+            total += weight * np.where(known, tops[:, 0] / np.where(known, bottoms[:, 0], 1), ratio.value)
+        return total
+
+
+Figures = dict[str, Figure]
+"""Figures by name; the first is the headline."""
+
+
+def draws(clusters: Sequence[str]) -> Iterable[np.ndarray]:
+    """Yield how often each bootstrap sample has each cluster [draws, clusters], the same on every run."""
+    rng, count = np.random.default_rng(0), len(clusters)
+    size = max(1, min(DRAWS, DRAWN_AT_A_TIME // max(1, count)))
+    for start in range(0, DRAWS, size):
+        yield rng.multinomial(count, np.full(count, 1 / count), size=min(size, DRAWS - start)).astype(float)
+
+
+def ratio(scored: Sequence[Scored], top: Callable[[Scored], float], bottom: Callable[[Scored], float]) -> Figure:
+    """Return the sum of `top` over the sum of `bottom`, such as F1."""
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for each in scored:
+        pair = sums[each.cluster]
+        pair[0] += top(each)
+        pair[1] += bottom(each)
+    return Figure(((1.0, Ratio({cluster: (pair[0], pair[1]) for cluster, pair in sums.items()})),), len(scored))
+
+
+def mean(scored: Sequence[Scored], number: str = "value") -> Figure:
+    """Return the mean of a number of the scores."""
+    figure = ratio(scored, lambda s: s.number(number), lambda _: 1.0)
+    return _plain(figure, len(scored), (s.number(number) for s in scored))
+
+
+def all_right(scored: Sequence[Scored], key: Callable[[Scored], Hashable]) -> Figure:
+    """Return the share of the groups with the same key in which every reply is right."""
+    groups: dict[Hashable, list[Scored]] = defaultdict(list)
+    for each in scored:
+        groups[key(each)].append(each)
+    sums: dict[str, tuple[float, float]] = {}
+    for members in groups.values():
+        right, total = sums.get(members[0].cluster, (0.0, 0.0))
+        sums[members[0].cluster] = right + all(s.score.value == 1 for s in members), total + 1
+    return _plain(Figure(((1.0, Ratio(sums)),), len(groups)), len(groups), ())
+
+
+def _plain(figure: Figure, units: int, numbers: Iterable[float]) -> Figure:
+    (weight, only), *_ = figure.terms
+    plain = len(only.sums) == units and all(0 <= number <= 1 for number in numbers)
+    return replace(figure, terms=((weight, replace(only, plain=plain)),))
+
+
+def combined(figures: Iterable[Figure], weight: float = 1.0, *, points: bool = False, n: int | None = None) -> Figure:
+    """Return the sum of figures, each times the weight.
+
+    Args:
+        points: Whether it is shown as it is, and not in percent.
+        n: Its units; by default those of all figures together.
+    """
+    figures = list(figures)
+    terms = tuple((weight * inner, part) for figure in figures for inner, part in figure.terms)
+    return Figure(terms, sum(figure.n for figure in figures) if n is None else n, points)
+
+
+def average(figures: Iterable[Figure], *, n: int | None = None) -> Figure:
+    """Return the unweighted mean of figures."""
+    figures = list(figures)
+    return combined(figures, 1 / max(1, len(figures)), points=any(figure.points for figure in figures), n=n)
+
+
+def points(figure: Figure, scale: float = 1.0) -> Figure:
+    """Return a figure that is shown as it is, times the scale: a sum is the mean times the number of units."""
+    return combined([figure], scale, points=True)
+
+
+def by(scored: Iterable[Scored], keys: Callable[[Scored], Iterable[str]]) -> dict[str, list[Scored]]:
+    """Sort scores into groups by their keys, in the order of first appearance. A score may belong to several groups."""
+    groups: dict[str, list[Scored]] = defaultdict(list)
+    for each in scored:
+        for key in keys(each):
+            groups[key].append(each)
+    return dict(groups)
+
+
+def rows_of(figures: Figures) -> dict[str, dict[str, Any]]:
+    """Return figures as the rows of a report."""
+    return {
+        name: {
+            "value": figure.value, "ci95": list(figure.interval()), "n": figure.n,
+            **({"points": True} if figure.points else {}),
+        }
+        for name, figure in figures.items()
+    }  # fmt: skip
+
+
+def shown(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the value and the interval of a report's row as text."""
+    form = "{:,.2f}" if row.get("points") else "{:.2%}"
+    value = " to ".join(map(form.format, row.get("range", [row["value"]])))
+    return value, " to ".join(map(form.format, row["ci95"]))
