@@ -15,7 +15,7 @@ from ivl.data.elastic import deal
 from ivl.data.encode import Encoded, Encoder, SampleCache, encode
 from ivl.data.mixture import Draw, Mixture, load_mixture
 from ivl.data.packing import OpenPack, Packer, collate
-from ivl.errors import DataError, InputError
+from ivl.errors import DataError, InputError, short
 from ivl.processing.processor import Processor
 from ivl.types import Batch, Sample
 
@@ -181,12 +181,11 @@ class Loader:
         mine = self.state()
         for each in states:
             if not self.mixture.matches(each["mixture"]):
-                raise InputError(
-                    f"the data have changed: the saved position is of {each['mixture']}, now they are {mine['mixture']}"
-                )
+                then, now = short(each["mixture"], 600), short(mine["mixture"], 600)
+                raise InputError(f"the data have changed: the saved position is of {then}, now they are {now}")
             for name in ("seed", "budgets"):
                 if each[name] != mine[name]:
-                    raise InputError(f"the saved data position has {name} {each[name]}, this run has {mine[name]}")
+                    raise InputError(f"the saved data position has {name} {short(each[name])}, this run has {mine[name]}")
         self._packer, self.report = self.new_packer(), LoaderReport()
         own = [each for each in states if (each["rank"], each["world_size"]) == (self.rank, self.world_size)]
         if own:

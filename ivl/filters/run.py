@@ -23,7 +23,7 @@ from ivl.filters.judge import DataJudge
 from ivl.filters.outputs import OUTPUTS, finished_report, read_entries, remove_outputs, write_outputs
 from ivl.filters.rows import Results, RowChecker, RowEntry, add_verdict
 from ivl.filters.rules import KEEP, FilterVerdict
-from ivl.formats.rows import RowFormat, row_files
+from ivl.formats.rows import RowFormat, hash_rows, row_files
 from ivl.utils.jsonl import Journal, reading_line
 from ivl.utils.progress import ShowProgress
 from ivl.utils.workers import in_order
@@ -129,12 +129,16 @@ def _check_folder(out: Path, inputs: Sequence[str]) -> None:
 
 
 def _journal(out: Path, checker: RowChecker, judge: DataJudge | None, *, fresh: bool) -> Journal:
-    """Open the journal. Its first line tells chain, data and judge, so that a run with others does not continue it."""
+    """Open the journal. Its first line tells chain, data and judge, so that a run with others does not continue it.
+
+    Rows that were edited are other data, at the same size, too: the journal names rows by their numbers.
+    """
     roots = [str(Path(spec.root).absolute()) for spec in checker.specs.values()]
-    sizes = {name: [len(rows), rows.num_bytes] for name, rows in checker.files.items()}
+    hashes = {name: hash_rows(checker.specs[name].annotation, rows.container) for name, rows in checker.files.items()}
+    num_rows = sum(map(len, checker.files.values()))
     about = {
         "chain": ", ".join(stage.name for stage in checker.chain.stages) + _digest(checker.chain.spelled_out()),
-        "data": f"{len(sizes)} data sets of {sum(count for count, _ in sizes.values()):,} rows" + _digest([roots, sizes]),
+        "data": f"{len(hashes)} data sets of {num_rows:,} rows" + _digest([roots, hashes]),
         "judge": judge and judge.name,
     }
     try:

@@ -58,7 +58,7 @@ class GrammarCompiler:
         try:
             source = read_source(grammar)
         except (ValueError, TypeError) as error:
-            return f"read: {str(error)[:MAX_ERROR_CHARS]}"
+            return f"read: {' '.join(str(error)[:MAX_ERROR_CHARS].split())}"
         vocabulary, trial = self._vocabulary
         try:
             trial(source)
@@ -69,7 +69,7 @@ class GrammarCompiler:
         matcher = compile_source(vocabulary, source)
         if not matcher.is_error():
             return matcher
-        message = matcher.get_error().split("\n<state>")[0].strip()
+        message = " ".join(matcher.get_error().split("\n<state>")[0].split())  # one line of several
         reason = "there is no text that it allows" if message.startswith("NoExtension") else message[:MAX_ERROR_CHARS]
         return f"followed: {reason}"
 

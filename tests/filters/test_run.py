@@ -273,6 +273,17 @@ def test_a_complete_run_is_left_alone(tmp_path: Path) -> None:
     assert len(CountingJudge(tmp_path / "asked").asked) == asked
 
 
+def test_rows_that_are_edited_at_equal_size_are_other_data(tmp_path: Path) -> None:
+    meta, out = world(tmp_path), tmp_path / "out"
+    run(chain(judged=False), meta, out)
+    before = outputs(out)
+    rows = (tmp_path / "text.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "text.jsonl").write_bytes(b"".join([rows[1], rows[0], *rows[2:]]))
+    with pytest.raises(InputError, match=r"belongs to another run \(data was.*--fresh"):
+        run(chain(judged=False), meta, out)
+    assert outputs(out) == before
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     meta, out = world(tmp_path), tmp_path / "out"
     run(chain(judged=False), meta, out)
