@@ -87,7 +87,7 @@ def model_config(top: Section, generation: Section, directory: Path) -> ModelCon
     decoder = decoder_from(text, family)
     ids = Values(int, 0, decoder.vocab_size - 1)
     # Qwen names a bos token that its tokenizer never writes.
-    bos = None if family == "qwen2" else text.read("bos_token_id", ids, None)
+    bos = None if family.startswith("qwen") else text.read("bos_token_id", ids, None)
     pad = generation.read("pad_token_id", ids, text.read("pad_token_id", ids, None))
     shuffles = Values(str, choices=("v1", "v2"))
     return _built(
@@ -296,6 +296,8 @@ def _decoder_json(config: ModelConfig, model_type: Family) -> dict[str, Any]:
     factor = config.decoder.rope_dynamic_factor
     # Both spellings of the same key would be refused by older libraries, so each model type gets the one it knows.
     kind = "type" if model_type == "internlm2" else "rope_type"
+    # The original library's chat() generates from embeddings, for which its generate() wants some bos id.
+    bos = config.pad_token_id if model_type.startswith("qwen") and config.bos_token_id is None else config.bos_token_id
     return {
         "model_type": model_type,
         **table.CONSTANTS[model_type],
@@ -306,5 +308,6 @@ def _decoder_json(config: ModelConfig, model_type: Family) -> dict[str, Any]:
         "use_cache": True,
         "tie_word_embeddings": False,
         **_end_tokens(config),
+        "bos_token_id": bos,
         "eos_token_id": config.eos_token_ids[-1],
     }

@@ -18,7 +18,7 @@ from ivl.utils.files import hold
 
 _OWN = re.compile(
     r"(config|generation_config|model\.safetensors\.index|tokenizer|tokenizer_config|special_tokens_map|preprocessor_config"
-    r"|video_preprocessor_config|processor_config|quantization)\.json|chat_template\.jinja|(model|mmproj)\.gguf"
+    r"|video_preprocessor_config|processor_config|quantization)\.json|chat_template\.jinja|(model|mmproj)\.gguf|tokenizer\.model"
     r"|model(-\d{5}-of-\d{5})?\.safetensors"
 )
 """Names of the files that ivl writes into a model directory."""

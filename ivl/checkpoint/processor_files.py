@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ivl.checkpoint.config_json import load_config
+from ivl.checkpoint.config_table import CODE_REPOS, MODEL_TYPE
+from ivl.checkpoint.sections import open_section
 from ivl.checkpoint.vocabulary import load_tokenizer, save_tokenizer
 from ivl.model.vlm import PIXEL_MEAN, PIXEL_STD
 from ivl.processing.chat import Template, template_of
@@ -23,7 +25,11 @@ def load_processor(directory: str | Path) -> Processor:
 
 
 def save_processor(processor: Processor, directory: str | Path) -> None:
-    """Write the tokenizer, image, video and processor files, which both dialects read; config.json is the checkpoint's."""
+    """Write the tokenizer, image, video and processor files, which both dialects read.
+
+    config.json is the checkpoint's and is written before: beside one of the original dialect, an InternLM2 that has its
+    tokenizer.model names the original tokenizer class.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     config, tiling = processor.config, processor.tiling
@@ -40,6 +46,7 @@ def save_processor(processor: Processor, directory: str | Path) -> None:
             "context_image_token": PLACEHOLDER,
             "video_token": VIDEO_TOKEN,
         },
+        **_slow_class(processor, directory),
     )
     (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
     pixels: dict[str, Any] = {
@@ -64,6 +71,19 @@ def save_processor(processor: Processor, directory: str | Path) -> None:
         directory / "processor_config.json",
         {"processor_class": "InternVLProcessor", "image_seq_length": config.tokens_per_tile},
     )
+
+
+def _slow_class(processor: Processor, directory: Path) -> dict[str, Any]:
+    """Keys that name InternLM2's own tokenizer class, which the original training code needs.
+
+    It finds by an attribute of that class that `<s>` starts each text; with any other class, each turn is trained with one.
+    """
+    model_type = open_section(directory / "config.json", optional=True).values.get("model_type")
+    family = processor.config.decoder.family
+    if processor.tokenizer.sentencepiece is None or family != "internlm2" or model_type != MODEL_TYPE["internvl_chat"]:
+        return {}
+    name = f"{CODE_REPOS[family]}--tokenization_internlm2.InternLM2Tokenizer"
+    return {"tokenizer_class": "InternLM2Tokenizer", "auto_map": {"AutoTokenizer": [name, None]}}
 
 
 def jinja(template: Template, system_message: str | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ QWEN_PLAIN = QWEN_ADDED[14:]
 INTERNLM2_PIECES = 92544
 INTERNLM2_ADDED = {92542: "<|im_end|>", 92543: "<|im_start|>"}
 """tokenizer.model of InternLM2.5 has these two under reserved names; its configuration renames them."""
-CONFIG_FILE = "tokenizer_config.json"
+CONFIG_FILE, SENTENCEPIECE_FILE = "tokenizer_config.json", "tokenizer.model"
 SPECIAL_KEYS = ("bos_token", "eos_token", "pad_token", "unk_token")
 ADDED_TOKEN_FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
 
@@ -47,6 +48,13 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
             contradict each other.
     """
     directory = Path(directory)
+    tokenizer = _load(directory)
+    if (file := directory / SENTENCEPIECE_FILE).exists():
+        tokenizer.sentencepiece = _read(file)
+    return tokenizer
+
+
+def _load(directory: Path) -> Tokenizer:
     config = open_section(directory / CONFIG_FILE, optional=True)
     for key in SPECIAL_KEYS:
         if not isinstance(config.values.get(key), str | None):
@@ -70,7 +78,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         with refusing_damage(ranks[0]):
             backend = from_ranks(ranks[0])
         values = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "add_bos_token": False} | values
-    elif (file := directory / "tokenizer.model").exists():
+    elif (file := directory / SENTENCEPIECE_FILE).exists():
         with refusing_damage(file):
             backend = from_sentencepiece(file, tokens)
             return check_spelling(Tokenizer(backend, config={"bos_token": "<s>", "add_bos_token": True} | values))
@@ -125,13 +133,22 @@ def check_spelling(tokenizer: Tokenizer, vocab: Iterable[str] | None = None) -> 
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: str | Path, **config: Any) -> None:
-    """Write tokenizer.json, tokenizer_config.json (with the given keys added) and special_tokens_map.json."""
+    """Write tokenizer.json, tokenizer_config.json (with the given keys added) and special_tokens_map.json.
+
+    tokenizer.model is written as well if the tokenizer came with one.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     backend = tokenizer.backend
     backend.encode_special_tokens = False  # ours at run time only; other libraries decide for themselves
-    backend.save(str(directory / "tokenizer.json"))
+    described = json.loads(backend.to_str())
     backend.encode_special_tokens = True
+    model = described["model"]
+    if not any(" " in token for token in model["vocab"]):  # tokenizers before 0.20 read merges in this form alone
+        model["merges"] = [" ".join(pair) for pair in model["merges"]]
+    write_json(directory / "tokenizer.json", described)
+    if tokenizer.sentencepiece is not None:
+        (directory / SENTENCEPIECE_FILE).write_bytes(tokenizer.sentencepiece)
     special = {key: text for key in SPECIAL_KEYS if (text := token_text(tokenizer.config.get(key)))}
     flags = ("content", *ADDED_TOKEN_FLAGS)
     added = sorted(backend.get_added_tokens_decoder().items())

@@ -42,6 +42,8 @@ class Tokenizer:
         self.config = dict(config or {})
         self.bos = self._find_bos()
         """Id of the token that starts every sequence, None if the model has none (Qwen)."""
+        self.sentencepiece: bytes | None = None
+        """The tokenizer.model beside it, which the classes of other libraries read."""
         self.spelling: Spelling
         self.spelling, self.strips_space = spelling_of(backend)
         self._bytes: dict[int, bytes] = {}

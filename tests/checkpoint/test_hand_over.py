@@ -12,12 +12,16 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
+from tokenizers import models
 
-from ivl.checkpoint import save_model, save_processor
+from ivl.checkpoint import load_config, save_model, save_processor
+from ivl.checkpoint.config_table import Dialect
+from ivl.checkpoint.convert import convert
+from ivl.checkpoint.vocabulary import load_tokenizer, save_tokenizer
 from ivl.config import ModelConfig
 from ivl.processing.processor import Processor
-from ivl.processing.tokenizer import train_tokenizer
-from tests.helpers.checkpoints import random_model, tiny_like
+from ivl.processing.tokenizer import CHATML_TOKENS, Tokenizer, byte_letters, byte_level, train_tokenizer
+from tests.helpers.checkpoints import random_model, sentencepiece_model, tiny_like
 
 CHAT_KEYS = {
     "architectures", "auto_map", "downsample_ratio", "dynamic_image_size", "force_image_size", "llm_config",
@@ -204,3 +208,64 @@ def test_the_processor_files_name_what_they_ask(tmp_path: Path) -> None:
         "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
         "video_token": "<video>",
     }  # fmt: skip
+
+
+# -- what the original library needs of the files (transformers 4.37, tokenizers 0.15), without that library
+
+
+@pytest.mark.parametrize("size", ["1B", "8B"])
+def test_merges_have_the_form_that_every_version_reads(tmp_path: Path, size: str) -> None:
+    written(tmp_path, size, "internvl_chat")
+    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    assert model["merges"] and all(isinstance(merge, str) and len(merge.split(" ")) == 2 for merge in model["merges"])
+    first = model["merges"][0]
+    assert first.replace(" ", "") in model["vocab"]
+    again = load_tokenizer(tmp_path)
+    assert again.decode(again.encode("a red circle")) == "a red circle" and len(again.encode("a red circle")) < 8
+
+
+def test_merges_of_tokens_with_spaces_stay_pairs(tmp_path: Path) -> None:
+    pieces = [*byte_letters(), "a b", "a bc"]
+    backend = byte_level(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[("a b", "c")]))
+    save_tokenizer(Tokenizer(backend), tmp_path)
+    assert json.loads((tmp_path / "tokenizer.json").read_text())["model"]["merges"] == [["a b", "c"]]
+
+
+@pytest.mark.parametrize("dialect", ["internvl_chat", "transformers"])
+@pytest.mark.parametrize(("size", "bos"), [("1B", 2), ("38B", 2), ("8B", 1)])
+def test_the_language_model_has_a_bos_id_to_generate_from_embeddings(tmp_path: Path, size: str, bos: int, dialect) -> None:
+    config = tiny_like(size)
+    save_model(random_model(config), tmp_path, dialect=dialect)
+    read = json.loads((tmp_path / "config.json").read_text())
+    assert read["llm_config" if dialect == "internvl_chat" else "text_config"]["bos_token_id"] == bos
+    assert read["bos_token_id"] == (1 if size == "8B" else None)
+    assert load_config(tmp_path) == config  # Qwen's prompts start with no token, here as before
+
+
+@pytest.mark.parametrize(("dialect", "named"), [("internvl_chat", True), ("transformers", False)])
+def test_internlm2s_tokenizer_model_travels(tmp_path: Path, dialect: Dialect, named: bool) -> None:
+    """The original training code strips a turn's `<s>` by an attribute that only InternLM2's own class has."""
+    (tmp_path / "source").mkdir()
+    pieces = sentencepiece_model(tmp_path / "source", "identity")
+    (tmp_path / "source" / "text").unlink()
+    words = load_tokenizer(tmp_path / "source")
+    words.add_special(CHATML_TOKENS)
+    words.add_special()
+    config = replace(
+        tiny_like("8B"), image_token_id=words.id("<IMG_CONTEXT>"), eos_token_ids=(words.id("<|im_end|>"),), pad_token_id=None,
+        decoder=replace(tiny_like("8B").decoder, vocab_size=len(words)),
+    )  # fmt: skip
+    save_model(random_model(config), tmp_path / "model", dialect=dialect)
+    save_processor(Processor(config, words), tmp_path / "model")
+    convert(tmp_path / "model", tmp_path / "chat", to="internvl_chat")
+    convert(tmp_path / "chat", tmp_path / "again", to=dialect)
+    for directory in ("model", "again"):
+        assert (tmp_path / directory / "tokenizer.model").read_bytes() == pieces.read_bytes()
+        read = json.loads((tmp_path / directory / "tokenizer_config.json").read_text())
+        assert read["tokenizer_class"] == ("InternLM2Tokenizer" if named else "PreTrainedTokenizerFast")
+        slow = ["OpenGVLab/InternVL2_5-8B--tokenization_internlm2.InternLM2Tokenizer", None]
+        assert read.get("auto_map") == ({"AutoTokenizer": slow} if named else None)
+        assert read["add_bos_token"] is True
+        assert read["added_tokens_decoder"][str(words.id("<img>"))]["content"] == "<img>"
+        assert load_tokenizer(tmp_path / directory).encode("what is this") == words.encode("what is this")
+    convert(tmp_path / "model", tmp_path / "again", to=dialect, force=True)  # a file of ours is replaced
