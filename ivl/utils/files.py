@@ -18,6 +18,8 @@ PIECE = 1 << 24
 """Bytes that one thread hashes at a time."""
 _SPECIAL = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
 
 def regular(path: str | Path) -> os.stat_result:
     """Check that a path names a regular file or a folder, links followed; returns its size and times.
@@ -26,11 +28,15 @@ def regular(path: str | Path) -> os.stat_result:
 
     Raises:
         OSError: if it is not there; ValueError for a name with a null byte.
-        InputError: for a pipe, a socket or a device.
+        InputError: for a pipe, a socket or a device, and for the few lines that git leaves in place of a large file.
     """
     result = Path(path).stat()
     if kind := _SPECIAL.get(stat.S_IFMT(result.st_mode)):
         raise InputError(f"{path}: is {kind}, not a regular file; write its content into a file and name that")
+    if stat.S_ISREG(result.st_mode) and len(_LFS_POINTER) < result.st_size < 1024:
+        with Path(path).open("rb") as file:
+            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                raise InputError(f"{path}: is a git-LFS pointer, not the file itself; run 'git lfs pull' where it was cloned")
     return result
 
 
