@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ivl.checkpoint.config_json import decoder_from, family_of, load_config, tied, token_ids, vision_from
+from ivl.checkpoint.config_json import decoder_from, family_of, load_config, token_ids, vision_from
 from ivl.checkpoint.config_table import Dialect, StoredDtype
 from ivl.checkpoint.files import new_directory
 from ivl.checkpoint.gguf.reader import GgufModel
@@ -166,8 +166,7 @@ def _language_part(llm: str | Path) -> tuple[SourcePart, Tokenizer]:
     whole = _language_alone(decoder_from(top, family_of(top)), tokenizer, tuple(eos_ids))
     weights = StoredWeights(directory)
     entries = decoder_map(empty_model(whole).decoder, internlm2=whole.decoder.family == "internlm2")
-    if tied(top):
-        untie(entries, weights)
+    untie(entries, weights, top)
     return _alone(whole, weights, entries), tokenizer
 
 

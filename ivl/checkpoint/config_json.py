@@ -40,16 +40,19 @@ def _dialect(top: Section) -> Dialect:
     model_type = top.values.get("model_type")
     for dialect, known in table.MODEL_TYPE.items():
         if model_type == known:
+            if table.TEXT_CONFIG[dialect] not in top.values and (other := {*table.TEXT_CONFIG.values()} & top.values.keys()):
+                raise InputError(
+                    f"{top.place}: is half converted: model_type is {known}, but it has {other.pop()} of the other dialect"
+                )
             return dialect
     raise top.refusal("model_type", model_type, "internvl_chat, or internvl of transformers")
 
 
-def tied(top: Section) -> bool:
-    """Return whether the output head of a checkpoint without one is its embedding table, by its config.json."""
+def tie_flags(top: Section) -> list[bool]:
+    """Return what config.json says about the output head being the embedding table: at its top, then for the language model."""
     inner = top.section("llm_config" if top.values.get("llm_config") else "text_config", {})
-    # transformers' own default for an InternVL configuration is true.
-    default = inner.read("tie_word_embeddings", FLAG, top.values.get("model_type") == "internvl")
-    return top.read("tie_word_embeddings", FLAG, default)
+    flags = (section.read("tie_word_embeddings", FLAG, None) for section in (top, inner))
+    return [flag for flag in flags if flag is not None]
 
 
 def load_config(directory: Path | str) -> ModelConfig:
@@ -61,6 +64,8 @@ def load_config(directory: Path | str) -> ModelConfig:
         InputError: naming file and key, if something is missing, out of bounds or not supported.
     """
     directory = Path(directory)
+    if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
+        raise InputError(f"{directory}: is a LoRA adapter, not a model; 'ivl merge MODEL {directory} OUT' makes one")
     generation = open_section(directory / "generation_config.json", optional=True)
     return model_config(open_section(directory / "config.json"), generation, directory)
 

@@ -105,8 +105,8 @@ CONSTANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """What is written by `model_type` whatever the configuration. On reading, keys that change the computation are checked."""
 CHECKED = {
-    "downsample_ratio", "pad2square", "use_backbone_lora", "use_llm_lora", "projector_hidden_act", "num_channels", "bias",
-    "force_image_size", "vision_feature_select_strategy", "hidden_act", "use_mean_pooling", "use_mask_token",
+    "downsample_ratio", "pad2square", "projector_hidden_act", "num_channels", "bias", "force_image_size",
+    "vision_feature_select_strategy", "hidden_act", "use_mean_pooling", "use_mask_token",
     "use_absolute_position_embeddings", "use_sliding_window", "attention_bias", "mlp_bias",
 }  # fmt: skip
 FAMILIES: tuple[Family, ...] = ("qwen2", "internlm2", "llama")

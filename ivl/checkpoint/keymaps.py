@@ -7,7 +7,7 @@ interleaved by key/value group. A TensorEntry joins on reading and splits on wri
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -26,8 +26,8 @@ Names = dict[str, str]
 Table = dict[str, tuple[str, str, str]]
 """Our names, and those in internvl_chat, in transformers and in GGUF files."""
 
-IGNORED_SUFFIXES = ("rotary_emb.inv_freq", ".weight_shape")
-"""Stored by some libraries though they follow from the configuration."""
+IGNORED = re.compile(r".*(rotary_emb\.inv_freq|\.weight_shape)|.*\.original_module\..*")
+"""Stored by some libraries though they follow from the configuration, or PEFT keeps them beside the copies that trained."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,43 @@ def current_name(name: str) -> str:
         if name.startswith(old):
             return new + name.removeprefix(old)
     return name
+
+
+_WRAPPER = re.compile(
+    r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_model\.model|base_layer"
+    r"|modules_to_save\.\w+)\."
+)
+"""What DDP, torch.compile, FSDP, checkpointing and PEFT write into names of tensors."""
+_ADAPTER_NAME = re.compile(r"(\.lora_[AB])\.\w+(?=\.(?:weight|bias)$)|(\.lora_embedding_[AB])\.\w+$")
+_ALONE = ("", "language_model.", "language_model.model.", "vision_model.", "vision_tower.")
+
+
+def known_name(name: str, modules: Collection[str], *, alone: bool = False) -> str:
+    """Translate a tensor's name that other programs wrapped into that of one of the known modules' tensors.
+
+    Low-rank matrices become `MODULE.lora_A.weight` and the like. A name of no known module comes back without wrappers.
+
+    Args:
+        modules: paths of the modules that are known.
+        alone: whether a name may be that of a language model or a ViT alone.
+    """
+    plain = _ADAPTER_NAME.sub(r"\1\2", _WRAPPER.sub("", name))
+    for spelling in (plain, plain.removeprefix("model.")):
+        for lead in _ALONE if alone else ("",):
+            for candidate in (lead + spelling, current_name(lead + spelling)):
+                if candidate.partition(".lora_")[0] in modules or candidate.rpartition(".")[0] in modules:
+                    return candidate
+    return plain
+
+
+def foreign_names(names: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Return the names that have parts which some dialect uses, but none of the known names."""
+    columns = [names_in(table, dialect).values() for table in (VISION, DECODER) for dialect in _PREFIXES]
+    words = {word for column in columns for spelled in column for word in spelled.split()}
+    words |= {prefix.split(".")[-2] for prefixes in _PREFIXES.values() for prefix in prefixes[:2]}
+    used = "".join(f".{name}." for name in known)
+    foreign = [f".{word}." for word in words if f".{word}." not in used]
+    return [name for name in names if any(word in f".{name}." for word in foreign)]
 
 
 def names_in(table: Table, layout: Dialect | Literal["gguf"]) -> Names:

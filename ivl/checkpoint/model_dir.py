@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from ivl.checkpoint.config_json import dialect_of, generation_json, load_config, model_config, tied, to_json
+from ivl.checkpoint.config_json import dialect_of, generation_json, load_config, model_config, tie_flags, to_json
 from ivl.checkpoint.config_table import Dialect
 from ivl.checkpoint.files import listing
 from ivl.checkpoint.hub import resolve
-from ivl.checkpoint.keymaps import TensorEntry, current_name, key_map
+from ivl.checkpoint.keymaps import TensorEntry, key_map, known_name
 from ivl.checkpoint.quantization import (
     adopt,
     quantization_json,
@@ -20,7 +21,7 @@ from ivl.checkpoint.quantization import (
     schemes_of,
     weight_shapes,
 )
-from ivl.checkpoint.sections import Section, open_section
+from ivl.checkpoint.sections import Section, Values, open_section
 from ivl.checkpoint.weights import MAX_SHARD_BYTES, OnMegabytes, StoredWeights, TensorSource, check_entries, write_shards
 from ivl.config import ModelConfig
 from ivl.errors import InputError
@@ -144,22 +145,50 @@ def open_weights(directory: Path, model: VLM, *, quantized: bool = False) -> tup
             f"{directory}: is quantized, which is for inference only; to train, merge, convert or compose, take the "
             "original model"
         )
-    rename = current_name if dialect == "transformers" else str
-    weights = StoredWeights(directory, rename, integers=integers)
-    if tied(top):
-        untie(entries, weights)
+    modules = {name.rpartition(".")[0] for entry in entries for name in entry.theirs}
+    weights = StoredWeights(directory, lambda name: known_name(name, modules), integers=integers)
+    _fold_adapters(weights, top)
+    untie(entries, weights, top)
     if integers:
         entries = adopt(model, entries, weights, rounds_activations(top.section("quantization_config")))
     check_entries(entries, {name: tensor.shape for name, tensor in tensors_of(model).items()}, weights)
     return weights, entries
 
 
-def untie(entries: Sequence[TensorEntry], weights: StoredWeights) -> None:
-    """Let a checkpoint without an output head give its embedding table for one."""
+def _fold_adapters(weights: StoredWeights, top: Section) -> None:
+    """Let weights be read merged with the adapters that the original training code left in a directory.
+
+    Their alpha is twice their rank, which config.json has for language model and ViT.
+
+    Raises:
+        InputError: if it has another rank, for then their scale is not known.
+    """
+    ranks = weights.fold(2.0)
+    for key, vision in (("use_llm_lora", False), ("use_backbone_lora", True)):
+        flag = top.read(key, Values(int, 0, 1 << 12), 0)
+        stored = {rank for name, rank in ranks.items() if name.startswith("vision_model.") == vision}
+        if stored != ({flag} if flag else set()):
+            found = f"adapters of rank {', '.join(map(str, sorted(stored)))}" if stored else "none"
+            remedy = f"set it to {max(stored)} if alpha is twice that" if stored else "set it to 0 if they are merged already"
+            raise InputError(f"{top.place}: {key} is {flag}, but of such adapters the weights hold {found}; {remedy}")
+
+
+def untie(entries: Sequence[TensorEntry], weights: StoredWeights, top: Section) -> None:
+    """Let a checkpoint without an output head give its embedding table for one, where its config.json says so.
+
+    A head that is stored counts more than the flag; where it contradicts the flag, a note says so.
+    """
     names = {entry.ours: entry.theirs[0] for entry in entries}
-    head, embeddings = names["decoder.head.weight"], names["decoder.embeddings.weight"]
-    if head not in weights.shapes and embeddings in weights.shapes:
-        weights.alias(head, embeddings)
+    head, table = names["decoder.head.weight"], names["decoder.embeddings.weight"]
+    flags = tie_flags(top)
+    if table in weights.shapes and not any(name.startswith(head) for name in weights.shapes):
+        if any(flags) or (not flags and top.values.get("model_type") == "internvl"):  # transformers' own default
+            weights.alias(head, table)
+        return
+    both = flags[:1] == [True] and {head, table} <= weights.shapes.keys()
+    if both and not torch.equal(weights.get(head), weights.get(table)):
+        differ = f"tie_word_embeddings is true, but {head} differs from {table}"
+        print(f"{weights.directory}: {differ}; the stored head is taken", file=sys.stderr)
 
 
 @torch.no_grad()

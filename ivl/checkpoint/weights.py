@@ -17,13 +17,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ivl.checkpoint.files import listing
-from ivl.checkpoint.keymaps import IGNORED_SUFFIXES, TensorEntry
+from ivl.checkpoint.keymaps import IGNORED, TensorEntry, foreign_names
 from ivl.checkpoint.sections import open_section
 from ivl.errors import InputError, short
 from ivl.utils.files import regular, write_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_SHARD_BYTES = 5_000_000_000
 MAX_HEADER_BYTES = 16 << 20
@@ -59,7 +60,7 @@ class StoredWeights:
         directory: holds `model.safetensors`, or shards and their index.
         rename: from the names in the files to the names used here.
         integers: accept tensors of integers, as quantized weights are.
-        file: another file to read, alone.
+        files: other files to read instead.
 
     Raises:
         InputError: if there are no safetensors, a shard is missing, damaged or outside the directory, or the index and the
@@ -67,17 +68,18 @@ class StoredWeights:
     """
 
     def __init__(
-        self, directory: Path, rename: Callable[[str], str] = str, *, integers: bool = False, file: str | None = None
+        self, directory: Path, rename: Callable[[str], str] = str, *, integers: bool = False, files: Sequence[str] = ()
     ) -> None:
         self.directory = directory
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._known = DTYPES | INTEGERS if integers else DTYPES
         self._places: dict[str, tuple[Path, str]] = {}
+        self._low_rank: dict[str, tuple[str, str, float]] = {}
         self._open: tuple[Path, Any] | None = None
         index = directory / INDEX
-        listed = _read_index(index) if index.exists() and not file else None
-        for file_name in [file or WEIGHTS] if listed is None else sorted(set(listed.values())):
+        listed = _read_index(index) if index.exists() and not files else None
+        for file_name in files or (_shards(directory) if listed is None else sorted(set(listed.values()))):
             self._read_header(directory / file_name, rename)
         if listed is not None:
             stored = {name: path.name for path, name in self._places.values()}
@@ -89,7 +91,7 @@ class StoredWeights:
         if not path.exists():
             pickles = sorted(other.name for other in self.directory.glob("*") if other.suffix in PICKLES)
             danger = "may run code when opened and is never read: convert it to safetensors where you trust it"
-            hint = f"{listing(pickles, 3)} {danger}" if pickles else "a model directory has it, or shards with an index"
+            hint = f"{listing(pickles, 3)} {danger}" if pickles else f"a directory has {WEIGHTS}, or shards, or {ADAPTER}"
             raise InputError(f"{path}: no such weights file; {hint}")
         handle = self._handle(path)
         for stored in handle.keys():  # noqa: SIM118 (a handle is no dict)
@@ -121,7 +123,34 @@ class StoredWeights:
     def get(self, name: str) -> torch.Tensor:
         """Map a tensor from its file; the caller copies it before the file changes."""
         path, stored = self._places[name]
-        return self._handle(path).get_tensor(stored)
+        tensor = self._handle(path).get_tensor(stored)
+        if name not in self._low_rank:
+            return tensor
+        A, B, scale = self._low_rank[name]
+        return (tensor.float() + self.get(B).float() @ self.get(A).float() * scale).to(tensor.dtype)
+
+    def fold(self, scale: float) -> dict[str, int]:
+        """Let `MODULE.weight` be read with the low-rank matrices added that are stored beside it, and hide those.
+
+        Returns:
+            The rank of each such weight.
+
+        Raises:
+            InputError: if matrices do not fit their weight, or are of another kind.
+        """
+        ranks: dict[str, int] = {}
+        for A in [name for name in self.shapes if name.endswith(".lora_A.weight")]:
+            weight, B = (A.replace(".lora_A.", new) for new in (".", ".lora_B."))
+            shapes = {name: list(self.shapes.get(name, ())) for name in (weight, B, A)}
+            (rows, columns), (rank, *_) = (shapes[name] if len(shapes[name]) == 2 else [0, 0] for name in (weight, A))
+            if not rank or shapes[B] != [rows, rank] or shapes[A] != [rank, columns]:
+                raise InputError(f"{self.directory}: the low-rank matrices of a weight do not fit it: {shapes}")
+            self._low_rank[weight], ranks[weight] = (A, B, scale), rank
+            for table in (self.shapes, self.dtypes):
+                del table[A], table[B]
+        if others := [name for name in self.shapes if ".lora_" in name]:
+            raise InputError(f"{self.directory}: only plain LoRA is supported, not {listing(others, 3)}")
+        return ranks
 
     def alias(self, name: str, source: str) -> None:
         """Let a tensor be read under one more name."""
@@ -154,7 +183,7 @@ def check_entries(entries: Sequence[TensorEntry], shapes: Mapping[str, Sequence[
     }
     kinds = {
         "missing": [name for name in needed if name not in weights.shapes],
-        "unexpected": [name for name in weights.shapes if name not in needed and not name.endswith(IGNORED_SUFFIXES)],
+        "unexpected": [name for name in weights.shapes if name not in needed and not IGNORED.fullmatch(name)],
         "misshapen": [
             f"{name} {list(weights.shapes[name])} instead of {list(shape)}"
             for name, shape in needed.items()
@@ -162,6 +191,11 @@ def check_entries(entries: Sequence[TensorEntry], shapes: Mapping[str, Sequence[
         ],
     }
     problems = [f"{len(names)} {kind}: {listing(names)}" for kind, names in kinds.items() if names]
+    if foreign := foreign_names(kinds["unexpected"], needed):
+        raise InputError(
+            f"{weights.directory}: is half converted: {len(foreign)} of {len(weights.shapes)} tensors have names of another "
+            f"dialect than config.json's, first {foreign[0]}; convert the original directory again"
+        )
     if problems:
         raise InputError(f"{weights.directory}: weights do not fit config.json; " + "; ".join(problems))
 
@@ -238,6 +272,19 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     except (SafetensorError, OSError) as error:
         part.unlink(missing_ok=True)
         raise InputError(f"{path}: cannot be written: {error}") from error
+
+
+def _shards(directory: Path) -> list[str]:
+    """The weights files of a directory without an index: one, or all shards that their names count."""
+    shards = sorted(path.name for path in directory.glob("model-?????-of-?????.safetensors"))
+    if not shards or (directory / WEIGHTS).exists():
+        return [WEIGHTS]
+    total = shards[-1][-17:-12]
+    expected = [f"model-{number:05d}-of-{total}.safetensors" for number in range(1, 1 + int(total))] if total.isdigit() else []
+    if shards != expected:
+        missing = sorted({*expected} - {*shards}) or [INDEX]
+        raise InputError(f"{directory}: {len(shards)} shards without {INDEX}; {listing(missing)} is missing")
+    return shards
 
 
 def _read_index(path: Path) -> dict[str, str]:

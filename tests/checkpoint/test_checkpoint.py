@@ -247,6 +247,141 @@ def test_a_tied_checkpoint_is_untied(dialect: Dialect, tmp_path: Path) -> None:
     assert loaded.decoder.head.weight.data_ptr() != loaded.decoder.embeddings.weight.data_ptr()
 
 
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("part", ["top", "language"])
+def test_a_tied_flag_counts_wherever_it_stands(dialect: Dialect, part: str, tmp_path: Path) -> None:
+    model = random_model(tiny_like("1B"))
+    model.decoder.head.weight.data = model.decoder.embeddings.weight.data.clone()
+    save_model(model, tmp_path, dialect=dialect)
+    file = tmp_path / "model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if "lm_head" not in name}, file)
+    config = json.loads((tmp_path / "config.json").read_text())  # both flags are false
+    (config if part == "top" else config["llm_config" if "llm_config" in config else "text_config"])["tie_word_embeddings"] = (
+        True
+    )
+    write_json(tmp_path / "config.json", config)
+    assert same_weights(model, load_model(tmp_path))
+
+
+def test_a_head_that_contradicts_the_tied_flag_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = random_model(tiny_like("1B"))
+    save_model(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    write_json(tmp_path / "config.json", config | {"tie_word_embeddings": True})
+    assert same_weights(model, load_model(tmp_path))
+    assert "tie_word_embeddings is true, but language_model.lm_head.weight differs from" in capsys.readouterr().err
+    model.decoder.head.weight.data = model.decoder.embeddings.weight.data.clone()
+    save_model(model, tmp_path)
+    write_json(tmp_path / "config.json", config | {"tie_word_embeddings": True})
+    load_model(tmp_path)
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        "module.",
+        "base_model.model.",
+        "module.base_model.model.",
+        "_orig_mod.",
+        "_fsdp_wrapped_module.",
+        "model.",
+        "module.model.",
+    ],
+)
+def test_names_behind_a_wrapper_are_recognized(dialect: Dialect, wrapper: str, tmp_path: Path) -> None:
+    model = random_model(tiny_like("1B"))
+    save_model(model, tmp_path, dialect=dialect)
+    file = tmp_path / "model.safetensors"
+    save_file({wrapper + name: tensor for name, tensor in load_file(file).items()}, file)
+    assert same_weights(model, load_model(tmp_path))
+
+
+def test_what_peft_kept_beside_the_trained_copies_is_left_out(tmp_path: Path) -> None:
+    model = random_model(tiny_like("1B"))
+    save_model(model, tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.startswith("mlp1.1.")]:
+        leaf, trained = name.removeprefix("mlp1.1."), tensors.pop(name)
+        tensors[f"mlp1.1.modules_to_save.default.{leaf}"] = trained
+        tensors[f"mlp1.1.original_module.{leaf}"] = torch.zeros_like(trained)
+    save_file(tensors, file)
+    assert same_weights(model, load_model(tmp_path))
+
+
+@pytest.mark.parametrize("size", ["1B", "8B"])
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_half_converted_directory_is_named_as_such(dialect: Dialect, size: str, tmp_path: Path) -> None:
+    """Names of the other dialect in part or in all, as the tools of the original repository leave them."""
+    model = random_model(tiny_like(size))
+    other: Dialect = "transformers" if dialect == "internvl_chat" else "internvl_chat"
+    for name in DIALECTS:
+        save_model(model, tmp_path / name, dialect=name)
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in (dialect, other))
+    vision = {name: tensor for name, tensor in theirs.items() if "vision" in name}
+    mixed = vision | {name: tensor for name, tensor in ours.items() if "vision" not in name}
+    for tensors in (theirs, mixed):
+        save_file(tensors, tmp_path / dialect / "model.safetensors")
+        with pytest.raises(InputError, match=r"is half converted: \d+ of \d+ tensors have names of another dialect") as caught:
+            load_model(tmp_path / dialect)
+        assert "convert the original directory again" in str(caught.value)
+    save_file(ours, tmp_path / dialect / "model.safetensors")
+    config = json.loads((tmp_path / other / "config.json").read_text())
+    kind = json.loads((tmp_path / dialect / "config.json").read_text())["model_type"]
+    write_json(tmp_path / dialect / "config.json", config | {"model_type": kind})
+    with pytest.raises(InputError, match=r"config\.json: is half converted: model_type is .*_config of the other dialect"):
+        load_model(tmp_path / dialect)
+
+
+def test_wqkv_under_names_of_transformers_is_half_converted(tmp_path: Path) -> None:
+    """The original repository's converter renames what leads a name and leaves InternLM2's layers as they are."""
+    model = random_model(tiny_like("8B"))
+    for dialect in DIALECTS:
+        save_model(model, tmp_path / dialect, dialect=dialect)
+    tensors, chat = (load_file(tmp_path / name / "model.safetensors") for name in ("transformers", "internvl_chat"))
+    body = "model.language_model."
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{body}layers")} | {
+        name.replace("language_model.model.", body): tensor for name, tensor in chat.items() if ".attention" in name
+    }
+    save_file(tensors, tmp_path / "transformers" / "model.safetensors")
+    with pytest.raises(InputError, match=r"is half converted: .*attention"):
+        load_model(tmp_path / "transformers")
+
+
+def test_shards_without_an_index_are_read_if_they_are_complete(tmp_path: Path) -> None:
+    model = random_model(tiny_like("1B"))
+    save_model(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00001.safetensors")
+    assert same_weights(model, load_model(tmp_path))
+    (tmp_path / "model-00001-of-00001.safetensors").unlink()
+    names = sorted(tensors)
+    for number, part in ((1, names[::2]), (2, names[1::2])):
+        save_file({name: tensors[name] for name in part}, tmp_path / f"model-0000{number}-of-00002.safetensors")
+    assert same_weights(model, load_model(tmp_path))
+    (tmp_path / "model-00001-of-00002.safetensors").unlink()
+    with pytest.raises(InputError, match=r"1 shards without .*index.json; model-00001-of-00002.safetensors is missing"):
+        load_model(tmp_path)
+
+
+def test_a_git_lfs_pointer_is_named_in_place_of_any_file(tmp_path: Path) -> None:
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 4000000\n"
+    for name in ("model.safetensors", "config.json"):
+        save_model(random_model(tiny_like("1B")), tmp_path)
+        (tmp_path / name).write_text(pointer)
+        with pytest.raises(InputError, match=rf"{name}: is a git-LFS pointer.*git lfs pull"):
+            load_model(tmp_path)
+
+
+def test_a_configuration_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    model = random_model(tiny_like("1B"))
+    save_model(model, tmp_path)
+    (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "config.json").read_bytes())
+    assert same_weights(model, load_model(tmp_path))
+
+
 def test_files_say_that_they_are_torch_tensors(tmp_path: Path) -> None:
     save_model(random_model(tiny_like("1B")), tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as handle:
