@@ -13,38 +13,40 @@ from collections.abc import Collection, Iterable
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
 
 from ivl.checkpoint.config_json import dialect_of
-from ivl.checkpoint.files import listing, new_directory
+from ivl.checkpoint.convert import convert
+from ivl.checkpoint.files import new_directory
 from ivl.checkpoint.hub import resolve
 from ivl.checkpoint.keymaps import TensorEntry, key_map
-from ivl.checkpoint.model_dir import empty_model, fill, load_model, save_model
+from ivl.checkpoint.model_dir import empty_model, load_model, save_model
+from ivl.checkpoint.peft_file import CONFIG_FILE, PEFT_PREFIX, AdapterFile, AdapterRanks
 from ivl.checkpoint.processor_files import load_processor, save_processor
-from ivl.checkpoint.sections import FLAG, TEXT, Section, Values, open_section
-from ivl.checkpoint.weights import StoredWeights, write_tensors
+from ivl.checkpoint.sections import TEXT, open_section
+from ivl.checkpoint.weights import ADAPTER, write_tensors
 from ivl.config import LoraConfig
 from ivl.errors import InputError, short
-from ivl.lora.layers import add_lora, lora_layers, merge_lora, projections
+from ivl.lora.layers import add_adapters, lora_layers, merge_lora, projections
+from ivl.model.linear import Linear
 from ivl.model.vlm import VLM
 from ivl.utils.files import write_json
 
-CONFIG_FILE, TENSORS_FILE, BASE_FILE = "adapter_config.json", "adapter_model.safetensors", "ivl_base.json"
-PEFT_PREFIX = "base_model.model."
-_PLAIN = {
-    "peft_type": "LORA", "bias": "none", "use_dora": False, "layer_replication": None, "rank_pattern": {},
-    "alpha_pattern": {}, "fan_in_fan_out": False,
-}  # fmt: skip
-"""Keys of adapter_config.json with the only values that the layers compute."""
+BASE_FILE = "ivl_base.json"
 SAMPLES = 4096
 
 
-def merge(model: str | Path, adapter: str | Path, out: str | Path, *, force: bool = False, allow_base: bool = False) -> None:
+def merge(
+    model: str | Path, adapter: str | Path | None, out: str | Path, *, force: bool = False, allow_base: bool = False
+) -> None:
     """Fold a LoRA adapter into its model and write a directory that needs neither, in the model's dialect.
 
     Args:
+        adapter: directory of the adapter; or a model directory that holds weights and adapters unmerged, as the original
+            training code leaves them, or None where the model is that. The base is then not read.
         force: replace out if it is a model directory.
         allow_base: accept a model that the adapter was not trained from.
 
@@ -52,6 +54,17 @@ def merge(model: str | Path, adapter: str | Path, out: str | Path, *, force: boo
         InputError: if the model or the adapter is unreadable, they do not fit each other, or out exists.
     """
     directory = resolve(model)
+    inside = directory if adapter is None else Path(adapter)
+    if not (inside / CONFIG_FILE).exists() and (inside / "config.json").exists():
+        top = open_section(inside / "config.json")
+        if not (top.values.get("use_llm_lora") or top.values.get("use_backbone_lora")):
+            raise InputError(
+                f"{top.place}: names no adapters in use_llm_lora or use_backbone_lora, so there is nothing to merge"
+            )
+        convert(inside, out, force=force)
+        return
+    if adapter is None:
+        raise InputError(f"{directory}: is an adapter; name its model before it: ivl merge MODEL {directory} OUT")
     with new_directory(out, force=force, sources=[directory]) as target:
         merged = load_model(directory, quantized=False)
         processor = load_processor(directory)
@@ -76,8 +89,8 @@ def save_adapter(model: VLM, out_dir: str | Path, *, base: str = "", trained: It
     layers = lora_layers(model)
     if not layers:
         raise InputError("the model carries no LoRA adapters, so there is nothing to save")
-    config = next(iter(layers.values())).config
-    alpha = config.scale * config.rank
+    configs = {path: layers[layer].configs[name] for path, layer, name in _adapted(model)}
+    config = next(iter(configs.values()))
     adapters = {name: parameter.detach().cpu().contiguous() for name, parameter in _adapter_tensors(model).items()}
     whole = {name for name in trained if ".lora_" not in name}
     entries, parameters = _entries(model), dict(model.named_parameters())
@@ -94,10 +107,12 @@ def save_adapter(model: VLM, out_dir: str | Path, *, base: str = "", trained: It
         "task_type": None,
         "base_model_name_or_path": base or None,
         "r": config.rank,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_alpha": _alpha(config),
         "lora_dropout": config.dropout,
         "target_modules": targets,
         "modules_to_save": modules or None,
+        "rank_pattern": {path: own.rank for path, own in configs.items() if own.rank != config.rank},
+        "alpha_pattern": {path: _alpha(own) for path, own in configs.items() if _alpha(own) != _alpha(config)},
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -105,7 +120,7 @@ def save_adapter(model: VLM, out_dir: str | Path, *, base: str = "", trained: It
     }
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    write_tensors(out / TENSORS_FILE, adapters | {PEFT_PREFIX + name: tensor for name, tensor in tensors.items()})
+    write_tensors(out / ADAPTER, adapters | {PEFT_PREFIX + name: tensor for name, tensor in tensors.items()})
     write_json(out / BASE_FILE, {"fingerprint": base_fingerprint(model, whole)})
     write_json(out / CONFIG_FILE, described)
 
@@ -113,55 +128,43 @@ def save_adapter(model: VLM, out_dir: str | Path, *, base: str = "", trained: It
 def load_adapter(model: VLM, adapter_dir: str | Path, *, allow_base: bool = False) -> LoraConfig:
     """Add the adapters of a directory that PEFT or save_adapter wrote to the model, and the parts trained whole, in place.
 
+    Adapters of embeddings and convolutions are added to their weights.
+
     Args:
         allow_base: accept a model that is not the one from which the adapter was trained.
+
+    Returns:
+        Rank, scale and dropout of adapter_config.json, of which single layers may differ.
 
     Raises:
         InputError: if files are missing, the adapter uses what is not supported here, a tensor does not fit, or the model is
             not the adapter's base; the model is then unchanged.
     """
     where = Path(adapter_dir)
-    for file in (CONFIG_FILE, TENSORS_FILE):
-        if not os.path.lexists(where / file):
-            raise InputError(f"{where}: no {file}; a LoRA adapter is a directory with {CONFIG_FILE} and {TENSORS_FILE}")
+    if not os.path.lexists(where / CONFIG_FILE):
+        inside = "".join(f"; {path.parent} has one" for path in sorted(where.glob(f"*/{CONFIG_FILE}"))[:1])
+        raise InputError(f"{where}: no {CONFIG_FILE}; a LoRA adapter is a directory with {CONFIG_FILE} and {ADAPTER}{inside}")
     described = open_section(where / CONFIG_FILE)
-    rank, alpha, dropout = _numbers(described)
-    weights = StoredWeights(where, lambda name: name.replace(".base_layer.", "."), file=TENSORS_FILE)
-    paths = _module_paths(model)
-    entries = {f"{PEFT_PREFIX}{name}": entry for entry in _entries(model) for name in entry.theirs}
-    projection_at = {path: projection for projection, path in paths.items()}
-    names = [name for name in weights.shapes if name not in entries]
-    strangers = [name for name in names if _module_path(name) not in projection_at]
-    if strangers:
-        raise InputError(f"{where}: {len(strangers)} tensors name no linear layer of this model, first {short(strangers[0])}")
-    targets = tuple(dict.fromkeys(projection_at[_module_path(name)] for name in names))
-    if not targets:
-        raise InputError(f"{where / TENSORS_FILE}: has no LoRA tensor; expected names such as {PEFT_PREFIX}*.lora_A.weight")
-    whole = {entries[name].ours: entries[name] for name in weights.shapes if name in entries}
-    config = LoraConfig(rank=rank, alpha=alpha, dropout=dropout, targets=targets)
-    blank = empty_model(model.config)
-    add_lora(blank, config)
-    shapes = {name: tuple(parameter.shape) for name, parameter in _adapter_tensors(blank).items()}
-    for entry in whole.values():
-        parts = entry.shapes(model.get_parameter(entry.ours).shape)
-        shapes |= {PEFT_PREFIX + name: shape for name, shape in zip(entry.theirs, parts, strict=True)}
-    for name, shape in shapes.items():
-        if (stored := weights.shapes.get(name, "nothing")) != shape:
-            raise InputError(f"{where}: {name} should be {shape} but the file has {stored}")
-    if extra := sorted(weights.shapes.keys() - shapes.keys()):
-        raise InputError(f"{where}: {listing(extra)} belong to no adapter")
+    ranks = AdapterRanks(described)
+    file = AdapterFile(where, model, ranks)
+    configs: dict[str, LoraConfig] = {}
+    for matrices in file.low_rank:
+        layer = model.get_submodule(matrices.path)
+        for part in matrices.parts(layer) if isinstance(layer, Linear) else ():
+            name = f"{matrices.path}.{part}" if cast(Linear, layer).parts else matrices.path
+            if name in configs:
+                raise InputError(f"{where}: {name} has two adapters, under the names of two classes")
+            configs[name] = matrices.config
     if os.path.lexists(where / BASE_FILE) and not allow_base:
         expected = open_section(where / BASE_FILE).read("fingerprint", TEXT)
-        if expected != base_fingerprint(model, whole):
+        if expected != base_fingerprint(model, {entry.ours for entry, _ in file.whole.values()}):
             trained_from = described.values.get("base_model_name_or_path") or "another model"
             raise InputError(f"{where}: was trained from {short(trained_from)}, not from this model; --allow-base takes it")
-    add_lora(model, config)
-    with torch.no_grad():
-        for name, parameter in _adapter_tensors(model).items():
-            parameter.copy_(weights.get(name))
-        renamed = [replace(e, theirs=tuple(PEFT_PREFIX + name for name in e.theirs)) for e in whole.values()]
-        fill(dict(model.named_parameters()), renamed, weights)
-    return config
+    add_adapters(model, configs)
+    file.replace_whole(model)
+    for matrices in file.low_rank:
+        matrices.put(model, file.weights)
+    return replace(ranks.common, targets=tuple(configs) or ranks.common.targets)
 
 
 def base_fingerprint(model: VLM, whole: Collection[str]) -> str:
@@ -206,23 +209,23 @@ def _module_path(tensor: str) -> str:
     return re.sub(r"(\.lora_[AB])?\.weight$", "", tensor.removeprefix(PEFT_PREFIX))
 
 
+def _adapted(model: VLM) -> list[tuple[str, str, str]]:
+    """Each projection with an adapter: its path in transformers' class, the path of our layer, its name in that."""
+    layers, paths = lora_layers(model), _module_paths(model)
+    named = ((paths[projection], layer, name) for projection, (layer, name) in projections(model).items())
+    return [(path, layer, name) for path, layer, name in named if layer in layers and name in layers[layer].spans]
+
+
 def _adapter_tensors(model: VLM) -> dict[str, nn.Parameter]:
     """A and B of every adapter, by their names in the file."""
-    layers, paths = lora_layers(model), _module_paths(model)
+    layers = lora_layers(model)
     return {
-        f"{PEFT_PREFIX}{paths[projection]}.lora_{letter}.weight": parameters[name]
-        for projection, (path, name) in projections(model).items()
-        if path in layers and name in layers[path].spans
-        for letter, parameters in (("A", layers[path].lora_A), ("B", layers[path].lora_B))
+        f"{PEFT_PREFIX}{path}.lora_{letter}.weight": parameters[name]
+        for path, layer, name in _adapted(model)
+        for letter, parameters in (("A", layers[layer].lora_A), ("B", layers[layer].lora_B))
     }
 
 
-def _numbers(described: Section) -> tuple[int, float, float]:
-    """Rank, alpha and dropout of adapter_config.json; refuses what is more than plain LoRA."""
-    for key, plain in _PLAIN.items():
-        if (value := described.values.get(key, plain)) != plain and (value or key == "peft_type"):
-            raise described.refusal(key, value, f"{plain!r}; only plain LoRA is supported")
-    described.items("modules_to_save", TEXT, [])
-    rank, alpha = described.read("r", Values(int, 1, 1 << 12)), described.read("lora_alpha", Values(float, 1e-6, 1e6))
-    scaled = alpha * rank**0.5 if described.read("use_rslora", FLAG, False) else alpha
-    return rank, scaled, described.read("lora_dropout", Values(float, 0, 0.9999), 0.0)
+def _alpha(config: LoraConfig) -> float:
+    alpha = config.scale * config.rank
+    return int(alpha) if alpha == int(alpha) else alpha

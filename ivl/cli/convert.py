@@ -93,14 +93,11 @@ class ComposeOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions:
-    """Merge a LoRA adapter into its model."""
+    """Merge a LoRA adapter into its model, or the adapters that the original training code left inside a model directory."""
 
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """Model directory or hub id."""
-    adapter: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTER")]
-    """Directory of the adapter, as PEFT writes it."""
-    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """Directory to write."""
+    paths: Annotated[tuple[str, str] | tuple[str, str, str], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL [ADAPTER] OUT")]
+    """Model directory or hub id, directory of the adapter as PEFT writes it, and directory to write. Without an adapter, the
+    model directory holds adapters itself."""
     force: Flag = False
     """Replace OUT if it is a model directory."""
     allow_base: Flag = False
@@ -140,5 +137,6 @@ def merge(args: list[str]) -> None:
     options = tyro.cli(MergeOptions, prog="ivl merge", args=args)
     from ivl.checkpoint.adapter import merge as merge_adapter
 
-    merge_adapter(**vars(options))
-    print(f"{options.out}: merged model written")
+    model, *adapter, out = options.paths
+    merge_adapter(model, adapter[0] if adapter else None, out, force=options.force, allow_base=options.allow_base)
+    print(f"{out}: merged model written")

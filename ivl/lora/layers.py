@@ -27,19 +27,21 @@ class LoraLinear(Linear):
 
     lora_A[name]: [rank, in], lora_B[name]: [rows of the projection, rank]. The projection of an unfused layer is named
     "weight". The inherited weight and bias keep their names, so the layer's checkpoint keys do not change.
+    own: rank and scale of projections that differ from config in them.
     """
 
-    def __init__(self, base: Linear, names: list[str], config: LoraConfig) -> None:
+    def __init__(self, base: Linear, names: list[str], config: LoraConfig, own: dict[str, LoraConfig] | None = None) -> None:
         with torch.device("meta"):
             super().__init__(base.in_features, base.out_features, bias=base.bias is not None, parts=base.parts)
         self.weight, self.bias = base.weight, base.bias
         self.config = config
+        self.configs = configs = dict.fromkeys(names, config) | (own or {})
         self.enabled = True
-        self.spans = {name: span for name, span in _spans(base).items() if name in names}
+        self.spans = {name: span for name, span in _spans(base).items() if name in configs}
         like = base.weight
-        self.lora_A = nn.ParameterDict({n: nn.Parameter(like.new_empty(config.rank, base.in_features)) for n in self.spans})
+        self.lora_A = nn.ParameterDict({n: nn.Parameter(like.new_empty(configs[n].rank, base.in_features)) for n in self.spans})
         self.lora_B = nn.ParameterDict(
-            {n: nn.Parameter(like.new_zeros(b - a, config.rank)) for n, (a, b) in self.spans.items()}
+            {n: nn.Parameter(like.new_zeros(b - a, configs[n].rank)) for n, (a, b) in self.spans.items()}
         )
         for parameter in self.lora_A.values():
             nn.init.kaiming_uniform_(parameter, a=5**0.5)
@@ -56,7 +58,7 @@ class LoraLinear(Linear):
             y = y.clone()  # F.linear may return a view, and gradients cannot be written into a view of a frozen product
         x = F.dropout(input, self.config.dropout, self.training)
         for name, (first, last) in self.spans.items():
-            y[..., first:last] += F.linear(F.linear(x, self.lora_A[name]), self.lora_B[name]) * self.config.scale
+            y[..., first:last] += F.linear(F.linear(x, self.lora_A[name]), self.lora_B[name]) * self.configs[name].scale
         return y
 
     def matrix(self) -> torch.Tensor:
@@ -65,7 +67,7 @@ class LoraLinear(Linear):
             return self.weight
         rows = self.weight.clone()
         for name, (first, last) in self.spans.items():
-            rows[first:last] += self.lora_B[name] @ self.lora_A[name] * self.config.scale
+            rows[first:last] += self.lora_B[name] @ self.lora_A[name] * self.configs[name].scale
         return rows
 
     def merged(self) -> Linear:
@@ -73,7 +75,7 @@ class LoraLinear(Linear):
         with torch.no_grad():
             for name, (first, last) in self.spans.items():
                 rows = self.weight[first:last]
-                delta = self.lora_B[name].float() @ self.lora_A[name].float() * self.config.scale
+                delta = self.lora_B[name].float() @ self.lora_A[name].float() * self.configs[name].scale
                 rows.copy_(rows.float() + delta)
         with torch.device("meta"):
             plain = Linear(self.in_features, self.out_features, bias=self.bias is not None, parts=self.parts)
@@ -111,23 +113,36 @@ def add_lora(model: VLM, config: LoraConfig) -> None:
     Raises:
         InputError: if a target names no layer (the message lists what exists), or the model has adapters already.
     """
-    if lora_layers(model):
-        raise InputError("the model already carries LoRA adapters; merge_lora() folds them in first")
-    if quantized_layers(model):
-        raise InputError("the model is quantized, which is for inference only; put adapters on the model that it was made from")
     known = projections(model)
-    chosen: dict[str, list[str]] = {}
+    chosen: dict[str, LoraConfig] = {}
     for target in config.targets:
         hits = [name for name in known if name.startswith(f"{target}.") or fnmatchcase(name, target)]
         if not hits:
             kinds = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in known)
             raise InputError(f"LoRA target {target!r} names no linear layer; there are {', '.join(kinds)}")
-        for path, name in (known[hit] for hit in hits):
-            chosen.setdefault(path, []).append(name)
-    for path, names in chosen.items():
+        chosen |= dict.fromkeys(hits, config)
+    add_adapters(model, chosen)
+
+
+def add_adapters(model: VLM, configs: dict[str, LoraConfig]) -> None:
+    """Put an untrained adapter on each of the projections, which are given with rank and scale by dotted name, in place.
+
+    Raises:
+        InputError: if the model has adapters already, or is quantized.
+    """
+    if lora_layers(model):
+        raise InputError("the model already carries LoRA adapters; merge_lora() folds them in first")
+    if quantized_layers(model):
+        raise InputError("the model is quantized, which is for inference only; put adapters on the model that it was made from")
+    known = projections(model)
+    by_layer: dict[str, dict[str, LoraConfig]] = {}
+    for projection, config in configs.items():
+        path, name = known[projection]
+        by_layer.setdefault(path, {})[name] = config
+    for path, chosen in by_layer.items():
         layer = model.get_submodule(path)
         assert isinstance(layer, Linear)
-        model.set_submodule(path, LoraLinear(layer, names, config))
+        model.set_submodule(path, LoraLinear(layer, list(chosen), next(iter(chosen.values())), chosen))
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -409,8 +409,8 @@ def test_packed_weights_of_another_type_are_refused(model: Path, tmp_path: Path,
     ("key", "value"),
     [
         ("r", 1_000_000), ("r", 4096), ("r", "4"), ("r", True), ("r", None), ("lora_alpha", 1e20), ("lora_alpha", []),
-        ("lora_dropout", 2), ("rank_pattern", {"x": 2}), ("alpha_pattern", [1]), ("modules_to_save", "x"), ("use_rslora", "no"),
-        ("bias", "all"), ("peft_type", ["LORA"]),
+        ("lora_dropout", 2), ("rank_pattern", {"x": "2"}), ("alpha_pattern", [1]), ("modules_to_save", "x"),
+        ("use_rslora", "no"), ("bias", "some"), ("peft_type", ["LORA"]),
     ],
 )  # fmt: skip
 def test_adapter_configurations_are_checked_before_memory_is_taken(tmp_path: Path, key: str, value: Any) -> None:
