@@ -6,6 +6,7 @@ Each score takes a prediction and the accepted answers and returns a value from 
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +14,8 @@ from ivl.errors import InputError
 
 
 def normalize(text: str) -> str:
-    """Lower the case, join words with single spaces, and drop one trailing period."""
-    text = " ".join(text.lower().split())
+    """Compose letters with their accents, lower the case, join words with single spaces, and drop one trailing period."""
+    text = " ".join(unicodedata.normalize("NFC", text).lower().split())
     return text.removesuffix(".").rstrip()
 
 
@@ -24,10 +25,20 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 
 
 def anls(prediction: str, answers: Sequence[str], threshold: float = 0.5) -> float:
-    """Return DocVQA's normalized Levenshtein similarity to the nearest answer; 0 from a relative distance of threshold on."""
-    texts = [" ".join(text.lower().split()) for text in (prediction, *answers)]
-    distances = [edit_distance(texts[0], text) / (max(len(texts[0]), len(text)) or 1) for text in texts[1:]]
-    return max(1 - distance if distance < threshold else 0.0 for distance in distances)
+    """Return DocVQA's normalized Levenshtein similarity to the nearest answer; 0 if it lies below the threshold.
+
+    As on its server, white space is collapsed before texts are compared, and their lengths are those before.
+    """
+    distances = [
+        edit_distance(_collapsed(prediction), _collapsed(answer)) / (max(len(prediction.upper()), len(answer.upper())) or 1)
+        for answer in answers
+    ]
+    best = 1 - min(distances)
+    return best if best >= threshold else 0.0
+
+
+def _collapsed(text: str) -> str:
+    return " ".join(text.lower().split())
 
 
 def edit_distance(a: str, b: str) -> int:
@@ -46,11 +57,9 @@ def edit_distance(a: str, b: str) -> int:
 def agreement(prediction: str, answers: Sequence[str]) -> float:
     """Return VQAv2's agreement with people: min(1, matches / 3), averaged over leaving out each of the answers in turn.
 
-    Texts are compared as they are. A single answer must match.
+    Texts are compared as they are. A single answer is left out, so it gives 0.
     """
     matches = [answer == prediction for answer in answers]
-    if len(matches) == 1:
-        return float(matches[0])
     return sum(min(1.0, (sum(matches) - match) / 3) for match in matches) / len(matches)
 
 

@@ -26,7 +26,8 @@ def test_exact_match(prediction: str, answers: list[str], score: float) -> None:
 def test_anls() -> None:
     assert anls("Hello", ["hello"]) == 1
     assert anls("hallo", ["hello"]) == pytest.approx(0.8)
-    assert anls("ab", ["ac"]) == 0  # relative distance 0.5 is not below the threshold
+    assert anls("ab", ["ac"]) == 0.5 and anls("abc", ["abx", "axy"]) == pytest.approx(2 / 3) and anls("ab", ["acx"]) == 0
+    assert anls(" ab ", ["cd  ef"]) == 0 and anls("a  b", ["a c"]) == pytest.approx(1 - 1 / 4)  # lengths count white space
     assert anls("abc", ["xyz", "abd"]) == pytest.approx(2 / 3)
     assert anls("", ["x"]) == 0 and anls("", [""]) == 1
 
@@ -46,7 +47,7 @@ def test_agreement() -> None:
     assert agreement("red", ["red"] * 3 + ["blue"] * 7) == pytest.approx((3 * 2 / 3 + 7) / 10)
     assert agreement("red", ["red"] + ["blue"] * 9) == pytest.approx(0.3)
     assert agreement("green", ["red"] * 10) == 0
-    assert agreement("yes", ["yes"]) == 1 and agreement("yes", ["no"]) == 0
+    assert agreement("yes", ["yes"]) == 0 and agreement("yes", ["no"]) == 0
 
 
 def test_wilson_against_published_values() -> None:

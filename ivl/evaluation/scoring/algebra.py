@@ -1,0 +1,243 @@
+"""Mathematical answers compared without a judge, by the rules of VLMEvalKit."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import logging
+import operator
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+from ivl.errors import InputError
+from ivl.evaluation.scoring.extraction import box_spans
+from ivl.evaluation.scoring.formulas import same_formula
+from ivl.utils.killable import CallStopped, Killable
+
+_CLOSE = 1e-6
+_MOST_CHARACTERS, _MOST_BITS, _MOST_BOXES = 1000, 4096, 100
+_OPERATIONS: dict[type, Callable[..., Any]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow, ast.UAdd: operator.pos,
+    ast.USub: operator.neg,
+}  # fmt: skip
+_SIGNS = (
+    ("\\left", ""), ("\\right", ""), ("∶", ":"), ("，", ","), ("$", ""), ("\\approx", "="), ("\\simeq", "="), ("\\sim", "="),
+    ("^\\prime", "'"), ("^{\\prime}", "'"), ("^\\circ", ""), ("%", ""),
+)  # fmt: skip
+_SPELLINGS = (("\\dfrac", "\\frac"), ("\\tfrac", "\\frac"), ("\\times", "\\cdot"))
+
+
+def same_value(prediction: str, truth: str) -> bool:
+    """Return whether two texts are equal but for case, or have the same value as arithmetic or as LaTeX without names."""
+    given, expected = prediction.lower().strip(), truth.lower().strip()
+    if given == expected:
+        return True
+    if max(len(given), len(expected)) > _MOST_CHARACTERS:
+        return False
+    left, right = arithmetic(given), arithmetic(expected)
+    if left is not None and right is not None and _close(left, right):
+        return True
+    if "%" in given + expected:  # the tool reads no percent signs
+        return False
+    read, meant = _latex("value", given), _latex("value", expected)
+    return bool(read and meant and read[1] and meant[1] and _close(read[0], meant[0]))
+
+
+def _close(left: complex, right: complex, tolerance: float = _CLOSE) -> bool:
+    try:
+        return abs(left - right) < tolerance
+    except OverflowError:
+        return False
+
+
+def arithmetic(text: str) -> complex | None:
+    """Return the value of numbers, signs, + - * / // % ** and parentheses, as Python reads them; None for anything else."""
+    if len(text) > _MOST_CHARACTERS or not re.fullmatch(r"[\d\s.+*/%()eEjJ_-]+", text):
+        return None
+    try:
+        return _value(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
+        return None
+
+
+def _value(node: ast.expr) -> Any:
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float | complex):
+        return node.value
+    if isinstance(node, ast.UnaryOp) and type(node.op) in _OPERATIONS:
+        return _OPERATIONS[type(node.op)](_value(node.operand))
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
+        left, right = _value(node.left), _value(node.right)
+        exact = isinstance(node.op, ast.Pow) and isinstance(left, int) and isinstance(right, int)
+        if exact and left.bit_length() * abs(right) > _MOST_BITS:
+            raise OverflowError
+        return _OPERATIONS[type(node.op)](left, right)
+    raise ValueError
+
+
+def _latex(operation: str, *texts: str) -> Any:
+    """Call the worker that reads LaTeX; None where it meets a limit.
+
+    Raises:
+        InputError: if math-verify is not installed.
+    """
+    if importlib.util.find_spec("latex2sympy2_extended") is None:
+        raise InputError('comparing formulas needs math-verify; install it with `pip install "ivl[eval]"`')
+    try:
+        return latex(operation, *texts)
+    except CallStopped:
+        return None
+
+
+latex = Killable("ivl.evaluation.scoring.algebra:reader", cpu_seconds=2, wall_seconds=60, megabytes=512)
+"""Reads LaTeX within limits: `value` of a text, or whether one equation is a whole `multiple` of another."""
+
+
+def reader() -> Callable[..., Any]:
+    """Load latex2sympy and return a function of the name of an operation and texts."""
+    from latex2sympy2_extended import latex2sympy as parse
+    from sympy import simplify
+
+    logging.disable(logging.CRITICAL)
+    latex2sympy, shortest = cast(Callable[[str], Any], parse), cast(Callable[[Any], Any], simplify)
+
+    def value(text: str) -> tuple[complex, bool]:
+        """Return the value, and whether the expression is written without names such as pi and sqrt."""
+        expression = latex2sympy(text)
+        plain = arithmetic(str(expression))
+        return (complex(expression.evalf()), False) if plain is None else (plain, True)
+
+    def multiple(first: str, second: str) -> bool:
+        left, right = (latex2sympy(a) - latex2sympy(b) for a, b in (text.split("=") for text in (first, second)))
+        quotients = shortest(left / right), shortest(right / left)
+        return any(bool(quotient.is_Integer) and quotient != 0 for quotient in quotients)
+
+    def call(operation: str, *texts: str) -> Any:
+        try:
+            return {"value": value, "multiple": multiple}[operation](*texts)
+        except (MemoryError, RecursionError):
+            raise
+        except Exception:  # whatever the libraries raise on a formula, it has no value
+            return None
+
+    call("value", r"\frac{1}{2}+\sqrt{2}")
+    call("multiple", "y=2x", "2y=4x")
+    return call
+
+
+def same_answers(
+    prediction: str, truth: str, precision: float | Sequence[float] = 1e-8, *, expressions_differ: bool = False
+) -> bool:
+    r"""Compare the answers in boxes, else in dollar signs on the last line, else the texts, in any order.
+
+    Each answer of one side must match another of the other side as a text, an interval, a number (or a hundredth or a
+    hundredfold of it), an expression or an equation. `\pm` makes two answers.
+
+    Args:
+        precision: Absolute tolerance of values, for all answers or for each of the prediction.
+        expressions_differ: Let expressions match only where they are written alike, as the tool does since a step of its
+            comparison is commented out.
+    """
+    given, expected = _answers_of(prediction), _answers_of(truth)
+    if given is None or expected is None:
+        return False
+    if given == expected:
+        return True
+    items, unused = _items(given), _items(expected)
+    tolerances = [precision] if isinstance(precision, int | float) else list(precision)
+    if len(items) != len(unused) or not tolerances:
+        return False
+    for at, item in enumerate(items):
+        tolerance = tolerances[min(at, len(tolerances) - 1)] * 1.01
+        same = next((other for other in unused if _same_item(item, other, tolerance, expressions_differ)), None)
+        if same is None:
+            return False
+        unused.remove(same)
+    return True
+
+
+def _answers_of(text: str) -> str | None:
+    """Return the answers of a text, joined by commas, without decoration; None for a box left open."""
+    spans = box_spans(text)
+    if len(spans) > _MOST_BOXES or not all(end for _, end in spans):
+        return None
+    if spans:
+        text = ",".join(text[start:end] for start, end in spans)
+    elif formulas := re.findall(r"\$(.*?)\$", text.strip().split("\n")[-1]):
+        text = ",".join(formulas)
+    if "\\in " in text:
+        text = text.split("\\in ")[1]
+    for sign, plain in _SIGNS:
+        text = text.replace(sign, plain)
+    return re.sub(r"\\(?:mathrm|mathbf)\{~?([^}]*)\}", r"\1", text.strip("\n,.:;^_=+`!@#$%&*~，。"))
+
+
+def _items(text: str) -> list[str]:
+    """Split at commas outside brackets, without Chinese characters, and write out plus or minus."""
+    items, depth = [""], 0
+    for character in re.sub("[\u4e00-\u9fff]+", "", text):
+        depth += (character in "([") - (character in ")]")
+        if character == "," and depth == 0:
+            items.append("")
+        else:
+            items[-1] += character
+    items = [item.strip() for item in (items if items[-1] else items[:-1])]
+    return [
+        signed for item in items for signed in ([item.replace("\\pm", sign) for sign in "+-"] if "\\pm" in item else [item])
+    ]
+
+
+def _same_item(given: str, expected: str, tolerance: float, alike: bool) -> bool:
+    if given and given == expected:
+        return True
+    if max(len(given), len(expected)) > _MOST_CHARACTERS:
+        return False
+    both = given, expected
+    if all(text.startswith(("(", "[")) and text.endswith((")", "]")) for text in both) and _same_interval(
+        *both, tolerance, alike
+    ):
+        return True
+    try:
+        number, truth = float(given), float(expected)
+    except ValueError:
+        number, truth = 0.0, float("nan")
+    if any(abs(reading - truth) <= tolerance for reading in (number / 100, number, number * 100)):
+        return True
+    if not all("=" in text for text in both) and _same_expression(*both, tolerance, alike):
+        return True
+    return all(text.count("=") == 1 for text in both) and bool(_latex("multiple", *both))
+
+
+def _same_interval(given: str, expected: str, tolerance: float, alike: bool) -> bool:
+    parts = given.split("\\cup"), expected.split("\\cup")
+    if len(parts[0]) != len(parts[1]):
+        return False
+    for one, other in zip(*parts, strict=True):
+        if not one or not other or one[0] != other[0] or one[-1] != other[-1]:
+            return False
+        ends = one.strip("[]()").split(","), other.strip("[]()").split(",")
+        if not all(_same_expression(*pair, tolerance, alike) for pair in zip(*ends, strict=False)):
+            return False
+    return True
+
+
+def _same_expression(given: str, expected: str, tolerance: float, alike: bool) -> bool:
+    given, expected = (text.split("=")[1] if "=" in text else text for text in (given, expected))
+    if (tokens := _tokens(given)) and tokens == _tokens(expected):
+        return True
+    if alike:
+        return False
+    read, meant = _latex("value", given), _latex("value", expected)
+    if read and meant:
+        return _close(read[0], meant[0], tolerance)
+    try:
+        return same_formula(given, expected) is True
+    except CallStopped:
+        return False
+
+
+def _tokens(text: str) -> list[str]:
+    for spelling, usual in _SPELLINGS:
+        text = text.replace(spelling, usual)
+    return re.findall(r"\\[A-Za-z]+|[^\s\\]|\\(?![,;!: ])", re.sub(r"\\[,;!: ]", "", text).strip().removeprefix("+"))
