@@ -6,14 +6,21 @@ import re
 from collections.abc import Sequence
 
 from ivl.evaluation.scoring.numbers import quantities, same_quantity
-from ivl.evaluation.scoring.spelling import introduced, plain, wording
+from ivl.evaluation.scoring.spelling import bare, introduced, plain, wording
 
 _LETTERS = "ABCDEFGH"
+_MOST_LETTERS = 60
+"""The longest text that names several options."""
 _NAMED = re.compile(r"(?:(?:option|choice|选项?|选择)\s*)?[(\[]?([A-Za-z])[)\]]?(?: ?(?:选项|option))?[.:,)]*", re.IGNORECASE)
 _WITH_TEXT = re.compile(r"(?:[(\[]([A-Za-z])[)\]][.:,]?\s*|([A-Z])(?:[.):]\s*|,(?=\D)\s*)|([a-z])[.)]\s+)(\S.*)")
 _ANOTHER = re.compile(
     r"^[(\[]?[A-H](?![A-Za-z])(?! \w)|\b(?:or|and)\b ?[(\[]?[A-H](?:[).:\]]|$)|[&/] ?[(\[]?[A-H](?:[).:\]]|$)"
 )
+
+_JOINT = r" ?(?:(?:[,;&]|(?i:\band\b)|和|与|及) ?)+|(?<=[)\]])(?=[(\[])| "
+_SEVERAL = re.compile(rf"(?i:(?:options?|choices?|选项?|选择) ?)?([(\[]?[A-I][)\]]?(?:(?:{_JOINT})[(\[]?[A-I][)\]]?)+)")
+_JOINED = re.compile("[A-I]{2,}")
+"""Several letters with something between them, and with nothing."""
 
 
 def split_option(text: str) -> tuple[str, str] | None:
@@ -39,6 +46,13 @@ def same_choice(prediction: str, truth: str, choices: Sequence[str] = ()) -> boo
     Args:
         choices: The texts of options A, B, ...; without them letters go from A to H, and the truth gives the only text.
     """
+    if several := _several(truth, choices):
+        known = bool(choices) or not _JOINED.fullmatch(bare(truth))
+        # Where options are unknown, AB and BA may be names.
+        if (given := _several(prediction, choices)) and (known or not _JOINED.fullmatch(bare(prediction))):
+            return given == several
+        if known:
+            return False if _option(prediction, choices) else None
     expected = _option(truth, choices)
     if expected is None or (not choices and expected[0] not in _LETTERS):
         return None
@@ -54,6 +68,20 @@ def same_choice(prediction: str, truth: str, choices: Sequence[str] = ()) -> boo
         return not given[1] or _letter_of(given[1], choices) in (None, given[0])
     # Two people may be called A., so that their names decide.
     return True if not given[1] or not expected[1] or same_text(given[1], expected[1]) else None
+
+
+def _several(text: str, choices: Sequence[str]) -> set[str]:
+    """Return the letters of a text that names several options: `A, C`, `C and A`, `(A)(C)`, `AC`."""
+    text = bare(text)
+    if len(text) > _MOST_LETTERS or _letter_of(text, choices):
+        return set()
+    text = text.upper() if choices else text
+    match = _JOINED.fullmatch(text) or _SEVERAL.fullmatch(text)
+    letters = set(
+        re.findall("(?<![A-Za-z])[A-I](?![A-Za-z])", match[1]) if match and match.re is _SEVERAL else text if match else ""
+    )
+    inside = not choices or all(ord(letter) - ord("A") < len(choices) for letter in letters)
+    return letters if inside and len(letters) > 1 else set()
 
 
 def _option(text: str, choices: Sequence[str]) -> tuple[str, str] | None:

@@ -15,7 +15,8 @@ FormatProblem = Literal[
 ]  # fmt: skip
 
 _MARKER = re.compile(
-    r"(?:final answer(?: is)?|最终答案(?:是|为)?|最后答案(?:是|为)?)\s{0,3}(?:\*\*|__)?\s{0,3}[:：]", re.IGNORECASE
+    r"(?:final answer(?: is)?|(?:最终|最后|^[ \t*_]{0,4})答案(?:是|为)?)\s{0,3}(?:\*\*|__)?\s{0,3}[:：]",
+    re.IGNORECASE | re.MULTILINE,
 )
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
@@ -42,7 +43,7 @@ def extract(reply: str, style: AnswerStyle) -> Extracted:
 
 
 def final_answer(reply: str) -> Extracted:
-    """Return the text after the last "Final answer:" or "最终答案：", which must be one line.
+    """Return the text after the last "Final answer:", "最终答案：" or line that begins with "答案：", which must be one line.
 
     A reply is malformed with no marker or more than two of them, without reasoning before the first, or with fewer than two
     line breaks in all.
@@ -68,31 +69,45 @@ def boxed(reply: str) -> Extracted:
 
 
 def last_box(text: str) -> str | None:
-    """Find the last box in one pass, whatever the nesting."""
-    best: tuple[int, str] | None = None
+    """Return the content of the box that opens last among those that close."""
+    return next((text[start:end] for start, end in reversed(box_spans(text)) if end), None)
+
+
+def last_box_or_text(reply: str) -> str:
+    """Return the content of the last box, or the reply if it has none or does not close it, as VLMEvalKit does."""
+    (start, end), *_ = (*reversed(box_spans(reply)), (0, 0))
+    return reply[start:end] if end else reply
+
+
+def box_spans(text: str) -> list[tuple[int, int]]:
+    """Find the contents of all boxes in one pass, whatever the nesting: start and end, which is 0 for a box left open."""
+    ends: dict[int, int] = {}
     opened: list[tuple[int, bool]] = []
     for match in re.finditer(r"\\boxed\s{0,3}\{|\\[^\W\d_]+|\\.|[{}]", text, re.DOTALL):
         token = match[0]
-        if token == "}":
-            if opened:
-                start, is_box = opened.pop()
-                if is_box and (best is None or start > best[0]):
-                    best = start, text[start : match.start()]
-        elif token == "{" or (token.startswith("\\boxed") and token.endswith("{")):
-            opened.append((match.end(), token != "{"))
-    return best and best[1]
+        is_box = token.startswith("\\boxed") and token.endswith("{")
+        if is_box:
+            ends[match.end()] = 0
+        if token == "{" or is_box:
+            opened.append((match.end(), is_box))
+        elif token == "}" and opened:
+            start, closes_box = opened.pop()
+            if closes_box:
+                ends[start] = match.start()
+    return list(ends.items())
 
 
 def think(reply: str) -> Extracted:
     """Return the answer of `<think>reasoning</think><answer>answer</answer>`, out of its box if there is one.
 
-    Each tag must occur once, with nothing around them.
+    Each tag must occur once, with nothing around them. Without answer tags, the box or the text behind the marker of a final
+    answer counts that follows the reasoning.
     """
     places, counts = [reply.find(tag) for tag in _TAGS], [reply.count(tag) for tag in _TAGS]
     if counts[:2] != [1, 1] or places[1] < places[0]:
         return Extracted(problem="broken think tags")
     if counts[2:] == [0, 0]:
-        return Extracted(problem="no answer")
+        return _behind(reply) if reply[places[0] + 7 : places[1]].strip() else Extracted(problem="no reasoning")
     if counts[2:] != [1, 1] or places != sorted(places):
         return Extracted(problem="broken answer tags")
     before, reasoning, between, answer, after = re.split("|".join(_TAGS), reply)
@@ -102,6 +117,15 @@ def think(reply: str) -> Extracted:
         return Extracted(problem="no reasoning")
     box = last_box(answer)
     return _extracted(answer if box is None else box)
+
+
+def _behind(reply: str) -> Extracted:
+    """Read the box or the marked answer that stands behind the reasoning."""
+    tail = reply.partition(_TAGS[1])[2]
+    if (box := last_box(tail)) is not None:
+        return _extracted(box)
+    markers = list(_MARKER.finditer(tail))
+    return _extracted(tail[markers[-1].end() :], one_line=True) if markers else Extracted(problem="no answer")
 
 
 def _extracted(answer: str, *, one_line: bool = False) -> Extracted:

@@ -22,6 +22,10 @@ from ivl.evaluation.scoring import extract, fix_answer
         ("a\nb\n\nFinal answer:\n3", "3"),
         ("看图。\n有两只狗。\n最终答案：2", "2"),
         ("看图。\n有两只狗。\n最终答案是: 两只", "两只"),
+        ("先看图。\n再想。\n答案: B", "B"),
+        ("先看图。\n再想。\n**答案：** B", "B"),
+        ("先看图，答案: 先不写。\n再想。\n最后答案：B", "B"),
+        ("<think>先看图。\n再想。</think>\n最终答案：B", "B"),
     ],
 )
 def test_final_answer(reply: str, answer: str) -> None:
@@ -62,6 +66,7 @@ def test_what_is_wrong_with_a_final_answer(reply: str, problem: str) -> None:
         (r"\boxed {4}", "4", None),
         (r"\boxed{ }", None, "empty answer"),
         (r"\boxed{2", None, "unclosed box"),
+        (r"先看图。答案：\boxed{两只}", "两只", None),
         ("boxed 2", None, "no answer"),
     ],
 )
@@ -76,6 +81,13 @@ def test_boxed(reply: str, answer: str | None, problem: str | None) -> None:
         ("<think>Two and one.</think>\n<answer>3</answer>", "3", None),
         (r"<think>a</think><answer>\boxed{3}</answer>", "3", None),
         ("<think>a</think>3", None, "no answer"),
+        ("<think>Look closely.</think>\n\\boxed{B}", "B", None),
+        ("<think>So \\boxed{A}?</think>\nThe answer is \\boxed{B}.", "B", None),
+        ("<think>Two and one.</think>\nFinal answer: 3", "3", None),
+        ("<think>先看图。</think>\n最终答案：三只", "三只", None),
+        ("<think>先看图。</think>\n答案：三只", "三只", None),
+        ("<think>\\boxed{B}</think>", None, "no answer"),
+        ("<think> </think>\\boxed{B}", None, "no reasoning"),
         ("<answer>3</answer>", None, "broken think tags"),
         ("<think>a<answer>3</answer>", None, "broken think tags"),
         ("<think>a</think><think>b</think><answer>3</answer>", None, "broken think tags"),

@@ -89,8 +89,8 @@ def test_integers_are_equal_or_not_in_every_spelling(a: int, b: int) -> None:
 def test_anls_falls_with_the_distance(a: str, b: str) -> None:
     said, meant = (" ".join(text.split()) for text in (a, b))
     if said and meant:
-        share = edit_distance(said, meant) / max(len(said), len(meant))
-        assert compare(a, b, mode="anls").score == pytest.approx(1 - share if share < 0.5 else 0)
+        share = edit_distance(said, meant) / max(len(a), len(b))
+        assert compare(a, b, mode="anls").score == pytest.approx(1 - share if share <= 0.5 else 0)
 
 
 def test_several_truths() -> None:
@@ -100,6 +100,35 @@ def test_several_truths() -> None:
         compare("5", [])
     with pytest.raises(InputError, match="'maths'"):
         compare("5", "5", mode="maths")  # type: ignore[arg-type]
+
+
+FOUR = ("a cat", "a dog", "a cow", "a pig")
+
+
+@pytest.mark.parametrize("truth", ["AC", "A, C", "A,C", "C, A", "A and C", "Ａ，Ｃ", "A、C", "(A)(C)", "A C"])
+def test_several_right_options_in_every_spelling(truth: str) -> None:
+    right = (
+        "AC", "CA", "A, C", "A,C", "C,A", "A and C", "A & C", "C; A", "Ａ、Ｃ", "ＡＣ", "A和C", "(A), (C)", "A, C.", "ac",
+        "The answer is A and C", "Options A and C", "选项A、C", "**A, C**", "A C",
+    )  # fmt: skip
+    wrong = ("A", "A, B", "A, B, C", "ABC", "B", "a cat", "A or C", "", "A, E", "all", "neither A nor C")
+    assert {text: compare(text, truth, mode="choice", choices=FOUR).score for text in right} == dict.fromkeys(right, 1.0)
+    assert {text: compare(text, truth, mode="choice", choices=FOUR).score for text in wrong} == dict.fromkeys(wrong, 0.0)
+
+
+def test_letters_without_known_options() -> None:
+    pairs = [("A, C", "AC"), ("AC", "A,C"), ("C and A", "A, C"), ("AB", "AB"), ("A,B,C,D,E,F,G,H,I", "ABCDEFGHI")]
+    for mode in ("choice", "auto"):
+        assert [compare(*pair, mode=mode).score for pair in pairs] == [1.0] * len(pairs)
+        # The names of a segment or an angle, and quotients, are no sets of options.
+        for pair in (("ACB", "ABC"), ("b/a", "a/b"), ("A", "A, C"), ("A, B", "B"), ("B", "AB")):
+            assert compare(*pair, mode=mode).score == 0, pair
+
+
+def test_composed_and_decomposed_letters_are_the_same() -> None:
+    for mode in ("exact", "vqa", "auto"):
+        assert compare("cafe\u0301", "café", mode=mode).score == 1
+    assert compare("cafe", "café", mode="exact").score == 0
 
 
 def test_modes_of_data_sets() -> None:
