@@ -86,9 +86,9 @@ def render(
             it goes on with. Otherwise the last turn is rendered to its end.
 
     Raises:
-        InputError: for turns out of order, an empty reply, media outside user turns, or a wrong number of entries in num_tiles.
+        InputError: without a user turn, for media elsewhere, a wrong num_tiles; to be trained: turns out of order, no reply.
     """
-    _check(conversation, num_tiles)
+    _check(conversation, num_tiles, strict=not reply)
     form = template_of(template)
     system = form.system_message if system_message is None else system_message
     turns = list(conversation)
@@ -100,13 +100,13 @@ def render(
     out = Rendered([], [], [])
     counts, num_media = iter(num_tiles), 0
     out.add([] if tokenizer.bos is None else [tokenizer.bos])
-    for turn in turns:
+    for number, turn in enumerate(turns, 1):
         head, opening = _header(form, turn.role, tokenizer)
         out.add([head])
         if turn.role == "assistant":
             out.add(tokenizer.encode(opening))
             out.add(_continue(opening, turn.text, tokenizer), trained=True)
-            if reply and turn is turns[-1]:
+            if reply and number == len(turns):
                 return out
             out.add([tokenizer.id(form.end)], trained=True)
             out.add(tokenizer.encode(form.newline))
@@ -206,19 +206,19 @@ def marked(text: str, media: Sequence[ImageRef | VideoRef]) -> str:
     return "".join(f"{mark}\n" for mark in marks) + text
 
 
-def _check(conversation: Conversation, num_tiles: Sequence[int]) -> None:
-    """Raise InputError unless turns alternate (system first, then user), replies have text, and users alone show media."""
-    if not conversation or all(message.role == "system" for message in conversation):
-        raise InputError("the conversation has no user turn")
+def _check(conversation: Conversation, num_tiles: Sequence[int], *, strict: bool) -> None:
+    """Raise InputError unless a user speaks and users alone show media; strict: also unless turns alternate with replies."""
     expected: Role = "user"
     for number, message in enumerate(conversation, 1):
-        if message.role == "system" and number == 1:
+        if message.role == "system" and (number == 1 or not strict):
             continue
-        if message.role != expected:
+        if message.role != expected and (strict or message.role not in ("user", "assistant")):
             raise InputError(f"turn {number} is from {message.role}, expected {expected}")
-        if message.role == "assistant" and not message.text.strip():
+        if strict and message.role == "assistant" and not message.text.strip():
             raise InputError(f"turn {number} is an empty reply")
         expected = "assistant" if message.role == "user" else "user"
+    if not any(message.role == "user" for message in conversation):
+        raise InputError("the conversation has no user turn")
     media = [(m.role, part) for m in conversation for part in m.content if not isinstance(part, Text)]
     if wrong := [role for role, _ in media if role != "user"]:
         raise InputError(f"images and videos belong in user turns, found one in a turn of {wrong[0]}")
