@@ -213,7 +213,7 @@ class Grammar:
     """The form that a reply must have from its first character to its last (structured output)."""
 
     kind: GrammarKind
-    """json: any JSON object. json_schema, regex, grammar (Lark), choice: as `value` says."""
+    """json: any JSON object. json_schema, regex, grammar (Lark or GBNF), choice: as `value` says."""
     value: str = ""
     """The schema, the pattern, the grammar, or a JSON list of the choices."""
 

@@ -99,7 +99,7 @@ def read_source(grammar: Grammar) -> str:
     if grammar.kind == "regex":
         return LLMatcher.grammar_from_regex(grammar.value)
     if grammar.kind == "grammar":
-        return LLMatcher.grammar_from_lark(grammar.value)
+        return LLMatcher.grammar_from_lark(_from_gbnf(grammar.value) if "::=" in grammar.value else grammar.value)
     try:
         text = grammar.value or '{"type":"object"}'
         value = json.loads(text, parse_int=_whole, parse_float=_finite, parse_constant=_finite)
@@ -112,6 +112,16 @@ def read_source(grammar: Grammar) -> str:
     _check_size(value)
     value.pop("x-guidance", None)  # llguidance's options for white space
     return LLMatcher.grammar_from_json_schema(value, overrides=COMPACT)
+
+
+def _from_gbnf(text: str) -> str:
+    """Return a grammar of llama.cpp's form (GBNF) in Lark's."""
+    from llguidance.gbnf_to_lark import gbnf_to_lark
+
+    try:
+        return gbnf_to_lark(text)
+    except Exception as error:  # its own kind, which has no base, and RecursionError
+        raise ValueError(f"not GBNF: {str(error)[:200]}") from error
 
 
 def _whole(number: str) -> int:
