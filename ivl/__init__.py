@@ -10,6 +10,15 @@ from ivl.api import Chat, Model, ask, load
 from ivl.errors import InputError
 from ivl.types import Conversation, ImageRef, Message, SamplingParams, Text, VideoRef
 
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("ivl")
+    raise AttributeError(f"module 'ivl' has no attribute {name!r}")
+
+
 __all__ = [
     "Chat",
     "Conversation",

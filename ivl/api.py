@@ -7,22 +7,34 @@ print(model.chat("What color is the shape?", "picture.png"))
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+import base64
+import copy
+import json
+import re
+import sys
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import unquote, urlsplit
 
 from ivl.errors import InputError, nearest, short
 from ivl.generators import Dtype, LoadConfig
-from ivl.types import VIDEO_SUFFIXES, Conversation, ImageRef, Message, SamplingParams, Text, VideoRef
+from ivl.types import VIDEO_SUFFIXES, Conversation, Grammar, ImageRef, Message, Part, Role, SamplingParams, Text, VideoRef
 
 if TYPE_CHECKING:
+    from typing import BinaryIO
+
+    import numpy as np
     import torch
     from PIL import Image
 
     from ivl.inference.engine import Engine, Reply, Request
 
-    Medium = str | Path | bytes | Image.Image | ImageRef | VideoRef
+    Medium = str | Path | bytes | BinaryIO | Image.Image | np.ndarray | ImageRef | VideoRef
+
+ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_DATA = re.compile(r"data:([\w.+-]*)/?[^,]{0,200};base64,", re.IGNORECASE)
 
 
 def load(
@@ -49,48 +61,75 @@ def load(
 
     name_of_dtype = dtype if isinstance(dtype, str) else cast(Dtype, str(dtype).removeprefix("torch."))
     config = LoadConfig(dtype=name_of_dtype, device=device, max_tiles=max_tiles)
-    return Model(load_engine(name, config, **engine_options))
+    return Model(load_engine(name, config, **engine_options), str(name))
 
 
 class Model:
     """A loaded model. Keyword options of its methods are those of `SamplingParams`; the default is greedy.
 
+    `json_schema`, a dict or a class of pydantic, is one more: the reply is JSON of this form.
     Safe in threads: calls that run at the same time advance together.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, name: str = "") -> None:
+        self.engine, self.name = engine, name
 
-    def chat(self, text: str, *media: Medium, **options: Any) -> str:
+    def __repr__(self) -> str:
+        model, config = self.engine.model, self.engine.model.config
+        count = sum(parameter.numel() for parameter in model.parameters())
+        dtype = str(model.dtype).removeprefix("torch.")
+        return f"Model({self.name!r}, {count:,} parameters, {dtype}, {model.device}, {config.decoder.family})"
+
+    def chat(self, text: str, *media: Medium | Sequence[Medium], **options: Any) -> str:
         """Return the reply to one question about any number of images or videos."""
         return self.start().send(text, *media, **options)
 
-    def stream(self, text: str, *media: Medium, **options: Any) -> Generator[str, None, None]:
+    def stream(self, text: str, *media: Medium | Sequence[Medium], **options: Any) -> Generator[str, None, None]:
         """Yield the reply piece by piece, as it is generated. Closing the iterator stops the generation."""
         return self.start().stream(text, *media, **options)
 
     def generate(
-        self, conversations: Sequence[Conversation | str], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        conversations: Sequence[Conversation | Sequence[Mapping[str, Any]] | str],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool | None = None,
+        **options: Any,
     ) -> list[Reply]:
-        """Reply to many conversations (see `ask`) at once; batching changes no reply. A text is a conversation of one question.
+        """Reply to many conversations at once; batching changes no reply.
+
+        Args:
+            conversations: Each is a text, which is one question, what `ask` makes, or a list of OpenAI's messages.
+            params: One for all, or one for each; instead of it, options may be given as to `chat`.
+            progress: Whether a bar is shown; None shows it on a terminal, for more than one conversation.
 
         Raises:
-            InputError: for anything else than texts and conversations, and as `Chat.stream`.
+            InputError: for anything else, and as `Chat.stream`.
         """
         if isinstance(conversations, str | bytes | dict) or not isinstance(conversations, Iterable):
             raise InputError(f"conversations must be a list of texts or of conversations, got {short(conversations)}")
-        asked = [ask(each) if isinstance(each, str) else each for each in conversations]
-        for number, each in enumerate(asked):
-            if not isinstance(each, tuple | list) or not all(isinstance(message, Message) for message in each):
-                raise InputError(f"conversation {number} must be a text, or messages as ivl.ask makes them, got {short(each)}")
-        each_params = SamplingParams() if params is None else params
-        if isinstance(each_params, SamplingParams):
+        asked = [_conversation(each, f"conversation {number}") for number, each in enumerate(conversations)]
+        if params is not None and options:
+            raise InputError(f"give params or options such as {min(options)}, not both")
+        each_params = _params(options) if params is None else params
+        if not isinstance(each_params, SamplingParams):
+            if not isinstance(each_params, tuple | list) or not all(isinstance(each, SamplingParams) for each in each_params):
+                raise InputError(
+                    f"params must be ivl.SamplingParams, or a list of one for each conversation, got {short(params)}"
+                )
+            if len(each_params) != len(asked):
+                raise InputError(f"{len(asked)} conversations but {len(each_params)} sampling parameters")
+        if not (sys.stderr.isatty() and len(asked) > 1 if progress is None else progress):
             return self.engine.generate(asked, each_params)
-        if not isinstance(each_params, tuple | list) or not all(isinstance(each, SamplingParams) for each in each_params):
-            raise InputError(f"params must be ivl.SamplingParams, or a list of one for each conversation, got {short(params)}")
-        if len(each_params) != len(asked):
-            raise InputError(f"{len(asked)} conversations but {len(each_params)} sampling parameters")
-        return self.engine.generate(asked, each_params)
+        from ivl.utils.progress import reporting
+
+        with reporting("replies", "replies") as show:
+            return self.engine.generate(asked, each_params, show=show)
+
+    def logprobs(self, reply: Reply) -> list[tuple[str, float]]:
+        """Return each token of a reply as text with its log-probability, if `logprobs` asked for them."""
+        token_bytes = self.engine.processor.tokenizer.token_bytes
+        return [(token_bytes(each.token).decode(errors="replace"), each.logprob) for each in reply.logprobs]
 
     def start(self, *, system: str | None = None) -> Chat:
         """Start a conversation of several turns; `system` replaces the model's own system message."""
@@ -106,11 +145,15 @@ class Chat:
         self.messages: Conversation = () if system is None else (_system(system),)
         self.request: Request | None = None
 
-    def send(self, text: str, *media: Medium, **options: Any) -> str:
+    def __repr__(self) -> str:
+        last = f", last {short(self.messages[-1].text)}" if self.messages else ""
+        return f"Chat({len(self.messages)} messages{last})"
+
+    def send(self, text: str, *media: Medium | Sequence[Medium], **options: Any) -> str:
         """Return the whole reply, without white space around it."""
         return "".join(self.stream(text, *media, **options)).strip()
 
-    def stream(self, text: str, *media: Medium, **options: Any) -> Generator[str, None, None]:
+    def stream(self, text: str, *media: Medium | Sequence[Medium], **options: Any) -> Generator[str, None, None]:
         """Yield the reply piece by piece.
 
         If the iterator is closed early, the reply so far stays in the history, but an empty reply and its question do not.
@@ -119,10 +162,7 @@ class Chat:
             InputError: for media that cannot be read, or a conversation longer than the context.
         """
         message = user(text, *media)
-        known = SamplingParams.__dataclass_fields__
-        for name in options.keys() - known:
-            raise InputError(f"unknown option {name!r}: {nearest(name, known, 'options')}")
-        self.request = self.engine.submit((*self.messages, message), SamplingParams(**options))
+        self.request = self.engine.submit((*self.messages, message), _params(options))
         reply = ""
         try:
             with closing(self.engine.deltas(self.request)) as deltas:
@@ -135,13 +175,41 @@ class Chat:
                 self.messages = (*self.messages, message, Message("assistant", (Text(reply.strip()),)))
 
 
-def ask(text: str, *media: Medium, system: str | None = None) -> Conversation:
+def _params(options: dict[str, Any]) -> SamplingParams:
+    """Return options of a call as parameters; `json_schema` is one of them."""
+    schema, given = options.get("json_schema"), {name: value for name, value in options.items() if name != "json_schema"}
+    known = SamplingParams.__dataclass_fields__
+    for name in given.keys() - known:
+        raise InputError(f"unknown option {name!r}: {nearest(name, [*known, 'json_schema'], 'options')}")
+    if schema is None:
+        return SamplingParams(**given)
+    if given.get("guide") is not None:
+        raise InputError("json_schema and guide each say what form the reply has: give one")
+    return SamplingParams(**given, guide=_schema_grammar(schema))
+
+
+def _schema_grammar(schema: Any) -> Grammar:
+    from ivl.utils.grammars import close_objects
+
+    if isinstance(schema, type) and hasattr(schema, "model_json_schema"):
+        schema = cast(Any, schema).model_json_schema()
+    if not isinstance(schema, Mapping):
+        raise InputError(f"json_schema must be a dict, or a class of pydantic, got {short(schema)}")
+    closed = copy.deepcopy(dict(cast(Mapping[str, Any], schema)))
+    try:
+        close_objects(closed)
+        return Grammar("json_schema", json.dumps(closed, ensure_ascii=False))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"json_schema is not JSON: {error}") from error
+
+
+def ask(text: str, *media: Medium | Sequence[Medium], system: str | None = None) -> Conversation:
     """Make a conversation of one question, for `Model.generate`."""
     first = () if system is None else (_system(system),)
     return (*first, user(text, *media))
 
 
-def user(text: str, *media: Medium) -> Message:
+def user(text: str, *media: Medium | Sequence[Medium]) -> Message:
     """Make a user turn.
 
     `<image>` or `<video>` in the text marks the place of the next medium. Without marks media come first, one a line, several
@@ -153,7 +221,7 @@ def user(text: str, *media: Medium) -> Message:
     from ivl.processing import chat
 
     _check_text(text)
-    refs = [medium(m) for m in media]
+    refs = [medium(cast("Medium", m)) for each in media for m in (each if isinstance(each, list | tuple) else [each])]
     return chat.user(chat.marked(text, refs), *refs)
 
 
@@ -169,23 +237,110 @@ def _check_text(text: object) -> None:
         raise InputError(f"a text with half of a surrogate pair has no tokens: {short(text)}")
 
 
+def _conversation(given: Any, place: str) -> Conversation:
+    """Return one of the forms that `Model.generate` takes as a conversation. place: begins an error."""
+    if isinstance(given, str):
+        return ask(given)
+    if isinstance(given, tuple | list) and given and all(isinstance(message, Message) for message in given):
+        return tuple(given)
+    if not isinstance(given, tuple | list) or not given or not all(isinstance(message, Mapping) for message in given):
+        hint = "; put the messages of one conversation into a list of their own" if isinstance(given, Mapping) else ""
+        raise InputError(
+            f"{place} must be a text, or messages as ivl.ask makes them or OpenAI has them, got {short(given)}{hint}"
+        )
+    return tuple(_message(message, f"{place}, message {number}") for number, message in enumerate(given))
+
+
+def _message(given: Mapping[str, Any], place: str) -> Message:
+    """Return one of OpenAI's messages as a turn. Marks in its texts are letters: parts show where media stand."""
+    from ivl.processing.chat import open_lines
+
+    role, content = given.get("role"), given.get("content")
+    if role not in ROLES:
+        raise InputError(f"{place}: the role is one of {', '.join(ROLES)}, got {short(role)}")
+    if isinstance(content, str) or (content is None and role == "assistant"):
+        content = [{"type": "text", "text": content or ""}]
+    if not isinstance(content, tuple | list):
+        raise InputError(f"{place}: the content is a text or a list of parts, got {short(content)}")
+    parts = [_part(part, f"{place}, part {number}") for number, part in enumerate(content)]
+    return Message(ROLES[role], tuple(open_lines(parts) if role == "user" else parts))
+
+
+def _part(given: Any, place: str) -> Part:
+    """Return a part of a message: text, or `image_url`, `image`, `video_url`, `video` with what `medium` takes."""
+    kind = given.get("type") if isinstance(given, Mapping) else None
+    if kind == "text":
+        _check_text(given.get("text"))
+        return Text(given["text"])
+    if kind not in ("image_url", "image", "video_url", "video"):
+        raise InputError(
+            f"{place}: a part is a dict of the type text, image_url, image, video_url or video, got {short(given)}"
+        )
+    value = given.get(kind)
+    source = value.get("url") if isinstance(value, Mapping) else value
+    ref = medium(cast("Medium", source))
+    if kind.startswith("video") and isinstance(ref, ImageRef) and isinstance(ref.source, str | bytes):
+        ref = VideoRef(ref.source)
+    return ref
+
+
 def medium(source: Medium) -> ImageRef | VideoRef:
     """Make an image or video reference: folders, video files and animated GIFs are videos, everything else is an image.
+
+    Args:
+        source: A path (also as file: URL), a data: URL, bytes or an open file, a PIL image, a reference, or an array of uint8,
+            height x width x 3.
 
     Raises:
         InputError: if there is no such file, or it is not an image by its first bytes.
     """
     if isinstance(source, ImageRef | VideoRef):
         return source
+    from PIL import Image
+
+    if hasattr(source, "read") and not isinstance(source, str | Path | Image.Image):
+        source = cast(Any, source).read()
+    if isinstance(source, bytes | Image.Image):
+        return ImageRef(source)
+    if hasattr(source, "shape"):
+        return ImageRef(_from_array(source))
+    if not isinstance(source, str | Path):
+        kinds = "a path, bytes, a PIL image, an array or a reference"
+        raise InputError(f"an image or video is {kinds}, got {type(source).__name__}")
+    if isinstance(source, str) and (scheme := source[:8].partition(":")[0].lower()) in ("http", "https", "data", "file"):
+        if scheme.startswith("http"):
+            raise InputError(f"{short(source)}: nothing is fetched; download it, and pass the path or the bytes")
+        if scheme == "data":
+            return _from_data_url(source)
+        source = unquote(urlsplit(source).path)
+    return _from_path(source)
+
+
+def _from_array(array: Any) -> Image.Image:
+    from PIL import Image
+
+    shape, dtype = tuple(array.shape), str(array.dtype).removeprefix("torch.")
+    if dtype != "uint8" or len(shape) not in (2, 3) or shape[2:] not in ((), (3,), (4,)) or 0 in shape or hasattr(array, "cpu"):
+        array_of = f"{type(array).__name__} of {dtype} {' x '.join(map(str, shape))}"
+        raise InputError(f"an image as an array is a numpy array of uint8, height x width x 3, got {array_of}")
+    return Image.fromarray(array)
+
+
+def _from_data_url(url: str) -> ImageRef | VideoRef:
+    if (header := _DATA.match(url)) is None:
+        raise InputError(f"a data: URL must look like data:image/png;base64,..., got {short(url, 40)}")
+    try:
+        data = base64.b64decode(url[header.end() :].strip(), validate=True)
+    except ValueError:
+        raise InputError(f"the data: URL {short(url, 40)} is not base64") from None
+    return VideoRef(data) if header[1].lower() == "video" else ImageRef(data)
+
+
+def _from_path(source: str | Path) -> ImageRef | VideoRef:
     from PIL import Image, UnidentifiedImageError
 
     from ivl.utils.pictures import open_image
 
-    if isinstance(source, bytes | Image.Image):
-        return ImageRef(source)
-    if not isinstance(source, str | Path):
-        array = "; PIL.Image.fromarray makes an image of an array" if hasattr(source, "shape") else ""
-        raise InputError(f"an image or video is a path, bytes, a PIL image or a reference, got {type(source).__name__}{array}")
     path, found, reason = Path(source), False, ""
     try:
         path = path.expanduser()

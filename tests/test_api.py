@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
+from pydantic import BaseModel
 
 import ivl
 from ivl import InputError
 from ivl.cli.chat import chat as chat_command
+from ivl.types import Grammar
 from tests.helpers.engines import assert_idle, picture, tiny_directory
 
 SHORT = {"max_new_tokens": 12}
@@ -114,12 +120,38 @@ def test_what_is_no_text_is_refused_in_one_line(model: ivl.Model, text: Any) -> 
 
 
 @pytest.mark.parametrize(
-    "source", [np.zeros((4, 4, 3), np.uint8), torch.zeros(3, 4, 4), 3, None, [b"x"], "a\0b", "x" * 5000, "\ud800", "~nobody/x"]
-)
-def test_media_of_another_kind_are_refused_in_one_line(source: Any) -> None:
+    ("source", "words"),
+    [
+        (np.zeros((4, 4, 3), np.float32), "uint8, height x width x 3, got ndarray of float32 4 x 4 x 3"),
+        (np.zeros((2, 4, 4, 3), np.uint8), "got ndarray of uint8 2 x 4 x 4 x 3"), (np.zeros((3, 4, 5), np.uint8), "3 x 4 x 5"),
+        (np.zeros((0, 4, 3), np.uint8), "0 x 4 x 3"), (torch.zeros(3, 4, 4), "got Tensor of float32 3 x 4 x 4"),
+        (3, "got int"), (None, "got NoneType"), ([None], "got NoneType"), ({"url": "x"}, "got dict"),
+        ("a\0b", "no such image"), ("x" * 5000, "no such image"), ("\ud800", "no such image"), ("~nobody/x", "no such image"),
+        ("https://example.org/a.jpg", "nothing is fetched; download it"), ("HTTP://a", "nothing is fetched"),
+        ("data:image/png;base64," + "é" * 9000, "is not base64"), ("data:image/png," + "A" * 9000, "must look like data:image"),
+        ("file:///no/such.png", "/no/such.png: no such image"),
+    ],
+)  # fmt: skip
+def test_media_of_another_kind_are_refused_in_one_line(source: Any, words: str) -> None:
     with pytest.raises(InputError) as caught:
         ivl.ask("what?", source)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+    assert words in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_every_way_to_give_an_image_is_the_same(model: ivl.Model, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(image.parent))
+    data = image.read_bytes()
+    (image.parent / "a b.png").write_bytes(data)
+    expected = model.chat("what?", image, **SHORT)
+    sources: list[Any] = [
+        "~/picture.png", f"file://{image}", (image.parent / "a b.png").as_uri(), io.BytesIO(data), image.open("rb"), data,
+        np.asarray(picture(1)), [image], f"data:image/png;base64,{base64.b64encode(data).decode()}",
+    ]  # fmt: skip
+    for source in sources:
+        assert model.chat("what?", source, **SHORT) == expected, source
+    assert model.chat("what?", [image, image], **SHORT) == model.chat("what?", image, image, **SHORT) != expected
+    assert isinstance(ivl.ask("?", np.zeros((4, 5), np.uint8))[0].content[0], ivl.ImageRef)
+    assert ivl.ask("?", "data:video/mp4;base64,AAAA")[0].content[0] == ivl.VideoRef(b"\0\0\0")
 
 
 def test_a_pipe_is_no_image(tmp_path: Path) -> None:
@@ -131,7 +163,7 @@ def test_a_pipe_is_no_image(tmp_path: Path) -> None:
 def test_texts_are_conversations_and_other_things_are_refused(model: ivl.Model) -> None:
     params = ivl.SamplingParams(**SHORT)
     assert model.generate(["hello"], params)[0].text.strip() == model.chat("hello", **SHORT)
-    for wrong in (5, {"role": "user", "content": "hello"}, [{"role": "user", "content": "hello"}], None):
+    for wrong in (5, {"role": "user", "content": "hello"}, [5], [], b"hello", None):
         with pytest.raises(InputError, match="conversation 0 must be a text, or messages"):
             model.generate([wrong], params)  # type: ignore[list-item]
     with pytest.raises(InputError, match=r"unknown option 'max_new_token': did you mean 'max_new_tokens'"):
@@ -156,6 +188,100 @@ def test_options_of_load_are_refused_by_name(directory: Path, option: str, value
     with pytest.raises(InputError, match=option) as caught:
         ivl.load(directory, **{option: value})
     assert "\n" not in str(caught.value)
+
+
+def test_openai_messages_are_conversations(model: ivl.Model, image: Path) -> None:
+    data = f"data:image/png;base64,{base64.b64encode(image.read_bytes()).decode()}"
+    text = {"type": "text", "text": "what is <image>?"}
+    shown = [{"image": picture(1)}, {"image": np.asarray(picture(1))}, {"image_url": {"url": data}}, {"image_url": str(image)}]
+    turns = [("user", "a"), ("user", "b"), ("assistant", None), ("user", "c")]
+    several = [
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "what?"}],
+        *([{"role": "user", "content": [{"type": next(iter(each)), **each}, text]}] for each in shown),
+        [{"role": role, "content": content} for role, content in turns],
+    ]
+    first, *images, last = (reply.text for reply in model.generate(several, **SHORT))
+    assert first.strip() == model.start(system="Be brief.").send("what?", **SHORT)
+    letters = ivl.Message("user", (ivl.ImageRef(picture(1)), ivl.Text("\n"), ivl.Text("what is <image>?")))
+    assert set(images) == {model.generate([(letters,)], **SHORT)[0].text} and last
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ({"role": "robot", "content": "x"}, "message 0: the role is one of system, developer, user, assistant, got 'robot'"),
+        ({"content": "x"}, "the role is one of"), ({"role": "user"}, "the content is a text or a list of parts, got None"),
+        ({"role": "user", "content": b"x"}, "the content is a text or a list of parts"),
+        ({"role": "user", "content": [{"type": "audio"}]}, "message 0, part 0: a part is a dict of the type text"),
+        ({"role": "user", "content": ["x"]}, "part 0: a part is a dict"),
+        ({"role": "user", "content": [{"type": "text"}]}, "must be a text, got None"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://a.b/c"}}]}, "nothing is fetched"),
+        ({"role": "user", "content": [{"type": "image"}]}, "got NoneType"),
+    ],
+)  # fmt: skip
+def test_wrong_messages_are_refused_in_one_line(model: ivl.Model, message: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        model.generate([[message]])
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+class Answer(BaseModel):
+    count: Literal[1, 2]
+    right: bool
+
+
+@pytest.mark.parametrize("schema", [Answer, Answer.model_json_schema()])
+def test_a_schema_gives_a_reply_its_form(model: ivl.Model, schema: Any) -> None:
+    before = json.dumps(Answer.model_json_schema())
+    text = model.chat("how many?", json_schema=schema, max_new_tokens=60)
+    assert Answer.model_validate_json(text) and set(json.loads(text)) == {"count", "right"}
+    assert model.generate(["how many?"], json_schema=schema, max_new_tokens=60)[0].text.strip() == text
+    assert "".join(model.stream("how many?", json_schema=schema, max_new_tokens=60)) == text
+    assert json.dumps(Answer.model_json_schema()) == before and (not isinstance(schema, dict) or json.dumps(schema) == before)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"json_schema": 5}, "json_schema must be a dict, or a class of pydantic, got 5"), ({"json_schema": str}, "a dict"),
+     ({"json_schema": {"a": {1}}}, "json_schema is not JSON"), ({"json_schema": {"type": 7}}, "json_schema cannot be"),
+     ({"json_schema": {}, "guide": Grammar("json")}, "json_schema and guide each say"), ({"json_shema": {}}, "'json_schema'"),
+     ({"params": ivl.SamplingParams(), "seed": 1}, "give params or options such as seed")],
+)  # fmt: skip
+def test_wrong_options_of_generate(model: ivl.Model, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=re.escape(words)):
+        model.generate(["a"], **options)
+
+
+def test_logprobs_have_text(model: ivl.Model) -> None:
+    (reply,) = model.generate(["what?"], logprobs=2, **SHORT)
+    scored = model.logprobs(reply)
+    assert [logprob for _, logprob in scored] == [each.logprob for each in reply.logprobs] and len(scored) == len(reply.tokens)
+    assert "".join(text for text, _ in scored).startswith(reply.text[:3])
+    assert model.logprobs(model.generate(["what?"], **SHORT)[0]) == []
+
+
+def test_what_things_say_of_themselves(model: ivl.Model, directory: Path) -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+", ivl.__version__)
+    assert repr(model).startswith(f"Model({str(directory)!r}, ") and repr(model).endswith(" parameters, float32, cpu, qwen2)")
+    chat = model.start(system="x" * 500)
+    assert repr(chat).startswith("Chat(1 messages, last 'xxx") and len(repr(chat)) < 150
+
+
+def test_a_batch_shows_how_far_it_is(
+    model: ivl.Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[tuple[int, int]] = []
+
+    @contextmanager
+    def reporting(what: str, unit: str) -> Any:
+        yield lambda done, total: seen.append((done, total))
+
+    monkeypatch.setattr("ivl.utils.progress.reporting", reporting)
+    replies = model.generate(["a", "b", "c"], progress=True, **SHORT)
+    assert seen == [(1, 3), (2, 3), (3, 3)] and [r.text for r in replies] == [
+        r.text for r in model.generate(["a", "b", "c"], **SHORT)
+    ]
+    assert len(seen) == 3 and capsys.readouterr().err == "", "no bar without a terminal"
 
 
 def test_a_conversation_remembers(model: ivl.Model, image: Path) -> None:

@@ -12,7 +12,7 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -263,13 +263,15 @@ class Engine:
             self.cancel(request)
 
     def generate(
-        self, conversations: Sequence[Conversation], params: SamplingParams | Sequence[SamplingParams] = GREEDY
-    ) -> list[Reply]:
+        self, conversations: Sequence[Conversation], params: SamplingParams | Sequence[SamplingParams] = GREEDY,
+        show: Callable[[int, int], object] = lambda *_: None,
+    ) -> list[Reply]:  # fmt: skip
         """Return the replies in the order of the conversations; each is what the conversation alone would give.
 
         Args:
             conversations: The same conversation several times in a row is prepared once.
             params: One for all, or one per conversation.
+            show: Called with the numbers of finished replies and of all, whenever one is finished.
         """
         params = [params] * len(conversations) if isinstance(params, SamplingParams) else list(params)
         if len(params) != len(conversations):
@@ -292,6 +294,7 @@ class Engine:
                         raise InputError(f"conversation {number}: {request.failure}") from request.failure
                 for number in [n for n, request in active.items() if request.finish_reason is not None]:
                     replies[number] = active.pop(number).reply()
+                    show(len(replies), len(conversations))
         finally:
             for request in active.values():
                 self.cancel(request)

@@ -54,11 +54,11 @@ class TextStream:
         if ends:
             self.stopped, self.held = True, ""
             return text[: min(ends)[1]]
-        keep = max(_overlap(text, s) for s in self.stop)
+        keep = max(overlap(text, s) for s in self.stop)
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Return the length of the longest end of the text that is a beginning of the stop string."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
