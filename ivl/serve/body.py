@@ -14,7 +14,9 @@ from ivl.serve.errors import APIError
 
 MIN_ASIDE = 4096
 """Shorter URLs are parsed as the rest is."""
-_MEDIUM = re.compile(rb'"url"[ \t\r\n]*:[ \t\r\n]*"(data:[\w.+/\\;=-]{0,128};base64,)', re.IGNORECASE)
+_MEDIUM = re.compile(
+    rb'"(?:(?:image|video)_)?url"[ \t\r\n]*:[ \t\r\n]*" {0,9}(data:[\w.+/\\;=-]{0,128};base64,)', re.IGNORECASE
+)
 _KEPT_BACK = 256
 """Bytes that wait for the next chunk, as this one may end within the beginning of a medium."""
 _LONG_NUMBER = re.compile(rb"[0-9]{64}")

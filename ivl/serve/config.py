@@ -9,6 +9,9 @@ from typing import Any
 
 _DOMAIN = re.compile(r"(\*|\.?[a-z0-9_-]+(\.[a-z0-9_-]+)*)(:[0-9]{1,5})?")
 
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
+"""As browsers write it. Neither `*` nor `null`, under which any page could come."""
+
 
 def _check_numbers(config: Any, zero: tuple[str, ...]) -> None:
     """Raise ValueError for a whole number below 1, or below 0 for those in zero, or seconds that are no time."""
@@ -74,6 +77,8 @@ class ServeConfig:
     allowed_hosts: tuple[str, ...] = ()
     """Names that a Host header may hold. By default any with a key, and this machine's own without one, so that no web
     page can reach the server through a name of its own."""
+    allow_origin: tuple[str, ...] = ()
+    """Origins, such as `https://chat.example.org`, whose pages in a browser may use the server (CORS). By default none may."""
     names: tuple[str, ...] = ()
     """Names of the model for clients; responses carry the first."""
 
@@ -113,6 +118,8 @@ class ServeConfig:
     """Properties of all objects in a JSON schema."""
     max_schema_refs: int = 200
     """References in a JSON schema."""
+    max_tools: int = 128
+    """Tools that a request may offer."""
     max_prompt_tokens: int | None = None
     """Tokens of a prompt; by default what the context holds."""
     max_new_tokens: int = 4096
@@ -152,6 +159,9 @@ class ServeConfig:
         _check_numbers(self, zero=("port", "max_queue", "max_videos", "max_images", "max_stop", "max_logprobs"))
         if not all(name.strip() == name != "" for name in self.names):
             raise ValueError(f"names must be words, none of them empty, got {self.names}")
+        for origin in self.allow_origin:
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"allow_origin: {origin!r} is not an origin such as https://chat.example.org or app://notes")
         if self.port > 65535:
             raise ValueError(f"port must be at most 65535, got {self.port}")
         if self.default_new_tokens > self.max_new_tokens:

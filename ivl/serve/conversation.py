@@ -11,16 +11,33 @@ from typing import Any
 import numpy as np
 import torch
 
+from ivl.processing.chat import open_lines
 from ivl.processing.image import num_tiles
 from ivl.processing.processor import Processor
 from ivl.serve.config import ServeConfig
 from ivl.serve.errors import APIError
 from ivl.serve.guard import RequestContext
 from ivl.serve.media import MediaGateway, is_data_url
-from ivl.serve.schemas import AnyPart, ChatMessage, ChatRequest, CompletionRequest, ImagePart, SamplingBody, TextPart
-from ivl.types import Conversation, Grammar, ImageRef, Message, Part, Prompt, SamplingParams, Text, VideoRef
+from ivl.serve.schemas import (
+    AnyPart,
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    ImagePart,
+    JSONSchema,
+    NamedTool,
+    SamplingBody,
+    TextPart,
+    Tool,
+)
+from ivl.serve.tools import CALL_END, RESPONSE, RESPONSE_END, call_grammar, calls_text, check_tools, with_tools
+from ivl.types import Conversation, Grammar, ImageRef, Message, Part, Prompt, Role, SamplingParams, Text, VideoRef
 from ivl.utils.grammars import close_objects, schema_counts
 
+ROLES: dict[str, Role] = {
+    "system": "system", "developer": "system", "user": "user", "tool": "user", "assistant": "assistant",
+}  # fmt: skip
+"""Roles of the API as the template writes them."""
 DEFAULT_FRAMES = 8
 """Frames of a video whose request names no number."""
 FRAMES_PER_TAKEN = 16
@@ -34,7 +51,7 @@ def check_lengths(body: Any, config: ServeConfig) -> None:
         APIError: for more items than the limits allow.
     """
     fields = body if isinstance(body, dict) else {}
-    lists = {name: value for name in ("messages", "prompt", "stop") if isinstance(value := fields.get(name), list)}
+    lists = {name: value for name in ("messages", "prompt", "stop", "tools") if isinstance(value := fields.get(name), list)}
     messages, prompts = lists.get("messages", []), lists.get("prompt", [])
     contents = [message.get("content") for message in messages if isinstance(message, dict)]
     most_parts = config.max_messages + config.max_images + config.max_videos
@@ -43,6 +60,7 @@ def check_lengths(body: Any, config: ServeConfig) -> None:
         (sum(len(content) for content in contents if isinstance(content, list)), most_parts, "parts", "messages"),
         (len(prompts) if prompts and isinstance(prompts[0], str | list) else 0, config.max_n, "prompts", "prompt"),
         (len(lists.get("stop", [])), config.max_stop, "stop strings", "stop"),
+        (len(lists.get("tools", [])), config.max_tools, "tools", "tools"),
     )
 
 
@@ -54,11 +72,17 @@ def _check_limits(*limits: tuple[int, int, str, str]) -> None:
 
 
 async def load_conversation(
-    messages: Sequence[ChatMessage], config: ServeConfig, gateway: MediaGateway, context: RequestContext, processor: Processor
+    messages: Sequence[ChatMessage],
+    tools: Sequence[Tool],
+    config: ServeConfig,
+    gateway: MediaGateway,
+    context: RequestContext,
+    processor: Processor,
 ) -> Conversation:
     """Return messages as a conversation whose media are fetched and checked; nothing of them is decoded.
 
     Args:
+        tools: What the reply may call.
         context: Has the media that came with the body, counts what is fetched, and gets the number of pixels.
         processor: Says how many tiles an image becomes.
 
@@ -66,7 +90,9 @@ async def load_conversation(
         APIError: for more of something than the limits allow.
         MediaRefusal: for media that are refused.
     """
-    conversation = to_conversation(messages, config)
+    if tools or any(message.role == "tool" or message.tool_calls for message in messages):
+        check_tools(processor)
+    conversation = with_tools(to_conversation(messages, config), tools, processor)
     check_conversation(conversation, config)
     refs = media_of(conversation)
     share = max(1, processor.tiling.max_tiles // max(1, sum(isinstance(ref, ImageRef) for ref in refs)))
@@ -118,13 +144,19 @@ def to_conversation(messages: Sequence[ChatMessage], config: ServeConfig) -> Con
             return ImageRef(image.url, 1 if image.detail == "low" else image.max_dynamic_patch)
         return VideoRef(sent.video_url.url, sent.video_url.num_frames or min(DEFAULT_FRAMES, config.max_frames))
 
-    return tuple(
-        Message(
-            "system" if message.role == "developer" else message.role,
-            (Text(message.content),) if isinstance(message.content, str) else tuple(map(part, message.content)),
-        )
-        for message in messages
-    )
+    turns: list[Message] = []
+    for number, message in enumerate(messages):
+        sent = message.content
+        content = (Text(sent),) if isinstance(sent, str) else tuple(open_lines(list(map(part, sent))))
+        if message.tool_calls:
+            said = Message("assistant", content).text
+            content = (Text(said + "\n" * bool(said) + calls_text(message.tool_calls, f"messages[{number}]")),)
+        if message.role == "tool":
+            content = (Text(RESPONSE), *content, Text(RESPONSE_END))
+            if number and messages[number - 1].role == "tool":  # results that follow one another are one turn
+                content = (*turns.pop().content, Text("\n"), *content)
+        turns.append(Message(ROLES[message.role], content))
+    return tuple(turns)
 
 
 def check_conversation(conversation: Conversation, config: ServeConfig) -> None:
@@ -214,31 +246,80 @@ def sampling_params(body: SamplingBody, config: ServeConfig) -> list[SamplingPar
             top_k=max(0, body.top_k),
             stop=stops,
             logprobs=logprobs,
-            guide=_grammar(body, config) if isinstance(body, ChatRequest) else None,
+            guide=_grammar(body, config),
             **options,
         )
     except ValueError as error:
         raise APIError(400, str(error), code="invalid_value") from error
+    if isinstance(body, ChatRequest) and body.offered and not body.parallel_tool_calls:
+        params = replace(params, stop=(*stops, CALL_END))  # CallReader completes the call
     seeds = [None if body.seed is None else (body.seed + number) % (1 << 64) for number in range(body.n)]
     return [replace(params, seed=seed) for seed in seeds]
 
 
-def _grammar(body: ChatRequest, config: ServeConfig) -> Grammar | None:
-    """Return the grammar of the reply, None if it has none."""
-    form = body.response_format
-    if form is None or form.type == "text":
+def _grammar(body: SamplingBody, config: ServeConfig) -> Grammar | None:
+    """Return the grammar of the reply, None if it has none.
+
+    Raises:
+        APIError: for more than one, or one that cannot be read or is beyond the limits.
+    """
+    given: dict[str, Any] = {
+        f"guided_{name}": getattr(body, f"guided_{name}") for name in ("json", "choice", "regex", "grammar")
+    }
+    if (outputs := body.structured_outputs) is not None:
+        given |= {f"structured_outputs.{name.strip('_')}": value for name, value in outputs if value is not False}
+    tools: list[Tool] = []
+    if isinstance(body, ChatRequest):
+        tools, form = body.offered, body.response_format
+        if form is not None and form.type != "text":
+            given["response_format"] = form.json_schema or True
+    given = {param: value for param, value in given.items() if value is not None}
+    if len(given) + bool(tools) > 1:
+        names = " and ".join([*given, "tools"] if tools else given)
+        raise APIError(
+            400, f"{names} each say what form the reply has: give one", param=next(iter(given)), code="invalid_value"
+        )
+    for param, value in given.items():
+        return _grammar_of(param, value, config)
+    if not tools or not isinstance(body, ChatRequest) or body.tool_choice == "auto":
         return None
-    if form.json_schema is None:
+    if isinstance(body.tool_choice, NamedTool):
+        tools = [tool for tool in tools if tool.function.name == body.tool_choice.function.name]
+    for tool in tools:
+        _check_schema(tool.function.parameters or {}, config, "tools")
+    return call_grammar(tools, several=body.parallel_tool_calls and body.tool_choice == "required")
+
+
+def _grammar_of(param: str, value: Any, config: ServeConfig) -> Grammar:
+    """Return the grammar that a field of a request asks for."""
+    kind: Any = param.rpartition(".")[2].removeprefix("guided_")
+    if value is True:  # a JSON object, whatever it holds
         return Grammar("json")
-    schema, param = json.dumps(form.json_schema.schema_, ensure_ascii=False), "response_format.json_schema"
-    _check_limits((len(schema), config.max_schema_chars, "characters of a schema", param))
-    counts = schema_counts(form.json_schema.schema_)
+    if isinstance(value, JSONSchema):
+        param, schema, strict = "response_format.json_schema", value.schema_, value.strict
+    elif kind == "json":
+        try:
+            schema, strict = json.loads(value) if isinstance(value, str) else value, True
+        except (ValueError, RecursionError):
+            schema, strict = None, True
+        if not isinstance(schema, dict):
+            raise APIError(400, f"{param} is a JSON schema: an object, or one as text", param=param, code="invalid_value")
+    else:
+        text = json.dumps(value) if kind == "choice" else value
+        _check_limits((len(text), config.max_schema_chars, f"characters of a {kind}", param))
+        return Grammar(kind, text)
+    _check_schema(schema, config, param)
+    if strict:  # as OpenAI has it, where a schema must forbid other properties, and vLLM
+        close_objects(schema)
+    return Grammar("json_schema", json.dumps(schema, ensure_ascii=False))
+
+
+def _check_schema(schema: dict[str, Any], config: ServeConfig, param: str) -> None:
+    """Raise APIError for a schema beyond the limits."""
+    _check_limits((len(json.dumps(schema, ensure_ascii=False)), config.max_schema_chars, "characters of a schema", param))
+    counts = schema_counts(schema)
     _check_limits(
         (counts["levels"], config.max_schema_depth, "levels of a schema", param),
         (counts["properties"], config.max_schema_properties, "properties of a schema", param),
         (counts["references"], config.max_schema_refs, "references of a schema", param),
     )
-    if form.json_schema.strict:  # as OpenAI has it, where a schema must forbid other properties
-        close_objects(form.json_schema.schema_)
-        schema = json.dumps(form.json_schema.schema_, ensure_ascii=False)
-    return Grammar("json_schema", schema)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import re
 import socket
 import time
 import uuid
@@ -81,10 +82,20 @@ class Guard:
         headers = dict(scope["headers"])
         body = _CountedBody(self, receive, expects=b"expect" in headers)
         context = scope["ivl"] = RequestContext(hold=body.hold, release=body.release)
-        response = _MarkedResponse(send, body, context)
+        origin = (
+            headers.get(b"origin", b"") if headers.get(b"origin", b"").decode("latin-1") in self.config.allow_origin else b""
+        )
+        is_preflight = bool(origin) and scope["method"] == "OPTIONS" and b"access-control-request-method" in headers
+        response = _MarkedResponse(send, body, context, origin)
         try:
-            if (refusal := self._refusal(scope, headers, context) or self._size_refusal(headers)) is not None:
+            refusal = self._host_refusal(headers)
+            if refusal is None and not is_preflight:  # browsers send a preflight without the key
+                refusal = self._key_refusal(scope, headers, context) or self._size_refusal(headers)
+            if refusal is not None:
                 await response.refuse(refusal)
+            elif is_preflight:
+                await response.send({"type": "http.response.start", "status": 204, "headers": _permissions(headers)})
+                await response.send({"type": "http.response.body"})
             else:
                 await self.app(scope, body.receive, response.send)
         except ClientGone:
@@ -103,10 +114,13 @@ class Guard:
             context.route = getattr(scope.get("route"), "path", None) or "none"
             self.finished(context)
 
-    def _refusal(self, scope: Scope, headers: dict[bytes, bytes], context: RequestContext) -> APIError | None:
+    def _host_refusal(self, headers: dict[bytes, bytes]) -> APIError | None:
         name = _host_name(headers.get(b"host", b"").decode("latin-1"))
         if self.hosts and name not in self.hosts and not (self.any_address and _is_address(name)):
             return APIError(421, "the Host header names another server: see allowed_hosts", code="wrong_host")
+        return None
+
+    def _key_refusal(self, scope: Scope, headers: dict[bytes, bytes], context: RequestContext) -> APIError | None:
         context.group = self.keys.admit(headers.get(b"authorization"))
         if scope["path"] not in self.open_paths and not context.group:
             return APIError(401, "a valid key is needed, as `Authorization: Bearer KEY`", code="invalid_api_key")
@@ -173,11 +187,22 @@ class _CountedBody:
             pass
 
 
-class _MarkedResponse:
-    """Adds the request's id to its response, and lets a refused client finish sending."""
+def _permissions(headers: dict[bytes, bytes]) -> list[tuple[bytes, bytes]]:
+    """Return the headers that answer a preflight: the page of an allowed origin may send what it asks to send."""
+    wanted = headers.get(b"access-control-request-headers", b"")
+    permissions = [(b"access-control-allow-methods", b"GET, POST"), (b"access-control-max-age", b"600")]
+    if re.fullmatch(rb"[\w, -]{1,4096}", wanted):
+        permissions.append((b"access-control-allow-headers", wanted))
+    if b"access-control-request-private-network" in headers:  # a page of the internet asks a server of this network
+        permissions.append((b"access-control-allow-private-network", b"true"))
+    return permissions
 
-    def __init__(self, send: Send, body: _CountedBody, context: RequestContext) -> None:
-        self._send, self._body, self._context = send, body, context
+
+class _MarkedResponse:
+    """Adds the request's id to its response, and lets a refused client finish sending. origin: may read it in a browser."""
+
+    def __init__(self, send: Send, body: _CountedBody, context: RequestContext, origin: bytes) -> None:
+        self._send, self._body, self._context, self._origin = send, body, context, origin
         self.started = False
 
     async def send(self, message: Message) -> None:
@@ -186,6 +211,9 @@ class _MarkedResponse:
                 await self._body.discard()
             self.started, self._context.status = True, message["status"]
             headers = [*message.get("headers", []), (b"x-request-id", self._context.id.encode())]
+            if self._origin:
+                headers += [(b"access-control-allow-origin", self._origin), (b"vary", b"origin")]
+                headers.append((b"access-control-expose-headers", b"x-request-id, retry-after"))
             if not self._body.complete and message["status"] >= 400:
                 headers.append((b"connection", b"close"))
             message = {**message, "headers": headers}

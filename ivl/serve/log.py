@@ -1,4 +1,7 @@
-"""The log of the server: JSON lines on standard error, which hold nothing that a user wrote and never stop the server."""
+"""The log of the server on standard error, which holds nothing that a user wrote and never stops the server.
+
+It is JSON, one object a line; on a terminal it is lines to read.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,10 @@ class JSONLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return a record as JSON."""
+        return json.dumps(self.line_of(record), ensure_ascii=True)
+
+    def line_of(self, record: logging.LogRecord) -> dict[str, Any]:
+        """Return what a line says of a record."""
         words = record.getMessage()
         line: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
@@ -37,7 +44,28 @@ class JSONLines(logging.Formatter):
             frames = traceback.extract_tb(error.__traceback__)[-8:]
             line["error"] = type(error).__name__
             line["at"] = [f"{frame.filename.rpartition('/')[2]}:{frame.lineno} {frame.name}" for frame in frames]
-        return json.dumps(line, ensure_ascii=True)
+        return line
+
+
+class ReadableLines(JSONLines):
+    """Writes the same for people: the local time, the event, then each fact by its name."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a record as a line of text."""
+        line = self.line_of(record)
+        event, level = line.pop("event"), line.pop("level")
+        del line["time"]
+        line.pop("id", None)  # for machines, which join lines by it
+        facts = [f"{name} {_in_words(value)}" for name, value in line.items() if value not in ([], 0)]
+        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        text = f"{clock} {'' if level == 'info' else f'{level}: '}{event}  {'  '.join(facts)}".rstrip()
+        return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 class LineWriter(logging.Handler):
@@ -45,7 +73,7 @@ class LineWriter(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self.setFormatter(JSONLines())
+        self.setFormatter(ReadableLines() if os.isatty(STDERR) else JSONLines())
         self.num_dropped = 0
         self._lines: queue.Queue[str] = queue.Queue(MAX_WAITING)
         threading.Thread(target=self._run, name="log", daemon=True).start()

@@ -29,6 +29,10 @@ NUM_THREADS = 2
 """Threads that decode base64 and check headers; keys take them by turns."""
 DECODED_AT_ONCE = 1 << 18
 """Characters of base64, a multiple of four."""
+_BARE = re.compile(r"(?:[\w.+/-]{0,100};?base64,)?[\w+/-]{40}[\w+/\s-]*={0,2}")
+"""The beginning of base64 that lacks `data:` before it. An address has a colon, and the path of a file a dot."""
+_BLANKS = re.compile(rb"(?:\\[nrt]|\s)*\Z")
+"""What may follow a data: URL: a line break, which JSON escapes."""
 _DATA = re.compile(rb"data:[\w.+-]*/?[\w.+-]*(;[\w.+-]+=[\w.+-]*){0,4};base64,", re.IGNORECASE)
 
 
@@ -68,6 +72,8 @@ class MediaGateway:
         is_image = isinstance(ref, ImageRef)
         max_bytes = self.config.max_bytes if is_image else self.config.max_video_bytes
         if isinstance(url, str) and not is_data_url(url):
+            if _BARE.fullmatch(url[:1000]):
+                raise MediaRefusal("base64 without a data: prefix; write data:image/jpeg;base64,...")
             data = await self.fetcher.get(url, max_bytes)
         else:
             decode = partial(from_data_url, url, max_bytes)
@@ -105,14 +111,16 @@ def from_data_url(url: str | bytearray, max_bytes: int) -> bytes:
     header = _DATA.match(encoded, 0, 512)
     if header is None:
         raise MediaRefusal("a data: URL must look like data:image/png;base64,...")
-    start, end = header.end(), len(encoded)
+    start = header.end()
+    blanks = _BLANKS.search(encoded, max(start, len(encoded) - 20))
+    end = len(encoded) if blanks is None else blanks.start()
     if (end - start) // 4 * 3 > max_bytes + 2:
         raise too_large(max_bytes)
     try:
         if encoded.find(b"=", start, end - 2) >= 0:
             raise ValueError("padding before the end")
         # In slices, as each holds the interpreter, and with it every stream, while it is decoded.
-        slices = (encoded[at : at + DECODED_AT_ONCE] for at in range(start, end, DECODED_AT_ONCE))
+        slices = (encoded[at : min(end, at + DECODED_AT_ONCE)] for at in range(start, end, DECODED_AT_ONCE))
         data = b"".join([binascii.a2b_base64(part, strict_mode=True) for part in slices])
     except ValueError:
         raise MediaRefusal("the data: URL is not strict base64: the standard alphabet with padding, no line breaks") from None

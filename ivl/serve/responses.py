@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -23,6 +23,7 @@ from ivl.serve.errors import APIError, to_api_error
 from ivl.serve.guard import ClientGone, RequestContext, log
 from ivl.serve.schemas import ChatRequest, CompletionRequest, SamplingBody
 from ivl.serve.service import ReplyStream, merge
+from ivl.serve.tools import CallReader
 from ivl.types import FinishReason, TextDelta
 
 T = TypeVar("T")
@@ -102,11 +103,13 @@ class ReplyPiece:
     """Text and log-probabilities of a reply, or of what came of it at a time."""
 
     text: str = ""
-    finish_reason: FinishReason | None = None
+    finish_reason: FinishReason | Literal["tool_calls"] | None = None
     scores: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     """JSON of the log-probabilities: the items of each list, by its name."""
     offset: int = 0
     """Where the text of the next token begins in the reply."""
+    calls: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    """Calls of tools, as OpenAI has them."""
 
 
 @dataclass
@@ -129,6 +132,8 @@ class ResponseBuilder:
         self.is_chat = isinstance(self.body, ChatRequest)
         self.id = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{self.context.id}"
         self.created = int(time.time())
+        offers_tools = isinstance(self.body, ChatRequest) and self.body.offered
+        self.readers = [CallReader() for _ in self.streams] if offers_tools else []
 
     async def whole(self) -> list[bytes]:
         """Return the complete response as JSON, in parts that are quickly sent.
@@ -141,7 +146,7 @@ class ResponseBuilder:
             async with aclosing(merge(self.streams, deadline=self.deadline)) as batches:
                 async for batch in batches:
                     for number, delta in batch:
-                        self._add(replies[number], delta)
+                        self._add(replies[number], delta, number)
         finally:
             self._record()
         head = self._head("chat.completion") | {"usage": usage(self.streams, self.body.n)}
@@ -155,7 +160,7 @@ class ResponseBuilder:
         try:
             if self.is_chat:
                 for number in range(len(self.streams)):
-                    yield self._chunk([self._choice(ReplyPiece(), number, {"role": "assistant", "content": ""})])
+                    yield self._chunk([self._choice(ReplyPiece(), number, {"role": "assistant"})])
             lengths = [0] * len(self.streams)
             async with aclosing(merge(self.streams, ping=self.ping, deadline=self.deadline)) as batches:
                 async for batch in batches:
@@ -177,17 +182,24 @@ class ResponseBuilder:
         """Return a chunk for each reply of which deltas with content came. lengths: the text of each so far."""
         pieces: dict[int, ReplyPiece] = {}
         for number, delta in batch:
-            self._add(pieces.setdefault(number, ReplyPiece(offset=lengths[number])), delta)
+            self._add(pieces.setdefault(number, ReplyPiece(offset=lengths[number])), delta, number)
             lengths[number] += len(delta.text)
         return b"".join(
-            self._chunk([self._choice(piece, number, {"content": piece.text})])
+            self._chunk([self._choice(piece, number, {"tool_calls": piece.calls} if piece.calls else {})])
             for number, piece in sorted(pieces.items())
-            if piece.text or piece.finish_reason or piece.scores
+            if piece.text or piece.finish_reason or piece.scores or piece.calls
         )
 
-    def _add(self, piece: ReplyPiece, delta: TextDelta) -> None:
-        piece.text += delta.text
-        piece.finish_reason = delta.finish_reason or piece.finish_reason
+    def _add(self, piece: ReplyPiece, delta: TextDelta, number: int) -> None:
+        """Add a delta of the reply of this number to what has come of it."""
+        text, piece.finish_reason = delta.text, delta.finish_reason or piece.finish_reason
+        if self.readers:
+            reader = self.readers[number]
+            text, calls = reader.push(text, last=delta.finish_reason is not None)
+            piece.calls += calls
+            if delta.finish_reason == "stop" and reader.num_calls:
+                piece.finish_reason = "tool_calls"
+        piece.text += text
         if (scored := delta.logprob) is None or self.tokenizer.is_control(scored.token):  # these have no text
             return
         token = self._token(scored.token, scored.logprob)
@@ -208,13 +220,17 @@ class ResponseBuilder:
         text = content.decode(errors="replace")
         return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(content)}
 
-    def _choice(self, piece: ReplyPiece, number: int, delta: dict[str, str] | None = None) -> str:
-        """Return a choice as JSON. delta: the piece as a part of a stream of chat."""
+    def _choice(self, piece: ReplyPiece, number: int, delta: dict[str, Any] | None = None) -> str:
+        """Return a choice as JSON. delta: what a part of a stream of chat has beside its text."""
         choice: dict[str, Any] = {"index": number, "text": piece.text, "finish_reason": piece.finish_reason}
         if self.is_chat:
             del choice["text"]
-            message = {"role": "assistant", "content": piece.text, "refusal": None}
-            choice |= {"message": message} if delta is None else {"delta": delta}
+            if delta is not None:
+                choice["delta"] = delta if piece.calls and not piece.text else {"content": piece.text, **delta}
+            else:
+                calls = [{key: value for key, value in call.items() if key != "index"} for call in piece.calls]
+                message = {"role": "assistant", "content": piece.text or (None if calls else ""), "refusal": None}
+                choice["message"] = message | ({"tool_calls": calls} if calls else {})
         lists = [f'"{name}":[{",".join(items)}]' for name, items in piece.scores.items()]
         lists += ['"refusal":null'] if self.is_chat else [] if "top_logprobs" in piece.scores else ['"top_logprobs":null']
         logprobs = "{" + ",".join(lists) + "}" if piece.scores else "null"

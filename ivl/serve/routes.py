@@ -28,6 +28,7 @@ from ivl.serve.schemas import (
     RequestPart,
     SamplingBody,
     TokenizeRequest,
+    Tool,
     validation_error,
 )
 from ivl.serve.service import ReplyStream, Service
@@ -109,9 +110,9 @@ class RouteContext:
         self.check_model(body.model)
         return body
 
-    async def load(self, messages: list[ChatMessage]) -> Conversation:
-        """Return messages as a conversation whose media are fetched and checked."""
-        return await load_conversation(messages, self.config, self.gateway, self.context, self.service.processor)
+    async def load(self, messages: list[ChatMessage], tools: list[Tool]) -> Conversation:
+        """Return messages as a conversation whose media are fetched and checked, with tools that the reply may call."""
+        return await load_conversation(messages, tools, self.config, self.gateway, self.context, self.service.processor)
 
     def check_model(self, name: str) -> None:
         """Raise APIError 404 for a name that the model does not have."""
@@ -146,7 +147,7 @@ async def chat_completions(shared: Shared) -> Response:
     params = sampling_params(body, shared.config)
 
     async def submit() -> list[ReplyStream]:
-        conversation = await shared.load(body.messages)
+        conversation = await shared.load(body.messages, body.offered)
         body.messages.clear()  # they may be large, and a stream may be long
         heavy = shared.context.pixels > HEAVY_PIXELS or params[0].guide is not None
         return await shared.service.submit_all(conversation, params, group=shared.context.group, heavy=heavy)
@@ -177,7 +178,8 @@ async def completions(shared: Shared) -> Response:
         ready = asyncio.Event()
         try:
             for prompt in rendered:
-                streams += await service.submit_all(prompt, params, ready, group=shared.context.group)
+                heavy = params[0].guide is not None
+                streams += await service.submit_all(prompt, params, ready, group=shared.context.group, heavy=heavy)
         except BaseException:
             for stream in streams:
                 stream.cancel()
@@ -198,7 +200,7 @@ async def tokenize(shared: Shared) -> Response:
             text = body.prompt or ""
             check_text([text], shared.config, "prompt")
             return await service.in_pool(lambda: parts(processor.tokenizer.encode(text)), group=group)
-        conversation = await shared.load(body.messages)
+        conversation = await shared.load(body.messages, body.tools)
         heavy = shared.context.pixels > HEAVY_PIXELS
         return await service.in_pool(lambda: parts(processor.prompt(conversation).tokens_T.tolist()), group=group, heavy=heavy)
 

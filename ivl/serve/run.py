@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
 import socket
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from ivl.errors import InputError
 from ivl.serve.app import create_app
 from ivl.serve.config import ServeConfig
 from ivl.serve.errors import APIError
+from ivl.serve.log import STDERR
 from ivl.serve.service import Service
 
 MAX_READ = 1 << 14
@@ -29,6 +31,10 @@ MAX_SMALL_CHUNKS = 10_000
 _CHUNK_LENGTH = re.compile(rb"[0-9A-Fa-f]{1,16}\r\n")
 SPARE = 5.0
 """Seconds after shutdown_timeout in which errors reach the clients of replies that were cut off."""
+TRY = (
+    "try: curl {}/chat/completions -H 'Content-Type: application/json' -H \"Authorization: Bearer $KEY\" "
+    """-d '{{"messages": [{{"role": "user", "content": "Hello"}}]}}'"""
+)
 log = logging.getLogger("ivl.serve")
 
 
@@ -93,21 +99,26 @@ def make_server(app: FastAPI, service: Service, config: ServeConfig) -> Draining
         timeout_graceful_shutdown=round(config.shutdown_timeout + SPARE),
         backlog=config.max_connections,
     )
-    return DrainingServer(settings, service, config)
+    return DrainingServer(settings, service, config, has_page=app.state.has_page)
 
 
 class DrainingServer(uvicorn.Server):
     """Drains the service at the beginning of a shutdown; uvicorn's lifespan would tell it only after the last reply."""
 
-    def __init__(self, settings: uvicorn.Config, service: Service, config: ServeConfig) -> None:
+    def __init__(self, settings: uvicorn.Config, service: Service, config: ServeConfig, *, has_page: bool) -> None:
         super().__init__(settings)
-        self.service, self.limits = service, config
+        self.service, self.limits, self.has_page = service, config, has_page
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         for listener in sockets or []:
-            host, port = listener.getsockname()[:2]
-            log.info("listening", extra={"fields": {"address": f"http://{f'[{host}]' if ':' in host else host}:{port}"}})
+            host, port = map(str, listener.getsockname()[:2])
+            here: str = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # as this machine reaches it
+            address, own = (f"http://{f'[{name}]' if ':' in name else name}:{port}" for name in (host, here))
+            page = {"open": f"{own}/"} if self.has_page else {}
+            log.info("listening", extra={"fields": {"address": address, "base_url": f"{own}/v1", **page}})
+            if os.isatty(STDERR):
+                log.info(TRY.format(f"{own}/v1"))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         log.info("shutting down", extra={"fields": {"open": self.service.num_open}})

@@ -11,24 +11,25 @@ from collections.abc import Callable
 from functools import cache
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from ivl.serve.errors import APIError
 
 IGNORED = frozenset(
     ("user", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
-     "parallel_tool_calls", "annotations", "name")
+     "annotations", "name", "parsed", "parsed_arguments", "index")
 )  # fmt: skip
 UNSUPPORTED = {
-    "tools": "tools are not supported", "tool_choice": "tools are not supported", "tool_calls": "tools are not supported",
-    "functions": "functions are not supported", "function_call": "functions are not supported",
+    "functions": "functions are not supported: send tools", "function_call": "functions are not supported: send tools",
     "audio": "audio is not supported", "refusal": "a refusal cannot be sent back", "logit_bias": "logit_bias is not supported",
     "prediction": "predicted outputs are not supported", "web_search_options": "web search is not supported",
     "reasoning_effort": "reasoning_effort is not supported", "verbosity": "verbosity is not supported",
     "suffix": "suffix is not supported", "echo": "echo is not supported", "best_of": "best_of is not supported",
 }  # fmt: skip
 EMPTY: tuple[Any, ...] = ([], {}, "", "none", False)
+MAX_NAME_CHARS = 128
+"""Characters of a tool's name."""
 MAX_PARAM_CHARS = 100
 """Characters of a field's place that an error repeats."""
 
@@ -75,6 +76,10 @@ def _kind_of_prompt(value: Any) -> str | None:
     return {None: _text_or_list(value), str: "<list>", int: "<ids>", list: "<lists>"}.get(first)
 
 
+def _kind_of_tool_choice(value: Any) -> str | None:
+    return "<named>" if isinstance(value, dict | NamedTool) else "<text>" if isinstance(value, str) else None
+
+
 def _kind_of_part(value: Any) -> str | None:
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
     return f"<{kind}>" if kind in ("text", "image_url", "video_url") else None
@@ -85,8 +90,18 @@ class TextPart(RequestPart):
     text: str
 
 
-class ImageURL(RequestPart):
-    url: str = Field(min_length=1)
+class MediaURL(RequestPart):
+    """An address, alone or with what goes with it."""
+
+    url: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _alone(cls, data: Any) -> Any:
+        return {"url": data} if isinstance(data, str) else data
+
+
+class ImageURL(MediaURL):
     detail: Literal["auto", "low", "high"] = "auto"
     """low is one tile; auto and high take the model's budget."""
     max_dynamic_patch: int | None = Field(None, ge=1)
@@ -98,8 +113,7 @@ class ImagePart(RequestPart):
     image_url: ImageURL
 
 
-class VideoURL(RequestPart):
-    url: str = Field(min_length=1)
+class VideoURL(MediaURL):
     num_frames: int | None = Field(None, ge=1)
 
 
@@ -119,9 +133,55 @@ Parts = Annotated[list[AnyPart], FailFast, Tag("<list>")]
 TokenIds = Annotated[list[int], FailFast]
 
 
+class CalledFunction(RequestPart):
+    name: str = Field(min_length=1, max_length=MAX_NAME_CHARS)
+    arguments: str = "{}"
+    """A JSON object, as text."""
+
+
+class ToolCall(RequestPart):
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class ChatMessage(RequestPart):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[AnyText | Parts, _choice(_text_or_list, "a content is a text or a list of parts")]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[AnyText | Parts, _choice(_text_or_list, "a content is a text or a list of parts")] = ""
+    """Only an assistant may say nothing."""
+    tool_calls: list[ToolCall] = Field(default_factory=list, fail_fast=True)
+    tool_call_id: str = ""
+    """Accepted for compatibility: the results of calls come in their order."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> ChatMessage:
+        if self.role != "assistant" and "content" not in self.model_fields_set:
+            raise PydanticCustomError("missing", "Field required", {"param": "content"})
+        if self.role != "assistant" and self.tool_calls:
+            raise PydanticCustomError("role", "only an assistant calls tools", {"param": "tool_calls"})
+        return self
+
+
+class ToolFunction(RequestPart):
+    name: str = Field(min_length=1, max_length=MAX_NAME_CHARS)
+    description: str = ""
+    parameters: dict[str, Any] | None = None
+    """A JSON schema of the arguments; without it there are none."""
+    strict: bool = False
+
+
+class Tool(RequestPart):
+    type: Literal["function"]
+    function: ToolFunction
+
+
+class NamedFunction(RequestPart):
+    name: str
+
+
+class NamedTool(RequestPart):
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class JSONSchema(RequestPart):
@@ -140,6 +200,17 @@ class ResponseFormat(RequestPart):
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise PydanticCustomError("json_schema", "json_schema belongs to the type json_schema, and to no other", {})
         return self
+
+
+class StructuredOutputs(RequestPart):
+    """vLLM's: the form of a reply, one of these."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    choice: list[str] | None = Field(None, fail_fast=True)
+    regex: str | None = None
+    grammar: str | None = None
+    """Lark, or GBNF."""
+    json_object: bool = False
 
 
 class StreamOptions(RequestPart):
@@ -168,6 +239,12 @@ class SamplingBody(RequestPart):
     stream: bool = False
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    """This and the next: older names of what structured_outputs holds."""
+    guided_choice: list[str] | None = Field(None, fail_fast=True)
+    guided_regex: str | None = None
+    guided_grammar: str | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -194,6 +271,13 @@ class ChatRequest(SamplingBody):
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0)
     response_format: ResponseFormat | None = None
+    tools: list[Tool] = Field(default_factory=list, fail_fast=True)
+    tool_choice: Annotated[
+        Annotated[Literal["none", "auto", "required"], Tag("<text>")] | Annotated[NamedTool, Tag("<named>")],
+        _choice(_kind_of_tool_choice, "tool_choice is none, auto, required, or an object that names a function"),
+    ] = "auto"
+    parallel_tool_calls: bool = True
+    """False ends a reply with its first call."""
     modalities: list[Literal["text"]] = Field(default_factory=list, fail_fast=True)
 
     @model_validator(mode="after")
@@ -204,7 +288,18 @@ class ChatRequest(SamplingBody):
             raise PydanticCustomError(
                 "max_tokens", "max_tokens and max_completion_tokens differ: give one", {"param": "max_tokens"}
             )
+        names = [tool.function.name for tool in self.tools]
+        if len(set(names)) < len(names):
+            raise PydanticCustomError("tools", "two tools have one name", {"param": "tools"})
+        wanted = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+        if (wanted is not None and wanted not in names) or (self.tool_choice == "required" and not names):
+            raise PydanticCustomError("tools", "there is no such tool among tools", {"param": "tool_choice"})
         return self
+
+    @property
+    def offered(self) -> list[Tool]:
+        """The tools that the reply may call."""
+        return [] if self.tool_choice == "none" else self.tools
 
 
 class CompletionRequest(SamplingBody):
@@ -232,6 +327,7 @@ class TokenizeRequest(RequestPart):
     model: str = ""
     prompt: str | None = None
     messages: list[ChatMessage] | None = Field(None, min_length=1, fail_fast=True)
+    tools: list[Tool] = Field(default_factory=list, fail_fast=True)
 
     @model_validator(mode="after")
     def _one(self) -> TokenizeRequest:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from tokenizers import AddedToken
 
 from ivl.checkpoint import save_model, save_processor
 from ivl.config import ModelConfig
 from ivl.inference.engine import Engine
 from ivl.model.vlm import VLM
 from ivl.processing.processor import Processor
-from ivl.processing.tokenizer import train_tokenizer
+from ivl.processing.tokenizer import Tokenizer, train_tokenizer
 from ivl.types import Conversation, ImageRef, Message, Prompt, Text
 from tests.conftest import tiny_config
 
@@ -91,12 +92,19 @@ def assert_idle(engine: Engine) -> None:
     assert set(pool.cached.values()) == set(pool.evictable) == set(pool.hashes)
 
 
-def tiny_directory(path: Path) -> Path:
-    """A model directory with a tokenizer of its own: random weights, 28 px tiles, replies of varied text."""
+def tiny_directory(path: Path, *, tools: bool = False) -> Path:
+    """A model directory with a tokenizer of its own: random weights, 28 px tiles, replies of varied text.
+
+    tools: the vocabulary has Qwen's words for calls of tools, and the context has room for them.
+    """
     tokenizer = train_tokenizer(["what colour is the shape? red green blue yes no circle"] * 3, 300)
+    if tools:
+        words = [AddedToken(word, special=False, normalized=False) for word in ("<tool_call>", "</tool_call>")]
+        tokenizer.backend.add_tokens(words)
+        tokenizer = Tokenizer(tokenizer.backend, config=tokenizer.config)
     config = replace(
         tiny_config(),
-        decoder=replace(tiny_config().decoder, vocab_size=len(tokenizer), max_positions=600),
+        decoder=replace(tiny_config().decoder, vocab_size=len(tokenizer), max_positions=4000 if tools else 600),
         image_token_id=tokenizer.id("<IMG_CONTEXT>"),
         eos_token_ids=(tokenizer.id("<|im_end|>"),),
         system_message="",

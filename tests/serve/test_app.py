@@ -6,9 +6,11 @@ import asyncio
 import io
 import json
 import logging
+import os
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,10 +19,10 @@ import pytest
 from ivl.inference.engine import Engine
 from ivl.serve.app import create_app
 from ivl.serve.fetch import Fetcher
-from ivl.serve.log import JSONLines
+from ivl.serve.log import JSONLines, ReadableLines
 from ivl.serve.service import Service
 from tests.helpers.engines import picture
-from tests.helpers.servers import CONFIG, KEY, data_url, engine, says, slow
+from tests.helpers.servers import CONFIG, KEY, data_url, engine, running, says, slow
 
 CHAT = "/v1/chat/completions"
 
@@ -236,6 +238,27 @@ def test_the_log_never_holds_what_users_write(tiny_engine: Engine, monkeypatch: 
     assert [line["status"] for line in parsed if line["event"] == "request"] == [200, 400, 404, 500]
     assert any(line.get("error") == "KeyError" for line in parsed)
     assert not any("SECRET" in line or "base64" in line for line in lines)
+
+
+def test_on_a_terminal_the_log_is_lines_to_read() -> None:
+    fields = {"id": "abc", "route": "/v1/chat/completions", "status": 200, "new_tokens": 1234, "finish": ["stop"], "tiles": 0}
+    record = logging.makeLogRecord({"name": "ivl.serve", "msg": "request", "levelname": "INFO", "fields": fields})
+    line = ReadableLines().format(record)
+    assert (
+        line[8:] == " request  route /v1/chat/completions  status 200  new_tokens 1,234  finish stop"
+        and line[2] == line[5] == ":"
+    )
+    record = logging.makeLogRecord({"name": "asyncio", "msg": "lost 'SECRET\x1b[2J'", "levelname": "WARNING"})
+    assert ReadableLines().format(record)[8:] == " warning: lost"
+
+
+def test_a_terminal_learns_where_to_open_the_page(tiny_engine: Engine, monkeypatch: Any, capfd: Any) -> None:
+    monkeypatch.setattr(os, "isatty", lambda fd: True)
+    lines: list[str] = []
+    monkeypatch.setattr(logging.getLogger("ivl.serve"), "info", lambda text, extra=None: lines.append(f"{text} {extra}"))
+    with running(tiny_engine, page_of=Path("nowhere")) as server:
+        assert f"'open': '{server.url}/'" in lines[0] and f"'base_url': '{server.url}/v1'" in lines[0]
+        assert f"curl {server.url}/v1/chat/completions" in lines[1] and '"content": "Hello"' in lines[1]
 
 
 def test_the_openapi_document_knows_its_bodies(tiny_engine: Engine) -> None:

@@ -38,8 +38,9 @@ def test_null_is_nothing_and_what_asks_for_nothing_is_taken() -> None:
 @pytest.mark.parametrize(
     ("options", "param", "code"),
     [
-        ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
-        ({"tools": 0}, "tools", "unsupported_parameter"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function", "missing"),
+        ({"tools": 0}, "tools", "invalid_value"),
+        ({"functions": 0}, "functions", "unsupported_parameter"),
         ({"echo": 0.0}, "echo", "unsupported_parameter"),
         ({"top_k": 1 << 31}, "top_k", "invalid_value"),
         ({"top_p": 1e-7}, "top_p", "invalid_value"),
@@ -57,7 +58,7 @@ def test_null_is_nothing_and_what_asks_for_nothing_is_taken() -> None:
         ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
         ({"response_format": {"type": "json_schema"}}, "response_format", "invalid_value"),
         ({"messages": []}, "messages", "invalid_value"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "invalid_value"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "invalid_value"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "missing"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]}, None, "invalid_value"),
     ],
