@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,10 +15,10 @@ from ivl.evaluation import data
 from ivl.evaluation.figures import Figures, by, mean
 from ivl.evaluation.prompts import COT_CHOICE, COT_OPEN, LETTER, MPO, SHORT, Profile, PromptName
 from ivl.evaluation.scoring.extraction import last_box
+from ivl.evaluation.scoring.open_answers import marked_answer
 from ivl.evaluation.task import Example, Score, Scored, Task
 from ivl.types import Conversation, ImageRef, Message, Part, SamplingParams, Text
 
-_MARKED = re.compile(r"(?:Final answer:|Answer:)\s*(.*)", re.IGNORECASE)
 PUBLISHED = SamplingParams(max_new_tokens=4096)
 ALL_TILES = 64
 """Tiles of all pictures of a question together, in VLMEvalKit."""
@@ -166,8 +165,7 @@ class Benchmark(Task):
         if self.prompt == "cot":
             box = last_box(reply)
             return reply if box is None else box
-        match = _MARKED.search(reply) if self.prompt == "mpo" and self.reduced else None
-        return match[1] if match else reply
+        return marked_answer(reply) if self.prompt == "mpo" and self.reduced else reply
 
     def figures(self, scored: Sequence[Scored]) -> Figures:
         """Return the mean of all rows and of each category."""

@@ -162,9 +162,10 @@ def _from_table(raw: Mapping[str, Any], columns: Mapping[str, str], path: Path, 
     """Return a row of a hub table or of jsonl with the columns of a TSV: options as A, B, ..., an answer as its letter."""
     row: dict[str, Any] = {columns.get(key, key): value for key, value in raw.items() if value is not None and value != ""}
     pictures: list[bytes | str] = []
+    decoded = "decoded_image" in row
     for key in [key for key in row if _PICTURE.fullmatch(key)]:
         value = row.pop(key)
-        if key != "image" or "decoded_image" not in row:
+        if key != "image" or not decoded:  # else it is the name of a file that the table does not have
             pictures += [_picture(item, path, place) for item in (value if isinstance(value, list) else literal(value))]
     for key in [key for key in _OPTIONS if key in row]:
         texts = literal(row.pop(key))

@@ -60,7 +60,7 @@ def empty(example: Example) -> str:
     return ""
 
 
-class _Listed:
+class Listed:
     """Gives replies in the order of the examples."""
 
     fingerprint = "listed"
@@ -72,11 +72,13 @@ class _Listed:
         yield TextDelta(next(self.replies), finish_reason="stop")
 
 
-def evaluated(task: Benchmark, reply: Callable[[Example], str], folder: Path, **options: Any) -> Evaluated:
-    """Evaluate the predictor that answers an example by `reply`."""
-    generator = _Listed([reply(example) for example in task.examples()])
-    predictions = folder / f"{task.name}-{len(list(folder.iterdir()))}.jsonl"
-    return evaluate_all(task, generator, model="m", predictions=predictions, **options)
+def evaluated(
+    task: Benchmark, reply: Callable[[Example], str], folder: Path, *, name: str = "", **options: Any
+) -> Evaluated:  # fmt: skip
+    """Evaluate the predictor that answers an example by `reply`; its files are NAME.jsonl, NAME.scores.jsonl."""
+    generator = Listed([reply(example) for example in task.examples()])
+    predictions = folder / f"{name or f'{task.name}-{len(list(folder.iterdir()))}'}.jsonl"
+    return evaluate_all(task, generator, model=name or "m", predictions=predictions, **options)
 
 
 def figures(task: Benchmark, reply: Callable[[Example], str], folder: Path, **options: Any) -> dict[str, float]:

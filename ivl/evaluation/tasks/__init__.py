@@ -10,6 +10,7 @@ from ivl.errors import InputError, nearest
 from ivl.evaluation.benchmark import Benchmark
 from ivl.evaluation.config import EvalConfig
 from ivl.evaluation.task import Task
+from ivl.evaluation.tasks.own import OwnData
 from ivl.utils.imports import import_object
 
 _MODULES = [import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
@@ -35,6 +36,9 @@ def task_of(config: EvalConfig) -> Task:
     Raises:
         InputError: as `find`, and for settings of benchmarks with a task of another kind.
     """
+    if config.metric:
+        assert config.data is not None, "EvalConfig has checked it"
+        return OwnData(config.data, config.metric)
     task, settings = find(config.task), (config.prompt, config.extraction, config.defects, config.data)
     if isinstance(task, Benchmark):
         return replace(task, **dict(zip(("prompt", "profile", "defects", "path"), settings, strict=True)))

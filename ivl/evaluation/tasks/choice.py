@@ -1,0 +1,138 @@
+"""Multiple choice: the options are columns A, B, ... of a row, and a reply names one by letter or text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ivl.evaluation.benchmark import Benchmark
+from ivl.evaluation.data import options_of
+from ivl.evaluation.figures import Figure, Figures, all_right, average, by, mean
+from ivl.evaluation.grading import judge_prompt
+from ivl.evaluation.prompts import CHINESE, LETTER, LETTER_ZH
+from ivl.evaluation.scoring.options import REFUSED, infer_option
+from ivl.evaluation.task import Example, JudgeQuestion, Score, Scored
+
+ROTATION = 1_000_000
+"""The index of a question's rotation k is the question's own plus k times this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice(Benchmark):
+    """A benchmark of choices, scored by the share of right letters."""
+
+    judge: str = "some"
+    reduced: bool = True
+    circular: bool = False
+    """Every question comes with its options rotated, and counts only if all its rows are right."""
+    headline: str = ""
+    """The split whose score is the benchmark's; empty takes all rows."""
+    means_of_categories: bool = False
+    """The figure of a coarse category is the mean of its fine ones, whatever their sizes."""
+
+    def question(self, row: Mapping[str, Any]) -> str:
+        hint = f"{row['hint']}\n" if row.get("hint") else ""
+        options = "".join(f"\n{letter}. {text}" for letter, text in options_of(row).items())
+        return f"{hint}{row['question']}{options}"
+
+    def suffix(self, row: Mapping[str, Any]) -> str:
+        chinese = CHINESE.search(self.question(row))
+        if options_of(row):
+            return "\n" + (LETTER_ZH if chinese else LETTER)
+        return "\n" + ("请直接回答问题。" if chinese else "Answer the question directly.")
+
+    def cluster(self, row: Mapping[str, Any]) -> str:
+        if not self.circular:
+            return super().cluster(row)
+        return f"question {row['g_index'] if row.get('g_index') is not None else int(row['index']) % ROTATION}"
+
+    def options(self, row: Mapping[str, Any]) -> dict[str, str]:
+        return options_of(row)
+
+    def truth(self, row: Mapping[str, Any]) -> str:
+        return str(row.get("answer", ""))
+
+    def grade(self, text: str, example: Example) -> Score:
+        """Compare the letter that the reply names; a judge matches a reply that names none or several."""
+        options, truth = self.options(example.row), self.truth(example.row)
+        right = Score(value=1.0, answer=truth)
+
+        def read(reply: str, *, judged: bool = True) -> Score | None:
+            letter = infer_option(reply, options, self.profile)
+            if letter is None or (judged and letter not in (*options, REFUSED)):
+                return None
+            return right if letter == truth else Score(answer=letter)
+
+        prompt = judge_prompt(
+            "choice", question=example.row["question"], options=" ".join(f"{k}. {v}" for k, v in options.items()), reply=text
+        )
+        draws = "draws one of the letters and Z at random after three such replies of the judge"
+        question = JudgeQuestion(prompt=prompt, read=read, best=right, tries=3, official=draws)
+        return read(text, judged=False) or Score(undecided=question)
+
+    def figures(self, scored: Sequence[Scored]) -> Figures:
+        splits = by(scored, lambda s: [str(s["split"])])
+        if len(splits) == 1 or (self.headline and self.headline not in splits):
+            return self._table(scored)
+        first = {"": scored} if not self.headline else {}
+        order = first | dict(sorted(splits.items(), key=lambda item: item[0] != self.headline))
+        return {
+            f"{split} {name}".strip(): figure for split, rows in order.items() for name, figure in self._table(rows).items()
+        }
+
+    def _table(self, scored: Sequence[Scored]) -> Figures:
+        table = {"Overall": self._accuracy(scored)}
+        for name, rows in self.grouped(scored).items():
+            fine = by(rows, lambda s: [str(s["category"])])
+            coarse = self.means_of_categories and rows[0]["l2-category"] == name
+            table[name] = average(map(self._accuracy, fine.values())) if coarse else self._accuracy(rows)
+        return table
+
+    def _accuracy(self, scored: Sequence[Scored]) -> Figure:
+        return all_right(scored, lambda s: s.cluster) if self.circular else mean(scored)
+
+
+def _mmbench(split: str, language: str, version: str, **more: Any) -> Choice:
+    name = "-".join(filter(None, ("mmbench", split, language, version)))
+    file = "_".join(filter(None, ("MMBench", split.upper(), language.upper(), version.upper())))
+    about = f"MMBench {version or 'v1'}, {split}, {language}" + (": answers are hidden, makes a submission" * (split == "test"))
+    return Choice(
+        name=name, file=file, about=about, hub="lmms-lab/MMBench", circular=True, submission="table", **more
+    )  # fmt: skip
+
+
+TASKS = (
+    _mmbench("dev", "en", "v11", md5="30c05be8f2f347a50be25aa067248184"),
+    _mmbench("dev", "cn", "v11", md5="593f9b5f6bea453d870a798b34ae4f37"),
+    _mmbench("test", "en", "v11", md5="8d1a704e791df6f5d9fb3ef782b65365"),
+    _mmbench("test", "cn", "v11", md5="156e6569f9547afb16603eca16e85373"),
+    _mmbench("dev", "en", "", rows=4329), _mmbench("dev", "cn", "", rows=4329),
+    _mmbench("test", "en", "", rows=6666), _mmbench("test", "cn", "", rows=6666),
+    Choice(name="ccbench", file="CCBench", about="culture of China", rows=2040, circular=True, hub="lmms-lab/MMBench"),
+    Choice(
+        name="mmstar", file="MMStar", about="questions that need the picture", rows=1500, hub="Lin-Chen/MMStar",
+        md5="e1ecd2140806c1b1bbf54b43372efb9e", categories=("category", "l2_category"),
+    ),
+    Choice(
+        name="ai2d", file="AI2D_TEST", about="diagrams of school books, letters drawn over the labels (with mask)", rows=3088,
+        md5="0f593e0d1c7df9a3d69bf1f947e71975", hub="lmms-lab/ai2d",
+    ),
+    Choice(name="ai2d-no-mask", file="AI2D_TEST_NO_MASK", about="the same without the letters", rows=3088),
+    Choice(
+        name="seed-image", file="SEEDBench_IMG", about="nine kinds of questions about photographs", rows=14232,
+        hub="lmms-lab/SEED-Bench", columns={"data_type": "split", "question_type_id": "category", "question_id": "index"},
+    ),
+    Choice(name="seed-2-plus", file="SEEDBench2_Plus", about="charts, maps and web pages", rows=2277),
+    Choice(name="realworldqa", file="RealWorldQA", about="photographs taken from cars and by phone", rows=765),
+    Choice(
+        name="blink", file="BLINK", about="14 tasks of visual perception, up to four pictures", rows=1901,
+        hub="BLINK-Benchmark/BLINK", columns={"idx": "index", "sub_task": "category", "prompt": "full_prompt"},
+    ),
+    Choice(
+        name="mmt-bench", file="MMT-Bench_VAL", about="162 kinds of tasks", rows=3127, means_of_categories=True,
+    ),
+    Choice(
+        name="mmt-bench-all", file="MMT-Bench_ALL", about="the whole set, answers are hidden", rows=31325, submission="table",
+    ),
+)  # fmt: skip

@@ -1,0 +1,26 @@
+"""MuirBench: questions about several pictures, whose marks stand inside the question and its options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import count
+from typing import Any
+
+from ivl.evaluation.tasks.choice import Choice
+
+
+class MuirBench(Choice):
+    """Pictures come first, and each mark in the text becomes the number of its picture."""
+
+    def question(self, row: Mapping[str, Any]) -> str:
+        text, *rest = super().question(row).split("<image>")
+        numbers = count(1)
+        return text + "".join(f"<Image-{next(numbers)}>{part}" for part in rest)
+
+
+TASKS = (
+    MuirBench(
+        name="muirbench", file="MUIRBench", about="12 tasks about several pictures", rows=2600, hub="MUIRBENCH/MUIRBENCH",
+        columns={"idx": "index", "task": "category"},
+    ),
+)  # fmt: skip

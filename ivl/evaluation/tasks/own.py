@@ -1,0 +1,86 @@
+"""Rows of one's own: every format that training reads; a row's last turn is the answer that a reply is compared with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ivl.data.records import read_record
+from ivl.errors import InputError
+from ivl.evaluation.config import Metric
+from ivl.evaluation.data import md5
+from ivl.evaluation.figures import Figures, mean
+from ivl.evaluation.grading import judge_prompt
+from ivl.evaluation.scoring import anls, compare, exact_match
+from ivl.evaluation.scoring.boxes import box_in, overlap
+from ivl.evaluation.scoring.options import infer_option
+from ivl.evaluation.scoring.vqa import relaxed, vqa_accuracy, vqa_form
+from ivl.evaluation.task import Example, JudgeQuestion, Score, Scored, Task
+from ivl.formats.rows import open_rows
+
+_OPTION = re.compile(r"^\(?([A-Z])[.):]\s*(.+?)\s*$", re.MULTILINE)
+
+
+class OwnData(Task):
+    """The questions of a file, scored by one metric.
+
+    A row may have `answers`, a list of accepted ones, beside its last turn. Rows with several conversations give a question for
+    each, and these stay together.
+    """
+
+    def __init__(self, path: Path, metric: Metric) -> None:
+        self.path, self.metric, self.name = path, metric, path.stem
+
+    def examples(self) -> Iterator[Example]:
+        rows = open_rows(self.path)
+        root = self.path if self.path.is_dir() else self.path.parent
+        for index in range(len(rows)):
+            record, listed = read_record(rows, index, root=root), rows[index].get("answers")
+            for number, conversation in enumerate(record.conversations):
+                *asked, last = conversation
+                if last.role != "assistant":
+                    raise InputError(f"{record.source}: has no answer as its last turn")
+                several = len(record.conversations) > 1
+                yield Example(
+                    id=f"{index}-{number}" if several else str(index), conversation=tuple(asked),
+                    answers=tuple(map(str, listed)) if isinstance(listed, list) and listed else (last.text.strip(),),
+                    cluster=f"row {index}" if several else "", row={"question": asked[-1].text, "id": record.id},
+                )  # fmt: skip
+
+    def score(self, reply: str, example: Example) -> Score:
+        """Score by the metric. Options are read in the question, boxes are compared in their own unit."""
+        question, answers, text = str(example.row["question"]), example.answers, reply.strip()
+        if self.metric == "judge":
+            prompt = judge_prompt("own", question=question, truth=" or ".join(answers), reply=text)
+            return Score(answer=text, undecided=JudgeQuestion(prompt=prompt, read=_verdict, best=Score(value=1.0, answer=text)))
+        if self.metric == "choice":
+            options: dict[str, str] = dict(_OPTION.findall(question))
+            letter = infer_option(text, options) or ""
+            return Score(value=float(any(letter == infer_option(answer, options) for answer in answers)), answer=letter)
+        if self.metric == "iou":
+            boxes, said = [box for answer in answers if (box := box_in(answer))], box_in(text)
+            value = max((overlap(said, box) for box in boxes), default=0.0) if said else 0.0
+            return Score(value=value, answer=str(list(said or ())), numbers={"hit": float(value >= 0.5)})
+        if self.metric == "vqa" and len(answers) == 1:
+            return Score(value=float(vqa_form(text) == vqa_form(answers[0])), answer=text)
+        score = {
+            "exact": lambda: exact_match(text, answers),
+            "relaxed": lambda: float(any(relaxed(text, answer) for answer in answers)),
+            "anls": lambda: anls(text, answers),
+            "vqa": lambda: vqa_accuracy(text, answers),
+            "math": lambda: compare(text, answers, mode="math").score,
+        }
+        return Score(value=float(score[self.metric]()), answer=text)
+
+    def figures(self, scored: Sequence[Scored]) -> Figures:
+        hits: Figures = {"IoU >= 0.5": mean(scored, "hit")} if self.metric == "iou" else {}
+        return {"all": mean(scored), **hits}
+
+    def settings(self) -> dict[str, object]:
+        return {"data": {"file": str(self.path), "md5": md5(self.path)}}
+
+
+def _verdict(reply: str) -> Score | None:
+    match = re.fullmatch(r"\W*([01])\W*", reply)
+    return Score(value=float(match[1]), answer=match[1]) if match else None

@@ -1,0 +1,140 @@
+"""Files of benchmarks as others write them: VLMEvalKit's TSV, tables with pictures inside, jsonl with paths."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ivl.errors import InputError
+from ivl.evaluation.data import PICTURES, literal, options_of, read_rows
+from ivl.evaluation.tasks import TASKS
+from tests.evaluation.rows import PICTURE, base64_of, benchmark, png, write_tsv
+
+
+def rows(path: Path, **columns: str) -> list[dict[str, Any]]:
+    return [row for _, row in read_rows(path, columns)]
+
+
+def test_pictures_of_a_tsv_are_shared_listed_or_files(tmp_path: Path) -> None:
+    green = base64_of(png("green", (64, 64)))
+    path = write_tsv(tmp_path / "Set.tsv", [
+        {"index": 1, "image": "3", "question": "shows the picture of a later row"},
+        {"index": 2, "image": f"['{PICTURE}', '{green}']", "question": "two\nlines\tand a tab"},
+        {"index": 3, "image": PICTURE, "question": "its own"},
+        {"index": 4, "image": "3", "question": "shared"},
+        {"index": 5, "image": "", "question": "none"},
+    ])  # fmt: skip
+    read = rows(path)
+    assert [row[PICTURES] for row in read] == [(png(),), (png(), png("green", (64, 64))), (png(),), (png(),), ()]
+    assert read[1]["question"] == "two\nlines\tand a tab" and read[0]["index"] == "1"
+    (tmp_path / "images" / "Paths").mkdir(parents=True)
+    (tmp_path / "images" / "Paths" / "a.png").write_bytes(png())
+    absolute = tmp_path / "b.png"
+    absolute.write_bytes(png("blue"))
+    path = write_tsv(tmp_path / "Paths.tsv", [{"index": 1, "image_path": f"['a.png', '{absolute}']"}])
+    assert rows(path)[0][PICTURES] == (str(tmp_path / "images/Paths/a.png"), str(absolute))
+
+
+def test_a_cell_of_megabytes_and_options_that_look_missing(tmp_path: Path) -> None:
+    big = base64_of(png() + b"x" * 200_000)
+    path = write_tsv(tmp_path / "t.tsv", [{"index": 1, "image": big, "A": "None", "B": "NA", "C": "3", "D": "", "E": "later"}])
+    (row,) = rows(path)
+    assert len(row[PICTURES][0]) > 200_000 and options_of(row) == {"A": "None", "B": "NA", "C": "3"}
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"index": 1, "image": "7"}, r"t\.tsv:2: its picture is that of row '7', which has none"),
+        ({"index": 1, "image": "?" * 80}, r"t\.tsv:2: its picture is no base64"),
+    ],
+)
+def test_broken_pictures_are_named(tmp_path: Path, row: dict[str, Any], problem: str) -> None:
+    with pytest.raises(InputError, match=problem):
+        rows(write_tsv(tmp_path / "t.tsv", [row]))
+
+
+def test_a_line_with_too_few_cells_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "t.tsv"
+    path.write_text("index\tquestion\n1\n")
+    with pytest.raises(InputError, match=r"t\.tsv:2: has another number of cells"):
+        rows(path)
+
+
+def test_lists_are_read_as_literals_and_nothing_is_executed() -> None:
+    assert literal("['a', 'b']") == ["a", "b"] and literal("[__import__('os')]") == ["[__import__('os')]"]
+    assert literal("a") == ["a"] and literal(["x"]) == ["x"] and literal("[broken") == ["[broken"]
+
+
+def write_parquet(path: Path, table: list[dict[str, Any]]) -> Path:
+    pq = pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+
+    pq.write_table(pa.Table.from_pylist(table), path)
+    return path
+
+
+HUB_ROWS: dict[str, dict[str, Any]] = {
+    "mmstar": {"index": 5, "question": "q", "A": "x", "B": "y", "answer": "B", "category": "c",
+               "image": {"bytes": png(), "path": ""}},
+    "mmmu": {"id": "validation_Art_1", "question": "q <image 1>", "options": "['x', 'y']", "answer": "B", "subfield": "c",
+             "image_1": {"bytes": png(), "path": ""}, "image_2": {"bytes": png("blue"), "path": ""}},
+    "ai2d": {"question": "q", "options": ["x", "y"], "answer": "1", "image": {"bytes": png(), "path": ""}},
+    "seed-image": {"question_id": "5", "question": "q", "choice_a": "x", "choice_b": "y", "answer": "B", "question_type_id": 3,
+                   "data_type": "image", "image": [{"bytes": png(), "path": ""}]},
+    "blink": {"idx": "val_1", "question": "q", "sub_task": "c", "choices": ["x", "y"], "answer": "(B)", "prompt": "p",
+              "image_1": {"bytes": png(), "path": ""}, "image_2": None},
+    "muirbench": {"idx": "5", "task": "c", "question": "q <image>", "options": ["x", "y"], "answer": "B",
+                  "image_list": [{"bytes": png(), "path": ""}]},
+    "mmmu-pro": {"id": "5", "question": "q", "options": "['x', 'y']", "answer": "B", "subject": "c",
+                 "image_1": {"bytes": png(), "path": ""}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HUB_ROWS)
+def test_tables_of_the_hub_become_the_rows_of_a_tsv(name: str, tmp_path: Path) -> None:
+    task = benchmark(name, write_parquet(tmp_path / "rows.parquet", [HUB_ROWS[name]]))
+    (example,) = task.examples()
+    assert example.answers == ("B",) and options_of(example.row) == {"A": "x", "B": "y"} and example.row["question"][0] == "q"
+    assert task.score("B", example).value == 1 and task.score("x", example).value == 0
+    pictures = [part for part in example.conversation[0].content if hasattr(part, "source")]
+    assert len(pictures) == (2 if name == "mmmu" else 1)
+
+
+def test_other_tables_of_the_hub(tmp_path: Path) -> None:
+    picture = {"bytes": png(), "path": ""}
+    for name, row, reply in (
+        ("hallusionbench", {"category": "VD", "subcategory": "math", "set_id": "0", "figure_id": "1", "question_id": "2",
+                            "question": "q", "gt_answer": "1", "image": picture}, "Yes"),
+        ("mme", {"question_id": "OCR/0001.jpg", "question": "q", "answer": "Yes", "category": "OCR", "image": picture}, "Yes"),
+        ("pope", {"question_id": "1", "question": "q", "answer": "yes", "category": "random", "image": picture}, "Yes"),
+        ("ocrbench", {"question": "q", "answer": ["ab"], "question_type": "c", "image": picture}, "ab"),
+        ("mmvet", {"question_id": "v1_0", "question": "q", "answer": "a", "capability": "rec", "image": picture}, "0.5"),
+        ("mathvista", {"pid": "1", "question": "bare", "query": "q", "decoded_image": picture, "image": "images/1.jpg",
+                       "choices": ["x", "y"], "answer": "y", "question_type": "multi_choice", "answer_type": "text",
+                       "metadata": {"task": "t", "skills": ["s"]}}, "B"),
+    ):  # fmt: skip
+        task = benchmark(name, write_parquet(tmp_path / f"{name}.parquet", [row]))
+        (example,) = task.examples()
+        assert example.conversation[0].text.lstrip().startswith("q"), name
+        score = task.score(reply, example)
+        assert score.undecided is not None if name == "mmvet" else score.value == 1, name
+
+
+def test_jsonl_names_pictures_by_paths_below_any_folder_above_it(tmp_path: Path) -> None:
+    folder = tmp_path / "data" / "seed"
+    folder.mkdir(parents=True)
+    (tmp_path / "data" / "a.png").write_bytes(png())
+    line = {"index": 1, "question": "q", "A": "x", "answer": "A", "image": "data/a.png"}
+    (folder / "seed.jsonl").write_text(json.dumps(line) + "\n")
+    assert rows(folder / "seed.jsonl")[0][PICTURES] == (str(tmp_path / "data/a.png"),)
+
+
+def test_every_benchmark_says_where_its_rows_come_from_and_no_two_share_a_name() -> None:
+    assert len({task.name for task in TASKS.values()}) == len(TASKS)
+    for task in TASKS.values():
+        if hasattr(task, "origin"):
+            assert task.file in task.origin and task.about and task.metric

@@ -1,0 +1,111 @@
+"""Rows and tasks of one's own, by the command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ivl.cli.eval import evaluate as command
+from ivl.errors import InputError
+from ivl.evaluation.config import EvalConfig
+from ivl.evaluation.task import Example
+from ivl.evaluation.tasks import task_of
+from ivl.evaluation.tasks.own import OwnData
+from tests.evaluation.rows import png
+from tests.helpers.engines import tiny_directory
+
+
+def write(path: Path, *pairs: tuple[str, Any], **more: Any) -> Path:
+    """Rows as training reads them."""
+    (path.parent / "p.png").write_bytes(png())
+    lines = []
+    for question, answer in pairs:
+        turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+        lines.append(json.dumps({"image": "p.png", "conversations": turns, **more}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("metric", "question", "answer", "reply", "value"),
+    [
+        ("exact", "q", "Red", "red.", 1.0),
+        ("exact", "q", "Red", "a red car", 0.0),
+        ("relaxed", "q", "100", "104", 1.0),
+        ("relaxed", "q", "100", "106", 0.0),
+        ("anls", "q", "abcd", "abcx", 0.75),
+        ("vqa", "q", "2 dogs", "two dogs!", 1.0),
+        ("choice", "q\nA. cat\nB. dog", "B", "It is a dog", 1.0),
+        ("choice", "q\n(A) cat\n(B) dog", "B. dog", "A", 0.0),
+        ("choice", "q\nA. cat\nB. dog", "B", "", 0.0),
+        ("iou", "q", "<box>[[0, 0, 100, 100]]</box>", "[[0, 0, 100, 50]]", 0.5),
+        ("iou", "q", "[0, 0, 100, 100]", "nowhere", 0.0),
+        ("math", "q", "\\frac{1}{2}", "0.5", 1.0),
+    ],
+)
+def test_metrics(metric: Any, question: str, answer: str, reply: str, value: float, tmp_path: Path) -> None:
+    if metric == "math":
+        pytest.importorskip("math_verify")
+    task = OwnData(write(tmp_path / "rows.jsonl", (question, answer)), metric)
+    (example,) = task.examples()
+    assert example.answers == (answer,) and example.conversation[0].text.strip() == question
+    assert task.score(reply, example).value == pytest.approx(value)
+
+
+def test_accepted_answers_of_a_row_and_a_judge(tmp_path: Path) -> None:
+    task = OwnData(write(tmp_path / "rows.jsonl", ("q", "a"), answers=["x", "y"]), "judge")
+    (example,) = task.examples()
+    score = task.score("Y it is", example)
+    assert score.undecided and "Reference answer: x or y" in score.undecided.prompt
+    assert [s and s.value for s in map(score.undecided.read, ("1", " 0.\n", "yes"))] == [1, 0, None]
+
+
+def test_several_conversations_of_a_row_stay_together(tmp_path: Path) -> None:
+    turns = [[{"from": "human", "value": f"q{n}"}, {"from": "gpt", "value": "a"}] for n in range(2)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"conversations": turns}) + "\n")
+    examples: list[Example] = list(OwnData(path, "exact").examples())
+    assert [(e.id, e.cluster) for e in examples] == [("0-0", "row 0"), ("0-1", "row 0")]
+
+
+def test_own_rows_and_an_own_task_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(tiny_directory(tmp_path / "model"))
+    path = write(tmp_path / "rows.jsonl", ("q", "a"), ("r", "b"))
+    common = [model, "--max-new-tokens", "2", "--out", str(tmp_path / "r.json")]
+    command([*common, "--data", str(path), "--metric", "exact"])
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert (report["task"], report["metric"], report["n"]) == ("rows", "exact", 2) and report["data"]["file"] == str(path)
+    own = tmp_path / "mine.py"
+    own.write_text(
+        "import ivl\nfrom ivl.evaluation.task import Example, Task\n\n\n"
+        "class Mine(Task):\n    name, metric = 'mine', 'length'\n\n    def examples(self):\n"
+        "        yield Example(id='1', conversation=ivl.ask('?'), answers=('x',))\n\n"
+        "    def score(self, reply, example):\n        return float(len(reply) > 100)\n"
+    )
+    command([*common, "--fresh", "--task", f"{own}:Mine", "--predictions", str(tmp_path / "mine.jsonl")])
+    assert "all         length" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--metric", "exact"], "--metric scores rows of your own: name their file with --data"),
+        (
+            ["--prompt", "cot"],
+            "--prompt, --extraction, --defects and --data are for benchmarks of files, and task easy-vqa is none",
+        ),
+        (["--url", "http://x/v1"], "give --url-model for every --url"),
+        (["--task", "nowhere.py:Mine"], "nowhere.py: no such task file"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(options: list[str], problem: str) -> None:
+    with pytest.raises(InputError, match=problem):
+        command(["no-model", *options])
+
+
+def test_a_configuration_names_a_task_with_its_settings() -> None:
+    task = task_of(EvalConfig(task="mmstar", prompt="plain", extraction="2026-08", data=Path("x.tsv"), defects=True))
+    assert (task.prompt, task.profile, task.path, task.defects) == ("plain", "2026-08", Path("x.tsv"), True)

@@ -1,0 +1,169 @@
+"""What is done with scores: two runs compared, the OpenCompass average, files of other tools written and read."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ivl.cli.eval import evaluate as command
+from ivl.errors import InputError
+from ivl.evaluation.average import EIGHT, PUBLISHED, as_text, average, published_of
+from ivl.evaluation.benchmark import Benchmark
+from ivl.evaluation.config import EvalConfig
+from ivl.evaluation.export import export, submit, write_table
+from ivl.evaluation.results import compare, mcnemar
+from ivl.evaluation.task import Example
+from tests.evaluation.rows import always_a, benchmark, evaluated, perfect, write_tsv
+from tests.evaluation.test_benchmarks import choice_rows, circular_rows
+
+CASES = [json.loads(line) for line in Path(__file__).with_name("golden.jsonl").read_text().splitlines()]
+
+
+def mostly(right: int) -> Any:
+    return lambda example: perfect(example) if int(example.id) < right else "none of them"
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Benchmark:
+    return benchmark("mmstar", write_tsv(tmp_path / "MMStar.tsv", choice_rows(40)))
+
+
+def test_two_runs_are_compared_on_the_same_questions(task: Benchmark, tmp_path: Path) -> None:
+    for name, right in (("a", 10), ("b", 30)):
+        evaluated(task, mostly(right), tmp_path, name=name)
+    found = compare(tmp_path / "a.json", tmp_path / "b.jsonl")
+    assert found["means"] == [0.25, 0.75] and found["difference"] == 0.5 and found["only_right"] == [0, 20]
+    assert found["ci95"][0] > 0.3 and found["mcnemar_p"] == pytest.approx(2 * 0.5**20)
+    assert found["headline"]["difference"] == pytest.approx(0.5) and found["headline"]["ci95"] == pytest.approx(found["ci95"])
+    same = compare(tmp_path / "a.json", tmp_path / "a.json")
+    assert same["difference"] == 0 and same["ci95"] == [0, 0] and same["mcnemar_p"] == 1
+
+
+def test_the_headline_of_groups_is_compared_by_its_own_rule(tmp_path: Path) -> None:
+    task = benchmark("mmbench-dev-en-v11", write_tsv(tmp_path / "rows.tsv", circular_rows()))
+    for name, reply in (("a", always_a), ("b", perfect)):
+        evaluated(task, reply, tmp_path, name=name)
+    assert compare(tmp_path / "a.jsonl", tmp_path / "b.jsonl")["headline"]["values"] == [0.0, 1.0]
+
+
+def test_mcnemar_is_the_exact_test() -> None:
+    assert mcnemar(0, 0) == 1 and mcnemar(5, 5) == 1 and mcnemar(1, 9) == pytest.approx(22 / 1024)
+
+
+def test_runs_without_a_common_question_are_refused(task: Benchmark, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"x\.scores\.jsonl: cannot be read .*; `ivl eval` writes it"):
+        compare(tmp_path / "x.json", tmp_path / "x.json")
+    (tmp_path / "y.scores.jsonl").write_text("{broken\n")
+    with pytest.raises(InputError, match=r"y\.scores\.jsonl:1: not valid JSON"):
+        compare(tmp_path / "y.json", tmp_path / "y.json")
+
+
+def report(folder: Path, task: str, value: float | None, **more: Any) -> Path:
+    path = folder / f"{task}.json"
+    ci95 = [value, value] if value is not None else None
+    path.write_text(json.dumps({"task": task, "value": value, "ci95": ci95, "model": "OpenGVLab/InternVL2_5-8B-MPO", **more}))
+    return path
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c["scorer"] == "opencompass_average"], ids=lambda case: case["id"])
+def test_published_scores_have_the_official_mean(case: dict[str, Any]) -> None:
+    scores = list(case["input"].values())[1:]
+    assert PUBLISHED[case["input"]["model"]] == tuple(scores)
+    assert math.fsum(scores) / 8 == pytest.approx(case["expected"]["mean"], abs=6e-4)
+
+
+def test_the_average_needs_all_eight(tmp_path: Path) -> None:
+    tasks = [ways[0] for _, ways in EIGHT.values()]
+    values = dict(zip(EIGHT, PUBLISHED["InternVL2.5-8B-MPO"], strict=True))
+    paths = [
+        report(tmp_path, each, value / EIGHT[name][0])
+        for (name, value), way in zip(values.items(), tasks, strict=True)
+        for each in way
+    ]
+    found = average(paths)
+    assert found["average"] == pytest.approx([70.375] * 2) and found["published"] == pytest.approx(70.375)
+    assert "average                         70.4        70.4        +0.0" in as_text(found)
+    found = average([path for path in paths if path.stem != "mmvet"])
+    assert found["average"] is None and as_text(found).endswith("no average: MMVet missing")
+    report(tmp_path, "mmvet", 0.5, range=[0.5, 0.7])
+    assert average(paths)["average"] == pytest.approx([70.375 - 16.9 / 8, 70.375 + 3.1 / 8])
+    with pytest.raises(InputError, match=r"mmstar\.json: a second report of mmstar"):
+        average([*paths, tmp_path / "mmstar.json"])
+
+
+def test_names_of_models_are_found_however_they_are_spelled() -> None:
+    assert published_of("/models/InternVL2_5-1B/") == PUBLISHED["InternVL2.5-1B"]
+    assert published_of("my-model") is None
+
+
+def test_predictions_of_vlmevalkit_are_written_and_scored_again(task: Benchmark, tmp_path: Path, capsys: Any) -> None:
+    result = evaluated(task, mostly(10), tmp_path)
+    replies = result.replies
+    files = export("tsv", tmp_path / "out", task, {**result.report, "model": "org/My Model"}, result.scored, replies)
+    assert [file.name for file in files] == ["My_Model_MMStar.tsv", "My_Model_MMStar_acc.csv"]
+    head = files[0].read_text().splitlines()[0].split("\t")
+    assert head == ["index", "question", "A", "B", "C", "D", "answer", "category", "prediction"]
+    assert files[1].read_text().splitlines()[:2] == ["split,Overall,c0,c1", "none,0.25,0.25,0.25"]
+    command(["--score", str(files[0]), "--out", str(tmp_path / "again.json")])
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert (again["value"], again["range"], again["n"]) == (result.report["value"], result.report["range"], 40)
+    assert "all         accuracy 25.00%" in capsys.readouterr().out
+
+
+def test_samples_of_lmms_eval_are_written_and_scored_again(task: Benchmark, tmp_path: Path) -> None:
+    result = evaluated(task, mostly(30), tmp_path)
+    results, samples = export("lmms-eval", tmp_path / "out", task, result.report, result.scored, result.replies)
+    assert json.loads(results.read_text())["results"]["mmstar"]["accuracy,none"] == 0.75
+    row = json.loads(samples.read_text().splitlines()[0])
+    assert row["resps"] == [["A"]] and row["doc"]["question"] == "which 0?" and row["doc_id"] == 0
+    command(["--score", str(samples), "--out", str(tmp_path / "again.json")])
+    assert json.loads((tmp_path / "again.json").read_text())["value"] == 0.75
+
+
+def test_a_file_that_names_no_benchmark_is_told(tmp_path: Path) -> None:
+    path = write_tsv(tmp_path / "mine.tsv", choice_rows(2))
+    with pytest.raises(InputError, match=r"mine\.tsv: its name tells no benchmark of .* --task"):
+        command(["--score", str(path)])
+    write_tsv(path, [{**row, "prediction": row["answer"]} for row in choice_rows(2)])
+    command(["--score", str(path), "--task", "mmstar", "--predictions", str(tmp_path / "p.jsonl")])
+
+
+def test_submissions_have_the_form_of_the_server(tmp_path: Path) -> None:
+    rows = [{"id": f"test_{n}", **{k: v for k, v in row.items() if k != "answer"}} for n, row in enumerate(choice_rows(2))]
+    path = write_tsv(tmp_path / "rows.tsv", rows)
+    task = benchmark("mmmu-test", path)
+    result = evaluated(task, lambda _: "The answer is B.", tmp_path)
+    assert json.loads(submit(tmp_path / "s", task, result.scored, result.replies).read_text()) == {"test_0": "B", "test_1": "B"}
+    task = benchmark("mmbench-test-en-v11", path)
+    result = evaluated(task, always_a, tmp_path)
+    table = submit(tmp_path / "t", task, result.scored, result.replies).read_text().splitlines()
+    assert table[0].split("\t")[-1] == "prediction" and len(table) == 3
+
+
+def test_a_sheet_needs_its_library(tmp_path: Path) -> None:
+    try:
+        import openpyxl  # noqa: F401
+    except ImportError:
+        with pytest.raises(InputError, match="writing xlsx needs openpyxl"):
+            write_table(tmp_path / "x.xlsx", [{"a": 1}])
+    else:
+        write_table(tmp_path / "x.xlsx", [{"a": 1}])
+        with pytest.raises(InputError, match="32,767 characters at most"):
+            write_table(tmp_path / "x.xlsx", [{"a": "x" * 40_000}])
+
+
+def test_the_page_shows_wrong_answers_and_what_was_read(task: Benchmark, tmp_path: Path) -> None:
+    from ivl.evaluation.report import write
+
+    def reply(example: Example) -> str:
+        return "I say B" if int(example.id) else "no <idea>"
+
+    write(tmp_path / "r.json", evaluated(task, reply, tmp_path, config=EvalConfig(limit=5)))
+    page = (tmp_path / "r.html").read_text()
+    assert "Wrong answers: 3 of 5" in page or "Wrong answers: 4 of 5" in page
+    assert "read as &#x27;B&#x27;, worth 0; expected" in page and "no &lt;idea&gt;" in page and "undecided" in page
+    assert page.count("data:image/jpeg") >= 3 and "MD5" not in page
