@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from ivl.errors import InputError, short
+from ivl.errors import InputError
 from ivl.evaluation import fingerprint
 from ivl.evaluation.config import EvalConfig, Method
 from ivl.evaluation.curve import curve
@@ -25,7 +22,7 @@ from ivl.evaluation.grading import Grader, if_right
 from ivl.evaluation.predictions import Prediction, PredictionsFile, beside
 from ivl.evaluation.prompts import reasoned
 from ivl.evaluation.results import write_scores
-from ivl.evaluation.task import Example, Score, Scored, Task
+from ivl.evaluation.task import Example, Score, Scored, Task, limited, score_of
 from ivl.evaluation.voting import GUIDED_RATING, RATING, Candidate, Rater, RatingJudge, RewardModel, choose, rate, sample
 from ivl.generators import Generator, LoadConfig, connect
 from ivl.types import Conversation, SamplingParams
@@ -211,21 +208,6 @@ def evaluate_all(
     return Evaluated(report, scored, answered)
 
 
-def limited(examples: Iterable[Example], limit: int | None) -> list[Example]:
-    """Return the first examples, as many whole clusters as the limit holds, and at least one."""
-    examples = iter(examples)
-    first = list(islice(examples, limit))
-    if limit is None or not any(example.cluster for example in first):
-        return first
-    every, total = [*first, *examples], 0
-    kept: set[str] = set()
-    for cluster, size in Counter(example.cluster or example.id for example in every).items():
-        if (total := total + size) > limit and kept:
-            break
-        kept.add(cluster)
-    return [example for example in every if (example.cluster or example.id) in kept]
-
-
 def figures_of(task: Task, scored: list[Scored], undecided: Literal["range", "wrong"]) -> dict[str, Any]:
     """Return the headline and the other figures of a report. Undecided replies make each value a range, from wrong to right."""
     if not any(s.example.answers for s in scored):  # a server has them
@@ -291,27 +273,18 @@ class _Asking:
     def prediction(self, example: Example, text: str, samples: tuple[Candidate, ...] = ()) -> Prediction:
         """Score a reply, or the one that counts of several, by the current rules."""
         chosen = samples[choose(samples, self.method.select)] if samples else Candidate(text=text, answer=text)
-        score = self.scores[example.id] = self.score(chosen.answer, example)
+        score = self.scores[example.id] = score_of(self.task, chosen.answer, example)
         return Prediction(
             id=example.id, asked=self.hash(example), group=example.group, answers=example.answers, prediction=chosen.text,
             score=score.value, samples=samples, read=score.answer, cluster=example.cluster,
         )  # fmt: skip
-
-    def score(self, answer: str | None, example: Example) -> Score:
-        """Score an answer by the task's rule; a reply without an answer is wrong."""
-        score = Score() if answer is None else self.task.score(answer, example)
-        if isinstance(score, int | float) and 0 <= score <= 1:
-            return Score(value=float(score))
-        if not isinstance(score, Score) or not all(map(math.isfinite, (score.value, *score.numbers.values()))):
-            raise InputError(f"the score of {example.id} must be a Score or a number from 0 to 1, got {short(score)}")
-        return score
 
     def samples_report(self, examples: list[Example], predictions: list[Prediction], grader: Grader | None) -> dict[str, Any]:
         """Report the metric for fewer replies, and how many replies have no answer or rating."""
         samples = [p.samples for p in predictions]
         candidates = [candidate for replies in samples for candidate in replies]
         pairs = [(example, c.answer) for example, replies in zip(examples, samples, strict=True) for c in replies]
-        graded = [self.score(answer, example) for example, answer in pairs]
+        graded = [score_of(self.task, answer, example) for example, answer in pairs]
         values = iter(score.value for score in (grader.decide(graded) if grader else graded))
         scores = [list(islice(values, len(replies))) for replies in samples]
         return {

@@ -5,8 +5,11 @@ examples -> replies -> score(reply, example) -> figures(scored)
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from ivl.errors import InputError, short
@@ -116,3 +119,32 @@ class Task:
         """Turn scores into figures by name, the headline first. By default the mean of all questions and of each group."""
         groups = sorted({s.example.group for s in scored})
         return {"all": mean(scored), **{group: mean([s for s in scored if s.example.group == group]) for group in groups}}
+
+
+def score_of(task: Task, answer: str | None, example: Example) -> Score:
+    """Score an answer by the task's rule; a reply without an answer is wrong.
+
+    Raises:
+        InputError: if the task gives something else than a score.
+    """
+    score = Score() if answer is None else task.score(answer, example)
+    if isinstance(score, int | float) and 0 <= score <= 1:
+        return Score(value=float(score))
+    if not isinstance(score, Score) or not all(map(math.isfinite, (score.value, *score.numbers.values()))):
+        raise InputError(f"the score of {example.id} must be a Score or a number from 0 to 1, got {short(score)}")
+    return score
+
+
+def limited(examples: Iterable[Example], limit: int | None) -> list[Example]:
+    """Return the first examples, as many whole clusters as the limit holds, and at least one."""
+    examples = iter(examples)
+    first = list(islice(examples, limit))
+    if limit is None or not any(example.cluster for example in first):
+        return first
+    every, total = [*first, *examples], 0
+    kept: set[str] = set()
+    for cluster, size in Counter(example.cluster or example.id for example in every).items():
+        if (total := total + size) > limit and kept:
+            break
+        kept.add(cluster)
+    return [example for example in every if (example.cluster or example.id) in kept]

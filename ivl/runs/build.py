@@ -15,6 +15,7 @@ from ivl.cpu import accelerate, has_bfloat16
 from ivl.data.config import DataConfig
 from ivl.data.loader import Loader
 from ivl.errors import InputError
+from ivl.evaluation.training import curve_of
 from ivl.lora.layers import add_lora, lora_parameters
 from ivl.model.vlm import VLM
 from ivl.parallel.shard import shard
@@ -176,3 +177,11 @@ def build_validation(config: RunConfig, processor: Processor, objective: Objecti
         return {"loss": loss_sum / weight}
 
     return Evaluator("validation", config.val_every, loss)
+
+
+def build_curves(config: RunConfig, processor: Processor) -> tuple[Evaluator, ...]:
+    """Build the evaluators of tasks, whose questions are read now."""
+    return tuple(
+        Evaluator(name.rpartition(":")[2], config.eval_every, curve_of(name, config.eval_limit, processor))
+        for name in config.eval_tasks
+    )

@@ -45,6 +45,12 @@ class RunConfig:
     """Steps between validation losses; 0 computes one at the end."""
     val_packs: int = 0
     """Packs of each validation loss; 0 takes all."""
+    eval_tasks: tuple[str, ...] = ()
+    """Tasks of `ivl eval` that are asked during training: names, or FILE.py:Class."""
+    eval_every: int = 0
+    """Steps between these evaluations; 0 evaluates at the end."""
+    eval_limit: int = 200
+    """Questions of each task, the first ones."""
     shard: bool = False
     """Shard parameters, gradients and optimizer state over ranks (FSDP2) instead of keeping a copy on each."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -66,7 +72,9 @@ class RunConfig:
             raise InputError("muon needs whole matrices: use adamw, or shard = False")
         if self.train.num_steps is None and self.data.epochs is None:
             raise InputError("the run has no end: give num_steps or data.epochs")
-        check_ranges(self, val_every="[0, inf)", val_packs="[0, inf)")
+        check_ranges(self, val_every="[0, inf)", val_packs="[0, inf)", eval_every="[0, inf)", eval_limit="[1, inf)")
+        if self.shard and self.eval_tasks:
+            raise InputError("eval_tasks need whole parameters on each rank: shard = False, or evaluate the checkpoints")
         self.objective.check(self.data, self.stage, self.lora)
 
     @property
@@ -106,7 +114,7 @@ def run_config(values: Any, where: str) -> RunConfig:
 
 
 FREE_ON_RESUME = frozenset((
-    "out_dir", "val_every", "val_packs", "val_data", "save_dtype", "device",
+    "out_dir", "val_every", "val_packs", "eval_tasks", "eval_every", "eval_limit", "val_data", "save_dtype", "device",
     "train.save_every", "train.keep_last", "train.log_every", "train.log_samples", "train.tensorboard",
     "data.num_workers", "data.prefetch", "data.start_method", "data.cache_samples", "data.on_error", "data.max_skip_share",
 ))  # fmt: skip

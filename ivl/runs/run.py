@@ -16,6 +16,7 @@ from ivl.parallel.launch import start_world, stop_world
 from ivl.processing.processor import Processor
 from ivl.runs.build import (
     adapt,
+    build_curves,
     build_loader,
     build_model,
     build_processor,
@@ -105,7 +106,7 @@ def _train_in(
         objective.prepare(model)
     step = saved.step if saved else 0
     record_environment(run_dir, loader, world, step)
-    own = make_evaluators(processor) if make_evaluators else ()
+    own = (*build_curves(config, processor), *(make_evaluators(processor) if make_evaluators else ()))
     budgets = config.data.max_tokens, config.data.max_tiles
     recorder = Recorder(config.name, config.train, directory=run_dir, step=step, budgets=budgets, on=world.is_main)
     writer = CheckpointWriter(
