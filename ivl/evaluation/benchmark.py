@@ -13,9 +13,10 @@ from PIL import Image
 from ivl.errors import InputError, short
 from ivl.evaluation import data
 from ivl.evaluation.figures import Figures, by, mean
-from ivl.evaluation.prompts import COT_CHOICE, COT_OPEN, LETTER, MPO, SHORT, Profile, PromptName
+from ivl.evaluation.prompts import COT_CHOICE, COT_OPEN, LETTER, MPO, SHORT, PromptName
 from ivl.evaluation.scoring.extraction import last_box
 from ivl.evaluation.scoring.open_answers import marked_answer
+from ivl.evaluation.scoring.options import Profile
 from ivl.evaluation.task import Example, Score, Scored, Task
 from ivl.types import Conversation, ImageRef, Message, Part, SamplingParams, Text
 

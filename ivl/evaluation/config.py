@@ -9,8 +9,9 @@ from typing import Annotated, Literal
 import tyro
 
 from ivl.errors import InputError
-from ivl.evaluation.prompts import Profile, PromptName
+from ivl.evaluation.prompts import PromptName
 from ivl.evaluation.scoring import AnswerStyle
+from ivl.evaluation.scoring.options import Profile
 from ivl.evaluation.voting import Select
 from ivl.generators import GeneratorConfig
 from ivl.types import SamplingParams

@@ -12,8 +12,6 @@ from ivl.types import Conversation, Text
 PromptName = Literal["published", "reference", "plain", "cot", "mpo"]
 """Prompts of benchmarks: as VLMEvalKit asks InternVL2.5, as InternVL's own evaluation code does, without any request, with
 VLMEvalKit's request to reason (USE_COT), and as it asks the models trained by MPO."""
-Profile = Literal["2024-12", "2026-08"]
-"""Rules of extraction: those of VLMEvalKit when InternVL2.5 was published, and later ones."""
 PromptLanguage = Literal["en", "zh"]
 Domain = Literal["science", "visual", "grounded"]
 

@@ -138,3 +138,8 @@ def test_every_benchmark_says_where_its_rows_come_from_and_no_two_share_a_name()
     for task in TASKS.values():
         if hasattr(task, "origin"):
             assert task.file in task.origin and task.about and task.metric
+
+
+def test_the_documentation_names_every_task() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    assert [name for name in TASKS if f"| `{name}` |" not in page] == []
