@@ -96,7 +96,8 @@ class Choice(Benchmark):
 def _mmbench(split: str, language: str, version: str, **more: Any) -> Choice:
     name = "-".join(filter(None, ("mmbench", split, language, version)))
     file = "_".join(filter(None, ("MMBench", split.upper(), language.upper(), version.upper())))
-    about = f"MMBench {version or 'v1'}, {split}, {language}" + (": answers are hidden, makes a submission" * (split == "test"))
+    hidden = ": answers are hidden, makes a submission" * (split == "test")
+    about = f"MMBench {'v1.1' if version else 'v1.0'}, {split}, {language}{hidden}"
     return Choice(
         name=name, file=file, about=about, hub="lmms-lab/MMBench", circular=True, submission="table", **more
     )  # fmt: skip
