@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Family = Literal["qwen2", "internlm2", "llama"]
+Family = Literal["qwen2", "internlm2", "llama", "qwen3", "internlm3"]
 
 SPECIAL_TOKENS = (
     "<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>",
@@ -74,6 +74,8 @@ class DecoderConfig:
     """Dynamic NTK: beyond max_positions the rotary base grows with the sequence length (InternLM2.5)."""
     norm_eps: float = 1e-6
     qkv_bias: bool = False
+    qk_norm: bool = False
+    """RMSNorm of each query head and each key head before the rotation (Qwen3)."""
     max_positions: int = 32768
 
     def __post_init__(self) -> None:

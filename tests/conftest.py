@@ -22,7 +22,7 @@ def tiny_config(*, family: str = "qwen2", norm: str = "layer_norm", qk_norm: boo
     )  # fmt: skip
     decoder = DecoderConfig(
         family=family, vocab_size=96, width=48, num_layers=2, mlp_width=80, num_heads=4, num_kv_heads=2, head_dim=16,
-        qkv_bias=family == "qwen2",
+        qkv_bias=family == "qwen2", qk_norm=family == "qwen3",
     )  # fmt: skip
     return ModelConfig(
         vision=vision, decoder=decoder, tiling=TilingConfig(tile_size=28), image_token_id=90, eos_token_ids=(91,)

@@ -79,7 +79,7 @@ def compose(
 
     Args:
         vit: an InternViT or an InternVL, directory or hub id.
-        llm: a Qwen2.5, InternLM2.5, LLaMA-shaped or InternVL model, directory or hub id; or a GGUF file.
+        llm: a Qwen2.5, Qwen3, InternLM2.5, LLaMA-shaped or InternVL model, directory or hub id; or a GGUF file.
         projector: an InternVL to take it from; None draws a fresh one.
         to: dialect to write.
         dtype: of the written weights; keep is the narrowest that holds every part unchanged.

@@ -8,19 +8,23 @@ Nothing here needs torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ivl.checkpoint import config_table as table
+from ivl.checkpoint.chat_template import default_system
 from ivl.checkpoint.config_table import Dialect, FieldKey
 from ivl.checkpoint.sections import FLAG, TEXT, TOKEN_ID, Section, Values, added_tokens, open_section
 from ivl.config import DecoderConfig, Family, ModelConfig, TilingConfig, VisionConfig
 from ivl.errors import InputError, short
+from ivl.processing.chat import template_of
 
 T = TypeVar("T")
 IMAGE_TOKEN = "<IMG_CONTEXT>"
 CHAT_END = "<|im_end|>"
-_PUBLISHED_IMAGE_TOKENS = {("qwen2", 151674): 151667, ("internlm2", 92553): 92546}
+_PUBLISHED_IMAGE_TOKENS = {("qwen2", 151674): 151667, ("internlm2", 92553): 92546, ("qwen3", 151936): 151671}
 """Id of IMAGE_TOKEN in the published models, by family and vocabulary, for directories without tokenizer files."""
 
 
@@ -78,6 +82,7 @@ def model_config(top: Section, generation: Section, directory: Path) -> ModelCon
     """
     dialect = _dialect(top)
     top.require(_checked("internvl_chat") | _checked(table.MODEL_TYPE[dialect]))
+    _refuse_flash(top)
     vision = vision_from(top.section("vision_config"))
     text = top.section(table.TEXT_CONFIG[dialect])
     family = family_of(text)
@@ -87,7 +92,7 @@ def model_config(top: Section, generation: Section, directory: Path) -> ModelCon
     elif family == "llama":
         # InternLM2 is stored as LLaMA here; ours say so, and the published ones have its vocabulary.
         published = text.values.get("vocab_size") == 92553 and top.values.get("image_token_id") == 92546
-        families = Values(str, choices=("llama", "internlm2"))
+        families = Values(str, choices=("llama", "internlm2", "internlm3"))
         family = top.read("original_family", families, "internlm2" if published else "llama")
     decoder = decoder_from(text, family)
     ids = Values(int, 0, decoder.vocab_size - 1)
@@ -108,7 +113,7 @@ def model_config(top: Section, generation: Section, directory: Path) -> ModelCon
         select_layer=top.read(table.SELECT_LAYER[dialect], Values(int, -1025, 1024), -1),
         pixel_shuffle=top.read("ps_version", shuffles, "v1") if dialect == "internvl_chat" else "v2",
         template=top.read("template", TEXT, "internvl2_5"),
-        system_message=top.read("system_message", TEXT, None),
+        system_message=_system_message(top, family, directory),
     )
 
 
@@ -125,16 +130,17 @@ def decoder_from(section: Section, family: Family) -> DecoderConfig:
     width, num_heads = section.read("hidden_size", table.WIDTH), section.read("num_attention_heads", table.HEADS)
     defaults = {
         "num_key_value_heads": num_heads,
-        "head_dim": width // num_heads,
+        "head_dim": 128 if family == "qwen3" else width // num_heads,  # as their classes take it
         "bias": section.values.get("model_type") == "internlm2",  # its class has biases unless told otherwise
     }
     section = Section(defaults | {key: value for key, value in section.values.items() if value is not None}, section.place)
     biased = family == "qwen2"
-    section.require(_checked("qwen2") | _checked("internlm2") | _checked("llama") | {"attention_bias": biased})
+    constants = reduce(or_, map(_checked, table.FAMILIES))
+    section.require(constants | {"attention_bias": biased, "qkv_bias": biased})
     theta, factor = _rope(section)
     return _read(
         DecoderConfig, section, table.DECODER_KEYS, "internvl_chat",
-        family=family, rope_theta=theta, rope_dynamic_factor=factor, qkv_bias=biased,
+        family=family, rope_theta=theta, rope_dynamic_factor=factor, qkv_bias=biased, qk_norm=family == "qwen3",
     )  # fmt: skip
 
 
@@ -148,8 +154,9 @@ def family_of(section: Section) -> Family:
     for architecture, family in table.ARCHITECTURES.items():
         if architecture in names or (not names and model_type == family):
             return family
-    known = ", ".join(table.ARCHITECTURES)
-    raise InputError(f"{section.place}: language model {short(names or model_type)} is not one of {known}")
+    known, given = ", ".join(table.ARCHITECTURES), str(names or model_type).lower().replace("_", "")
+    kind = " (a mixture of experts)" if "moe" in given else " (gpt-oss)" if "gptoss" in given else ""
+    raise InputError(f"{section.place}: language model {short(names or model_type)}{kind} is not one of {known}")
 
 
 def token_ids(section: Section, key: str, kind: Values) -> list[int]:
@@ -185,6 +192,26 @@ def _rope(section: Section) -> tuple[float, float | None]:
     if kind not in ("default", "dynamic"):
         raise InputError(f"{section.place}: rope scaling {short(kind)} is not supported; default and dynamic are")
     return float(theta), float(scaling.read("factor", Values(float, 1, 1e6))) if kind == "dynamic" else None
+
+
+def _refuse_flash(top: Section) -> None:
+    """InternVL3.5-Flash takes 64 tokens for a simple tile; its router and second projector are not computed here."""
+    keys = [key for key in table.FLASH_KEYS if top.values.get(key) not in (None, False)]
+    if keys and top.values.get("flash_mode") is not False:
+        raise InputError(f"{top.place}: {keys[0]} is set: InternVL3.5-Flash is not supported; take the model without Flash")
+
+
+def _system_message(top: Section, family: Family, directory: Path) -> str | None:
+    """The system message that replaces the template's; None to keep that.
+
+    The chat template of the directory says it where config.json names no template, as in transformers' files, and for
+    InternVL3.5, whose config.json names that of InternVL2.5. Without one InternVL3.5 has no system message.
+    """
+    message = top.read("system_message", TEXT, None)
+    if message is not None or ("template" in top.values and family != "qwen3"):
+        return message
+    message = default_system(directory)
+    return "" if message is None and family == "qwen3" else message
 
 
 def _tiling(top: Section, directory: Path, size: int) -> TilingConfig:
@@ -244,8 +271,8 @@ def to_json(config: ModelConfig, dialect: Dialect, dtype: str) -> dict[str, Any]
         InputError: if the dialect cannot express the configuration.
     """
     family = config.decoder.family
-    if config.decoder.qkv_bias != (family == "qwen2"):
-        raise InputError(f"family {family} with qkv_bias {config.decoder.qkv_bias} has no checkpoint format")
+    if (flags := (config.decoder.qkv_bias, config.decoder.qk_norm)) != (family == "qwen2", family == "qwen3"):
+        raise InputError("family {} with qkv_bias {} and qk_norm {} has no checkpoint format".format(family, *flags))
     if dialect == "internvl_chat":
         code = table.CODE_REPOS[family]
         chat_model = f"{code}--modeling_internvl_chat.InternVLChatModel"
@@ -258,9 +285,12 @@ def to_json(config: ModelConfig, dialect: Dialect, dtype: str) -> dict[str, Any]
         }
     elif config.pixel_shuffle == "v2":
         own = {"image_seq_length": config.tokens_per_tile, "original_family": family}
-        family = "qwen2" if family == "qwen2" else "llama"
+        family = table.IN_TRANSFORMERS[family]
     else:
         raise InputError(f"pixel_shuffle {config.pixel_shuffle} cannot be written for transformers, which computes v2 only")
+    system = config.system_message
+    if system is None and family == "qwen3":  # read as none without a key
+        system = template_of(config.template).system_message
     vision_type = table.VISION_TYPE[dialect]
     vision = {"model_type": vision_type, **table.CONSTANTS[vision_type], **_values(config.vision, table.VISION_KEYS, dialect)}
     if dialect == "transformers":
@@ -273,7 +303,7 @@ def to_json(config: ModelConfig, dialect: Dialect, dtype: str) -> dict[str, Any]
         table.SELECT_LAYER[dialect]: config.select_layer,
         table.DTYPE[dialect]: dtype,
         "template": config.template,
-        **({} if config.system_message is None else {"system_message": config.system_message}),
+        **({} if system is None else {"system_message": system}),
         "image_token_id": config.image_token_id,
         **_end_tokens(config),
         "tie_word_embeddings": False,

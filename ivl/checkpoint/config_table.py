@@ -102,16 +102,31 @@ CONSTANTS: dict[str, dict[str, Any]] = {
     "internlm2": {
         "architectures": ["InternLM2ForCausalLM"], "hidden_act": "silu", "bias": False, "attn_implementation": "eager",
     },
+    "qwen3": {
+        "architectures": ["Qwen3ForCausalLM"], "hidden_act": "silu", "attention_dropout": 0.0, "attention_bias": False,
+        "use_sliding_window": False,
+    },
+    "internlm3": {
+        "architectures": ["InternLM3ForCausalLM"], "hidden_act": "silu", "attention_dropout": 0.0, "bias": False,
+        "qkv_bias": False,
+    },
 }  # fmt: skip
 """What is written by `model_type` whatever the configuration. On reading, keys that change the computation are checked."""
 CHECKED = {
     "downsample_ratio", "pad2square", "projector_hidden_act", "num_channels", "bias", "force_image_size",
     "vision_feature_select_strategy", "hidden_act", "use_mean_pooling", "use_mask_token",
-    "use_absolute_position_embeddings", "use_sliding_window", "attention_bias", "mlp_bias",
+    "use_absolute_position_embeddings", "use_sliding_window", "attention_bias", "mlp_bias", "qkv_bias",
 }  # fmt: skip
-FAMILIES: tuple[Family, ...] = ("qwen2", "internlm2", "llama")
+FLASH_KEYS = ("flash_mode", "flash_relative_threshold", "flash_absolute_threshold")
+"""Top-level keys of InternVL3.5-Flash."""
+FAMILIES: tuple[Family, ...] = ("qwen2", "internlm2", "llama", "qwen3", "internlm3")
+IN_TRANSFORMERS: dict[Family, Family] = {
+    "qwen2": "qwen2", "internlm2": "llama", "llama": "llama", "qwen3": "qwen3", "internlm3": "llama",
+}  # fmt: skip
+"""As what a family is stored in the transformers dialect, whose library has no InternLM2 and no InternLM3."""
 ARCHITECTURES: dict[str, Family] = {CONSTANTS[family]["architectures"][0]: family for family in FAMILIES}
 CODE_REPOS: dict[Family, str] = {
     "qwen2": "OpenGVLab/InternVL2_5-1B", "internlm2": "OpenGVLab/InternVL2_5-8B", "llama": "OpenGVLab/InternVL2_5-8B",
+    "qwen3": "OpenGVLab/InternVL3_5-1B", "internlm3": "OpenGVLab/InternVL3-9B",
 }  # fmt: skip
 """Where the original library's classes live. Written for that library, which asks its user first; never followed here."""

@@ -116,13 +116,15 @@ DECODER: Table = {
     "head": ("output", "lm_head", "output"),
     "layers": ("layers", "layers", "blk"),
     "qkv": ("attention.wqkv", "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "attn_q attn_k attn_v"),
+    "q_norm": ("attention.q_norm", "self_attn.q_norm", "attn_q_norm"),
+    "k_norm": ("attention.k_norm", "self_attn.k_norm", "attn_k_norm"),
     "out": ("attention.wo", "self_attn.o_proj", "attn_output"),
     "gate_up": ("feed_forward.w1 feed_forward.w3", "mlp.gate_proj mlp.up_proj", "ffn_gate ffn_up"),
     "down": ("feed_forward.w2", "mlp.down_proj", "ffn_down"),
     "norm1": ("attention_norm", "input_layernorm", "attn_norm"),
     "norm2": ("ffn_norm", "post_attention_layernorm", "ffn_norm"),
 }
-"""The first column has the names of InternLM2, the second those that Qwen2 and LLaMA share."""
+"""The first column has the names of InternLM2 (which norms no heads), the second those that all other families share."""
 _PREFIXES: dict[Dialect, tuple[str, str, str, str]] = {
     "internvl_chat": ("vision_model.", "mlp1.", "language_model.model.", "language_model."),
     "transformers": ("model.vision_tower.", "model.multi_modal_projector.", "model.language_model.", ""),
@@ -136,7 +138,7 @@ def vision_map(vision: VisionTransformer, dialect: Dialect, prefix: str = "") ->
 
 
 def decoder_map(decoder: Decoder, *, internlm2: bool, body: str = "model.", head: str = "") -> list[TensorEntry]:
-    """Entries of the language model, with InternLM2's names and wqkv or with the names that Qwen2 and LLaMA share.
+    """Entries of the language model, with InternLM2's names and wqkv or with the names that all other families share.
 
     `body` leads the names of embeddings, layers and norm, `head` that of the output head; the defaults are those of a
     checkpoint of the language model alone.

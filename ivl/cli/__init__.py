@@ -9,7 +9,7 @@ import os
 import sys
 
 COMMANDS = {
-    "models": ("ivl.cli.models:models", "the fourteen published models with exact parameter counts"),
+    "models": ("ivl.cli.models:models", "the published models with exact parameter counts"),
     "train": ("ivl.cli.train:train", "train a recipe: ivl train nano-stage2 --optim.lr 2e-5"),
     "chat": ("ivl.cli.chat:chat", "talk to a model about images and video"),
     "serve": ("ivl.cli.serve:serve", "serve a model to OpenAI's clients"),

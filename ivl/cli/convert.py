@@ -78,7 +78,7 @@ class ComposeOptions:
     vit: str
     """InternViT or InternVL, directory or hub id."""
     llm: str
-    """Qwen2.5, InternLM2.5, LLaMA or InternVL, directory or hub id; or a GGUF file."""
+    """Qwen2.5, Qwen3, InternLM2.5, LLaMA or InternVL, directory or hub id; or a GGUF file."""
     projector: str | None = None
     """InternVL whose projector is taken; without one, a fresh one is drawn."""
     to: Dialect = "internvl_chat"

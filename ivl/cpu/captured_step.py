@@ -15,7 +15,7 @@ from torch import nn
 
 from ivl.cpu.kernels import ops
 from ivl.cpu.kernels.launch import CallRecorder, Workspace
-from ivl.cpu.linear import FastRMSNorm, few_rows
+from ivl.cpu.linear import FastRMSNorm, few_rows, norm_heads_
 from ivl.model.cache import CacheStep, PagedCache
 from ivl.model.decoder import Decoder, DecoderLayer, rotary
 
@@ -117,10 +117,12 @@ class CapturedSteps:
 
     def _layer(self, layer: DecoderLayer, number: int, x_SD: torch.Tensor, step: CapturedStep, longest: int) -> torch.Tensor:
         """Record a layer, which reads as its forward."""
-        qkv_SX = _product(layer.qkv, x_SD, step, norm=layer.norm1)
+        qkv_SXH = _product(layer.qkv, x_SD, step, norm=layer.norm1).unflatten(-1, (-1, layer.head_dim))
+        if not norm_heads_(layer, qkv_SXH, step.calls):
+            raise NotCapturable
         heads_SNH = ops.decode_attention(
-            qkv_SX.unflatten(-1, (-1, layer.head_dim)), step.factors, self.keys[number], self.values[number], step.table_SB,
-            step.past_S, block_size=self.block_size, longest=longest, launch=step.calls,
+            qkv_SXH, step.factors, self.keys[number], self.values[number], step.table_SB, step.past_S,
+            block_size=self.block_size, longest=longest, launch=step.calls,
         )  # fmt: skip
         x_SD = _product(layer.out, heads_SNH.flatten(1), step, residual=x_SD)
         gate_up_SM = _product(layer.gate_up, x_SD, step, norm=layer.norm2)

@@ -17,7 +17,7 @@ from torch import nn
 from ivl.cpu.attention import CPU_ATTENTION
 from ivl.cpu.captured_step import CapturedSteps
 from ivl.cpu.kernels import ops
-from ivl.cpu.linear import AmxW8A8Linear, fused_linear
+from ivl.cpu.linear import AmxW8A8Linear, fused_linear, norm_heads_
 from ivl.model.attention import attend
 from ivl.model.cache import CacheStep, PagedCache
 from ivl.model.decoder import Decoder, DecoderLayer, Rotary, rotary
@@ -112,10 +112,11 @@ class FastDecoderLayer(DecoderLayer):
     def attend(
         self, qkv_TX: torch.Tensor, factors: Rotary, layout: Layout, cache: CacheStep | None, layer: int
     ) -> torch.Tensor:
-        if factors[0].dtype is not torch.float32 or self.head_dim % 64 or not ops.takes(qkv_TX):
-            return super().attend(qkv_TX, factors, layout, cache, layer)
         N, K, num_seqs = self.num_heads, self.num_kv_heads, len(layout.new_lens)
         qkv_TXH = qkv_TX.unflatten(-1, (N + 2 * K, self.head_dim))
+        by_kernel = factors[0].dtype is torch.float32 and self.head_dim % 64 == 0 and ops.takes(qkv_TX)
+        if not by_kernel or not norm_heads_(self, qkv_TXH):
+            return super().attend(qkv_TX, factors, layout, cache, layer)
         n = leading_replies(layout) if ops.decode_attention_fits(self.head_dim, N, K) else 0
         if cache is None or n == 0:
             return self._attend_prompts(qkv_TXH, factors, layout, cache, layer)

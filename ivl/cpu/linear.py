@@ -12,6 +12,7 @@ from ivl.cpu.kernels import features, ops
 from ivl.cpu.kernels.launch import NOW, Launch
 from ivl.cpu.kernels.ops import Fusion, NormArgs, QuantizedWeight
 from ivl.lora.layers import LoraLinear
+from ivl.model.decoder import DecoderLayer
 from ivl.model.linear import Linear, swiglu
 from ivl.quant.layers import QuantLinear
 
@@ -61,6 +62,17 @@ class FastRMSNorm(nn.RMSNorm):
         """Return weight and eps as kernels take them."""
         assert self.eps is not None
         return self.weight, self.eps
+
+
+def norm_heads_(layer: DecoderLayer, qkv_TXH: torch.Tensor, launch: Launch = NOW) -> bool:
+    """Normalize query and key heads in place if the layer does so. Returns False, with nothing changed, if kernels cannot."""
+    q_norm, k_norm = layer.q_norm, layer.k_norm
+    if q_norm is None:
+        return True
+    if not isinstance(q_norm, FastRMSNorm) or not isinstance(k_norm, FastRMSNorm):
+        return False
+    ops.norm_heads_(qkv_TXH, q_norm.args(), k_norm.args(), layer.num_heads, layer.num_kv_heads, launch)
+    return True
 
 
 class VnniLinear(QuantLinear):

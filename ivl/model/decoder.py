@@ -1,4 +1,4 @@
-"""One decoder for Qwen2.5, InternLM2.5 and LLaMA-shaped language models, on the flat token axis."""
+"""One decoder for Qwen2.5, Qwen3, InternLM2.5 and LLaMA-shaped language models, on the flat token axis."""
 
 from __future__ import annotations
 
@@ -63,6 +63,8 @@ class DecoderLayer(nn.Module):
         qkv_parts = (("q_proj", q_rows), ("k_proj", kv_rows), ("v_proj", kv_rows))
         self.norm1 = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.qkv = Linear(config.width, q_rows + 2 * kv_rows, bias=config.qkv_bias, parts=qkv_parts)
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.out = Linear(q_rows, config.width, bias=False)
         self.norm2 = nn.RMSNorm(config.width, eps=config.norm_eps)
         gate_up_parts = (("gate_proj", config.mlp_width), ("up_proj", config.mlp_width))
@@ -80,9 +82,11 @@ class DecoderLayer(nn.Module):
     ) -> torch.Tensor:
         """Rotate and attend. qkv_TX holds query, key and value heads side by side. Returns out_TNH."""
         N, K = self.num_heads, self.num_kv_heads
-        qkv_TXH = qkv_TX.view(len(qkv_TX), N + 2 * K, self.head_dim)
-        turned_TXH = rotate(qkv_TXH[:, : N + K], factors)
-        return attend(turned_TXH[:, :N], turned_TXH[:, N:], qkv_TXH[:, N + K :], layout, cache, layer, self.backend)
+        qk_TXH, v_TKH = qkv_TX.view(len(qkv_TX), N + 2 * K, self.head_dim).split((N + K, K), dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            qk_TXH = torch.cat([self.q_norm(qk_TXH[:, :N]), self.k_norm(qk_TXH[:, N:])], dim=1)
+        turned_TXH = rotate(qk_TXH, factors)
+        return attend(turned_TXH[:, :N], turned_TXH[:, N:], v_TKH, layout, cache, layer, self.backend)
 
 
 class Decoder(nn.Module):

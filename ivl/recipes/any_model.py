@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import cast
 
 from ivl.checkpoint import load_config, resolve
-from ivl.config import SIZES, published_config
+from ivl.checkpoint.releases import MODELS
+from ivl.config import DecoderConfig
 from ivl.data.mixture import Mixture, load_mixture
 from ivl.formats.rows import RowFormat
 from ivl.recipes import published
@@ -46,9 +47,11 @@ def any_model(stage: str, model: str, data: tuple[str, ...], *, format: str | No
     """
     architecture = load_config(resolve(model))
     # Layers hold about num_layers * width^2 parameters, up to a factor that is much the same in all sizes.
-    scales = {size: decoder.num_layers * decoder.width**2 for size in SIZES for decoder in [published_config(size).decoder]}
+    release = _release(architecture.decoder)
+    decoders = {size: model.config.decoder for size, model in MODELS.items() if size.rpartition("-")[0] == release}
+    scales = {size: decoder.num_layers * decoder.width**2 for size, decoder in decoders.items()}
     own = architecture.decoder.num_layers * architecture.decoder.width**2
-    size = min(SIZES, key=lambda size: abs(math.log(scales[size] / own)))
+    size = min(scales, key=lambda size: abs(math.log(scales[size] / own)))
     base = published.STAGES[stage](size)
     rows = len(Mixture(load_mixture(data, format=cast(RowFormat | None, format)), seed=0))
     published_packs, ranks = base.train.packs_per_step, int(os.environ.get("WORLD_SIZE", "1"))
@@ -74,6 +77,13 @@ def any_model(stage: str, model: str, data: tuple[str, ...], *, format: str | No
         f"lr {base.train.optim.lr:g}"
     )
     return config, chosen
+
+
+def _release(decoder: DecoderConfig) -> str:
+    """The release whose decoders are of this kind, as it stands before the size; empty for InternVL2.5."""
+    if decoder.family == "qwen3":
+        return "3.5"
+    return "3" if decoder.family == "internlm3" or (decoder.family == "qwen2" and decoder.rope_dynamic_factor) else ""
 
 
 def _name(model: str) -> str:

@@ -48,7 +48,7 @@ def tiny(size: str, tokenizer: Tokenizer) -> ModelConfig:
     return replace(
         config,
         vision=replace(config.vision, width=64, mlp_width=96, num_heads=4, patch_size=14, image_size=112),
-        decoder=replace(config.decoder, vocab_size=len(tokenizer) + 5, head_dim=8, mlp_width=96, max_positions=2048),
+        decoder=replace(config.decoder, vocab_size=len(tokenizer) + 5, mlp_width=96, max_positions=2048),
         tiling=TilingConfig(tile_size=112, max_tiles=6),
         image_token_id=tokenizer.id("<IMG_CONTEXT>"),
         eos_token_ids=(tokenizer.id("<|im_end|>"),),
@@ -76,12 +76,13 @@ def tensors(path: Path) -> dict[str, np.ndarray]:
     return {t.name: gguf.dequantize(t.data, t.tensor_type) for t in reader.tensors}
 
 
-@pytest.mark.parametrize("size", ["1B", "8B"])
+@pytest.mark.parametrize("size", ["1B", "8B", "3.5-8B", "3-9B"])
 def test_the_language_file_is_the_decoder_and_its_tokenizer(tmp_path: Path, size: str) -> None:
     model, processor = written(tmp_path / "m", size)
     command([str(tmp_path / "m"), str(tmp_path / "g"), "--to", "gguf"])
     file = GgufModel(tmp_path / "g" / "model.gguf")
-    assert file.config == replace(model.config.decoder, rope_dynamic_factor=None)
+    family = "llama" if size == "3-9B" else model.config.decoder.family  # llama.cpp has no InternLM3
+    assert file.config == replace(model.config.decoder, rope_dynamic_factor=None, family=family)
     back = Decoder(file.config).eval()
     fill(dict(back.named_parameters("decoder")), file.key_map(back), file)
     for (name, ours), theirs in zip(model.decoder.named_parameters(), back.parameters(), strict=True):
@@ -218,7 +219,15 @@ def peer_logits(peer: Any, context: Any, ids: list[int], vocab_size: int) -> tor
 
 @pytest.mark.parametrize(
     ("size", "storage", "error"),
-    [("1B", "float32", 1e-4), ("8B", "float32", 1e-4), ("1B", "float16", 5e-3), ("1B", "bfloat16", 3e-2), ("1B", "q8_0", 5e-2)],
+    [
+        ("1B", "float32", 1e-4),
+        ("8B", "float32", 1e-4),
+        ("3.5-8B", "float32", 1e-4),
+        ("3-9B", "float32", 1e-4),
+        ("1B", "float16", 5e-3),
+        ("1B", "bfloat16", 3e-2),
+        ("1B", "q8_0", 5e-2),
+    ],
 )
 def test_llama_cpp_computes_our_logits(peer, tmp_path: Path, size: str, storage: str, error: float) -> None:
     model, processor = written(tmp_path / "m", size)

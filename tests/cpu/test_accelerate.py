@@ -30,9 +30,9 @@ from tests.helpers.engines import ask, lively_model, picture, tiny_engine
 LENS = (20, 3, 70)
 
 
-def sized() -> ModelConfig:
+def sized(family: str = "qwen2") -> ModelConfig:
     """A tiny model whose shapes all kernels take."""
-    config = tiny_config()
+    config = tiny_config(family=family)
     vision = replace(config.vision, width=64, mlp_width=96, num_layers=3)
     decoder = replace(config.decoder, width=64, mlp_width=96, num_heads=4, num_kv_heads=2, head_dim=64)
     return replace(config, vision=vision, decoder=decoder)
@@ -70,7 +70,11 @@ def outputs(model: VLM) -> dict[str, torch.Tensor]:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("config", [tiny_config(), sized(), tiny_config(norm="rms_norm", qk_norm=True)], ids=["16", "64", "6B"])
+@pytest.mark.parametrize(
+    "config",
+    [tiny_config(), sized(), tiny_config(norm="rms_norm", qk_norm=True), sized("qwen3"), tiny_config(family="qwen3")],
+    ids=["16", "64", "6B", "Qwen3 64", "Qwen3 16"],
+)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 0.0), (torch.bfloat16, 0.06)])
 def test_accelerated_equals_plain(dtype: torch.dtype, tolerance: float, config: ModelConfig) -> None:
     plain, fast = outputs(made(dtype, config)), outputs(accelerate(made(dtype, config)))
@@ -144,10 +148,12 @@ def test_a_plain_model_enters_no_file_of_the_cpu_or_of_quantized_layers(dtype: t
     assert "model" in entered and not entered & {"cpu", "kernels", "quant"}
 
 
-def test_an_engine_gives_the_same_replies_on_an_accelerated_model() -> None:
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_an_engine_gives_the_same_replies_on_an_accelerated_model(family: str) -> None:
     conversations = [ask("abcdefgh" * n, *(ImageRef(picture(k), 1 + k % 3) for k in range(n % 4))) for n in range(1, 13)]
     params = SamplingParams(max_new_tokens=24)
-    plain, fast = (tiny_engine(model).generate(conversations, params) for model in (lively_model(), accelerate(lively_model())))
+    models = lively_model(family), accelerate(lively_model(family))
+    plain, fast = (tiny_engine(model).generate(conversations, params) for model in models)
     assert [reply.tokens for reply in plain] == [reply.tokens for reply in fast] and len({reply.text for reply in plain}) > 6
 
 

@@ -37,11 +37,13 @@ def quantized(bits: int) -> Callable[[Decoder], None]:
     return change
 
 
-@pytest.fixture
-def decoder(monkeypatch: pytest.MonkeyPatch) -> Decoder:
+@pytest.fixture(params=["qwen2", "qwen3"])
+def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Decoder:
     monkeypatch.setattr(captured_step, "PATIENCE", 0)
     torch.manual_seed(0)
-    config = replace(tiny_config().decoder, width=128, mlp_width=256, num_heads=4, num_kv_heads=2, head_dim=64)
+    config = replace(
+        tiny_config(family=request.param).decoder, width=128, mlp_width=256, num_heads=4, num_kv_heads=2, head_dim=64
+    )
     made = Decoder(config).eval()
     made.init_weights()
     for name, weight in made.named_parameters():

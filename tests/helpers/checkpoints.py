@@ -8,19 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from ivl.config import ModelConfig, published_config
+from ivl.checkpoint.releases import MODELS
+from ivl.config import ModelConfig
 from ivl.model.vlm import VLM
 from tests.conftest import tiny_config
 
 
 def tiny_like(size: str) -> ModelConfig:
     """A published configuration with small dimensions: its flags, families, rope and ids' kinds, 28 px tiles."""
-    config, tiny = published_config(size), tiny_config()
+    config, tiny = MODELS[size].config, tiny_config()
     vision = replace(
         config.vision, width=32, num_layers=2, mlp_width=64, num_heads=4, patch_size=7, image_size=28, layer_scale_init=0.3
     )
+    head_dim = 16 if config.decoder.qk_norm else 8  # Qwen3's heads do not fill the width
     decoder = replace(
-        config.decoder, vocab_size=96, width=64, num_layers=2, mlp_width=80, num_heads=8, num_kv_heads=2, head_dim=8
+        config.decoder, vocab_size=96, width=64, num_layers=2, mlp_width=80, num_heads=8, num_kv_heads=2, head_dim=head_dim
     )
     return replace(config, vision=vision, decoder=decoder, tiling=tiny.tiling, **_ids(config))
 

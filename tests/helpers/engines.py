@@ -71,10 +71,10 @@ def ask(text: str, *images: ImageRef) -> Conversation:
     return (Message("user", (*images, Text(text))),)
 
 
-def lively_model() -> VLM:
+def lively_model(family: str = "qwen2") -> VLM:
     """A tiny model whose replies vary: large weights, and several end tokens so that replies end at different lengths."""
     torch.manual_seed(0)
-    model = VLM(replace(tiny_config(), eos_token_ids=(91, 7, 23))).eval()
+    model = VLM(replace(tiny_config(family=family), eos_token_ids=(91, 7, 23))).eval()
     model.init_weights()
     enliven(model)
     return model

@@ -10,9 +10,9 @@ from ivl.model.vlm import VLM
 from tests.conftest import tiny_config
 
 
-@pytest.fixture
-def tiny(accelerated: bool) -> VLM:
+@pytest.fixture(params=["qwen2", "qwen3"])
+def tiny(request: pytest.FixtureRequest, accelerated: bool) -> VLM:
     torch.manual_seed(0)
-    model = VLM(tiny_config()).eval()
+    model = VLM(tiny_config(family=request.param)).eval()
     model.init_weights()
     return accelerate(model) if accelerated else model

@@ -106,7 +106,7 @@ def test_packing_is_that_of_compressed_tensors() -> None:
     assert torch.equal(parts.join(parts.split(zero[:, :1])), zero[:, :1])  # a single group
 
 
-@pytest.fixture(scope="module", params=["1B", "2B"])
+@pytest.fixture(scope="module", params=["1B", "2B", "3.5-8B"])
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = tiny_like(request.param)
     config = replace(config, decoder=replace(config.decoder, mlp_width=96))

@@ -73,7 +73,32 @@ def test_settings_are_the_published_ones(size):
 
 def test_stages_follow_each_other():
     assert find("8B-stage2").model == "runs/8B-stage1.5/model" and find("1B-stage2").model == "runs/1B-stage1/model"
-    assert len(RECIPES) == 42
+    assert len(RECIPES) == 42 + 13 * 3
+
+
+# The scripts of InternVL3 and of InternVL3.5: hub id, fine-tuning rate, tokens of a reply in MPO, pairs a step of MPO.
+LATER = {
+    "3-1B": ("OpenGVLab/InternVL3-1B", 1e-5, 12288, 256), "3-2B": ("OpenGVLab/InternVL3-2B", 2e-5, 12288, 256),
+    "3-9B": ("OpenGVLab/InternVL3-9B", 2e-5, 12288, 256), "3-14B": ("OpenGVLab/InternVL3-14B", 2e-5, 12288, 256),
+    "3-78B": ("OpenGVLab/InternVL3-78B", 2e-5, 8192, 512), "3.5-1B": ("OpenGVLab/InternVL3_5-1B", 1e-5, 16384, 256),
+    "3.5-8B": ("OpenGVLab/InternVL3_5-8B", 2e-5, 16384, 256), "3.5-38B": ("OpenGVLab/InternVL3_5-38B", 2e-5, 16384, 256),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_later_releases_have_fine_tuning_and_mpo(name):
+    hub_id, lr, mpo_tokens, pairs = LATER[name]
+    full, lora, mpo = (find(f"{name}-{stage}") for stage in ("finetune", "lora", "mpo"))
+    assert {config.model for config in (full, lora, mpo)} == {hub_id}
+    assert (full.train.optim.lr, full.train.optim.weight_decay, full.train.packs_per_step) == (lr, 0.05, 128)
+    assert (full.data.max_tokens, full.data.max_tiles_per_image) == (16384, None) and full.stage.trainable == PARTS["finetune"]
+    assert lora.lora is not None and (lora.lora.rank, lora.train.packs_per_step) == (16, 16)
+    assert (mpo.train.optim.lr, mpo.data.max_tokens, mpo.train.packs_per_step) == (2e-7, 2 * mpo_tokens, pairs)
+    assert mpo.stage.trainable == PARTS["mpo"]
+    if name != "3-9B":  # its rows are not known, so its directory says what it is
+        assert set(make_plan(lora).parameters) == {"vision", "projector", "decoder"}
+    with pytest.raises(InputError, match="unknown recipe"):
+        find(f"{name}-stage2")
 
 
 def test_unknown_recipe_names_its_neighbors():

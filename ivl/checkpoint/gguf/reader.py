@@ -1,4 +1,4 @@
-"""Language models from GGUF files: LLaMA-shaped, Qwen2 and InternLM2, dequantized, with their vocabulary."""
+"""Language models from GGUF files: LLaMA-shaped, Qwen2, Qwen3 and InternLM2, dequantized, with their vocabulary."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ivl.checkpoint.config_table import DECODER_KEYS, FAMILIES, HEADS, ROTARY_BA
 from ivl.checkpoint.gguf.tokenizer import NORMAL, GgufVocabulary
 from ivl.checkpoint.keymaps import DECODER, TensorEntry, build_entries, names_in
 from ivl.checkpoint.sections import FLAG, REQUIRED, TEXT, Section, Values
-from ivl.config import DecoderConfig
+from ivl.config import DecoderConfig, Family
 from ivl.errors import InputError, short
 from ivl.model.decoder import Decoder
 from ivl.utils.files import regular
@@ -20,6 +20,8 @@ from ivl.utils.files import regular
 if TYPE_CHECKING:
     from gguf.gguf_reader import ReaderTensor
 
+ARCHITECTURES: dict[Family, Family] = {family: family for family in FAMILIES} | {"internlm3": "llama"}
+"""The architecture of a file by family; llama.cpp takes InternLM3 for LLaMA."""
 INTERLEAVED_ROTARY = ("llama", "internlm2")
 """Architectures whose files rotate neighboring rows of a head; ours, like the originals, rotates its two halves."""
 _EXACT = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -53,7 +55,7 @@ class GgufModel:
         fields, tensors = _opened(path)
         self._tensors = {tensor.name: tensor for tensor in tensors}
         self.shapes = {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self._tensors.items()}
-        families = Values(str, choices=FAMILIES)
+        families = Values(str, choices=tuple(family for family in FAMILIES if ARCHITECTURES[family] == family))
         self.architecture = Section(fields, str(path)).read("general.architecture", families)
         self._own = _below(fields, f"{self.architecture}.", path)
         self._words = _below(fields, "tokenizer.ggml.", path)
@@ -83,6 +85,7 @@ class GgufModel:
                 family=self.architecture,
                 vocab_size=self.shapes["token_embd.weight"][0],
                 qkv_bias="blk.0.attn_q.bias" in self.shapes,
+                qk_norm="blk.0.attn_q_norm.weight" in self.shapes,
                 **values,
             )
         except ValueError as error:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from ivl.checkpoint.gguf.reader import DECODER_FIELDS, INTERLEAVED_ROTARY, NAMES
+from ivl.checkpoint.gguf.reader import ARCHITECTURES, DECODER_FIELDS, INTERLEAVED_ROTARY, NAMES
 from ivl.checkpoint.gguf.tokenizer import UNUSED, GgufVocabulary
 from ivl.checkpoint.keymaps import PROJECTOR, VISION, TensorEntry, build_entries, names_in
 from ivl.checkpoint.weights import OnMegabytes
@@ -59,13 +59,14 @@ def write_language(
         InputError: if llama.cpp does not compute such a decoder, or the tokenizer has more tokens than the model.
     """
     config = model.config.decoder
-    if config.family != "llama" and config.num_heads * config.head_dim != config.width:
+    architecture = ARCHITECTURES[config.family]
+    if architecture not in ("llama", "qwen3") and config.num_heads * config.head_dim != config.width:
         raise InputError(
             f"llama.cpp wants {config.family} heads to fill the width: {config.num_heads} heads of {config.head_dim} "
             f"are not {config.width}"
         )
-    writer = _writer(path, config.family)
-    _add(writer, config.family, _decoder_fields(config))
+    writer = _writer(path, architecture)
+    _add(writer, architecture, _decoder_fields(config))
     _add(writer, "tokenizer.ggml", _vocabulary_fields(vocabulary, config.vocab_size, path))
     writer.add_chat_template(chat_template)
 
@@ -165,7 +166,8 @@ def _arranged(name: str, tensor: torch.Tensor, config: DecoderConfig) -> torch.T
     if name == "v.position_embd.weight":
         # clip.cpp puts the class token behind the patches and adds the table row by row, so its row comes last.
         return tensor.roll(-1, dims=0)
-    if config.family in INTERLEAVED_ROTARY and name.startswith("blk.") and (".attn_q." in name or ".attn_k." in name):
+    interleaved = ARCHITECTURES[config.family] in INTERLEAVED_ROTARY
+    if interleaved and name.startswith("blk.") and (".attn_q." in name or ".attn_k." in name):
         return tensor.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2).flatten(0, 2)
     return tensor
 

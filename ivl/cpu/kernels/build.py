@@ -13,7 +13,8 @@ from ivl.cpu.kernels.emitter import Emitter
 KERNELS: dict[str, Callable[..., None]] = {
     kernel.__name__: kernel
     for kernel in (
-        dense.linear, dense.linear_amx, dense.rms_norm, dense.swiglu, dense.rotate, dense.lookup_table, dense.repeat_calls,
+        dense.linear, dense.linear_amx, dense.rms_norm, dense.norm_heads, dense.swiglu, dense.rotate, dense.lookup_table,
+        dense.repeat_calls,
         attention_amx.attention, decode.decode_attention,
         quant.quantize_inputs, quant.quant_gemv, quant.dequantize,
         quant_amx.quant_small_batch8, quant_amx.quant_small_batch4, quant_amx.quant_gemm,

@@ -119,6 +119,18 @@ def rms_norm(e: Emitter) -> None:
         norm_row(e, x_row, weight, y_row, width, e.argument(7))
 
 
+def norm_heads(e: Emitter) -> None:
+    """Normalize the query heads of every token by one weight and its key heads by another, in place."""
+    x, q_weight, k_weight = (e.pointer(i) for i in (1, 2, 3))
+    tokens, num_heads, num_normed, size, stride = (e.argument(i) for i in (4, 5, 6, 7, 8))
+    with e.claimed(tokens, 1) as (start, stop), e.loop(start, stop, 1) as token:
+        heads = e.at(x, I16, e.b.mul(token.index, stride))
+        for first, last, weight in ((e.int(0), num_heads, q_weight), (num_heads, num_normed, k_weight)):
+            with e.loop(first, last, 1) as head:
+                row = e.at(heads, I16, e.b.mul(head.index, size))
+                norm_row(e, row, weight, row, size, e.argument(9))
+
+
 def swiglu(e: Emitter) -> None:
     x, y = e.pointer(1), e.pointer(2)
     rows, width, stride = (e.argument(i) for i in (3, 4, 5))

@@ -259,6 +259,17 @@ def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float, launch: Launch
     return y_TD.view(x.shape)
 
 
+def norm_heads_(
+    qkv_TXH: torch.Tensor, q_norm: NormArgs, k_norm: NormArgs, num_heads: int, num_kv_heads: int, launch: Launch = NOW
+) -> None:
+    """Normalize each query head and each key head of [query | key | value] heads, in place."""
+    (tokens, _, size), (q_weight_H, eps), (k_weight_H, _) = qkv_TXH.shape, q_norm, k_norm
+    num_normed = num_heads + num_kv_heads
+    pointers = (qkv_TXH.data_ptr(), q_weight_H.data_ptr(), k_weight_H.data_ptr())
+    sizes = (tokens, num_heads, num_normed, size, qkv_TXH.stride(0))
+    launch.run("norm_heads", (), tokens * num_normed * size, *pointers, *sizes, _bits(eps))
+
+
 def swiglu(gate_up_TM: torch.Tensor, launch: Launch = NOW) -> torch.Tensor:
     """Return silu(gate) * up of [gate | up] rows, [T, 2 M] to [T, M], for M a multiple of 32."""
     rows, width = len(gate_up_TM), gate_up_TM.shape[-1] // 2

@@ -1,0 +1,96 @@
+"""The published models: InternVL2.5, InternVL3 (arXiv:2504.10479) and the dense models of InternVL3.5 (arXiv:2508.18265).
+
+Later releases keep the ViT, the projector and the processing of InternVL2.5. A model is named by its size, with the release
+before it unless that is 2.5: `8B`, `3-8B`, `3.5-8B`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ivl.config import INTERNVIT_6B, SIZES, ModelConfig, published_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedModel:
+    """A published model and the repositories of its versions."""
+
+    name: str
+    language: str
+    """The language model that it was trained from."""
+    config: ModelConfig
+    versions: tuple[str, ...]
+    """What the repositories' names end with; the first is the final model."""
+
+    @property
+    def hub_id(self) -> str:
+        """Repository of the final model."""
+        return f"OpenGVLab/{self.name}"
+
+
+_QWEN2_5, _INTERNLM2_5 = published_config("1B"), published_config("2B")
+_BASES = {
+    "Qwen2.5": replace(
+        _QWEN2_5, eos_token_ids=(151643, 151645), decoder=replace(_QWEN2_5.decoder, rope_dynamic_factor=2.0)
+    ),
+    # The rows that its image tokens add to the vocabulary are not known: the last one of InternLM3 stands for the placeholder.
+    "InternLM3": replace(
+        _INTERNLM2_5, image_token_id=128511, eos_token_ids=(2,),
+        decoder=replace(
+            _INTERNLM2_5.decoder, family="internlm3", vocab_size=128512, rope_theta=5e7, rope_dynamic_factor=6.0
+        ),
+    ),
+    "Qwen3": replace(
+        _QWEN2_5, image_token_id=151671, system_message="",
+        decoder=replace(
+            _QWEN2_5.decoder, family="qwen3", vocab_size=151936, qkv_bias=False, qk_norm=True, max_positions=40960
+        ),
+    ),
+}  # fmt: skip
+"""What the models of a language model share; sizes and ViT are those of the 1B."""
+_FIRST = {
+    "1B": "Qwen2.5-0.5B-Instruct", "2B": "internlm2_5-1_8b-chat", "4B": "Qwen2.5-3B-Instruct", "8B": "internlm2_5-7b-chat",
+    "26B": "internlm2_5-20b-chat", "38B": "Qwen2.5-32B-Instruct", "78B": "Qwen2.5-72B-Instruct",
+}  # fmt: skip
+_LATER = {
+    "3-1B": ("Qwen2.5-0.5B", 896, 24, 4864, 14, 2),
+    "3-2B": ("Qwen2.5-1.5B", 1536, 28, 8960, 12, 2),
+    "3-8B": ("Qwen2.5-7B", 3584, 28, 18944, 28, 4),
+    "3-9B": ("InternLM3-8B", 4096, 48, 10240, 32, 2),
+    "3-14B": ("Qwen2.5-14B", 5120, 48, 13824, 40, 8),
+    "3-38B": ("Qwen2.5-32B", 5120, 64, 27648, 40, 8),
+    "3-78B": ("Qwen2.5-72B", 8192, 80, 29568, 64, 8),
+    "3.5-1B": ("Qwen3-0.6B", 1024, 28, 3072, 16, 8),
+    "3.5-2B": ("Qwen3-1.7B", 2048, 28, 6144, 16, 8),
+    "3.5-4B": ("Qwen3-4B", 2560, 36, 9728, 32, 8),
+    "3.5-8B": ("Qwen3-8B", 4096, 36, 12288, 32, 8),
+    "3.5-14B": ("Qwen3-14B", 5120, 40, 17408, 40, 8),
+    "3.5-38B": ("Qwen3-32B", 5120, 64, 25600, 64, 8),
+}
+"""Language model; width, layers, MLP width, heads, key/value heads."""
+_VERSIONS = {
+    "InternVL2_5": ("", "-MPO"),
+    "InternVL3": ("", "-Instruct", "-Pretrained", "-hf"),
+    "InternVL3_5": ("", "-MPO", "-Instruct", "-Pretrained", "-HF"),
+}
+
+
+def _later(language: str, width: int, num_layers: int, mlp_width: int, num_heads: int, num_kv_heads: int) -> ModelConfig:
+    base = _BASES[language[: language.rindex("-")]]
+    decoder = replace(
+        base.decoder, width=width, num_layers=num_layers, mlp_width=mlp_width, num_heads=num_heads,
+        num_kv_heads=num_kv_heads, head_dim=64 if language == "Qwen2.5-0.5B" else 128,
+    )  # fmt: skip
+    large = language.endswith(("32B", "72B"))
+    return replace(base, decoder=decoder, vision=INTERNVIT_6B if large else base.vision)
+
+
+def _published(key: str) -> PublishedModel:
+    release, _, size = key.rpartition("-")
+    series = f"InternVL{(release or '2.5').replace('.', '_')}"
+    config = _later(*_LATER[key]) if release else published_config(size)
+    language = _LATER[key][0] if release else _FIRST[size]
+    return PublishedModel(name=f"{series}-{size}", language=language, config=config, versions=_VERSIONS[series])
+
+
+MODELS = {key: _published(key) for key in (*SIZES, *_LATER)}
