@@ -285,7 +285,7 @@ def to_json(config: ModelConfig, dialect: Dialect, dtype: str) -> dict[str, Any]
         }
     elif config.pixel_shuffle == "v2":
         own = {"image_seq_length": config.tokens_per_tile, "original_family": family}
-        family = table.IN_TRANSFORMERS[family]
+        family = family if family in ("qwen2", "qwen3") else "llama"
     else:
         raise InputError(f"pixel_shuffle {config.pixel_shuffle} cannot be written for transformers, which computes v2 only")
     system = config.system_message

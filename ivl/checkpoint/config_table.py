@@ -120,10 +120,6 @@ CHECKED = {
 FLASH_KEYS = ("flash_mode", "flash_relative_threshold", "flash_absolute_threshold")
 """Top-level keys of InternVL3.5-Flash."""
 FAMILIES: tuple[Family, ...] = ("qwen2", "internlm2", "llama", "qwen3", "internlm3")
-IN_TRANSFORMERS: dict[Family, Family] = {
-    "qwen2": "qwen2", "internlm2": "llama", "llama": "llama", "qwen3": "qwen3", "internlm3": "llama",
-}  # fmt: skip
-"""As what a family is stored in the transformers dialect, whose library has no InternLM2 and no InternLM3."""
 ARCHITECTURES: dict[str, Family] = {CONSTANTS[family]["architectures"][0]: family for family in FAMILIES}
 CODE_REPOS: dict[Family, str] = {
     "qwen2": "OpenGVLab/InternVL2_5-1B", "internlm2": "OpenGVLab/InternVL2_5-8B", "llama": "OpenGVLab/InternVL2_5-8B",

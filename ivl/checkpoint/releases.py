@@ -6,48 +6,36 @@ before it unless that is 2.5: `8B`, `3-8B`, `3.5-8B`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
-from ivl.config import INTERNVIT_6B, SIZES, ModelConfig, published_config
+from ivl.config import INTERNVIT_6B, ModelConfig, published_config
 
 
-@dataclass(frozen=True, kw_only=True)
-class PublishedModel:
-    """A published model and the repositories of its versions."""
+class PublishedModel(NamedTuple):
+    """A published model."""
 
-    name: str
+    hub_id: str
+    """Repository of the final model."""
+    versions: tuple[str, ...]
+    """What the ids of all its repositories have behind that, the final model's first."""
     language: str
     """The language model that it was trained from."""
     config: ModelConfig
-    versions: tuple[str, ...]
-    """What the repositories' names end with; the first is the final model."""
-
-    @property
-    def hub_id(self) -> str:
-        """Repository of the final model."""
-        return f"OpenGVLab/{self.name}"
 
 
 _QWEN2_5, _INTERNLM2_5 = published_config("1B"), published_config("2B")
+_INTERNLM3 = replace(_INTERNLM2_5.decoder, family="internlm3", vocab_size=128512, rope_theta=5e7, rope_dynamic_factor=6.0)
+_QWEN3 = replace(_QWEN2_5.decoder, family="qwen3", vocab_size=151936, qkv_bias=False, qk_norm=True, max_positions=40960)
 _BASES = {
     "Qwen2.5": replace(
         _QWEN2_5, eos_token_ids=(151643, 151645), decoder=replace(_QWEN2_5.decoder, rope_dynamic_factor=2.0)
     ),
-    # The rows that its image tokens add to the vocabulary are not known: the last one of InternLM3 stands for the placeholder.
-    "InternLM3": replace(
-        _INTERNLM2_5, image_token_id=128511, eos_token_ids=(2,),
-        decoder=replace(
-            _INTERNLM2_5.decoder, family="internlm3", vocab_size=128512, rope_theta=5e7, rope_dynamic_factor=6.0
-        ),
-    ),
-    "Qwen3": replace(
-        _QWEN2_5, image_token_id=151671, system_message="",
-        decoder=replace(
-            _QWEN2_5.decoder, family="qwen3", vocab_size=151936, qkv_bias=False, qk_norm=True, max_positions=40960
-        ),
-    ),
+    # How many rows its image tokens add is not known: the last row of InternLM3 stands for the placeholder.
+    "InternLM3": replace(_INTERNLM2_5, image_token_id=128511, eos_token_ids=(2,), decoder=_INTERNLM3),
+    "Qwen3": replace(_QWEN2_5, image_token_id=151671, system_message="", decoder=_QWEN3),
 }  # fmt: skip
-"""What the models of a language model share; sizes and ViT are those of the 1B."""
+"""What models with a language model share; the dimensions are those of 2.5's 1B or 2B."""
 _FIRST = {
     "1B": "Qwen2.5-0.5B-Instruct", "2B": "internlm2_5-1_8b-chat", "4B": "Qwen2.5-3B-Instruct", "8B": "internlm2_5-7b-chat",
     "26B": "internlm2_5-20b-chat", "38B": "Qwen2.5-32B-Instruct", "78B": "Qwen2.5-72B-Instruct",
@@ -68,29 +56,22 @@ _LATER = {
     "3.5-38B": ("Qwen3-32B", 5120, 64, 25600, 64, 8),
 }
 """Language model; width, layers, MLP width, heads, key/value heads."""
-_VERSIONS = {
-    "InternVL2_5": ("", "-MPO"),
-    "InternVL3": ("", "-Instruct", "-Pretrained", "-hf"),
-    "InternVL3_5": ("", "-MPO", "-Instruct", "-Pretrained", "-HF"),
-}
+_VERSIONS = {"3": ("", "-Instruct", "-Pretrained", "-hf"), "3.5": ("", "-MPO", "-Instruct", "-Pretrained", "-HF")}
 
 
-def _later(language: str, width: int, num_layers: int, mlp_width: int, num_heads: int, num_kv_heads: int) -> ModelConfig:
-    base = _BASES[language[: language.rindex("-")]]
+def _later(key: str) -> PublishedModel:
+    release, size = key.split("-")
+    language, width, num_layers, mlp_width, num_heads, num_kv_heads = _LATER[key]
+    base = _BASES[language.split("-")[0]]
     decoder = replace(
         base.decoder, width=width, num_layers=num_layers, mlp_width=mlp_width, num_heads=num_heads,
         num_kv_heads=num_kv_heads, head_dim=64 if language == "Qwen2.5-0.5B" else 128,
     )  # fmt: skip
-    large = language.endswith(("32B", "72B"))
-    return replace(base, decoder=decoder, vision=INTERNVIT_6B if large else base.vision)
+    config = replace(base, decoder=decoder, vision=INTERNVIT_6B if size in ("38B", "78B") else base.vision)
+    return PublishedModel(f"OpenGVLab/InternVL{release.replace('.', '_')}-{size}", _VERSIONS[release], language, config)
 
 
-def _published(key: str) -> PublishedModel:
-    release, _, size = key.rpartition("-")
-    series = f"InternVL{(release or '2.5').replace('.', '_')}"
-    config = _later(*_LATER[key]) if release else published_config(size)
-    language = _LATER[key][0] if release else _FIRST[size]
-    return PublishedModel(name=f"{series}-{size}", language=language, config=config, versions=_VERSIONS[series])
-
-
-MODELS = {key: _published(key) for key in (*SIZES, *_LATER)}
+MODELS = {
+    size: PublishedModel(f"OpenGVLab/InternVL2_5-{size}", ("", "-MPO"), language, published_config(size))
+    for size, language in _FIRST.items()
+} | {key: _later(key) for key in _LATER}

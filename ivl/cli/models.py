@@ -25,9 +25,9 @@ def models(args: list[str]) -> None:
     options = tyro.cli(ModelsOptions, prog="ivl models", args=args)
     rows: list[dict[str, str | int]] = []
     for versions, group in groupby(MODELS.values(), key=lambda model: model.versions):
-        about = {model.name: describe(model) for model in group}
-        names = [(f"{name}{version}", name) for version in versions for name in about]
-        rows += [{"name": name, "hub_id": f"OpenGVLab/{name}", **about[base]} for name, base in names]
+        about = {model.hub_id: describe(model) for model in group}
+        ids = [(f"{hub_id}{version}", hub_id) for version in versions for hub_id in about]
+        rows += [{"name": hub_id.split("/")[1], "hub_id": hub_id, **about[final]} for hub_id, final in ids]
     if options.json:
         print(json.dumps(rows, indent=2))
         return

@@ -11,7 +11,7 @@ from typing import cast
 
 from ivl.checkpoint import load_config, resolve
 from ivl.checkpoint.releases import MODELS
-from ivl.config import DecoderConfig
+from ivl.config import SIZES
 from ivl.data.mixture import Mixture, load_mixture
 from ivl.formats.rows import RowFormat
 from ivl.recipes import published
@@ -47,12 +47,14 @@ def any_model(stage: str, model: str, data: tuple[str, ...], *, format: str | No
     """
     architecture = load_config(resolve(model))
     # Layers hold about num_layers * width^2 parameters, up to a factor that is much the same in all sizes.
-    release = _release(architecture.decoder)
-    decoders = {size: model.config.decoder for size, model in MODELS.items() if size.rpartition("-")[0] == release}
-    scales = {size: decoder.num_layers * decoder.width**2 for size, decoder in decoders.items()}
-    own = architecture.decoder.num_layers * architecture.decoder.width**2
+    decoder = architecture.decoder
+    others = {size: model.config.decoder for size, model in MODELS.items()}
+    kind = (decoder.family, decoder.rope_dynamic_factor)  # what tells the decoders of a later release
+    later = [s for s, other in others.items() if s not in SIZES and (other.family, other.rope_dynamic_factor) == kind]
+    scales = {size: others[size].num_layers * others[size].width ** 2 for size in later or SIZES}
+    own = decoder.num_layers * decoder.width**2
     size = min(scales, key=lambda size: abs(math.log(scales[size] / own)))
-    base = published.STAGES[stage](size)
+    base = published.RECIPES[f"{size}-{stage}"]()
     rows = len(Mixture(load_mixture(data, format=cast(RowFormat | None, format)), seed=0))
     published_packs, ranks = base.train.packs_per_step, int(os.environ.get("WORLD_SIZE", "1"))
     packs = min(published_packs, 2 ** int(math.log2(max(1, rows / MIN_STEPS))))
@@ -77,13 +79,6 @@ def any_model(stage: str, model: str, data: tuple[str, ...], *, format: str | No
         f"lr {base.train.optim.lr:g}"
     )
     return config, chosen
-
-
-def _release(decoder: DecoderConfig) -> str:
-    """The release whose decoders are of this kind, as it stands before the size; empty for InternVL2.5."""
-    if decoder.family == "qwen3":
-        return "3.5"
-    return "3" if decoder.family == "internlm3" or (decoder.family == "qwen2" and decoder.rope_dynamic_factor) else ""
 
 
 def _name(model: str) -> str:

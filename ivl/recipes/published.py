@@ -28,16 +28,9 @@ class _Size:
     lr: float
     """Of stage 2 and fine-tuning; stages 1 and 1.5 have one rate for all sizes."""
     drop_path: float
-    stage1_steps: int = 0
-    stage2_steps: int = 0
+    stage1_steps: int
+    stage2_steps: int
     stage15_steps: int = 4_500
-    max_tokens: int = 8192
-    """Of a row in fine-tuning."""
-    max_tiles_per_image: int | None = 6
-    """In fine-tuning; None is the model's."""
-    mpo_lr: float = 1e-6
-    mpo_tokens: int = 8192
-    """Of a reply with its question in MPO."""
 
 
 _SIZES = {
@@ -49,16 +42,6 @@ _SIZES = {
     "38B": _Size(0.05, 2e-5, 0.4, 12_800, 5_500),
     "78B": _Size(0.05, 2e-5, 0.4, 9_100, 5_500),
 }
-
-
-def _later(name: str) -> _Size:
-    """The settings of InternVL3's scripts. InternVL3.5 has scripts for MPO alone, and takes InternVL3's for fine-tuning."""
-    mpo_tokens = 16384 if name.startswith("3.5") else 8192 if name in ("3-38B", "3-78B") else 12288
-    lr = 1e-5 if name.endswith("-1B") else 2e-5
-    return _Size(0.05, lr, 0.1, max_tokens=16384, max_tiles_per_image=None, mpo_lr=2e-7, mpo_tokens=mpo_tokens)
-
-
-_SIZES |= {name: _later(name) for name in MODELS if name not in SIZES}
 
 
 def stage1(size: str) -> RunConfig:
@@ -115,30 +98,17 @@ def finetune(size: str) -> RunConfig:
 
     The published scripts keep drop path in the frozen ViT; here a frozen part runs in eval mode, without it.
     """
-    s = _SIZES[size]
-    return RunConfig(
+    s, base = _SIZES[size], stage1(size)
+    optim = OptimConfig(lr=s.lr, weight_decay=s.weight_decay, warmup_ratio=0.03)
+    return replace(
+        base,
         name=f"{size}-finetune",
-        model=MODELS[size].hub_id,
-        architecture=None if size == "3-9B" else MODELS[size].config,  # how many rows the 9B has is not known
+        model=f"OpenGVLab/InternVL2_5-{size}",
         stage=Stage(trainable=("projector", "decoder")),
         data=DataConfig(
-            mixture="data/finetune.json",
-            max_tokens=s.max_tokens,
-            max_tiles=max(48, s.max_tokens // 256),
-            max_samples=1,
-            max_tiles_per_image=s.max_tiles_per_image,
-            averaging="token",
-            epochs=1,
+            mixture="data/finetune.json", max_tokens=8192, max_samples=1, max_tiles_per_image=6, averaging="token", epochs=1
         ),
-        train=TrainConfig(
-            optim=OptimConfig(lr=s.lr, weight_decay=s.weight_decay, warmup_ratio=0.03),
-            packs_per_step=128,
-            checkpointing=True,
-            save_every=200,
-            keep_last=1,
-        ),
-        shard=size.endswith(("26B", "38B", "78B")),
-        save_dtype="bfloat16",
+        train=replace(base.train, optim=optim, num_steps=None, packs_per_step=128, save_every=200, keep_last=1),
     )
 
 
@@ -157,36 +127,51 @@ def lora(size: str) -> RunConfig:
 def mpo(size: str) -> RunConfig:
     """Mixed Preference Optimization on pairs of replies, one epoch, 256 or 512 pairs a step.
 
-    A pack is one pair, as published, and holds two sequences of 8,192 tokens (later releases: up to 16,384); to pack several,
-    raise data.max_samples and lower packs_per_step. The published runs keep drop path in the policy, which then differs from
-    its start; here it is off.
+    A pack is one pair, as published, and holds two sequences of 8,192 tokens; to pack several, raise data.max_samples and
+    lower packs_per_step. The published runs keep drop path in the policy, which then differs from its start; here it is off.
     """
-    s, base = _SIZES[size], finetune(size)
-    optim = OptimConfig(lr=s.mpo_lr, weight_decay=0.05, warmup_ratio=0.03)
+    base = finetune(size)
+    optim = OptimConfig(lr=1e-6, weight_decay=0.05, warmup_ratio=0.03)
     return replace(
         base,
         name=f"{size}-mpo",
         stage=Stage(trainable=("vision", "projector", "decoder")),
         objective=PreferenceConfig(),
-        data=DataConfig(
-            mixture="data/mmpr.json",
-            max_tokens=2 * s.mpo_tokens,
-            max_tiles=max(48, s.mpo_tokens // 256),
-            max_samples=1,
-            averaging="token",
-            epochs=1,
-        ),
-        train=replace(base.train, optim=optim, packs_per_step=512 if size in ("38B", "78B", "3-38B", "3-78B") else 256),
+        data=DataConfig(mixture="data/mmpr.json", max_tokens=2 * 8192, max_samples=1, averaging="token", epochs=1),
+        train=replace(base.train, optim=optim, packs_per_step=512 if size in ("38B", "78B") else 256),
     )
 
 
 STAGES: dict[str, Callable[[str], RunConfig]] = {
     "stage1": stage1, "stage1.5": stage15, "stage2": stage2, "finetune": finetune, "lora": lora, "mpo": mpo,
 }  # fmt: skip
-_LATER_STAGES = ("finetune", "lora", "mpo")
-RECIPES = {
-    f"{size}-{stage}": partial(make, size)
-    for size in MODELS
-    for stage, make in STAGES.items()
-    if size in SIZES or stage in _LATER_STAGES
+
+
+def later(name: str, stage: str) -> RunConfig:
+    """A fine-tuning or MPO of a later release, by InternVL3's scripts. InternVL3.5 has scripts of its own for MPO alone.
+
+    How many rows the 9B has is not known, so its directory says it.
+    """
+    large, mpo_stage = name in ("3-38B", "3-78B"), stage == "mpo"
+    base = STAGES[stage]("78B" if large else "26B" if name == "3.5-38B" else "1B")
+    tokens = 16384 if not mpo_stage or name.startswith("3.5") else 8192 if large else 12288
+    lr = 2e-7 if mpo_stage else 1e-5 if name.endswith("-1B") else 2e-5
+    return replace(
+        base,
+        name=f"{name}-{stage}",
+        model=MODELS[name].hub_id,
+        architecture=None if name == "3-9B" else MODELS[name].config,
+        data=replace(
+            base.data, max_tokens=(1 + mpo_stage) * tokens, max_tiles=max(48, tokens // 256), max_tiles_per_image=None
+        ),
+        train=replace(base.train, optim=replace(base.train.optim, lr=lr, weight_decay=0.05)),
+    )  # fmt: skip
+
+
+RECIPES = {f"{size}-{stage}": partial(make, size) for size in SIZES for stage, make in STAGES.items()}
+RECIPES |= {
+    f"{name}-{stage}": partial(later, name, stage)
+    for name in MODELS
+    for stage in ("finetune", "lora", "mpo")
+    if name not in SIZES
 }
