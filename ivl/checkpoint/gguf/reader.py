@@ -12,7 +12,7 @@ from ivl.checkpoint.config_table import DECODER_KEYS, FAMILIES, HEADS, ROTARY_BA
 from ivl.checkpoint.gguf.tokenizer import NORMAL, GgufVocabulary
 from ivl.checkpoint.keymaps import DECODER, TensorEntry, build_entries, names_in
 from ivl.checkpoint.sections import FLAG, REQUIRED, TEXT, Section, Values
-from ivl.config import DecoderConfig, Family
+from ivl.config import DecoderConfig
 from ivl.errors import InputError, short
 from ivl.model.decoder import Decoder
 from ivl.utils.files import regular
@@ -20,7 +20,7 @@ from ivl.utils.files import regular
 if TYPE_CHECKING:
     from gguf.gguf_reader import ReaderTensor
 
-ARCHITECTURES: dict[Family, Family] = {family: family for family in FAMILIES} | {"internlm3": "llama"}
+ARCHITECTURES: dict[str, str] = {family: family for family in FAMILIES} | {"internlm3": "llama"}
 """The architecture of a file by family; llama.cpp takes InternLM3 for LLaMA."""
 INTERLEAVED_ROTARY = ("llama", "internlm2")
 """Architectures whose files rotate neighboring rows of a head; ours, like the originals, rotates its two halves."""
