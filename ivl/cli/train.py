@@ -21,6 +21,7 @@ USAGE = """usage: ivl train finetune|lora|mpo --model DIR_OR_HUB_ID --data ROWS 
        ivl train RECIPE [--optim.lr 2e-5 ...]     train a recipe, with any option changed
        ivl train path/to/file.py:function ...    your own recipe
        ivl train --resume DIR                    go on with an interrupted run, exactly
+       ivl train RECIPE --resume auto            begin, or go on with what is there: for launchers that start it again
        ivl train RECIPE --dry-run                print the plan: parameters, steps, memory
        ivl train RECIPE --help                   every option of the recipe, with its value
 """
@@ -44,9 +45,12 @@ def train(args: list[str]) -> None:
         print(f"{USAGE}\nrecipes:\n" + "\n".join(f"  {name:18}{_summary(recipe)}" for name, recipe in recipes().items()))
         return
     resume, args = _take(args, "--resume")
-    if resume is not None:
-        if not resume:
-            raise InputError("--resume needs the directory of a run, such as --resume runs/NAME")
+    if resume is not None and not resume:
+        raise InputError("--resume needs the directory of a run, such as --resume runs/NAME, or auto and a recipe")
+    args = [*(resume or [])[1:], *args]
+    if resume and resume[0] == "auto" and not args:
+        raise InputError("--resume auto needs a recipe, as in ivl train RECIPE --out-dir DIR --resume auto")
+    if resume is not None and resume[0] != "auto":
         from ivl.runs.directory import load_run_config
 
         given = Path(resume[0])

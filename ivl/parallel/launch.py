@@ -1,39 +1,112 @@
-"""How a process joins the ranks that a launcher started."""
+"""How a process joins the ranks that a launcher started, and what limits a step in which one of them stops."""
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import re
+import socket
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Self
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from ivl.errors import InputError
 from ivl.train.world import World
 
+START_TIMEOUT, STEP_TIMEOUT = timedelta(minutes=30), timedelta(minutes=5)
+"""How long ranks wait for one another: while they load, save and evaluate, and within a training step after the first."""
 
-def start_world(device: str) -> World:
+
+def start_world(device: str, directory: Path | None = None) -> World:
     """Join the run that torchrun or Slurm started, over gloo on CPUs and nccl on GPUs; a world of one when neither did.
 
+    Args:
+        device: auto takes a GPU when there is one.
+        directory: of the run, where NCCL's flight recorder writes what it was doing when a rank did not answer.
+
     Raises:
-        InputError: if a GPU is asked for and there is none; `auto` takes one when there is one.
+        InputError: if a GPU is asked for and there is none.
     """
     gpu = torch.cuda.is_available() and device != "cpu"
     if device == "cuda" and not gpu:
         raise InputError("device is cuda but torch finds no GPU here; use --device cpu or auto")
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    if "RANK" not in os.environ and "MASTER_ADDR" in os.environ and "SLURM_PROCID" in os.environ:
+    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and {"MASTER_ADDR", "SLURM_STEP_ID"} & os.environ.keys():
         names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+        _find_address()
     rank, size, local = (int(os.environ.get(name, default)) for name, default in zip(names, ("0", "1", "0"), strict=True))
     where = torch.device("cuda", local) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(where)
-    new_group = size > 1 and not dist.is_initialized()
-    if new_group:
-        dist.init_process_group("nccl" if gpu else "gloo", rank=rank, world_size=size)
-    return World(rank, size, where, new_group)
+    if size == 1 or dist.is_initialized():
+        return World(rank, size, where)
+    if gpu and directory is not None:
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(directory / "nccl-rank-"))
+    store, rank, size = next(rendezvous("env://", rank, size, timeout=START_TIMEOUT))
+    # torchrun keeps its store when it starts the ranks again: the addresses of those that died must not be found there.
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(
+        "nccl" if gpu else "gloo", store=store, rank=rank, world_size=size, timeout=START_TIMEOUT,
+        device_id=where if gpu else None,
+    )  # fmt: skip
+    store.set(f"host of {rank}", socket.gethostname())
+    return World(rank, size, where, owns_group=True, store=store)
+
+
+def _find_address() -> None:
+    """Let the ranks of a Slurm step meet on its first node, at a port that follows from the job's number."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "127.0.0.1")
+    os.environ.setdefault("MASTER_ADDR", first_host(nodes))
+    job = int(os.environ.get("SLURM_JOB_ID", "0")) + int(os.environ.get("SLURM_STEP_ID", "0"))
+    os.environ.setdefault("MASTER_PORT", str(20_000 + job % 20_000))
+
+
+def first_host(nodes: str) -> str:
+    """Return the first host of a node list as Slurm writes it: `gpu[003-007,012],login` begins with gpu003."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
+    return re.sub(r"\[([^-,\]]+)[^\]]*\]", r"\1", first[0] if first else nodes)
 
 
 def stop_world(world: World) -> None:
     """End the process group that start_world made."""
     if world.owns_group:
         dist.destroy_process_group()
+
+
+class Watchdog:
+    """A context around a training step of several ranks, which must not take longer than STEP_TIMEOUT after the first.
+
+    A rank that is still in a step then writes its stacks into the directory, and the ranks that wait for it get an error of
+    the process group. What is done between steps may take START_TIMEOUT.
+    """
+
+    def __init__(self, world: World, directory: Path) -> None:
+        self.world, self.stacks, self.limit = world, directory / f"stacks-rank-{world.rank}.txt", START_TIMEOUT
+
+    def __enter__(self) -> Self:
+        if self.world.owns_group:
+            _set_timeout(self.limit)
+            self.file = self.stacks.open("w")
+            faulthandler.dump_traceback_later(self.limit.total_seconds(), file=self.file)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.world.owns_group:
+            faulthandler.cancel_dump_traceback_later()
+            self.file.close()
+            with suppress(OSError):
+                if not self.stacks.stat().st_size:
+                    self.stacks.unlink()
+            _set_timeout(START_TIMEOUT)
+            self.limit = STEP_TIMEOUT
+
+
+def _set_timeout(limit: timedelta) -> None:
+    dist.distributed_c10d._set_pg_timeout(limit)

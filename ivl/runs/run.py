@@ -8,11 +8,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch.distributed as dist
 from safetensors import SafetensorError
 
 from ivl.data.loader import Loader
 from ivl.errors import DataError, InputError
-from ivl.parallel.launch import start_world, stop_world
+from ivl.parallel.launch import Watchdog, start_world, stop_world
 from ivl.processing.processor import Processor
 from ivl.runs.build import (
     adapt,
@@ -41,7 +42,7 @@ from ivl.train.loop import Evaluator, StoppedError, train
 from ivl.train.objectives import StatefulObjective
 from ivl.train.recorder import Recorder
 from ivl.train.state import CheckpointWriter, SavedTrainer, checkpoints, load_trainer, step_of
-from ivl.train.world import World
+from ivl.train.world import RankLostError, World
 from ivl.utils.signals import Interruption
 
 MakeEvaluators = Callable[[Processor], tuple[Evaluator, ...]]
@@ -69,7 +70,7 @@ def run(
     Raises:
         InputError: for a configuration, model or data that do not fit; if run_dir holds a run and resume is off.
     """
-    run_dir, world = Path(config.run_dir), start_world(config.device)
+    run_dir, world = Path(config.run_dir), start_world(config.device, Path(config.run_dir))
     config = with_precision(config, world.device)
     try:
         with open_directory(config, world, resume=resume, allow_changed=allow_changed) as start:
@@ -78,6 +79,10 @@ def run(
     except (OSError, SafetensorError) as error:
         place = getattr(error, "filename", None) or run_dir
         raise InputError(f"{place}: {getattr(error, 'strerror', None) or error}") from error
+    except RuntimeError as error:
+        if world.size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):  # a rank did not answer
+            raise RankLostError(f"{world.silent_ranks()} ended, or stopped responding ({error})") from error
+        raise
     finally:
         stop_world(world)
 
@@ -119,7 +124,7 @@ def _train_in(
             history = train(
                 model, loader, config.train, objective=objective, evaluators=(validation, *own) if validation else own,
                 recorder=recorder, resume=saved, num_samples=loader.num_samples, world=world, checkpoints=writer,
-                stop=interruption,
+                stop=interruption, watch=Watchdog(world, run_dir),
             )  # fmt: skip
     except BaseException as error:
         if world.is_main:

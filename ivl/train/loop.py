@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from ivl.train.optim import Optimizer, lr_factor
 from ivl.train.recorder import Recorder, StepResult
 from ivl.train.stage import set_modes, trainable
 from ivl.train.state import CheckpointWriter, Counters, SavedTrainer
-from ivl.train.world import RankFailedError, World, full_tensor, is_sharded, synchronized
+from ivl.train.world import RankFailedError, RankLostError, World, full_tensor, is_sharded, synchronized
 from ivl.types import Batch, Loss
 from ivl.utils.metrics import peak_memory_gb
 
@@ -60,6 +60,7 @@ def train(
     num_samples: int | None = None,
     world: World | None = None,
     stop: Callable[[], bool] = bool,
+    watch: AbstractContextManager[object] = nullcontext(),  # noqa: B008 (it has no state)
 ) -> list[dict[str, Any]]:
     """Train until config.num_steps, or until the data end, and return the metrics of the steps done here.
 
@@ -76,6 +77,7 @@ def train(
         num_samples: samples that data will give on all ranks; the measure of progress when config.num_steps is None.
         world: the ranks; by default this process alone.
         stop: asked in every step on every rank; where one says yes, all save and stop. The default, bool(), says no.
+        watch: entered around every step, such as to end one in which a rank has stopped.
 
     Raises:
         InputError: within the step and naming the samples, if a batch has nothing to train, does not fit the model, or
@@ -90,7 +92,11 @@ def train(
     batches = synchronized(iter(data), world) if is_sharded(model) else iter(data)
     history: list[dict[str, Any]] = []
     with records, trainer.saving_on_errors():
-        while not trainer.is_done and (result := trainer.step(batches, stop=stop)):
+        while not trainer.is_done:
+            with watch:
+                result = trainer.step(batches, stop=stop)
+            if result is None:
+                break
             history.append(records.write(result))
             if trainer.stopped:
                 trainer.save()
@@ -188,7 +194,7 @@ class Trainer:
         """Write a checkpoint of the steps done before an error goes on, if the parameters are whole and all ranks can do so."""
         try:
             yield
-        except StoppedError:
+        except (StoppedError, RankLostError):
             raise
         except Exception as error:
             told = isinstance(error, RankFailedError)

@@ -5,9 +5,11 @@ Tested on CPU processes over gloo, with replicas and with FSDP2 shards. GPUs and
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -18,12 +20,18 @@ from ivl.errors import InputError
 
 WorldItem = TypeVar("WorldItem")
 
+GRACE = 10.0
+"""Seconds that ranks give one another to tell that they are alive, when a message did not come."""
 BUCKET = 2**25
 """Gradient elements summed over ranks in one message."""
 
 
 class RankFailedError(InputError):
     """Another rank has stopped; the message is its reason."""
+
+
+class RankLostError(RankFailedError):
+    """Another rank has ended or does not answer, so that the ranks can do nothing together any more."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,8 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     owns_group: bool = False
     """Whether start_world of ivl.parallel made the process group, so that stop_world ends it."""
+    store: dist.Store | None = None
+    """What all ranks can write to and read without waiting for one another."""
 
     @property
     def is_main(self) -> bool:
@@ -85,10 +95,23 @@ class World:
         try:
             dist.all_gather_object(gathered, value)
         except RuntimeError as error:  # of the process group, which knows no names
-            raise RankFailedError(f"another rank of the run has ended ({error})") from None
+            raise RankLostError(f"{self.silent_ranks()} ended, or stopped responding ({error})") from None
         if reasons := [part for part in gathered if isinstance(part, str)]:
             raise RankFailedError(reasons[0])
         return gathered
+
+    def silent_ranks(self) -> str:
+        """Name the ranks that do not tell within GRACE seconds that they have met an error of the process group, too."""
+        silent = []
+        with suppress(RuntimeError):  # the store has ended with the rank that held it
+            if self.store is not None:
+                self.store.set_timeout(timedelta(seconds=GRACE))
+                self.store.set(f"error of {self.rank}", "")
+                time.sleep(GRACE)
+                silent = [rank for rank in range(self.size) if not self.store.check([f"error of {rank}"])]
+                hosts = [self.store.get(f"host of {rank}").decode() for rank in silent]
+                silent = [f"rank {rank} on {host}" for rank, host in zip(silent, hosts, strict=True)]
+        return ", ".join(silent) or "another rank of the run"
 
     def all(self, condition: bool) -> bool:
         """Whether the condition holds on every rank."""

@@ -12,11 +12,15 @@ import torch._dynamo
 import torch.distributed.fsdp  # both once here: forked processes inherit them
 
 
-def on_ranks(world_size: int, function: Callable[..., None], *args, exitcode: int = 0) -> None:
-    """Call function(rank, *args) on every rank, as torchrun would start it; each must end with this exit code."""
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+        return s.getsockname()[1]
+
+
+def on_ranks(world_size: int, function: Callable[..., None], *args, exitcode: int = 0) -> None:
+    """Call function(rank, *args) on every rank, as torchrun would start it; each must end with this exit code."""
+    port = free_port()
     context = multiprocessing.get_context("fork")
     ranks = [context.Process(target=_start, args=(rank, world_size, port, function, args)) for rank in range(world_size)]
     for rank in ranks:
