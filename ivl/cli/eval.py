@@ -112,6 +112,8 @@ def show(name: str, config: EvalConfig, load: LoadConfig, source: GeneratorConfi
         report, files = run(config, name, load, Given(source), given_task(source, config))
     else:
         report, files = run(config, name, load, connect(source)[0] if source else None)
+    if not report:  # a rank that is not the first
+        return
     for group, what, row in _rows(report, config):
         value, interval = shown(row)
         print(f"{group:12}{what} {value:>7}  95% interval {interval}  n {row['n']:,}")

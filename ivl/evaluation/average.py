@@ -70,7 +70,7 @@ def average(reports: Sequence[Path]) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     published = published_of(models[0]) or (None,) * len(EIGHT)
     for (name, (factor, ways)), value in zip(EIGHT.items(), published, strict=True):
-        tasks = next((way for way in ways if all(found.get(t, {}).get("value") is not None for t in way)), ())
+        tasks = next((way for way in ways if all(t in found and found[t]["value"] is not None for t in way)), ())
         each = [found[task] for task in tasks]
         ends = [report.get("range", [report["value"]] * 2) for report in each]
         row: dict[str, Any] = {"name": name, "tasks": tasks, "published": value, "scores": None}
@@ -84,7 +84,7 @@ def average(reports: Sequence[Path]) -> dict[str, Any]:
         means = [sum(row["scores"][side] for row in rows) / len(rows) for side in (0, 1)]
         half = math.hypot(*(row["half"] for row in rows)) / len(rows)
         result |= {"average": means, "ci95": [means[0] - half, means[1] + half]}
-        result["published"] = sum(published) / len(rows) if published[0] is not None else None  # type: ignore[arg-type]
+        result["published"] = math.fsum(known) / len(rows) if (known := published_of(models[0])) else None
     return result
 
 

@@ -138,7 +138,7 @@ def _sheet(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     except ImportError:
         raise InputError(f"{path}: reading xlsx needs openpyxl: pip install openpyxl; or save it as tsv") from None
     try:
-        sheet = openpyxl.load_workbook(path, read_only=True, data_only=True).active
+        sheet = openpyxl.load_workbook(path, read_only=True, data_only=True).worksheets[0]
         lines = iter(sheet.iter_rows(values_only=True))
         head = [str(name) for name in next(lines)]
         for number, line in enumerate(lines, 2):

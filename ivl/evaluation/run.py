@@ -6,6 +6,7 @@ import hashlib
 import json
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -25,6 +26,8 @@ from ivl.evaluation.results import write_scores
 from ivl.evaluation.task import Example, Score, Scored, Task, limited, score_of
 from ivl.evaluation.voting import GUIDED_RATING, RATING, Candidate, Rater, RatingJudge, RewardModel, choose, rate, sample
 from ivl.generators import Generator, LoadConfig, connect
+from ivl.parallel.launch import start_world, stop_world
+from ivl.train.world import World
 from ivl.types import Conversation, SamplingParams
 from ivl.utils.progress import ShowProgress, reporting
 from ivl.utils.signals import Interruption
@@ -60,6 +63,8 @@ def run(
         generator: Answers in place of a model that is loaded here.
         task: Is asked in place of the one that the configuration names.
 
+    Under torchrun every rank answers its share, and the first one reports. The others return an empty report.
+
     Returns:
         The report, and what files were written.
 
@@ -75,9 +80,19 @@ def run(
     task, predictions = task or task_of(config), config.predictions_of(model_name(name) if generator is None else name)
     if config.out:  # what is wrong with it should not show after hours of asking
         check(config.out, predictions, several=config.method.samples > 1)
+    world = start_world(load.device.partition(":")[0])
+    if world.size > 1:
+        load = replace(load, device=str(world.device))
     judge, grader = connect_judge(config, predictions)
     generator = generator or load_engine(name, load)
     model = str(resolve(name)) if Path(name).is_dir() else name
+    shares = [beside(predictions, f"rank{rank}.jsonl") for rank in range(world.size)] if world.size > 1 else []
+    if shares:
+        answer_share(task, generator, config, model=model, predictions=shares[world.rank], judge=judge, world=world)
+        world.barrier()
+        stop_world(world)
+        if not world.is_main:
+            return {}, []
     stop = Interruption("stops after these questions; a second signal ends it at once")
     with reporting("evaluation", "questions") as show, stop:
 
@@ -88,8 +103,9 @@ def run(
                 raise SystemExit(128 + stop.signal)
 
         result = evaluate_all(
-            task, generator, config, model=model, predictions=predictions, judge=judge, grader=grader, on_progress=saved
-        )
+            task, generator, config, model=model, predictions=predictions, judge=judge, grader=grader, on_progress=saved,
+            shares=shares,
+        )  # fmt: skip
     files = [("predictions", predictions)]
     if result.report["value"] is None:
         files.append(("submission", submit(beside(predictions, "submission"), task, result.scored, result.replies)))
@@ -136,6 +152,7 @@ def evaluate_all(
     judge: Rater | None = None,
     grader: Grader | None = None,
     on_progress: ShowProgress = lambda *_, **__: None,
+    shares: Sequence[Path] = (),
 ) -> Evaluated:
     """Answer a task's examples, score the replies, and write the scores beside the predictions.
 
@@ -150,6 +167,7 @@ def evaluate_all(
         judge: Rates replies, if the method selects by judge.
         grader: Decides about replies that the task's rule leaves undecided. What stays undecided makes the value a range.
         on_progress: Gets the predictions so far, all that are asked for, those of an earlier run, and the metric so far.
+        shares: Files of `answer_share`, whose predictions are taken over.
 
     Raises:
         InputError: if the file holds predictions of something else or belongs to another process, or an example cannot be
@@ -157,39 +175,9 @@ def evaluate_all(
     """
     if (config.method.select == "judge") != (judge is not None):
         raise InputError(f"a judge is needed to select by judge, and then only; select is {config.method.select}")
-    examples = limited(task.examples(), config.limit)
-    by_id = {example.id: example for example in examples}
-    if not examples or len(by_id) != len(examples):
-        count = f"{len(examples)} examples, but {len(by_id)} different ids" if examples else "no examples"
-        raise InputError(f"task {task.name} gives {count}")
+    examples = _examples(task, config)
     asking = _Asking(task, generator, config.sampling_for(task.params), config.method, judge)
-    with PredictionsFile(predictions, {"model": model, **asking.about()}, fresh=config.fresh) as file:
-        same = (p for p in file.saved if p.id in by_id and p.asked == asking.hash(by_id[p.id]))
-        done = {p.id: asking.prediction(by_id[p.id], p.prediction, p.samples) for p in same}
-        if file.saved:
-            print(f"{len(done):,} answers from {predictions}, {len(examples) - len(done):,} new", file=sys.stderr, flush=True)
-        todo = iter([example for example in examples if example.id not in done])
-        total, resumed, size = sum(p.score for p in done.values()), len(done), min(FIRST_BATCH, config.batch_size)
-        while batch := list(islice(todo, size)):
-            started = time.monotonic()
-            try:
-                new = asking.predictions(batch)
-            except InputError as error:
-                raise InputError(f"task {task.name}, examples {batch[0].id} to {batch[-1].id}: {error}") from error
-            done.update((p.id, p) for p in new)
-            if judge is not None and all(c.rating is None for p in done.values() for c in p.samples):
-                raise InputError(f"the judge rated no reply to {len(done)} questions: it must write a number from 0 to 10")
-            file.append(new)
-            total += sum(p.score for p in new)
-            seconds = time.monotonic() - started
-            size = min(2 * size, config.batch_size) if seconds < 2 else max(1, size // 2) if seconds > 20 else size
-            on_progress(
-                len(done),
-                len(examples),
-                resumed=resumed,
-                note=f"{total / len(done):{'.2%' if total <= len(done) else '.3f'}} so far",
-            )
-    answered = [done[example.id] for example in examples]
+    answered = asking.answered(examples, config, model, predictions, on_progress, shares)
     scores = [asking.scores[example.id] for example in examples]
     scored = list(map(Scored, examples, grader.decide(scores) if grader else scores))
     report = {
@@ -206,6 +194,26 @@ def evaluate_all(
         headline = next(iter(task.figures(scored).values()))
         write_scores(beside(predictions, "scores.jsonl"), {"task": task.name, "model": model}, headline, scored, answered)
     return Evaluated(report, scored, answered)
+
+
+def answer_share(
+    task: Task, generator: Generator, config: EvalConfig, *, model: str, predictions: Path, judge: Rater | None, world: World
+) -> None:
+    """Answer the part of the examples that falls to this rank, whole clusters of them."""
+    examples = _examples(task, config)
+    mine = set(list(dict.fromkeys(example.cluster or example.id for example in examples))[world.rank :: world.size])
+    asking = _Asking(task, generator, config.sampling_for(task.params), config.method, judge)
+    part = [example for example in examples if (example.cluster or example.id) in mine]
+    asking.answered(part, config, model, predictions, lambda *_, **__: None)
+
+
+def _examples(task: Task, config: EvalConfig) -> list[Example]:
+    examples = limited(task.examples(), config.limit)
+    ids = {example.id for example in examples}
+    if not examples or len(ids) != len(examples):
+        count = f"{len(examples)} examples, but {len(ids)} different ids" if examples else "no examples"
+        raise InputError(f"task {task.name} gives {count}")
+    return examples
 
 
 def figures_of(task: Task, scored: list[Scored], undecided: Literal["range", "wrong"]) -> dict[str, Any]:
@@ -249,6 +257,47 @@ class _Asking:
 
     def hash(self, example: Example) -> str:
         return fingerprint.of_question(self.question(example), example.answers)
+
+    def answered(
+        self, examples: list[Example], config: EvalConfig, model: str, predictions: Path, on_progress: ShowProgress,
+        shares: Sequence[Path] = (),
+    ) -> list[Prediction]:  # fmt: skip
+        """Return the predictions of examples: those that are saved, and of the others once they are saved."""
+        by_id, about = {example.id: example for example in examples}, {"model": model, **self.about()}
+        with PredictionsFile(predictions, about, fresh=config.fresh) as file:
+            done = self._same(file.saved, by_id)
+            if file.saved:
+                print(
+                    f"{len(done):,} answers from {predictions}, {len(examples) - len(done):,} new", file=sys.stderr, flush=True
+                )
+            for path in shares:
+                with PredictionsFile(path, about) as share:
+                    new = {key: p for key, p in self._same(share.saved, by_id).items() if key not in done}
+                file.append(list(new.values()))
+                done |= new
+            todo = iter([example for example in examples if example.id not in done])
+            total, resumed, size = sum(p.score for p in done.values()), len(done), min(FIRST_BATCH, config.batch_size)
+            while batch := list(islice(todo, size)):
+                started = time.monotonic()
+                try:
+                    fresh = self.predictions(batch)
+                except InputError as error:
+                    raise InputError(f"task {self.task.name}, examples {batch[0].id} to {batch[-1].id}: {error}") from error
+                done.update((p.id, p) for p in fresh)
+                if self.judge is not None and all(c.rating is None for p in done.values() for c in p.samples):
+                    raise InputError(f"the judge rated no reply to {len(done)} questions: it must write a number from 0 to 10")
+                file.append(fresh)
+                total += sum(p.score for p in fresh)
+                seconds = time.monotonic() - started
+                size = min(2 * size, config.batch_size) if seconds < 2 else max(1, size // 2) if seconds > 20 else size
+                form = ".2%" if total <= len(done) else ".2f"  # ratings go beyond 1
+                on_progress(len(done), len(examples), resumed=resumed, note=f"{total / len(done):{form}} so far")
+        return [done[example.id] for example in examples]
+
+    def _same(self, saved: list[Prediction], by_id: dict[str, Example]) -> dict[str, Prediction]:
+        """Return the saved predictions of questions that are still asked the same, scored anew."""
+        same = (p for p in saved if p.id in by_id and p.asked == self.hash(by_id[p.id]))
+        return {p.id: self.prediction(by_id[p.id], p.prediction, p.samples) for p in same}
 
     def predictions(self, examples: list[Example]) -> list[Prediction]:
         asked = [self.question(example) for example in examples]
