@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import sys
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
-from typing import cast
 
 import torch
-from torch import nn
 
 from ivl.checkpoint.config_json import dialect_of
 from ivl.checkpoint.convert import convert
@@ -30,8 +27,7 @@ from ivl.checkpoint.sections import TEXT, open_section
 from ivl.checkpoint.weights import ADAPTER, write_tensors
 from ivl.config import LoraConfig
 from ivl.errors import InputError, short
-from ivl.lora.layers import add_adapters, lora_layers, merge_lora, projections
-from ivl.model.linear import Linear
+from ivl.lora.layers import LoraLinear, add_adapters, lora_layers, merge_lora
 from ivl.model.vlm import VLM
 from ivl.utils.files import write_json
 
@@ -86,22 +82,25 @@ def save_adapter(model: VLM, out_dir: str | Path, *, base: str = "", trained: It
     Raises:
         InputError: if the model has no adapters, or a file cannot be written.
     """
-    layers = lora_layers(model)
-    if not layers:
+    entries, parameters = key_map(empty_model(model.config), "transformers"), dict(model.named_parameters())
+    adapted = _adapted(model, entries)
+    if not adapted:
         raise InputError("the model carries no LoRA adapters, so there is nothing to save")
-    configs = {path: layers[layer].configs[name] for path, layer, name in _adapted(model)}
+    configs = {path: layer.configs[name] for path, (layer, name) in adapted.items()}
     config = next(iter(configs.values()))
-    adapters = {name: parameter.detach().cpu().contiguous() for name, parameter in _adapter_tensors(model).items()}
+    adapters = {
+        f"{PEFT_PREFIX}{path}.lora_{letter}.weight": matrices[name].detach().cpu().contiguous()
+        for path, (layer, name) in adapted.items()
+        for letter, matrices in (("A", layer.lora_A), ("B", layer.lora_B))
+    }
     whole = {name for name in trained if ".lora_" not in name}
-    entries, parameters = _entries(model), dict(model.named_parameters())
     tensors = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for entry in entries
         if entry.ours in whole
         for name, tensor in zip(entry.theirs, entry.split(parameters[entry.ours]), strict=True)
     }
-    targets = sorted({_module_path(name) for name in adapters})
-    modules = _topmost({name for name in tensors if _module_path(name) not in targets}, entries)
+    modules = _topmost({name for name in tensors if name.removesuffix(".weight") not in adapted}, entries)
     described = {
         "peft_type": "LORA",
         "task_type": None,
@@ -109,7 +108,7 @@ def save_adapter(model: VLM, out_dir: str | Path, *, base: str = "", trained: It
         "r": config.rank,
         "lora_alpha": _alpha(config),
         "lora_dropout": config.dropout,
-        "target_modules": targets,
+        "target_modules": sorted(adapted),
         "modules_to_save": modules or None,
         "rank_pattern": {path: own.rank for path, own in configs.items() if own.rank != config.rank},
         "alpha_pattern": {path: _alpha(own) for path, own in configs.items() if _alpha(own) != _alpha(config)},
@@ -149,9 +148,7 @@ def load_adapter(model: VLM, adapter_dir: str | Path, *, allow_base: bool = Fals
     file = AdapterFile(where, model, ranks)
     configs: dict[str, LoraConfig] = {}
     for matrices in file.low_rank:
-        layer = model.get_submodule(matrices.path)
-        for part in matrices.parts(layer) if isinstance(layer, Linear) else ():
-            name = f"{matrices.path}.{part}" if cast(Linear, layer).parts else matrices.path
+        for name in matrices.projections(model):
             if name in configs:
                 raise InputError(f"{where}: {name} has two adapters, under the names of two classes")
             configs[name] = matrices.config
@@ -184,10 +181,6 @@ def base_fingerprint(model: VLM, whole: Collection[str]) -> str:
     return digest.hexdigest()
 
 
-def _entries(model: VLM) -> list[TensorEntry]:
-    return key_map(empty_model(model.config), "transformers")
-
-
 def _topmost(names: set[str], entries: Iterable[TensorEntry]) -> list[str]:
     """The topmost modules all of whose tensors are among the names."""
 
@@ -198,31 +191,15 @@ def _topmost(names: set[str], entries: Iterable[TensorEntry]) -> list[str]:
     return sorted({next((m for m in modules(name) if m not in partly), "") for name in names} - {""})
 
 
-def _module_paths(model: VLM) -> dict[str, str]:
-    """Paths of our projections in transformers' InternVLForConditionalGeneration: those of their weights in its dialect."""
-    paths = {entry.ours: iter(entry.theirs) for entry in _entries(model)}
-    return {name: next(paths[f"{layer}.weight"]).removesuffix(".weight") for name, (layer, _) in projections(model).items()}
-
-
-def _module_path(tensor: str) -> str:
-    """The module path in a tensor's name of an adapter file."""
-    return re.sub(r"(\.lora_[AB])?\.weight$", "", tensor.removeprefix(PEFT_PREFIX))
-
-
-def _adapted(model: VLM) -> list[tuple[str, str, str]]:
-    """Each projection with an adapter: its path in transformers' class, the path of our layer, its name in that."""
-    layers, paths = lora_layers(model), _module_paths(model)
-    named = ((paths[projection], layer, name) for projection, (layer, name) in projections(model).items())
-    return [(path, layer, name) for path, layer, name in named if layer in layers and name in layers[layer].spans]
-
-
-def _adapter_tensors(model: VLM) -> dict[str, nn.Parameter]:
-    """A and B of every adapter, by their names in the file."""
+def _adapted(model: VLM, entries: Iterable[TensorEntry]) -> dict[str, tuple[LoraLinear, str]]:
+    """Layer and name of every adapter by the path of its module in the class whose tensors the entries name."""
     layers = lora_layers(model)
+    weights = ((layers[path], entry) for entry in entries if (path := entry.ours.removesuffix(".weight")) in layers)
     return {
-        f"{PEFT_PREFIX}{path}.lora_{letter}.weight": parameters[name]
-        for path, layer, name in _adapted(model)
-        for letter, parameters in (("A", layers[layer].lora_A), ("B", layers[layer].lora_B))
+        theirs.removesuffix(".weight"): (layer, name)
+        for layer, entry in weights
+        for name, theirs in zip([name for name, _ in layer.parts] or ["weight"], entry.theirs, strict=True)
+        if name in layer.spans
     }
 
 

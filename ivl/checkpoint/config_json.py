@@ -24,6 +24,7 @@ from ivl.processing.chat import template_of
 T = TypeVar("T")
 IMAGE_TOKEN = "<IMG_CONTEXT>"
 CHAT_END = "<|im_end|>"
+QWEN_END_OF_TEXT = 151643
 _PUBLISHED_IMAGE_TOKENS = {("qwen2", 151674): 151667, ("internlm2", 92553): 92546, ("qwen3", 151936): 151671}
 """Id of IMAGE_TOKEN in the published models, by family and vocabulary, for directories without tokenizer files."""
 
@@ -331,8 +332,11 @@ def _decoder_json(config: ModelConfig, model_type: Family) -> dict[str, Any]:
     factor = config.decoder.rope_dynamic_factor
     # Both spellings of the same key would be refused by older libraries, so each model type gets the one it knows.
     kind = "type" if model_type == "internlm2" else "rope_type"
-    # The original library's chat() generates from embeddings, for which its generate() wants some bos id.
-    bos = config.pad_token_id if model_type.startswith("qwen") and config.bos_token_id is None else config.bos_token_id
+    bos = config.bos_token_id
+    if bos is None and model_type.startswith("qwen"):
+        # The original library's chat() generates from embeddings, for which its generate() wants some bos id.
+        ids = (config.pad_token_id, QWEN_END_OF_TEXT, *config.eos_token_ids)
+        bos = next(i for i in ids if i is not None and i < config.decoder.vocab_size)
     return {
         "model_type": model_type,
         **table.CONSTANTS[model_type],

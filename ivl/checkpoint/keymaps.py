@@ -26,7 +26,7 @@ Names = dict[str, str]
 Table = dict[str, tuple[str, str, str]]
 """Our names, and those in internvl_chat, in transformers and in GGUF files."""
 
-IGNORED = re.compile(r".*(rotary_emb\.inv_freq|\.weight_shape)|.*\.original_module\..*")
+IGNORED = re.compile(r".*(rotary_emb\.inv_freq|\.weight_shape)|.*\.(original_module|modules_to_save)\..*")
 """Stored by some libraries though they follow from the configuration, or PEFT keeps them beside the copies that trained."""
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from ivl.checkpoint.config_table import MODEL_TYPE
 from ivl.checkpoint.files import listing
-from ivl.checkpoint.keymaps import TensorEntry, key_map, known_name
+from ivl.checkpoint.keymaps import IGNORED, TensorEntry, key_map, known_name
 from ivl.checkpoint.model_dir import empty_model
 from ivl.checkpoint.sections import FLAG, TEXT, Section, Values
 from ivl.checkpoint.weights import ADAPTER, StoredWeights
@@ -116,8 +116,14 @@ class LowRank:
         """Of our layer."""
         return self.entry.ours.rpartition(".")[0]
 
-    def parts(self, layer: Linear) -> list[str]:
-        """Return which projections of our layer the module has: one, or all where the file's class fuses them, too."""
+    def projections(self, model: VLM) -> list[str]:
+        """Return our projections that get an adapter: one, all of a layer that the file's class fuses, too, or none."""
+        layer = model.get_submodule(self.path)
+        if not isinstance(layer, Linear):
+            return []
+        return [f"{self.path}.{name}" if layer.parts else self.path for name in self._names(layer)]
+
+    def _names(self, layer: Linear) -> list[str]:
         names = [name for name, _ in layer.parts] or ["weight"]
         return names[self.index : self.index + 1] if self.entry.rows else names
 
@@ -137,7 +143,7 @@ class LowRank:
             if not self.entry.rows:  # the rows of B are those of the weight, and each part of it has the whole A
                 B = self.entry.join([B])
             counts = [rows for _, rows in layer.parts] if not self.entry.rows and layer.parts else [len(B)]
-            for name, rows in zip(self.parts(layer), B.split(counts), strict=True):
+            for name, rows in zip(self._names(layer), B.split(counts), strict=True):
                 layer.lora_A[name].copy_(A)
                 layer.lora_B[name].copy_(rows)
             return
@@ -170,6 +176,8 @@ class AdapterFile:
 
         def rename(stored: str) -> str:
             name = known_name(stored, modules, alone=True)
+            if name in self._stored and "modules_to_save." in stored + self._stored[name]:
+                return stored  # biases of modules to save are written once more if all biases train
             self._stored[name] = stored
             return name
 
@@ -187,7 +195,7 @@ class AdapterFile:
         for name, shape in shapes.items():
             if (stored := self.weights.shapes.get(name, "nothing")) != shape:
                 raise InputError(f"{directory}: {self._stored.get(name, name)} should be {shape} but the file has {stored}")
-        if extra := sorted(self._stored[name] for name in self.weights.shapes.keys() - shapes.keys()):
+        if extra := sorted(name for name in self.weights.shapes if name not in shapes and not IGNORED.fullmatch(name)):
             raise InputError(f"{directory}: {listing(extra)} belong to no adapter")
 
     def _low_rank(self, empty: VLM, ranks: AdapterRanks) -> Iterator[LowRank]:
@@ -198,7 +206,7 @@ class AdapterFile:
             entry, _ = self._places.get(f"{path}.weight", (None, 0))
             if mark and entry and empty.get_parameter(entry.ours).ndim > 1:
                 names.setdefault(path, name)
-            elif name not in self._places:
+            elif name not in self._places and not IGNORED.fullmatch(name):
                 strangers.append(self._stored[name])
         if strangers:
             first = short(strangers[0], 200)

@@ -91,21 +91,35 @@ def test_peft_loads_our_adapter(tmp_path: Path, size: str) -> None:
     torch.testing.assert_close(their_logits(wrapped), expected, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_an_adapter_of_peft_loads_here(tmp_path: Path, rslora: bool) -> None:
+KINDS = ["q_proj", "v_proj", "up_proj", "fc1", "projection_layer", "linear_2"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": KINDS},
+        {"target_modules": KINDS, "use_rslora": True},
+        {"target_modules": ["lm_head", "embed_tokens", *KINDS]},  # of which PEFT writes the base layers as well
+        {"target_modules": KINDS, "bias": "all", "modules_to_save": ["multi_modal_projector", "layernorm_after"]},
+        {"target_modules": KINDS, "rank_pattern": {r"layers\.1\..*": 2}, "alpha_pattern": {"fc1": 5}},
+    ],
+    ids=["plain", "rslora", "head and table", "biases and whole parts", "patterns"],
+)
+def test_an_adapter_of_peft_loads_here(tmp_path: Path, options: dict) -> None:
     import peft
 
     model = random_model(tiny_like("1B"))
     save_model(model, tmp_path / "model", dialect="transformers")
-    kinds = ["q_proj", "v_proj", "up_proj", "fc1", "projection_layer", "linear_2"]
-    config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=kinds, lora_dropout=0.1, use_rslora=rslora)
+    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 12, "lora_dropout": 0.1, **options})
     wrapped = peft.get_peft_model(theirs(tmp_path / "model"), config).eval()
     generator = torch.Generator().manual_seed(3)
-    for name, parameter in wrapped.named_parameters():
-        if "lora_" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn(parameter.shape, generator=generator) * 0.2
     wrapped.save_pretrained(str(tmp_path / "adapter"))
+    before = logits(model)
     load_adapter(model, tmp_path / "adapter")
+    assert (logits(model) - before).abs().max() > 0.1
     assert {name.split(".")[-2] for name in lora_parameters(model)} == {"lora_A", "lora_B"}
     torch.testing.assert_close(logits(model), their_logits(wrapped), atol=1e-4, rtol=1e-5)
 

@@ -15,10 +15,11 @@ from safetensors import safe_open
 from tokenizers import models
 
 from ivl.checkpoint import load_config, save_model, save_processor
+from ivl.checkpoint.config_json import to_json
 from ivl.checkpoint.config_table import Dialect
 from ivl.checkpoint.convert import convert
 from ivl.checkpoint.vocabulary import load_tokenizer, save_tokenizer
-from ivl.config import ModelConfig
+from ivl.config import ModelConfig, published_config
 from ivl.processing.processor import Processor
 from ivl.processing.tokenizer import CHATML_TOKENS, Tokenizer, byte_letters, byte_level, train_tokenizer
 from tests.helpers.checkpoints import random_model, sentencepiece_model, tiny_like
@@ -240,6 +241,14 @@ def test_the_language_model_has_a_bos_id_to_generate_from_embeddings(tmp_path: P
     assert read["llm_config" if dialect == "internvl_chat" else "text_config"]["bos_token_id"] == bos
     assert read["bos_token_id"] == (1 if size == "8B" else None)
     assert load_config(tmp_path) == config  # Qwen's prompts start with no token, here as before
+
+
+def test_the_bos_id_of_a_qwen_whose_files_name_no_pad_token() -> None:
+    """Published configurations name 151643 for bos and nothing for pad."""
+    config = replace(published_config("1B"), pad_token_id=None)
+    assert to_json(config, "internvl_chat", "bfloat16")["llm_config"]["bos_token_id"] == 151643
+    tiny = replace(tiny_like("1B"), pad_token_id=None)
+    assert to_json(tiny, "internvl_chat", "float32")["llm_config"]["bos_token_id"] == tiny.eos_token_ids[-1]
 
 
 @pytest.mark.parametrize(("dialect", "named"), [("internvl_chat", True), ("transformers", False)])
