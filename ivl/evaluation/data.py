@@ -151,7 +151,7 @@ def _pictures_of_cell(path: Path, place: str, cells: Mapping[str, str]) -> tuple
     if not cells.get("image"):
         if "image" in cells or not cells.get("image_path"):
             return ()
-        return tuple(_found(str(name), path, "images", f"images/{path.stem}") for name in literal(cells["image_path"]))
+        return tuple(found(str(name), path, "images", f"images/{path.stem}") for name in literal(cells["image_path"]))
     try:
         return tuple(base64.b64decode(str(item), validate=True) for item in literal(cells["image"]))
     except (binascii.Error, ValueError) as error:
@@ -197,13 +197,13 @@ def _picture(value: Any, path: Path, place: str) -> bytes | str:
         except (binascii.Error, ValueError):
             value = None
     if isinstance(value, str) and value:
-        return _found(value, path)
+        return found(value, path)
     if not isinstance(value, bytes) or not value:
         raise InputError(f"{place}: a picture must be bytes, base64 or a path, got {short(value)}")
     return value
 
 
-def _found(name: str, path: Path, *folders: str) -> str:
+def found(name: str, path: Path, *folders: str) -> str:
     """Return the path of a picture, which may be relative to any folder above the rows; as it is where none has it."""
     if not Path(name).is_absolute():
         for parent in path.absolute().parents:

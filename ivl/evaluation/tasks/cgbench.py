@@ -1,0 +1,126 @@
+"""CG-Bench: choices about long videos, with the whole video and with the clip that holds the clue, and where that clue is."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ivl.evaluation.benchmark import Benchmark
+from ivl.evaluation.data import LETTERS, found, literal
+from ivl.evaluation.figures import Figures, by, mean, ratio
+from ivl.evaluation.scoring.boxes import interval_overlap
+from ivl.evaluation.task import Example, Score, Scored
+from ivl.types import Conversation, Message, Text, VideoRef
+
+FRAMES = 32
+THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)
+_SHOWN = (
+    "You will be provided with {}sampled frames from a video, along with a multiple-choice question that includes a question "
+    "and several answer options.\nYour task is to "
+)
+_FORM = "Only output the answer in the following format:\n\n```json\n{}\n```\n\n"
+_CHOOSE = (
+    _SHOWN.format("")
+    + "analyze the provided frames, infer the most plausible answer based on the visual information.\nIf the video does not "
+    "provide enough information, infer the answer based on the options available and still provide a result. Therefore, In all "
+    "cases, an answer must be given.\n" + _FORM.format('{"result": "option"}')
+)
+INSTRUCTIONS = {
+    "long_acc": _CHOOSE + 'The "option" is the uppercase letter corresponding to your answer.\n\n',
+    "clue_acc": _CHOOSE + "The 'option' is the uppercase letter corresponding to your answer.\n\n",
+    "miou": _SHOWN.format("uniformly ")
+    + "determine in which intervals the 'clue intervals' exist that contain visual information needed to answer the question.\n"
+    + _FORM.format('{"result": [[start1, end1], [start2, end2], ...]}')
+    + 'In this output format, each "start" and "end" represents the start and end of the video where the relevant clue can be '
+    "found in the form of a floating point number between 0 and 1, where 0 represents the start time of the video and 1 "
+    "represents the end time of the video.\nYou must provide at least one interval and at most five intervals. Intervals "
+    "exceeding five will NOT be considered valid.\n",
+}
+
+
+class CgBench(Benchmark):
+    """Shares of right choices and mean overlap of intervals. A question is asked in three ways, which count together."""
+
+    def conversation(self, row: Mapping[str, Any]) -> Conversation:
+        name = row["clue_video_path" if row["task_mode"] == "clue_acc" else "video"]
+        return (Message("user", (VideoRef(found(str(name), self.place()), FRAMES), Text(f"\n{self.text(row)}"))),)
+
+    def question(self, row: Mapping[str, Any]) -> str:
+        options = "\n".join(f"{letter}:{text}" for letter, text in zip(LETTERS, literal(row["choices"]), strict=False))
+        return f"{INSTRUCTIONS[row['task_mode']]}Question: {row['question']}\n\n{options}\n\n"
+
+    def cluster(self, row: Mapping[str, Any]) -> str:
+        return f"question {row['qid']}"
+
+    def answers(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        return (str(row["answer"]),)
+
+    def grade(self, text: str, example: Example) -> Score:
+        """Read the JSON of the reply, or letters or numbers in it."""
+        row, (truth,) = example.row, example.answers
+        if row["task_mode"] != "miou":
+            right = choice_right(text, truth)
+            return Score(value=float(right is True), answer="" if right is None else text.strip())
+        overlap = clue_overlap(text, literal(truth), float(row["duration"]))
+        recall = sum((overlap or 0.0) >= threshold for threshold in THRESHOLDS) / len(THRESHOLDS)
+        return Score(value=overlap or 0.0, answer="" if overlap is None else text.strip(), numbers={"recall": recall})
+
+    def figures(self, scored: Sequence[Scored]) -> Figures:
+        """Return the shares, the mean overlap, and how both go together."""
+        modes = by(scored, lambda s: [str(s["task_mode"])])
+        figures = {mode: mean(modes[mode]) for mode in INSTRUCTIONS if mode in modes}
+        if len(figures) < len(INSTRUCTIONS):
+            return figures
+        right = {s.cluster for s in modes["long_acc"] if s.score.value == 1}
+        lower = min(("clue_acc", "long_acc"), key=lambda mode: figures[mode].value)
+
+        def in_mode(mode: str) -> Callable[[Scored], float]:
+            return lambda s: s.score.value if s["task_mode"] == mode else 0.0
+
+        return figures | {
+            "CRR": ratio(scored, in_mode(lower), in_mode("clue_acc")),
+            "acc@iou": ratio(modes["miou"], lambda s: s.score.numbers["recall"] * (s.cluster in right), lambda _: 1.0),
+            "rec@iou": mean(modes["miou"], "recall"),
+        }
+
+
+def _result(reply: str) -> Any:
+    start, end = reply.find("```json"), reply.find("```", reply.find("```json") + 7)
+    if start < 0 or end < 0:
+        raise ValueError
+    return reply[start + 7 : end].strip()
+
+
+def choice_right(reply: str, truth: str) -> bool | None:
+    """Return whether the JSON of a reply names the letter, or one of the letters A to H in it is it; None without any."""
+    try:
+        return json.loads(re.sub(r"(?<=:\s)([A-Za-z_]\w*)", r'"\1"', _result(reply)))["result"] == truth
+    except (ValueError, KeyError, TypeError, RecursionError):
+        letters = re.findall(r"\b[A-H]\b", reply)
+        return truth in letters if letters else None
+
+
+def clue_overlap(reply: str, truth: Sequence[Sequence[float]], duration: float) -> float | None:
+    """Return the overlap of the intervals of a reply with the true ones; None if it has no interval.
+
+    Intervals of the JSON that end by 1 are shares of the duration. Without JSON, numbers are taken in pairs.
+    """
+    try:
+        given = json.loads(_result(reply))["result"]
+        given = given if isinstance(given[0], list) else [given]
+        scale = duration if all(begin <= 1 and end <= 1 for begin, end in given) else 1.0
+        return interval_overlap(truth, [(begin * scale, end * scale) for begin, end in given])
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+        numbers = [float(number) for number in re.findall(r"-?\d+\.?\d*", reply)]
+        pairs = list(zip(numbers[::2], numbers[1::2], strict=False))
+        return interval_overlap(truth, pairs) if pairs else None
+
+
+TASKS = (
+    CgBench(
+        name="cgbench", file="CG-Bench_MCQ_Grounding", about="long videos and the clues in them", rows=36387, categories=(),
+        md5="eaead3d978a689269fefce4ae29c86df", hub="CG-Bench/CG-Bench",
+    ),
+)  # fmt: skip

@@ -1,0 +1,68 @@
+"""RefCOCO, RefCOCO+ and RefCOCOg: a box for what a sentence describes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ivl.evaluation.benchmark import Benchmark
+from ivl.evaluation.data import literal
+from ivl.evaluation.figures import Figures, average, by, mean
+from ivl.evaluation.scoring.boxes import Box, box_in, in_pixels, overlap, reference_box
+from ivl.evaluation.task import Example, Score, Scored
+
+PROMPT = "Please provide the bounding box coordinate of the region this sentence describes: <ref>{}</ref>"
+CORNERS = ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2")
+HIT = 0.5
+"""The overlap from which a box is right."""
+
+
+class Grounding(Benchmark):
+    """The mean over splits of the share of boxes that overlap the true one by half."""
+
+    def examples(self) -> Iterator[Example]:
+        if (place := self.place()).is_dir():
+            for file in sorted(place.glob("*.jsonl")):
+                yield from replace(self, path=file).examples()
+        else:
+            yield from super().examples()
+
+    def prepared(self, row: dict[str, Any]) -> dict[str, Any]:
+        if "sent" not in row:
+            return row | {"split": row.get("split") or row.get("category", "")}
+        split = self.place().stem
+        return row | {"index": f"{split} {row['index']}", "question": PROMPT.format(row["sent"]), "split": split}
+
+    def answers(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        size = float(row["width"]), float(row["height"])
+        if all(corner in row for corner in CORNERS):
+            return (str([float(row[corner]) for corner in CORNERS]),)
+        if "bbox" in row:
+            return (str([float(value) for value in literal(row["bbox"])]),)
+        box = box_in(str(row["answer"]))
+        return (str(list(in_pixels(box, *size))),) if box else ()
+
+    def grade(self, text: str, example: Example) -> Score:
+        """Measure the overlap; by the reference code's rule for its own rows and prompt."""
+        row, truth = example.row, box_in(example.answers[0])
+        size = float(row["width"]), float(row["height"])
+        box: Box | None = reference_box(text, *size)
+        if "sent" not in row and self.prompt != "reference":
+            box = in_pixels(found, *size) if (found := box_in(text)) else None
+        iou = overlap(box, truth) if box and truth else 0.0
+        answer = "" if box is None else ", ".join(f"{value:.1f}" for value in box)
+        return Score(value=float(iou >= HIT), answer=answer, numbers={"iou": iou})
+
+    def figures(self, scored: Sequence[Scored]) -> Figures:
+        """Return the mean of the splits, each split, and the mean overlap."""
+        splits = {split: mean(rows) for split, rows in by(scored, lambda s: [str(s["split"])]).items()}
+        return {"Average": average(splits.values(), n=len(scored)), **splits, "mean IoU": mean(scored, "iou")}
+
+
+TASKS = (
+    Grounding(
+        name="refcoco", file="RefCOCO", about="boxes for descriptions, eight splits", metric="precision at IoU 0.5",
+        md5="f50ca356638ddac89b309311fd876a5d", categories=(),
+    ),
+)  # fmt: skip
