@@ -6,13 +6,13 @@ import math
 import re
 from collections.abc import Sequence
 
-Box = tuple[float, float, float, float]
+Corners = tuple[float, float, float, float]
 """x1, y1, x2, y2."""
 _NUMBER = r"[-+]?(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
 _BRACKETED = re.compile(rf"\[\s*({_NUMBER})" + rf"(?:\s*,\s*|\s+)({_NUMBER})" * 3 + r"\s*\]")
 
 
-def box_in(reply: str) -> Box | None:
+def box_in(reply: str) -> Corners | None:
     """Return the first four numbers in brackets, else the first four numbers, as VLMEvalKit does."""
     match = _BRACKETED.search(reply)
     numbers = match.groups() if match else re.findall(_NUMBER, reply)[:4]
@@ -22,7 +22,7 @@ def box_in(reply: str) -> Box | None:
     return x1, y1, x2, y2
 
 
-def in_pixels(box: Box, width: float, height: float) -> Box:
+def in_pixels(box: Corners, width: float, height: float) -> Corners:
     """Scale fractions (up to 1.5) or thousandths (up to 1000) to pixels, clip to the picture and order the corners."""
     largest = max(map(abs, box))
     scale = 1.0 if largest <= 1.5 else 0.001 if largest <= 1000 else None
@@ -33,7 +33,7 @@ def in_pixels(box: Box, width: float, height: float) -> Box:
     return min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)
 
 
-def reference_box(reply: str, width: float, height: float) -> Box:
+def reference_box(reply: str, width: float, height: float) -> Corners:
     """Return the first bracketed quadruple in pixels, as InternVL's own code: thousandths if the four sum to 4 or more.
 
     Corners are neither ordered nor clipped; a reply without four numbers is the box of zeros.
@@ -52,7 +52,7 @@ def reference_box(reply: str, width: float, height: float) -> Box:
     return 0.0, 0.0, 0.0, 0.0
 
 
-def overlap(a: Box, b: Box) -> float:
+def overlap(a: Corners, b: Corners) -> float:
     """Return the intersection over union of two boxes; 0 for boxes without an area in common."""
     width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
     if not (width > 0 and height > 0):

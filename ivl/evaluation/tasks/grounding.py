@@ -9,16 +9,16 @@ from typing import Any
 from ivl.evaluation.benchmark import Benchmark
 from ivl.evaluation.data import literal
 from ivl.evaluation.figures import Figures, average, by, mean
-from ivl.evaluation.scoring.boxes import Box, box_in, in_pixels, overlap, reference_box
+from ivl.evaluation.scoring.boxes import Corners, box_in, in_pixels, overlap, reference_box
 from ivl.evaluation.task import Example, Score, Scored
 
 PROMPT = "Please provide the bounding box coordinate of the region this sentence describes: <ref>{}</ref>"
-CORNERS = ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2")
+COLUMNS = ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2")
 HIT = 0.5
 """The overlap from which a box is right."""
 
 
-class Grounding(Benchmark):
+class RefCoco(Benchmark):
     """The mean over splits of the share of boxes that overlap the true one by half."""
 
     def examples(self) -> Iterator[Example]:
@@ -36,8 +36,8 @@ class Grounding(Benchmark):
 
     def answers(self, row: Mapping[str, Any]) -> tuple[str, ...]:
         size = float(row["width"]), float(row["height"])
-        if all(corner in row for corner in CORNERS):
-            return (str([float(row[corner]) for corner in CORNERS]),)
+        if all(corner in row for corner in COLUMNS):
+            return (str([float(row[corner]) for corner in COLUMNS]),)
         if "bbox" in row:
             return (str([float(value) for value in literal(row["bbox"])]),)
         box = box_in(str(row["answer"]))
@@ -47,7 +47,7 @@ class Grounding(Benchmark):
         """Measure the overlap; by the reference code's rule for its own rows and prompt."""
         row, truth = example.row, box_in(example.answers[0])
         size = float(row["width"]), float(row["height"])
-        box: Box | None = reference_box(text, *size)
+        box: Corners | None = reference_box(text, *size)
         if "sent" not in row and self.prompt != "reference":
             box = in_pixels(found, *size) if (found := box_in(text)) else None
         iou = overlap(box, truth) if box and truth else 0.0
@@ -61,7 +61,7 @@ class Grounding(Benchmark):
 
 
 TASKS = (
-    Grounding(
+    RefCoco(
         name="refcoco", file="RefCOCO", about="boxes for descriptions, eight splits", metric="precision at IoU 0.5",
         md5="f50ca356638ddac89b309311fd876a5d", categories=(),
     ),

@@ -12,15 +12,15 @@ from ivl.evaluation.scoring import anls
 from ivl.evaluation.scoring.vqa import relaxed, vqa_accuracy
 from ivl.evaluation.task import Example, Score
 
-_Rule = Callable[[str, Sequence[str]], float]
+_ScoreAnswers = Callable[[str, Sequence[str]], float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShortAnswer(Benchmark):
     """A benchmark whose replies are compared with accepted answers by one rule."""
 
-    rule: _Rule
-    reference_rule: _Rule | None = None
+    rule: _ScoreAnswers
+    reference_rule: _ScoreAnswers | None = None
     """The rule under the reference prompt; None takes the same."""
 
     def suffix(self, row: Mapping[str, Any]) -> str:
