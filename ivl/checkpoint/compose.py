@@ -183,7 +183,9 @@ def _gguf_part(path: Path) -> tuple[SourcePart, Tokenizer]:
 def _language_alone(decoder: DecoderConfig, tokenizer: Tokenizer, eos_ids: tuple[int, ...]) -> ModelConfig:
     pad = token_text(tokenizer.config.get("pad_token"))
     pad_id = None if pad is None else tokenizer.id(pad)
-    return replace(_DEFAULTS, decoder=decoder, image_token_id=0, eos_token_ids=eos_ids, pad_token_id=pad_id)
+    system = "" if decoder.family == "qwen3" else None  # as InternVL3.5
+    ids = {"image_token_id": 0, "eos_token_ids": eos_ids, "pad_token_id": pad_id}
+    return replace(_DEFAULTS, decoder=decoder, system_message=system, **ids)
 
 
 # -- the projector, and rows of new tokens

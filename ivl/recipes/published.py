@@ -148,9 +148,9 @@ STAGES: dict[str, Callable[[str], RunConfig]] = {
 
 
 def later(name: str, stage: str) -> RunConfig:
-    """A fine-tuning or MPO of a later release, by InternVL3's scripts. InternVL3.5 has scripts of its own for MPO alone.
+    """Fine-tuning, LoRA or MPO of InternVL3 or InternVL3.5, by InternVL3's scripts.
 
-    How many rows the 9B has is not known, so its directory says it.
+    InternVL3.5 has scripts of its own for MPO alone. How many rows the 9B has is not known, so its directory says it.
     """
     large, mpo_stage = name in ("3-38B", "3-78B"), stage == "mpo"
     base = STAGES[stage]("78B" if large else "26B" if name == "3.5-38B" else "1B")
@@ -159,7 +159,7 @@ def later(name: str, stage: str) -> RunConfig:
     return replace(
         base,
         name=f"{name}-{stage}",
-        model=MODELS[name].hub_id,
+        model=MODELS[name].hub_id + ("-Instruct" if mpo_stage else ""),
         architecture=None if name == "3-9B" else MODELS[name].config,
         data=replace(
             base.data, max_tokens=(1 + mpo_stage) * tokens, max_tiles=max(48, tokens // 256), max_tiles_per_image=None

@@ -100,7 +100,7 @@ def vision_equal(a: VLM, b: VLM) -> bool:
     return all(torch.equal(p, q) for p, q in zip(a.vision.parameters(), b.vision.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("size", ["1B", "2B", "llama"])
+@pytest.mark.parametrize("size", ["1B", "2B", "llama", "3.5-8B", "3-9B"])
 def test_a_trained_vit_moves_to_another_language_model(tmp_path: Path, size: str) -> None:
     """Progressive scaling: the ViT bit-equal, the language model's text untouched, only the nine new rows new."""
     small = vlm(tmp_path / "small")
@@ -126,7 +126,7 @@ def test_a_trained_vit_moves_to_another_language_model(tmp_path: Path, size: str
     torch.testing.assert_close(head[known:], head[:known].mean(0).expand(9, -1))
 
 
-@pytest.mark.parametrize("kind", ["Qwen2", "Llama"])
+@pytest.mark.parametrize("kind", ["Qwen2", "Llama", "Qwen3"])
 def test_a_language_model_written_by_transformers(tmp_path: Path, kind: str) -> None:
     import transformers
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import io
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -93,6 +94,24 @@ def test_the_language_file_is_the_decoder_and_its_tokenizer(tmp_path: Path, size
     assert found["tokenizer.ggml.pre"] == "qwen2" and found["tokenizer.ggml.add_bos_token"] is False
     assert found["tokenizer.ggml.eos_token_id"] == processor.tokenizer.id("<|im_end|>")
     assert "<|im_start|>" in found["tokenizer.chat_template"]
+
+
+@pytest.mark.parametrize(
+    ("size", "architecture"), [("1B", "qwen2"), ("8B", "internlm2"), ("3.5-8B", "qwen3"), ("3-9B", "llama")]
+)
+def test_the_language_file_has_the_names_that_llama_cpp_knows(tmp_path: Path, size: str, architecture: str) -> None:
+    written(tmp_path / "m", size)
+    convert(tmp_path / "m", tmp_path / "g", to="gguf")
+    path = tmp_path / "g" / "model.gguf"
+    found = fields(path)
+    assert found["general.architecture"] == architecture
+    key = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    known = {gguf.TENSOR_NAMES[kind] for kind in gguf.MODEL_TENSORS[key]}
+    names = {re.sub(r"^blk\.\d+\.", "blk.{bid}.", name).rpartition(".")[0] for name in tensors(path)}
+    assert names <= known
+    assert ({"blk.{bid}.attn_q_norm", "blk.{bid}.attn_k_norm"} <= names) == (architecture == "qwen3")
+    if architecture == "qwen3":
+        assert (found["qwen3.attention.key_length"], found["qwen3.attention.head_count"]) == (16, 8)
 
 
 def test_the_mmproj_file_says_what_clip_reads(tmp_path: Path) -> None:

@@ -82,9 +82,10 @@ def test_accelerated_equals_plain(dtype: torch.dtype, tolerance: float, config: 
         assert (fast[name].float() - expected.float()).abs().max() <= tolerance, name
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_parameters_stay_the_same_objects_and_train_as_before(dtype: torch.dtype) -> None:
-    plain, fast = made(dtype), made(dtype)
+def test_parameters_stay_the_same_objects_and_train_as_before(dtype: torch.dtype, family: str) -> None:
+    plain, fast = made(dtype, sized(family)), made(dtype, sized(family))
     before = dict(fast.named_parameters())
     accelerate(fast)
     after = dict(fast.named_parameters())

@@ -89,7 +89,7 @@ LATER = {
 def test_later_releases_have_fine_tuning_and_mpo(name):
     hub_id, lr, mpo_tokens, pairs = LATER[name]
     full, lora, mpo = (find(f"{name}-{stage}") for stage in ("finetune", "lora", "mpo"))
-    assert {config.model for config in (full, lora, mpo)} == {hub_id}
+    assert full.model == lora.model == hub_id and mpo.model == f"{hub_id}-Instruct"
     assert (full.train.optim.lr, full.train.optim.weight_decay, full.train.packs_per_step) == (lr, 0.05, 128)
     assert (full.data.max_tokens, full.data.max_tiles_per_image) == (16384, None) and full.stage.trainable == PARTS["finetune"]
     assert lora.lora is not None and (lora.lora.rank, lora.train.packs_per_step) == (16, 16)
