@@ -112,13 +112,9 @@ class Model:
         if params is not None and options:
             raise InputError(f"give params or options such as {min(options)}, not both")
         each_params = _params(options) if params is None else params
-        if not isinstance(each_params, SamplingParams):
-            if not isinstance(each_params, tuple | list) or not all(isinstance(each, SamplingParams) for each in each_params):
-                raise InputError(
-                    f"params must be ivl.SamplingParams, or a list of one for each conversation, got {short(params)}"
-                )
-            if len(each_params) != len(asked):
-                raise InputError(f"{len(asked)} conversations but {len(each_params)} sampling parameters")
+        listed = [each_params] if isinstance(each_params, SamplingParams) else each_params
+        if not isinstance(listed, tuple | list) or not all(isinstance(each, SamplingParams) for each in listed):
+            raise InputError(f"params must be ivl.SamplingParams, or a list with one for each, got {short(params)}")
         if not (sys.stderr.isatty() and len(asked) > 1 if progress is None else progress):
             return self.engine.generate(asked, each_params)
         from ivl.utils.progress import reporting
@@ -245,9 +241,7 @@ def _conversation(given: Any, place: str) -> Conversation:
         return tuple(given)
     if not isinstance(given, tuple | list) or not given or not all(isinstance(message, Mapping) for message in given):
         hint = "; put the messages of one conversation into a list of their own" if isinstance(given, Mapping) else ""
-        raise InputError(
-            f"{place} must be a text, or messages as ivl.ask makes them or OpenAI has them, got {short(given)}{hint}"
-        )
+        raise InputError(f"{place} must be a text, or messages of ivl.ask or in OpenAI's form, got {short(given)}{hint}")
     return tuple(_message(message, f"{place}, message {number}") for number, message in enumerate(given))
 
 
@@ -273,15 +267,11 @@ def _part(given: Any, place: str) -> Part:
         _check_text(given.get("text"))
         return Text(given["text"])
     if kind not in ("image_url", "image", "video_url", "video"):
-        raise InputError(
-            f"{place}: a part is a dict of the type text, image_url, image, video_url or video, got {short(given)}"
-        )
+        raise InputError(f"{place}: a part has the type text, image_url, image, video_url or video, got {short(given)}")
     value = given.get(kind)
-    source = value.get("url") if isinstance(value, Mapping) else value
-    ref = medium(cast("Medium", source))
-    if kind.startswith("video") and isinstance(ref, ImageRef) and isinstance(ref.source, str | bytes):
-        ref = VideoRef(ref.source)
-    return ref
+    ref = medium(cast("Medium", value.get("url") if isinstance(value, Mapping) else value))
+    is_video = kind.startswith("video") and isinstance(ref, ImageRef) and isinstance(ref.source, str | bytes)
+    return VideoRef(cast(Any, ref).source) if is_video else ref
 
 
 def medium(source: Medium) -> ImageRef | VideoRef:
@@ -305,8 +295,9 @@ def medium(source: Medium) -> ImageRef | VideoRef:
     if hasattr(source, "shape"):
         return ImageRef(_from_array(source))
     if not isinstance(source, str | Path):
-        kinds = "a path, bytes, a PIL image, an array or a reference"
-        raise InputError(f"an image or video is {kinds}, got {type(source).__name__}")
+        raise InputError(
+            f"an image or video is a path, bytes, a PIL image, an array or a reference, got {type(source).__name__}"
+        )
     if isinstance(source, str) and (scheme := source[:8].partition(":")[0].lower()) in ("http", "https", "data", "file"):
         if scheme.startswith("http"):
             raise InputError(f"{short(source)}: nothing is fetched; download it, and pass the path or the bytes")

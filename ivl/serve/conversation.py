@@ -25,12 +25,11 @@ from ivl.serve.schemas import (
     CompletionRequest,
     ImagePart,
     JSONSchema,
-    NamedTool,
     SamplingBody,
     TextPart,
     Tool,
 )
-from ivl.serve.tools import CALL_END, RESPONSE, RESPONSE_END, call_grammar, calls_text, check_tools, with_tools
+from ivl.serve.tools import CALL_END, RESPONSE, RESPONSE_END, call_grammar, calls_text, check_tools, read_object, with_tools
 from ivl.types import Conversation, Grammar, ImageRef, Message, Part, Prompt, Role, SamplingParams, Text, VideoRef
 from ivl.utils.grammars import close_objects, schema_counts
 
@@ -263,11 +262,10 @@ def _grammar(body: SamplingBody, config: ServeConfig) -> Grammar | None:
     Raises:
         APIError: for more than one, or one that cannot be read or is beyond the limits.
     """
-    given: dict[str, Any] = {
-        f"guided_{name}": getattr(body, f"guided_{name}") for name in ("json", "choice", "regex", "grammar")
-    }
+    fields = ("guided_json", "guided_choice", "guided_regex", "guided_grammar")
+    given: dict[str, Any] = {name: getattr(body, name) for name in fields}
     if (outputs := body.structured_outputs) is not None:
-        given |= {f"structured_outputs.{name.strip('_')}": value for name, value in outputs if value is not False}
+        given |= {f"structured_outputs.{name.strip('_')}": value for name, value in outputs}
     tools: list[Tool] = []
     if isinstance(body, ChatRequest):
         tools, form = body.offered, body.response_format
@@ -276,14 +274,12 @@ def _grammar(body: SamplingBody, config: ServeConfig) -> Grammar | None:
     given = {param: value for param, value in given.items() if value is not None}
     if len(given) + bool(tools) > 1:
         names = " and ".join([*given, "tools"] if tools else given)
-        raise APIError(
-            400, f"{names} each say what form the reply has: give one", param=next(iter(given)), code="invalid_value"
-        )
-    for param, value in given.items():
-        return _grammar_of(param, value, config)
+        raise APIError(400, f"{names} each say what form the reply has: give one", param=next(iter(given)))
+    if given:
+        return _grammar_of(*given.popitem(), config)
     if not tools or not isinstance(body, ChatRequest) or body.tool_choice == "auto":
         return None
-    if isinstance(body.tool_choice, NamedTool):
+    if isinstance(body.tool_choice, Tool):
         tools = [tool for tool in tools if tool.function.name == body.tool_choice.function.name]
     for tool in tools:
         _check_schema(tool.function.parameters or {}, config, "tools")
@@ -295,19 +291,15 @@ def _grammar_of(param: str, value: Any, config: ServeConfig) -> Grammar:
     kind: Any = param.rpartition(".")[2].removeprefix("guided_")
     if value is True:  # a JSON object, whatever it holds
         return Grammar("json")
-    if isinstance(value, JSONSchema):
-        param, schema, strict = "response_format.json_schema", value.schema_, value.strict
-    elif kind == "json":
-        try:
-            schema, strict = json.loads(value) if isinstance(value, str) else value, True
-        except (ValueError, RecursionError):
-            schema, strict = None, True
-        if not isinstance(schema, dict):
-            raise APIError(400, f"{param} is a JSON schema: an object, or one as text", param=param, code="invalid_value")
-    else:
+    if kind not in ("json", "response_format"):
         text = json.dumps(value) if kind == "choice" else value
         _check_limits((len(text), config.max_schema_chars, f"characters of a {kind}", param))
         return Grammar(kind, text)
+    schema, strict = (value.schema_, value.strict) if isinstance(value, JSONSchema) else (value, True)
+    if isinstance(schema, str):
+        schema = read_object(schema)
+    if schema is None:
+        raise APIError(400, f"{param} is a JSON schema: an object, or one as text", param=param)
     _check_schema(schema, config, param)
     if strict:  # as OpenAI has it, where a schema must forbid other properties, and vLLM
         close_objects(schema)

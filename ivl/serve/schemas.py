@@ -28,8 +28,6 @@ UNSUPPORTED = {
     "suffix": "suffix is not supported", "echo": "echo is not supported", "best_of": "best_of is not supported",
 }  # fmt: skip
 EMPTY: tuple[Any, ...] = ([], {}, "", "none", False)
-MAX_NAME_CHARS = 128
-"""Characters of a tool's name."""
 MAX_PARAM_CHARS = 100
 """Characters of a field's place that an error repeats."""
 
@@ -77,7 +75,7 @@ def _kind_of_prompt(value: Any) -> str | None:
 
 
 def _kind_of_tool_choice(value: Any) -> str | None:
-    return "<named>" if isinstance(value, dict | NamedTool) else "<text>" if isinstance(value, str) else None
+    return "<named>" if isinstance(value, dict | Tool) else "<text>" if isinstance(value, str) else None
 
 
 def _kind_of_part(value: Any) -> str | None:
@@ -134,7 +132,7 @@ TokenIds = Annotated[list[int], FailFast]
 
 
 class CalledFunction(RequestPart):
-    name: str = Field(min_length=1, max_length=MAX_NAME_CHARS)
+    name: str = Field(min_length=1, max_length=128)
     arguments: str = "{}"
     """A JSON object, as text."""
 
@@ -163,7 +161,7 @@ class ChatMessage(RequestPart):
 
 
 class ToolFunction(RequestPart):
-    name: str = Field(min_length=1, max_length=MAX_NAME_CHARS)
+    name: str = Field(min_length=1, max_length=128)
     description: str = ""
     parameters: dict[str, Any] | None = None
     """A JSON schema of the arguments; without it there are none."""
@@ -173,15 +171,6 @@ class ToolFunction(RequestPart):
 class Tool(RequestPart):
     type: Literal["function"]
     function: ToolFunction
-
-
-class NamedFunction(RequestPart):
-    name: str
-
-
-class NamedTool(RequestPart):
-    type: Literal["function"]
-    function: NamedFunction
 
 
 class JSONSchema(RequestPart):
@@ -210,7 +199,6 @@ class StructuredOutputs(RequestPart):
     regex: str | None = None
     grammar: str | None = None
     """Lark, or GBNF."""
-    json_object: bool = False
 
 
 class StreamOptions(RequestPart):
@@ -273,7 +261,7 @@ class ChatRequest(SamplingBody):
     response_format: ResponseFormat | None = None
     tools: list[Tool] = Field(default_factory=list, fail_fast=True)
     tool_choice: Annotated[
-        Annotated[Literal["none", "auto", "required"], Tag("<text>")] | Annotated[NamedTool, Tag("<named>")],
+        Annotated[Literal["none", "auto", "required"], Tag("<text>")] | Annotated[Tool, Tag("<named>")],
         _choice(_kind_of_tool_choice, "tool_choice is none, auto, required, or an object that names a function"),
     ] = "auto"
     parallel_tool_calls: bool = True
@@ -291,7 +279,7 @@ class ChatRequest(SamplingBody):
         names = [tool.function.name for tool in self.tools]
         if len(set(names)) < len(names):
             raise PydanticCustomError("tools", "two tools have one name", {"param": "tools"})
-        wanted = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+        wanted = self.tool_choice.function.name if isinstance(self.tool_choice, Tool) else None
         if (wanted is not None and wanted not in names) or (self.tool_choice == "required" and not names):
             raise PydanticCustomError("tools", "there is no such tool among tools", {"param": "tool_choice"})
         return self

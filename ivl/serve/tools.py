@@ -65,11 +65,7 @@ def calls_text(calls: Sequence[ToolCall], place: str) -> str:
     """Return calls as an assistant writes them. Raises APIError, at place, for arguments that are not a JSON object."""
     lines: list[str] = []
     for number, call in enumerate(calls):
-        try:
-            arguments = json.loads(call.function.arguments or "{}")
-        except (ValueError, RecursionError):
-            arguments = None
-        if not isinstance(arguments, dict):
+        if (arguments := read_object(call.function.arguments or "{}")) is None:
             param = f"{place}.tool_calls[{number}].function.arguments"
             raise APIError(400, f"{param}: not a JSON object, as text", param=param, code="invalid_value")
         lines.append(f"{CALL}\n{_json({'name': call.function.name, 'arguments': arguments})}\n{CALL_END}")
@@ -140,6 +136,15 @@ def _read_call(text: str, index: int) -> dict[str, Any] | None:
         return None
     function = {"name": name, "arguments": arguments}
     return {"index": index, "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+
+
+def read_object(text: str) -> dict[str, Any] | None:
+    """Return the JSON object that a text is, None if it is none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _json(value: Any) -> str:

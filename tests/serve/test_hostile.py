@@ -469,7 +469,7 @@ def test_a_cache_beyond_memory_is_one_line(tmp_path: Path) -> None:
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages[0].content[0].text"),
         (
-            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x.png"}]}]},
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": 5}]}]},
             "messages[0].content[0].image_url",
         ),
         ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content[0]"),
