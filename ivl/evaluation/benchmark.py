@@ -195,6 +195,8 @@ class Benchmark(Task):
             InputError: if it is missing, or the one in LMUData is another one than the scores were published with.
         """
         path = self.path or data.data_root() / f"{self.file}.tsv"
+        if not path.exists() and (local := path.with_name(f"{self.file}_local.tsv")).exists():
+            return local  # VLMEvalKit's copy of a large file, with the pictures in files of their own
         if not path.exists():
             remedy = f"put it into {data.data_root()} or name it with --data"
             raise InputError(f"{path}: no such file; {self.origin}, and {remedy}")

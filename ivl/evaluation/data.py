@@ -23,6 +23,8 @@ from ivl.utils.files import regular
 
 PICTURES = "<pictures>"
 """The key under which a row holds its pictures, as bytes or paths."""
+PLACE_OF_ANSWER = "<place of the answer>"
+"""The column of a table that counts the right option from 0 is renamed to this."""
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LONGEST_REFERENCE = 64
 """A picture cell of at most so many characters is the index of the row whose picture is meant."""
@@ -49,6 +51,7 @@ def read_rows(path: Path, columns: Mapping[str, str], *, samples: bool = False) 
     if path.suffix in (".tsv", ".csv", ".xlsx"):
         for place, cells in _with_shared_pictures(path):
             row = {key: value for key, value in cells.items() if value and key != "image"}
+            row["index"] = row["index"].removesuffix(".0") if "index" in row else ""
             yield place, row | {PICTURES: _pictures_of_cell(path, place, cells)}
         return
     rows = open_rows(path)
@@ -72,13 +75,8 @@ def literal(cell: Any) -> list[Any]:
 
 
 def options_of(row: Mapping[str, Any]) -> dict[str, str]:
-    """Return the options of a row by letter, in order, up to the first that is missing."""
-    options: dict[str, str] = {}
-    for letter in LETTERS:
-        if row.get(letter) is None:
-            break
-        options[letter] = str(row[letter])
-    return options
+    """Return the options of a row by letter."""
+    return {letter: str(row[letter]) for letter in LETTERS if row.get(letter) is not None}
 
 
 @lru_cache(64)
@@ -151,7 +149,10 @@ def _pictures_of_cell(path: Path, place: str, cells: Mapping[str, str]) -> tuple
     if not cells.get("image"):
         if "image" in cells or not cells.get("image_path"):
             return ()
-        return tuple(found(str(name), path, "images", f"images/{path.stem}") for name in literal(cells["image_path"]))
+        return tuple(
+            found(str(name), path, "images", f"images/{path.stem.removesuffix('_local')}")
+            for name in literal(cells["image_path"])
+        )
     try:
         return tuple(base64.b64decode(str(item), validate=True) for item in literal(cells["image"]))
     except (binascii.Error, ValueError) as error:
@@ -173,12 +174,11 @@ def _from_table(raw: Mapping[str, Any], columns: Mapping[str, str], path: Path, 
     for key in [key for key in row if _OPTION.fullmatch(key)]:
         name = key[-1]
         row[LETTERS[int(name)] if name.isdigit() else name.upper()] = str(row.pop(key))
-    answer = row.get("answer")
-    if "A" in row and isinstance(answer, int | str):
-        if re.fullmatch(r"\d", str(answer)) and str(answer) not in options_of(row).values():
-            row["answer"] = LETTERS[int(answer)]
-        elif match := re.fullmatch(r"\(([A-Z])\)", str(answer)):
-            row["answer"] = match[1]
+    place_of_answer = str(row.pop(PLACE_OF_ANSWER, ""))
+    if place_of_answer:
+        row["answer"] = LETTERS[int(place_of_answer)] if place_of_answer.isdigit() else place_of_answer
+    if match := re.fullmatch(r"\(([A-Z])\)", str(row.get("answer"))):
+        row["answer"] = match[1]
     return row | {PICTURES: tuple(pictures)}
 
 
@@ -216,7 +216,7 @@ def found(name: str, path: Path, *folders: str) -> str:
 def _of_sample(sample: Mapping[str, Any], place: str) -> dict[str, Any]:
     """Return the row of a sample of lmms-eval, with the reply under `prediction`."""
     try:
-        reply = sample["filtered_resps"] if sample.get("filtered_resps") else sample["resps"]
+        reply = sample["resps"] if sample.get("resps") else sample["filtered_resps"]  # the second may be cut out of the first
         while isinstance(reply, list):
             reply = reply[0]
         return {"index": sample["doc_id"], **sample["doc"], "prediction": str(reply)}

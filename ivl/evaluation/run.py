@@ -306,11 +306,18 @@ class _Asking:
         candidates = sample(self.generator, asked, params, self.method.samples, style=self.method.style, likelihood=likelihood)
         if self.judge is not None:
             candidates = rate(self.judge, asked, candidates)
+        if self.method.select == "vote":  # replies that the task reads alike are one answer
+            candidates = [[self.read(c, e) for c in replies] for e, replies in zip(examples, candidates, strict=True)]
         plain = self.method == ONE_REPLY
         return [
             self.prediction(example, replies[0].text, () if plain else tuple(replies))
             for example, replies in zip(examples, candidates, strict=True)
         ]
+
+    def read(self, candidate: Candidate, example: Example) -> Candidate:
+        """Put what the task's extractor reads in place of the answer, where it reads something."""
+        read = score_of(self.task, candidate.answer, example).answer
+        return replace(candidate, answer=read) if read else candidate
 
     def seeded(self, example: Example) -> SamplingParams:
         """Give every example other random numbers, the same on every run."""

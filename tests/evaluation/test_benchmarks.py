@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,12 @@ import pytest
 
 from ivl.errors import InputError
 from ivl.evaluation.benchmark import Benchmark
+from ivl.evaluation.config import Method
 from ivl.evaluation.data import LETTERS, PICTURES
-from ivl.evaluation.run import figures_of
+from ivl.evaluation.run import evaluate, figures_of
 from ivl.evaluation.task import Score, Scored
 from ivl.evaluation.tasks import TASKS
+from ivl.types import TextDelta
 from tests.evaluation.rows import PICTURE, always_a, benchmark, empty, evaluated, figures, perfect, write_tsv
 
 CASES = [json.loads(line) for line in Path(__file__).with_name("golden.jsonl").read_text().splitlines()]
@@ -297,3 +300,52 @@ def test_a_choice_of_mlvu(given: dict[str, Any], expected: bool, tmp_path: Path)
     task = benchmark("mlvu", path)
     row = {"index": "1", "question": "q", "video": "v", **given["choices"], "answer": given["gt"][1]}
     assert (task.score(given["prediction"], task.example(row)).value == 1) == expected
+
+
+def test_replies_of_any_kind_have_a_score(tmp_path: Path) -> None:
+    pieces = ["A", "B", "(C)", "answer is", "Final answer:", "\\boxed{", "}", "yes", "no", "不是", "\n", "[[1,2]]", "1e999",
+              "nan",
+              "\ud800", "\x00", "½", "None", '{"result":', "(", ")", "[", "0.5", "red", " ", "x" * 50]  # fmt: skip
+    rng, path = random.Random(0), tmp_path / "rows.tsv"
+    path.touch()
+    row = {"index": "VD_a_0_1_2_3", "question": "q", "A": "red", "B": "3", "C": "13", "answer": "B", "category": "c",
+           "video": "v", "l2-category": "l", "question_type": "multi_choice", "answer_type": "text",
+           "image_path": "p", PICTURES: ()}  # fmt: skip
+    ours = (
+        "mmstar",
+        "hallusionbench",
+        "mme",
+        "mmmu",
+        "mmmu-pro",
+        "ocrbench",
+        "mathvista",
+        "mmvet",
+        "mvbench",
+        "mlvu",
+        "video-mme",
+    )
+    for name in ours:
+        for prompt in ("published", "cot", "mpo"):
+            task = benchmark(name, path, prompt=prompt, profile="2026-08" if prompt == "cot" else "2024-12")
+            example = task.example({**row, "answer": "Yes"} if name in ("hallusionbench", "mme") else row)
+            for _ in range(50):
+                reply = "".join(rng.choice(pieces) for _ in range(rng.randrange(30)))
+                score = task.score(reply, example)
+                assert 0 <= score.value <= 1
+                if score.undecided:
+                    assert all(isinstance(score.undecided.read(each), Score | None) for each in ("", reply, "A", "0.5"))
+
+
+def test_a_vote_counts_replies_that_are_read_alike(tmp_path: Path) -> None:
+    task = benchmark("mmstar", write_tsv(tmp_path / "rows.tsv", choice_rows(1)))
+    replies = iter(["B. green", "A", "It is A.", "(A) red", "B. green"])
+
+    class Sampled:
+        fingerprint = "sampled"
+
+        def stream(self, prompt: Any, params: Any) -> Any:
+            yield TextDelta(next(replies), finish_reason="stop")
+
+    method = Method(samples=5, select="vote")
+    report = evaluate(task, Sampled(), config(method=method), model="m", predictions=tmp_path / "p.jsonl")
+    assert report["value"] == 1, "three ways to write A are three votes"

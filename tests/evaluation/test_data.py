@@ -42,7 +42,7 @@ def test_a_cell_of_megabytes_and_options_that_look_missing(tmp_path: Path) -> No
     big = base64_of(png() + b"x" * 200_000)
     path = write_tsv(tmp_path / "t.tsv", [{"index": 1, "image": big, "A": "None", "B": "NA", "C": "3", "D": "", "E": "later"}])
     (row,) = rows(path)
-    assert len(row[PICTURES][0]) > 200_000 and options_of(row) == {"A": "None", "B": "NA", "C": "3"}
+    assert len(row[PICTURES][0]) > 200_000 and options_of(row) == {"A": "None", "B": "NA", "C": "3", "E": "later"}
 
 
 @pytest.mark.parametrize(
@@ -102,6 +102,22 @@ def test_tables_of_the_hub_become_the_rows_of_a_tsv(name: str, tmp_path: Path) -
     assert task.score("B", example).value == 1 and task.score("x", example).value == 0
     pictures = [part for part in example.conversation[0].content if hasattr(part, "source")]
     assert len(pictures) == (2 if name == "mmmu" else 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "question"),
+    [
+        ("mmstar", "q\nOptions: A: x, B: y, C: a, b: c, D: z"),
+        ("realworldqa", "q\n\nA. x\nB. y\nPlease answer directly with only the letter of the correct option and nothing else."),
+        ("ai2d", "q\nA. x\nB. y\nAnswer with the option's letter from the given choices directly."),
+    ],
+)
+def test_options_inside_a_question_become_columns(name: str, question: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"index": 1, "question": question, "answer": "B"}) + "\n")
+    (example,) = benchmark(name, path).examples()
+    options = {"A": "x", "B": "y"} | ({"C": "a, b: c", "D": "z"} if name == "mmstar" else {})
+    assert options_of(example.row) == options and example.row["question"] == "q" and example.answers == ("B",)
 
 
 def test_other_tables_of_the_hub(tmp_path: Path) -> None:

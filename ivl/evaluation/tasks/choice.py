@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ivl.evaluation.benchmark import Benchmark
-from ivl.evaluation.data import options_of
+from ivl.evaluation.data import PLACE_OF_ANSWER, options_of
 from ivl.evaluation.figures import Figure, Figures, all_right, average, by, mean
 from ivl.evaluation.grading import judge_prompt
 from ivl.evaluation.prompts import CHINESE, LETTER, LETTER_ZH
 from ivl.evaluation.scoring.options import REFUSED, infer_option
 from ivl.evaluation.task import Example, JudgeQuestion, Score, Scored
 
+_LINE = re.compile(r"^([A-J])[.:] +(.*\S)", re.MULTILINE)
 ROTATION = 1_000_000
 """The index of a question's rotation k is the question's own plus k times this."""
 
@@ -47,11 +49,25 @@ class Choice(Benchmark):
             return super().cluster(row)
         return f"question {row['g_index'] if row.get('g_index') is not None else int(row['index']) % ROTATION}"
 
+    def prepared(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Take the options out of a question that holds them, one a line or in one line behind `Options: `."""
+        text = str(row["question"]) if not options_of(row) else ""
+        lines = list(_LINE.finditer(text))
+        before, found, after = text.rpartition("\nOptions: ")
+        pieces = re.split(r"(?:^|, )([A-H]): ", after) if found else [""]
+        if [match[1] for match in lines] == list("ABCDEFGHIJ"[: len(lines)]) and len(lines) > 1:
+            return row | {match[1]: match[2] for match in lines} | {"question": text[: lines[0].start()].rstrip("\n")}
+        if len(pieces) > 3 and not pieces[0]:
+            return row | dict(zip(pieces[1::2], pieces[2::2], strict=True)) | {"question": before}
+        return row
+
     def options(self, row: Mapping[str, Any]) -> dict[str, str]:
-        return options_of(row)
+        """Return the options; of an open question the answer as A and `Other Answers` as B."""
+        return options_of(row) or {"A": str(row.get("answer", "")), "B": "Other Answers"}
 
     def truth(self, row: Mapping[str, Any]) -> str:
-        return str(row.get("answer", ""))
+        """Return the right letter."""
+        return str(row.get("answer", "")) if options_of(row) else "A"
 
     def grade(self, text: str, example: Example) -> Score:
         """Compare the letter that the reply names; a judge matches a reply that names none or several."""
@@ -99,8 +115,16 @@ def _mmbench(split: str, language: str, version: str, **more: Any) -> Choice:
     hidden = ": answers are hidden, makes a submission" * (split == "test")
     about = f"MMBench {'v1.1' if version else 'v1.0'}, {split}, {language}{hidden}"
     return Choice(
-        name=name, file=file, about=about, hub="lmms-lab/MMBench", circular=True, submission="table", **more
+        name=name, file=file, about=about, hub="lmms-lab/MMBench", circular=True, submission="table",
+        columns={"L2-category": "l2-category"}, **more,
     )  # fmt: skip
+
+
+class SeedImage(Choice):
+    """The table of the hub has videos, too."""
+
+    def keep(self, row: Mapping[str, Any]) -> bool:
+        return row.get("data_type", "image") == "image"
 
 
 TASKS = (
@@ -117,12 +141,12 @@ TASKS = (
     ),
     Choice(
         name="ai2d", file="AI2D_TEST", about="diagrams of school books, letters drawn over the labels (with mask)", rows=3088,
-        md5="0f593e0d1c7df9a3d69bf1f947e71975", hub="lmms-lab/ai2d",
+        md5="0f593e0d1c7df9a3d69bf1f947e71975", hub="lmms-lab/ai2d", columns={"answer": PLACE_OF_ANSWER},
     ),
     Choice(name="ai2d-no-mask", file="AI2D_TEST_NO_MASK", about="the same without the letters", rows=3088),
-    Choice(
+    SeedImage(
         name="seed-image", file="SEEDBench_IMG", about="nine kinds of questions about photographs", rows=14232,
-        hub="lmms-lab/SEED-Bench", columns={"data_type": "split", "question_type_id": "category", "question_id": "index"},
+        hub="lmms-lab/SEED-Bench", columns={"text": "question", "question_type_id": "category", "question_id": "index"},
     ),
     Choice(name="seed-2-plus", file="SEEDBench2_Plus", about="charts, maps and web pages", rows=2277),
     Choice(name="realworldqa", file="RealWorldQA", about="photographs taken from cars and by phone", rows=765),

@@ -25,7 +25,7 @@ STEPS = "Think step by step before answering."
 
 @dataclass(frozen=True, kw_only=True)
 class Mmmu(Choice):
-    """The first picture is enlarged twice. The answer of an open question is its option A, and `Other Answers` its option B."""
+    """The first picture is enlarged twice."""
 
     def pictures(self, row: Mapping[str, Any]) -> Sequence[str | bytes | Image.Image]:
         first, *others = super().pictures(row) or (None,)
@@ -37,12 +37,6 @@ class Mmmu(Choice):
 
     def reference_suffix(self, row: Mapping[str, Any]) -> str:
         return "\n" + (LETTER if options_of(row) else SHORT)
-
-    def options(self, row: Mapping[str, Any]) -> dict[str, str]:
-        return options_of(row) or {"A": str(row.get("answer", "")), "B": "Other Answers"}
-
-    def truth(self, row: Mapping[str, Any]) -> str:
-        return str(row.get("answer", "")) if options_of(row) else "A"
 
 
 @dataclass(frozen=True, kw_only=True)

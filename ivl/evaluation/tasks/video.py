@@ -51,7 +51,7 @@ class VideoChoice(Choice):
     `bracket` what stands before the first closing parenthesis."""
 
     def prepared(self, row: dict[str, Any]) -> dict[str, Any]:
-        options = {key: value for key in ("candidates", "options") if (value := row.get(key))}
+        options: dict[str, Any] = {key: value for key in ("candidates", "options") if (value := row.get(key))}
         texts = next((literal(value) for value in options.values()), [])
         row = row | {letter: re.sub(rf"^\(?{letter}[).]\s*", "", str(t)) for letter, t in zip("ABCDEFGH", texts, strict=False)}
         found = options_of(row)
