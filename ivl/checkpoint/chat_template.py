@@ -9,11 +9,11 @@ from ivl.checkpoint.sections import TEXT, open_section
 from ivl.errors import InputError
 from ivl.utils.files import regular
 
-MAX_TEMPLATE_BYTES = 1 << 20
-_IN_A_TURN = re.compile(r"<\|im_start\|>system(?:\\n|\n)(?P<text>(?:(?!<\|im_|['\"]\s*[-+~}]).)*)<\|im_end\|>", re.DOTALL)
+MAX_TEMPLATE = 1 << 18
+_IN_A_TURN = re.compile(r"<\|im_start\|>system(?:\\n|\n)(?P<text>(?:(?!<\|im_|['\"]\s?[-+~}]).)*)<\|im_end\|>", re.DOTALL)
 """A whole system turn in one piece, not put together from a variable."""
 _IN_A_VARIABLE = re.compile(
-    r"\bset\s+\w*system\w*\s*=\s*(?P<quote>['\"])(?P<text>(?:\\.|(?!(?P=quote)).)*)(?P=quote)", re.DOTALL
+    r"\bset\s{1,9}\w{0,40}system\w{0,40}\s{0,9}=\s{0,9}(?P<q>['\"])(?P<text>(?:\\.|(?!(?P=q)).)*)(?P=q)", re.DOTALL
 )
 
 
@@ -24,11 +24,13 @@ def default_system(directory: Path) -> str | None:
         The message, empty if the template writes none; None if the directory has no template.
 
     Raises:
-        InputError: if a file that may hold the template is not readable.
+        InputError: if a file that may hold the template is not readable, or the template is too long.
     """
     template = _template(directory)
     if template is None:
         return None
+    if len(template) > MAX_TEMPLATE:
+        raise InputError(f"{directory}: its chat template has more than {MAX_TEMPLATE:,} characters, which are not read")
     found = _IN_A_TURN.search(template) or _IN_A_VARIABLE.search(template)
     return re.sub(r"\\(.)", lambda match: "\n" if match[1] == "n" else match[1], found["text"]) if found else ""
 
@@ -38,8 +40,8 @@ def _template(directory: Path) -> str | None:
     file = directory / "chat_template.jinja"
     if file.exists():
         try:
-            if regular(file).st_size > MAX_TEMPLATE_BYTES:
-                raise InputError(f"{file}: more than {MAX_TEMPLATE_BYTES:,} bytes, which are not read")
+            if regular(file).st_size > 4 * MAX_TEMPLATE:
+                raise InputError(f"{file}: more than {4 * MAX_TEMPLATE:,} bytes, which are not read")
             return file.read_text("utf-8")
         except (OSError, UnicodeError) as error:
             raise InputError(f"{file}: cannot be read: {error}") from None
@@ -50,5 +52,5 @@ def _template(directory: Path) -> str | None:
             named = {item.values.get("name"): item.read("template", TEXT) for item in section.sections("chat_template")}
             value = named.get("default")
         if isinstance(value, str):
-            return value[:MAX_TEMPLATE_BYTES]
+            return value
     return None

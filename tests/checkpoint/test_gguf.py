@@ -53,6 +53,7 @@ def write_gguf(path: Path, decoder: Decoder, kind: str = "F32", *, tied: bool = 
     writer.add_feed_forward_length(config.mlp_width)
     writer.add_head_count(config.num_heads)
     writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_tokenizer_model("gpt2")
@@ -64,7 +65,7 @@ def write_gguf(path: Path, decoder: Decoder, kind: str = "F32", *, tied: bool = 
 
     def add(name: str, tensor: torch.Tensor) -> None:
         rows = tensor.detach().numpy()
-        if config.family != "qwen2" and ("attn_q" in name or "attn_k" in name):
+        if not config.family.startswith("qwen") and ("attn_q" in name or "attn_k" in name):
             rows = interleave(rows, config.num_heads if "attn_q" in name else config.num_kv_heads)
         own = quantization if rows.ndim > 1 else gguf.GGMLQuantizationType.F32
         writer.add_tensor(name, gguf.quantize(np.ascontiguousarray(rows), own), raw_dtype=own)
@@ -79,6 +80,8 @@ def write_gguf(path: Path, decoder: Decoder, kind: str = "F32", *, tied: bool = 
                 add(f"blk.{n}.attn_{letter}.{leaf}", rows)
         gate, up = layer.gate_up.weight.chunk(2)
         names = {"ffn_gate": gate, "ffn_up": up, "ffn_down": layer.down.weight, "attn_output": layer.out.weight}
+        if layer.q_norm is not None:
+            names |= {"attn_q_norm": layer.q_norm.weight, "attn_k_norm": layer.k_norm.weight}
         for name, tensor in {**names, "attn_norm": layer.norm1.weight, "ffn_norm": layer.norm2.weight}.items():
             add(f"blk.{n}.{name}.weight", tensor)
     writer.write_header_to_file()
@@ -94,9 +97,11 @@ def read_decoder(path: Path) -> Decoder:
     return decoder
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "internlm2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "internlm2", "qwen3"])
 def test_a_written_decoder_comes_back(tmp_path: Path, family) -> None:
-    config = replace(CONFIG, family=family, qkv_bias=family == "qwen2")
+    config = replace(CONFIG, family=family, qkv_bias=family == "qwen2", qk_norm=family == "qwen3")
+    if family == "qwen3":  # heads need not fill the width
+        config = replace(config, head_dim=2 * CONFIG.head_dim)
     decoder = random_decoder(config)
     write_gguf(tmp_path / "a.gguf", decoder)
     back = read_decoder(tmp_path / "a.gguf")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,22 @@ def test_a_model_without_a_system_message_of_its_own_is_written_as_it_renders(tm
     write_json(tmp_path / "config.json", to_json(config, "internvl_chat", "bfloat16"))
     message = load_config(tmp_path).system_message
     assert message is not None and message.startswith("你是书生·万象")
+
+
+def test_templates_of_strangers_take_no_time_and_are_named(tmp_path: Path) -> None:
+    """Texts that make a careless pattern try every pair of places."""
+    chat_directory(tmp_path, "3.5-8B")
+    for text in ("set system", "<|im_start|>system\\n", "set system = '", "set ", "system", "'+"):
+        (tmp_path / "chat_template.jinja").write_text("{% set " + text * (200_000 // len(text)))
+        start = time.process_time()
+        load_config(tmp_path)
+        assert time.process_time() - start < 5
+    (tmp_path / "chat_template.jinja").write_text("x" * 300_000)
+    with pytest.raises(InputError, match="chat template has more than 262,144 characters"):
+        load_config(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_config(tmp_path)
 
 
 # -- refused by name

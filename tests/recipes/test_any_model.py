@@ -7,12 +7,15 @@ import pytest
 
 import ivl
 from ivl.checkpoint import load_config
+from ivl.checkpoint.config_json import to_json
+from ivl.checkpoint.releases import MODELS
 from ivl.cli.convert import merge
 from ivl.cli.train import train as cli
 from ivl.errors import InputError
 from ivl.formats.rows import write_jsonl
 from ivl.recipes.any_model import any_model
 from ivl.runs.directory import load_run_config
+from ivl.utils.files import write_json
 from tests.helpers.engines import tiny_directory
 from tests.helpers.mixtures import make_file, make_rows
 from tests.helpers.pairs import make_pairs
@@ -99,3 +102,13 @@ def test_a_recipe_file_imports_its_neighbor(tmp_path, capsys):
         cli(["1B-finetune", "--optim.name", "muon", "--shard"])
     with pytest.raises(InputError, match=r"by zero|heads"):
         cli(["1B-finetune", "--architecture.vision.num-heads", "0"])
+
+
+@pytest.mark.parametrize(("name", "lr"), [("3.5-8B", "2e-07"), ("3-14B", "2e-07"), ("8B", "1e-06"), ("4B", "1e-06")])
+def test_a_model_takes_the_settings_of_its_own_release(tmp_path, name, lr):
+    config = MODELS[name].config
+    write_json(tmp_path / "config.json", to_json(config, "internvl_chat", "bfloat16"))
+    pairs = make_pairs(tmp_path / "pairs", 3)
+    made, chosen = any_model("mpo", str(tmp_path), (str(pairs),))
+    assert f"published settings of {name};" in chosen and chosen.endswith(f"lr {lr}")
+    assert made.model == str(tmp_path) and made.architecture is None
