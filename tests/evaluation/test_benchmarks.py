@@ -349,3 +349,17 @@ def test_a_vote_counts_replies_that_are_read_alike(tmp_path: Path) -> None:
     method = Method(samples=5, select="vote")
     report = evaluate(task, Sampled(), config(method=method), model="m", predictions=tmp_path / "p.jsonl")
     assert report["value"] == 1, "three ways to write A are three votes"
+
+
+@pytest.mark.parametrize(("given", "expected"), cases("mmbench_video_rating"))
+def test_ratings_of_videos(given: dict[str, Any], expected: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "rows.tsv").touch()
+    task = benchmark("mmbench-video", tmp_path / "rows.tsv")
+    rows = []
+    for row in given["rows"]:
+        rated = row["score"] >= 0
+        example = task.example({**row, "index": str(row["index"]), "question": "q", "answer": "a", "video": "v"})
+        rows.append(Scored(example, Score(value=row["score"] * rated, numbers={"rated": float(rated)})))
+    found = {name: f"{value:.2f}" for name, value in values(task, rows).items()}
+    assert {name: found[name] for name in expected["coarse_all"]} == expected["coarse_all"]
+    assert {name: found[f"{name}, rated"] for name in expected["coarse_valid"]} == expected["coarse_valid"]

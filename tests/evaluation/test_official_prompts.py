@@ -33,7 +33,7 @@ def written(conversation: Conversation) -> str:
     parts = conversation[0].content
     marks = {
         ImageRef: lambda _: "<image>",
-        VideoRef: lambda v: "".join(f"Frame-{n}: <image>\n" for n in range(1, v.num_frames + 1)),
+        VideoRef: lambda v: "\n".join(f"Frame-{n}: <image>" for n in range(1, v.num_frames + 1)),
     }
     return "".join(part.text if isinstance(part, Text) else marks[type(part)](part) for part in parts)
 
@@ -82,6 +82,19 @@ def test_video_prompts_are_the_published_ones(tmp_path: Path) -> None:
         path.write_text("x")
         task = replace(task, frames=2, path=path)
         assert written(task.conversation(task.prepared({"index": "1", "video": "v", "answer": "A", **row}))) == words
+
+
+@pytest.mark.parametrize(("asked", "expected"), cases("internvl_video_prompt"))
+def test_video_prompts_of_the_adapter(asked: dict[str, Any], expected: dict[str, Any], tmp_path: Path) -> None:
+    first, *_ = texts = [message["value"] for message in asked["messages"] if message["type"] == "text"]
+    frames = sum(message["type"] == "image" for message in asked["messages"])
+    task = FILES[asked["dataset"]]
+    assert isinstance(task, VideoChoice)
+    path = tmp_path / f"{task.file}.tsv"
+    path.touch()
+    options = {"A": "x", "B": "y"} if "x\n" in texts[1] else {}
+    row = {"index": "1", "video": "v", "question": "What?", "answer": "A", **options}
+    assert written(replace(task, frames=frames, before=first, path=path).conversation(row)) == expected["prompt"]
 
 
 def test_the_first_picture_of_mmmu_is_enlarged() -> None:

@@ -31,7 +31,12 @@ CAREFULLY = (
 )
 EVERY_DETAIL = (
     "Carefully watch this video and pay attention to every detail. Based on your observations, select the best option that "
-    "accurately addresses the question.\n"
+    "accurately addresses the question."
+)
+SEPARATE_FRAMES = (
+    "\nYou will be provided with {frames} separate frames uniformly sampled from a video, the frames are provided in "
+    "chronological order of the video.\nPlease analyze these images and provide the answer to the question about the video content.\nPlease "
+    "directly reply with your response to the only question.\n"
 )
 BEST = "\nOnly give the best option."
 
@@ -62,7 +67,7 @@ class VideoChoice(Choice):
         return row | {"answer": answer}
 
     def conversation(self, row: Mapping[str, Any]) -> Conversation:
-        return (Message("user", (self.video(row), Text(self.text(row)))),)
+        return (Message("user", (self.video(row), Text(f"\n{self.text(row)}"))),)
 
     def video(self, row: Mapping[str, Any]) -> VideoRef:
         """Return the video, which lies beside the rows, or in a folder `video` or of the benchmark's name there."""
@@ -102,7 +107,7 @@ class VideoRating(VideoChoice):
     """Open questions, which a judge rates from 0 to 3. Skills count for the coarse ones that they belong to."""
 
     def question(self, row: Mapping[str, Any]) -> str:
-        return f"{self.before}Question: {row['question']}"
+        return f"{self.before.format(frames=self.frames)}Question: {row['question']} "
 
     def grade(self, text: str, example: Example) -> Score:
         """Leave the rating to the judge."""
@@ -119,14 +124,34 @@ class VideoRating(VideoChoice):
         return row
 
     def figures(self, scored: Sequence[Scored]) -> Figures:
-        """Return the mean rating, that of rated replies alone, and the mean of each skill."""
-        skills = by(scored, lambda s: list(map(str, literal(s["dimensions"]))))
-        valid = ratio(scored, lambda s: s.score.value, lambda s: s.number("rated"))
-        return {
-            "Overall": points(mean(scored)),
-            "rated alone": points(valid),
-            **{k: points(mean(v)) for k, v in skills.items()},
-        }
+        """Return the mean rating of all and of each skill, and those of the replies that have a rating."""
+        parts = by(
+            scored, lambda s: list(dict.fromkeys(each for fine in literal(s["dimensions"]) for each in _skills(str(fine))))
+        )
+        order = sorted(parts, key=lambda name: name != "Overall")
+        rated = {f"{k}, rated": ratio(parts[k], lambda s: s.score.value, lambda s: s.number("rated")) for k in order}
+        return {name: points(figure) for name, figure in ({k: mean(parts[k]) for k in order} | rated).items()}
+
+
+COARSE = {
+    "CP": ("Video Topic", "Video Emotion", "Video Scene", "Video Style"),
+    "FP-S": ("OCR", "Object Recognition", "Attribute Recognition", "Event Recognition", "Human Motion", "Counting"),
+    "FP-C": ("Spatial Relationship", "Human-object Interaction", "Human Interaction"),
+    "HL": ("Hallucination",),
+    "LR": ("Structuralized Image-Text Understanding", "Mathematical Calculation"),
+    "AR": ("Physical Property", "Function Reasoning", "Identity Reasoning"),
+    "RR": ("Natural Relation", "Physical Relation", "Social Relation"),
+    "CSR": ("Common Sense Reasoning",),
+    "TR": ("Counterfactual Reasoning", "Causal Reasoning", "Future Prediction"),
+}
+PERCEPTION = ("CP", "FP-S", "FP-C", "HL")
+
+
+def _skills(fine: str) -> tuple[str, ...]:
+    """Return a fine skill and all that it belongs to."""
+    coarse = next((name for name, members in COARSE.items() if fine in members), "")
+    above = (coarse, "Perception" if coarse in PERCEPTION else "Reasoning") if coarse else ()
+    return ("Overall", *above, fine)
 
 
 TASKS = (
@@ -149,7 +174,7 @@ TASKS = (
     ),
     VideoRating(
         name="mmbench-video", file="MMBench-Video", about="open questions about videos, rated 0 to 3", rows=1998, judge="all",
-        metric="mean rating, 0 to 3", hub="opencompass/MMBench-Video", after="",
-        before="These are the frames of a video, in their order. Answer the question about it directly.\n",
+        metric="mean rating, 0 to 3", hub="opencompass/MMBench-Video", before=SEPARATE_FRAMES, after="",
+        md5="98f7df3eb1007fc375ea6fe88a98e2ff",
     ),
 )  # fmt: skip
