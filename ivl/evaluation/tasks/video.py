@@ -35,8 +35,8 @@ EVERY_DETAIL = (
 )
 SEPARATE_FRAMES = (
     "\nYou will be provided with {frames} separate frames uniformly sampled from a video, the frames are provided in "
-    "chronological order of the video.\nPlease analyze these images and provide the answer to the question about the video content.\nPlease "
-    "directly reply with your response to the only question.\n"
+    "chronological order of the video.\nPlease analyze these images and provide the answer to the question about the video "
+    "content.\nPlease directly reply with your response to the only question.\n"
 )
 BEST = "\nOnly give the best option."
 
