@@ -44,6 +44,8 @@ class Benchmark(Task):
     rows: int | None = None
     tiles: int = 6
     """Most tiles of a picture."""
+    frames: int = 0
+    """Frames of a video that are shown; 0 where there is none."""
     judge: str = ""
     """Empty, `some` where a judge decides about replies that the rule cannot read, or `all`."""
     columns: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -55,6 +57,8 @@ class Benchmark(Task):
     profile: Profile = "2024-12"
     submission: Literal["", "table", "map", "list"] = ""
     """Form of the file for the server that has the answers, where a split hides them."""
+    table: Literal["acc", "score"] = "acc"
+    """VLMEvalKit's table of figures: shares in NAME_acc.csv, or percent in NAME_score.csv."""
     reduced: bool = False
     """Whether what follows `Final answer:` counts alone, where the prompt asks for it."""
     defects: bool = False

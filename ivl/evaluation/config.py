@@ -80,6 +80,8 @@ class EvalConfig:
     """The rules that read a reply: those of the published scores, or the later ones of the same tool."""
     defects: Annotated[bool, _Flag] = False
     """Repeat known defects of a benchmark's official tool, which its file in ivl/evaluation/tasks names."""
+    frames: int | None = None
+    """Frames of each video that are shown, where a benchmark has videos; None takes the benchmark's."""
     limit: int | None = None
     """Ask only this many examples, the first ones; those that depend on one another stay together."""
     out: Path | None = None

@@ -9,6 +9,7 @@ import json
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,19 @@ def export(
         if kind == "lmms-eval":
             return _lmms_eval(folder / model, task, report, scored, replies)
         stem = folder / model / f"{model}_{getattr(task, 'file', task.name)}"
-        rows = [{**s.example.row, "prediction": reply} for s, reply in zip(scored, replies, strict=True)]
+        table = getattr(task, "table", "acc")
         figures = {"Overall": report, **report["by_type"]}
-        table = [{"split": "none", **{name: row["value"] for name, row in figures.items()}}]
-        return [write_table(Path(f"{stem}.{kind}"), rows), write_table(Path(f"{stem}_acc.csv"), table)]
+        percent = {name: 1 if table == "acc" or row.get("points") else 100 for name, row in figures.items()}
+        line = {"split": "none", **{name: percent[name] * row["value"] for name, row in figures.items()}}
+        files = [write_table(Path(f"{stem}.{kind}"), _predictions(scored, replies))]
+        return [*files, *([] if report["value"] is None else [write_table(Path(f"{stem}_{table}.csv"), [line])])]
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
+
+
+def _predictions(scored: Sequence[Scored], replies: Sequence[str]) -> list[dict[str, Any]]:
+    """Return rows as VLMEvalKit saves them: all columns but the picture, and the reply."""
+    return [{"index": s.example.id, **s.example.row, "prediction": reply} for s, reply in zip(scored, replies, strict=True)]
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
@@ -108,8 +116,8 @@ def submit(path: Path, task: Task, scored: Sequence[Scored], replies: Sequence[s
     """
     form = getattr(task, "submission", "map")
     if form == "table":
-        rows = [{**s.example.row, "prediction": reply} for s, reply in zip(scored, replies, strict=True)]
-        return write_table(Path(f"{path}.tsv"), rows)
+        suffix = "xlsx" if find_spec("openpyxl") else "tsv"  # the server takes xlsx
+        return write_table(Path(f"{path}.{suffix}"), _predictions(scored, replies))
     texts = {str(s["id"] or s.example.id): s.score.answer or reply for s, reply in zip(scored, replies, strict=True)}
     answers: Any = texts
     if form == "list":

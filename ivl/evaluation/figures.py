@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,8 +20,8 @@ from ivl.evaluation.scoring import wilson
 if TYPE_CHECKING:
     from ivl.evaluation.task import Scored
 
-DRAWS, DRAWN_AT_A_TIME = 1000, 2_000_000
-"""Bootstrap samples, and most counts of clusters in memory."""
+DRAWS = 1000
+"""Bootstrap samples."""
 
 
 @dataclass(frozen=True)
@@ -51,47 +52,37 @@ class Figure:
     @property
     def value(self) -> float:
         """The figure of all units."""
-        return sum(weight * ratio.value for weight, ratio in self.terms)
+        return sum(weight * part.value for weight, part in self.terms)
 
     def interval(self) -> tuple[float, float]:
         """Return the 95% interval: Wilson's for a share of units that stand alone, else of the bootstrap over clusters."""
         if len(self.terms) == 1 and self.terms[0][1].plain and self.n:
-            weight, ratio = self.terms[0]
-            low, high = wilson(sum(top for top, _ in ratio.sums.values()), len(ratio.sums))
+            weight, only = self.terms[0]
+            low, high = wilson(sum(top for top, _ in only.sums.values()), len(only.sums))
             return weight * low, weight * high
-        if not (clusters := self.clusters):
+        order = {cluster: at for at, cluster in enumerate(dict.fromkeys(c for _, part in self.terms for c in part.sums))}
+        if not order:
             return 0.0, 0.0
-        low, high = np.quantile(np.concatenate([self.at(counts) for counts in draws(clusters)]), (0.025, 0.975))
-        return float(low), float(high)
-
-    @property
-    def clusters(self) -> list[str]:
-        """The clusters of all ratios."""
-        return list(dict.fromkeys(cluster for _, ratio in self.terms for cluster in ratio.sums))
-
-    def at(self, counts: np.ndarray, clusters: Sequence[str] | None = None) -> np.ndarray:
-        """Return the figure for each draw, given how often each draw has each cluster [draws, clusters]."""
-        order = {cluster: at for at, cluster in enumerate(clusters or self.clusters)}
-        total = np.zeros(len(counts))
-        for weight, ratio in self.terms:
-            at = [order[cluster] for cluster in ratio.sums]
-            tops, bottoms = counts[:, at] @ np.array(list(ratio.sums.values()) or np.zeros((0, 2)), dtype=float).T[:, :, None]
+        counts, total = _draws(len(order)), np.zeros(DRAWS)
+        for weight, part in self.terms:
+            at = [order[cluster] for cluster in part.sums]
+            tops, bottoms = (counts[:, at] @ np.array([pair[side] for pair in part.sums.values()]) for side in (0, 1))
             # A draw may miss a whole category, whose ratio is then the one of all units.
-            known = bottoms[:, 0] != 0
-            total += weight * np.where(known, tops[:, 0] / np.where(known, bottoms[:, 0], 1), ratio.value)
-        return total
+            total += weight * np.where(bottoms, tops / np.where(bottoms, bottoms, 1), part.value)
+        low, high = np.quantile(total, (0.025, 0.975))
+        return float(low), float(high)
 
 
 Figures = dict[str, Figure]
 """Figures by name; the first is the headline."""
 
 
-def draws(clusters: Sequence[str]) -> Iterable[np.ndarray]:
-    """Yield how often each bootstrap sample has each cluster [draws, clusters], the same on every run."""
-    rng, count = np.random.default_rng(0), len(clusters)
-    size = max(1, min(DRAWS, DRAWN_AT_A_TIME // max(1, count)))
-    for start in range(0, DRAWS, size):
-        yield rng.multinomial(count, np.full(count, 1 / count), size=min(size, DRAWS - start)).astype(float)
+@lru_cache(4)
+def _draws(count: int) -> np.ndarray:
+    """Return how often each bootstrap sample has each of so many clusters [draws, clusters], the same on every run."""
+    rng = np.random.default_rng(0)
+    samples = (np.bincount(rng.integers(0, count, count), minlength=count) for _ in range(DRAWS))
+    return np.stack([sample.astype(np.int16) for sample in samples])
 
 
 def ratio(scored: Sequence[Scored], top: Callable[[Scored], float], bottom: Callable[[Scored], float]) -> Figure:

@@ -14,11 +14,12 @@ from ivl.errors import InputError
 from ivl.evaluation.average import EIGHT, PUBLISHED, as_text, average, published_of
 from ivl.evaluation.benchmark import Benchmark
 from ivl.evaluation.config import EvalConfig
+from ivl.evaluation.data import read_rows
 from ivl.evaluation.export import export, submit, write_table
 from ivl.evaluation.results import compare, mcnemar
 from ivl.evaluation.task import Example
 from tests.evaluation.rows import always_a, benchmark, evaluated, perfect, write_tsv
-from tests.evaluation.test_benchmarks import choice_rows, circular_rows
+from tests.evaluation.test_benchmarks import choice_rows, circular_rows, mme_rows, yes_no_rows
 
 CASES = [json.loads(line) for line in Path(__file__).with_name("golden.jsonl").read_text().splitlines()]
 
@@ -140,8 +141,16 @@ def test_submissions_have_the_form_of_the_server(tmp_path: Path) -> None:
     assert json.loads(submit(tmp_path / "s", task, result.scored, result.replies).read_text()) == {"test_0": "B", "test_1": "B"}
     task = benchmark("mmbench-test-en-v11", path)
     result = evaluated(task, always_a, tmp_path)
-    table = submit(tmp_path / "t", task, result.scored, result.replies).read_text().splitlines()
-    assert table[0].split("\t")[-1] == "prediction" and len(table) == 3
+    read = list(read_rows(submit(tmp_path / "t", task, result.scored, result.replies), {}))
+    assert [row["prediction"] for _, row in read] == ["A", "A"]
+
+
+def test_tables_of_yes_and_no_are_in_percent_but_for_sums(tmp_path: Path) -> None:
+    for name, rows, line in (("hallusionbench", yes_no_rows(), "none,100.0,100.0"), ("mme", mme_rows(), "none,400.0,200.0")):
+        task = benchmark(name, write_tsv(tmp_path / f"{name}.tsv", rows))
+        result = evaluated(task, perfect, tmp_path)
+        _, table = export("tsv", tmp_path / "out", task, result.report, result.scored, result.replies)
+        assert table.name.endswith("_score.csv") and table.read_text().splitlines()[1].startswith(line)
 
 
 def test_a_sheet_needs_its_library(tmp_path: Path) -> None:

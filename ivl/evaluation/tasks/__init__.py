@@ -39,11 +39,22 @@ def task_of(config: EvalConfig) -> Task:
     if config.metric:
         assert config.data is not None, "EvalConfig has checked it"
         return OwnData(config.data, config.metric)
-    task, settings = find(config.task), (config.prompt, config.extraction, config.defects, config.data)
+    task = find(config.task)
     if isinstance(task, Benchmark):
-        return replace(task, **dict(zip(("prompt", "profile", "defects", "path"), settings, strict=True)))
-    if settings != ("published", "2024-12", False, None):
+        frames = task.frames if config.frames is None else config.frames
+        if bool(frames) != bool(task.frames):
+            raise InputError(f"--frames is for benchmarks of videos, at least 1; got {config.frames} for {task.name}")
+        return replace(
+            task, prompt=config.prompt, profile=config.extraction, defects=config.defects, path=config.data, frames=frames
+        )
+    if (config.prompt, config.extraction, config.defects, config.data, config.frames) != (
+        "published",
+        "2024-12",
+        False,
+        None,
+        None,
+    ):
         raise InputError(
-            f"--prompt, --extraction, --defects and --data are for benchmarks of files, and task {task.name} is none"
+            f"--prompt, --extraction, --defects, --frames and --data are for benchmarks of files, and task {task.name} is none"
         )
     return task

@@ -14,7 +14,6 @@ from ivl.evaluation.scoring.boxes import interval_overlap
 from ivl.evaluation.task import Example, Score, Scored
 from ivl.types import Conversation, Message, Text, VideoRef
 
-FRAMES = 32
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)
 _SHOWN = (
     "You will be provided with {}sampled frames from a video, along with a multiple-choice question that includes a question "
@@ -45,7 +44,7 @@ class CgBench(Benchmark):
 
     def conversation(self, row: Mapping[str, Any]) -> Conversation:
         name = row["clue_video_path" if row["task_mode"] == "clue_acc" else "video"]
-        return (Message("user", (VideoRef(found(str(name), self.place()), FRAMES), Text(f"\n{self.text(row)}"))),)
+        return (Message("user", (VideoRef(found(str(name), self.place()), self.frames), Text(f"\n{self.text(row)}"))),)
 
     def question(self, row: Mapping[str, Any]) -> str:
         options = "\n".join(f"{letter}:{text}" for letter, text in zip(LETTERS, literal(row["choices"]), strict=False))
@@ -121,6 +120,7 @@ def clue_overlap(reply: str, truth: Sequence[Sequence[float]], duration: float) 
 TASKS = (
     CgBench(
         name="cgbench", file="CG-Bench_MCQ_Grounding", about="long videos and the clues in them", rows=36387, categories=(),
+        frames=32,
         md5="eaead3d978a689269fefce4ae29c86df", hub="CG-Bench/CG-Bench",
     ),
 )  # fmt: skip

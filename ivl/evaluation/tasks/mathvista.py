@@ -60,7 +60,7 @@ def _options(row: Mapping[str, Any]) -> dict[str, str]:
 
 TASKS = (
     MathVista(
-        name="mathvista", file="MathVista_MINI", about="mathematics in pictures", rows=1000, judge="some",
+        name="mathvista", file="MathVista_MINI", about="mathematics in pictures", rows=1000, judge="some", table="score",
         md5="f199b98e178e5a2a20e7048f5dcb0464", hub="AI4Math/MathVista",
         columns={"pid": "index", "query": "question", "question": "bare_question"},
     ),

@@ -46,7 +46,6 @@ class VideoChoice(Choice):
     """Options are letters and texts, or a list of `candidates` in which the answer is one."""
 
     frames: int = 16
-    """Frames that are shown, one tile each."""
     tiles: int = 1
     before: str = ""
     """Text before the question."""

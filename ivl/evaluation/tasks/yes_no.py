@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ivl.evaluation.benchmark import Benchmark
 from ivl.evaluation.data import PICTURES
@@ -26,6 +26,7 @@ class YesNo(Benchmark):
 
     judge: str = "some"
     reduced: bool = True
+    table: Literal["acc", "score"] = "score"
     ending: str = ""
     """What the published prompt adds."""
 
