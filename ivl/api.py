@@ -208,8 +208,8 @@ def ask(text: str, *media: Medium | Sequence[Medium], system: str | None = None)
 def user(text: str, *media: Medium | Sequence[Medium]) -> Message:
     """Make a user turn.
 
-    `<image>` or `<video>` in the text marks the place of the next medium. Without marks media come first, one a line, several
-    images as `Image-1: `, `Image-2: `.
+    `<image>` or `<video>` in the text marks the place of the next medium of its kind; without such a medium it is letters, and
+    with one `\\<image>` is. Without marks media come first, one a line, several images as `Image-1: `, `Image-2: `.
 
     Raises:
         InputError: for media that are not there, or marks that do not match them in number.
@@ -328,9 +328,7 @@ def _from_data_url(url: str) -> ImageRef | VideoRef:
 
 
 def _from_path(source: str | Path) -> ImageRef | VideoRef:
-    from PIL import Image, UnidentifiedImageError
-
-    from ivl.utils.pictures import open_image
+    from ivl.utils.pictures import open_image, problem_of
 
     path, found, reason = Path(source), False, ""
     try:
@@ -342,10 +340,13 @@ def _from_path(source: str | Path) -> ImageRef | VideoRef:
         raise InputError(f"{str(source)[:200]}: no such image or video{reason}")
     if path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES:
         return VideoRef(str(path))
+    head = b"?"
     try:
         with path.open("rb") as stream:
+            head = stream.read(512)
+            stream.seek(0)
             image, _ = open_image(stream)
             moving = image.format == "GIF" and getattr(image, "n_frames", 1) > 1
-    except (UnidentifiedImageError, OSError, ValueError, IndexError, Image.DecompressionBombError) as error:
-        raise InputError(f"{source}: not an image that can be read ({error})") from error
+    except Exception as error:  # Pillow's readers raise whatever their parsing meets
+        raise InputError(f"{source}: {problem_of(error, head, quote=True)}") from error
     return VideoRef(str(path)) if moving else ImageRef(str(path))

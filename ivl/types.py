@@ -25,6 +25,8 @@ Role = Literal["system", "user", "assistant"]
 FinishReason = Literal["stop", "length"]
 Averaging = Literal["token", "sample", "square"]
 """Loss weight of a token in a sequence of n trained tokens: 1, 1/n or 1/sqrt(n) (arXiv:2412.05271, section 3.4)."""
+FramesBy = Literal["index", "time"]
+"""Frames are spread over their numbers, as the reference has it, or over time: a variable frame rate tells them apart."""
 IGNORE = -100
 """Label of a token that is not trained."""
 
@@ -52,6 +54,7 @@ class VideoRef:
     source: str | bytes
     num_frames: int | None = None
     clip: tuple[float, float] | None = None
+    frames_by: FramesBy = "index"
 
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ts")

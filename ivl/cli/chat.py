@@ -16,7 +16,7 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, Suppress,
 from ivl.api import Chat, Model, load, medium
 from ivl.errors import InputError
 from ivl.generators import LoadConfig
-from ivl.types import Grammar, ImageRef, SamplingParams, VideoRef
+from ivl.types import FramesBy, Grammar, ImageRef, SamplingParams, VideoRef
 
 HELP = "/image PATH adds an image or video to the next question, /clear starts anew, /quit ends; Ctrl-C stops a reply"
 Media = tuple[ImageRef | VideoRef, ...]
@@ -69,6 +69,8 @@ class ChatOptions:
     """System message in place of the model's own."""
     frames: int = 8
     """Frames taken from a video."""
+    frames_by: FramesBy = "index"
+    """Spread them over the numbers of the frames, or over time, which differs where the frame rate varies."""
     stats: FlagCreatePairsOff[bool] = False
     """Print times and speeds to standard error."""
     reply: OmitArgPrefixes[ReplyOptions] = field(default_factory=ReplyOptions)
@@ -84,7 +86,7 @@ def chat(args: list[str]) -> None:
         raise error if isinstance(error, InputError) else InputError(str(error)) from error
     if options.frames < 1:
         raise InputError(f"--frames must be at least 1, got {options.frames}")
-    media = tuple(_open(path, options.frames) for path in options.media)  # before loading a model, which takes its time
+    media = tuple(_open(path, options) for path in options.media)  # before loading a model, which takes its time
     prompt = sys.stdin.read().strip() if options.prompt == "-" else options.prompt
     if prompt is not None and not prompt and not media:
         raise InputError("the prompt is empty")
@@ -99,9 +101,10 @@ def chat(args: list[str]) -> None:
         _answer(model.start(system=options.system), prompt, media, params, stats=options.stats)
 
 
-def _open(path: str, frames: int) -> ImageRef | VideoRef:
+def _open(path: str, options: ChatOptions) -> ImageRef | VideoRef:
     ref = medium(path)
-    return replace(ref, num_frames=frames) if isinstance(ref, VideoRef) else ref
+    frames, over = options.frames, options.frames_by
+    return replace(ref, num_frames=frames, frames_by=over) if isinstance(ref, VideoRef) else ref
 
 
 def _answer(conversation: Chat, text: str, media: Media, params: SamplingParams, *, stats: bool) -> None:
@@ -155,7 +158,7 @@ def _interact(model: Model, params: SamplingParams, media: Media, options: ChatO
             if command == "/clear":
                 conversation, media = model.start(system=options.system), ()
             elif command in ("/image", "/video"):
-                media = (*media, _open(rest.strip(), options.frames))
+                media = (*media, _open(rest.strip(), options))
             elif command.startswith("/"):
                 print(f"unknown command {command}: {HELP}", file=sys.stderr)
             elif line:

@@ -74,6 +74,7 @@ def validate(options: Annotated[ValidateOptions, tyro.conf.arg(name="")]) -> Non
             done.append(finding)
             if not options.as_json:
                 print(f"{finding.name}: {finding.rows:,} rows ({finding.format}), {_problems(finding)}")
+                print("".join(f"{finding.name}: note: {note}\n" for note in finding.notes), end="")
         elif options.as_json:
             source, problem = getattr(finding, "source", None), getattr(finding, "problem", str(finding))
             print(json.dumps({"source": source, "kind": kind_of(finding), "problem": problem}))
@@ -82,7 +83,8 @@ def validate(options: Annotated[ValidateOptions, tyro.conf.arg(name="")]) -> Non
             print(f"{finding} [{kind_of(finding)}]")
     whole = total(done)
     if options.as_json:
-        datasets = {each.name: {"rows": each.rows, "bad": each.bad, "format": each.format} for each in done}
+        names = ("rows", "bad", "format", "repeated_ids", "letters")
+        datasets = {each.name: {name: getattr(each, name) for name in names} for each in done}
         print(json.dumps({"rows": whole.rows, "bad": whole.bad, "kinds": whole.kinds, "datasets": datasets}))
     elif whole.bad:
         print(f"{whole.bad:,} problem{'s' * (whole.bad > 1)} in {whole.rows:,} rows: {_kinds(whole)}")

@@ -86,7 +86,12 @@ def describe(estimate: PackEstimate, config: DataConfig, *, ranks: int, accumula
         f"packs an epoch   {packs:,} (standard error {estimate.error:.1%}, from {estimate.sampled:,} rows)",
         f"steps an epoch   {steps:,} on {ranks} rank(s), {accumulation} pack(s) each: {ranks * accumulation} packs a step",
     ]
-    policy = {"refuse": "the first stops training", "truncate": "cut at a turn", "skip": "left out"}[config.over_budget]
+    policy = {
+        "refuse": "the first stops training",
+        "truncate": "cut at a turn",
+        "cut": "cut at the budget",
+        "skip": "left out",
+    }[config.over_budget]
     if estimate.over_budget:
         lines.append(f"over budget      {estimate.over_budget:,} of {estimate.sampled:,} rows; {policy} (data.over_budget)")
     if bad := sum(part.bad for part in estimate.datasets):

@@ -8,7 +8,7 @@ from typing import Literal
 from ivl.errors import InputError
 from ivl.formats.rows import RowFormat
 from ivl.processing.augment import Augmentation
-from ivl.types import Averaging
+from ivl.types import Averaging, FramesBy
 from ivl.utils.checks import check_choices
 from ivl.utils.workers import StartMethod
 
@@ -42,6 +42,8 @@ class DataConfig:
     """Fewest frames drawn from a video."""
     max_frames: int = 32
     """Most frames drawn from a video."""
+    frames_by: FramesBy = "index"
+    """Frames are drawn over their numbers, or over time, which differs where the frame rate varies."""
     augmentation: Augmentation = field(default_factory=Augmentation)
     """Random changes to the images of data sets with data_augment."""
     averaging: Averaging = "square"
@@ -52,9 +54,10 @@ class DataConfig:
     """Passes over the mixture; None never ends."""
     on_error: Literal["refuse", "skip"] = "refuse"
     """A bad row stops the run with its file and line (refuse), or is left out and counted in the report (skip)."""
-    over_budget: Literal["refuse", "truncate", "skip"] = "refuse"
+    over_budget: Literal["refuse", "truncate", "cut", "skip"] = "refuse"
     """The same for a sample larger than a whole pack; on_error=skip skips it, too. truncate drops whole turns from the end,
-    down to the last reply that fits, and counts the row; a sample of which no reply fits is a bad row."""
+    down to the last reply that fits; cut keeps as many tokens as fit and trains the beginning of a long reply, unless an image
+    would be lost, where it does as truncate. Both count the row; a sample of which nothing fits is a bad row."""
     max_skip_share: float = 0.2
     """Where bad rows are skipped, a larger share of them than this stops the run all the same."""
     num_workers: int = 2

@@ -67,11 +67,12 @@ class Encoder:
             max_tiles_per_image=dataset.max_dynamic_patch or config.max_tiles_per_image,
             max_tokens=config.max_tokens,
             max_total_tiles=config.max_tiles,
-            overflow="truncate" if config.over_budget == "truncate" else "error",
+            overflow=config.over_budget if config.over_budget in ("truncate", "cut") else "error",
             averaging=config.averaging,
             augment=config.augmentation if dataset.data_augment else None,
             min_frames=config.min_frames,
             max_frames=config.max_frames,
+            frames_by=config.frames_by,
             generator=generator,
         )
 

@@ -10,15 +10,16 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from ivl.data.config import Weighting
-from ivl.data.records import TURN_KEYS, read_record
+from ivl.data.records import read_record
 from ivl.errors import InputError
+from ivl.formats.layouts import QUESTION_KEYS, TURN_KEYS
 from ivl.formats.rows import RowFormat, container_of, hash_rows, open_rows
 from ivl.types import Record
 from ivl.utils.checks import check_choices
 from ivl.utils.strict_json import from_json, read_json
 
 MAX_REPEAT = 4
-"""Most draws of a row in an epoch (InternVL2.5, arXiv:2412.05271, section 4)."""
+"""Most draws of a row by weighting (InternVL2.5, arXiv:2412.05271, section 4), unless its repeat_time is larger."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ class DatasetSpec:
     max_dynamic_patch: int | None = None
     """Tile budget that the images of a conversation share; None takes the run's."""
     repeat_time: float = 1.0
-    """Draws per row and epoch, in (0, 4]; a fraction is a seeded random subset, the same in every epoch."""
+    """Draws per row and epoch; a fraction is a seeded random subset, the same in every epoch."""
     length: int | None = None
     """Rows, for people only."""
     format: RowFormat | None = None
@@ -46,8 +47,8 @@ class DatasetSpec:
             raise InputError("annotation must be a path")
         if self.max_dynamic_patch is not None and self.max_dynamic_patch < 1:
             raise InputError(f"max_dynamic_patch must be >= 1, got {self.max_dynamic_patch}")
-        if not 0 < self.repeat_time <= MAX_REPEAT:
-            raise InputError(f"repeat_time must be in (0, {MAX_REPEAT}], got {self.repeat_time}")
+        if not 0 < self.repeat_time <= 1e9:
+            raise InputError(f"repeat_time must be in (0, 1e9], got {self.repeat_time}")
         check_choices(self)
 
 
@@ -90,7 +91,8 @@ def _read_meta(path: Path) -> dict[str, Any] | None:
         if "Extra data" in str(error) or "bytes of JSON" in str(error):  # jsonl under another name
             return None
         raise
-    is_meta = isinstance(meta, dict) and not any(key in meta for key in TURN_KEYS[None])
+    of_a_row = (*TURN_KEYS[None], *(keys[0] for keys in QUESTION_KEYS.values()))
+    is_meta = isinstance(meta, dict) and not any(key in meta for key in of_a_row)
     return cast(dict[str, Any], meta) if is_meta else None
 
 
@@ -204,21 +206,22 @@ class Mixture:
 
 
 def _num_draws(num_rows: int, spec: DatasetSpec) -> int:
-    return int(spec.repeat_time) * num_rows + round(spec.repeat_time % 1 * num_rows)
+    return int(spec.repeat_time * num_rows)
 
 
 def weighted(draws: Sequence[int], rows_D: np.ndarray, weighting: Weighting) -> np.ndarray:
     """Draws of each data set by its own repeat_time -> int64 draws by weight, as many in all.
 
     A temperature T makes shares proportional to draws^(1/T): 1 is by size, 2 by root (the reference's resampling), larger is
-    more even. No row is drawn more than MAX_REPEAT times; what that takes from small sets goes to the others, by weight.
+    more even. No row is drawn more than MAX_REPEAT or its repeat_time times; what that takes from small sets goes to others,
+    by weight.
     """
     draws_D = np.asarray(draws, dtype=np.int64)
     temperature = {"size": 1.0, "root": 2.0}.get(weighting, weighting) if isinstance(weighting, str) else weighting
     if temperature == 1:
         return draws_D
     weight_D = (draws_D / draws_D.max()) ** (1 / float(temperature))
-    most_D = MAX_REPEAT * rows_D
+    most_D = np.maximum(MAX_REPEAT * rows_D, draws_D)
     share_D, capped_D = np.zeros(len(draws_D)), np.zeros(len(draws_D), dtype=bool)
     while True:
         left = draws_D.sum() - most_D[capped_D].sum()

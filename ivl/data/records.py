@@ -1,36 +1,27 @@
 """Rows of a file -> Records. No media is opened here.
 
-A row is read by its own keys: turns are under `conversations` (reference, LLaVA, ShareGPT), `messages` (OpenAI, ms-swift,
-LLaMA-Factory) or `texts` (FineVision). Two kinds of rows hold several conversations about the same media, which become one
-Record, share tiles and never see each other: a list of lists of turns (our extension), and a preference pair with `chosen` and
-`rejected` replies (TRL, LLaMA-Factory).
+A row is read by its own keys (see ivl.formats.layouts). Two kinds of rows hold several conversations about the same media,
+which become one Record, share tiles and never see each other: a list of lists of turns (our extension), and a preference pair
+with `chosen` and `rejected` replies (TRL, LLaMA-Factory).
 """
 
 from __future__ import annotations
 
-import base64
 import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import Any
 
 from ivl.errors import DataError, DataFault, short
 from ivl.formats.base import RowLayout, Rows
+from ivl.formats.layouts import data_of, find_turns, is_empty, is_list, is_object, with_turns
+from ivl.processing.chat import MediumKind, open_lines, pieces
 from ivl.types import Conversation, ImageRef, Message, Part, Record, Role, Text, VideoRef
 from ivl.utils.budgets import MAX_ROW_CHARS
 
-MediumKind = Literal["image", "video"]
-TURN_KEYS: dict[RowLayout | None, tuple[str, ...]] = {
-    None: ("conversations", "messages", "texts"),
-    "reference": ("conversations",),
-    "openai": ("messages",),
-    "sharegpt": ("conversations", "messages"),
-    "swift": ("messages",),
-    "finevision": ("texts",),
-}
-"""Keys that hold the turns in a layout."""
 ROLES: dict[str, Role] = {
     "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
 }  # fmt: skip
@@ -39,10 +30,6 @@ REFUSED = {
     "objects": "boxes are not put into the text; write <ref>name</ref><box>[[x1, y1, x2, y2]]</box> there, 0 to 1000",
 }  # fmt: skip
 """Keys whose content a Record cannot hold; empty values are fine."""
-PAIR_KEYS = ("question", "prompt", "conversations", "messages")
-"""Keys that may hold the prompt of a preference pair, the first that is there."""
-MARK = re.compile("<(image|video)>")
-"""Stands for the next image or video in a user's text."""
 PART_KINDS = ("text", "image_url", "image", "video_url", "video")
 
 
@@ -89,17 +76,14 @@ class _RowReader:
 
     def __init__(self, row: dict[str, Any], source: str, root: Path) -> None:
         self.row, self.source, self.root = row, source, root
-        self.images: list[ImageRef] = []
-        self.videos: list[VideoRef] = []
+        self.media: list[tuple[MediumKind, list[Any]]] = []
 
     def record(self, dataset: str, layout: RowLayout | None) -> Record:
         for key, why in REFUSED.items():
-            if not _is_empty(self.row.get(key)):
+            if not is_empty(self.row.get(key)):
                 raise self._bad(f"`{key}`: {why}")
-        is_pair = self.row.get("chosen") is not None and self.row.get("rejected") is not None
-        if is_pair:
-            self.row, layout = self._pair_as_conversations(), None
-        key, conversations = self._turns(layout)
+        self.row, layout, is_pair = with_turns(self.row, layout, self.source)
+        key, conversations = find_turns(self.row, layout, self.source)
         self._read_media()
         system = self.row.get("system")
         if system is not None and not isinstance(system, str):
@@ -107,6 +91,8 @@ class _RowReader:
         read = tuple(self._conversation(turns, system or "", key == "texts") for turns in conversations)
         if (size := sum(len(message.text) for conversation in read for message in conversation)) > MAX_ROW_CHARS:
             raise self._bad(f"{size:,} characters, the limit of a row is {MAX_ROW_CHARS:,}", "too_long")
+        if is_pair and len({conversation[-1].text.strip() for conversation in read}) == 1:
+            raise self._bad(f"chosen and rejected are the same but for white space: {short(read[0][-1].text)}")
         return Record(id=self._id(), conversations=read, source=self.source, dataset=dataset, is_pair=is_pair)
 
     def _bad(self, problem: str, kind: DataFault = "bad_row") -> DataError:
@@ -114,60 +100,13 @@ class _RowReader:
 
     def _id(self) -> str:
         value = self.row.get("id")
-        if value is None:
+        if is_empty(value):
             return self.source
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise self._bad(f"`id` must be a string or a number, got {short(value)}")
         return str(value)
 
-    # -- preference pairs
-
-    def _pair_as_conversations(self) -> dict[str, Any]:
-        """Replace the prompt and both replies by `conversations`: the prompt with the chosen and with the rejected reply.
-
-        The prompt is text or turns. Without one, both replies are whole conversations. A reply is text, a turn, or turns.
-        """
-        row = self.row
-        chosen, rejected = (self._reply(row[side], side) for side in ("chosen", "rejected"))
-        if chosen == rejected:
-            raise self._bad(f"chosen and rejected are the same: {short(row['chosen'])}")
-        prompts: list[Any] = [row[key] for key in PAIR_KEYS if row.get(key) is not None]
-        prompt: Any = prompts[0] if prompts else []
-        if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
-        if not _is_list(prompt) or (not prompt and len(chosen) < 2):
-            raise self._bad("a preference row needs `question`, `prompt` or turns before its replies")
-        if chosen[:-1] != rejected[:-1]:
-            raise self._bad("chosen and rejected differ before their last turn: a pair has one prompt")
-        rest = {key: value for key, value in row.items() if key not in (*PAIR_KEYS, "chosen", "rejected")}
-        return rest | {"conversations": [[*prompt, *reply] for reply in (chosen, rejected)]}
-
-    def _reply(self, reply: Any, side: str) -> list[Any]:
-        if isinstance(reply, str):
-            if not reply.strip():
-                raise self._bad(f"the {side} reply is empty", "empty_answer")
-            return [{"role": "assistant", "content": reply}]
-        turns = [reply] if _is_object(reply) else reply
-        if not _is_list(turns) or not turns or not all(_is_object(turn) for turn in turns):
-            raise self._bad(f"`{side}` must be text or turns, got {short(reply)}")
-        return turns
-
     # -- turns
-
-    def _turns(self, layout: RowLayout | None) -> tuple[str, list[Any]]:
-        """The key that holds the turns, and a list of conversations."""
-        keys = [key for key in TURN_KEYS[layout] if self.row.get(key) is not None]
-        if not keys:
-            known = " or ".join(f"`{key}`" for key in TURN_KEYS[layout])
-            raise self._bad(f"no {known} among the keys {short(sorted(self.row), 200)}")
-        if len(keys) > 1 and layout is None:
-            raise self._bad(f"both {' and '.join(f'`{key}`' for key in keys)}; name the format to say which counts")
-        turns = self.row[keys[0]]
-        if _is_object(turns):
-            turns = _transposed(turns)
-        if not _is_list(turns) or not turns:
-            raise self._bad(f"`{keys[0]}` must be a list of turns, got {short(turns)}")
-        return keys[0], turns if isinstance(turns[0], list) else [turns]
 
     def _conversation(self, turns: Any, system: str, question_answer: bool) -> Conversation:
         """Read one conversation.
@@ -176,7 +115,7 @@ class _RowReader:
             turns: a list of turns, each an object; with question_answer (FineVision) each holds a question and its answer.
             system: the text of a system turn to put first; empty for none.
         """
-        if not _is_list(turns) or not all(_is_object(turn) for turn in turns):
+        if not is_list(turns) or not all(is_object(turn) for turn in turns):
             raise self._bad(f"a conversation must be a list of turns, got {short(turns)}")
         if question_answer:
             turns = [self._half(turn, role) for turn in turns for role in ("user", "assistant")]
@@ -225,16 +164,17 @@ class _RowReader:
     # -- what a turn says and shows
 
     def _items(self, content: Any, role: Role) -> list[Part | _Slot]:
-        """A turn's texts, media and slots in order. Marks count in the user's texts only."""
+        """A turn's texts, media and slots in order. Marks count in the user's texts alone, for kinds that the row has."""
         if isinstance(content, str):
-            return list(_split(content)) if role == "user" else [Text(content)]
-        if not _is_list(content):
+            found = pieces(content, [kind for kind, refs in self.media if refs and role == "user"])
+            return [item for text, kind in found for item in ([Text(text), _Slot(kind)] if kind else [Text(text)])]
+        if not is_list(content):
             raise self._bad(f"a turn's text must be a string, got {short(content)}")
-        return [self._item(part) for part in content]
+        return open_lines([self._item(part) for part in content])
 
     def _item(self, part: Any) -> Part | _Slot:
         """One entry of an OpenAI content list; `{"type": "image"}` alone stands for the next of the row's images."""
-        kind = part.get("type") if _is_object(part) else None
+        kind = part.get("type") if is_object(part) else None
         if not isinstance(kind, str) or kind not in PART_KINDS:
             raise self._bad(f"a content part must be text, image_url or video_url, got {short(part)}")
         value = part.get(kind)
@@ -253,22 +193,22 @@ class _RowReader:
     def _unmarked(self, items: list[list[Part | _Slot]], *, several: bool) -> list[Part | _Slot]:
         """Slots before the first question for media of a kind that no mark shows: one medium, or with `several` any number."""
         slots: list[Part | _Slot] = []
-        media: tuple[tuple[MediumKind, int], ...] = (("image", len(self.images)), ("video", len(self.videos)))
-        for kind, count in media:
+        for kind, refs in self.media:
             marked = any(isinstance(item, _Slot) and item.kind == kind for turn in items for item in turn)
-            if not marked and (count == 1 or several):
-                slots += [_Slot(kind), Text("\n")] * count
+            if not marked and (len(refs) == 1 or several):
+                slots += [_Slot(kind), Text("\n")] * len(refs)
         return slots
 
     def _filled(self, turns: list[list[Part | _Slot]]) -> list[tuple[Part, ...]]:
         """Put the row's media where the turns show them, each exactly once, and join neighboring texts."""
         slots = [item for items in turns for item in items if isinstance(item, _Slot)]
         queues: dict[str, Iterator[Part]] = {}
-        media: tuple[tuple[str, list[Any]], ...] = (("image", self.images), ("video", self.videos))
-        for kind, refs in media:
+        for kind, refs in self.media:
             numbers = [slot.number for slot in slots if slot.kind == kind]
             if len(numbers) != len(refs):
-                raise self._bad(f"{len(numbers)} <{kind}> marks but {len(refs)} {kind}s", "placeholder_mismatch")
+                counts = f"{len(numbers)} <{kind}> marks but {len(refs)} {kind}s"
+                remedy = f"\\<{kind}> is the letters" if len(numbers) > len(refs) else "mark the place of each"
+                raise self._bad(f"{counts}; {remedy}", "placeholder_mismatch")
             if any(number is not None for number in numbers):
                 if sorted(-1 if n is None else n for n in numbers) != list(range(len(refs))):
                     raise self._bad(f"{kind} indexes {short(numbers)} of {len(refs)} {kind}s", "placeholder_mismatch")
@@ -280,16 +220,16 @@ class _RowReader:
 
     def _read_media(self) -> None:
         self.clip = self._clip(self.row.get("clip"))
-        self.images = [self._image(ref) for ref in self._refs("image")]
-        self.videos = [self._video(ref) for ref in self._refs("video")]
+        images = [self._image(ref) for ref in self._refs("image")]
+        self.media = [("image", images), ("video", [self._video(ref) for ref in self._refs("video")])]
 
     def _refs(self, kind: MediumKind) -> list[Any]:
         row = self.row
-        keys = [key for key in (kind, f"{kind}s") if row.get(key) not in (None, [])]
+        keys = [key for key in (kind, f"{kind}s") if not is_empty(row.get(key))]
         if len(keys) == 2 and row[keys[0]] != row[keys[1]]:
             raise self._bad(f"both `{kind}` and `{kind}s` are given, and they differ; keep one")
         value: Any = row[keys[0]] if keys else []
-        refs: list[Any] = value if _is_list(value) else [value]
+        refs: list[Any] = value if is_list(value) else [value]
         for ref in refs:
             if not isinstance(ref, str | bytes | dict) or not ref:
                 raise self._bad(f"`{keys[0]}` must be a path or a list of paths, got {short(value)}")
@@ -297,7 +237,7 @@ class _RowReader:
 
     def _clip(self, clip: Any) -> tuple[float, float] | None:
         """[start, end] in seconds."""
-        if clip is None:
+        if is_empty(clip):
             return None
         try:
             start, end = (_number(value) for value in clip)
@@ -309,28 +249,16 @@ class _RowReader:
 
     def _image(self, ref: Any) -> ImageRef:
         """A path, a data URL, encoded bytes, or an object with one of them under `bytes`, `path` or `url`."""
-        if _is_object(ref):
+        if is_object(ref):
             ref = next((ref[key] for key in ("bytes", "path", "url") if ref.get(key) is not None), None)
         if isinstance(ref, bytes) and ref:
             return ImageRef(ref)
         if not isinstance(ref, str) or not ref:
             raise self._bad(f"an image must be a path, a data URL or encoded bytes, got {short(ref)}")
-        return ImageRef(self._data_url(ref) if ref.startswith("data:") else self._path(ref))
-
-    def _data_url(self, url: str) -> bytes:
-        head, comma, body = url.partition(",")
-        if not comma or not head.endswith(";base64"):
-            raise self._bad(f"not a base64 data URL: {short(url)}", "undecodable_media")
-        try:
-            data = base64.b64decode(body, validate=True)
-        except ValueError as error:  # binascii.Error, and letters outside ASCII
-            raise self._bad(f"image data URL is not base64 ({error})", "undecodable_media") from None
-        if not data:
-            raise self._bad(f"the data URL is empty: {short(url)}", "undecodable_media")
-        return data
+        return ImageRef(data_of(ref, self.source) if ref.startswith("data:") else self._path(ref))
 
     def _video(self, ref: Any) -> VideoRef:
-        if _is_object(ref) and ref.get("bytes") is None:
+        if is_object(ref) and ref.get("bytes") is None:
             ref = next((ref[key] for key in ("path", "url") if ref.get(key) is not None), None)
         if not isinstance(ref, str) or not ref or ref.startswith("data:"):
             raise self._bad(f"a video must be a path, got {short(ref)}")
@@ -343,33 +271,12 @@ class _RowReader:
             raise self._bad(f"remote media are not fetched: {short(ref)}; download it first", "missing_media")
         if "\0" in ref:
             raise self._bad(f"not a path: {short(ref)}", "missing_media")
+        if os.name == "posix" and re.match(r"/?[A-Za-z]:[/\\]|\\\\", ref):
+            raise self._bad(f"{short(ref)} is on a drive of Windows; write paths below the root", "missing_media")
+        if os.name == "posix" and "\\" in ref and not os.path.exists(self.root / ref):  # noqa: PTH110, never raises
+            ref = ref.replace("\\", "/")  # as Windows writes paths
         # A trailing slash marks a folder of frames; Path would drop it.
         return str(self.root / ref) + ("/" if ref.endswith("/") else "")
-
-
-def _is_list(value: Any) -> TypeGuard[list[Any]]:
-    return isinstance(value, list)
-
-
-def _is_object(value: Any) -> TypeGuard[dict[str, Any]]:
-    return isinstance(value, dict)
-
-
-def _transposed(columns: dict[str, Any]) -> Any:
-    """A struct of lists, as some tables store a list of structs, as that list; other objects as they are."""
-    lists = list(columns.values())
-    if not lists or not all(_is_list(column) and len(column) == len(lists[0]) for column in lists):
-        return columns
-    return [dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True)]
-
-
-def _split(text: str) -> Iterator[Text | _Slot]:
-    at = 0
-    for match in MARK.finditer(text):
-        yield Text(text[at : match.start()])
-        yield _Slot("image" if match.group() == "<image>" else "video")
-        at = match.end()
-    yield Text(text[at:])
 
 
 def _joined(parts: Iterator[Part]) -> tuple[Part, ...]:
@@ -389,8 +296,3 @@ def _number(value: Any) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
         raise ValueError
     return float(value)
-
-
-def _is_empty(value: Any) -> bool:
-    """Whether a value says nothing: tables hold null, "" and {"ref": [], "bbox": []} where a row has none."""
-    return value in (None, "", [], {}) or (_is_object(value) and all(_is_empty(inner) for inner in value.values()))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
-from ivl.data.records import MARK
 from ivl.formats.writers import WrittenLayout, medium_value, refused
+from ivl.processing.chat import open_lines
 from ivl.types import Conversation, ImageRef, Message, Record, Text, VideoRef
 
 MediumValue = Callable[[ImageRef | VideoRef, str], Any]
@@ -35,7 +37,8 @@ def from_record(record: Record, *, layout: WrittenLayout = "reference", medium: 
         _check_marks(record, shown, layout)
         images, videos = ([value_of(ref, record.source) for ref in refs] for refs in _by_kind(shown[0]))
         row |= _columns(images, videos, layout)
-        conversations = [[_marked_turn(message, layout) for message in each] for each in record.conversations]
+        kinds = [kind for kind, refs in (("image", images), ("video", videos)) if refs]
+        conversations = [[_marked_turn(message, layout, kinds) for message in each] for each in record.conversations]
     clips = [ref.clip for refs in shown for ref in refs if isinstance(ref, VideoRef) and ref.clip is not None]
     if clips:
         row["clip"] = list(clips[0])
@@ -61,8 +64,8 @@ def _check(record: Record, refs: list[ImageRef | VideoRef]) -> None:
         raise refused(record.source, "a picture in memory; save it first")
     if any(ref.max_tiles is not None for ref in images):
         raise refused(record.source, "an image with a tile budget of its own")
-    if any(ref.num_frames is not None for ref in videos):
-        raise refused(record.source, "a video with a number of frames of its own")
+    if any(ref.num_frames is not None or ref.frames_by != "index" for ref in videos):
+        raise refused(record.source, "a video with a number or choice of frames of its own")
     if len({ref.clip for ref in videos}) > 1:
         raise refused(record.source, "videos of different clips")
 
@@ -71,12 +74,10 @@ def _check_marks(record: Record, shown: list[list[ImageRef | VideoRef]], layout:
     """Refuse what layouts with <image> marks cannot hold."""
     if any(_by_kind(refs) != _by_kind(shown[0]) for refs in shown):
         raise refused(record.source, "conversations that show different media", layout)
-    if any(_has_mark(message) for conversation in record.conversations for message in conversation):
-        raise refused(record.source, "a question whose text itself says <image> or <video>", layout)
-
-
-def _has_mark(message: Message) -> bool:
-    return message.role == "user" and any(isinstance(part, Text) and MARK.search(part.text) for part in message.content)
+    for conversation in record.conversations:
+        for before, part in (pair for message in conversation for pair in pairwise(message.content)):
+            if isinstance(before, Text) and before.text.endswith("\\") and not isinstance(part, Text):
+                raise refused(record.source, "a backslash right before an image or video", layout)
 
 
 def _columns(images: list[Any], videos: list[Any], layout: str) -> dict[str, Any]:
@@ -89,19 +90,28 @@ def _columns(images: list[Any], videos: list[Any], layout: str) -> dict[str, Any
     return columns
 
 
-def _marked_turn(message: Message, layout: str) -> dict[str, str]:
+def _marked_turn(message: Message, layout: str, kinds: list[str]) -> dict[str, str]:
+    """A turn as text with marks; letters that would be one of a kind that the row has get a backslash."""
     marks = {ImageRef: "<image>", VideoRef: "<video>"}
-    text = "".join(part.text if isinstance(part, Text) else marks[type(part)] for part in message.content)
+    text = ""
+    for part in message.content:
+        if not isinstance(part, Text):
+            text += marks[type(part)]
+        elif message.role == "user" and kinds:
+            text += re.sub(f"<({'|'.join(kinds)})>", r"\\\g<0>", part.text)
+        else:
+            text += part.text
     if layout == "swift":
         return {"role": message.role, "content": text}
     return {"from": {"user": "human", "assistant": "gpt"}.get(message.role, message.role), "value": text}
 
 
 def _openai_turn(message: Message, source: str, value_of: MediumValue) -> dict[str, Any]:
-    has_media = any(not isinstance(part, Text) for part in message.content)
-    if not has_media and not _has_mark(message):
+    if all(isinstance(part, Text) for part in message.content):
         return {"role": message.role, "content": message.text}
     parts: list[dict[str, Any]] = []
+    if open_lines(message.content) != list(message.content):  # an empty text keeps readers from adding new lines
+        parts.append({"type": "text", "text": ""})
     for part in message.content:
         if isinstance(part, Text):
             parts.append({"type": "text", "text": part.text})

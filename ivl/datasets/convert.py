@@ -23,7 +23,7 @@ ConvertTarget = WrittenLayout | Literal["parquet", "webdataset"]
 TARGETS: tuple[ConvertTarget, ...] = (*get_args(WrittenLayout), "parquet", "webdataset")
 CARRIED = (
     "id", "conversations", "messages", "texts", "image", "images", "video", "videos", "clip", "system",
-    "audio", "audios", "tools", "objects",
+    "audio", "audios", "tools", "objects", "instruction", "input", "output", "query", "response", "history",
 )  # fmt: skip
 """Keys that a Record holds, or whose content is refused."""
 

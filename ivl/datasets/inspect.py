@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import closing
+
+import numpy as np
 
 from ivl.data.config import DataConfig
 from ivl.data.encode import Encoder
@@ -11,6 +15,7 @@ from ivl.data.mixture import Draw, Mixture, load_mixture
 from ivl.data.records import media_of
 from ivl.datasets.stats import DatasetStats
 from ivl.errors import DataError, InputError, MediaError
+from ivl.formats.base import Rows
 from ivl.processing.image import load_image
 from ivl.processing.processor import Processor
 from ivl.processing.video import load_frames
@@ -20,7 +25,8 @@ from ivl.utils.workers import in_order
 CHUNK = 64
 """Rows between two reports of progress, which a worker gets at a time."""
 
-Findings = tuple[list[DataError], DatasetStats]
+Findings = tuple[list[DataError], DatasetStats, list[tuple[int, int]]]
+"""Problems, counts, and the number and the hashed id of each row that has one."""
 Watch = Callable[[str, int, int], None]
 """Called with the data set's name, the rows done and the rows it has."""
 
@@ -54,12 +60,28 @@ def inspect(
             with closing(
                 in_order(look, chunks, num_workers=config.num_workers, prefetch=2, start_method=config.start_method)
             ) as results:
-                for problems, part in results:
+                ids: array[int] = array("q")
+                for problems, part, found in results:
                     yield from problems
                     stats.merge(part)
+                    ids.extend(number for pair in found for number in pair)
                     if watch:
                         watch(spec.name, stats.rows, len(rows))
+            _note(stats, rows, np.array(ids).reshape(-1, 2))
         yield stats
+
+
+def _note(stats: DatasetStats, rows: Rows, ids_N2: np.ndarray) -> None:
+    """Note ids that come more than once, and marks without media."""
+    rows_N, hashes_N = ids_N2[np.argsort(ids_N2[:, 1], kind="stable")].T
+    again = np.flatnonzero(np.diff(hashes_N) == 0) + 1
+    if len(again):
+        first = again[np.argmin(rows_N[again])]
+        places = rows.source(int(rows_N[first])), rows.source(int(rows_N[first - 1]))
+        stats.repeated_ids = len(again)
+        stats.notes.append(f"{len(again):,} rows have the id of an earlier row, first {places[0]} that of {places[1]}")
+    if stats.letters:
+        stats.notes.append(f"{stats.letters:,} rows say <image> or <video> and have no such medium: these are letters")
 
 
 def kind_of(error: InputError) -> str:
@@ -90,24 +112,28 @@ class _Inspector:
         self.mixture, self.encoder = mixture, encoder
 
     def __call__(self, chunk: range) -> Findings:
-        problems, stats = [], DatasetStats("")
+        problems, stats, ids = [], DatasetStats(""), []
         for row in chunk:
             stats.rows += 1
             try:
-                self._add(row, stats)
+                record = self._add(row, stats)
+                if record.id != record.source:
+                    digest = hashlib.blake2b(record.id.encode(errors="replace"), digest_size=8).digest()
+                    ids.append((row, int.from_bytes(digest, signed=True)))
             except DataError as error:
                 stats.bad += 1
                 stats.kinds[error.kind] += 1
                 problems.append(error)
-        return problems, stats
+        return problems, stats, ids
 
-    def _add(self, row: int, stats: DatasetStats) -> None:
+    def _add(self, row: int, stats: DatasetStats) -> Record:
         record = self.mixture.record(0, row)
         if self.encoder is None:
             check_media(record)
             stats.add(record)
-            return
+            return record
         sample, _ = self.encoder(Draw(position=row, epoch=0, dataset=0, row=row, copy=0))
         if isinstance(sample, DataError):
             raise sample
         stats.add(record, size=(sample.num_tokens, sample.num_tiles))
+        return record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -77,6 +78,12 @@ class DatasetStats:
     characters: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
     """Bad rows by kind."""
+    letters: int = 0
+    """Rows whose questions say <image> or <video> and that have no such medium: there it is letters."""
+    repeated_ids: int = 0
+    """Rows with the id of an earlier row of the data set."""
+    notes: list[str] = field(default_factory=list[str])
+    """What is no problem, and may be a mistake."""
     tokens_per_sample: Histogram = field(default_factory=Histogram)
     tiles_per_sample: Histogram = field(default_factory=Histogram)
     characters_per_sample: Histogram = field(default_factory=Histogram)
@@ -95,6 +102,9 @@ class DatasetStats:
             for message in conversation:
                 characters += len(message.text)
                 refs.update(part for part in message.content if isinstance(part, ImageRef | VideoRef))
+        kinds = {"video" if isinstance(ref, VideoRef) else "image" for ref in refs}
+        asked = (message.text for each in record.conversations for message in each if message.role == "user")
+        self.letters += not {kind for text in asked for kind in re.findall("<(image|video)>", text)} <= kinds
         self.conversations += len(record.conversations)
         self.images += sum(isinstance(ref, ImageRef) for ref in refs)
         self.videos += sum(isinstance(ref, VideoRef) for ref in refs)

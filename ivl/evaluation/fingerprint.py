@@ -61,7 +61,7 @@ def _part(part: Part) -> list[Any]:
     if isinstance(part, Text):
         return ["text", part.text]
     if isinstance(part, VideoRef):
-        return ["video", _content(part.source), part.num_frames, part.clip]
+        return ["video", _content(part.source), part.num_frames, part.clip, *(["time"] * (part.frames_by == "time"))]
     return ["image", _content(part.source), part.max_tiles]
 
 

@@ -13,9 +13,15 @@ from ivl.errors import DataError, InputError
 from ivl.utils.budgets import MAX_ROW_BYTES, MAX_ROW_ITEMS
 from ivl.utils.files import regular
 
-RowLayout = Literal["reference", "openai", "sharegpt", "swift", "finevision"]
+RowLayout = Literal["reference", "openai", "sharegpt", "swift", "alpaca", "finevision"]
 """How a row names its turns and media."""
-LAYOUT_NAMES = {"openai": "OpenAI messages", "sharegpt": "ShareGPT", "swift": "ms-swift", "finevision": "FineVision"}
+LAYOUT_NAMES = {
+    "openai": "OpenAI messages",
+    "sharegpt": "ShareGPT",
+    "swift": "ms-swift",
+    "alpaca": "Alpaca",
+    "finevision": "FineVision",
+}
 
 
 class Rows(ABC):
@@ -72,7 +78,8 @@ class Rows(ABC):
         elif "messages" in keys:
             name = "ShareGPT" if has_lists else "OpenAI messages"
         else:
-            name = "FineVision" if "texts" in keys else ""
+            marks = {"FineVision": {"texts"}, "Alpaca": {"instruction", "output"}, "ms-swift": {"query", "response"}}
+            name = next((name for name, needed in marks.items() if needed <= keys), "")
         return f"{name} {self.container}" if name else f"{self.container} of unknown rows"
 
 
@@ -108,7 +115,8 @@ class Shards(Rows):
     """Files of one kind, one after another."""
 
     def __init__(self, shards: list[Rows]) -> None:
-        self.container = shards[0].container
+        kinds = [shard.container for shard in shards]
+        self.container = next((kind for kind in kinds if kind != "jsonl"), "jsonl")  # lines only if all are
         self._shards = shards
         self._ends = np.cumsum([len(shard) for shard in shards])
         self._open: dict[int, None] = {}

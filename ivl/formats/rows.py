@@ -13,8 +13,8 @@ from typing import Any, Literal, cast, get_args
 
 from ivl.errors import InputError
 from ivl.formats.base import RowLayout, Rows, Shards
-from ivl.formats.text import BOM, TextRows
-from ivl.utils.files import digest, regular
+from ivl.formats.text import TextRows, is_json
+from ivl.utils.files import digest, not_itself, regular
 
 Container = Literal["jsonl", "json", "parquet", "arrow", "webdataset"]
 """How a file or folder is built."""
@@ -55,14 +55,7 @@ def container_of(path: str | Path) -> str:
     path = Path(path)
     if path.is_dir():
         return _container_of_folder(path)
-    try:
-        regular(path)
-        with path.open("rb") as file:
-            head = file.read(4096)
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from None
+    head = _head(path)
     if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
         raise InputError(f"{path}: is compressed, which leaves no random access to its rows; unpack it first")
     if head.startswith(b"PAR1") or path.suffix == ".parquet":
@@ -71,7 +64,18 @@ def container_of(path: str | Path) -> str:
         return "arrow"
     if head[257:262] == b"ustar" or path.suffix == ".tar":
         return "webdataset"
-    return "json" if head.removeprefix(BOM).lstrip()[:1] == b"[" else "jsonl"
+    return "json" if is_json(head) else "jsonl"
+
+
+def _head(path: Path) -> bytes:
+    try:
+        regular(path)
+        with path.open("rb") as file:
+            return file.read(4096)
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from None
 
 
 def _container_of_folder(folder: Path) -> str:
@@ -125,6 +129,11 @@ def hash_rows(path: str | Path, container: str) -> str:
 
 
 def _open_file(path: Path, container: str) -> Rows:
+    head = _head(path)
+    if problem := not_itself(head):
+        raise InputError(f"{path}: is {problem}")
+    if container in ("json", "jsonl"):
+        return TextRows(path, "json" if is_json(head) else "jsonl")
     if container in ("parquet", "arrow"):
         from ivl.formats.table import ArrowRows, ParquetRows
 
@@ -133,7 +142,7 @@ def _open_file(path: Path, container: str) -> Rows:
         from ivl.formats.tar import TarRows
 
         return TarRows(path)
-    return TextRows(path, "json" if container == "json" else "jsonl")
+    raise InputError(f"{path}: no rows are read from {container}")
 
 
 def write_jsonl(rows: Iterable[dict[str, Any]], path: str | Path) -> Path:

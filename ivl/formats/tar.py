@@ -16,7 +16,7 @@ from ivl.utils.budgets import MAX_ROW_BYTES, MAX_ROW_MEDIA_BYTES, MAX_ROWS
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jp2", "ppm")
 UNREADABLE = ("mp4", "mkv", "webm", "avi", "mov", "mp3", "wav", "flac")
-TURNS = ("conversations", "messages", "texts")
+TURNS = ("conversations", "messages", "texts", "instruction", "query")
 
 
 class TarMember(NamedTuple):

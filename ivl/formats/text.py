@@ -1,7 +1,8 @@
-"""Rows of a .jsonl file or a JSON array, found through their byte offsets, so that memory stays flat."""
+"""Rows of a .jsonl file, a JSON array or indented JSON objects, found through their byte offsets, so that memory stays flat."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,6 +20,8 @@ CHUNK = 1 << 20
 SLOW = 1 << 28
 """Files of more bytes show their progress while they are indexed."""
 BOM = b"\xef\xbb\xbf"
+_INDENTED = re.compile(rb"\{([^\n]*,)?\s*\n\s*\"")
+"""An object that goes on in the next line."""
 _STEPS = np.zeros(256, np.int8)
 """What each byte adds to the depth of brackets."""
 _STEPS[list(b"[{")], _STEPS[list(b"]}")] = 1, -1
@@ -32,7 +35,10 @@ class TextRows(IndexedRows):
     """Row i begins at byte starts[i] and ends before starts[i + 1], but for white space and the comma of an array.
 
     A row of jsonl is named by its line: 1 + i, and the blank lines before it. `gaps` holds the rows that follow blank lines,
-    `blanks` how many of these come before each such row. A row of an array is named by its number.
+    `blanks` how many of these come before each such row. A row of an array, or of several lines, is named by its number.
+
+    Raises:
+        InputError: if the file is missing or empty, or its text is UTF-16.
     """
 
     array_names = ("starts", "gaps", "blanks")
@@ -42,7 +48,11 @@ class TextRows(IndexedRows):
 
     def _build(self) -> Arrays:
         size = self._stamp.size
-        index = _index_lines if self.container == "jsonl" else _index_array
+        with self.path.open("rb") as file:
+            head = file.read(4096)
+        if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head[:4]:
+            raise InputError(f"{self.path}: is UTF-16 or UTF-32; save it as UTF-8, as `iconv -f UTF-16 -t UTF-8` does")
+        index = _index_lines if self.container == "jsonl" else _index_objects if _INDENTED.match(_body(head)) else _index_array
         slow = size >= SLOW
         with reporting(f"indexing {self.path.name}", "bytes") if slow else nullcontext() as show:
             try:
@@ -64,6 +74,16 @@ class TextRows(IndexedRows):
             return f"{self.path}: row {index + 1}"
         gap = int(np.searchsorted(self._arrays["gaps"], index, side="right"))
         return f"{self.path}:{1 + index + (int(self._arrays['blanks'][gap - 1]) if gap else 0)}"
+
+
+def is_json(head: bytes) -> bool:
+    """Whether a file that begins so is an array, or objects of several lines: rows that lines do not tell apart."""
+    body = _body(head)
+    return body[:1] == b"[" or bool(_INDENTED.match(body))
+
+
+def _body(head: bytes) -> bytes:
+    return head.removeprefix(BOM).lstrip()
 
 
 def _index_lines(path: Path, advance: Advance) -> Arrays:
@@ -140,6 +160,26 @@ def _index_array(path: Path, advance: Advance) -> Arrays:
                 problem = f"something follows the array, which ends after row {num_rows}" if rest.strip() else ""
                 return _array(path, np.concatenate([*starts, [at]]), problem)
     return _array(path, np.concatenate([*starts, [at]]), "the array is not closed")
+
+
+def _index_objects(path: Path, advance: Advance) -> Arrays:
+    """The beginning of the file and the place behind every object; one that is not closed is the last row, and broken."""
+    with path.open("rb") as file:
+        at = len(BOM) if file.read(len(BOM)) == BOM else 0
+        file.seek(at)
+        starts, num_rows, depth, state, rest = [np.array([at])], 0, 0, (False, 0), b""
+        while chunk := file.read(CHUNK):
+            places_K, codes_K, outside_K, state = _structure(chunk, *state)
+            depth_K = depth + np.cumsum(_STEPS[codes_K] * outside_K, dtype=np.int64)
+            ends = places_K[outside_K & (codes_K == ord("}")) & (depth_K == 0)]
+            starts.append(at + ends + 1)
+            num_rows += len(ends)
+            _check_rows(path, num_rows)
+            rest = chunk[int(ends[-1]) + 1 :] if len(ends) else rest.strip() or chunk.strip()[:1]
+            at, depth = at + len(chunk), int(depth_K[-1]) if len(depth_K) else depth
+            advance(at)
+    none = np.zeros(0, np.int64)
+    return {"starts": np.concatenate([*starts, [at] if rest.strip() else none]).astype(np.int64), "gaps": none, "blanks": none}
 
 
 def _array(path: Path, starts: np.ndarray, problem: str) -> Arrays:

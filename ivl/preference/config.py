@@ -86,7 +86,9 @@ class PreferenceConfig(ObjectiveConfig):
         Raises:
             ValueError: naming the option.
         """
-        if data.over_budget == "truncate":
-            raise ValueError("data.over_budget truncate would cut one reply of a preference pair; use refuse or skip")
+        if data.over_budget in ("truncate", "cut"):
+            raise ValueError(
+                f"data.over_budget {data.over_budget} would cut one reply of a preference pair; use refuse or skip"
+            )
         if self.needs_reference and self.reference == "adapters" and (lora is None or stage.trainable):
             raise ValueError("objective.reference adapters needs `lora`, and a stage that trains nothing else")

@@ -7,8 +7,9 @@ the reply, so a prompt is a prefix of the trained tokens, whatever the reply beg
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, TypeVar, cast
 
 from ivl.errors import InputError
 from ivl.processing.tokenizer import IMAGE_END, IMAGE_START, PLACEHOLDER, Tokenizer
@@ -18,6 +19,9 @@ INTERNVL2_5_SYSTEM = (
     "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 )
 OLDER_SYSTEM = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
+MediumKind = Literal["image", "video"]
+_MARK = re.compile(r"\\?<(image|video)>")
+_Piece = TypeVar("_Piece")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +35,8 @@ class Template:
     end: str = "<|im_end|>"
     newline: str = "\n"
     """Text after the end."""
+    strips: bool = False
+    """Whether turns of user and assistant lose the white space around them."""
 
 
 _CHATML = Template(system_message="")
@@ -39,7 +45,7 @@ TEMPLATES = {
     "internvl2_5": replace(_CHATML, system_message=INTERNVL2_5_SYSTEM),
     "plain-chatml": _CHATML,
     "Hermes-2": _OLDER,
-    "internlm2-chat": _OLDER,
+    "internlm2-chat": replace(_OLDER, strips=True),
     "phi3-chat": replace(_OLDER, header="<|{role}|>", end="<|end|>"),
 }
 
@@ -103,10 +109,13 @@ def render(
     for number, turn in enumerate(turns, 1):
         head, opening = _header(form, turn.role, tokenizer)
         out.add([head])
+        begun = reply and number == len(turns) and turn.role == "assistant"
+        if form.strips and turn.role != "system":
+            turn = replace(turn, content=_stripped(turn.content, end=not begun))
         if turn.role == "assistant":
             out.add(tokenizer.encode(opening))
             out.add(_continue(opening, turn.text, tokenizer), trained=True)
-            if reply and number == len(turns):
+            if begun:
                 return out
             out.add([tokenizer.id(form.end)], trained=True)
             out.add(tokenizer.encode(form.newline))
@@ -151,7 +160,7 @@ def _body(
         ids.extend([*tokenizer.encode(text), start, *[placeholder] * (tokens_per_tile * num_tiles), end])
         text = ""
 
-    for part in open_lines(content):
+    for part in content:
         if isinstance(part, Text):
             text += part.text
         elif isinstance(part, ImageRef):
@@ -163,34 +172,67 @@ def _body(
     return ids + tokenizer.encode(text)
 
 
-def open_lines(content: Sequence[Part]) -> Sequence[Part]:
-    """Put media that are given before the text on lines of their own.
+def _stripped(content: Sequence[Part], *, end: bool) -> tuple[Part, ...]:
+    """The content without white space at its beginning and, with `end`, at its end."""
+    parts = list(content)
+    for at, strip in ((0, str.lstrip), (-1, str.rstrip if end else str)):
+        if parts and isinstance(part := parts[at], Text):
+            parts[at] = Text(strip(part.text))
+    return tuple(parts)
+
+
+def open_lines(content: Sequence[Text | _Piece]) -> list[Text | _Piece]:
+    """Put media that a list of parts gives before its text on lines of their own.
 
     `(image, image, "Compare.")` becomes `<image>`, newline, `<image>`, newline, `Compare.`. Where white space follows the
-    leading media, the text marked their places, and it stays as it is.
+    leading media, the list itself says how they stand; where a text comes first, even an empty one, nothing is added.
     """
     lead = next((n for n, part in enumerate(content) if isinstance(part, Text)), len(content))
     text = "".join(part.text for part in content[lead : lead + 1] if isinstance(part, Text))
     if not text or text[0].isspace():
-        return content
+        return list(content)
     return [part for medium in content[:lead] for part in (medium, Text("\n"))] + list(content[lead:])
 
 
+def pieces(text: str, kinds: Collection[MediumKind]) -> list[tuple[str, MediumKind | None]]:
+    """Cut a text at its marks: what stands before each with the mark's kind, then the rest with None.
+
+    `<image>` and `<video>` are marks if their kind is among kinds, else letters. So they are behind a backslash, which goes.
+    """
+    found: list[tuple[str, MediumKind | None]] = []
+    before, at = "", 0
+    for match in _MARK.finditer(text):
+        before += text[at : match.start()]
+        at = match.end()
+        if match[1] not in kinds:
+            before += match[0]
+        elif match[0].startswith("\\"):
+            before += match[0][1:]
+        else:
+            found.append((before, cast(MediumKind, match[1])))
+            before = ""
+    return [*found, (before + text[at:], None)]
+
+
 def user(text: str, *media: ImageRef | VideoRef) -> Message:
-    """Make a user turn: each `<image>` or `<video>` in the text takes the next medium; without marks the media come first.
+    """Make a user turn: a mark takes the next medium of its kind (see `pieces`); without marks media come first, a line each.
 
     Raises:
         InputError: if there are marks and their number differs from the number of media.
     """
-    pieces = re.split("<image>|<video>", text)
-    if len(pieces) == 1:
-        return Message("user", (*media, Text(text)))
-    if len(pieces) - 1 != len(media):
-        raise InputError(f"{len(pieces) - 1} <image> or <video> marks but {len(media)} media in {text[:80]!r}")
-    parts: list[Part] = [Text(pieces[0])]
-    for medium, piece in zip(media, pieces[1:], strict=True):
-        parts += [medium, Text(piece)]
-    return Message("user", tuple(part for part in parts if part != Text("")))
+    kinds = _kinds(media)
+    found = pieces(text, kinds)
+    if len(found) == 1:
+        return Message("user", (*(part for medium in media for part in (medium, Text("\n"))), Text(found[0][0])))
+    if sorted(str(kind) for _, kind in found[:-1]) != sorted(kinds):
+        given = f"{len(found) - 1} <image> or <video> marks but {len(media)} media in {text[:80]!r}"
+        raise InputError(f"{given}; a mark takes a medium of its kind, and \\<image> is the letters")
+    parts: list[Part] = []
+    left = list(zip(kinds, media, strict=True))
+    for before, kind in found:
+        parts += [Text(before)] if before else []
+        parts += [left.pop(next(n for n, each in enumerate(left) if each[0] == kind))[1]] if kind else []
+    return Message("user", tuple(parts))
 
 
 def marked(text: str, media: Sequence[ImageRef | VideoRef]) -> str:
@@ -198,12 +240,17 @@ def marked(text: str, media: Sequence[ImageRef | VideoRef]) -> str:
 
     Several images are marked as `Image-1: <image>`, `Image-2: <image>`, as VLMEvalKit asks InternVL.
     """
-    if "<image>" in text or "<video>" in text:
+    kinds = _kinds(media)
+    if len(pieces(text, kinds)) > 1:
         return text
-    marks = ["<video>" if isinstance(ref, VideoRef) else "<image>" for ref in media]
-    if len(marks) > 1 and "<video>" not in marks:
+    marks = [f"<{kind}>" for kind in kinds]
+    if len(marks) > 1 and "video" not in kinds:
         marks = [f"Image-{n}: {mark}" for n, mark in enumerate(marks, 1)]
     return "".join(f"{mark}\n" for mark in marks) + text
+
+
+def _kinds(media: Sequence[ImageRef | VideoRef]) -> list[MediumKind]:
+    return ["video" if isinstance(ref, VideoRef) else "image" for ref in media]
 
 
 def _check(conversation: Conversation, num_tiles: Sequence[int], *, strict: bool) -> None:

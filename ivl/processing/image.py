@@ -11,18 +11,18 @@ from collections.abc import Callable
 from functools import lru_cache
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from ivl.config import TilingConfig
 from ivl.errors import InputError, MediaError, short
-from ivl.types import ImageRef, VideoRef
+from ivl.types import FramesBy, ImageRef, VideoRef
 from ivl.utils.budgets import MAX_METADATA_BYTES, MAX_PIXELS, MAX_PIXELS_PER_REQUEST, MAX_TILES
 from ivl.utils.files import regular
-from ivl.utils.pictures import open_image, to_rgb, upright
+from ivl.utils.pictures import open_image, problem_of, to_rgb, upright
 
 Pixels = Image.Image | np.ndarray
 """An RGB image of Pillow, or uint8 RGB [height, width, 3]."""
@@ -36,9 +36,8 @@ def load_image(ref: ImageRef, root: str = "", *, max_pixels: int = MAX_PIXELS) -
     """Open an image as RGB, upright.
 
     A relative path starts at root. Decisions: EXIF orientation is applied, since users ask about the picture as they see it
-    (the reference ignores the tag); transparency is laid over white (the reference shows the color hidden under it); integer
-    gray is taken as 16 bit and scaled to 8, float gray as 0 to 1 if it stays within, else as 0 to 255; of an animation the
-    first frame counts.
+    (the reference ignores the tag); transparency is laid over white (the reference shows the color hidden under it); deep gray
+    is scaled to 8 bits by the range that its values take (see `to_rgb`); of an animation the first frame counts.
 
     Raises:
         MediaError: naming the file, if it is missing, of another format, truncated, or larger than max_pixels.
@@ -54,6 +53,8 @@ def load_image(ref: ImageRef, root: str = "", *, max_pixels: int = MAX_PIXELS) -
             raise MediaError("undecodable_media", f"the given image: not readable ({type(error).__name__}: {error})") from error
     name = f"image of {len(source)} bytes" if isinstance(source, bytes) else str(Path(root) / source)
     with io.BytesIO(source) if isinstance(source, bytes) else _open_file(name) as stream:
+        head = stream.read(512)
+        stream.seek(0)
         try:
             image, orientation = open_image(stream)
             check_size(image.size, name, max_pixels)
@@ -61,11 +62,8 @@ def load_image(ref: ImageRef, root: str = "", *, max_pixels: int = MAX_PIXELS) -
         except InputError:
             raise
         except Exception as error:  # Pillow's readers raise whatever their parsing meets
-            # Bytes come from anywhere: the library's words about their content are not sent back there.
-            words = "damaged or cut short" if isinstance(source, bytes) else f"{type(error).__name__}: {error}"
-            # For an unknown format, Pillow's own words would print an object with its address.
-            why = "unknown format" if isinstance(error, UnidentifiedImageError) else words
-            raise MediaError("undecodable_media", f"{name}: not a readable image ({why})") from error
+            problem = problem_of(error, head, quote=not isinstance(source, bytes))
+            raise MediaError("undecodable_media", f"{name}: {problem}") from error
 
 
 def check_source(ref: ImageRef | VideoRef) -> None:
@@ -79,6 +77,8 @@ def check_source(ref: ImageRef | VideoRef) -> None:
     whole = isinstance(number, Integral) and not isinstance(number, bool) and 1 <= number <= MAX_TILES
     if number is not None and not whole:
         raise InputError(f"{name} of {kind} must be a whole number in 1..{MAX_TILES:,}, got {short(number)}")
+    if isinstance(ref, VideoRef) and ref.frames_by not in get_args(FramesBy):
+        raise InputError(f"frames_by of a video must be {' or '.join(get_args(FramesBy))}, got {short(ref.frames_by)}")
     if isinstance(ref, VideoRef) and ref.clip is not None:
         times: tuple[Any, ...] = tuple(ref.clip) if isinstance(ref.clip, tuple | list) and len(ref.clip) == 2 else ("",)
         if not (all(isinstance(time, Real) for time in times) and times[0] <= times[-1]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -15,8 +15,8 @@ from ivl.config import ModelConfig, TilingConfig
 from ivl.errors import DataError, InputError, MediaError, short
 from ivl.processing import chat, image, video
 from ivl.processing.augment import Augmentation, compress_, corrupt
-from ivl.processing.tokenizer import PLACEHOLDER, Tokenizer
-from ivl.types import IGNORE, Averaging, Conversation, ImageRef, Prompt, Record, Sample, Text, VideoRef
+from ivl.processing.tokenizer import IMAGE_END, PLACEHOLDER, Tokenizer
+from ivl.types import IGNORE, Averaging, Conversation, FramesBy, ImageRef, Prompt, Record, Sample, Text, VideoRef
 from ivl.utils.budgets import MAX_PIXELS, MAX_PIXELS_PER_REQUEST, MAX_ROW_CHARS
 
 
@@ -30,8 +30,9 @@ class SampleOptions:
     """Most tokens of the sample; None is no limit."""
     max_total_tiles: int | None = None
     """Most tiles of the sample, video frames included; None is no limit."""
-    overflow: Literal["error", "truncate"] = "error"
-    """A larger sample is refused, or each conversation in turn is cut after its last reply that fits."""
+    overflow: Literal["error", "truncate", "cut"] = "error"
+    """A larger sample is refused, or each conversation in turn is cut: after its last reply that fits (truncate), or in the
+    middle of a reply where every medium of the conversation comes before (cut)."""
     averaging: Averaging = "token"
     """Loss weight of a trained token."""
     augment: Augmentation | None = None
@@ -43,6 +44,8 @@ class SampleOptions:
     """Which frames: one at random of each interval, its middle, evenly spaced ones, or a fixed rate."""
     fps: float = 1.0
     """Frames a second when frames is "fps"."""
+    frames_by: FramesBy = "index"
+    """Over what the frames of a video are spread, unless it says so itself."""
     generator: random.Random | None = None
     """Source of every random choice; needed for augment and for videos with random frames."""
     root: str = ""
@@ -144,7 +147,7 @@ class Processor:
             if not any(rendered.trained):
                 raise DataError(record.source, "nothing_trained", "no token is trained: the conversation has no reply")
             sequences.append(_Sequence(rendered, media))
-        sequences, cut = _fit(record.source, sequences, options)
+        sequences, cut = _fit(record.source, sequences, options, self.tokenizer.id(IMAGE_END))
         tokens: list[int] = []
         labels: list[int] = []
         weights: list[float] = []
@@ -204,8 +207,8 @@ def _sizes(sequences: Sequence[_Sequence]) -> tuple[int, int]:
     return sum(len(each.rendered.ids) for each in sequences), sum(len(tiles_GSSC) for tiles_GSSC in set(_media_of(sequences)))
 
 
-def _fit(source: str, sequences: list[_Sequence], options: SampleOptions) -> tuple[list[_Sequence], str]:
-    """Decide what of a sample is kept: the one place where turns are cut.
+def _fit(source: str, sequences: list[_Sequence], options: SampleOptions, image_end: int) -> tuple[list[_Sequence], str]:
+    """Decide what of a sample is kept: the one place where turns are cut. image_end is the token behind a medium.
 
     Returns:
         The sequences that are kept, and the text of Sample.cut.
@@ -228,7 +231,11 @@ def _fit(source: str, sequences: list[_Sequence], options: SampleOptions) -> tup
     for whole in sequences:
         # Whole, or its longest beginning that ends with a reply and fits. Media have the text's order, so m cuts them alike.
         ids, trained, cuts = whole.rendered.ids, whole.rendered.trained, whole.rendered.cuts
-        starts = (_Sequence(chat.Rendered(ids[:n], trained[:n], []), whole.media[:m]) for n, m in reversed(cuts))
+        ends = cuts[::-1]
+        room = max(0, (options.max_tokens or len(ids)) - _sizes(kept)[0])
+        if options.overflow == "cut" and any(trained[:room]) and image_end not in ids[room:]:
+            ends.insert(0, (room, len(whole.media)))
+        starts = (_Sequence(chat.Rendered(ids[:n], trained[:n], []), whole.media[:m]) for n, m in ends)
         best = next((start for start in (whole, *starts) if fits(*kept, start)), None)
         if best is not None:
             kept.append(best)
@@ -256,7 +263,7 @@ class _MediaReader:
         for ref in refs:
             image.check_source(ref)
             if isinstance(ref, VideoRef):
-                key = (ref.source, ref.num_frames, ref.clip and tuple(ref.clip))
+                key = (ref.source, ref.num_frames, ref.clip and tuple(ref.clip), ref.frames_by)
             else:
                 key = (ref.source if isinstance(ref.source, str | bytes) else id(ref.source), ref.max_tiles or share)
             if key not in self._media:
@@ -298,8 +305,9 @@ class _MediaReader:
         if num_frames is None:
             generator = options.generator
             num_frames = generator.randint(options.min_frames, options.max_frames) if generator else options.max_frames
+        over_time = replace(ref, frames_by=options.frames_by) if options.frames_by == "time" else ref
         tiles = video.load_frames(
-            ref, num_frames, mode=options.frames, fps=options.fps, generator=options.generator,
+            over_time, num_frames, mode=options.frames, fps=options.fps, generator=options.generator,
             root=options.root, max_pixels=processor.max_pixels, budget=self._budget,
             use=lambda frame: image.tile_image(frame, processor.tiling, 1, resize=processor.resize),
         )  # fmt: skip

@@ -6,6 +6,7 @@ Training takes one random frame of each interval of the video, inference takes e
 from __future__ import annotations
 
 import io
+import os
 import random
 import re
 from bisect import bisect_left, bisect_right
@@ -23,7 +24,7 @@ from ivl.processing.image import PixelBudget, check_size, check_source, load_ima
 from ivl.types import ImageRef, VideoRef
 from ivl.utils.budgets import MAX_FRAME_PIXELS, MAX_PIXELS, MAX_TILES
 from ivl.utils.files import regular
-from ivl.utils.pictures import to_rgb
+from ivl.utils.pictures import problem_of, to_rgb
 
 Use = Callable[[Image.Image], Any]
 """What becomes of a frame."""
@@ -56,23 +57,28 @@ def load_frames(
     Each frame is handed to `use` as soon as it is decoded, and only what that returns is kept. A frame of a container that has
     more than MAX_FRAME_PIXELS is halved first. A folder gives its images sorted by the last number in their names, a GIF its
     frames, and anything else is decoded with PyAV (the `video` extra). ref.clip keeps the frames that are shown between its two
-    times. A video that is too short repeats its last frame.
+    times. A video that is too short repeats its last frame; in the modes of training, a folder or a GIF shows each frame once.
 
     Raises:
         MediaError: naming the file, if it cannot be read, has no frame inside the clip, has frames above max_pixels, or more
             pixels to decode than the budget has left.
     """
 
-    def choose(total: int, rate: float) -> list[int]:
-        return frame_indices(total, num_frames, mode, rate=rate, fps=fps, generator=generator)
+    def choose(starts: Sequence[float], rate: float) -> list[int]:
+        picked = frame_indices(len(starts), num_frames, mode, rate=rate, fps=fps, generator=generator)
+        if mode in ("rand", "middle") and not is_container:
+            picked = picked[: len(starts)]
+        return _over_time(picked, starts) if ref.frames_by == "time" else picked
 
     check_source(ref)
     if not 1 <= num_frames <= MAX_TILES:
         raise InputError(f"num_frames must be in 1..{MAX_TILES:,}, got {num_frames}")
     source = ref.source if isinstance(ref.source, bytes) else Path(root) / ref.source
+    is_gif = source.startswith(b"GIF8") if isinstance(source, bytes) else source.suffix.lower() == ".gif"
+    is_container = not is_gif and (isinstance(source, bytes) or not os.path.isdir(source))  # noqa: PTH112, never raises
     file = _VideoFile(source, ref.clip, max_pixels, choose, budget or PixelBudget(), use)
     if isinstance(source, bytes):
-        return file.read_gif() if source.startswith(b"GIF8") else file.read_container()
+        return file.read_container() if is_container else file.read_gif()
     try:
         regular(source)
     except InputError as error:
@@ -83,7 +89,7 @@ def load_frames(
         if ref.clip is not None or mode == "fps":
             raise file.error("a folder of frames has no time axis; a clip or a frame rate needs a video file")
         return file.read_folder(source)
-    return file.read_gif() if source.suffix.lower() == ".gif" else file.read_container()
+    return file.read_container() if is_container else file.read_gif()
 
 
 def frame_indices(
@@ -113,6 +119,16 @@ def frame_indices(
     return picked + [picked[-1]] * (num_frames - taken)
 
 
+def _over_time(picked: list[int], starts: Sequence[float]) -> list[int]:
+    """Replace each chosen frame by the one nearest to the time that its number would have at a constant rate."""
+    gap = (starts[-1] - starts[0]) / max(1, len(starts) - 1)
+    nearest: list[int] = []
+    for time in (starts[0] + gap * n for n in picked) if gap else ():
+        n = min(bisect_left(starts, time), len(starts) - 1)
+        nearest.append(n - 1 if n and time - starts[n - 1] < starts[n] - time else n)
+    return nearest or picked
+
+
 @dataclass(frozen=True)
 class _VideoFile:
     """A video by path or in memory, and which of its frames are wanted."""
@@ -120,8 +136,8 @@ class _VideoFile:
     source: Path | bytes
     clip: tuple[float, float] | None
     max_pixels: int
-    choose: Callable[[int, float], list[int]]
-    """Picks frames, given how many there are and their rate a second."""
+    choose: Callable[[Sequence[float], float], list[int]]
+    """Picks frames, given when each starts and their rate a second."""
     budget: PixelBudget
     use: Use
 
@@ -132,10 +148,9 @@ class _VideoFile:
         """
         if isinstance(problem, MediaError):
             return problem
-        in_memory = isinstance(self.source, bytes)
         if isinstance(problem, Exception):
-            words = "damaged or cut short" if in_memory else f"{type(problem).__name__}: {problem}"
-            problem = f"not a readable video ({words})"
+            with io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source.open("rb") as file:
+                problem = problem_of(problem, file.read(512), "video", quote=not isinstance(self.source, bytes))
         return MediaError("undecodable_media", f"{self.name}: {problem}")
 
     @property
@@ -152,7 +167,7 @@ class _VideoFile:
         frames = [n for n, start in enumerate(starts) if first - 1e-6 <= start <= last + 1e-6]
         if not frames:
             raise self.error(f"no frame between {first} s and {last} s; it lasts {starts[-1]:.3f} s")
-        return [frames[i] for i in self.choose(len(frames), rate)]
+        return [frames[i] for i in self.choose([starts[n] for n in frames], rate)]
 
     def bounded(self, container: Any) -> Any:
         """The video stream, with max_pixels set for its decoder, too: a picture may be larger than the container says."""
@@ -167,7 +182,7 @@ class _VideoFile:
         if unnumbered := [file.name for file in files if not re.search(r"\d", file.stem)]:
             raise self.error(f"the name of a frame must hold its number, got {unnumbered[0]}")
         files.sort(key=lambda file: (int(re.findall(r"\d+", file.stem)[-1]), file.name))
-        picked = self.choose(len(files), 0.0)
+        picked = self.choose(range(len(files)), 0.0)
         wanted = {i: ImageRef(str(files[i])) for i in sorted(set(picked))}
         frames = {i: self.use(self.budget.load(load_image, ref, "", self.max_pixels)) for i, ref in wanted.items()}
         return [frames[i] for i in picked]

@@ -128,7 +128,8 @@ def mpo(size: str) -> RunConfig:
     """Mixed Preference Optimization on pairs of replies, one epoch, 256 or 512 pairs a step.
 
     A pack is one pair, as published, and holds two sequences of 8,192 tokens; to pack several, raise data.max_samples and
-    lower packs_per_step. The published runs keep drop path in the policy, which then differs from its start; here it is off.
+    lower packs_per_step. Rows that are no pair to learn from (equal or empty sides, turns out of order) are left out and
+    counted. The published runs keep drop path in the policy, which then differs from its start; here it is off.
     """
     base = finetune(size)
     optim = OptimConfig(lr=1e-6, weight_decay=0.05, warmup_ratio=0.03)
@@ -137,7 +138,9 @@ def mpo(size: str) -> RunConfig:
         name=f"{size}-mpo",
         stage=Stage(trainable=("vision", "projector", "decoder")),
         objective=PreferenceConfig(),
-        data=DataConfig(mixture="data/mmpr.json", max_tokens=2 * 8192, max_samples=1, averaging="token", epochs=1),
+        data=DataConfig(
+            mixture="data/mmpr.json", max_tokens=2 * 8192, max_samples=1, averaging="token", epochs=1, on_error="skip"
+        ),
         train=replace(base.train, optim=optim, packs_per_step=512 if size in ("38B", "78B") else 256),
     )
 

@@ -11,7 +11,8 @@ from PIL import Image
 
 from ivl.serve.config import MediaConfig
 from ivl.serve.errors import MediaRefusal
-from ivl.utils.pictures import open_image
+from ivl.utils.files import not_itself
+from ivl.utils.pictures import FOREIGN, open_image
 
 MAX_READS = 10_000
 """Reads that Pillow may make in a header. A header of more parts than that is made to cost time."""
@@ -31,15 +32,8 @@ _CONTAINERS = {
 _REFUSED = {
     rb"II\*\0|MM\0\*|II\+\0|MM\0\+": "TIFF",
     rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51": "JPEG 2000",
-    rb"\0\0\0\x0cJXL |\xff\x0a": "JPEG XL",
-    rb".{4}ftyp(avif|avis|heic|heix|hevc|mif1|msf1)": "AVIF or HEIF",
     rb"BM": "BMP",
-    rb"\s*%PDF": "PDF",
-    rb"\s*%!|\xc5\xd0\xd3\xc6": "PostScript",
-    rb"8BPS": "Photoshop",
-    rb"\0\0[\1\2]\0": "an icon",
-    rb"(\xef\xbb\xbf)?\s*(<\?xml|<!--|<svg)": "SVG",
-    rb"(\xef\xbb\xbf)?\s*(?i:<!doctype|<html)": "a web page",
+    **FOREIGN,
 }
 
 
@@ -63,7 +57,7 @@ def check_image(data: bytes, config: MediaConfig) -> MediaHeader:
     """
     kind = _match(FORMATS, data)
     if kind is None:
-        name = _match(_REFUSED, data) or ("of an unknown format" if data else None)
+        name = not_itself(data[:512]).partition(",")[0] or _match(_REFUSED, data) or ("of an unknown format" if data else None)
         raise MediaRefusal(f"the image is {name}; send PNG, JPEG, WebP or GIF" if name else "the image is empty")
     if kind == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
         raise _too_many_parts()

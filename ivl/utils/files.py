@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,15 @@ def regular(path: str | Path) -> os.stat_result:
             if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
                 raise InputError(f"{path}: is a git-LFS pointer, not the file itself; run 'git lfs pull' where it was cloned")
     return result
+
+
+def not_itself(head: bytes) -> str:
+    """What a file is instead of itself, by its first bytes, and the remedy; empty unless it is one of these."""
+    if head.startswith(b"version https://git-lfs.github.com/"):
+        return "a git-LFS pointer, not the file itself; run `git lfs pull`"
+    if re.match(rb"(\xef\xbb\xbf)?\s*(<!doctype html|<html)", head, re.IGNORECASE):
+        return "a web page, not the file itself; download it again"
+    return ""
 
 
 def write_atomic(path: Path, text: str) -> None:

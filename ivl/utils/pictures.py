@@ -15,12 +15,26 @@ from collections.abc import Iterator, Sequence
 from typing import IO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from ivl.utils.budgets import MAX_FILE_BYTES, MAX_HEADER_PARTS, MAX_METADATA_BYTES, MAX_PARTS
+from ivl.utils.budgets import MAX_FILE_BYTES, MAX_HEADER_PARTS, MAX_METADATA_BYTES, MAX_PARTS, MAX_PIXELS
+from ivl.utils.files import not_itself
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
 """What may be opened; the decoders of other formats are never started."""
+FOREIGN = {
+    rb"\0\0\0\x0cJXL |\xff\x0a": "JPEG XL",
+    rb".{4}ftyp(avif|avis|heic|heix|hevc|mif1|msf1)": "AVIF or HEIF",
+    rb"\s*%PDF": "PDF",
+    rb"\s*%!|\xc5\xd0\xd3\xc6": "PostScript",
+    rb"8BPS": "Photoshop",
+    rb"\0\0[\1\2]\0": "an icon",
+    rb"(\xef\xbb\xbf)?\s*(<\?xml|<!--|<svg)": "SVG",
+    rb".{4}ftyp|\x1a\x45\xdf\xa3|RIFF.{4}AVI ": "a video",
+}
+"""What else is taken for an image, by its first bytes."""
+DEPTHS = (8, 10, 12, 14, 16)
+"""Bits that scanners and cameras use for a pixel."""
 ORIENTATION, SUB_IFDS = 0x0112, (0x8769, 0x8825, 0xA005)
 """Tags: how the camera was held; where EXIF, GPS and interoperability tags lie."""
 STRIP_PIXELS = 1 << 18
@@ -73,8 +87,10 @@ def upright(image: Image.Image, orientation: int) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any mode to RGB, over white where it is transparent.
 
-    What needs wider pixels on the way is converted in strips of rows: a whole image of them would take gigabytes, and Pillow
-    would not let other threads run meanwhile.
+    Gray of more than 8 bits is scaled by the least of 8, 10, 12, 14 and 16 bits that holds its values, so a scan of 12 bits in
+    a file of 16 keeps its contrast; wider or negative values are scaled by the range that they take, and float gray within 0
+    to 1 by that one. What needs wider pixels on the way is converted in strips of rows: a whole image of them would take
+    gigabytes, and Pillow would not let other threads run meanwhile.
     """
     if image.mode == "RGB":
         image.load()
@@ -82,14 +98,25 @@ def to_rgb(image: Image.Image) -> Image.Image:
     gray = image.mode.startswith("I") or image.mode == "F"
     if not gray and image.mode not in ("RGBA", "LA", "PA", "RGBa", "La") and "transparency" not in image.info:
         return image.convert("RGB")
-    scale = 1 / 257
-    if image.mode == "F":
-        values = (np.asarray(strip) for _, strip in _strips(image))
-        scale = 255.0 if all(np.all((part >= 0) & (part <= 1)) for part in values) else 1.0
+    low, high = _gray_range(image) if gray else (0.0, 0.0)
     rgb = Image.new("RGB", image.size)
     for corner, strip in _strips(image):
-        rgb.paste(_gray_to_rgb(strip, scale) if gray else _over_white(strip), corner)
+        rgb.paste(_gray_to_rgb(strip, low, high) if gray else _over_white(strip), corner)
     return rgb
+
+
+def _gray_range(image: Image.Image) -> tuple[float, float]:
+    """The values that become black and white."""
+    least = most = 0.0
+    for _, strip in _strips(image):
+        values = np.asarray(strip)
+        values = values[np.isfinite(values)] if image.mode == "F" else values
+        least, most = min(least, values.min(initial=0)), max(most, values.max(initial=0))
+    if least < 0:
+        return float(least), float(most)
+    if image.mode == "F" and most <= 1:
+        return 0.0, 1.0
+    return 0.0, next((2.0**bits - 1 for bits in DEPTHS if most < 2**bits), float(most))
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[tuple[int, int], Image.Image]]:
@@ -101,15 +128,40 @@ def _strips(image: Image.Image) -> Iterator[tuple[tuple[int, int], Image.Image]]
             yield (left, top), image.crop((left, top, min(left + width, image.width), min(top + rows, image.height)))
 
 
-def _gray_to_rgb(image: Image.Image, scale: float) -> Image.Image:
+def _gray_to_rgb(image: Image.Image, low: float, high: float) -> Image.Image:
     """Scale gray values to 0 to 255; Pillow's own conversion clips them instead."""
-    values = np.asarray(image, dtype=np.float64) * scale
+    values = np.asarray(image, dtype=np.float64).clip(low, high) - low
+    values = np.nan_to_num(values * (255 / (high - low or 1)))
     return Image.fromarray(values.round().clip(0, 255).astype(np.uint8)).convert("RGB")
 
 
 def _over_white(image: Image.Image) -> Image.Image:
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def problem_of(error: Exception, head: bytes, noun: str = "image", *, quote: bool = False) -> str:
+    """What is wrong with an image or a video that cannot be read, and the remedy where its first bytes show one.
+
+    Args:
+        quote: whether to quote the library's words, which tell of the content: for files of the reader's own.
+    """
+    if isinstance(error, Image.DecompressionBombError) and (size := re.search(r"\d+", str(error))):
+        return f"{int(size[0]):,} pixels, the limit is {MAX_PIXELS:,}; scale it down"
+    foreign = next((name for pattern, name in FOREIGN.items() if re.match(pattern, head, re.DOTALL)), "")
+    if not head:
+        why = "it is empty"
+    elif problem := not_itself(head):
+        why = f"it is {problem}"
+    elif noun == "image" and foreign:
+        why = (
+            f"it is {foreign}; save it as PNG or JPEG" if foreign != "a video" else "it is a video; name it .mp4, .mkv or .avi"
+        )
+    elif isinstance(error, UnidentifiedImageError):
+        why = "unknown format"  # Pillow's own words would print an object with its address
+    else:
+        why = f"{type(error).__name__}: {error}" if quote else "damaged or cut short"
+    return f"not a readable {noun} ({why})"
 
 
 def orientation_of(exif: bytes, xmp: bytes = b"") -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ivl.errors import InputError, nearest, short
-from ivl.utils.files import regular
+from ivl.utils.files import not_itself, regular
 
 T = TypeVar("T")
 MAX_JSON_BYTES = 64 << 20
@@ -46,6 +46,8 @@ def read_json(path: Path, *, limit: int = MAX_JSON_BYTES, surrogates: bool = Tru
         raise InputError(f"{short(str(path))}: cannot be read ({error})") from None
     if max(size, len(data)) > limit:
         raise InputError(f"{path}: more than {limit:,} bytes of JSON, which are not read")
+    if problem := not_itself(data[:512]):
+        raise InputError(f"{path}: is {problem}")
     try:
         return _parse(data.decode("utf-8-sig"), surrogates=surrogates)
     except RecursionError:

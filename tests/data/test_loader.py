@@ -349,6 +349,25 @@ def test_oversized_samples_are_cut_at_a_turn_and_counted(tmp_path, num_workers):
         list(loader(alone, over_budget="truncate"))
 
 
+def test_a_long_reply_is_cut_and_counted(tmp_path):
+    path = write_jsonl([{"conversations": turns("q", "a red circle " * 200)}], tmp_path / "a.jsonl")
+    cut = loader(path, over_budget="cut", epochs=1)
+    [batch] = list(cut)
+    assert batch.layout.new_lens == (300,) and batch.weights_T.count_nonzero() > 250 and cut.report.truncated == 1
+
+
+@pytest.mark.parametrize("policy", ["skip", "truncate", "cut"])
+def test_rows_of_which_nothing_can_be_trained_never_reach_the_loss(tmp_path, policy):
+    """Three images fill the pack before the reply begins: the row is counted, and no batch trains nothing."""
+    picture(tmp_path / "p.png", 84, 84)
+    big = {"image": ["p.png"] * 30, "conversations": turns("<image>" * 30 + "which of these many pictures " * 30, "red")}
+    path = write_jsonl([big, *({"conversations": turns("q", "red")},) * 5], tmp_path / "a.jsonl")
+    one = loader(path, over_budget=policy, on_error="skip", max_tiles=400, epochs=1)
+    batches = list(one)
+    assert one.report.rows == {"too_long": 1} and sum(len(batch.ids) for batch in batches) == 5
+    assert all(weights.count_nonzero() for batch in batches for weights in batch.weights_T.split(list(batch.layout.new_lens)))
+
+
 def test_errors_in_workers_arrive_whole(dirty):
     path, _ = dirty
     with pytest.raises(DataError, match=r"dirty\.jsonl:8: "):

@@ -92,8 +92,8 @@ def test_meta_json(tmp_path):
         ({"annotation": "a.jsonl", "repeat_times": 2}, "unknown key 'repeat_times'; did you mean 'repeat_time'?"),
         ({"annotation": "a.jsonl", "zzz": 2}, "unknown key 'zzz'; keys are name, annotation"),
         ({"root": "x"}, "annotation is missing"),
-        ({"annotation": "a.jsonl", "repeat_time": 0}, r"repeat_time must be in \(0, 4\], got 0"),
-        ({"annotation": "a.jsonl", "repeat_time": 4.5}, r"repeat_time must be in \(0, 4\], got 4.5"),
+        ({"annotation": "a.jsonl", "repeat_time": 0}, r"repeat_time must be in \(0, 1e9\], got 0"),
+        ({"annotation": "a.jsonl", "repeat_time": -1}, r"repeat_time must be in \(0, 1e9\], got -1"),
         ({"annotation": "a.jsonl", "data_augment": "yes"}, "data_augment must be true or false, got 'yes'"),
         ({"annotation": "a.jsonl", "max_dynamic_patch": 0}, "max_dynamic_patch must be >= 1, got 0"),
         (["a.jsonl"], "must be an object"),
@@ -156,3 +156,15 @@ def test_weighted_epochs_draw_what_they_say(tmp_path):
     drawn = Counter((draw.dataset, draw.row) for draw in mixture.draws(range(len(mixture))))
     assert len(mixture) == 68 and sum(n for (d, _), n in drawn.items() if d == 0) == mixture.num_draws(0) == 14
     assert sorted(n for (d, _), n in drawn.items() if d == 0) == [3, 3, 4, 4]
+
+
+@pytest.mark.parametrize(("repeat", "rows", "draws"), [(10, 6, 60), (0.1, 48, 4), (2.7, 48, 129), (4.1, 10, 41), (0.5, 7, 3)])
+def test_repeat_time_of_any_size(tmp_path, repeat, rows, draws):
+    """A fraction of the rows is rounded down, as in the reference."""
+    spec = DatasetSpec(name="a", annotation=rows_file(tmp_path / "a.jsonl", rows), repeat_time=repeat)
+    other = DatasetSpec(name="b", annotation=rows_file(tmp_path / "b.jsonl", 30))
+    mixture = Mixture((spec, other), seed=0)
+    counts = Counter(draw.row for draw in mixture.draws(range(len(mixture))) if draw.dataset == 0)
+    assert mixture.num_draws(0) == draws == counts.total()
+    assert max(counts.values()) - min(counts.get(row, 0) for row in range(rows)) <= 1
+    assert len(Mixture((spec, other), seed=0, weighting="root")) == draws + 30

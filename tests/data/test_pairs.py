@@ -53,6 +53,14 @@ def test_replies_to_different_prompts_are_no_pair():
         read(row)
 
 
+@pytest.mark.parametrize(
+    "rejected", ["a red circle", "a red circle ", "\n a red circle\t", [{"role": "assistant", "content": " a red circle"}]]
+)
+def test_sides_that_differ_in_white_space_alone_are_refused(rejected):
+    with pytest.raises(DataError, match="the same but for white space"):
+        read(PAIR | {"rejected": rejected})
+
+
 @pytest.mark.parametrize("wanted", [True, False])
 def test_pairs_and_other_rows_are_not_taken_for_each_other(tmp_path, wanted):
     """Two questions about a picture are also two conversations, and the rejected reply of a pair is none to learn from."""

@@ -68,7 +68,7 @@ def test_openai_messages():
     row = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}, reply]}
     assert read(row).conversations[0] == (
         Message("system", (Text("Be brief."),)),
-        Message("user", (ImageRef("/media/a.png"), ImageRef(png), Text("what?"))),
+        Message("user", (ImageRef("/media/a.png"), Text("\n"), ImageRef(png), Text("\nwhat?"))),
         Message("assistant", (Text("that"),)),
     )
 
@@ -140,7 +140,7 @@ def test_the_clip_of_a_row_is_that_of_its_openai_videos():
         ({"conversations": turns("q", " \n")}, "empty_answer", "answer 1 is empty"),
         ({"image": "a", "conversations": turns("<image><image>", "x")}, "placeholder_mismatch", "2 <image> marks but 1 images"),
         ({"image": ["a", "b"], "conversations": turns("q", "x")}, "placeholder_mismatch", "0 <image> marks but 2 images"),
-        ({"conversations": turns("<image>", "x")}, "placeholder_mismatch", "1 <image> marks but 0 images"),
+        ({"images": ["a"], "messages": turns("<image><image>", "x")}, "placeholder_mismatch", r"\<image> is the letters"),
         ({"conversations": turns("q", "a"), "messages": turns("q", "b")}, "bad_row", "both `conversations` and `messages`"),
         ({"image": "a", "images": ["b"], "messages": turns("q", "a")}, "bad_row", "both `image` and `images`"),
         ({"images": [{"path": None}], "messages": turns("q", "a")}, "bad_row", "an image must be a path"),
@@ -180,6 +180,89 @@ def test_bad_rows_name_the_line_and_the_kind(row, kind, words):
     assert caught.value.kind == kind
     assert str(caught.value).startswith("a.jsonl:7: ")
     assert words in str(caught.value)
+
+
+SAID = (Message("user", (Text("what is <image> or <video>?"),)), Message("assistant", (Text("x"),)))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {},
+        {"image": "", "video": "", "images": [], "videos": None, "clip": "", "system": "", "id": "", "messages": []},
+        {"image": {"bytes": None, "path": ""}, "clip": []},
+    ],
+)
+def test_marks_without_media_are_letters_and_empty_values_are_none(row):
+    record = read({"conversations": turns("what is <image> or <video>?", "x")} | row)
+    assert record.conversations == (SAID,) and record.id == "a.jsonl:7"
+
+
+def test_marks_count_for_the_kinds_that_a_row_has():
+    image = read({"image": "a.png", "conversations": turns("<image>\nis it \\<image> or <video>, \\<video>?", "x")})
+    assert image.conversations[0][0].content == (
+        ImageRef("/media/a.png"), Text("\nis it <image> or <video>, \\<video>?"),
+    )  # fmt: skip
+    lone = read({"video": "v.mp4", "conversations": turns("what is <image>?", "an <image>")})
+    assert lone.conversations[0][0].content == (VideoRef("/media/v.mp4"), Text("\nwhat is <image>?"))
+
+
+def test_media_marked_in_the_text_stay_where_they_stand():
+    row = {"image": ["a.png", "b.png"], "conversations": turns("<image><image>same?", "no")}
+    assert read(row).conversations[0][0].content == (ImageRef("/media/a.png"), ImageRef("/media/b.png"), Text("same?"))
+
+
+@pytest.mark.parametrize(
+    ("row", "layout"),
+    [
+        ({"instruction": "what?", "input": "", "output": "that"}, "alpaca"),
+        ({"instruction": "what?", "input": None, "output": "that", "history": [], "chosen": None, "rejected": None}, "alpaca"),
+        ({"query": "what?", "response": "that", "history": None, "rejected_response": ""}, "swift"),
+    ],
+)
+def test_rows_of_one_question(row, layout):
+    asked = (Message("user", (Text("what?"),)), Message("assistant", (Text("that"),)))
+    assert read(row).conversations == (asked,)
+    assert to_record(row, source="f:1", root=ROOT, layout=layout).conversations == (asked,)
+    shown = (Message("user", (ImageRef("/media/a.png"), Text("\nwhat?"))), asked[1])
+    assert read(row | {"images": ["a.png"]}).conversations == (shown,)
+    earlier = (Message("user", (Text("q"),)), Message("assistant", (Text("a"),)))
+    system = Message("system", (Text("Be brief."),))
+    long = read(row | {"history": [["q", "a"]], "system": "Be brief."})
+    assert long.conversations == ((system, *earlier, *asked),)
+    with pytest.raises(DataError, match=r"no `messages` or `query` with `response` among the keys|no `instruction` with"):
+        to_record({"text": "x"}, source="f:1", root=ROOT, layout=layout)
+
+
+def test_alpaca_input_follows_the_instruction_and_pairs_are_pairs():
+    row = {"instruction": "<image>which?", "input": "A or B", "images": ["a.png"], "output": "A"}
+    assert read(row).conversations[0][0].content == (ImageRef("/media/a.png"), Text("which?\nA or B"))
+    swift = read({"query": "q", "response": "good", "rejected_response": "bad"})
+    alpaca = read({"instruction": "q", "input": "", "chosen": "good", "rejected": "bad"})
+    assert swift.is_pair and swift.conversations == alpaca.conversations
+    assert [talk[-1].text for talk in swift.conversations] == ["good", "bad"]
+
+
+@pytest.mark.parametrize("history", ["q", [["q"]], [{"q": "a"}]])
+def test_a_history_is_pairs(history):
+    with pytest.raises(DataError, match="`history` a list of"):
+        read({"query": "q", "response": "a", "history": history})
+
+
+def test_windows_paths(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b.png").touch()
+    (tmp_path / "odd\\name.png").touch()
+
+    def path(ref: str) -> str:
+        record = to_record({"image": ref, "conversations": turns("q", "a")}, source="f:1", root=tmp_path)
+        return record.conversations[0][0].content[0].source
+
+    assert path("sub\\b.png") == str(tmp_path / "sub" / "b.png")
+    assert path("odd\\name.png") == str(tmp_path / "odd\\name.png"), "a name that is there"
+    for ref in ("C:\\data\\b.png", "d:/b.png", "file:///C:/b.png", "\\\\server\\b.png"):
+        with pytest.raises(DataError, match="is on a drive of Windows; write paths below the root"):
+            path(ref)
 
 
 json_values = st.recursive(

@@ -102,9 +102,9 @@ def record(*content, answer: str = "a", id: str = "i") -> Record:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (record(Text("say <image> now")), "a question whose text itself says <image>"),
+        (record(Text("C:\\"), ImageRef("a.png")), "a backslash right before an image"),
         (record(ImageRef("a.png", max_tiles=3)), "an image with a tile budget"),
-        (record(VideoRef("v", num_frames=3)), "a video with a number of frames"),
+        (record(VideoRef("v", num_frames=3)), "a video with a number or choice of frames"),
         (record(VideoRef("v", clip=(0, 1)), VideoRef("w")), "videos of different clips"),
         (
             Record("i", record(ImageRef("a")).conversations + record(Text("q")).conversations, "f:1"),

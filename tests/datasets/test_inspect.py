@@ -113,7 +113,7 @@ def test_containers_with_media_inside(tmp_path, kind, capsys):
 
 
 def test_ten_problems_of_a_kind_are_printed_or_all(tmp_path, capsys):
-    rows = [{"conversations": turns("<image>", "red")}] * 25 + [{"x": 1}] * 3
+    rows = [{"conversations": turns("q", " ")}] * 25 + [{"x": 1}] * 3
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     for flags, printed in (([], 13), (["--all"], 28)):
         with pytest.raises(SystemExit):
@@ -138,3 +138,28 @@ def test_a_huge_answer_is_found_without_a_model(tmp_path, capsys, chars):
         f"a.jsonl:1: {chars + 2:,} characters, the limit of a row is 1,000,000 [too_long]" in out
         and "1 problem in 2 rows" in out
     )
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_repeated_ids_and_letters_are_noted(tmp_path, capsys, num_workers):
+    ids = [1, "a", "b", None, None, "1", "a", "a", "c"]
+    rows = [{"id": each, "conversations": turns("what?", "that")} for each in ids]
+    rows += [{"image": "", "conversations": turns("<image>\nwhat?", "that")}] * 2
+    path = write_jsonl(rows, tmp_path / "rows.jsonl")
+    cli.main(["validate", str(path), "--workers", str(num_workers)])
+    assert capsys.readouterr().out.splitlines() == [
+        "rows: 11 rows (reference jsonl), no problems",
+        f"rows: note: 3 rows have the id of an earlier row, first {path}:6 that of {path}:1",
+        "rows: note: 2 rows say <image> or <video> and have no such medium: these are letters",
+    ]
+    cli.main(["validate", str(path), "--json"])
+    found = json.loads(capsys.readouterr().out)["datasets"]["rows"]
+    assert (found["repeated_ids"], found["letters"]) == (3, 2)
+
+
+def test_convert_prints_ten_problems_of_a_kind_or_all(tmp_path, capsys):
+    rows = [{"conversations": turns("q", " ")}] * 30 + [{"conversations": turns("q", "a")}]
+    path, target = write_jsonl(rows, tmp_path / "rows.jsonl"), tmp_path / "out.jsonl"
+    for options, printed in (([], 10), (["--all", "--overwrite"], 30)):
+        cli.main(["convert", str(path), str(target), "--on-error", "skip", *options])
+        assert capsys.readouterr().err.count("[empty_answer]") == printed

@@ -147,7 +147,6 @@ ROW = json.dumps({"messages": messages("<image>q", "a")}).encode()
     ("members", "problem"),
     [
         ([("a.jpg", PNG)], "a.tar:a: neither a .json with turns nor a .txt"),
-        ([("a.json", ROW)], "a.tar:a: 1 <image> marks but 0 images"),
         ([("a.txt", b"alone")], "a.tar:a: a caption without its image"),
         ([("a.json", json.dumps({"image": "a.jpg", "messages": []}).encode())], "names 1 images, the tar holds 0"),
         ([("a.0.jpg", PNG), ("a.2.jpg", PNG), ("a.txt", b"x")], "numbered 0, 2: some are missing"),

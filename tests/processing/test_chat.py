@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ivl.errors import InputError
-from ivl.processing.chat import INTERNVL2_5_SYSTEM, OLDER_SYSTEM, TEMPLATES, render, user
+from ivl.processing.chat import INTERNVL2_5_SYSTEM, OLDER_SYSTEM, TEMPLATES, marked, open_lines, render, user
 from ivl.processing.tokenizer import train_tokenizer
 from ivl.types import ImageRef, Message, Text, VideoRef
 from tests.helpers.processors import CORPUS
@@ -82,6 +82,15 @@ def test_older_templates():
         "<|system|>\nS<|end|><|user|>\nHi<|end|><|assistant|>\nYes.<|end|>"
     )
     assert trained(conversation, template="phi3-chat") == "Yes.<|end|>"
+    spaced = (Message("system", (Text(" S "),)), Message("user", (Text(" Hi \n"), IMAGE)), says("\nYes. "))
+    turns = (
+        "<|im_start|>system\n S <|im_end|>",
+        "<|im_start|>user\n{}<img>*</img><|im_end|>",
+        "<|im_start|>assistant\n{}<|im_end|>",
+    )
+    kept, stripped = ("".join(turns).format(*texts) for texts in ((" Hi \n", "\nYes. "), ("Hi \n", "Yes.")))
+    assert written(spaced, [1], template="Hermes-2") == kept and written(spaced, [1], template="internlm2-chat") == stripped
+    assert written(spaced, [1], template="internlm2-chat", reply=True).endswith("assistant\nYes. ")
     with pytest.raises(InputError, match=r"unknown template 'x'; known are internvl2_5"):
         written(conversation, template="x")
 
@@ -91,22 +100,31 @@ def test_media():
         turn = written((Message("user", content),), tiles, template="plain-chatml", **options)
         return turn.removeprefix("<|im_start|>user\n").removesuffix("<|im_end|>\n")
 
-    assert asked(IMAGE, Text("What?"), tiles=[2]) == "<img>**</img>\nWhat?", "given before the text: a line of its own"
-    assert asked(IMAGE, IMAGE, Text("Which?"), tiles=[1, 2]) == "<img>*</img>\n<img>**</img>\nWhich?"
-    assert asked(IMAGE, Text("\nWhat?"), tiles=[1]) == "<img>*</img>\nWhat?", "marked in the text: as it stands"
+    assert asked(IMAGE, Text("What?"), tiles=[2]) == "<img>**</img>What?", "as it stands"
+    assert asked(*open_lines((IMAGE, Text("What?"))), tiles=[2]) == "<img>**</img>\nWhat?", (
+        "a list of parts: lines of their own"
+    )
+    assert asked(*open_lines((IMAGE, IMAGE, Text("Which?"))), tiles=[1, 2]) == "<img>*</img>\n<img>**</img>\nWhich?"
+    assert asked(*open_lines((Text(""), IMAGE, Text("What?"))), tiles=[1]) == "<img>*</img>What?"
+    assert asked(IMAGE, Text("\nWhat?"), tiles=[1]) == asked(*open_lines((IMAGE, Text("\nWhat?"))), tiles=[1])
     assert asked(IMAGE, IMAGE, Text(" same?"), tiles=[1, 1]) == "<img>*</img><img>*</img> same?"
     assert asked(Text("Is "), IMAGE, Text("red?"), tiles=[1]) == "Is <img>*</img>red?"
     assert asked(IMAGE, tiles=[1]) == "<img>*</img>"
     frames = "Frame-1: <img>*</img>\nFrame-2: <img>*</img>\nFrame-3: <img>*</img>"
-    assert asked(VIDEO, Text("What?"), tiles=[3]) == asked(VIDEO, Text("\nWhat?"), tiles=[3]) == f"{frames}\nWhat?"
-    assert asked(VIDEO, IMAGE, Text("Both?"), tiles=[3, 2]) == f"{frames}\n<img>**</img>\nBoth?"
+    assert asked(VIDEO, Text("\nWhat?"), tiles=[3]) == f"{frames}\nWhat?"
+    assert asked(*open_lines((VIDEO, IMAGE, Text("Both?"))), tiles=[3, 2]) == f"{frames}\n<img>**</img>\nBoth?"
 
 
 def test_user_marks():
-    assert user("What?", IMAGE).content == (IMAGE, Text("What?"))
+    assert user("What?", IMAGE).content == (IMAGE, Text("\n"), Text("What?"))
+    assert user("<image>What?", IMAGE).content == (IMAGE, Text("What?"))
     assert user("<image>\nWhat?", IMAGE).content == (IMAGE, Text("\nWhat?"))
     assert user("<video>\nSo <image>", VIDEO, IMAGE).content == (VIDEO, Text("\nSo "), IMAGE)
-    with pytest.raises(InputError, match="1 <image> or <video> marks but 2 media"):
+    assert user("<image> in <video>", VIDEO, IMAGE).content == (IMAGE, Text(" in "), VIDEO), "each takes its kind"
+    assert user("What is <video> or \\<image>?").content == (Text("What is <video> or \\<image>?"),), "no media, no marks"
+    assert user("<image>: \\<image>, <video>?", IMAGE).content == (IMAGE, Text(": <image>, <video>?"))
+    assert marked("\\<image>?", [IMAGE]) == "<image>\n\\<image>?" and marked("<video>?", [IMAGE]) == "<image>\n<video>?"
+    with pytest.raises(InputError, match=r"1 <image> or <video> marks but 2 media in .*\\<image> is the letters"):
         user("<image>\nWhat?", IMAGE, IMAGE)
 
 
@@ -143,6 +161,7 @@ def test_training_prefix_is_the_prompt(exchanges, template):
         assert whole.trained[:end] == prompt.trained and not prompt.trained[-1]
         said = [i for i, _ in takewhile(lambda token: token[1], zip(whole.ids[end:], whole.trained[end:], strict=True))]
         assert said[-1] == TOKENIZER.id(TEMPLATES[template].end)
+        answer = answer.strip() if TEMPLATES[template].strips else answer
         assert TOKENIZER.decode(said[:-1]) == TOKENIZER.decode(TOKENIZER.encode(answer))
 
 

@@ -18,12 +18,14 @@ import pytest
 import torch
 from PIL import Image
 
+import ivl
 from ivl.config import TilingConfig
-from ivl.errors import InputError
+from ivl.errors import InputError, MediaError
 from ivl.processing.image import check_source, grid_for, grids, load_image, num_tiles, tile_image
 from ivl.types import ImageRef, VideoRef
 from ivl.utils import pictures
 from ivl.utils.pictures import to_rgb
+from tests.helpers import media
 
 
 @cache
@@ -178,9 +180,10 @@ def whole_to_rgb(image: Image.Image) -> Image.Image:
     """What `to_rgb` computes, without strips."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
-        unit = image.mode == "F" and values.min() >= 0 and values.max() <= 1
-        scale = 255 if unit else 1 if image.mode == "F" else 1 / 257
-        return Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+        low, high = min(0, values.min()), values.max()
+        if low == 0:
+            high = min([1] * (image.mode == "F") + [255, 1023, 4095, 16383, 65535], key=lambda most: (most < high, most))
+        return Image.fromarray(((values - low) * (255 / (high - low))).round().astype(np.uint8)).convert("RGB")
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
@@ -237,3 +240,75 @@ def test_wrong_references_are_input_errors(ref: ImageRef | VideoRef) -> None:
     with pytest.raises(InputError, match=words):
         check_source(ref)
         load_image(ref)  # a closed image
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "expected"),
+    [
+        ([0, 2048, 4095], np.uint16, [0, 128, 255]),  # 12 bits, as X-rays have
+        ([0, 512, 1000], np.uint16, [0, 128, 249]),
+        ([0, 8192, 16383], np.uint16, [0, 128, 255]),
+        ([0, 32768, 65535], np.uint16, [0, 128, 255]),
+        ([0, 100, 255], np.uint16, [0, 100, 255]),
+        ([0, 0, 0], np.uint16, [0, 0, 0]),
+        ([0, 2048, 4095], np.int32, [0, 128, 255]),
+        ([0, 100_000, 200_000], np.int32, [0, 128, 255]),
+        ([-1024, 1024, 3072], np.int32, [0, 128, 255]),  # Hounsfield units
+        ([0.0, 0.5, 1.0], np.float32, [0, 128, 255]),
+        ([0.0, 128.0, 255.0], np.float32, [0, 128, 255]),
+        ([0.0, 2048.0, 4095.0], np.float32, [0, 128, 255]),
+        ([-1.0, 0.0, 1.0], np.float32, [0, 128, 255]),
+        ([np.nan, 0.5, 1.0], np.float32, [0, 128, 255]),
+        ([0.5, 1.0, np.inf], np.float32, [128, 255, 255]),
+    ],
+)
+def test_deep_gray_keeps_its_contrast(values, kind, expected):
+    shown = np.asarray(load_image(ImageRef(Image.fromarray(np.array([values], kind)))))
+    assert shown[0, :, 0].tolist() == expected and (shown[..., :1] == shown).all()
+
+
+def test_deep_gray_of_files(tmp_path):
+    scan = np.linspace(0, 4095, 64 * 64).reshape(64, 64).astype(np.uint16)
+    for name in ("a.png", "a.tiff"):
+        Image.fromarray(scan).save(tmp_path / name)
+        shown = np.asarray(load_image(ImageRef(str(tmp_path / name))))
+        assert (shown.min(), shown.max()) == (0, 255) and abs(shown.mean() - 127.5) < 1
+
+
+FOREIGN = {
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1\n": "it is a git-LFS pointer, .*; run `git lfs pull`",
+    b"<!DOCTYPE html><html><body>404</body></html>": "it is a web page, .*; download it again",
+    b"\0\0\0\x1cftypheic\0\0\0\0mif1heic": "it is AVIF or HEIF; save it as PNG or JPEG",
+    b"\0\0\0\x1cftypavif\0\0\0\0mif1avif": "it is AVIF or HEIF; save it as PNG or JPEG",
+    b"<svg xmlns='http://www.w3.org/2000/svg'></svg>": "it is SVG; save it as PNG or JPEG",
+    b"%PDF-1.7\n": "it is PDF; save it as PNG or JPEG",
+    b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41": "it is a video; name it .mp4",
+    b"": "it is empty",
+    b"some words": "unknown format",
+}
+
+
+@pytest.mark.parametrize("content", FOREIGN)
+def test_what_is_no_image_is_named_with_its_remedy(tmp_path, content):
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(MediaError, match=FOREIGN[content]) as caught:
+        load_image(ImageRef("a.jpg"), str(tmp_path))
+    assert str(caught.value).startswith(str(tmp_path / "a.jpg"))
+    with pytest.raises(InputError, match=FOREIGN[content]):
+        ivl.ask("what?", tmp_path / "a.jpg")
+
+
+def test_an_image_of_too_many_pixels_is_refused_in_our_words(tmp_path):
+    (tmp_path / "a.png").write_bytes(media.png(20_000, 12_000))
+    for call in (lambda: load_image(ImageRef(str(tmp_path / "a.png"))), lambda: ivl.ask("what?", tmp_path / "a.png")):
+        with pytest.raises(InputError, match=r"a\.png: 240,000,000 pixels, the limit is 178,956,970; scale it down$"):
+            call()
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iCCP"])
+def test_large_texts_and_profiles_of_a_png_are_not_unpacked(kind):
+    body = b"name\0\0" + zlib.compress(bytes(70_000_000), 1)
+    stream = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(stream, "PNG")
+    data = stream.getvalue()
+    assert load_image(ImageRef(data[:33] + media.chunk(kind, body) + data[33:])).getpixel((5, 5)) == (255, 0, 0)

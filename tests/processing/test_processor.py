@@ -186,6 +186,40 @@ def test_limits_are_the_whole_sample_s(processor, images):
         processor.sample(record(first), options=options(images, max_total_tiles=square - 1, overflow="truncate"))
 
 
+def test_a_long_reply_is_trained_from_its_beginning(processor, images):
+    """Overflow `cut`: ids and labels are those of the whole sample up to the limit, as the reference cuts them."""
+    conversation = (user("Q", SQUARE), says("One."), user("Q"), says("Two, and more, and more, and more."))
+    whole = processor.sample(record(conversation), options=options(images))
+    start = whole.labels_T.tolist().index(processor.tokenizer.encode("One.")[0])
+    for limit in range(start + 2, whole.num_tokens):
+        cut = processor.sample(record(conversation), options=options(images, max_tokens=limit, overflow="cut"))
+        assert cut.tokens_T.equal(whole.tokens_T[:limit]) and cut.num_tiles == whole.num_tiles and cut.seq_lens == (limit,)
+        assert cut.labels_T.tolist() == [*whole.labels_T[: limit - 1].tolist(), IGNORE] and cut.cut.endswith(
+            f"to {limit} and 10"
+        )
+    for limit in (start + 1, start, 5):  # nothing would be trained
+        with pytest.raises(InputError, match=rf"limits are {limit} and inf, and no reply fits"):
+            processor.sample(record(conversation), options=options(images, max_tokens=limit, overflow="cut"))
+
+
+def test_no_image_is_cut_through(processor, images):
+    """Where the limit lies before the end of an image, whole turns go, as with `truncate`."""
+    conversation = (user("Q"), says("One."), user("Q", SQUARE), says("Two."))
+    whole = processor.sample(record(conversation), options=options(images))
+    end = processor.tokenizer.id("</img>")
+    last = whole.tokens_T.tolist().index(end)
+    given = options(images, max_tokens=last, overflow="truncate")
+    first = processor.sample(record(conversation), options=given)
+    same = processor.sample(record(conversation), options=replace(given, overflow="cut"))
+    assert same.tokens_T.equal(first.tokens_T) and same.num_tiles == 0
+    more = processor.sample(record(conversation), options=replace(given, max_tokens=last + 1, overflow="cut"))
+    assert more.num_tokens == last + 1 and more.num_tiles == 10
+    talks = replace(record((user("Q"), says("One."))), conversations=((user("Q"), says("One.")), conversation[:2]))
+    alone = processor.sample(talks, options=options(images))
+    fewer = processor.sample(talks, options=options(images, max_tokens=alone.num_tokens - 2, overflow="cut"))
+    assert fewer.seq_lens == (alone.seq_lens[0], alone.seq_lens[1] - 2)
+
+
 @pytest.mark.parametrize(
     ("conversations", "problem"),
     [

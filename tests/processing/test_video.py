@@ -145,3 +145,58 @@ def test_without_pyav_the_extra_is_named(videos, monkeypatch):
     with pytest.raises(InputError, match=r"ivl\[video\]"):
         load_frames(VideoRef("a.mp4"), 4, root=str(videos))
     assert len(load_frames(VideoRef("a.gif"), 4, root=str(videos))) == 4
+
+
+@pytest.mark.parametrize("mode", ["rand", "middle"])
+def test_a_folder_or_gif_of_few_frames_shows_each_once_in_training(tmp_path, mode):
+    images = [Image.fromarray(frame(n)) for n in range(4)]
+    images[0].save(tmp_path / "a.gif", save_all=True, append_images=images[1:], duration=100)
+    (tmp_path / "folder").mkdir()
+    for n, image in enumerate(images):
+        image.save(tmp_path / "folder" / f"{n}.png")
+    for name in ("a.gif", "folder"):
+        for num_frames, expected in ((8, [0, 1, 2, 3]), (4, [0, 1, 2, 3])):
+            shown = load_frames(VideoRef(name), num_frames, mode=mode, generator=random.Random(1), root=str(tmp_path))
+            assert seen(shown) == expected
+        assert len(load_frames(VideoRef(name), 8, root=str(tmp_path))) == 8, "inference repeats frames"
+
+
+def variable_rate(file: Path) -> list[float]:
+    """30 frames in the first second, then 10 in ten seconds; returns when each starts."""
+    av = pytest.importorskip("av")
+    starts = [n / 30 for n in range(30)] + [1.0 + n for n in range(10)]
+    with av.open(str(file), "w") as out:
+        stream = out.add_stream("mpeg4", rate=30)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 64, 48, "yuv420p", 8_000_000
+        stream.codec_context.time_base = Fraction(1, 30)
+        for n, start in enumerate(starts):
+            picture = av.VideoFrame.from_ndarray(frame(n), format="rgb24")
+            picture.pts, picture.time_base = round(start * 30), Fraction(1, 30)
+            out.mux(stream.encode(picture))
+        out.mux(stream.encode(None))
+    return starts
+
+
+def test_frames_of_a_variable_rate_over_time(tmp_path):
+    starts = variable_rate(tmp_path / "a.mkv")
+    by_index = seen(load_frames(VideoRef("a.mkv"), 8, root=str(tmp_path)))
+    assert by_index == frame_indices(40, 8, "even") and sum(starts[n] < 1 for n in by_index) == 6
+    by_time = seen(load_frames(VideoRef("a.mkv", frames_by="time"), 8, root=str(tmp_path)))
+    wanted = [10 / 39 * (39 / 16 + 39 / 8 * k) for k in range(8)]
+    assert max(abs(starts[n] - time) for n, time in zip(by_time, wanted, strict=True)) <= 0.55
+    assert sum(starts[n] < 1 for n in by_time) == 1 and by_time == sorted(by_time)
+    late = load_frames(VideoRef("a.mkv", clip=(0.5, 5.5), frames_by="time"), 5, mode="middle", root=str(tmp_path))
+    assert [0.5 <= starts[n] <= 5.5 for n in seen(late)] == [True] * 5 and seen(late)[1:] == [31, 32, 33, 34]
+    with pytest.raises(InputError, match="frames_by of a video must be index or time, got 'x'"):
+        load_frames(VideoRef("a.mkv", frames_by="x"), 8, root=str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.gif", "folder"])
+def test_over_time_is_over_frames_at_a_constant_rate(videos, name):
+    for mode in ("even", "middle", "rand"):
+        over = [
+            seen(load_frames(VideoRef(name, frames_by=by), n, mode=mode, generator=random.Random(n), root=str(videos)))
+            for by in ("index", "time")
+            for n in (1, 7, 40)
+        ]
+        assert over[:3] == over[3:]

@@ -62,6 +62,7 @@ def test_settings_are_the_published_ones(size):
         pairs,
     )
     assert (mpo.data.max_samples, mpo.data.max_tokens, mpo.data.max_tiles_per_image, mpo.data.epochs) == (1, 16384, None, 1)
+    assert [config.data.on_error for config in (stage2, full, lora, mpo)] == ["refuse", "refuse", "refuse", "skip"]
     weights = mpo.objective
     assert (weights.sigmoid, weights.bco, weights.generation, weights.beta) == (0.8, 0.2, 1.0, 0.1)
     for config in (stage1, stage15, stage2, full, lora, mpo):
