@@ -96,4 +96,5 @@ def jinja(template: Template, system_message: str | None) -> str:
     texts = {"before": before, "after": after + "\n", "end": template.end + template.newline, "system": system or ""}
     texts = {name: text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") for name, text in texts.items()}
     body = Path(__file__).with_name("chat_template.jinja").read_text("utf-8").rstrip("\n")
+    texts["strips"] = "yes" if template.strips else ""
     return "".join(f"{{%- set {name} = '{text}' -%}}\n" for name, text in texts.items()) + body

@@ -19,7 +19,7 @@ from PIL import Image
 
 from ivl.checkpoint import save_processor
 from ivl.model.vlm import normalize
-from ivl.processing.chat import TEMPLATES
+from ivl.processing.chat import TEMPLATES, open_lines
 from ivl.processing.processor import Processor
 from ivl.processing.tokenizer import train_tokenizer
 from ivl.types import ImageRef, Message, Text
@@ -52,13 +52,16 @@ def opened(directory):
     )
 
 
-def theirs(processor, conversation, **options):
-    """Our conversation in their words."""
+def theirs(processor, conversation, *, raw=False, **options):
+    """Our conversation in their words: in a list, media before the first text stand on lines of their own."""
 
     def part(part):
         return {"type": "text", "text": part.text} if isinstance(part, Text) else {"type": "image", "image": part.source}
 
-    messages = [{"role": m.role, "content": [part(p) for p in m.content]} for m in conversation]
+    def content(parts):
+        return [part(p) for p in (parts if raw or open_lines(parts) == list(parts) else (Text(""), *parts))]
+
+    messages = [{"role": m.role, "content": content(m.content)} for m in conversation]
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     images = [p.source for m in conversation for p in m.content if isinstance(p, ImageRef)]
     return processor(text=[text], images=images or None, return_tensors="pt", **options)
@@ -78,7 +81,7 @@ def test_same_ids_and_pixels(tokenizer, tmp_path, most):
         image = picture(*size)
         for content in ((image, Text("What is the colour? 你好")), (Text("See "), image, Text("here."))):
             conversation = (Message("user", content),)
-            prompt, batch = ours.prompt(conversation), theirs(other, conversation)
+            prompt, batch = ours.prompt((Message("user", tuple(open_lines(content))),)), theirs(other, conversation, raw=True)
             assert batch["input_ids"][0].tolist() == prompt.tokens_T.tolist(), size
             difference = (batch["pixel_values"] - normalize(prompt.tiles_GSSC, torch.float32)).abs().max()
             assert batch["pixel_values"].shape == (len(prompt.tiles_GSSC), 3, 28, 28) and difference < 1e-6, size
@@ -103,6 +106,11 @@ def test_chat_template_is_the_renderer(tokenizer, tmp_path, template, system_mes
         (Message("user", (image, Text("\nWhat?"))), said, Message("user", (Text("And <box>?"),))),
         (Message("user", (image, second, Text("Compare."))), said, Message("user", (image, Text("Now?")))),
         (Message("user", (image, second, Text(" same?"))),),
+        (
+            Message("user", (Text(" Hi \n"), image)),
+            Message("assistant", (Text(" It is. "),)),
+            Message("user", (Text("\nSo? "),)),
+        ),
         (Message("user", (Text("a "), image, Text("b"), second, Text("c"))),),
         (Message("user", (image,)),),
     ]:
