@@ -84,6 +84,24 @@ def test_rms_norm_swiglu_and_rotation_are_as_accurate_as_torch() -> None:
     assert error(heads[:, :16], exact) <= 1.01 * error(by_torch, exact) and torch.equal(heads[:, 16:], untouched)
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize(("rows", "size"), [(1, 128), (16, 64), (300, 128)])
+def test_heads_are_normalized_in_place_as_accurately_as_by_torch(rows: int, size: int) -> None:
+    """Query heads by one weight, key heads by another, and values not at all; rows may be parts of wider ones."""
+    torch.manual_seed(rows)
+    N, K = 6, 2
+    wide = torch.randn(rows, (N + 2 * K) * size + 32).to(BF16)
+    before = wide.clone()
+    q_weight, k_weight = (torch.randn(size).to(BF16) + 1 for _ in range(2))
+    ops.norm_heads_(wide[:, :-32].unflatten(1, (-1, size)), (q_weight, 1e-6), (k_weight, 1e-6), N, K)
+    after, heads = (x[:, :-32].unflatten(1, (-1, size)) for x in (wide, before))
+    for span, weight in ((slice(0, N), q_weight), (slice(N, N + K), k_weight)):
+        exact = F.rms_norm(heads[:, span].double(), (size,), weight.double(), 1e-6)
+        theirs = F.rms_norm(heads[:, span], (size,), weight, 1e-6)
+        assert error(after[:, span], exact) <= 1.01 * error(theirs, exact)
+    assert torch.equal(after[:, N + K :], heads[:, N + K :]) and torch.equal(wide[:, -32:], before[:, -32:])
+
+
 @pytest.mark.skipif(not features.has_amx(), reason="no AMX on this processor")
 @torch.inference_mode()
 @pytest.mark.parametrize(
