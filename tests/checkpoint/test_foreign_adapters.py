@@ -337,6 +337,19 @@ def test_a_vit_that_ms_swift_trained_whole_is_taken_along(bases, tmp_path: Path)
         load_adapter(load_model(base), tmp_path / "adapter")
 
 
+def test_an_adapter_in_a_wrong_place_says_where_it_belongs(bases, tmp_path: Path) -> None:
+    base = bases("1B", "transformers")
+    wrapped = peft.get_peft_model(tree(load_file(base / WEIGHTS)), peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    wrapped.save_pretrained(str(tmp_path / "adapter"))
+    with pytest.raises(InputError, match=r"is a LoRA adapter, not a model; 'ivl merge MODEL .*adapter OUT'"):
+        load_model(tmp_path / "adapter")
+    with pytest.raises(InputError, match=r"is an adapter; name its model before it: ivl merge MODEL"):
+        merge_command([str(tmp_path / "adapter"), str(tmp_path / "out")])
+    with pytest.raises(InputError, match=r"no adapter_config.json; .*adapter has one"):
+        merge(base, tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_pickled_adapter_is_not_opened(bases, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
     (tmp_path / "adapter_model.bin").write_bytes(b"")
