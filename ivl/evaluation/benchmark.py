@@ -14,7 +14,7 @@ from ivl.errors import InputError, short
 from ivl.evaluation import data
 from ivl.evaluation.figures import Figures, by, mean
 from ivl.evaluation.prompts import COT_CHOICE, COT_OPEN, LETTER, MPO, SHORT, PromptName
-from ivl.evaluation.scoring.extraction import last_box
+from ivl.evaluation.scoring.extraction import last_box_or_text
 from ivl.evaluation.scoring.open_answers import marked_answer
 from ivl.evaluation.scoring.options import Profile
 from ivl.evaluation.task import Example, Score, Scored, Task
@@ -168,8 +168,7 @@ class Benchmark(Task):
     def answer_of(self, reply: str) -> str:
         """Return the part of a reply that counts under the prompt; all of it where it does not keep the form."""
         if self.prompt == "cot":
-            box = last_box(reply)
-            return reply if box is None else box
+            return last_box_or_text(reply)
         return marked_answer(reply) if self.prompt == "mpo" and self.reduced else reply
 
     def figures(self, scored: Sequence[Scored]) -> Figures:

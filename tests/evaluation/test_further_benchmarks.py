@@ -95,6 +95,29 @@ def test_textvqa(tmp_path: Path) -> None:
     assert said == pytest.approx([1, 0.6, 0, 0])
 
 
+def test_the_reference_prompt_scores_as_its_code_does(tmp_path: Path) -> None:
+    row = {"index": 1, "question": "q", "image": PICTURE, "category": "OCR", "image_path": "x", "A": "red", "B": "green"}
+    opened = {key: value for key, value in row.items() if key not in ("A", "B")}
+    numbers = {"question_type": "free_form", "answer_type": "float", "precision": "1.0", "choices": "[]"}
+    cases: list[tuple[str, dict[str, Any], str, float, float]] = [
+        ("mmstar", {**row, "answer": "A"}, "An answer is B", 0, 1),
+        ("mmmu", {**opened, "answer": "5"}, "so it is 5.", 1, 1),
+        ("mmmu", {**opened, "answer": "5"}, "so it is 15.", 1, 0),
+        ("mme", {**row, "answer": "No"}, "Not", 0, 1),
+        ("pope", {**row, "answer": "Yes"}, "Nothing", 0, 1),
+        ("chartqa", {**row, "answer": "10"}, "10.52", 0, 1),
+    ]
+    for name, columns, reply, published, reference in cases:
+        task = benchmark(name, write_tsv(tmp_path / f"{name}.tsv", [columns]))
+        (example,) = task.examples()
+        assert task.score(reply, example).value == published, name
+        assert replace(task, prompt="reference").score(reply, example).value == reference, name
+    path = write_tsv(tmp_path / "mathvista.tsv", [{**row, **numbers, "answer": "0.7"}])
+    task = benchmark("mathvista", path)
+    assert [each.value for each in judged(task, "0.65", folder=tmp_path / "j")] == [0]
+    assert [each.value for each in judged(replace(task, prompt="reference"), "0.65", folder=tmp_path / "k")] == [1]
+
+
 def test_charxiv(tmp_path: Path) -> None:
     rows = [
         {"index": n, "question": "title?", "answer": "x", "grading_query": f"{n}: grade {{PREDICTION}}", "qid": qid,

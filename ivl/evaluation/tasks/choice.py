@@ -12,7 +12,8 @@ from ivl.evaluation.data import PLACE_OF_ANSWER, options_of
 from ivl.evaluation.figures import Figure, Figures, all_right, average, by, mean
 from ivl.evaluation.grading import judge_prompt
 from ivl.evaluation.prompts import CHINESE, LETTER, LETTER_ZH
-from ivl.evaluation.scoring.options import REFUSED, infer_option
+from ivl.evaluation.scoring.open_answers import open_answer_right
+from ivl.evaluation.scoring.options import REFUSED, infer_option, leading_option
 from ivl.evaluation.task import Example, JudgeQuestion, Score, Scored
 
 _LINE = re.compile(r"^([A-J])[.:] +(.*\S)", re.MULTILINE)
@@ -70,9 +71,16 @@ class Choice(Benchmark):
         return str(row.get("answer", "")) if options_of(row) else "A"
 
     def grade(self, text: str, example: Example) -> Score:
-        """Compare the letter that the reply names; a judge matches a reply that names none or several."""
+        """Compare the letter that the reply names; a judge matches a reply that names none or several.
+
+        Under the reference prompt, InternVL's own code counts: the first letter or text, or the parser of open answers.
+        """
         options, truth = self.options(example.row), self.truth(example.row)
         right = Score(value=1.0, answer=truth)
+        if self.prompt == "reference":
+            opened = not options_of(example.row)
+            said = text.strip() if opened else leading_option(text, options)
+            return Score(value=float(open_answer_right(text, example.answers) if opened else said == truth), answer=said)
 
         def read(reply: str, *, judged: bool = True) -> Score | None:
             letter = infer_option(reply, options, self.profile)

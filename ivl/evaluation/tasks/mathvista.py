@@ -9,7 +9,7 @@ from ivl.evaluation.benchmark import Benchmark
 from ivl.evaluation.data import LETTERS, literal, options_of
 from ivl.evaluation.figures import Figures, by, mean
 from ivl.evaluation.grading import judge_prompt
-from ivl.evaluation.scoring.open_answers import AnswerKind, typed_answer
+from ivl.evaluation.scoring.open_answers import AnswerKind, normalized_answer, typed_answer
 from ivl.evaluation.task import Example, JudgeQuestion, Score, Scored
 
 
@@ -32,6 +32,10 @@ class MathVista(Benchmark):
         kind = cast(AnswerKind, "choice" if row["question_type"] == "multi_choice" else row["answer_type"])
 
         def read(reply: str, *, judged: bool = True) -> Score | None:
+            if self.prompt == "reference" and judged:
+                places = float(row["precision"]) if row.get("precision") else None
+                text = normalized_answer(reply, kind, list(_options(row).values()), places)
+                return Score(value=float(text == str(row["answer"])), answer=text or "", numbers={"prefetch": 0.0})
             said, right = typed_answer(reply, kind, truth, _options(row), self.profile, texts_never_match=self.defects)
             if said is None and not (judged and reply.strip()):
                 return None

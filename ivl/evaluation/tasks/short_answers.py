@@ -1,4 +1,4 @@
-"""Short answers: ChartQA, DocVQA, InfographicVQA and TextVQA."""
+"""Short answers: ChartQA, DocVQA, InfographicVQA, TextVQA, OCR-VQA and GQA."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from ivl.evaluation.benchmark import Benchmark
 from ivl.evaluation.prompts import SHORT
 from ivl.evaluation.scoring import anls
-from ivl.evaluation.scoring.vqa import relaxed, vqa_accuracy
+from ivl.evaluation.scoring.vqa import equals_any, relaxed, vqa_accuracy
 from ivl.evaluation.task import Example, Score
 
 _ScoreAnswers = Callable[[str, Sequence[str]], float]
@@ -70,5 +70,13 @@ TASKS = (
         name="textvqa", file="TextVQA_VAL", about="text in photographs; ten people answered", rows=5000, metric="VQA accuracy",
         rule=vqa_accuracy, reference_rule=_vqa_reference, hub="lmms-lab/textvqa", categories=(),
         columns={"question_id": "index", "answers": "answer"},
+    ),
+    ShortAnswer(
+        name="ocrvqa", file="OCRVQA_TESTCORE", about="covers of books", rows=3072, tiles=12, rule=equals_any, categories=(),
+        columns={"question_id": "index"},
+    ),
+    ShortAnswer(
+        name="gqa", file="GQA_TestDev_Balanced", about="scenes, their objects and relations", rows=12578, rule=equals_any,
+        columns={"question_id": "index"}, categories=(),
     ),
 )  # fmt: skip

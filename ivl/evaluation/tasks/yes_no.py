@@ -11,7 +11,7 @@ from ivl.evaluation.data import PICTURES
 from ivl.evaluation.figures import Figure, Figures, all_right, average, by, combined, mean, points, ratio
 from ivl.evaluation.grading import judge_prompt
 from ivl.evaluation.prompts import SHORT
-from ivl.evaluation.scoring.yes_no import yes_or_no
+from ivl.evaluation.scoring.yes_no import in_english, leading_yes_or_no, yes_or_no, yes_unless_denied
 from ivl.evaluation.task import Example, JudgeQuestion, Score, Scored
 
 PERCEPTION = (
@@ -42,6 +42,10 @@ class YesNo(Benchmark):
     def cot(self, published: str) -> str:
         return published
 
+    def word(self, reply: str) -> str | None:
+        """Return what a reply says; None where that cannot be read."""
+        return yes_or_no(reply)
+
     def grade(self, text: str, example: Example) -> Score:
         """Compare the word of the reply with the answer."""
         (truth,) = example.answers
@@ -54,7 +58,7 @@ class YesNo(Benchmark):
 
         prompt = judge_prompt("yes_no", question=example.row["question"], reply=text)
         question = JudgeQuestion(prompt=prompt, read=read, best=Score(value=1.0, answer=truth))
-        return scored(yes_or_no(text)) or Score(undecided=question)
+        return scored(self.word(text)) or Score(undecided=question)
 
 
 class HallusionBench(YesNo):
@@ -95,6 +99,9 @@ def _shares(scored: Sequence[Scored]) -> Figures:
 class Mme(YesNo):
     """The sum over subtasks of the share of right questions and of pictures whose two questions are right, times 100."""
 
+    def word(self, reply: str) -> str | None:
+        return leading_yes_or_no(in_english(reply)).capitalize() if self.prompt == "reference" else super().word(reply)
+
     def cluster(self, row: Mapping[str, Any]) -> str:
         return f"{row['category']} {row['image_path']}"
 
@@ -112,6 +119,9 @@ class Mme(YesNo):
 
 class Pope(YesNo):
     """F1 of yes. A question that belongs to several categories counts once in each."""
+
+    def word(self, reply: str) -> str | None:
+        return yes_unless_denied(reply).capitalize() if self.prompt == "reference" else super().word(reply)
 
     def figures(self, scored: Sequence[Scored]) -> Figures:
         parts = by(scored, lambda s: str(s["category"]).split(","))
