@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Protocol
 
 import torch
@@ -192,7 +193,9 @@ class Engine:
                 unsplittable=stretched,
                 sampler=Sampler(sampling, ids, sampling.guide and self.grammars.compile(sampling.guide)),
                 stream=TextStream(self.processor.tokenizer.stream(), sampling.stop),
-                cache=CacheState(self._num_blocks(num_prompt + limit), dict(zip(hashes, prompt.tiles_GSSC, strict=True))),
+                cache=CacheState(
+                    -(-(num_prompt + limit) // self.cache.block_size), dict(zip(hashes, prompt.tiles_GSSC, strict=True))
+                ),
                 timings=RequestTimes(prepare=time.perf_counter() - started),
             )
             for sampling, limit in zip(params, limits, strict=True)
@@ -208,7 +211,7 @@ class Engine:
                 "shorten the text, or allow fewer tiles, images or frames"
             )
         limits = [min(sampling.max_new_tokens, self.max_context - num_prompt) for sampling in params]
-        num_blocks = self._num_blocks(num_prompt + max(limits))
+        num_blocks = -(-(num_prompt + max(limits)) // self.cache.block_size)
         if num_blocks > self.cache.num_blocks:
             raise InputError(
                 f"{num_prompt} prompt tokens and up to {max(limits)} new ones need {num_blocks} cache blocks of "
@@ -216,9 +219,6 @@ class Engine:
                 "lower max_new_tokens or raise max_cache_tokens"
             )
         return limits
-
-    def _num_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.cache.block_size)
 
     def add(self, request: Request) -> None:
         """Queue a prepared request; `step` advances it."""
@@ -302,10 +302,8 @@ class Engine:
 
     def _prepared(self, conversations: Sequence[Conversation], params: list[SamplingParams]) -> Generator[Request, None, None]:
         number = 0
-        while number < len(conversations):
-            stop = number + 1
-            while stop < len(conversations) and conversations[stop] is conversations[number]:
-                stop += 1
+        for _, same in groupby(conversations, key=id):
+            stop = number + len(list(same))
             try:
                 yield from self.prepare_all(conversations[number], params[number:stop])
             except InputError as error:
