@@ -265,6 +265,8 @@ def test_what_things_say_of_themselves(model: ivl.Model, directory: Path) -> Non
     assert repr(model).startswith(f"Model({str(directory)!r}, ") and repr(model).endswith(" parameters, float32, cpu, qwen2)")
     chat = model.start(system="x" * 500)
     assert repr(chat).startswith("Chat(1 messages, last 'xxx") and len(repr(chat)) < 150
+    (reply,) = model.generate(["what?"], max_new_tokens=40, logprobs=5)
+    assert repr(reply).startswith("Reply(text=") and "tokens=(" not in repr(reply) and "logprobs" not in repr(reply)
 
 
 def test_a_batch_shows_how_far_it_is(

@@ -139,14 +139,14 @@ class Reply:
     """A finished reply. `tokens` are all sampled ones, the end token included; `text` has neither it nor a stop string."""
 
     text: str
-    tokens: tuple[int, ...]
+    tokens: tuple[int, ...] = field(repr=False)
     finish_reason: FinishReason
     prompt_tokens: int
     num_cached: int
     """Prompt tokens found in the cache."""
     tiles: int
     timings: RequestTimes
-    logprobs: tuple[TokenLogprob, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = field(default=(), repr=False)
     """Log-probability of each token, if asked for."""
 
 

@@ -191,3 +191,23 @@ def test_an_unfinished_reply_is_continued():
         prompt = render((question, says(begun)), [], TOKENIZER, reply=True).ids
         assert written((question, says(begun)), reply=True).endswith(f"assistant\n{begun}")
         assert words < 4 or whole[: len(prompt)] == prompt
+
+
+def test_what_is_to_be_answered_may_have_its_turns_in_any_order():
+    system = Message("system", (Text("S"),))
+    turns = (user("a"), user("b"), system, says(""), says("c"), user("d"))
+    forms = [("user", "a"), ("user", "b"), ("system", "S"), ("assistant", ""), ("assistant", "c"), ("user", "d")]
+    expected = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in forms)
+    prompt = render(turns, [], TOKENIZER, system_message="", reply=True).ids
+    assert TOKENIZER.decode(prompt, skip_special=False) == f"{expected}<|im_start|>assistant\n"
+    with pytest.raises(InputError, match="turn 2 is from user, expected assistant"):
+        render(turns, [], TOKENIZER)
+    for wrong, problem in (((system, says("a")), "no user turn"), ((user("a"), Message("robot", ())), "turn 2 is from robot")):
+        with pytest.raises(InputError, match=problem):
+            render(wrong, [], TOKENIZER, reply=True)
+
+
+def test_one_reply_given_twice_ends_no_prompt():
+    again = says("A")
+    twice, apart = (render((user("Q"), again, user("R"), last), [], TOKENIZER, reply=True).ids for last in (again, says("A")))
+    assert twice == apart and TOKENIZER.decode(twice).count("A") == 2
