@@ -173,7 +173,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Batch:
-    """A collated pack. Run r of vision placeholders shows tiles_GSSC[tile_ids_R[r]]."""
+    """A collated pack. Run r of vision placeholders shows tiles_GSSC[tile_ids_R[r]].
+
+    It stays on the CPU, where its values can be looked at while a card computes; an objective sends the card what it needs.
+    """
 
     tokens_T: torch.Tensor
     labels_T: torch.Tensor
@@ -191,7 +194,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Loss:
-    """A summed loss and the weight to divide it by. The loop divides once per step, by the global weight."""
+    """A summed loss and the weight to divide it by. The loop divides once per step, by the global weight.
+
+    `weight` lies on the CPU, where the batch is; the rest is read once a step, from wherever the model is.
+    """
 
     total: torch.Tensor
     weight: torch.Tensor

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ivl"
 ROOMS = ("model", "processing", "data", "train", "inference")
 NOUNS = ("types.py", "config.py", "errors.py")
-MAX_CORE_LINES, MAX_CORE_FILES = 7_000, 48
+MAX_CORE_LINES, MAX_CORE_FILES = 7_500, 50
 MAX_PACKAGE_LINES = 30_400
 """What the package is at most until the rings are smaller. The plan says 24,000; checks of what strangers send and of damaged
 files have added 2,600 since the rings had 27,700."""

@@ -14,6 +14,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ivl.model.cache import CacheStep
+from ivl.model.devices import send
 from ivl.types import Layout
 
 MAX_PADDING_SHARE = 4
@@ -50,8 +51,8 @@ class Sdpa:
         for group in _groups(layout, q_TNH.device):
             q, k, v = (x[group.index_SL].transpose(1, 2) for x in (q_TNH, k_TKH, v_TKH))
             out_SLNH = self.rectangle(q, k, v, causal=True).transpose(1, 2)
-            out_parts.append(out_SLNH.flatten(0, 1) if group.real_SL is None else out_SLNH[group.real_SL])
-            index_parts.append(group.index_SL.flatten() if group.real_SL is None else group.index_SL[group.real_SL])
+            out_parts.append(out_SLNH.flatten(0, 1) if group.real is None else out_SLNH[group.real])
+            index_parts.append(group.index_SL.flatten() if group.real is None else group.index_SL[group.real])
         return torch.empty_like(q_TNH).index_copy(0, torch.cat(index_parts), torch.cat(out_parts))
 
     def decoding(
@@ -88,8 +89,7 @@ class Varlen(Sdpa):
         """See `Sdpa.packed`."""
         from torch.nn.attention.varlen import varlen_attn
 
-        bounds = torch.tensor((*layout.starts, layout.num_tokens), dtype=torch.int32, device=q_TNH.device)
-        longest = max(layout.new_lens)
+        bounds, longest = _bounds(layout, q_TNH.device), max(layout.new_lens)
         out = varlen_attn(q_TNH, k_TKH, v_TKH, bounds, bounds, longest, longest, window_size=(-1, 0), enable_gqa=True)
         assert isinstance(out, torch.Tensor)
         return out
@@ -153,20 +153,28 @@ def _spans(layout: Layout) -> tuple[tuple[SpanKind, int, int], ...]:
     return tuple((kinds[first], first, stop) for first, stop in pairwise(bounds))
 
 
+@lru_cache(maxsize=64)
+@torch.inference_mode(mode=False)  # training may have the same layout, and saves what it indexes with
+def _bounds(layout: Layout, device: torch.device) -> torch.Tensor:
+    """Return where each sequence begins on the token axis and the last one ends, int32."""
+    return send(torch.tensor((*layout.starts, layout.num_tokens), dtype=torch.int32), device)
+
+
 @dataclass(frozen=True)
 class _SequenceGroup:
     """Sequences of similar length, attended together.
 
     index_SL: Their positions on the token axis. Padding repeats the last position at the end. Causality keeps real tokens
         from attending to what follows them, so no mask is needed.
-    real_SL: True where a position is not padding; None if none is.
+    real: Rows and columns of index_SL that are not padding; None if none is.
     """
 
     index_SL: torch.Tensor
-    real_SL: torch.Tensor | None
+    real: tuple[torch.Tensor, torch.Tensor] | None
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(mode=False)
 def _groups(layout: Layout, device: torch.device) -> tuple[_SequenceGroup, ...]:
     lens = layout.new_lens
     groups: list[list[int]] = []
@@ -180,7 +188,10 @@ def _groups(layout: Layout, device: torch.device) -> tuple[_SequenceGroup, ...]:
 
 
 def _group(starts: list[int], lens: list[int], device: torch.device) -> _SequenceGroup:
-    starts_S1, lens_S1 = torch.tensor([starts, lens], device=device).unsqueeze(2)
-    column_1L = torch.arange(max(lens), device=device).unsqueeze(0)
-    real_SL = None if min(lens) == max(lens) else column_1L < lens_S1
-    return _SequenceGroup(starts_S1 + torch.minimum(column_1L, lens_S1 - 1), real_SL)
+    starts_S1, lens_S1 = torch.tensor([starts, lens]).unsqueeze(2)
+    column_1L = torch.arange(max(lens)).unsqueeze(0)
+    index_SL = send(starts_S1 + torch.minimum(column_1L, lens_S1 - 1), device)
+    if min(lens) == max(lens):
+        return _SequenceGroup(index_SL, None)
+    rows, columns = (column_1L < lens_S1).nonzero(as_tuple=True)
+    return _SequenceGroup(index_SL, (send(rows, device), send(columns, device)))

@@ -23,13 +23,12 @@ def rotary(config: DecoderConfig, layout: Layout, device: torch.device, dtype: t
     """
     half = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     spans = zip(layout.past_lens, layout.total_lens, strict=True)
-    positions_T = torch.cat([torch.arange(past, total, dtype=torch.float32, device=device) for past, total in spans])
+    positions = [torch.arange(past, total, dtype=torch.float32, device=device) for past, total in spans]
     bases = [rotary_base(config, total) for total in layout.total_lens]
     if len(set(bases)) == 1:
-        angles = torch.outer(positions_T, 1.0 / bases[0] ** half)
+        angles = torch.outer(torch.cat(positions), 1.0 / bases[0] ** half)
     else:
-        inverse_SH = torch.stack([1.0 / base**half for base in bases])
-        angles = positions_T.unsqueeze(1) * inverse_SH.repeat_interleave(torch.tensor(layout.new_lens, device=device), dim=0)
+        angles = torch.cat([torch.outer(p, 1.0 / base**half) for p, base in zip(positions, bases, strict=True)])
     angles_T1H = angles.repeat(1, 2).unsqueeze(1)
     return angles_T1H.cos().to(dtype), angles_T1H.sin().to(dtype)
 

@@ -18,10 +18,11 @@ PIXEL_STD = (0.229, 0.224, 0.225)
 
 def normalize(tiles_GSSC: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Turn uint8 RGB tiles [G, size, size, 3] into pixels [G, 3, size, size] with ImageNet's mean and deviation removed."""
-    mean, std = (torch.tensor(x, device=tiles_GSSC.device).view(3, 1, 1) for x in (PIXEL_MEAN, PIXEL_STD))
     # Channels are moved first: the arithmetic then runs in place over long rows.
-    pixels_GCYX = tiles_GSSC.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    return pixels_GCYX.div_(255).sub_(mean).div_(std).to(dtype)
+    pixels_GCYX = tiles_GSSC.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    for pixels_GYX, mean, std in zip(pixels_GCYX.unbind(1), PIXEL_MEAN, PIXEL_STD, strict=True):
+        pixels_GYX.sub_(mean).div_(std)
+    return pixels_GCYX.to(dtype)
 
 
 class VLM(nn.Module):
@@ -58,26 +59,36 @@ class VLM(nn.Module):
         hidden_GPD = self.vision(pixels_GCYX, self.config.select_layer)
         return self.projector(pixel_unshuffle(hidden_GPD[:, 1:], self.config.pixel_shuffle))
 
-    def embed(self, tokens_T: torch.Tensor, vision_RUD: torch.Tensor | None = None) -> torch.Tensor:
+    def embed(
+        self, tokens_T: torch.Tensor, vision_RUD: torch.Tensor | None = None, at_X: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Embed tokens, with vision tokens in place of the image placeholders, in order. Returns [T, D].
 
-        vision_RUD are the vision tokens of each placeholder run, or [X, D] if the tokens begin or end within a run.
+        Args:
+            tokens_T: Token ids.
+            vision_RUD: Vision tokens of each placeholder run, or [X, D] if the tokens begin or end within a run.
+            at_X: What `placeholders` returns, on the model's device; None looks there, for which a card must be waited for.
 
         Raises:
             ValueError: unless there is exactly one placeholder per vision token; nothing is cut to fit.
         """
         x_TD = self.decoder.embeddings(tokens_T)
-        at_T = (tokens_T == self.config.image_token_id).nonzero().squeeze(1)
+        at_X = self.placeholders(tokens_T) if at_X is None else at_X
         num_vision = 0 if vision_RUD is None else vision_RUD.shape[:-1].numel()
-        if len(at_T) != num_vision:
-            raise ValueError(f"{len(at_T)} image placeholder tokens but {num_vision} vision tokens")
+        if len(at_X) != num_vision:
+            raise ValueError(f"{len(at_X)} image placeholder tokens but {num_vision} vision tokens")
         if vision_RUD is None:
             return x_TD
-        return x_TD.index_copy(0, at_T, vision_RUD.flatten(0, -2).to(x_TD.dtype))
+        return x_TD.index_copy(0, at_X, vision_RUD.flatten(0, -2).to(x_TD.dtype))
+
+    def placeholders(self, tokens_T: torch.Tensor) -> torch.Tensor:
+        """Return where the image placeholders are among the tokens."""
+        return (tokens_T == self.config.image_token_id).nonzero().squeeze(1)
 
     def forward(
-        self, tokens_T: torch.Tensor, layout: Layout, vision_RUD: torch.Tensor | None = None, cache: CacheStep | None = None
-    ) -> torch.Tensor:
+        self, tokens_T: torch.Tensor, layout: Layout, vision_RUD: torch.Tensor | None = None, cache: CacheStep | None = None,
+        at_X: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """Turn the tokens of all sequences into hidden states [T, D]: a training pack, a prefill or a decode step.
 
         Args:
@@ -85,8 +96,9 @@ class VLM(nn.Module):
             layout: The new and past lengths of the sequences.
             vision_RUD: As in `embed`.
             cache: Keys and values of the past; the new ones are written there.
+            at_X: As in `embed`.
         """
-        return self.decoder(self.embed(tokens_T, vision_RUD), layout, cache)
+        return self.decoder(self.embed(tokens_T, vision_RUD, at_X), layout, cache)
 
     def head(self, hidden_TD: torch.Tensor) -> torch.Tensor:
         """Return logits [T, V]; pass only the tokens that are sampled or trained."""

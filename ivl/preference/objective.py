@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 
+from ivl.model.devices import send
 from ivl.model.vlm import VLM
 from ivl.preference import losses as preference
 from ivl.preference.config import PreferenceConfig
@@ -67,9 +68,11 @@ class PreferenceObjective(StatefulObjective):
         self.config, self.reference, self.world, self.context = config, reference, world or World(), context
         # BCO's reward shift is the mean reward of all pairs so far, on all ranks. Published runs hold one pair per rank and
         # step, where every pair is one observation; so it is here, whatever the packs.
-        self.total_reward, self.num_rewards = 0.0, 0.0
-        self.calls = 0
-        self.max_stalled_calls, self.moved = max_stalled_calls, False
+        self.rewards_2 = torch.zeros(2, dtype=torch.float64)
+        """Sum and number of these rewards; on the model's device from the first pack on."""
+        self.calls, self.max_stalled_calls = 0, max_stalled_calls
+        self.movement = torch.zeros(())
+        """The largest mean difference of log-ratios of any pack; on the model's device, too."""
 
     @classmethod
     def build(cls, config: ObjectiveConfig, context: ObjectiveContext) -> Self:
@@ -84,17 +87,18 @@ class PreferenceObjective(StatefulObjective):
 
     def state(self) -> dict[str, Any]:
         """Return BCO's shift and what the checks have seen."""
-        return {"total": self.total_reward, "count": self.num_rewards, "calls": self.calls, "moved": self.moved}
+        total, count = self.rewards_2.tolist()
+        return {"total": total, "count": count, "calls": self.calls, "moved": bool(self.movement > MOVED)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over what state() returned."""
-        self.total_reward, self.num_rewards = state["total"], state["count"]
-        self.calls, self.moved = state["calls"], state["moved"]
+        self.rewards_2 = torch.tensor([state["total"], state["count"]], dtype=torch.float64)
+        self.calls, self.movement = state["calls"], torch.tensor(2 * MOVED if state["moved"] else 0.0)
 
     def idle(self) -> None:
         """Take part in BCO's shift, which all ranks share, on a rank without a batch."""
         if self.config.bco:
-            self._observe(0.0, 0)
+            self._observe(torch.zeros(2, dtype=torch.float64))
 
     def __call__(self, model: VLM, batch: Batch) -> Loss:
         """Compute the loss of one pack of pairs."""
@@ -106,7 +110,7 @@ class PreferenceObjective(StatefulObjective):
         if self.reference is not None:
             with torch.no_grad():
                 reference_S = self.reference(model, batch)
-            ratios_P2 = policy_P2 - reference_S.to(policy_P2).view(-1, 2)
+            ratios_P2 = policy_P2 - send(reference_S, policy_P2.device).to(policy_P2).view(-1, 2)
             if model.training:
                 self._check_movement(ratios_P2.detach(), replies, batch)
         terms = self._terms(ratios_P2, replies, train=model.training)
@@ -137,14 +141,15 @@ class PreferenceObjective(StatefulObjective):
         """The mean reward so far, this step's pairs on all ranks included; validation leaves it alone."""
         rewards = self.config.beta * ratios_P2
         if train:
-            self._observe(float(rewards.double().mean(1).sum()), len(rewards))
-        return rewards.new_tensor(self.total_reward / self.num_rewards if self.num_rewards else 0.0)
+            sum_of_pack = rewards.double().mean(1).sum()
+            self._observe(torch.stack([sum_of_pack, torch.full_like(sum_of_pack, len(rewards))]))
+        total, count = send(self.rewards_2, rewards.device)
+        return (total / count.clamp(min=1)).to(rewards.dtype)
 
-    def _observe(self, total: float, count: int) -> None:
-        """Take in what every rank has seen; all ranks call this together."""
-        seen = torch.tensor([total, count], dtype=torch.float64)
-        total, count = self.world.all_reduce({"seen": seen})["seen"].tolist()
-        self.total_reward, self.num_rewards = self.total_reward + total, self.num_rewards + count
+    def _observe(self, seen_2: torch.Tensor) -> None:
+        """Take in what every rank has seen; all ranks call this together. Several ranks meet on the CPU, so they wait."""
+        seen_2 = send(self.world.all_reduce({"seen": seen_2})["seen"], seen_2.device)
+        self.rewards_2 = send(self.rewards_2, seen_2.device) + seen_2
 
     def _check_movement(self, ratios_P2: torch.Tensor, replies: Replies, batch: Batch) -> None:
         self.calls += 1
@@ -159,8 +164,9 @@ class PreferenceObjective(StatefulObjective):
                     "reference of other weights, data or precision, or has the policy drop path or dropout? "
                     "objective.check_start = False accepts it"
                 )
-        self.moved = self.moved or float((ratios_P2[:, 0] - ratios_P2[:, 1]).abs().mean()) > MOVED
-        if self.calls == self.max_stalled_calls and not self.moved:
+        moved = (ratios_P2[:, 0] - ratios_P2[:, 1]).abs().mean()
+        self.movement = torch.maximum(send(self.movement, moved.device).to(moved.dtype), moved)
+        if self.calls == self.max_stalled_calls and not self.movement > MOVED:
             raise ValueError(
                 f"pair {batch.ids[0]} ({batch.sources[0]}): after {self.calls} packs the log-ratios of chosen and rejected "
                 "replies still differ by rounding alone; does the policy get a gradient?"
@@ -178,4 +184,5 @@ class PreferenceObjective(StatefulObjective):
         for side, name in enumerate(("chosen", "rejected")):
             values[f"length/{name}"] = replies.lens_S.view(-1, 2)[:, side].float()
             values[f"log_probs/{name}"] = replies.log_probs_S.detach().view(-1, 2)[:, side]
-        return {name: torch.stack([v.double().sum(), v.new_tensor(len(v), dtype=torch.float64)]) for name, v in values.items()}
+        sums = {name: value_P.double().sum() for name, value_P in values.items()}
+        return {name: torch.stack([total, torch.full_like(total, len(ratios_P2))]) for name, total in sums.items()}

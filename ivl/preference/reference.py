@@ -19,7 +19,6 @@ from ivl.model.vlm import VLM
 from ivl.preference.config import PreferenceConfig
 from ivl.preference.replies import check_pairs, reply_log_probs
 from ivl.train.config import Precision
-from ivl.train.loop import to_device
 from ivl.train.objectives import ObjectiveContext
 from ivl.train.stage import set_modes
 from ivl.train.world import World, full_tensor, is_sharded
@@ -34,7 +33,7 @@ PAIRS_A_CHUNK = 64
 
 
 Reference = Callable[[VLM, Batch], torch.Tensor]
-"""Summed log-probability of every sequence of a batch under the reference model, [S]."""
+"""Summed log-probability of every sequence of a batch under the reference model, [S], on the CPU or the model's device."""
 
 
 def find_reference(config: PreferenceConfig, model: VLM, context: ObjectiveContext) -> Reference:
@@ -110,7 +109,7 @@ class FileReference:
         for dataset, source in keys:
             if (dataset, source) not in self.pairs:
                 raise ValueError(f"{source}: the reference model was not asked about this pair; did the data change?")
-        return torch.tensor([x for key in keys for x in self.pairs[key]], device=batch.tokens_T.device)
+        return torch.tensor([x for key in keys for x in self.pairs[key]])
 
 
 def precompute(model: VLM, data: Loader, directory: Path, *, precision: Precision, weights: str, world: World) -> None:
@@ -163,7 +162,7 @@ def _ask(model: VLM, data: Loader, journal: Journal, done: int, precision: Preci
             if batch is not None:
                 check_pairs(batch)
             with torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bf16"):
-                sums_S = reply_log_probs(model, to_device(batch or _empty_batch(model), world.device)).log_probs_S
+                sums_S = reply_log_probs(model, batch or _empty_batch(model)).log_probs_S
             if batch is None:
                 continue
             names = zip(batch.datasets, batch.sources, batch.ids, sums_S.view(-1, 2).tolist(), strict=True)

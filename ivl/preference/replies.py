@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ivl.model.devices import send
 from ivl.model.vlm import VLM
 from ivl.train.losses import add_gradients, chunk_rows, product_dtype
 from ivl.train.objectives import forward_batch
@@ -30,19 +31,20 @@ class Replies:
 def reply_log_probs(model: VLM, batch: Batch) -> Replies:
     """Compute the log-probabilities of a pack's replies in one forward call."""
     hidden_TD = forward_batch(model, batch)
+    device, num_sequences = hidden_TD.device, len(batch.layout.new_lens)
     at_M, seq_M = last_replies(batch)
-    log_probs_M = linear_log_probs(hidden_TD[at_M], model.decoder.head.matrix(), batch.labels_T[at_M])
-    num_sequences = len(batch.layout.new_lens)
+    labels_M = send(batch.labels_T[at_M], device)
+    log_probs_M = linear_log_probs(hidden_TD[send(at_M, device)], model.decoder.head.matrix(), labels_M)
     # index_add in float32 over a few thousand terms of one sign: no worse than the terms themselves.
-    sums_S = log_probs_M.new_zeros(num_sequences).index_add(0, seq_M, log_probs_M)
-    return Replies(sums_S, torch.bincount(seq_M, minlength=num_sequences))
+    sums_S = log_probs_M.new_zeros(num_sequences).index_add(0, send(seq_M, device), log_probs_M)
+    return Replies(sums_S, send(torch.bincount(seq_M, minlength=num_sequences), device))
 
 
 def last_replies(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the trained tokens of every sequence's last reply, and their sequences; earlier replies belong to the prompt."""
     at_M = batch.weights_T.nonzero().squeeze(1)
-    lens_S = torch.tensor(batch.layout.new_lens, device=at_M.device)
-    seq_M = torch.arange(len(lens_S), device=at_M.device).repeat_interleave(lens_S)[at_M]
+    lens_S = torch.tensor(batch.layout.new_lens)
+    seq_M = torch.arange(len(lens_S)).repeat_interleave(lens_S)[at_M]
     # A reply is a run of trained tokens. No run goes on from one sequence to the next, for the last token has no label.
     reply_M = (at_M.diff(prepend=at_M[:1]) != 1).cumsum(0)
     last_S = torch.zeros_like(lens_S).scatter_reduce(0, seq_M, reply_M, "amax")

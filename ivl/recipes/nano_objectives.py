@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from ivl.model.devices import send
 from ivl.model.vlm import VLM
 from ivl.train.objectives import check_batch, encode_vision, next_token
 from ivl.types import Batch, Loss
@@ -40,21 +41,22 @@ def caption_words(model: VLM, batch: Batch) -> Loss:
     vision_RUD = encode_vision(model, batch)
     assert vision_RUD is not None
     log_probs_RV = model.head(vision_RUD.mean(1)).float().log_softmax(-1)
-    num_words_R = torch.bincount(run_of, minlength=len(vision_RUD)).clamp(min=1)
-    losses = -log_probs_RV[run_of, label_of] / num_words_R[run_of]
-    likeliest_R = log_probs_RV.argmax(-1)
-    hits = torch.zeros_like(num_words_R).index_add(0, run_of, (likeliest_R[run_of] == label_of).long())
-    weight = (torch.bincount(run_of, minlength=len(vision_RUD)) > 0).sum()
-    return Loss(losses.sum(), weight.float(), {"accuracy": torch.stack([(hits > 0).sum().float(), weight.float()])})
+    num_words_R = torch.bincount(run_of, minlength=len(vision_RUD))
+    weight = (num_words_R > 0).sum().float()
+    num_words, run_of, label_of = (send(x, log_probs_RV.device) for x in (num_words_R[run_of], run_of, label_of))
+    losses = -log_probs_RV[run_of, label_of] / num_words
+    right = (log_probs_RV.argmax(-1)[run_of] == label_of).float()
+    hits = (log_probs_RV.new_zeros(len(vision_RUD)).index_add(0, run_of, right) > 0).sum().float()
+    return Loss(losses.sum(), weight, {"accuracy": torch.stack([hits, torch.full_like(hits, float(weight))])})
 
 
 def caption_labels(model: VLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Pairs (placeholder run, trained label of the same sequence) without end-of-turn tokens."""
-    lens_S = torch.tensor(batch.layout.new_lens, device=batch.tokens_T.device)
-    seq_T = torch.arange(len(lens_S), device=lens_S.device).repeat_interleave(lens_S)
+    lens_S = torch.tensor(batch.layout.new_lens)
+    seq_T = torch.arange(len(lens_S)).repeat_interleave(lens_S)
     placeholder_T = batch.tokens_T == model.config.image_token_id
     seq_R = seq_T[placeholder_T][:: model.config.tokens_per_tile]
-    ends = torch.tensor(model.config.eos_token_ids, device=lens_S.device)
+    ends = torch.tensor(model.config.eos_token_ids)
     word_T = (batch.weights_T != 0) & ~torch.isin(batch.labels_T, ends)
     run_of, word_of = (seq_R[:, None] == seq_T[word_T][None, :]).nonzero(as_tuple=True)
     return run_of, batch.labels_T[word_T][word_of]

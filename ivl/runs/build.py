@@ -22,7 +22,7 @@ from ivl.parallel.shard import shard
 from ivl.processing.processor import Processor
 from ivl.runs.config import RunConfig
 from ivl.train.config import PARTS, ObjectiveConfig
-from ivl.train.loop import Evaluator, to_device
+from ivl.train.loop import Evaluator
 from ivl.train.objectives import Objective, ObjectiveContext, StatefulObjective
 from ivl.train.stage import apply_stage, trainable
 from ivl.train.world import World, is_sharded, synchronized
@@ -169,7 +169,7 @@ def build_validation(config: RunConfig, processor: Processor, objective: Objecti
             if config.val_packs and number * world.size >= config.val_packs:
                 break
             with torch.autocast(world.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-                value = objective(model, to_device(batch, world.device))
+                value = objective(model, batch)
             total += torch.tensor([float(value.total), float(value.weight)], dtype=torch.float64)
         loss_sum, weight = world.all_reduce({"loss": total})["loss"].tolist()
         if not weight:

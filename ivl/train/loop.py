@@ -7,13 +7,14 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from ivl.errors import InputError
+from ivl.model.devices import send
 from ivl.model.vlm import VLM
 from ivl.train.config import TrainConfig
 from ivl.train.objectives import Objective, StatefulObjective, next_token
@@ -24,6 +25,9 @@ from ivl.train.state import CheckpointWriter, Counters, SavedTrainer
 from ivl.train.world import RankFailedError, RankLostError, World, full_tensor, is_sharded, synchronized
 from ivl.types import Batch, Loss
 from ivl.utils.metrics import peak_memory_gb
+
+TOTAL_LOSS = "total loss"
+"""Name under which the ranks sum up their losses, beside the objective's figures."""
 
 
 class BatchSource(Protocol):
@@ -126,20 +130,33 @@ def evaluate(model: VLM, evaluators: Sequence[Evaluator], step: int, recorder: R
 
 @dataclass
 class StepSums:
-    """Float64 sums over the packs of a step, and the ids of their samples."""
+    """Sums over this rank's packs of a step. What the model computed stays on its device until `read`."""
 
-    values: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    counts: torch.Tensor = field(default_factory=lambda: torch.zeros(5, dtype=torch.float64))
+    """Loss weight, tokens, samples, tiles and packs."""
+    packs: list[tuple[str, float, torch.Tensor]] = field(default_factory=list[tuple[str, float, torch.Tensor]])
+    """Place, weight and loss of each pack."""
+    figures: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    """The objective's sums and counts."""
     ids: list[str] = field(default_factory=list[str])
 
-    def add(self, batch: Batch, loss: Loss) -> None:
+    def add(self, batch: Batch, loss: Loss, place: str, weight: float) -> None:
         """Add the figures of one pack."""
         self.ids.extend(batch.ids)
-        counts = [len(batch.tokens_T), len(batch.ids), len(batch.tiles_GSSC), 1]
-        sum_and_weight = torch.stack([loss.total.detach().double(), loss.weight.double().to(loss.total.device)])
-        figures = {"loss": sum_and_weight, "counts": torch.tensor(counts)}
-        for name, value in (figures | {f"metric/{k}": v for k, v in loss.metrics.items()}).items():
-            value = value.detach().double().cpu()
-            self.values[name] = self.values[name] + value if name in self.values else value
+        counts = [weight, len(batch.tokens_T), len(batch.ids), len(batch.tiles_GSSC), 1]
+        self.counts += torch.tensor(counts, dtype=torch.float64)
+        self.packs.append((place, weight, loss.total.detach()))
+        for name, value in loss.metrics.items():
+            value = value.detach().double()
+            self.figures[name] = self.figures[name] + value if name in self.figures else value
+
+    def read(self, norm: torch.Tensor) -> tuple[float, list[float], dict[str, torch.Tensor]]:
+        """Return norm, the losses of the packs and the figures: the one time in a step that a card is waited for."""
+        parts = [norm, *(loss for _, _, loss in self.packs), *self.figures.values()]
+        flat = torch.cat([send(part.double().flatten(), norm.device) for part in parts]).cpu()
+        values = list(flat.split([part.numel() for part in parts]))
+        losses = [float(value) for value in values[1 : 1 + len(self.packs)]]
+        return float(values[0]), losses, dict(zip(self.figures, values[1 + len(self.packs) :], strict=True))
 
 
 class Trainer:
@@ -229,12 +246,13 @@ class Trainer:
         began = time.monotonic()
         sums = self.forward_backward(batches)
         told = {"stop": torch.ones(1, dtype=torch.float64)} if stop() else {}
-        total = self.world.all_reduce(sums.values | told)
-        self.stopped = total.pop("stop", None) is not None
-        return self.apply(total, sums.ids, began) if total else None
+        total = self.world.all_reduce({"counts": sums.counts} | told)
+        self.stopped = "stop" in total
+        counts = total["counts"].tolist()
+        return self.apply(counts, sums, began) if counts[-1] else None
 
     def forward_backward(self, batches: Iterator[Batch]) -> StepSums:
-        """Add the gradients of this rank's packs to the parameters; returns their sums."""
+        """Add the gradients of this rank's packs to the parameters, without waiting for them; returns their sums."""
         sums, world = StepSums(), self.world
         for micro in range(self.config.packs_per_step // world.size):
             batch = next(batches, None)
@@ -242,25 +260,29 @@ class Trainer:
                 self.stateful.idle()
                 continue
             torch.manual_seed(_seed_of_pack(self.config.seed, self.counters.step, micro * world.size + world.rank))
-            batch = to_device(batch, world.device)
-            loss = self._loss(batch)
+            place = f"step {self.counters.step + 1}, {name_samples(batch)}"
+            loss, weight = self._loss(batch, place)
             loss.total.backward()
-            sums.add(batch, loss)
+            sums.add(batch, loss, place, weight)
         return sums
 
-    def apply(self, total: dict[str, torch.Tensor], ids: list[str], began: float) -> StepResult:
+    def apply(self, counts: list[float], sums: StepSums, began: float) -> StepResult:
         """Divide the gradients by the global weight, clip them and update the parameters.
 
         Args:
-            total: sums over all packs of all ranks.
-            ids: samples of this rank.
+            counts: those of `StepSums`, over all packs of all ranks.
+            sums: those of this rank.
             began: when the step began.
         """
-        loss_sum, weight = total["loss"].tolist()
-        tokens, samples, tiles, packs = (int(count) for count in total["counts"].tolist())
-        self.is_between_steps = False
-        norm = self._normalize_gradients(weight, ids)
+        weight, (tokens, samples, tiles, packs) = counts[0], map(int, counts[1:])
+        norm, figures = self._read_step(sums, weight)
         factor, share = self._schedule(samples)
+        limit = self.config.optim.clip
+        clip = min(1.0, limit / norm) if limit and norm else 1.0
+        self.is_between_steps = False
+        for parameter in self.optimizer.parameters.values():
+            if parameter.grad is not None:
+                parameter.grad.mul_(clip / weight)
         self.optimizer.step(factor)
         counters, now = self.counters, time.monotonic()
         counters.step += 1
@@ -270,46 +292,50 @@ class Trainer:
         self.position = self.data.state()
         self.is_between_steps = True
         took = now - began
-        figures: dict[str, float] = {"loss": loss_sum / weight, "lr": self.config.optim.lr * factor, "grad_norm": norm}
-        figures |= {k.removeprefix("metric/"): float(v[0] / v[1]) for k, v in total.items() if k.startswith("metric/") and v[1]}
-        figures |= {
+        total_loss = float(figures.pop(TOTAL_LOSS))
+        shown = {"loss": total_loss / weight, "lr": self.config.optim.lr * factor, "grad_norm": norm}
+        shown |= {name: float(value[0] / value[1]) for name, value in figures.items() if value[1]}
+        shown |= {
             "tokens": tokens, "samples": samples, "tiles": tiles, "packs": packs, "total_tokens": counters.tokens,
             "total_samples": counters.samples, "tokens_per_second": tokens / took, "samples_per_second": samples / took,
             "seconds": counters.seconds, "memory_gb": peak_memory_gb(self.world.device.type),
         }  # fmt: skip
-        return StepResult(counters.step, figures, ids, share)
+        return StepResult(counters.step, shown, sums.ids, share)
 
-    def _loss(self, batch: Batch) -> Loss:
-        """Compute the loss of one pack, and refuse one that is not finite or trains nothing."""
-        place = f"step {self.counters.step + 1}, {name_samples(batch)}"
-        with torch.autocast(batch.tokens_T.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+    def _loss(self, batch: Batch, place: str) -> tuple[Loss, float]:
+        """Compute the loss of one pack and its weight, and refuse one that trains nothing."""
+        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             try:
                 loss = self.objective(self.model, batch)
             except ValueError as error:
                 raise InputError(f"{place}: {error}") from error
-        weight, value = float(loss.weight), float(loss.total.detach())
+        weight = float(loss.weight)
         if weight <= 0:
             raise InputError(f"{place}: no trained token; is the chat template the model's own?")
-        if not (math.isfinite(weight) and math.isfinite(value)):
-            raise InputError(f"{place}: loss is {value / weight} (sum {value}, weight {weight})")
-        return loss
+        return loss, weight
 
-    def _normalize_gradients(self, weight: float, ids: list[str]) -> float:
-        """Sum gradients over ranks, divide them by the weight and clip them; returns their norm before clipping."""
+    def _read_step(self, sums: StepSums, weight: float) -> tuple[float, dict[str, torch.Tensor]]:
+        """Sum gradients and figures over ranks; returns the norm of the gradients divided by the weight, and the figures.
+
+        Raises:
+            InputError: if a loss or the norm is not finite; no parameter has changed then.
+        """
         parameters = self.optimizer.parameters
+        self.is_between_steps = False  # a rank that fails while gradients are exchanged cannot tell the others
         self.world.all_reduce_gradients(parameters.values())
         gradients = [p.grad for p in parameters.values() if p.grad is not None]
-        norm = float(full_tensor(nn.utils.get_total_norm(gradients))) / weight
+        norm, losses, figures = sums.read(full_tensor(nn.utils.get_total_norm(gradients)))
+        self.is_between_steps = True
+        for (place, own, _), loss in zip(sums.packs, losses, strict=True):
+            if not math.isfinite(loss / own):
+                raise InputError(f"{place}: loss is {loss / own} (sum {loss}, weight {own})")
+        figures = self.world.all_reduce(figures | {TOTAL_LOSS: torch.tensor([sum(losses)], dtype=torch.float64)})
+        norm /= weight
         if not math.isfinite(norm):
             bad = [name for name, p in parameters.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
             step = self.counters.step + 1
-            self.is_between_steps = True  # on every rank, and no parameter has changed
-            raise InputError(f"step {step}: gradient norm is {norm}, first in {bad[:1]}; samples {_shorten(ids)}")
-        limit = self.config.optim.clip
-        clip = min(1.0, limit / norm) if limit and norm else 1.0
-        for gradient in gradients:
-            gradient.mul_(clip / weight)
-        return norm
+            raise InputError(f"step {step}: gradient norm is {norm}, first in {bad[:1]}; samples {_shorten(sums.ids)}")
+        return norm, figures
 
     def _schedule(self, samples: int) -> tuple[float, float]:
         """Return the share of the peak rate for this step, and the share of the run that is done after it."""
@@ -320,14 +346,6 @@ class Trainer:
         assert self.num_samples is not None
         middle, end = counters.samples + 0.5 * samples, counters.samples + samples
         return lr_factor(optim, middle / self.num_samples, None), end / self.num_samples
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move the batch to a device."""
-    if batch.tokens_T.device == device:
-        return batch
-    names = ("tokens_T", "labels_T", "weights_T", "tiles_GSSC", "tile_ids_R")
-    return replace(batch, **{name: getattr(batch, name).to(device, non_blocking=True) for name in names})
 
 
 def name_samples(batch: Batch) -> str:

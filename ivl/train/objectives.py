@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from ivl.data.loader import Loader
+from ivl.model.devices import send
 from ivl.model.vlm import VLM
 from ivl.train.config import ObjectiveConfig, Precision
 from ivl.train.losses import linear_cross_entropy
@@ -83,8 +84,9 @@ def next_token(model: VLM, batch: Batch) -> Loss:
     check_batch(batch, model)
     hidden_TD = forward_batch(model, batch)
     at_M = batch.weights_T.nonzero().squeeze(1)
-    weights_M = batch.weights_T[at_M]
-    loss = linear_cross_entropy(hidden_TD[at_M], model.decoder.head.matrix(), batch.labels_T[at_M], weights_M)
+    weights_M, device = batch.weights_T[at_M], hidden_TD.device
+    labels_M = send(batch.labels_T[at_M], device)
+    loss = linear_cross_entropy(hidden_TD[send(at_M, device)], model.decoder.head.matrix(), labels_M, send(weights_M, device))
     metrics = {"accuracy": _sum_and_count(loss.correct_M), **_by_dataset(batch, at_M, loss.ce_M)}
     return Loss(loss.total, weights_M.sum(), metrics)
 
@@ -96,21 +98,22 @@ def forward_batch(model: VLM, batch: Batch) -> torch.Tensor:
         # Ranks that share shards run ViT and decoder together, forward and backward: one without images encodes a blank
         # tile and shows none of it.
         size = model.config.vision.image_size
-        vision_RUD = _encode(model, torch.zeros(1, size, size, 3, dtype=torch.uint8, device=batch.tokens_T.device))[:0]
-    return model(batch.tokens_T, batch.layout, vision_RUD)
+        vision_RUD = _encode(model, torch.zeros(1, size, size, 3, dtype=torch.uint8))[:0]
+    at_X = send(model.placeholders(batch.tokens_T), model.device)
+    return model(send(batch.tokens_T, model.device), batch.layout, vision_RUD, at_X=at_X)
 
 
 def encode_vision(model: VLM, batch: Batch) -> torch.Tensor | None:
     """Vision tokens [R, U, D] of every placeholder run, without a graph when ViT and projector are frozen."""
     if not len(batch.tiles_GSSC):
         return None
-    return _encode(model, batch.tiles_GSSC)[batch.tile_ids_R]
+    return _encode(model, batch.tiles_GSSC)[send(batch.tile_ids_R, model.device)]
 
 
 def _encode(model: VLM, tiles_GSSC: torch.Tensor) -> torch.Tensor:
     trains = any(p.requires_grad for part in (model.vision, model.projector) for p in part.parameters())
     with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
-        return model.encode_tiles(tiles_GSSC)
+        return model.encode_tiles(send(tiles_GSSC, model.device))
 
 
 def check_batch(batch: Batch, model: VLM) -> None:
@@ -152,9 +155,11 @@ def _by_dataset(batch: Batch, at_M: torch.Tensor, ce_M: torch.Tensor) -> dict[st
         return {}
     number_of = {name: number for number, name in enumerate(names)}
     numbers = torch.tensor([number_of[name] for name in batch.datasets]).repeat_interleave(torch.tensor(batch.sample_lens))
-    numbers_M = numbers.to(ce_M.device)[at_M]
-    return {f"loss/{name}": _sum_and_count(ce_M[numbers_M == number]) for number, name in enumerate(names)}
+    numbers_M = numbers[at_M]
+    counts_N = send(numbers_M.bincount(minlength=len(names)).double(), ce_M.device)
+    sums_N = torch.zeros_like(counts_N).index_add(0, send(numbers_M, ce_M.device), ce_M.double())
+    return {f"loss/{name}": pair for name, pair in zip(names, torch.stack([sums_N, counts_N], dim=1), strict=True)}
 
 
 def _sum_and_count(values: torch.Tensor) -> torch.Tensor:
-    return torch.stack([values.sum().float(), torch.tensor(float(len(values)), device=values.device)])
+    return torch.stack([values.sum().float(), values.new_full((), len(values), dtype=torch.float32)])

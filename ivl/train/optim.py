@@ -82,11 +82,11 @@ class Optimizer:
             keys = {"momentum_buffer"} if isinstance(part, Muon) else {"step", "exp_avg", "exp_avg_sq"}
             for group in part.param_groups:
                 for p in group["params"]:
-                    # Step counts stay where the optimizer wants them; moments live beside their parameter.
+                    # Counts and moments live beside their parameter, where the fused kernel wants them.
                     state = states[names[p]]
                     if set(state) != keys or any(v.ndim and v.shape != p.shape for v in state.values()):
                         raise ValueError(f"the optimizer's state of {names[p]!r} has other tensors")
-                    part.state[p] = {k: distribute(v, p) if v.ndim else v.clone() for k, v in state.items()}
+                    part.state[p] = {k: distribute(v, p) if v.ndim else v.to(p.device, copy=True) for k, v in state.items()}
 
 
 class Muon(torch.optim.Optimizer):

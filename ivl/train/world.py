@@ -115,11 +115,7 @@ class World:
 
     def all(self, condition: bool) -> bool:
         """Whether the condition holds on every rank."""
-        if self.size == 1:
-            return condition
-        flag = torch.tensor(int(condition), device=self.device)
-        dist.all_reduce(flag, dist.ReduceOp.MIN)
-        return bool(flag)
+        return all(self._gather(condition))
 
     def all_reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum gradients over ranks, in place.

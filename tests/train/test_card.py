@@ -1,0 +1,58 @@
+"""Training on a card equals training on the CPU, and the host does not wait for the card (see tests/helpers/pretend.cpp)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import pretend
+
+ROOT = Path(__file__).parent.parent.parent
+RUNS = (
+    "bf16", "fp32", "pure_bf16", "checkpointing", "large vit", "text", "projector", "muon", "lora", "captions", "mpo file",
+    "mpo model", "mpo adapters", "evaluations", "evaluations bf16",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> dict[str, Any]:
+    """What tests.helpers.card_cases prints; one process does all cases, since torch must be imported after the device."""
+    if shutil.which("g++") is None:
+        pytest.skip("the pretended card is compiled by g++, which is not here")
+    folder = tmp_path_factory.mktemp("card")
+    cache = pytestconfig.cache
+    library = pretend.build(cache.mkdir("pretend") if cache else folder)
+    command = [sys.executable, "-m", "tests.helpers.card_cases", str(library), str(folder / "work")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_a_card_trains_as_the_cpu_does(found: dict[str, Any], case: str) -> None:
+    assert f"runs {case}" not in found["failed"], found["failed"][f"runs {case}"]
+    on_cpu, on_card = (found["runs"][case][device] for device in ("cpu", "cuda"))
+    assert len(on_cpu) == len(on_card) >= 2
+    for ours, theirs in zip(on_card, on_cpu, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert ours["step"] == theirs["step"]
+        for name in ("loss", "length", "logprob"):
+            assert ours.get(name, 0.0) == pytest.approx(theirs.get(name, 0.0), abs=1e-5 if "fp32" in case else 5e-4)
+        assert ours.get("grad_norm", 1.0) == pytest.approx(theirs.get("grad_norm", 1.0), rel=5e-3)
+
+
+@pytest.mark.parametrize("case", ["next_token", "fp32", "preference"])
+def test_the_host_waits_once_a_step(found: dict[str, Any], case: str) -> None:
+    """Nothing in a micro-batch asks the card for a value; the figures of a step are read together."""
+    assert f"waits {case}" not in found["failed"], found["failed"][f"waits {case}"]
+    waits = found["waits"][case]
+    assert waits["micro"] == {}
+    assert sum(waits["step"].values()) == 1
