@@ -122,6 +122,7 @@ def ours(job: Job) -> None:
     from ivl.preference.replies import reply_log_probs
     from ivl.train.config import OptimConfig, Stage, TrainConfig
     from ivl.train.loop import train
+    from ivl.train.precision import computing
     from ivl.train.stage import apply_stage
     from ivl.types import Batch
 
@@ -133,12 +134,13 @@ def ours(job: Job) -> None:
     model = accelerate(load_model(job.model, dtype=torch.float32))  # as every training run does
     apply_stage(model, Stage(trainable=("vision", "projector", "decoder")))
     if job.copy:
-        reference = frozen(copy.deepcopy(model))
+        start = copy.deepcopy(model)
+        reference = frozen(start.to(torch.bfloat16) if job.precision == "bf16" else start)
     else:
         model.eval()
         found = {}
         for batch in batches:
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=job.precision == "bf16"):
+            with torch.no_grad(), computing(model, job.precision):
                 sums = reply_log_probs(model, batch).log_probs_S.view(-1, 2).tolist()
             found |= {(d, s): (c, r) for d, s, (c, r) in zip(batch.datasets, batch.sources, sums, strict=True)}
         reference = FileReference(found)

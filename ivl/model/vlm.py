@@ -28,6 +28,9 @@ def normalize(tiles_GSSC: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 class VLM(nn.Module):
     """InternVL2.5. `with torch.device("meta"): VLM(config)` costs nothing and has every name and shape."""
 
+    compute_dtype: torch.dtype | None = None
+    """What a model computes in whose parameters have another type until they are used; `ivl.parallel.shard` sets it."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -37,8 +40,8 @@ class VLM(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the embeddings, and of what the model computes with."""
-        return self.decoder.embeddings.weight.dtype
+        """Type of the stream between the layers, and of the keys and values."""
+        return self.compute_dtype or self.decoder.norm.weight.dtype
 
     @property
     def device(self) -> torch.device:
@@ -72,7 +75,7 @@ class VLM(nn.Module):
         Raises:
             ValueError: unless there is exactly one placeholder per vision token; nothing is cut to fit.
         """
-        x_TD = self.decoder.embeddings(tokens_T)
+        x_TD = self.decoder.embeddings(tokens_T).to(self.dtype)
         at_X = self.placeholders(tokens_T) if at_X is None else at_X
         num_vision = 0 if vision_RUD is None else vision_RUD.shape[:-1].numel()
         if len(at_X) != num_vision:

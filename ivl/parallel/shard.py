@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import torch
 
-from torch import nn
-
+from ivl.model.vlm import VLM
 from ivl.train.world import World
 
 
-def shard(model: nn.Module, layers: Iterable[nn.Module], world: World, methods: tuple[str, ...] = ()) -> None:
-    """Spread parameters, gradients and the optimizer's state over ranks, a layer at a time, in place.
+def shard(model: VLM, world: World, dtype: torch.dtype | None = None) -> None:
+    """Spread parameters, gradients and the optimizer's state over ranks, in place.
+
+    Each layer, the embeddings, and the last norm with the head are gathered by themselves; the rest of the ViT and the
+    projector are gathered with the whole model.
 
     Args:
-        model: the model; its parameters outside the layers are one more unit.
-        layers: modules that are gathered one by one.
+        model: the model.
         world: the ranks.
-        methods: names of the model's methods that are called from outside, as forward is, and use parameters.
+        dtype: what parameters are gathered in, and the model computes in, where it is not their own type; gradients are
+            summed in float32 then.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    mesh = init_device_mesh(world.device.type, (world.size,))
-    for layer in layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    for method in methods:
+    mesh, decoder = init_device_mesh(world.device.type, (world.size,)), model.decoder
+    policy = MixedPrecisionPolicy(dtype, reduce_dtype=dtype and torch.float32)
+    for module in (*model.vision.layers, *decoder.layers, decoder.embeddings):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    # The loss multiplies by the head after the forward pass that gathered it.
+    fully_shard([decoder.norm, decoder.head], mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for method in ("encode_tiles", "head"):  # called from outside, as forward is
         register_fsdp_forward_method(model, method)
+    model.compute_dtype = dtype

@@ -20,8 +20,9 @@ from ivl.preference.config import PreferenceConfig
 from ivl.preference.replies import check_pairs, reply_log_probs
 from ivl.train.config import Precision
 from ivl.train.objectives import ObjectiveContext
+from ivl.train.precision import computing
 from ivl.train.stage import set_modes
-from ivl.train.world import World, full_tensor, is_sharded
+from ivl.train.world import World, full_tensor, is_sharded, reshard
 from ivl.types import IGNORE, Batch, Layout, VideoRef
 from ivl.utils.jsonl import Journal, read_journal, reading_line
 from ivl.utils.progress import counting
@@ -139,21 +140,20 @@ def precompute(model: VLM, data: Loader, directory: Path, *, precision: Precisio
         return
     path = directory / f"rank-{world.rank}.jsonl"
     model.eval()
-    with Journal(path, about | {"ranks": world.size}) as journal, torch.no_grad():
+    with Journal(path, about | {"ranks": world.size}) as journal, torch.no_grad(), computing(model, precision):
         done, last = 0, {}
         for _, last in read_journal(path)[1]:
             done += "source" in last
         if not last.get("done"):
             if last:
                 data.restore(last["position"])
-            _ask(model, data, journal, done, precision, world)
-    if is_sharded(model):
-        model.reshard()  # type: ignore[operator]  # without a backward pass the outermost parameters stay gathered
+            _ask(model, data, journal, done, world)
+    reshard(model)
     set_modes(model)
     world.barrier()
 
 
-def _ask(model: VLM, data: Loader, journal: Journal, done: int, precision: Precision, world: World) -> None:
+def _ask(model: VLM, data: Loader, journal: Journal, done: int, world: World) -> None:
     """Write the log-probabilities of the pairs that are left; `done` of them are written."""
     rows: list[dict[str, Any]] = []
     with counting(on=world.is_main, lasting=True) as bar:
@@ -161,8 +161,7 @@ def _ask(model: VLM, data: Loader, journal: Journal, done: int, precision: Preci
         for batch in _until_all_end(model, iter(data), world):
             if batch is not None:
                 check_pairs(batch)
-            with torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bf16"):
-                sums_S = reply_log_probs(model, batch or _empty_batch(model)).log_probs_S
+            sums_S = reply_log_probs(model, batch or _empty_batch(model)).log_probs_S
             if batch is None:
                 continue
             names = zip(batch.datasets, batch.sources, batch.ids, sums_S.view(-1, 2).tolist(), strict=True)

@@ -10,7 +10,7 @@ import torch
 
 from ivl.model.devices import send
 from ivl.model.vlm import VLM
-from ivl.train.losses import add_gradients, chunk_rows, product_dtype
+from ivl.train.losses import add_gradients, chunk_rows
 from ivl.train.objectives import forward_batch
 from ivl.types import Batch
 
@@ -81,23 +81,19 @@ def linear_log_probs(
 
     Logits are computed in chunks, as by linear_cross_entropy, and again in the backward pass, for the loss is not known yet.
     """
-    return _LinearLogProbs.apply(hidden_MD, head_VD, labels_M, chunk or chunk_rows(head_VD), product_dtype(hidden_MD))
+    return _LinearLogProbs.apply(hidden_MD, head_VD, labels_M, chunk or chunk_rows(head_VD))
 
 
 class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden_MD: torch.Tensor, head_VD: torch.Tensor, labels_M: torch.Tensor, rows: int, dtype: torch.dtype
-    ) -> torch.Tensor:
-        log_probs_M = torch.empty(len(hidden_MD), dtype=torch.float32, device=hidden_MD.device)
-        with torch.autocast(hidden_MD.device.type, enabled=False):
-            head = head_VD.to(dtype)
-            for at in range(0, len(hidden_MD), rows):
-                span = slice(at, at + rows)
-                logits = (hidden_MD[span].to(dtype) @ head.T).float()
-                log_probs_M[span] = logits.gather(1, labels_M[span, None]).squeeze(1) - logits.logsumexp(1)
+    def forward(ctx: Any, hidden_MD: torch.Tensor, head_VD: torch.Tensor, labels_M: torch.Tensor, rows: int) -> torch.Tensor:
+        log_probs_M, head = hidden_MD.new_empty(len(hidden_MD), dtype=torch.float32), head_VD.to(hidden_MD.dtype)
+        for at in range(0, len(hidden_MD), rows):
+            span = slice(at, at + rows)
+            logits = (hidden_MD[span] @ head.T).float()
+            log_probs_M[span] = logits.gather(1, labels_M[span, None]).squeeze(1) - logits.logsumexp(1)
         ctx.save_for_backward(hidden_MD, head_VD, labels_M)
-        ctx.rows, ctx.dtype = rows, dtype
+        ctx.rows = rows
         return log_probs_M
 
     @staticmethod
@@ -106,11 +102,11 @@ class _LinearLogProbs(torch.autograd.Function):
         need_hidden, need_head = ctx.needs_input_grad[:2]
         hidden_grad_MD = torch.empty_like(hidden_MD) if need_hidden else None
         head_grad_VD = torch.zeros_like(head_VD, dtype=torch.float32) if need_head else None
-        head = head_VD.to(ctx.dtype)
+        head = head_VD.to(hidden_MD.dtype)
         for at in range(0, len(hidden_MD), ctx.rows):
             span = slice(at, at + ctx.rows)
-            hidden = hidden_MD[span].to(ctx.dtype)
+            hidden = hidden_MD[span]
             grad = (hidden @ head.T).float().softmax(1).mul_(-grad_M[span, None])
             grad.scatter_add_(1, labels_M[span, None], grad_M[span, None])
-            add_gradients(grad.to(ctx.dtype), hidden, head, hidden_grad_MD, head_grad_VD, span)
-        return hidden_grad_MD, None if head_grad_VD is None else head_grad_VD.to(head_VD.dtype), None, None, None
+            add_gradients(grad.to(hidden.dtype), hidden, head, hidden_grad_MD, head_grad_VD, span)
+        return hidden_grad_MD, None if head_grad_VD is None else head_grad_VD.to(head_VD.dtype), None, None

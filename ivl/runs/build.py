@@ -101,7 +101,7 @@ def place(model: VLM, config: RunConfig, world: World) -> None:
     A sharded model stays plain: ranks must call its modules equally often.
     """
     if config.shard and world.size > 1:
-        shard(model, (*model.vision.layers, *model.decoder.layers), world, methods=("encode_tiles",))
+        shard(model, world, torch.bfloat16 if config.train.precision == "bf16" else None)
     elif model.to(world.device).device.type == "cpu":
         accelerate(model)
 
@@ -127,6 +127,8 @@ def build_run_objective(config: RunConfig, processor: Processor, run_dir: Path, 
 
     def start_model() -> VLM:
         model = build_model(config).eval().requires_grad_(False)
+        if config.train.precision == "bf16" and not (config.shard and world.size > 1):
+            model.to(torch.bfloat16)  # nothing of it trains, so it needs no float32 parameters
         place(model, config, world)
         return model
 
@@ -168,8 +170,7 @@ def build_validation(config: RunConfig, processor: Processor, objective: Objecti
         for number, batch in enumerate(synchronized(iter(loader), world) if is_sharded(model) else loader):
             if config.val_packs and number * world.size >= config.val_packs:
                 break
-            with torch.autocast(world.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-                value = objective(model, batch)
+            value = objective(model, batch)
             total += torch.tensor([float(value.total), float(value.weight)], dtype=torch.float64)
         loss_sum, weight = world.all_reduce({"loss": total})["loss"].tolist()
         if not weight:

@@ -119,7 +119,7 @@ class TrainConfig:
     packs_per_step: int = 1
     """Packs in one optimizer step over all ranks; each rank takes an equal share, one after another."""
     precision: Precision = "bf16"
-    """bf16: float32 parameters, bfloat16 arithmetic (autocast). pure_bf16: bfloat16 parameters and optimizer state. auto: a run
+    """bf16: float32 parameters, bfloat16 arithmetic. pure_bf16: bfloat16 parameters and optimizer state. auto: a run
     takes bf16 where the device computes in it, else fp32."""
     checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""

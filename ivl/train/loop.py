@@ -19,10 +19,11 @@ from ivl.model.vlm import VLM
 from ivl.train.config import TrainConfig
 from ivl.train.objectives import Objective, StatefulObjective, next_token
 from ivl.train.optim import Optimizer, lr_factor
+from ivl.train.precision import computing
 from ivl.train.recorder import Recorder, StepResult
 from ivl.train.stage import set_modes, trainable
 from ivl.train.state import CheckpointWriter, Counters, SavedTrainer
-from ivl.train.world import RankFailedError, RankLostError, World, full_tensor, is_sharded, synchronized
+from ivl.train.world import RankFailedError, RankLostError, World, full_tensor, is_sharded, reshard, synchronized
 from ivl.types import Batch, Loss
 from ivl.utils.metrics import peak_memory_gb
 
@@ -106,26 +107,16 @@ def train(
                 trainer.save()
                 raise StoppedError(f"stopped after step {result.step}")
             if not trainer.is_done:  # the end is evaluated and saved below
-                evaluate(model, [e for e in evaluators if e.every and result.step % e.every == 0], result.step, records)
+                trainer.evaluate([e for e in evaluators if e.every and result.step % e.every == 0])
                 if config.save_every and result.step % config.save_every == 0:
                     trainer.save()
         if trainer.counters.step == 0:
             raise InputError("the data gave no batch at all")
         if history:
-            evaluate(model, evaluators, trainer.counters.step, records)
+            trainer.evaluate(evaluators)
             if config.save_every:
                 trainer.save()
     return history
-
-
-def evaluate(model: VLM, evaluators: Sequence[Evaluator], step: int, recorder: Recorder) -> None:
-    """Run evaluators in eval mode without gradients, and record their figures."""
-    for evaluator in evaluators:
-        model.eval()
-        with torch.no_grad():
-            figures = dict(evaluator.run(model))
-        set_modes(model)
-        recorder.write_evaluation(step, evaluator.name, figures)
 
 
 @dataclass
@@ -174,6 +165,7 @@ class Trainer:
         if config.num_steps is None and num_samples is None:
             raise ValueError("without config.num_steps, num_samples must say how long the data are")
         self.model, self.objective, self.config, self.world, self.num_samples = model, objective, config, world, num_samples
+        self.computing = computing(model, config.precision)
         self.stateful = objective if isinstance(objective, StatefulObjective) else StatefulObjective()
         self.optimizer = Optimizer(
             trainable(model), config.optim, torch.bfloat16 if "bf16" in config.precision else torch.float32
@@ -194,6 +186,16 @@ class Trainer:
     def is_done(self) -> bool:
         """Whether config.num_steps are done; False where the data's end decides."""
         return self.config.num_steps is not None and self.counters.step >= self.config.num_steps
+
+    def evaluate(self, evaluators: Sequence[Evaluator]) -> None:
+        """Run evaluators in eval mode, without gradients, in the precision of training, and record their figures."""
+        for evaluator in evaluators:
+            self.model.eval()
+            with torch.no_grad(), self.computing:
+                figures = dict(evaluator.run(self.model))
+            reshard(self.model)
+            set_modes(self.model)
+            self.recorder.write_evaluation(self.counters.step, evaluator.name, figures)
 
     def save(self, *, sync: bool = True) -> None:
         """Write a checkpoint, unless this step has one; all ranks call this together."""
@@ -253,6 +255,10 @@ class Trainer:
 
     def forward_backward(self, batches: Iterator[Batch]) -> StepSums:
         """Add the gradients of this rank's packs to the parameters, without waiting for them; returns their sums."""
+        with self.computing:
+            return self._forward_backward(batches)
+
+    def _forward_backward(self, batches: Iterator[Batch]) -> StepSums:
         sums, world = StepSums(), self.world
         for micro in range(self.config.packs_per_step // world.size):
             batch = next(batches, None)
@@ -304,11 +310,10 @@ class Trainer:
 
     def _loss(self, batch: Batch, place: str) -> tuple[Loss, float]:
         """Compute the loss of one pack and its weight, and refuse one that trains nothing."""
-        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            try:
-                loss = self.objective(self.model, batch)
-            except ValueError as error:
-                raise InputError(f"{place}: {error}") from error
+        try:
+            loss = self.objective(self.model, batch)
+        except ValueError as error:
+            raise InputError(f"{place}: {error}") from error
         weight = float(loss.weight)
         if weight <= 0:
             raise InputError(f"{place}: no trained token; is the chat template the model's own?")

@@ -30,7 +30,7 @@ def linear_cross_entropy(
 ) -> TokenLoss:
     """Sum the weighted cross-entropy of softmax(hidden @ head^T), gradients included, `chunk` rows at a time.
 
-    Logits are products in the autocast type when autocast is on, else in the type of hidden; the softmax is float32.
+    Logits are products in the type of hidden; the softmax is float32.
     Gradients are ready after the forward pass, so a chunk's logits are freed with the chunk. A gradient that nobody needs
     (of a frozen head or frozen hidden states, or under no_grad) is not computed.
 
@@ -43,20 +43,14 @@ def linear_cross_entropy(
     """
     need = torch.is_grad_enabled()
     needed = need and hidden_MD.requires_grad, need and head_VD.requires_grad
-    rows, dtype = chunk or chunk_rows(head_VD), product_dtype(hidden_MD)
-    total, ce_M, correct_M = _LinearCrossEntropy.apply(hidden_MD, head_VD, labels_M, weights_M.float(), rows, dtype, needed)
+    rows = chunk or chunk_rows(head_VD)
+    total, ce_M, correct_M = _LinearCrossEntropy.apply(hidden_MD, head_VD, labels_M, weights_M.float(), rows, needed)
     return TokenLoss(total, ce_M, correct_M)
 
 
 def chunk_rows(head_VD: torch.Tensor) -> int:
     """Return the number of tokens whose logits fit into MAX_LOGITS."""
     return max(64, MAX_LOGITS // len(head_VD))
-
-
-def product_dtype(hidden_MD: torch.Tensor) -> torch.dtype:
-    """Return the type of the logits' products: that of autocast where it is on."""
-    device = hidden_MD.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_MD.dtype
 
 
 def add_gradients(
@@ -84,7 +78,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels_M: torch.Tensor,
         weights_M: torch.Tensor,
         rows: int,
-        dtype: torch.dtype,
         need: tuple[bool, bool],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         need_hidden, need_head = need
@@ -93,23 +86,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_grad_MD = torch.empty_like(hidden_MD) if need_hidden else None
         # Sums over many chunks stay in float32 whatever the head's own type.
         head_grad_VD = torch.zeros_like(head_VD, dtype=torch.float32) if need_head else None
-        with torch.autocast(hidden_MD.device.type, enabled=False):
-            head = head_VD.to(dtype)
-            for at in range(0, len(hidden_MD), rows):
-                span = slice(at, at + rows)
-                hidden = hidden_MD[span].to(dtype)
-                logits = (hidden @ head.T).float()
-                label = logits.gather(1, labels_M[span, None]).squeeze(1)
-                peak = logits.amax(1)
-                correct_M[span] = label >= peak
-                norm = logits.sub_(peak[:, None]).exp_().sum(1)
-                ce_M[span] = peak + norm.log() - label
-                if not (need_hidden or need_head):
-                    continue
-                weight = weights_M[span]
-                grad = logits.mul_((weight / norm)[:, None])
-                grad.scatter_add_(1, labels_M[span, None], -weight[:, None])
-                add_gradients(grad.to(dtype), hidden, head, hidden_grad_MD, head_grad_VD, span)
+        head = head_VD.to(hidden_MD.dtype)
+        for at in range(0, len(hidden_MD), rows):
+            span = slice(at, at + rows)
+            hidden = hidden_MD[span]
+            logits = (hidden @ head.T).float()
+            label = logits.gather(1, labels_M[span, None]).squeeze(1)
+            peak = logits.amax(1)
+            correct_M[span] = label >= peak
+            norm = logits.sub_(peak[:, None]).exp_().sum(1)
+            ce_M[span] = peak + norm.log() - label
+            if not (need_hidden or need_head):
+                continue
+            weight = weights_M[span]
+            grad = logits.mul_((weight / norm)[:, None])
+            grad.scatter_add_(1, labels_M[span, None], -weight[:, None])
+            add_gradients(grad.to(hidden.dtype), hidden, head, hidden_grad_MD, head_grad_VD, span)
         ctx.save_for_backward(hidden_grad_MD, head_grad_VD)
         ctx.head_dtype = head_VD.dtype
         ctx.mark_non_differentiable(ce_M, correct_M)
@@ -122,4 +114,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden_grad_MD = hidden_grad_MD * grad_total.to(hidden_grad_MD.dtype)
         if head_grad_VD is not None:
             head_grad_VD = (head_grad_VD * grad_total).to(ctx.head_dtype)
-        return hidden_grad_MD, head_grad_VD, None, None, None, None, None
+        return hidden_grad_MD, head_grad_VD, None, None, None, None

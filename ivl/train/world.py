@@ -154,6 +154,13 @@ def is_sharded(model: nn.Module) -> bool:
     return hasattr(model, "set_requires_gradient_sync")  # a method that FSDP2 adds
 
 
+def reshard(model: nn.Module) -> None:
+    """Give up the parameters that a forward pass without a backward pass leaves gathered, rounded to what it computes in."""
+    for module in model.modules():
+        if is_sharded(module):
+            module.reshard()  # type: ignore[operator]
+
+
 def full_tensor(tensor: Any) -> torch.Tensor:
     """Gather the whole tensor of a shard on every rank; all ranks call this together. A plain tensor passes through."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
