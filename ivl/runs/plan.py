@@ -68,7 +68,8 @@ def make_plan(config: RunConfig) -> RunPlan:
         tiles_per_step=train.packs_per_step * config.data.max_tiles,
         memory={
             "parameters": num_parameters * size,
-            "reference": num_parameters * size if config.objective.has_reference_copy else 0,
+            "copies": 2 * (num_parameters - model.decoder.embeddings.weight.numel()) if train.precision == "bf16" else 0,
+            "reference": num_parameters * (4 if train.precision == "fp32" else 2) if config.objective.has_reference_copy else 0,
             "gradients": sum(p.numel() for p in trained.values()) * size,
             "optimizer": sum(p.numel() * size * _moments(train.optim, name, p) for name, p in trained.items()),
             "activations": _activations(model, train, config.data),

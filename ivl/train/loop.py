@@ -97,11 +97,7 @@ def train(
     batches = synchronized(iter(data), world) if is_sharded(model) else iter(data)
     history: list[dict[str, Any]] = []
     with records, trainer.saving_on_errors():
-        while not trainer.is_done:
-            with watch:
-                result = trainer.step(batches, stop=stop)
-            if result is None:
-                break
+        while not trainer.is_done and (result := trainer.step(batches, stop=stop, watch=watch)):
             history.append(records.write(result))
             if trainer.stopped:
                 trainer.save()
@@ -243,15 +239,19 @@ class Trainer:
         except Exception as error:  # files that a marker without hashes does not vouch for
             raise InputError(f"{saved.checkpoint}: does not fit the run ({type(error).__name__}: {error})") from error
 
-    def step(self, batches: Iterator[Batch], *, stop: Callable[[], bool] = bool) -> StepResult | None:
-        """Do one optimizer step over the next packs; None when every rank is out of data."""
+    def step(
+        self, batches: Iterator[Batch], *, stop: Callable[[], bool] = bool,
+        watch: AbstractContextManager[object] = nullcontext(),  # noqa: B008 (it has no state)
+    ) -> StepResult | None:  # fmt: skip
+        """Do one optimizer step over the next packs; None when every rank is out of data. Arguments as `train`."""
         began = time.monotonic()
-        sums = self.forward_backward(batches)
-        told = {"stop": torch.ones(1, dtype=torch.float64)} if stop() else {}
-        total = self.world.all_reduce({"counts": sums.counts} | told)
-        self.stopped = "stop" in total
-        counts = total["counts"].tolist()
-        return self.apply(counts, sums, began) if counts[-1] else None
+        with watch:
+            sums = self.forward_backward(batches)
+            told = {"stop": torch.ones(1, dtype=torch.float64)} if stop() else {}
+            total = self.world.all_reduce({"counts": sums.counts} | told)
+            self.stopped = "stop" in total
+            counts = total["counts"].tolist()
+            return self.apply(counts, sums, began) if counts[-1] else None
 
     def forward_backward(self, batches: Iterator[Batch]) -> StepSums:
         """Add the gradients of this rank's packs to the parameters, without waiting for them; returns their sums."""
