@@ -85,8 +85,7 @@ def train(
         watch: entered around every step, such as to end one in which a rank has stopped.
 
     Raises:
-        InputError: within the step and naming the samples, if a batch has nothing to train, does not fit the model, or
-            if loss or gradients are not finite.
+        InputError: within the step and naming the samples, if a batch does not fit or the figures are not finite.
         StoppedError: if `stop` said so.
     """
     world = world or World()
