@@ -96,10 +96,8 @@ def as_text(result: Mapping[str, Any]) -> str:
         rows.append(("average", result["average"], result["published"]))
     for name, scores, published in rows:
         shown = "missing" if scores is None else " to ".join(f"{score:.1f}" for score in dict.fromkeys(scores))
-        known = scores is not None and published is not None
-        lines.append(
-            (name, shown, "" if published is None else f"{published:.1f}", f"{scores[0] - published:+.1f}" if known else "")
-        )
+        difference = "" if scores is None or published is None else f"{scores[0] - published:+.1f}"
+        lines.append((name, shown, "" if published is None else f"{published:.1f}", difference))
     text = "\n".join(f"{name:20}{shown:>16}{published:>12}{difference:>12}" for name, shown, published, difference in lines)
     if result["missing"]:
         return f"{text}\nno average: {', '.join(result['missing'])} missing"

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ivl.errors import InputError
 from ivl.evaluation.task import JudgeQuestion, Score
 from ivl.generators import Generator, Refused, answers_of
 from ivl.types import Conversation, Message, SamplingParams, Text
@@ -92,13 +93,18 @@ class Grader:
         prompts = [(Message("user", (Text(question.prompt),)),) for question in questions]
         try:
             return answers_of(self.generator, prompts, params)
-        except Refused:  # the endpoint refuses one of them
+        except InputError as error:  # one of them is too long, or against the rules
+            if hasattr(self.generator, "url") and not isinstance(error, Refused):
+                raise  # the endpoint does not answer
             return [self._one(*pair) for pair in zip(prompts, params, strict=True)]
 
     def _one(self, prompt: Conversation, params: SamplingParams) -> str:
+        """Return one reply, empty where the judge cannot take the question, which then stays undecided."""
         try:
             return answers_of(self.generator, [prompt], params)[0]
-        except Refused:
+        except InputError as error:
+            if hasattr(self.generator, "url") and not isinstance(error, Refused):
+                raise
             return ""
 
     def _key(self, question: JudgeQuestion, tried: int) -> str:

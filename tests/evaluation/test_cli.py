@@ -12,6 +12,8 @@ import pytest
 from ivl.cli.eval import evaluate
 from ivl.errors import InputError
 from ivl.utils.jsonl import AppendLog
+from tests.evaluation.rows import write_tsv
+from tests.evaluation.test_benchmarks import choice_rows
 from tests.helpers.engines import tiny_directory
 
 
@@ -110,3 +112,27 @@ def test_two_commands_in_one_file_at_once(tmp_path: Path) -> None:
         evaluate([model, "--limit", "2", "--predictions", str(path)])
     held.close()
     evaluate([model, "--limit", "2", "--predictions", str(path)])
+
+
+def test_a_benchmark_by_the_command_with_a_judge_and_two_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = [str(tiny_directory(tmp_path / name / "model")) for name in ("mine", "yours")]
+    path = write_tsv(tmp_path / "rows.tsv", choice_rows(3))
+    out = tmp_path / "r.json"
+    command = ["--task", "mmstar", "--data", str(path), "--max-new-tokens", "3", "--out", str(out)]
+    evaluate([*models, *command, "--judge-model", models[0]])
+    assert not out.exists()
+    reports = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("r-*.json")}
+    assert len(reports) == 2
+    for report in reports.values():
+        assert (report["task"], report["prompt"], report["extraction"], report["n"]) == ("mmstar", "published", "2024-12", 3)
+        assert report["data"]["file"] == str(path) and not report["data"]["official"]
+        assert report["undecided"]["replies"] + 3 * report["value"] <= 3, "a tiny judge says nothing that can be read"
+        assert "at random" in report["undecided"]["notes"][0]
+    judged = [line for file in tmp_path.glob("r-*.judge.jsonl") for line in file.read_text().splitlines()[1:]]
+    assert len(judged) >= 3 and len(list(tmp_path.glob("r-*.scores.jsonl"))) == 2
+    assert "undecided: " in capsys.readouterr().out
+    (kept,) = tmp_path.glob("r-*mine*.judge.jsonl")
+    before = kept.read_bytes()
+    predictions = str(kept).replace(".judge.", ".predictions.")
+    evaluate([models[0], *command, "--predictions", predictions, "--judge-model", models[0]])
+    assert kept.read_bytes() == before, "the judge is asked nothing twice"
