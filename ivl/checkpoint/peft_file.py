@@ -90,7 +90,7 @@ def _path_test(key: str, section: Section) -> Callable[[str], bool]:
     """Whether a path ends in what a key names: a path, or a regular expression that ends soon on any path."""
     if re.fullmatch(r"[\w.]+", key):
         return lambda path: f".{path}".endswith(f".{key}")
-    if len(key) > 256 or len(re.findall(r"[*+{]", key)) > 3 or re.search(r"\)[*+?{]", key):
+    if len(key) > 256 or len(re.findall(r"(?<!\()[*+?{]", key)) > 4 or re.search(r"\)[*+{]", key):
         raise InputError(f"{section.place}: {short(key)} repeats too much for a regular expression of a stranger; write paths")
     try:
         expression = re.compile(rf"(.*\.)?({key})$")

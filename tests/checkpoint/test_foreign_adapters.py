@@ -77,7 +77,7 @@ CASES = [
     Case("rslora with ranks by name", {"target_modules": QWEN, "use_rslora": True, **PATTERNS}),
     Case(
         "ranks by expression",
-        {"target_modules": QWEN, "rank_pattern": {r"^.*\.layers\.\d+\.(self_attn|mlp)\..*_proj$": 3, "o_proj": 7}},
+        {"target_modules": QWEN, "rank_pattern": {r"^.*\.layers\.\d+\.(?:self_attn|mlp)\..*_proj$": 3, "o_proj": 7}},
     ),
     Case("biases of the adapted", {"target_modules": ["q_proj", "v_proj", "fc1"], "bias": "lora_only"}),
     Case("all biases", {"target_modules": ["k_proj", "projection_layer"], "bias": "all"}),
@@ -306,6 +306,7 @@ def test_an_adapter_with_ranks_of_its_own_is_saved_with_them(bases, tmp_path: Pa
         ({"lora_bias": True}, "lora_bias"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"rank_pattern": {"(a*)*b": 2}}, "repeats too much"),
+        ({"rank_pattern": {"a?" * 30: 2}}, "repeats too much"),
         ({"rank_pattern": {"q_proj": 0}}, "q_proj is 0"),
         ({"alpha_pattern": {"[": 2}}, "is no regular expression"),
         ({"alpha_pattern": {f"a.*{n}": 2 for n in range(65)}}, "more than 64 regular expressions"),
