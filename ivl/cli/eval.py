@@ -109,7 +109,8 @@ def show(name: str, config: EvalConfig, load: LoadConfig, source: GeneratorConfi
     from ivl.evaluation.run import run
 
     if isinstance(source, Path):
-        report, files = run(config, name, load, Given(source), given_task(source, config))
+        task = given_task(source, config)
+        report, files = run(replace(config, task=task.name), name, load, Given(source), task)
     else:
         report, files = run(config, name, load, connect(source)[0] if source else None)
     if not report:  # a rank that is not the first

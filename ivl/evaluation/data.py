@@ -99,17 +99,23 @@ def md5(path: Path) -> str:
 def _with_shared_pictures(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield the cells of a TSV, each reference to another row's picture replaced by that picture.
 
-    The file is read three times where it has references, so that pictures of all other rows need not stay in memory.
+    A file with references is read three times, so that pictures of all other rows need not stay in memory.
     """
-    wanted = {cell for _, row in _cells(path) if 0 < len(cell := row.get("image", "")) <= LONGEST_REFERENCE}
-    shared = {row["index"]: row["image"] for _, row in _cells(path) if row.get("index") in wanted} if wanted else {}
+    shared: dict[str, str] = {}
     for place, row in _cells(path):
         cell = row.get("image", "")
         if 0 < len(cell) <= LONGEST_REFERENCE:
+            shared = shared or _shared(path)
             row["image"] = shared.get(cell, "")
             if len(row["image"]) <= LONGEST_REFERENCE:
                 raise InputError(f"{place}: its picture is that of row {short(cell)}, which has none")
         yield place, row
+
+
+def _shared(path: Path) -> dict[str, str]:
+    """Return the pictures that references mean, by the index of their rows."""
+    wanted = {cell for _, row in _cells(path) if 0 < len(cell := row.get("image", "")) <= LONGEST_REFERENCE}
+    return {row["index"]: row["image"] for _, row in _cells(path) if row.get("index") in wanted}
 
 
 def _cells(path: Path) -> Iterator[tuple[str, dict[str, str]]]:

@@ -80,6 +80,7 @@ def run(
     task, predictions = task or task_of(config), config.predictions_of(model_name(name) if generator is None else name)
     if config.out:  # what is wrong with it should not show after hours of asking
         check(config.out, predictions, several=config.method.samples > 1)
+    task.settings()  # a missing file of rows is told before a model is loaded
     world = start_world(load.device.partition(":")[0])
     if world.size > 1:
         load = replace(load, device=str(world.device))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from ivl.cli.eval import evaluate as command
 from ivl.errors import InputError
 from ivl.evaluation.benchmark import Benchmark
 from ivl.evaluation.config import Method
@@ -200,6 +201,8 @@ def test_a_missing_or_different_file_says_where_it_comes_from(tmp_path: Path, mo
         InputError, match=r"MMStar\.tsv: no such file; .* \(MD5 e1ecd2140806c1b1bbf54b43372efb9e\), or .*MMStar"
     ):
         list(task.examples())
+    with pytest.raises(InputError, match=r"MMStar\.tsv: no such file"):
+        command(["no-model", "--task", "mmstar"])
     write_tsv(tmp_path / "MMStar.tsv", choice_rows(2))
     with pytest.raises(InputError, match=r"has MD5 \w{32}; take MMStar\.tsv .* as it is with --data"):
         list(task.examples())

@@ -88,12 +88,14 @@ class Choice(Benchmark):
                 return None
             return right if letter == truth else Score(answer=letter)
 
+        if decided := read(text, judged=False):
+            return decided
         prompt = judge_prompt(
             "choice", question=example.row["question"], options=" ".join(f"{k}. {v}" for k, v in options.items()), reply=text
         )
         draws = "draws one of the letters and Z at random after three such replies of the judge"
         question = JudgeQuestion(prompt=prompt, read=read, best=right, tries=3, official=draws)
-        return read(text, judged=False) or Score(undecided=question)
+        return Score(undecided=question)
 
     def figures(self, scored: Sequence[Scored]) -> Figures:
         splits = by(scored, lambda s: [str(s["split"])])
