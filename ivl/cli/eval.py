@@ -115,9 +115,12 @@ def show(name: str, config: EvalConfig, load: LoadConfig, source: GeneratorConfi
         report, files = run(config, name, load, connect(source)[0] if source else None)
     if not report:  # a rank that is not the first
         return
-    for group, what, row in _rows(report, config):
+    print(f"{report['task']} of {name}")
+    rows = list(_rows(report, config))
+    width = max((len(group) for group, *_ in rows), default=0)
+    for group, what, row in rows:
         value, interval = shown(row)
-        print(f"{group:12}{what} {value:>7}  95% interval {interval}  n {row['n']:,}")
+        print(f"  {group:{width}}  {what} {value:>7}  95% interval {interval}  n {row['n']:,}")
     if left := report.get("undecided"):
         print("; ".join([f"undecided: {left['replies']:,} replies, counted as {left['count_as']}", *left["notes"]]))
     for kind, file in files:

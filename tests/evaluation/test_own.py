@@ -86,7 +86,7 @@ def test_own_rows_and_an_own_task_by_the_command(tmp_path: Path, capsys: pytest.
         "    def score(self, reply, example):\n        return float(len(reply) > 100)\n"
     )
     command([*common, "--fresh", "--task", f"{own}:Mine", "--predictions", str(tmp_path / "mine.jsonl")])
-    assert "all         length" in capsys.readouterr().out
+    assert "all  length" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def test_predictions_of_vlmevalkit_are_written_and_scored_again(task: Benchmark,
     command(["--score", str(files[0]), "--out", str(tmp_path / "again.json")])
     again = json.loads((tmp_path / "again.json").read_text())
     assert (again["value"], again["range"], again["n"]) == (result.report["value"], result.report["range"], 40)
-    assert "all         accuracy 25.00%" in capsys.readouterr().out
+    assert "all  accuracy 25.00%" in capsys.readouterr().out
     assert json.loads((tmp_path / "again.predictions.jsonl").read_text().splitlines()[0])["task"] == "mmstar"
 
 

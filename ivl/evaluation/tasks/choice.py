@@ -93,7 +93,7 @@ class Choice(Benchmark):
         prompt = judge_prompt(
             "choice", question=example.row["question"], options=" ".join(f"{k}. {v}" for k, v in options.items()), reply=text
         )
-        draws = "draws one of the letters and Z at random after three such replies of the judge"
+        draws = "draws a letter or Z at random after three such replies of its judge, and without a judge counts them as wrong"
         question = JudgeQuestion(prompt=prompt, read=read, best=right, tries=3, official=draws)
         return Score(undecided=question)
 

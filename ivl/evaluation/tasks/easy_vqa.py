@@ -78,7 +78,7 @@ def conversation(row: Row, *, answered: bool, suffix: str = "") -> Conversation:
 class EasyVQA(Task):
     """Exact match of one-word answers, reported by kind of question."""
 
-    metric = "exact_match"
+    metric, rows = "exact_match", NUM_QUESTIONS["test"]
     params = SamplingParams(max_new_tokens=10)
 
     def __init__(self, name: str, about: str, suffix: str = "") -> None:
