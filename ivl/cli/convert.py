@@ -95,7 +95,7 @@ class ComposeOptions:
 class MergeOptions:
     """Merge a LoRA adapter into its model, or the adapters that the original training code left inside a model directory."""
 
-    paths: Annotated[tuple[str, str] | tuple[str, str, str], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL [ADAPTER] OUT")]
+    paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL [ADAPTER] OUT")]
     """Model directory or hub id, directory of the adapter as PEFT writes it, and directory to write. Without an adapter, the
     model directory holds adapters itself."""
     force: Flag = False
@@ -137,6 +137,8 @@ def merge(args: list[str]) -> None:
     options = tyro.cli(MergeOptions, prog="ivl merge", args=args)
     from ivl.checkpoint.adapter import merge as merge_adapter
 
+    if len(options.paths) not in (2, 3):
+        raise InputError(f"ivl merge takes MODEL [ADAPTER] OUT, got {len(options.paths)} names")
     model, *adapter, out = options.paths
     merge_adapter(model, adapter[0] if adapter else None, out, force=options.force, allow_base=options.allow_base)
     print(f"{out}: merged model written")

@@ -346,6 +346,9 @@ def test_an_adapter_in_a_wrong_place_says_where_it_belongs(bases, tmp_path: Path
         load_model(tmp_path / "adapter")
     with pytest.raises(InputError, match=r"is an adapter; name its model before it: ivl merge MODEL"):
         merge_command([str(tmp_path / "adapter"), str(tmp_path / "out")])
+    for names in ([], ["a"], ["a", "b", "c", "d"]):
+        with pytest.raises(InputError, match=rf"takes MODEL \[ADAPTER\] OUT, got {len(names)} names"):
+            merge_command(names)
     with pytest.raises(InputError, match=r"no adapter_config.json; .*adapter has one"):
         merge(base, tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
