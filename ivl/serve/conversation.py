@@ -267,23 +267,24 @@ def _grammar(body: SamplingBody, config: ServeConfig) -> Grammar | None:
     if (outputs := body.structured_outputs) is not None:
         given |= {f"structured_outputs.{name.strip('_')}": value for name, value in outputs}
     tools: list[Tool] = []
+    choice: Any = "auto"
     if isinstance(body, ChatRequest):
-        tools, form = body.offered, body.response_format
-        if form is not None and form.type != "text":
-            given["response_format"] = form.json_schema or True
+        tools, wanted, choice = body.offered, body.response_format, body.tool_choice
+        if wanted is not None and wanted.type != "text":
+            given["response_format"] = wanted.json_schema or True
     given = {param: value for param, value in given.items() if value is not None}
-    if len(given) + bool(tools) > 1:
-        names = " and ".join([*given, "tools"] if tools else given)
+    calls = bool(tools) and not (choice == "auto" and set(given) <= {"response_format"})
+    if len(given) + calls > 1:
+        names = " and ".join([*given, "tools"] if calls else given)
         raise APIError(400, f"{names} each say what form the reply has: give one", param=next(iter(given)))
-    if given:
-        return _grammar_of(*given.popitem(), config)
-    if not tools or not isinstance(body, ChatRequest) or body.tool_choice == "auto":
-        return None
-    if isinstance(body.tool_choice, Tool):
-        tools = [tool for tool in tools if tool.function.name == body.tool_choice.function.name]
+    form = _grammar_of(*given.popitem(), config) if given else None
+    if not isinstance(body, ChatRequest) or not tools or (choice == "auto" and form is None):
+        return form
+    if isinstance(choice, Tool):
+        tools = [tool for tool in tools if tool.function.name == choice.function.name]
     for tool in tools:
         _check_schema(tool.function.parameters or {}, config, "tools")
-    return call_grammar(tools, several=body.parallel_tool_calls and body.tool_choice == "required")
+    return call_grammar(tools, form, several=body.parallel_tool_calls and not isinstance(choice, Tool))
 
 
 def _grammar_of(param: str, value: Any, config: ServeConfig) -> Grammar:

@@ -6,6 +6,7 @@ turn has their results as `<tool_response>`. The templates of Qwen2.5 and Qwen3 
 
 from __future__ import annotations
 
+import copy
 import json
 import uuid
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from ivl.processing.processor import Processor
 from ivl.serve.errors import APIError
 from ivl.serve.schemas import Tool, ToolCall
 from ivl.types import Conversation, Grammar, Message, Text
-from ivl.utils.grammars import close_objects
+from ivl.utils.grammars import COMPACT, close_objects
 
 CALL, CALL_END = "<tool_call>", "</tool_call>"
 RESPONSE, RESPONSE_END = "<tool_response>\n", "\n</tool_response>"
@@ -72,18 +73,27 @@ def calls_text(calls: Sequence[ToolCall], place: str) -> str:
     return "\n".join(lines)
 
 
-def call_grammar(tools: Sequence[Tool], *, several: bool) -> Grammar:
-    """Return the grammar of a reply that calls tools, and does nothing else. several: whether more than one call may come."""
+def call_grammar(tools: Sequence[Tool], other: Grammar | None, *, several: bool) -> Grammar:
+    """Return the grammar of a reply that calls tools.
+
+    Args:
+        other: JSON that it may be instead of calls.
+        several: Whether more than one call may come.
+    """
     rules: list[str] = []
     end = f"}}\n{CALL_END}"
     for tool in tools:
-        schema = tool.function.parameters or {"type": "object", "properties": {}, "additionalProperties": False}
+        given = copy.deepcopy(tool.function.parameters or {"properties": {}, "additionalProperties": False})
+        schema = {"type": "object", **given, "x-guidance": _AS_TRAINED}
         if tool.function.strict:
             close_objects(schema)
         start = f'{CALL}\n{{"name": {json.dumps(tool.function.name)}, "arguments": '
-        rules.append(f"{json.dumps(start)} %json {json.dumps(schema | {'x-guidance': _AS_TRAINED})} {json.dumps(end)}")
-    more = r' ("\n" call)*' if several else ""
-    return Grammar("grammar", f"start: call{more}\ncall: " + "\n    | ".join(rules))
+        rules.append(f"{json.dumps(start)} %json {json.dumps(schema)} {json.dumps(end)}")
+    start = f"start: call{' more*' if several else ''}"
+    if other is not None:
+        schema = json.loads(other.value or '{"type": "object"}') | {"x-guidance": COMPACT}
+        start += f" | other\nother: %json {json.dumps(schema)}"
+    return Grammar("grammar", start + '\nmore: "\\n" call\ncall: ' + "\n    | ".join(rules))
 
 
 class CallReader:
@@ -126,13 +136,14 @@ def _read_call(text: str, index: int) -> dict[str, Any] | None:
     """Return what a model wrote between the marks as a call of OpenAI's, None if it is none."""
     try:
         call = json.loads(text, strict=False)  # models write line breaks into strings
-        name, arguments = call["name"], call.get("arguments", {})
-        if not isinstance(arguments, str):  # some models write the arguments as text, as the API has them
-            arguments = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        name, given = call["name"], call.get("arguments") or {}
+        if isinstance(given, str):  # some models write the arguments as text, as the API has them
+            given = read_object(given)
+        arguments = json.dumps(given, ensure_ascii=False, allow_nan=False)
         f"{name}{arguments}".encode()  # half a surrogate pair cannot be sent
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
-    if not isinstance(name, str):
+    if not isinstance(name, str) or not isinstance(given, dict):
         return None
     function = {"name": name, "arguments": arguments}
     return {"index": index, "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}

@@ -202,7 +202,7 @@ def test_what_is_to_be_answered_may_have_its_turns_in_any_order():
     assert TOKENIZER.decode(prompt, skip_special=False) == f"{expected}<|im_start|>assistant\n"
     with pytest.raises(InputError, match="turn 2 is from user, expected assistant"):
         render(turns, [], TOKENIZER)
-    for wrong, problem in (((system, says("a")), "no user turn"), ((user("a"), Message("robot", ())), "turn 2 is from robot")):
+    for wrong, problem in (((system, says("a")), "no user turn"), ((user("a"), Message("robot", ())), "turn 2 is from robot")):  # type: ignore[arg-type]
         with pytest.raises(InputError, match=problem):
             render(wrong, [], TOKENIZER, reply=True)
 

@@ -189,6 +189,18 @@ def test_calls_that_a_model_makes_by_itself(client: openai.OpenAI, monkeypatch: 
     assert list(calls.items()) == list(enumerate(expected)) and len(reasons) == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "read"),
+    [('{"a": "b\nc"}', {"a": "b\nc"}), ('"{\\"a\\": 1}"', {"a": 1}), ("null", {}), ("5", None), ("[1]", None),
+     ('"x"', None),      ("1e999", None), ('{"a": NaN}', None), ('{"a": "\\ud800"}', None)],
+)  # fmt: skip
+def test_arguments_are_an_object(arguments: str, read: Any) -> None:
+    text = f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>'
+    said, calls = CallReader().push(text, last=True)
+    assert [json.loads(call["function"]["arguments"]) for call in calls] == ([] if read is None else [read])
+    assert said == (text if read is None else "")
+
+
 @pytest.mark.parametrize("text", ["no call <tool_ca", '<tool_call>\n{"name": }\n</tool_call>', "<tool_call> ", "a  \n"])
 def test_what_is_no_call_stays_text(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     scripted(monkeypatch, text)
@@ -216,6 +228,33 @@ def test_calls_do_not_depend_on_how_a_reply_is_cut(pieces: list[str], data: st.D
     cuts = sorted({0, len(text), *data.draw(st.lists(st.integers(0, len(text)), max_size=9))})
     parts = [text[a:b] for a, b in pairwise(cuts)]
     assert read([*parts, ""]) == read([text])
+
+
+def test_a_reply_is_a_call_or_has_the_form_that_was_asked_for(client: openai.OpenAI) -> None:
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    options = ASK | {
+        "tools": [NOW],
+        "response_format": form,
+        "parallel_tool_calls": False,
+        "n": 8,
+        "temperature": 2.0,
+        "seed": 1,
+    }
+    kinds = set()
+    for choice in client.chat.completions.create(**options).choices:
+        if choice.message.tool_calls:
+            assert choice.message.content is None and choice.message.tool_calls[0].function.name == "now"
+        else:
+            assert choice.message.content in ('{"ok":true}', '{"ok":false}') and choice.finish_reason == "stop"
+        kinds.add(choice.finish_reason)
+    assert kinds == {"tool_calls", "stop"}
+
+
+def test_a_strict_tool_is_shown_as_it_was_sent(tool_engine: Engine) -> None:
+    body = ASK | {"tools": [WEATHER]}
+    shown = [post(tool_engine, body | {"tool_choice": c}).json()["usage"]["prompt_tokens"] for c in ("auto", "required")]
+    assert shown == [len(tokens(tool_engine, messages=ASK["messages"], tools=[WEATHER]))] * 2
 
 
 ARGUMENTS = "messages[1].tool_calls[0].function.arguments"
