@@ -115,8 +115,12 @@ class Benchmark(Task):
                 row = self.prepared({"index": number, **row})
                 if self.keep(row):
                     yield self.example(row)
+            except InputError:
+                raise
             except KeyError as error:
                 raise InputError(f"{place}: has no column {error}, so it is no row of {self.file}; {self.origin}") from None
+            except (ValueError, TypeError, IndexError, AttributeError) as error:
+                raise InputError(f"{place}: is no row of {self.file} ({error}); {self.origin}") from None
 
     def example(self, row: Mapping[str, Any]) -> Example:
         """Turn a row into a question. Raises KeyError for a column that the row lacks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,19 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from ivl.errors import InputError
 from ivl.evaluation.benchmark import Benchmark
 from ivl.evaluation.data import PICTURES
 from ivl.evaluation.export import submit
 from ivl.evaluation.grading import Grader
 from ivl.evaluation.task import Example, Score
+from ivl.evaluation.tasks import TASKS
 from ivl.evaluation.tasks.cgbench import INSTRUCTIONS, choice_right, clue_overlap
 from ivl.evaluation.tasks.crpe import names_answer
 from ivl.evaluation.tasks.several_pictures import matches
 from ivl.types import ImageRef, VideoRef
 from tests.evaluation.rows import PICTURE, always_a, base64_of, benchmark, empty, evaluated, figures, perfect, png, write_tsv
+from tests.evaluation.scoring.test_official import fuzzed
 from tests.evaluation.test_grading import Scripted
 from tests.evaluation.test_official_prompts import cases, written
 
@@ -345,6 +349,50 @@ def test_cgbench(tmp_path: Path) -> None:
     assert text.startswith("Frame-1: <image>\n") and text.endswith("Question: which?\n\nA:red\nB:green\n\n")
     clue = list(task.examples())[1].conversation[0].content[0]
     assert isinstance(clue, VideoRef) and str(clue.source).endswith("c.mp4")
+
+
+ROWS: dict[str, dict[str, Any]] = {
+    "docvqa-val": {"answer": "['red']"}, "chartqa": {"answer": "5%", "split": "s"}, "textvqa": {"answer": str(["red"] * 10)},
+    "charxiv-reasoning": {"answer": "5", "grading_query": "{PREDICTION}", "inst_category": "1"},
+    "mathvision": {"answer": "7", "choices": "[]", "category": "c"},
+    "mathverse": {"answer": "A", "problem_version": "v", "metadata": "{}"},
+    "crpe-exist": {"answer": "A. dog", "category": "exist"},
+    "refcoco": {"width": "4", "height": "3", "answer": "[0, 0, 1, 1]", "split": "s"},
+    "mantis": {"answer": "A", "question_type": "multi-choice", "A": "x", "B": "y"},
+    "mirb": {"answer": "3", "task": "count"}, "mmiu": {"answer": "A", "A": "x", "B": "y", "context": "c", "task": "t"},
+    "cgbench": {"answer": "[[10, 20]]", "task_mode": "miou", "qid": "1", "duration": "9", "video": "v", "choices": "[]"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_replies_of_any_kind_have_a_score(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("math_verify")
+    task = benchmark(name, write_tsv(tmp_path / "rows.tsv", [{"index": "1", "question": "q", **ROWS[name]}]))
+    (example,), rng = task.examples(), random.Random(0)
+    for _ in range(30 if name == "mathvision" else 200):
+        reply = fuzzed(rng)[:2000]
+        score = task.score(reply, example)
+        assert 0 <= score.value <= 1
+        if score.undecided:
+            assert all(isinstance(score.undecided.read(each), Score | None) for each in ("", reply, "{}", '{"score": []}'))
+
+
+@pytest.mark.parametrize(
+    ("name", "columns"),
+    [
+        ("crpe-exist", {"index": "x"}),
+        ("refcoco", {"width": "wide"}),
+        ("cgbench", {"task_mode": "what"}),
+        ("mirb", {"task": ""}),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_named(name: str, columns: dict[str, str], tmp_path: Path) -> None:
+    path = write_tsv(tmp_path / "rows.tsv", [{"index": "1", "question": "q", **ROWS[name], **columns}])
+    if name == "mirb":
+        assert list(benchmark(name, path).examples()) == [], "a variant of a task"
+        return
+    with pytest.raises(InputError, match=rf"rows\.tsv:2: .* no row of .*take {TASKS[name].file}\.tsv"):  # type: ignore[attr-defined]
+        list(benchmark(name, path).examples())
 
 
 def test_rows_keep_their_pictures(tmp_path: Path) -> None:

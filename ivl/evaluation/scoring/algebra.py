@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
-import logging
 import operator
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
-from ivl.errors import InputError
 from ivl.evaluation.scoring.extraction import box_spans
-from ivl.evaluation.scoring.formulas import same_formula
-from ivl.utils.killable import CallStopped, Killable
+from ivl.evaluation.scoring.formulas import ask, same_formula
+from ivl.utils.killable import CallStopped
 
 _CLOSE = 1e-6
 _MOST_CHARACTERS, _MOST_BITS, _MOST_BOXES = 1000, 4096, 100
@@ -41,8 +38,8 @@ def same_value(prediction: str, truth: str) -> bool:
         return True
     if "%" in given + expected:  # the tool reads no percent signs
         return False
-    read, meant = _latex("value", given), _latex("value", expected)
-    return bool(read and meant and read[1] and meant[1] and _close(read[0], meant[0]))
+    left, right = (arithmetic(written) if written else None for written in (_value(given)[1], _value(expected)[1]))
+    return left is not None and right is not None and _close(left, right)
 
 
 def _close(left: complex, right: complex, tolerance: float = _CLOSE) -> bool:
@@ -57,18 +54,18 @@ def arithmetic(text: str) -> complex | None:
     if len(text) > _MOST_CHARACTERS or not re.fullmatch(r"[\d\s.+*/%()eEjJ_-]+", text):
         return None
     try:
-        return _value(ast.parse(text.strip(), mode="eval").body)
+        return _computed(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
         return None
 
 
-def _value(node: ast.expr) -> Any:
+def _computed(node: ast.expr) -> Any:
     if isinstance(node, ast.Constant) and isinstance(node.value, int | float | complex):
         return node.value
     if isinstance(node, ast.UnaryOp) and type(node.op) in _OPERATIONS:
-        return _OPERATIONS[type(node.op)](_value(node.operand))
+        return _OPERATIONS[type(node.op)](_computed(node.operand))
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
-        left, right = _value(node.left), _value(node.right)
+        left, right = _computed(node.left), _computed(node.right)
         exact = isinstance(node.op, ast.Pow) and isinstance(left, int) and isinstance(right, int)
         if exact and left.bit_length() * abs(right) > _MOST_BITS:
             raise OverflowError
@@ -76,54 +73,12 @@ def _value(node: ast.expr) -> Any:
     raise ValueError
 
 
-def _latex(operation: str, *texts: str) -> Any:
-    """Call the worker that reads LaTeX; None where it meets a limit.
-
-    Raises:
-        InputError: if math-verify is not installed.
-    """
-    if importlib.util.find_spec("latex2sympy2_extended") is None:
-        raise InputError('comparing formulas needs math-verify; install it with `pip install "ivl[eval]"`')
+def _value(text: str) -> tuple[complex | None, str]:
+    """Return the value of LaTeX and what sympy writes it as; None where it has none or reading it takes too long."""
     try:
-        return latex(operation, *texts)
+        return ask("value", text) or (None, "")
     except CallStopped:
-        return None
-
-
-latex = Killable("ivl.evaluation.scoring.algebra:reader", cpu_seconds=2, wall_seconds=60, megabytes=512)
-"""Reads LaTeX within limits: `value` of a text, or whether one equation is a whole `multiple` of another."""
-
-
-def reader() -> Callable[..., Any]:
-    """Load latex2sympy and return a function of the name of an operation and texts."""
-    from latex2sympy2_extended import latex2sympy as parse
-    from sympy import simplify
-
-    logging.disable(logging.CRITICAL)
-    latex2sympy, shortest = cast(Callable[[str], Any], parse), cast(Callable[[Any], Any], simplify)
-
-    def value(text: str) -> tuple[complex, bool]:
-        """Return the value, and whether the expression is written without names such as pi and sqrt."""
-        expression = latex2sympy(text)
-        plain = arithmetic(str(expression))
-        return (complex(expression.evalf()), False) if plain is None else (plain, True)
-
-    def multiple(first: str, second: str) -> bool:
-        left, right = (latex2sympy(a) - latex2sympy(b) for a, b in (text.split("=") for text in (first, second)))
-        quotients = shortest(left / right), shortest(right / left)
-        return any(bool(quotient.is_Integer) and quotient != 0 for quotient in quotients)
-
-    def call(operation: str, *texts: str) -> Any:
-        try:
-            return {"value": value, "multiple": multiple}[operation](*texts)
-        except (MemoryError, RecursionError):
-            raise
-        except Exception:  # whatever the libraries raise on a formula, it has no value
-            return None
-
-    call("value", r"\frac{1}{2}+\sqrt{2}")
-    call("multiple", "y=2x", "2y=4x")
-    return call
+        return None, ""
 
 
 def same_answers(
@@ -206,7 +161,10 @@ def _same_item(given: str, expected: str, tolerance: float, alike: bool) -> bool
         return True
     if not all("=" in text for text in both) and _same_expression(*both, tolerance, alike):
         return True
-    return all(text.count("=") == 1 for text in both) and bool(_latex("multiple", *both))
+    try:
+        return all(text.count("=") == 1 for text in both) and bool(ask("multiple", *both))
+    except CallStopped:
+        return False
 
 
 def _same_interval(given: str, expected: str, tolerance: float, alike: bool) -> bool:
@@ -228,9 +186,9 @@ def _same_expression(given: str, expected: str, tolerance: float, alike: bool) -
         return True
     if alike:
         return False
-    read, meant = _latex("value", given), _latex("value", expected)
-    if read and meant:
-        return _close(read[0], meant[0], tolerance)
+    read, meant = _value(given)[0], _value(expected)[0]
+    if read is not None and meant is not None:
+        return _close(read, meant, tolerance)
     try:
         return same_formula(given, expected) is True
     except CallStopped:

@@ -67,7 +67,7 @@ def interval_overlap(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]])
     a, b = _merged(a), _merged(b)
     inner = sum(max(0.0, min(end, stop) - max(begin, start)) for begin, end in a for start, stop in b)
     union = sum(end - begin for begin, end in (*a, *b)) - inner
-    return inner / union if union > 0 else 0.0
+    return inner / union if union > 0 and math.isfinite(union) else 0.0
 
 
 def _merged(intervals: Sequence[Sequence[float]]) -> list[list[float]]:

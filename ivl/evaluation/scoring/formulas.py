@@ -7,7 +7,7 @@ import itertools
 import logging
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from ivl.errors import InputError
 from ivl.evaluation.scoring.spelling import plain, without_left_side
@@ -41,23 +41,39 @@ def same_formula(prediction: str, truth: str) -> bool | None:
         given, expected = right, expected_right
     if "".join(given.split()) == "".join(expected.split()):
         return True
-    if importlib.util.find_spec("math_verify") is None:
-        raise InputError('comparing formulas needs math-verify; install it with `pip install "ivl[eval]"`')
     try:
-        return verified(expected, given)
+        return bool(verified(expected, given))
     except CallStopped as limit:
         raise CallStopped(f"the comparison of '{expected[:80]}' and '{given[:80]}' took {limit}") from None
 
 
-verified = Killable("ivl.evaluation.scoring.formulas:comparison", cpu_seconds=1, wall_seconds=60, megabytes=512)
-"""Whether math-verify finds a truth and a prediction the same. Only processor time decides, so that a busy machine does not."""
+def verified(truth: str, prediction: str) -> bool:
+    """Return whether math-verify finds a truth and a prediction the same."""
+    return ask("same", truth, prediction)
 
 
-def comparison() -> Callable[[str, str], bool]:
-    """Load math-verify and return a function (truth, prediction) -> whether they are the same formula."""
+def ask(operation: str, *formulas: str) -> Any:
+    """Ask the worker for an operation: `same`, `value` or `multiple`, which are functions below.
+
+    Raises:
+        CallStopped: if it met a limit.
+        InputError: if math-verify is not installed.
+    """
+    if importlib.util.find_spec("math_verify") is None:
+        raise InputError('comparing formulas needs math-verify; install it with `pip install "ivl[eval]"`')
+    return _worker(operation, *formulas)
+
+
+_worker = Killable("ivl.evaluation.scoring.formulas:operations", cpu_seconds=1, wall_seconds=60, megabytes=512)
+"""Only processor time decides, so that a busy machine does not."""
+
+
+def operations() -> Callable[..., Any]:
+    """Load math-verify and return a function of the name of an operation and formulas."""
+    import latex2sympy2_extended
+    import sympy
     from math_verify import parse, verify
     from math_verify.parser import LatexExtractionConfig, NormalizationConfig
-    from sympy import I
 
     # The library's own time limits use the alarm signal and are off; it warns about that at every call.
     logging.disable(logging.CRITICAL)
@@ -66,6 +82,7 @@ def comparison() -> Callable[[str, str], bool]:
         basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all", equations=False
     )
     config = [LatexExtractionConfig(boxed_match_priority=0, normalization_config=spelling)]
+    latex, simplify = cast(Callable[[str], Any], latex2sympy2_extended.latex2sympy), cast(Callable[[Any], Any], sympy.simplify)
 
     def read(text: str) -> list[Any]:
         parts = parse(f"${text}$", config, fallback_mode="no_fallback", parsing_timeout=None)  # type: ignore[arg-type]
@@ -74,22 +91,38 @@ def comparison() -> Callable[[str, str], bool]:
     def imaginary(part: Any) -> Any:
         """Take an i among numbers for the imaginary unit."""
         symbols = getattr(part, "free_symbols", ())
-        return part.subs(dict.fromkeys(symbols, I)) if {str(symbol) for symbol in symbols} == {"i"} else part
+        return part.subs(dict.fromkeys(symbols, sympy.I)) if {str(symbol) for symbol in symbols} == {"i"} else part
 
     def same(truth: str, prediction: str) -> bool:
+        expected, given = read(truth), read(prediction)
+        return bool(expected and given and verify(expected, given, timeout_seconds=None))
+
+    def value(text: str) -> tuple[complex, str]:
+        """Return the value of LaTeX, and what sympy writes it as."""
+        expression = latex(text)
+        return complex(expression.evalf()), str(expression)
+
+    def multiple(first: str, second: str) -> bool:
+        """Return whether one equation is a whole multiple of the other."""
+        left, right = (latex(a) - latex(b) for a, b in (text.split("=") for text in (first, second)))
+        quotients = simplify(left / right), simplify(right / left)
+        return any(bool(quotient.is_Integer) and quotient != 0 for quotient in quotients)
+
+    def call(operation: str, *formulas: str) -> Any:
         try:
-            expected, given = read(truth), read(prediction)
-            return bool(expected and given and verify(expected, given, timeout_seconds=None))
+            return {"same": same, "value": value, "multiple": multiple}[operation](*formulas)
         except (MemoryError, RecursionError):
             raise
-        except Exception:  # whatever the libraries raise on a formula, it is not the same
-            return False
+        except Exception:  # whatever the libraries raise on a formula, it is not the same and has no value
+            return None
 
-    # What the libraries load at first use would count against the first comparison.
+    # What the libraries load at first use would count against the first call.
     for text in (r"\frac{1}{2}", r"2\sqrt{3}", "x^2-1", "(1,2)", r"\{1,2\}", "y=2x+1", r"x \ge 3", r"\sin(2\pi)"):
-        same(text, text)
-        same(text, r"\sqrt{x}+1")
-    return same
+        call("same", text, text)
+        call("same", text, r"\sqrt{x}+1")
+        call("value", text)
+    call("multiple", "y=2x", "2y=4x")
+    return call
 
 
 def formula(text: str) -> str | None:

@@ -111,7 +111,7 @@ def clue_overlap(reply: str, truth: Sequence[Sequence[float]], duration: float) 
         given = given if isinstance(given[0], list) else [given]
         scale = duration if all(begin <= 1 and end <= 1 for begin, end in given) else 1.0
         return interval_overlap(truth, [(begin * scale, end * scale) for begin, end in given])
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError):
         numbers = [float(number) for number in re.findall(r"-?\d+\.?\d*", reply)]
         pairs = list(zip(numbers[::2], numbers[1::2], strict=False))
         return interval_overlap(truth, pairs) if pairs else None

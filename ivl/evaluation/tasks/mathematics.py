@@ -96,6 +96,10 @@ def _subjects(metadata: Any) -> list[str]:
 class Olympiad(Benchmark):
     """The share of replies whose answers are all right, in any order."""
 
+    def prepared(self, row: dict[str, Any]) -> dict[str, Any]:
+        _precisions(row)
+        return row
+
     def answers(self, row: Mapping[str, Any]) -> tuple[str, ...]:
         return (str(literal(row["final_answer"])[0]),)
 
@@ -104,10 +108,12 @@ class Olympiad(Benchmark):
         chinese = "zh" in str(example.row.get("source", ""))
         found = re.findall("所以最终答案是(.*)" if chinese else "So the final answer is (.*)", text)
         answer = found[-1].strip() if found else text
-        error = str(example.row.get("error") or "1e-8")
-        precision = [float(each) for each in error.split(",")]
-        right = same_answers(answer, example.answers[0], precision, expressions_differ=self.defects)
+        right = same_answers(answer, example.answers[0], _precisions(example.row), expressions_differ=self.defects)
         return Score(value=float(right), answer=answer.strip())
+
+
+def _precisions(row: Mapping[str, Any]) -> list[float]:
+    return [float(each) for each in str(row.get("error") or "1e-8").split(",")]
 
 
 def _mathvision(name: str, file: str, rows: int) -> MathVision:

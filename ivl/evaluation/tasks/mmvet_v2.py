@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ivl.errors import InputError
 from ivl.evaluation.data import PICTURES
 from ivl.evaluation.task import Example
 from ivl.evaluation.tasks.mmvet import MmVet
@@ -19,11 +20,20 @@ class MmVet2(MmVet):
     """Only the first picture and the text before it are asked, as InternVL's own code does."""
 
     def examples(self) -> Iterator[Example]:
+        if self.given:
+            yield from super().examples()
+            return
         place = self.place()
-        for name, row in read_json(place).items():
-            text, picture, *_ = str(row["question"]).split(MARK)
-            pictures = (str(_folder(place) / picture.strip()),)
-            yield self.example({**row, "index": name, "question": text.strip(), PICTURES: pictures})
+        rows = read_json(place)
+        whole = isinstance(rows, dict) and all(
+            isinstance(row, dict) and {"question", "answer"} <= {*row} for row in rows.values()
+        )
+        if not whole:
+            raise InputError(f"{place}: must hold questions by name, each with question and answer; {self.origin}")
+        for name, row in rows.items():
+            text, *pictures = str(row["question"]).split(MARK)
+            shown = tuple(str(_folder(place) / picture.strip()) for picture in pictures[:1])
+            yield self.example({**row, "index": name, "question": text.strip(), PICTURES: shown})
 
     def suffix(self, row: Mapping[str, Any]) -> str:
         return " Answer this question in detail."

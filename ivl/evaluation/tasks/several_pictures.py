@@ -42,7 +42,7 @@ class Mantis(SeveralPictures):
         truth, options = example.answers[0], _bracketed(example.row)
         if example.row["question_type"] == "multi-choice":
             said = text[1:2] if re.fullmatch(r"\((?:.|\n)\)", text) else text
-            right = said == truth or said == options[LETTERS.index(truth)]
+            right = said == truth or said in [option for option in options if option.startswith(f"({truth})")]
         else:
             said, right = text, text.lower() == truth.lower()
         return Score(value=float(right), answer=said)
