@@ -227,7 +227,7 @@ class _VideoFile:
                 check_size(size, self.name, self.max_pixels)
                 times, keys = _timestamps(container, stream)
                 if not times:
-                    raise self.error("no frames in this file")
+                    raise self.error("no frames in this file; it is damaged, or cut short")
                 base, rate = float(stream.time_base or 1), float(stream.average_rate or 0)
             seconds = [(time - times[0]) * base for time in times]
             picked = self.pick(seconds, rate or len(times) / max(seconds[-1], 1e-9))
@@ -240,7 +240,7 @@ class _VideoFile:
             if any(n not in frames for n in picked):  # formats without exact time stamps or exact seeking: AVI, MPEG-TS
                 self.budget.spend((max(picked) + 1) * size[0] * size[1], self.name)
                 with open_container() as container:
-                    decoded: Any = enumerate(container.decode(self.bounded(container)))
+                    decoded = enumerate(_decode(container, self.bounded(container)))
                     for n, frame in islice(decoded, max(picked) + 1):
                         if n in picked:
                             frames[n] = self.use(_upright(frame))
@@ -257,9 +257,21 @@ def _timestamps(container: Any, stream: Any) -> tuple[list[int], list[int]]:
     If a frame lacks the time at which it is shown, decoding times replace all, and there are no key frames: no seeking.
     """
     packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
+    while packets and packets[-1].is_corrupt:  # the end of the file cuts through it
+        packets.pop()
     if all(packet.pts is not None for packet in packets):
         return sorted(packet.pts for packet in packets), sorted(p.pts for p in packets if p.is_keyframe)
     return sorted(packet.dts or 0 for packet in packets), []
+
+
+def _decode(container: Any, stream: Any) -> Iterator[Any]:
+    """Decode all frames but those that the end of the file cuts through."""
+    for packet in container.demux(stream):
+        try:
+            yield from packet.decode()
+        except ValueError:  # FFmpeg's error for invalid data is one
+            if not packet.is_corrupt:
+                raise
 
 
 def _num_decoded(times: Sequence[int], wanted: Sequence[int], keys: Sequence[int]) -> int:
@@ -276,14 +288,14 @@ def _decode_by_seeking(
     stream: Any, container: Any, times: Sequence[int], wanted: Sequence[int], keys: Sequence[int]
 ) -> Iterator[tuple[int, Any]]:
     """Decode the wanted frames, seeking to the last key frame before each where that saves decoding."""
-    frames: Any = iter(())
+    frames: Iterator[Any] = iter(())
     at: int | None = None
     for n in wanted:
         target = times[n]
         start = keys[max(0, bisect_right(keys, target) - 1)]
         if at is None or start > at:
             container.seek(start, stream=stream, backward=True)
-            frames = container.decode(stream)
+            frames = _decode(container, stream)
         for frame in islice(frames, len(times)):
             at = frame.pts
             if at is not None and at >= target:

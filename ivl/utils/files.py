@@ -36,15 +36,15 @@ def regular(path: str | Path) -> os.stat_result:
         raise InputError(f"{path}: is {kind}, not a regular file; write its content into a file and name that")
     if stat.S_ISREG(result.st_mode) and len(_LFS_POINTER) < result.st_size < 1024:
         with Path(path).open("rb") as file:
-            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-                raise InputError(f"{path}: is a git-LFS pointer, not the file itself; run 'git lfs pull' where it was cloned")
+            if (head := file.read(len(_LFS_POINTER))) == _LFS_POINTER:
+                raise InputError(f"{path}: is {not_itself(head)}")
     return result
 
 
 def not_itself(head: bytes) -> str:
     """What a file is instead of itself, by its first bytes, and the remedy; empty unless it is one of these."""
-    if head.startswith(b"version https://git-lfs.github.com/"):
-        return "a git-LFS pointer, not the file itself; run `git lfs pull`"
+    if head.startswith(_LFS_POINTER):
+        return "a git-LFS pointer, not the file itself; run 'git lfs pull' where it was cloned"
     if re.match(rb"(\xef\xbb\xbf)?\s*(<!doctype html|<html)", head, re.IGNORECASE):
         return "a web page, not the file itself; download it again"
     return ""

@@ -157,6 +157,8 @@ def problem_of(error: Exception, head: bytes, noun: str = "image", *, quote: boo
         why = (
             f"it is {foreign}; save it as PNG or JPEG" if foreign != "a video" else "it is a video; name it .mp4, .mkv or .avi"
         )
+    elif noun == "video" and head[4:8] == b"ftyp":
+        why = "damaged, or cut short before the index at its end; get the file again"
     elif isinstance(error, UnidentifiedImageError):
         why = "unknown format"  # Pillow's own words would print an object with its address
     else:

@@ -276,7 +276,7 @@ def test_deep_gray_of_files(tmp_path):
 
 
 FOREIGN = {
-    b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1\n": "it is a git-LFS pointer, .*; run `git lfs pull`",
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1\n": "is a git-LFS pointer, .*; run 'git lfs pull'",
     b"<!DOCTYPE html><html><body>404</body></html>": "it is a web page, .*; download it again",
     b"\0\0\0\x1cftypheic\0\0\0\0mif1heic": "it is AVIF or HEIF; save it as PNG or JPEG",
     b"\0\0\0\x1cftypavif\0\0\0\0mif1avif": "it is AVIF or HEIF; save it as PNG or JPEG",

@@ -200,3 +200,46 @@ def test_over_time_is_over_frames_at_a_constant_rate(videos, name):
             for n in (1, 7, 40)
         ]
         assert over[:3] == over[3:]
+
+
+@pytest.mark.parametrize("name", ["front.mp4", "a.mkv", "a.ts", "a.avi"])
+def test_a_video_that_is_cut_at_its_end_is_read_as_far_as_it_goes(tmp_path, name):
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / name), "w", options={"movflags": "faststart"} if name == "front.mp4" else {}) as out:
+        stream = out.add_stream("mpeg4", rate=RATE)
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size, stream.bit_rate = 64, 48, "yuv420p", 12, 8_000_000
+        noise = np.random.default_rng(0).integers(-9, 10, (NUM, 48, 64, 3))
+        for n in range(NUM):
+            picture = av.VideoFrame.from_ndarray((frame(n) + noise[n]).astype(np.uint8), format="rgb24")
+            picture.pts, picture.time_base = n, Fraction(1, RATE)
+            out.mux(stream.encode(picture))
+        out.mux(stream.encode(None))
+    whole = (tmp_path / name).read_bytes()
+    counts = set()
+    for size in range(len(whole) * 6 // 10, len(whole) * 7 // 10, len(whole) // 200):
+        (tmp_path / f"cut-{name}").write_bytes(whole[:size])
+        shown = seen(load_frames(VideoRef(f"cut-{name}"), NUM, mode="middle", root=str(tmp_path)))
+        left = len(set(shown))
+        assert len(shown) == NUM and shown[: left - 2] == list(range(left - 2))  # decoders of a .ts show half frames, too
+        counts.add(left)
+    assert 20 <= min(counts) < max(counts) <= 30
+
+
+def test_an_mp4_without_its_index_is_named(videos, tmp_path):
+    whole = (videos / "a.mp4").read_bytes()
+    (tmp_path / "a.mp4").write_bytes(whole[: len(whole) - 100])
+    for source, words in (
+        (str(tmp_path / "a.mp4"), ""),
+        (whole[: len(whole) // 2], "before the index at its end; get the file"),
+    ):
+        with pytest.raises(InputError, match=f"damaged, or cut short {words}".strip()):
+            load_frames(VideoRef(source), 4)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.gif"])
+def test_what_is_no_video_is_named(tmp_path, name):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1\n"
+    for content, words in ((pointer, "git lfs pull"), (b"<html></html>", "a web page"), (b"", "empty")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=words):
+            load_frames(VideoRef(name), 4, root=str(tmp_path))
