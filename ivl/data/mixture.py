@@ -12,7 +12,7 @@ import numpy as np
 from ivl.data.config import Weighting
 from ivl.data.records import read_record
 from ivl.errors import InputError
-from ivl.formats.layouts import QUESTION_KEYS, TURN_KEYS
+from ivl.formats.layouts import ROW_KEYS
 from ivl.formats.rows import RowFormat, container_of, hash_rows, open_rows
 from ivl.types import Record
 from ivl.utils.checks import check_choices
@@ -91,8 +91,7 @@ def _read_meta(path: Path) -> dict[str, Any] | None:
         if "Extra data" in str(error) or "bytes of JSON" in str(error):  # jsonl under another name
             return None
         raise
-    of_a_row = (*TURN_KEYS[None], *(keys[0] for keys in QUESTION_KEYS.values()))
-    is_meta = isinstance(meta, dict) and not any(key in meta for key in of_a_row)
+    is_meta = isinstance(meta, dict) and not any(key in meta for key in ROW_KEYS)
     return cast(dict[str, Any], meta) if is_meta else None
 
 

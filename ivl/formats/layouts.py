@@ -27,6 +27,8 @@ QUESTION_KEYS: dict[RowLayout, tuple[str, str, str]] = {
     "swift": ("query", "response", "rejected_response"),
 }
 """Key of the question of a row of one question, and of its answers: one of these says that the row is one."""
+ROW_KEYS = ("conversations", "messages", "texts", "instruction", "query")
+"""Keys of which a row has one, and of which a meta JSON has none."""
 PAIR_KEYS = ("question", "prompt", "conversations", "messages")
 """Keys that may hold the prompt of a preference pair, the first that is there."""
 

@@ -11,12 +11,12 @@ import numpy as np
 
 from ivl.errors import DataError, InputError
 from ivl.formats.base import parse_row
+from ivl.formats.layouts import ROW_KEYS
 from ivl.formats.offsets import Arrays, IndexedRows
 from ivl.utils.budgets import MAX_ROW_BYTES, MAX_ROW_MEDIA_BYTES, MAX_ROWS
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jp2", "ppm")
 UNREADABLE = ("mp4", "mkv", "webm", "avi", "mov", "mp3", "wav", "flac")
-TURNS = ("conversations", "messages", "texts", "instruction", "query")
 
 
 class TarMember(NamedTuple):
@@ -97,7 +97,7 @@ class TarRows(IndexedRows):
                 raise DataError(source, "too_long", f"members of {size:,} bytes, the limit is {limit:,}")
         row = parse_row(self._bytes(by_kind["json"]), source=source) if "json" in by_kind else {}
         images = [{"bytes": self._bytes(member), "path": member.name} for member in _images(members, source)]
-        if not any(row.get(key) is not None for key in TURNS):
+        if not any(row.get(key) is not None for key in ROW_KEYS):
             row |= self._caption(by_kind.get("txt"), len(images), source)
         elif "txt" in by_kind:
             raise DataError(source, "bad_row", "both a .txt and a .json with turns; keep one")

@@ -77,15 +77,14 @@ def load_frames(
     is_gif = source.startswith(b"GIF8") if isinstance(source, bytes) else source.suffix.lower() == ".gif"
     is_container = not is_gif and (isinstance(source, bytes) or not os.path.isdir(source))  # noqa: PTH112, never raises
     file = _VideoFile(source, ref.clip, max_pixels, choose, budget or PixelBudget(), use)
-    if isinstance(source, bytes):
-        return file.read_container() if is_container else file.read_gif()
     try:
-        regular(source)
+        if isinstance(source, Path):
+            regular(source)
     except InputError as error:
         raise MediaError("undecodable_media", str(error)) from None
     except (OSError, ValueError):  # ValueError: a null byte in the name
         raise MediaError("missing_media", f"{source}: no such video") from None
-    if source.is_dir():
+    if isinstance(source, Path) and source.is_dir():
         if ref.clip is not None or mode == "fps":
             raise file.error("a folder of frames has no time axis; a clip or a frame rate needs a video file")
         return file.read_folder(source)
@@ -121,12 +120,8 @@ def frame_indices(
 
 def _over_time(picked: list[int], starts: Sequence[float]) -> list[int]:
     """Replace each chosen frame by the one nearest to the time that its number would have at a constant rate."""
-    gap = (starts[-1] - starts[0]) / max(1, len(starts) - 1)
-    nearest: list[int] = []
-    for time in (starts[0] + gap * n for n in picked) if gap else ():
-        n = min(bisect_left(starts, time), len(starts) - 1)
-        nearest.append(n - 1 if n and time - starts[n - 1] < starts[n] - time else n)
-    return nearest or picked
+    gap, starts_N = (starts[-1] - starts[0]) / max(1, len(starts) - 1), np.asarray(starts)
+    return [int(np.abs(starts_N - (starts[0] + gap * n)).argmin()) for n in picked] if gap else picked
 
 
 @dataclass(frozen=True)
