@@ -13,7 +13,7 @@ from PIL import Image
 from ivl.errors import InputError, short
 from ivl.evaluation import data
 from ivl.evaluation.figures import Figures, by, mean
-from ivl.evaluation.prompts import COT_CHOICE, COT_OPEN, LETTER, MPO, SHORT, PromptName
+from ivl.evaluation.prompts import COT_OPEN, MPO, SHORT, PromptName
 from ivl.evaluation.scoring.extraction import last_box_or_text
 from ivl.evaluation.scoring.open_answers import marked_answer
 from ivl.evaluation.scoring.options import Profile
@@ -153,15 +153,13 @@ class Benchmark(Task):
         if self.prompt == "plain":
             return question
         if self.prompt == "mpo":
-            return MPO + question
+            return (MPO + question).strip()
         if self.prompt == "cot":
             return self.cot(published)
         return published
 
     def cot(self, published: str) -> str:
         """Ask for reasoning, where the published prompt does not ask for a word or phrase."""
-        if LETTER in published:
-            return published.replace(LETTER, "").strip() + "\n" + COT_CHOICE
         return published if published.endswith(SHORT) else f"{published}\n{COT_OPEN}"
 
     def score(self, reply: str, example: Example) -> Score:

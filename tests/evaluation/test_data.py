@@ -159,3 +159,9 @@ def test_every_benchmark_says_where_its_rows_come_from_and_no_two_share_a_name()
 def test_the_documentation_names_every_task() -> None:
     page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
     assert [name for name in TASKS if f"| `{name}` |" not in page] == []
+
+
+def test_the_example_of_the_documentation_is_the_file_itself() -> None:
+    root = Path(__file__).parents[2]
+    page, file = (root / "docs" / "evaluation.md").read_text(), (root / "ivl/evaluation/tasks/muirbench.py").read_text()
+    assert "\n".join(f"+{line}" for line in file.splitlines()) in page

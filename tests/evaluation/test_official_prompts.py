@@ -112,8 +112,12 @@ def test_the_first_picture_of_mmmu_is_enlarged() -> None:
         ("mme", {"question": "q?"}, "reference", "q? Answer the question using a single word or phrase."),
         ("pope", {"question": "q?"}, "reference", "q? Answer the question using a single word or phrase."),
         ("mmstar", {"question": "q", "A": "x"}, "plain", "q\nA. x"),
-        ("muirbench", {"question": "is <image> in <image>?", "A": "<image>"}, "plain",
+        ("muirbench", {"question": "is <image> in <image>?", "A": "<image>", PICTURES: (png(),) * 3}, "plain",
          "is <Image-1> in <Image-2>?\nA. <Image-3>"),
+        ("muirbench", {"question": "<image> <image> same?", PICTURES: (png(),) * 2}, "plain", " same?"),
+        ("mmbench-dev-en-v11", {"question": "q", "A": "x", "hint": "h"}, "mpo",
+         "Your task is to answer the question below. Give step by step reasoning before you answer, and when you're ready to "
+         'answer, please use the format "Final answer: .."\n\nQuestion:\n\nq\nA. x'),
         ("mmmu-pro", {"question": "q", "A": "x", "B": "y"}, "published",
          "q\nA. x\nB. y\nAnswer with the option letter from the given choices directly."),
         ("mmmu-pro-vision", {}, "cot",
@@ -135,3 +139,11 @@ def test_a_chinese_question_is_asked_in_chinese() -> None:
         task.text({"question": "这是什么？", "A": "猫", "B": "狗", "hint": "看图"})
         == "看图\n这是什么？\nA. 猫\nB. 狗\n请直接回答选项字母。"
     )
+
+
+def test_choices_are_reasoned_about_in_any_language_and_without_options() -> None:
+    task = replace(FILES["MMBench_DEV_CN_V11"], prompt="cot")
+    asked = task.text({"question": "这是什么？", "A": "猫"})
+    assert asked.startswith("这是什么？\nA. 猫\n请直接回答选项字母。\nAnswer the preceding multiple choice question.")
+    asked = replace(FILES["MMMU_DEV_VAL"], prompt="cot").text({"question": "q", "answer": "5"})
+    assert asked.startswith("q\nAnswer the question directly.\nAnswer the preceding multiple choice question.")

@@ -11,7 +11,7 @@ from ivl.evaluation.benchmark import Benchmark
 from ivl.evaluation.data import PLACE_OF_ANSWER, options_of
 from ivl.evaluation.figures import Figure, Figures, all_right, average, by, mean
 from ivl.evaluation.grading import judge_prompt
-from ivl.evaluation.prompts import CHINESE, LETTER, LETTER_ZH
+from ivl.evaluation.prompts import CHINESE, COT_CHOICE, LETTER, LETTER_ZH
 from ivl.evaluation.scoring.open_answers import open_answer_right
 from ivl.evaluation.scoring.options import REFUSED, infer_option, leading_option
 from ivl.evaluation.task import Example, JudgeQuestion, Score, Scored
@@ -35,7 +35,7 @@ class Choice(Benchmark):
     """The figure of a coarse category is the mean of its fine ones, whatever their sizes."""
 
     def question(self, row: Mapping[str, Any]) -> str:
-        hint = f"{row['hint']}\n" if row.get("hint") else ""
+        hint = f"{row['hint']}\n" if row.get("hint") and self.prompt != "mpo" else ""  # VLMEvalKit's MPO prompt has none
         options = "".join(f"\n{letter}. {text}" for letter, text in options_of(row).items())
         return f"{hint}{row['question']}{options}"
 
@@ -44,6 +44,9 @@ class Choice(Benchmark):
         if options_of(row):
             return "\n" + (LETTER_ZH if chinese else LETTER)
         return "\n" + ("请直接回答问题。" if chinese else "Answer the question directly.")
+
+    def cot(self, published: str) -> str:
+        return published.replace(LETTER, "").strip() + "\n" + COT_CHOICE
 
     def cluster(self, row: Mapping[str, Any]) -> str:
         if not self.circular:

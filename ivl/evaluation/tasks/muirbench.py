@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import count
 from typing import Any
 
+from ivl.evaluation.data import PICTURES
 from ivl.evaluation.tasks.choice import Choice
 
 
@@ -13,9 +13,11 @@ class MuirBench(Choice):
     """Pictures come first, and each mark in the text becomes the number of its picture."""
 
     def question(self, row: Mapping[str, Any]) -> str:
-        text, *rest = super().question(row).split("<image>")
-        numbers = count(1)
-        return text + "".join(f"<Image-{next(numbers)}>{part}" for part in rest)
+        text, pictures = super().question(row), len(row.get(PICTURES, ()))
+        text = text.replace(" ".join(["<image>"] * pictures), "")  # marks of all pictures in a row say nothing
+        for number in range(1, pictures + 1):
+            text = text.replace("<image>", f"<Image-{number}>", 1)
+        return text
 
 
 TASKS = (
