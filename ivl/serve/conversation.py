@@ -91,6 +91,7 @@ async def load_conversation(
     """
     if tools or any(message.role == "tool" or message.tool_calls for message in messages):
         check_tools(processor)
+    check_text([call.function.arguments for message in messages for call in message.tool_calls], config, "messages")
     conversation = with_tools(to_conversation(messages, config), tools, processor)
     check_conversation(conversation, config)
     refs = media_of(conversation)
@@ -296,8 +297,11 @@ def _grammar_of(param: str, value: Any, config: ServeConfig) -> Grammar:
         text = json.dumps(value) if kind == "choice" else value
         _check_limits((len(text), config.max_schema_chars, f"characters of a {kind}", param))
         return Grammar(kind, text)
-    schema, strict = (value.schema_, value.strict) if isinstance(value, JSONSchema) else (value, True)
+    schema, strict = value, True
+    if isinstance(value, JSONSchema):
+        param, schema, strict = "response_format.json_schema", value.schema_, value.strict
     if isinstance(schema, str):
+        _check_limits((len(schema), config.max_schema_chars, "characters of a schema", param))
         schema = read_object(schema)
     if schema is None:
         raise APIError(400, f"{param} is a JSON schema: an object, or one as text", param=param)

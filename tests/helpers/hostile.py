@@ -92,6 +92,10 @@ def _nested(depth: int, kind: str) -> Any:
     return value
 
 
+def _guide(**options: Any) -> bytes:
+    return json.dumps({"messages": [{"role": "user", "content": "a"}], "max_tokens": 4, **options}).encode()
+
+
 KINDS: dict[str, Callable[[int, random.Random], tuple[str, bytes]]] = {
     "messages of numbers": lambda n, _: (CHAT, b'{"messages":[' + _repeated(b"1", n) + b"]}"),
     "messages of lists": lambda n, _: (CHAT, b'{"messages":[' + _repeated(b"[]", n) + b"]}"),
@@ -126,6 +130,13 @@ KINDS: dict[str, Callable[[int, random.Random], tuple[str, bytes]]] = {
     "schema's properties": lambda n, _: (CHAT, _schema({"properties": {str(i): {} for i in range(n // 12)}})),
     "deep schema": lambda n, rng: (CHAT, _schema(_nested(min(n, 60), rng.choice(["properties", "allOf", "anyOf", "items"])))),
     "schema's references": lambda n, _: (CHAT, _schema({"allOf": [{"$ref": "#"}] * (n // 14)})),
+    "guide as text": lambda n, _: (CHAT, _guide(guided_json="[" + "[]," * (n // 3) + "[]]")),
+    "guide": lambda n, _: (CHAT, _guide(guided_json={str(i): [] for i in range(n // 12)})),
+    "choices": lambda n, _: (CHAT, _guide(guided_choice=["a"] * (n // 5))),
+    "GBNF": lambda n, _: (CHAT, _guide(guided_grammar="root ::= " + '"a" | ' * min(n // 6, 3000) + '"b"')),
+    "regex": lambda n, _: (CHAT, _guide(guided_regex="(a|b)*" * (n // 6))),
+    "tools": lambda n, _: (CHAT, _guide(tools=[{"type": "function", "function": {"name": "f", "parameters": {"a": "x" * n}}}])),
+    "base64 alone": lambda n, _: (CHAT, _text([{"type": "image_url", "image_url": "A" * n}])),
     "logit_bias": lambda n, _: (CHAT, json.dumps({"logit_bias": {str(i): 1 for i in range(n // 12)}}).encode()),
     "bytes": lambda n, rng: (CHAT, rng.randbytes(n)),
     "damaged": lambda n, rng: (CHAT, _damaged(_text([{"type": "image_url", "image_url": {"url": data_url(1)}}] * 8), rng)),

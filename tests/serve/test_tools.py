@@ -251,6 +251,13 @@ def test_a_reply_is_a_call_or_has_the_form_that_was_asked_for(client: openai.Ope
     assert kinds == {"tool_calls", "stop"}
 
 
+def test_text_of_calls_and_tools_counts_as_text(tool_engine: Engine) -> None:
+    long = {"messages": [*ASK["messages"], {"role": "assistant", **calling("[" * 501)}]}
+    for body in (long, {"tools": [wrong(description="x" * 501)]}):
+        response = post(tool_engine, ASK | body, max_text_chars=500)
+        assert response.status_code == 400 and "characters of text, the limit is 500" in error_of(response)["message"]
+
+
 def test_a_strict_tool_is_shown_as_it_was_sent(tool_engine: Engine) -> None:
     body = ASK | {"tools": [WEATHER]}
     shown = [post(tool_engine, body | {"tool_choice": c}).json()["usage"]["prompt_tokens"] for c in ("auto", "required")]
