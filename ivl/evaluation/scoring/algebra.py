@@ -6,10 +6,11 @@ import ast
 import operator
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ivl.evaluation.scoring.extraction import box_spans
-from ivl.evaluation.scoring.formulas import ask, same_formula
+from ivl.evaluation.scoring.formulas import ask, formula
 from ivl.utils.killable import CallStopped
 
 _CLOSE = 1e-6
@@ -38,7 +39,8 @@ def same_value(prediction: str, truth: str) -> bool:
         return True
     if "%" in given + expected:  # the tool reads no percent signs
         return False
-    left, right = (arithmetic(written) if written else None for written in (_value(given)[1], _value(expected)[1]))
+    read = [_Comparison().ask("value", text) for text in (given, expected)]
+    left, right = (arithmetic(value[1]) if value else None for value in read)
     return left is not None and right is not None and _close(left, right)
 
 
@@ -73,14 +75,6 @@ def _computed(node: ast.expr) -> Any:
     raise ValueError
 
 
-def _value(text: str) -> tuple[complex | None, str]:
-    """Return the value of LaTeX and what sympy writes it as; None where it has none or reading it takes too long."""
-    try:
-        return ask("value", text) or (None, "")
-    except CallStopped:
-        return None, ""
-
-
 def same_answers(
     prediction: str, truth: str, precision: float | Sequence[float] = 1e-8, *, expressions_differ: bool = False
 ) -> bool:
@@ -93,6 +87,9 @@ def same_answers(
         precision: Absolute tolerance of values, for all answers or for each of the prediction.
         expressions_differ: Let expressions match only where they are written alike, as the tool does since a step of its
             comparison is commented out.
+
+    Returns:
+        False also where formulas take too long or are too many.
     """
     given, expected = _answers_of(prediction), _answers_of(truth)
     if given is None or expected is None:
@@ -103,9 +100,10 @@ def same_answers(
     tolerances = [precision] if isinstance(precision, int | float) else list(precision)
     if len(items) != len(unused) or not tolerances:
         return False
+    comparison = _Comparison(alike=expressions_differ)
     for at, item in enumerate(items):
-        tolerance = tolerances[min(at, len(tolerances) - 1)] * 1.01
-        same = next((other for other in unused if _same_item(item, other, tolerance, expressions_differ)), None)
+        comparison.tolerance = tolerances[min(at, len(tolerances) - 1)] * 1.01
+        same = next((other for other in unused if comparison.same_item(item, other)), None)
         if same is None:
             return False
         unused.remove(same)
@@ -143,56 +141,64 @@ def _items(text: str) -> list[str]:
     ]
 
 
-def _same_item(given: str, expected: str, tolerance: float, alike: bool) -> bool:
-    if given and given == expected:
-        return True
-    if max(len(given), len(expected)) > _MOST_CHARACTERS:
-        return False
-    both = given, expected
-    if all(text.startswith(("(", "[")) and text.endswith((")", "]")) for text in both) and _same_interval(
-        *both, tolerance, alike
-    ):
-        return True
-    try:
-        number, truth = float(given), float(expected)
-    except ValueError:
-        number, truth = 0.0, float("nan")
-    if any(abs(reading - truth) <= tolerance for reading in (number / 100, number, number * 100)):
-        return True
-    if not all("=" in text for text in both) and _same_expression(*both, tolerance, alike):
-        return True
-    try:
-        return all(text.count("=") == 1 for text in both) and bool(ask("multiple", *both))
-    except CallStopped:
-        return False
+@dataclass
+class _Comparison:
+    """Compares pairs of answers. Formulas are few in an answer, so that asking about many of them ends."""
 
+    alike: bool = False
+    tolerance: float = 0.0
+    left: int = 30
+    """Questions to the worker; a stopped one counts as fifteen."""
 
-def _same_interval(given: str, expected: str, tolerance: float, alike: bool) -> bool:
-    parts = given.split("\\cup"), expected.split("\\cup")
-    if len(parts[0]) != len(parts[1]):
-        return False
-    for one, other in zip(*parts, strict=True):
-        if not one or not other or one[0] != other[0] or one[-1] != other[-1]:
+    def ask(self, operation: str, *formulas: str) -> Any:
+        """Return the worker's answer; None if it has none in its limits."""
+        try:
+            self.left -= 1
+            return ask(operation, *formulas) if self.left >= 0 else None
+        except CallStopped:
+            self.left -= 14
+            return None
+
+    def same_item(self, given: str, expected: str) -> bool:
+        if given and given == expected:
+            return True
+        both = given, expected
+        if max(map(len, both)) > _MOST_CHARACTERS:
             return False
-        ends = one.strip("[]()").split(","), other.strip("[]()").split(",")
-        if not all(_same_expression(*pair, tolerance, alike) for pair in zip(*ends, strict=False)):
+        intervals = all(text.startswith(("(", "[")) and text.endswith((")", "]")) for text in both)
+        if (intervals and self.same_interval(*both)) or self.same_number(*both):
+            return True
+        equations = ["=" in text for text in both]
+        if not all(equations) and self.same_expression(*both):
+            return True
+        return all(text.count("=") == 1 for text in both) and bool(self.ask("multiple", *both))
+
+    def same_number(self, given: str, expected: str) -> bool:
+        try:
+            number, truth = float(given), float(expected)
+        except ValueError:
             return False
-    return True
+        return any(abs(reading - truth) <= self.tolerance for reading in (number / 100, number, number * 100))
 
+    def same_interval(self, given: str, expected: str) -> bool:
+        ones, others = given.split("\\cup"), expected.split("\\cup")
+        pairs = list(zip(ones, others, strict=False))
+        if len(ones) != len(others) or not all(a and b and (a[0], a[-1]) == (b[0], b[-1]) for a, b in pairs):
+            return False
+        ends = (zip(a.strip("[]()").split(","), b.strip("[]()").split(","), strict=False) for a, b in pairs)
+        return all(self.same_expression(a, b) for pair in ends for a, b in pair)
 
-def _same_expression(given: str, expected: str, tolerance: float, alike: bool) -> bool:
-    given, expected = (text.split("=")[1] if "=" in text else text for text in (given, expected))
-    if (tokens := _tokens(given)) and tokens == _tokens(expected):
-        return True
-    if alike:
-        return False
-    read, meant = _value(given)[0], _value(expected)[0]
-    if read is not None and meant is not None:
-        return _close(read, meant, tolerance)
-    try:
-        return same_formula(given, expected) is True
-    except CallStopped:
-        return False
+    def same_expression(self, given: str, expected: str) -> bool:
+        given, expected = (text.split("=")[1] if "=" in text else text for text in (given, expected))
+        if (tokens := _tokens(given)) and tokens == _tokens(expected):
+            return True
+        if self.alike:
+            return False
+        read, meant = self.ask("value", given), self.ask("value", expected)
+        if read and meant:
+            return _close(read[0], meant[0], self.tolerance)
+        a, b = formula(given), formula(expected)
+        return bool(a and b and self.ask("same", b, a))
 
 
 def _tokens(text: str) -> list[str]:

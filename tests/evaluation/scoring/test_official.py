@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from ivl.evaluation.scoring import anls
+from ivl.evaluation.scoring import algebra, anls
 from ivl.evaluation.scoring.algebra import arithmetic, same_answers, same_value
 from ivl.evaluation.scoring.boxes import box_in, in_pixels, interval_overlap, overlap, reference_box
 from ivl.evaluation.scoring.extraction import extract, last_box_or_text
@@ -42,6 +42,7 @@ from ivl.evaluation.scoring.options import (
 from ivl.evaluation.scoring.verification import compare
 from ivl.evaluation.scoring.vqa import contains_any, equals_any, relaxed, vqa_accuracy, vqa_form
 from ivl.evaluation.scoring.yes_no import in_english, leading_yes_or_no, yes_or_no, yes_unless_denied
+from ivl.utils.killable import CallStopped
 
 Case = dict[str, Any]
 GOLDEN = Path(__file__).parent.parent / "golden.jsonl"
@@ -204,6 +205,22 @@ def test_expressions_are_equal_unless_the_defect_is_asked_for() -> None:
     assert same_answers("2y=4x", "y=2x") and not same_answers("y=3x", "y=2x")
     assert same_answers("2,1", "1,2") and not same_answers("1,1", "1,2") and not same_answers(r"\boxed{1", "1")
     assert same_answers("3.1,5", "3,5", [0.2, 1e-8]) and not same_answers("3,5.1", "3,5", [0.2, 1e-8])
+
+
+def test_many_and_hopeless_formulas_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("math_verify")
+    asked: list[str] = []
+
+    def worker(operation: str, *formulas: str) -> None:
+        asked.append(operation)
+        if "hopeless" in formulas[0]:
+            raise CallStopped("more than 1 s of processor time")
+
+    monkeypatch.setattr(algebra, "ask", worker)
+    many = ",".join(f"x+{n}" for n in range(60))
+    assert not same_answers(many, many.replace("x", "y")) and len(asked) == 30
+    asked.clear()
+    assert not same_answers("hopeless1,hopeless2,3x", "3y,4y,5y") and asked == ["value"] * 3
 
 
 def test_arithmetic() -> None:
