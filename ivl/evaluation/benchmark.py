@@ -109,18 +109,25 @@ class Benchmark(Task):
     # -- what all share
 
     def examples(self) -> Iterator[Example]:
-        """Yield the rows as questions."""
-        for number, (place, row) in enumerate(data.read_rows(self.place(), self.columns, samples=self.given)):
+        """Yield the rows as questions.
+
+        Raises:
+            InputError: naming the place of a row that is none of this benchmark, or the file if it holds no replies to score.
+        """
+        replied, path = False, self.place()
+        for number, (place, raw) in enumerate(data.read_rows(path, self.columns, samples=self.given)):
             try:
-                row = self.prepared({"index": number, **row})
-                if self.keep(row):
-                    yield self.example(row)
-            except InputError:
-                raise
+                row = self.prepared({"index": number, **raw})
+                example = self.example(row) if self.keep(row) else None
             except KeyError as error:
                 raise InputError(f"{place}: has no column {error}, so it is no row of {self.file}; {self.origin}") from None
-            except (ValueError, TypeError, IndexError, AttributeError) as error:
+            except (ValueError, IndexError, TypeError, AttributeError) as error:
                 raise InputError(f"{place}: is no row of {self.file} ({error}); {self.origin}") from None
+            replied = replied or "prediction" in row
+            if example is not None:
+                yield example
+        if self.given and not replied:
+            raise InputError(f"{path}: has no replies under `prediction`")
 
     def example(self, row: Mapping[str, Any]) -> Example:
         """Turn a row into a question. Raises KeyError for a column that the row lacks."""

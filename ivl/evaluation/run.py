@@ -351,7 +351,7 @@ class _Asking:
                 "replies": len(candidates),
                 "without_answer": sum(c.answer is None for c in candidates),
                 "without_rating": sum(c.rating is None for c in candidates) if self.judge is not None else None,
-                "curve": curve(samples, scores, self.method.select),
+                "curve": curve(samples, scores, self.method.select) if max(map(max, scores)) <= 1 else [],  # no ratings
             },
         }
 

@@ -20,7 +20,7 @@ from ivl.evaluation.run import evaluate, figures_of
 from ivl.evaluation.task import Score, Scored
 from ivl.evaluation.tasks import TASKS
 from ivl.types import TextDelta
-from tests.evaluation.rows import PICTURE, always_a, benchmark, empty, evaluated, figures, perfect, write_tsv
+from tests.evaluation.rows import PICTURE, always_a, base64_of, benchmark, empty, evaluated, figures, perfect, write_tsv
 
 CASES = [json.loads(line) for line in Path(__file__).with_name("golden.jsonl").read_text().splitlines()]
 OPTIONS = ("red", "green", "blue", "yellow")
@@ -192,6 +192,23 @@ def test_a_file_of_something_else_is_named(tmp_path: Path) -> None:
         InputError, match=r"rows\.tsv:2: has no column 'question', so it is no row of MMStar; take MMStar\.tsv of"
     ):
         list(task.examples())
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "problem"),
+    [
+        ("hallusionbench",
+         {"index": "5", "question": "q", "answer": "Yes", "category": "c", "l2-category": "l", "image": PICTURE},
+         "is no row of HallusionBench"),
+        ("mmbench-dev-en", {"index": "five", "question": "q", "A": "x", "answer": "A", "image": PICTURE},
+         "is no row of MMBench"),
+        ("mmmu", {"index": 1, "question": "q", "A": "x", "answer": "A", "image": base64_of(b"no picture" * 9)},
+         "a picture cannot be decoded"),
+    ],
+)  # fmt: skip
+def test_a_row_that_cannot_be_read_is_named(name: str, row: dict[str, Any], problem: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=rf"rows\.tsv:2: .*{problem}"):
+        list(benchmark(name, write_tsv(tmp_path / "rows.tsv", [row])).examples())
 
 
 def test_a_missing_or_different_file_says_where_it_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,3 +111,17 @@ def test_settings_that_do_not_fit_are_refused(options: list[str], problem: str) 
 def test_a_configuration_names_a_task_with_its_settings() -> None:
     task = task_of(EvalConfig(task="mmstar", prompt="plain", extraction="2026-08", data=Path("x.tsv"), defects=True))
     assert (task.prompt, task.profile, task.path, task.defects) == ("plain", "2026-08", Path("x.tsv"), True)
+
+
+def test_answers_that_a_metric_cannot_use_are_named(tmp_path: Path) -> None:
+    for metric, problem in (("choice", "names none of the options"), ("iou", "has no box")):
+        path = write(tmp_path / "rows.jsonl", ("q\nA. cat\nB. dog", "a bird"))
+        with pytest.raises(InputError, match=rf"rows\.jsonl:1: the answer .*a bird.* {problem}"):
+            list(OwnData(path, metric).examples())
+
+
+def test_the_chosen_reply_of_a_pair_is_the_answer(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"question": "q", "chosen": "red", "rejected": "blue"}) + "\n")
+    (example,) = OwnData(path, "exact").examples()
+    assert example.answers == ("red",) and example.conversation[-1].text == "q"

@@ -130,6 +130,8 @@ def test_a_file_that_names_no_benchmark_is_told(tmp_path: Path) -> None:
     path = write_tsv(tmp_path / "mine.tsv", choice_rows(2))
     with pytest.raises(InputError, match=r"mine\.tsv: its name tells no benchmark of .* --task"):
         command(["--score", str(path)])
+    with pytest.raises(InputError, match=r"mine\.tsv: has no replies under `prediction`"):
+        command(["--score", str(path), "--task", "mmstar"])
     write_tsv(path, [{**row, "prediction": row["answer"]} for row in choice_rows(2)])
     command(["--score", str(path), "--task", "mmstar", "--predictions", str(tmp_path / "p.jsonl")])
 

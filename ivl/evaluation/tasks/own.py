@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ivl.data.records import read_record
-from ivl.errors import InputError
+from ivl.errors import InputError, short
 from ivl.evaluation.config import Metric
 from ivl.evaluation.data import md5
 from ivl.evaluation.figures import Figures, mean
 from ivl.evaluation.grading import judge_prompt
 from ivl.evaluation.scoring import anls, compare, exact_match
-from ivl.evaluation.scoring.boxes import box_in, overlap
+from ivl.evaluation.scoring.boxes import Corners, box_in, overlap
 from ivl.evaluation.scoring.options import infer_option
 from ivl.evaluation.scoring.vqa import relaxed, vqa_accuracy, vqa_form
 from ivl.evaluation.task import Example, JudgeQuestion, Score, Scored, Task
@@ -33,20 +33,33 @@ class OwnData(Task):
         self.path, self.metric, self.name = path, metric, path.stem
 
     def examples(self) -> Iterator[Example]:
+        """Yield the rows as questions; of a preference pair the chosen reply is the answer.
+
+        Raises:
+            InputError: naming the row whose answer the metric cannot use.
+        """
         rows = open_rows(self.path)
         root = self.path if self.path.is_dir() else self.path.parent
         for index in range(len(rows)):
             record, listed = read_record(rows, index, root=root), rows[index].get("answers")
-            for number, conversation in enumerate(record.conversations):
-                *asked, last = conversation
-                if last.role != "assistant":
-                    raise InputError(f"{record.source}: has no answer as its last turn")
-                several = len(record.conversations) > 1
-                yield Example(
+            conversations = record.conversations[:1] if record.is_pair else record.conversations
+            several = len(conversations) > 1
+            for number, (*asked, last) in enumerate(conversations):
+                example = Example(
                     id=f"{index}-{number}" if several else str(index), conversation=tuple(asked),
                     answers=tuple(map(str, listed)) if isinstance(listed, list) and listed else (last.text.strip(),),
                     cluster=f"row {index}" if several else "", row={"question": asked[-1].text, "id": record.id},
                 )  # fmt: skip
+                unusable = {"choice": "names none of the options", "iou": "has no box"}.get(self.metric, "")
+                if unusable and not all(self._read(answer, example) for answer in example.answers):
+                    raise InputError(f"{record.source}: the answer {short(example.answers)} {unusable}")
+                yield example
+
+    def _read(self, text: str, example: Example) -> str | Corners | None:
+        """Return the option or the box of a text."""
+        if self.metric == "iou":
+            return box_in(text)
+        return infer_option(text, dict(_OPTION.findall(str(example.row["question"]))))
 
     def score(self, reply: str, example: Example) -> Score:
         """Score by the metric. Options are read in the question, boxes are compared in their own unit."""
@@ -55,9 +68,8 @@ class OwnData(Task):
             prompt = judge_prompt("own", question=question, truth=" or ".join(answers), reply=text)
             return Score(answer=text, undecided=JudgeQuestion(prompt=prompt, read=_verdict, best=Score(value=1.0, answer=text)))
         if self.metric == "choice":
-            options: dict[str, str] = dict(_OPTION.findall(question))
-            letter = infer_option(text, options) or ""
-            return Score(value=float(any(letter == infer_option(answer, options) for answer in answers)), answer=letter)
+            letter = self._read(text, example)
+            return Score(value=float(letter in [self._read(answer, example) for answer in answers]), answer=str(letter or ""))
         if self.metric == "iou":
             boxes, said = [box for answer in answers if (box := box_in(answer))], box_in(text)
             value = max((overlap(said, box) for box in boxes), default=0.0) if said else 0.0
