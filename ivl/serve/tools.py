@@ -85,8 +85,7 @@ def call_grammar(tools: Sequence[Tool], other: Grammar | None, *, several: bool)
     for tool in tools:
         given = copy.deepcopy(tool.function.parameters or {"properties": {}, "additionalProperties": False})
         schema = {"type": "object", **given, "x-guidance": _AS_TRAINED}
-        if tool.function.strict:
-            close_objects(schema)
+        close_objects(schema)  # strict or not: a model may write further arguments without end
         start = f'{CALL}\n{{"name": {json.dumps(tool.function.name)}, "arguments": '
         rules.append(f"{json.dumps(start)} %json {json.dumps(schema)} {json.dumps(end)}")
     start = f"start: call{' more*' if several else ''}"

@@ -6,12 +6,13 @@ import json
 from collections.abc import Generator
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 import ivl
 from ivl.inference.engine import Engine
@@ -249,6 +250,26 @@ def test_a_reply_is_a_call_or_has_the_form_that_was_asked_for(client: openai.Ope
             assert choice.message.content in ('{"ok":true}', '{"ok":false}') and choice.finish_reason == "stop"
         kinds.add(choice.finish_reason)
     assert kinds == {"tool_calls", "stop"}
+
+
+def test_langchain_calls_and_answers(client: openai.OpenAI) -> None:
+    chat_openai = pytest.importorskip("langchain_openai").ChatOpenAI
+    model = chat_openai(model="tiny", base_url=str(client.base_url), api_key=KEY, temperature=0, max_tokens=200, max_retries=0)
+    tools = model.bind_tools([WEATHER, NOW], tool_choice="get_weather")
+    said = tools.invoke("what?")
+    streamed = sum(list(tools.stream("what?"))[1:], start=next(iter(tools.stream("what?"))))
+    assert said.tool_calls[0]["name"] == "get_weather" and said.tool_calls[0]["args"]["place"] in ("Paris", "北京")
+    assert [call["args"] for call in streamed.tool_calls] == [call["args"] for call in said.tool_calls]
+    result = {"role": "tool", "tool_call_id": said.tool_calls[0]["id"], "content": "sunny"}
+    assert model.bind_tools([WEATHER]).invoke([{"role": "user", "content": "what?"}, said, result]).content
+
+    class Weather(BaseModel):
+        """Weather of a place"""
+
+        days: Literal[1, 2]
+
+    for method in ("function_calling", "json_schema"):
+        assert model.with_structured_output(Weather, method=method).invoke("what?").days in (1, 2)
 
 
 def test_text_of_calls_and_tools_counts_as_text(tool_engine: Engine) -> None:
