@@ -18,6 +18,7 @@ from ivl.errors import InputError
 from ivl.evaluation.training import curve_of
 from ivl.lora.layers import add_lora, lora_parameters
 from ivl.model.vlm import VLM
+from ivl.parallel.compile import compile_layers
 from ivl.parallel.shard import shard
 from ivl.processing.processor import Processor
 from ivl.runs.config import RunConfig
@@ -96,10 +97,12 @@ def check_start(model: VLM) -> None:
 
 
 def place(model: VLM, config: RunConfig, world: World) -> None:
-    """Shard the model over the ranks where the run says so, or move it to this rank's device and accelerate it there.
+    """Compile and shard the model where the run says so, or move it to this rank's device and accelerate it there.
 
     A sharded model stays plain: ranks must call its modules equally often.
     """
+    if config.train.compile:
+        compile_layers(model)
     if config.shard and world.size > 1:
         shard(model, world, torch.bfloat16 if config.train.precision == "bf16" else None)
     elif model.to(world.device).device.type == "cpu":

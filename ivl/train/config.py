@@ -123,6 +123,8 @@ class TrainConfig:
     takes bf16 where the device computes in it, else fp32."""
     checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
+    compile: bool = False
+    """Compile what layers do around attention (torch.compile). It takes minutes at the start and is meant for GPUs."""
     seed: int = 0
     """Seed of the random start, of drop path and of the data order."""
     save_every: int = 0
