@@ -24,10 +24,10 @@ Graph = Callable[..., Any]
 
 
 def compile_layers(model: VLM, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Let the layers of ViT and decoder train by compiled graphs, in place; parameters keep their names. Call it before `shard`.
+    """Let the layers of ViT and decoder train by compiled graphs, in place; parameters keep their names.
 
     Args:
-        model: the model; without gradients it computes as before.
+        model: the model, not yet sharded; without gradients it computes as before.
         backend: of torch.compile.
     """
 
@@ -53,7 +53,8 @@ class CompiledDecoderLayer(DecoderLayer):
         if not torch.is_grad_enabled():
             return super().forward(x_TD, factors, layout, cache, layer)
         heads, behind = self.graphs
-        return behind(self, x_TD, attend(*heads(self, x_TD, factors), layout, cache, layer, self.backend))
+        q_TNH, k_TKH, v_TKH = heads(self, x_TD, factors)
+        return behind(self, x_TD, attend(q_TNH, k_TKH, v_TKH, layout, cache, layer, self.backend))
 
 
 def _heads(layer: DecoderLayer, x_TD: torch.Tensor, factors: Rotary) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
