@@ -1,8 +1,12 @@
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.nn import functional as F
 
+from ivl.model.vlm import VLM
 from ivl.train.losses import linear_cross_entropy
+from ivl.types import Layout
+from tests.conftest import tiny_config
 
 
 def inputs(dtype=torch.float32, m=37, d=16, v=50):
@@ -63,3 +67,19 @@ def test_nothing_trained_is_a_zero_sum():
     loss = linear_cross_entropy(hidden, head, labels, weights)
     loss.total.backward()
     assert loss.total == 0 and not head.grad.any()
+
+
+def test_a_step_that_is_told_its_positions_reads_no_value():
+    """Fake tensors have shapes and no values: what reads one, and would wait for a card, fails on them."""
+    config, lens = tiny_config(), (6, 6)
+    with FakeTensorMode():
+        model = VLM(config)
+        tiles_GSSC, at_X = torch.zeros(2, 28, 28, 3, dtype=torch.uint8), torch.arange(2 * config.tokens_per_tile)
+        tokens_T, labels_M, weights_M = torch.zeros(12, dtype=torch.long), torch.zeros(5, dtype=torch.long), torch.ones(5)
+        vision_RUD = model.encode_tiles(tiles_GSSC)[torch.arange(2)]
+        hidden_TD = model(tokens_T, Layout.packed(lens), vision_RUD, at_X=at_X)
+        loss = linear_cross_entropy(hidden_TD[torch.arange(5)], model.decoder.head.matrix(), labels_M, weights_M)
+        loss.total.backward()
+        assert all(p.grad is not None for p in model.parameters())
+        with pytest.raises(DynamicOutputShapeException):
+            model(tokens_T, Layout.packed(lens), vision_RUD)
