@@ -24,10 +24,10 @@ ROWS, EPOCHS = 40, 2
 def train_and_note(rank: int, world_size: int, config: RunConfig, crash_at: int, seen: Path) -> None:
     original = Trainer._loss
 
-    def noting(self, batch):
+    def noting(self, batch, place):
         with (seen / f"{world_size}-{rank}").open("a") as file:
             file.write(json.dumps([self.counters.step, batch.ids]) + "\n")
-        return original(self, batch)
+        return original(self, batch, place)
 
     Trainer._loss = noting
 
