@@ -99,7 +99,7 @@ def _kept(checker: RowChecker, entry: RowEntry) -> bytes:
     record = checker.record(entry)
     try:
         return json_line(from_record(record))
-    except DataError:  # the reference's rows cannot hold it, such as a question about the word <image>
+    except DataError:  # the reference's rows cannot hold it, such as conversations that show different media
         return json_line(from_record(record, layout="openai"))
 
 

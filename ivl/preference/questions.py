@@ -77,7 +77,8 @@ class Question:
     def conversation(self, *, images: bool = True, begun: str = "") -> Conversation:
         """Return the prompt, with or without the images, and with the beginning of a reply to be continued."""
         marks = self.text.count("<image>")
-        text = self.text if images else self.text.replace("<image>\n", "").replace("<image>", "")
+        shown = images or not self.images  # without images `<image>` is letters
+        text = self.text if shown else self.text.replace("<image>\n", "").replace("<image>", "")
         refs = [ImageRef(path, max_tiles=self.max_tiles) for path in self.images] if images else []
         if images and not marks:
             text = "<image>\n" * len(refs) + text
@@ -156,7 +157,7 @@ def _question(source: QuestionSource, line: bytes, where: str, number: int) -> Q
     if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
         raise InputError(f"{where}: `image` must be a path or a list of paths, got {images!r}")
     marks = text.count("<image>")
-    if marks and marks != len(images):
+    if marks and images and marks != len(images):
         raise InputError(f"{where}: {marks} <image> marks but {len(images)} images")
     root = (Path(source.root) if source.root else Path(source.questions).parent).absolute()
     paths = [str(root / image) for image in images]

@@ -120,7 +120,7 @@ def reason() -> RunConfig:
 def mpo() -> RunConfig:
     """Mixed Preference Optimization on pairs of the model's own replies."""
     base = reason()
-    data = replace(base.data, mixture=f"{RUN}/pairs/pairs.jsonl")
+    data = replace(base.data, mixture=f"{RUN}/pairs/pairs.jsonl", on_error="skip")
     return _after(base, "mpo", num_steps=50, optim=_muon(5e-5), data=data, objective=PreferenceConfig(beta=BETA))
 
 
