@@ -266,7 +266,8 @@ def _entries(part: Part) -> list[dict[str, Any]]:
     if isinstance(part, Text):
         return [{"type": "text", "text": part.text}]
     if isinstance(part, ImageRef):
-        return [{"type": "image_url", "image_url": {"url": _data_url(part)}}]
+        tiles = {} if part.max_tiles is None else {"max_dynamic_patch": part.max_tiles}  # known to servers of InternVL
+        return [{"type": "image_url", "image_url": {"url": _data_url(part), **tiles}}]
     entries: list[dict[str, Any]] = []
     for number, frame in enumerate(load_frames(part, part.num_frames or DEFAULT_FRAMES), 1):
         entries += [*_entries(Text(f"Frame-{number}: ")), *_entries(ImageRef(frame)), *_entries(Text("\n"))]

@@ -144,6 +144,8 @@ def test_what_is_sent(server: Stub, tmp_path: Path) -> None:
     first, second, text = user["content"]
     assert base64.b64decode(first["image_url"]["url"].removeprefix("data:image/png;base64,")) == path.read_bytes()
     assert second["image_url"]["url"].startswith("data:image/png;base64,") and text == {"type": "text", "text": "what?"}
+    (capped,) = remote._content(Message("user", (ImageRef(str(path), 3),)))
+    assert capped["image_url"]["max_dynamic_patch"] == 3 and "max_dynamic_patch" not in first["image_url"]
 
 
 @pytest.mark.parametrize("options", [{"guide": Grammar("json")}, {"logprobs": 0}, {"ignore_eos": True}])
