@@ -257,6 +257,10 @@ def test_refcoco(tmp_path: Path) -> None:
     assert (half["headline"], half["RefCOCO_val"], half["RefCOCOg_test"]) == (0.25, 0.5, 0)
     assert figures(task, always_a, tmp_path)["headline"] == figures(task, empty, tmp_path)["headline"] == 0
 
+    for answer in ("[100, 100, 300, 200]", "[0.25, 0.333, 0.75, 0.667]"):  # pixels or fractions, where there are no columns
+        row = {"index": 1, "question": "box of it?", "split": "s", "width": 400, "height": 300, "answer": answer}
+        assert figures(benchmark("refcoco", write_tsv(tmp_path / "one.tsv", [row])), lambda _: right, tmp_path)["headline"] == 1
+
     folder = tmp_path / "refcoco"
     folder.mkdir()
     row = {"image": "1.jpg", "sent": "left dog", "bbox": [100, 100, 300, 200], "width": 400, "height": 300}

@@ -41,7 +41,8 @@ class RefCoco(Benchmark):
         if "bbox" in row:
             return (str([float(value) for value in literal(row["bbox"])]),)
         box = box_in(str(row["answer"]))
-        return (str(list(in_pixels(box, *size))),) if box else ()
+        fractions = box is not None and max(map(abs, box)) <= 1.5
+        return (str(list(in_pixels(box, *size) if fractions else box)),) if box else ()
 
     def grade(self, text: str, example: Example) -> Score:
         """Measure the overlap; by the reference code's rule for its own rows and prompt."""
