@@ -50,6 +50,8 @@ class Benchmark(Task):
     """Empty, `some` where a judge decides about replies that the rule cannot read, or `all`."""
     columns: Mapping[str, str] = field(default_factory=dict[str, str])
     """Columns of hub tables and jsonl, and their names in the TSV."""
+    by_file: str = ""
+    """The column that JSON files give by their names, such as a split; a folder of such files is then read whole."""
     categories: tuple[str, ...] = ("l2-category", "category")
     """Columns that figures are split by."""
     params: SamplingParams = PUBLISHED
@@ -115,9 +117,17 @@ class Benchmark(Task):
             InputError: naming the place of a row that is none of this benchmark, or the file if it holds no replies to score.
         """
         replied, path = False, self.place()
+        if self.by_file and path.is_dir() and (files := sorted({*path.glob("*.json"), *path.glob("*.jsonl")})):
+            for file in files:
+                yield from replace(self, path=file).examples()
+            return
+        named = self.by_file if path.suffix in (".json", ".jsonl") else ""
         for number, (place, raw) in enumerate(data.read_rows(path, self.columns, samples=self.given)):
             try:
-                row = self.prepared({"index": number, **raw})
+                row = {"index": number, **raw}
+                if named and named not in raw:
+                    row |= {named: path.stem, "index": f"{path.stem} {row['index']}"}
+                row = self.prepared(row)
                 example = self.example(row) if self.keep(row) else None
             except KeyError as error:
                 raise InputError(f"{place}: has no column {error}, so it is no row of {self.file}; {self.origin}") from None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ivl.evaluation.benchmark import Benchmark
@@ -21,18 +20,9 @@ HIT = 0.5
 class RefCoco(Benchmark):
     """The mean over splits of the share of boxes that overlap the true one by half."""
 
-    def examples(self) -> Iterator[Example]:
-        if (place := self.place()).is_dir():
-            for file in sorted(place.glob("*.jsonl")):
-                yield from replace(self, path=file).examples()
-        else:
-            yield from super().examples()
-
     def prepared(self, row: dict[str, Any]) -> dict[str, Any]:
-        if "sent" not in row:
-            return row | {"split": row.get("split") or row.get("category", "")}
-        split = self.place().stem
-        return row | {"index": f"{split} {row['index']}", "question": PROMPT.format(row["sent"]), "split": split}
+        split = {"split": row.get("split") or row.get("category", "")}
+        return row | split | ({"question": PROMPT.format(row["sent"])} if "sent" in row else {})
 
     def answers(self, row: Mapping[str, Any]) -> tuple[str, ...]:
         size = float(row["width"]), float(row["height"])
@@ -64,6 +54,6 @@ class RefCoco(Benchmark):
 TASKS = (
     RefCoco(
         name="refcoco", file="RefCOCO", about="boxes for descriptions, eight splits", metric="precision at IoU 0.5",
-        md5="f50ca356638ddac89b309311fd876a5d", categories=(),
+        md5="f50ca356638ddac89b309311fd876a5d", by_file="split", categories=(),
     ),
 )  # fmt: skip

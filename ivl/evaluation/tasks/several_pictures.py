@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ivl.evaluation.benchmark import Benchmark
@@ -71,18 +71,6 @@ _NUMBERS = {word: str(n) for first, words in enumerate((_CARDINAL, _ORDINAL)) fo
 
 class Mirb(SeveralPictures):
     """The mean of four groups, each the mean of its tasks."""
-
-    def examples(self) -> Iterator[Example]:
-        if (place := self.place()).is_dir():
-            for task in sorted(REQUESTS):
-                if (file := place / f"{task}.json").exists():
-                    yield from replace(self, path=file).examples()
-        else:
-            yield from super().examples()
-
-    def prepared(self, row: dict[str, Any]) -> dict[str, Any]:
-        task = row.get("task") or self.place().stem
-        return row | {"task": task, "index": f"{task} {row['index']}"}
 
     def keep(self, row: Mapping[str, Any]) -> bool:
         return row["task"] in REQUESTS
@@ -171,7 +159,7 @@ TASKS = (
         columns={"id": "index"}, categories=("question_type",), params=SamplingParams(max_new_tokens=50),
     ),
     Mirb(
-        name="mirb", file="MIRB", about="eleven tasks in four groups", rows=925, hub="VLLMs/MIRB",
+        name="mirb", file="MIRB", about="eleven tasks in four groups", rows=925, hub="VLLMs/MIRB", by_file="task",
         columns={"questions": "question", "answers": "answer", "subset": "task"}, params=SamplingParams(max_new_tokens=512),
     ),
     Mmiu(name="mmiu", file="mmiu", about="52 tasks", rows=11698, tiles=12, params=SamplingParams(max_new_tokens=100)),

@@ -60,7 +60,7 @@ TASKS = (
     ShortAnswer(
         name="chartqa", file="ChartQA_TEST", about="charts; half of the questions are written by people", rows=2500, tiles=12,
         metric="relaxed accuracy", rule=_relaxed, reference_rule=_relaxed_of_reply, hub="lmms-lab/ChartQA",
-        columns={"question_id": "index", "type": "split"}, categories=("split",),
+        columns={"question_id": "index", "type": "split"}, by_file="split", categories=("split",),
     ),
     _documents("docvqa", "DocVQA", "scanned documents", 18, 5349, "val"),
     _documents("docvqa", "DocVQA", "scanned documents", 18, 5188, "test"),

@@ -161,7 +161,7 @@ TASKS = (
     ),
     VideoChoice(
         name="mvbench", file="MVBench", about="20 tasks about short videos", rows=4000, hub="OpenGVLab/MVBench",
-        before=CAREFULLY, after=BEST, rule="share", categories=("task_type",),
+        before=CAREFULLY, after=BEST, rule="share", by_file="task_type", categories=("task_type",),
     ),
     VideoChoice(
         name="mlvu", file="MLVU_MCQ", about="long videos, the tasks with options", rows=2174, before=EVERY_DETAIL, after=BEST,
