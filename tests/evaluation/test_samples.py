@@ -155,7 +155,7 @@ def test_the_command_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
     common = [model, "--limit", "6", "--samples", "4", "--out", str(out), "--max-new-tokens", "8"]
     command([*common, "--select", "likelihood", "--temperature", "1.0"])
     report, printed = json.loads(out.read_text()), capsys.readouterr().out
-    assert [p["samples"] for p in report["samples"]["curve"]] == [1, 2, 4] and "4 replies   likelihood" in printed
+    assert [p["samples"] for p in report["samples"]["curve"]] == [1, 2, 4] and "4 replies  likelihood" in printed
     assert report["params"]["temperature"] == 1.0 and report["params"]["seed"] == 0
     assert "data:image/png" in out.with_suffix(".html").read_text()
     with pytest.raises(InputError, match=r"holds predictions with params.temperature 1.0, this run has 0.7; --fresh"):
