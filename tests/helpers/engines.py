@@ -13,10 +13,9 @@ from ivl.checkpoint import save_model, save_processor
 from ivl.config import ModelConfig
 from ivl.inference.engine import Engine
 from ivl.model.vlm import VLM
-from ivl.processing.chat import user
 from ivl.processing.processor import Processor
 from ivl.processing.tokenizer import Tokenizer, train_tokenizer
-from ivl.types import Conversation, ImageRef, Prompt, Text
+from ivl.types import Conversation, ImageRef, Message, Prompt, Text
 from tests.conftest import tiny_config
 
 FIRST_CHARACTER = 32
@@ -69,7 +68,7 @@ def picture(seed: int) -> Image.Image:
 
 
 def ask(text: str, *images: ImageRef) -> Conversation:
-    return (user(text, *images),)
+    return (Message("user", (*images, Text(text))),)
 
 
 def lively_model(family: str = "qwen2") -> VLM:

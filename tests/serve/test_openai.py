@@ -10,8 +10,9 @@ import openai
 import pytest
 
 from ivl.inference.engine import Engine
+from ivl.processing.chat import user
 from ivl.types import ImageRef, SamplingParams
-from tests.helpers.engines import ask, picture
+from tests.helpers.engines import picture
 from tests.helpers.servers import KEY, Running, data_url, engine, running, says
 
 
@@ -41,7 +42,7 @@ def test_chat_equals_the_engine(client: openai.OpenAI, alone: Engine) -> None:
     images = [data_url(1), data_url(2)]
     reply = chat(client, **says("what colour?", *images))
     expected = alone.generate(
-        [ask("what colour?", ImageRef(picture(1)), ImageRef(picture(2)))], SamplingParams(max_new_tokens=12)
+        [(user("what colour?", ImageRef(picture(1)), ImageRef(picture(2))),)], SamplingParams(max_new_tokens=12)
     )
     assert reply.choices[0].message.content == expected[0].text and reply.choices[0].finish_reason == expected[0].finish_reason
     assert reply.usage.prompt_tokens == expected[0].prompt_tokens and reply.usage.completion_tokens == len(expected[0].tokens)
@@ -160,5 +161,5 @@ def test_langchain(server: Running, alone: Engine) -> None:
     model = chat_openai(model="tiny", base_url=f"{server.url}/v1", api_key=KEY, temperature=0, max_tokens=12, max_retries=0)
     content = [{"type": "image_url", "image_url": {"url": data_url(1)}}, {"type": "text", "text": "what colour?"}]
     said = model.invoke([{"role": "user", "content": content}]).content
-    expected = alone.generate([ask("what colour?", ImageRef(picture(1)))], SamplingParams(max_new_tokens=12))[0].text
+    expected = alone.generate([(user("what colour?", ImageRef(picture(1))),)], SamplingParams(max_new_tokens=12))[0].text
     assert said == expected and "".join(c.content for c in model.stream([{"role": "user", "content": content}])) == expected
