@@ -36,10 +36,11 @@ from PIL import Image
 import ivl
 from ivl.checkpoint import save_model, save_processor
 from ivl.model.vlm import VLM
+from ivl.processing.chat import user
 from ivl.processing.processor import Processor
 from ivl.processing.tokenizer import Tokenizer, train_tokenizer
 from ivl.recipes.nano import architecture
-from ivl.types import ImageRef, Message, SamplingParams, Text
+from ivl.types import ImageRef, SamplingParams
 from tests.helpers.engines import enliven
 
 NEW_TOKENS = 32
@@ -229,8 +230,8 @@ def main(
         expected: dict[int, str] = {}
         for index in {index for index, _ in tally.said}:
             question = asked[index]
-            content = (*(ImageRef(data) for data in question.pictures), Text(question.text))
-            reply = model.generate([(Message("user", content),)], SamplingParams(max_new_tokens=NEW_TOKENS))
+            asked_alone = user(question.text, *(ImageRef(data) for data in question.pictures))
+            reply = model.generate([(asked_alone,)], SamplingParams(max_new_tokens=NEW_TOKENS))
             expected[index] = reply[0].text
         wrong = sum(text != expected[index] for index, text in tally.said)
         failed = sum(count for status, count in tally.statuses.items() if status not in ("200", "left", "429"))

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ivl.cli.chat import chat
+from ivl.cli.chat import ChatOptions, _open, chat
 from ivl.errors import InputError
+from ivl.types import VideoRef
 from tests.helpers.engines import tiny_directory
 
 SCHEMA = {
@@ -91,3 +92,8 @@ def test_bad_options_are_refused_before_a_model_is_loaded(
     with pytest.raises((InputError, SystemExit)) as caught:  # values that no dataclass takes are tyro's to report
         chat(["no-model", "-p", "?", *options])
     assert re.search(message, str(caught.value) + capsys.readouterr().err)
+
+
+def test_frames_of_a_video_are_spread_as_asked(tmp_path: Path) -> None:
+    options = ChatOptions(model="m", frames=4, frames_by="time")
+    assert _open(str(tmp_path), options) == VideoRef(str(tmp_path), num_frames=4, frames_by="time")

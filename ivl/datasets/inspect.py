@@ -79,9 +79,9 @@ def _note(stats: DatasetStats, rows: Rows, ids_N2: np.ndarray) -> None:
         first = again[np.argmin(rows_N[again])]
         places = rows.source(int(rows_N[first])), rows.source(int(rows_N[first - 1]))
         stats.repeated_ids = len(again)
-        stats.notes.append(f"{len(again):,} rows have the id of an earlier row, first {places[0]} that of {places[1]}")
+        stats.notes.append(f"repeated ids: {len(again):,}, first {places[0]} has that of {places[1]}")
     if stats.letters:
-        stats.notes.append(f"{stats.letters:,} rows say <image> or <video> and have no such medium: these are letters")
+        stats.notes.append(f"questions that say <image> or <video> without such a medium, so in letters: {stats.letters:,}")
 
 
 def kind_of(error: InputError) -> str:

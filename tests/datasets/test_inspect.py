@@ -149,8 +149,8 @@ def test_repeated_ids_and_letters_are_noted(tmp_path, capsys, num_workers):
     cli.main(["validate", str(path), "--workers", str(num_workers)])
     assert capsys.readouterr().out.splitlines() == [
         "rows: 11 rows (reference jsonl), no problems",
-        f"rows: note: 3 rows have the id of an earlier row, first {path}:6 that of {path}:1",
-        "rows: note: 2 rows say <image> or <video> and have no such medium: these are letters",
+        f"rows: note: repeated ids: 3, first {path}:6 has that of {path}:1",
+        "rows: note: questions that say <image> or <video> without such a medium, so in letters: 2",
     ]
     cli.main(["validate", str(path), "--json"])
     found = json.loads(capsys.readouterr().out)["datasets"]["rows"]

@@ -268,3 +268,20 @@ def test_saved_and_loaded_beside_a_model(tokenizer, images, tmp_path, dialect):
     conversation = (user("What is <ref>it</ref>?", SQUARE), says("A cat."), user("Sure?", VideoRef("video")))
     one, two = (p.prompt(conversation, root=str(images)) for p in (ours, again))
     assert one.tokens_T.equal(two.tokens_T) and one.tiles_GSSC.equal(two.tiles_GSSC) and one.tile_ids_R.equal(two.tile_ids_R)
+
+
+def test_frames_over_time_in_samples_and_prompts(processor, tmp_path):
+    """A GIF whose second half is slow: by numbers half of the frames are fast ones, over time nearly none."""
+    shades = [Image.new("RGB", (28, 28), (30 * n, 0, 0)) for n in range(8)]
+    shades[0].save(tmp_path / "a.gif", save_all=True, append_images=shades[1:], duration=[100] * 4 + [2000] * 4)
+
+    def shown(tiles) -> list[int]:
+        return [round(float(tile[..., 0].float().mean()) / 30) for tile in tiles]
+
+    video = VideoRef("a.gif", num_frames=4)
+    asked = record((user("Q", video), says("A")))
+    by = {name: options(tmp_path, frames="middle", frames_by=name) for name in ("index", "time")}
+    found = {name: shown(processor.sample(asked, options=each).tiles_GSSC) for name, each in by.items()}
+    assert found == {"index": [0, 2, 4, 6], "time": [0, 5, 6, 7]}
+    over_time = processor.prompt((user("Q", replace(video, frames_by="time")),), root=str(tmp_path))
+    assert shown(over_time.tiles_GSSC) == [0, 5, 6, 6]
