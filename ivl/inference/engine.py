@@ -264,7 +264,7 @@ class Engine:
 
     def generate(
         self, conversations: Sequence[Conversation], params: SamplingParams | Sequence[SamplingParams] = GREEDY,
-        show: Callable[[int, int], object] = lambda *_: None,
+        show: Callable[[int, int], object] = lambda _done, _total: None,
     ) -> list[Reply]:  # fmt: skip
         """Return the replies in the order of the conversations; each is what the conversation alone would give.
 

@@ -13,6 +13,7 @@ from typing import Self
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from ivl.errors import InputError
@@ -51,7 +52,7 @@ def start_world(device: str, directory: Path | None = None) -> World:
         os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(directory / "nccl-rank-"))
     store, rank, size = next(rendezvous("env://", rank, size, timeout=START_TIMEOUT))
     # torchrun keeps its store when it starts the ranks again: the addresses of those that died must not be found there.
-    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(
         "nccl" if gpu else "gloo", store=store, rank=rank, world_size=size, timeout=START_TIMEOUT,
         device_id=where if gpu else None,

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.distributed_c10d import Store
 
 from ivl.errors import InputError
 
@@ -43,7 +44,7 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     owns_group: bool = False
     """Whether start_world of ivl.parallel made the process group, so that stop_world ends it."""
-    store: dist.Store | None = None
+    store: Store | None = None
     """What all ranks can write to and read without waiting for one another."""
 
     @property
@@ -102,15 +103,14 @@ class World:
 
     def silent_ranks(self) -> str:
         """Name the ranks that do not tell within GRACE seconds that they have met an error of the process group, too."""
-        silent = []
+        silent: list[str] = []
         with suppress(RuntimeError):  # the store has ended with the rank that held it
             if self.store is not None:
                 self.store.set_timeout(timedelta(seconds=GRACE))
                 self.store.set(f"error of {self.rank}", "")
                 time.sleep(GRACE)
-                silent = [rank for rank in range(self.size) if not self.store.check([f"error of {rank}"])]
-                hosts = [self.store.get(f"host of {rank}").decode() for rank in silent]
-                silent = [f"rank {rank} on {host}" for rank, host in zip(silent, hosts, strict=True)]
+                ranks = [rank for rank in range(self.size) if not self.store.check([f"error of {rank}"])]
+                silent = [f"rank {rank} on {self.store.get(f'host of {rank}').decode()}" for rank in ranks]
         return ", ".join(silent) or "another rank of the run"
 
     def all(self, condition: bool) -> bool:
