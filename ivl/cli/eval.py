@@ -12,6 +12,7 @@ import tyro
 
 from ivl.errors import InputError
 from ivl.evaluation.config import EvalConfig
+from ivl.evaluation.given import Given, given_task, model_of
 from ivl.evaluation.tasks import TASKS, task_of
 from ivl.generators import GeneratorConfig, LoadConfig, connect
 
@@ -49,7 +50,8 @@ def evaluate(args: list[str]) -> None:
     without_help = [arg for arg in args if arg not in ("-h", "--help")]
     # The defaults of sampling follow from the task and the method, which are read first.
     first, _ = tyro.cli(EvalOptions, args=without_help, return_unknown_args=True, config=(tyro.conf.AvoidSubcommands,))
-    sampling = first.config.sampling_for(task_of(first.config).params)
+    task = given_task(first.score, first.config) if first.score else task_of(first.config)
+    sampling = first.config.sampling_for(task.params)
     try:
         default = EvalOptions(config=EvalConfig(sampling=sampling))
         options = tyro.cli(EvalOptions, prog="ivl eval", args=args, default=default, config=(tyro.conf.AvoidSubcommands,))
@@ -105,12 +107,13 @@ def listing() -> str:
 def show(name: str, config: EvalConfig, load: LoadConfig, source: GeneratorConfig | Path | None) -> None:
     """Evaluate a model, an endpoint or the replies of a file, and print the figures."""
     from ivl.evaluation.figures import shown
-    from ivl.evaluation.given import Given, given_task
     from ivl.evaluation.run import run
 
     if isinstance(source, Path):
         task = given_task(source, config)
-        report, files = run(replace(config, task=task.name), name, load, Given(source), task)
+        config = replace(config, task=task.name)
+        config, name = replace(config, predictions=config.predictions_of(source.stem)), model_of(source, task)
+        report, files = run(config, name, load, Given(source), task)
     else:
         report, files = run(config, name, load, connect(source)[0] if source else None)
     if not report:  # a rank that is not the first

@@ -23,6 +23,8 @@ def given_task(path: Path, config: EvalConfig) -> Benchmark:
     Raises:
         InputError: if no task fits.
     """
+    if config.data or config.metric:
+        raise InputError("--score takes questions and replies from its own file; leave out --data and --metric")
     if not path.is_file():
         raise InputError(f"{path}: no such file of predictions")
     benchmarks = {name: task for name, task in TASKS.items() if isinstance(task, Benchmark)}
@@ -37,6 +39,13 @@ def given_task(path: Path, config: EvalConfig) -> Benchmark:
     task = task_of(replace(config, data=path))
     assert isinstance(task, Benchmark), "it is one of the benchmarks"
     return replace(task, given=True)
+
+
+def model_of(path: Path, task: Benchmark) -> str:
+    """Return the model's name: what stands before the benchmark in a name of VLMEvalKit, and the folder of samples."""
+    if "_samples_" in path.stem:
+        return path.absolute().parent.name.rpartition("__")[2]
+    return path.stem.removesuffix(f"_{task.file}")
 
 
 class Given:

@@ -134,6 +134,25 @@ def test_a_file_that_names_no_benchmark_is_told(tmp_path: Path) -> None:
         command(["--score", str(path), "--task", "mmstar"])
     write_tsv(path, [{**row, "prediction": row["answer"]} for row in choice_rows(2)])
     command(["--score", str(path), "--task", "mmstar", "--predictions", str(tmp_path / "p.jsonl")])
+    with pytest.raises(InputError, match="leave out --data and --metric"):
+        command(["--score", str(path), "--data", str(path), "--metric", "exact"])
+
+
+def test_the_name_of_a_file_of_predictions_tells_model_and_benchmark(tmp_path: Path) -> None:
+    """Its rules may be named without --task, and the reports of a model's files make one average."""
+    rows = [row | {"prediction": "The answer is blue", "l2_category": None} for row in choice_rows(4)]
+    (tmp_path / "InternVL2_5-8B_MMStar.json").write_text(json.dumps(rows))  # PRED_FORMAT=json
+    write_tsv(tmp_path / "InternVL2_5-8B_AI2D_TEST.tsv", rows)
+    (tmp_path / "OpenGVLab__InternVL2_5-8B").mkdir()
+    samples = [{"doc_id": n, "doc": {**row, "image": None}, "resps": [["B"]]} for n, row in enumerate(rows)]
+    path = tmp_path / "OpenGVLab__InternVL2_5-8B" / "20241201_samples_realworldqa.jsonl"
+    path.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    reports = []
+    for file in (tmp_path / "InternVL2_5-8B_MMStar.json", tmp_path / "InternVL2_5-8B_AI2D_TEST.tsv", path):
+        reports.append(tmp_path / f"{file.stem}-report.json")
+        command(["--score", str(file), "--extraction", "2026-08", "--out", str(reports[-1])])
+        assert json.loads(reports[-1].read_text())["value"] == 0.25  # one of four answers is B, all are read as B
+    assert average(reports)["model"] == "InternVL2_5-8B" and average(reports)["rows"][1]["published"] == 63.2
 
 
 def test_submissions_have_the_form_of_the_server(tmp_path: Path) -> None:

@@ -258,7 +258,7 @@ def test_scores_of_odd_types_are_one_line(tmp_path: Path, picture: str, score: A
 
 def test_empty_and_odd_tasks_are_one_line(tmp_path: Path, picture: str) -> None:
     task = Asks(picture)
-    for examples, problem in ((0, "gives no examples"), (2, "gives 2 examples, but 1 different ids")):
+    for examples, problem in ((0, "gives no examples"), (2, "gives 2 examples of the same id '0'")):
         task.examples = lambda n=examples: iter(list(Asks(picture).examples())[:1] * n)  # type: ignore[method-assign]
         with pytest.raises(InputError, match=f"task asks {problem}"):
             evaluate(task, Counts(), model="m", predictions=tmp_path / "p.jsonl")
