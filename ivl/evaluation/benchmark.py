@@ -116,7 +116,7 @@ class Benchmark(Task):
         Raises:
             InputError: naming the place of a row that is none of this benchmark, or the file if it holds no replies to score.
         """
-        replied, path = False, self.place()
+        replied, answered, path = False, set[bool](), self.place()
         if self.by_file and path.is_dir() and (files := sorted({*path.glob("*.json"), *path.glob("*.jsonl")})):
             for file in files:
                 yield from replace(self, path=file).examples()
@@ -129,12 +129,19 @@ class Benchmark(Task):
                     row |= {named: path.stem, "index": f"{path.stem} {row['index']}"}
                 row = self.prepared(row)
                 example = self.example(row) if self.keep(row) else None
+                if example and example.answers and not answered:  # a missing column is told before anything is asked
+                    self.grade("", example)
             except KeyError as error:
                 raise InputError(f"{place}: has no column {error}, so it is no row of {self.file}; {self.origin}") from None
             except (ValueError, IndexError, TypeError, AttributeError) as error:
                 raise InputError(f"{place}: is no row of {self.file} ({error}); {self.origin}") from None
             replied = replied or "prediction" in row
             if example is not None:
+                answered.add(bool(example.answers))
+                if False in answered and (True in answered or not self.submission):
+                    raise InputError(
+                        f"{place}: has no answer" if not example.answers else f"{place}: rows before have no answer"
+                    )
                 yield example
         if self.given and not replied:
             raise InputError(f"{path}: has no replies under `prediction`")
@@ -181,7 +188,10 @@ class Benchmark(Task):
 
     def score(self, reply: str, example: Example) -> Score:
         """Score a reply, or what its form says is the answer: a box, or what follows `Final answer:`."""
-        score = self.grade(self.answer_of(reply), example)
+        try:
+            score = self.grade(self.answer_of(reply), example)
+        except KeyError as error:
+            raise InputError(f"row {example.id} has no {error}, by which {self.name} is scored") from None
         return score if example.answers else replace(score, value=0.0, undecided=None)
 
     def answer_of(self, reply: str) -> str:

@@ -51,13 +51,18 @@ def read_rows(path: Path, columns: Mapping[str, str], *, samples: bool = False) 
     if path.suffix in (".tsv", ".csv", ".xlsx"):
         for place, cells in _with_shared_pictures(path):
             row = {key: value for key, value in cells.items() if value and key != "image"}
-            row["index"] = row["index"].removesuffix(".0") if "index" in row else ""
+            if "index" not in row:
+                raise InputError(f"{place}: has no index, which every row of a TSV of VLMEvalKit has")
+            row["index"] = row["index"].removesuffix(".0")
             yield place, row | {PICTURES: _pictures_of_cell(path, place, cells)}
         return
     rows = open_rows(path)
     for index in range(len(rows)):
-        place = rows.source(index)
-        yield place, _from_table(_of_sample(rows[index], place) if samples else rows[index], columns, path, place)
+        place, row = rows.source(index), rows[index]
+        if samples and "prediction" in row:  # VLMEvalKit's predictions as json, which have the columns of its TSV
+            yield place, {key: value for key, value in row.items() if value is not None and value != ""} | {PICTURES: ()}
+        else:
+            yield place, _from_table(_of_sample(row, place) if samples else row, columns, path, place)
 
 
 def literal(cell: Any) -> list[Any]:
@@ -167,7 +172,7 @@ def _pictures_of_cell(path: Path, place: str, cells: Mapping[str, str]) -> tuple
 
 def _from_table(raw: Mapping[str, Any], columns: Mapping[str, str], path: Path, place: str) -> dict[str, Any]:
     """Return a row of a hub table or of jsonl with the columns of a TSV: options as A, B, ..., an answer as its letter."""
-    row: dict[str, Any] = {columns.get(key, key): value for key, value in raw.items() if value is not None and value != ""}
+    row: dict[str, Any] = {columns.get(key, key): value for key, value in raw.items() if not _missing(key, value)}
     pictures: list[bytes | str] = []
     decoded = "decoded_image" in row
     for key in [key for key in row if _PICTURE.fullmatch(key)]:
@@ -186,6 +191,11 @@ def _from_table(raw: Mapping[str, Any], columns: Mapping[str, str], path: Path, 
     if match := re.fullmatch(r"\(([A-Z])\)", str(row.get("answer"))):
         row["answer"] = match[1]
     return row | {PICTURES: tuple(pictures)}
+
+
+def _missing(key: str, value: Any) -> bool:
+    """Return whether a cell is empty. MMBench's tables on the hub write absent options and hints as `nan`."""
+    return value is None or value == "" or value != value or (value == "nan" and (key == "hint" or len(key) == 1))
 
 
 def _unlettered(text: str, letter: str) -> str:

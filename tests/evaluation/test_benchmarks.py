@@ -184,6 +184,10 @@ def test_hidden_answers_give_no_score(tmp_path: Path) -> None:
     for name in ("mmbench-test-en-v11", "mmmu-test"):
         result = evaluated(benchmark(name, write_tsv(tmp_path / "rows.tsv", rows)), always_a, tmp_path)
         assert result.report["value"] is None and {s.score.answer for s in result.scored} == {"A"}
+    task = benchmark("mmmu-test", write_tsv(tmp_path / "hub.tsv", [row | {"answer": "?"} for row in rows]))
+    assert {example.answers for example in task.examples()} == {()}
+    with pytest.raises(InputError, match=r"some\.tsv:3: rows before have no answer"):
+        list(benchmark("mmbench-test-en", write_tsv(tmp_path / "some.tsv", [rows[0], circular_rows()[1]])).examples())
 
 
 def test_a_file_of_something_else_is_named(tmp_path: Path) -> None:
@@ -204,6 +208,14 @@ def test_a_file_of_something_else_is_named(tmp_path: Path) -> None:
          "is no row of MMBench"),
         ("mmmu", {"index": 1, "question": "q", "A": "x", "answer": "A", "image": base64_of(b"no picture" * 9)},
          "a picture cannot be decoded"),
+        ("hallusionbench", {"index": "a_b_c_0_1", "question": "q", "answer": "Yes", "category": "c", "l2-category": "l",
+                            "image": PICTURE}, "is no row of HallusionBench"),
+        ("mmstar", {"index": 1, "question": "q", "A": "x", "B": "y", "answer": "b"}, "answer 'b' is no letter of an option"),
+        ("mmstar", {"index": 1, "question": "q", "A": "x", "B": "y"}, "has no answer"),
+        ("mmstar", {"question": "q", "A": "x", "B": "y", "answer": "A"}, "has no index"),
+        ("ocrbench", {"index": 1, "question": "q", "answer": "x"}, "has no column 'category'"),
+        ("charxiv-reasoning", {"index": 1, "question": "q", "answer": "x", "grading_query": "g"}, "has no column 'qid'"),
+        ("video-mme", {"index": 1, "question": "q", "answer": "A", "video": "v"}, "it has no options"),
     ],
 )  # fmt: skip
 def test_a_row_that_cannot_be_read_is_named(name: str, row: dict[str, Any], problem: str, tmp_path: Path) -> None:

@@ -82,6 +82,8 @@ HUB_ROWS: dict[str, dict[str, Any]] = {
                "image": {"bytes": png(), "path": ""}},
     "mmmu": {"id": "validation_Art_1", "question": "q <image 1>", "options": "['x', 'y']", "answer": "B", "subfield": "c",
              "image_1": {"bytes": png(), "path": ""}, "image_2": {"bytes": png("blue"), "path": ""}},
+    "mmbench-dev-en": {"index": 5, "question": "q", "hint": "nan", "A": "x", "B": "y", "C": "nan", "D": float("nan"),
+                       "answer": "B", "L2-category": "c", "image": {"bytes": png(), "path": ""}},
     "ai2d": {"question": "q", "options": ["x", "y"], "answer": "1", "image": {"bytes": png(), "path": ""}},
     "seed-image": {"question_id": "5", "question": "q", "choice_a": "x", "choice_b": "y", "answer": "B", "question_type_id": 3,
                    "data_type": "image", "image": [{"bytes": png(), "path": ""}]},
@@ -101,7 +103,12 @@ def test_tables_of_the_hub_become_the_rows_of_a_tsv(name: str, tmp_path: Path) -
     assert example.answers == ("B",) and options_of(example.row) == {"A": "x", "B": "y"} and example.row["question"][0] == "q"
     assert task.score("B", example).value == 1 and task.score("x", example).value == 0
     pictures = [part for part in example.conversation[0].content if hasattr(part, "source")]
-    assert len(pictures) == (2 if name == "mmmu" else 1)
+    assert len(pictures) == (2 if name == "mmmu" else 1) and "nan" not in example.conversation[0].text
+
+
+def test_questions_of_pope_are_counted_anew_in_every_category(tmp_path: Path) -> None:
+    rows = [{"question_id": "1", "question": "q", "answer": "yes", "category": kind} for kind in ("random", "popular")]
+    assert [e.id for e in benchmark("pope", write_parquet(tmp_path / "rows.parquet", rows)).examples()] == ["0", "1"]
 
 
 @pytest.mark.parametrize(

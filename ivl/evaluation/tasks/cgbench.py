@@ -121,6 +121,6 @@ TASKS = (
     CgBench(
         name="cgbench", file="CG-Bench_MCQ_Grounding", about="long videos and the clues in them", rows=36387, categories=(),
         frames=32, tiles=1,
-        md5="eaead3d978a689269fefce4ae29c86df", hub="CG-Bench/CG-Bench",
+        md5="eaead3d978a689269fefce4ae29c86df",
     ),
 )  # fmt: skip

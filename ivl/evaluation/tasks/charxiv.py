@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ivl.evaluation.benchmark import Benchmark
-from ivl.evaluation.figures import Figures, by, mean
 from ivl.evaluation.prompts import SHORT
-from ivl.evaluation.task import Example, JudgeQuestion, Score, Scored
+from ivl.evaluation.task import Example, JudgeQuestion, Score
 
 DESCRIPTIVE = {
     "information extraction": (1, 2, 3, 4, 5, 6, 7), "enumeration": (8, 9, 13, 14, 15), "pattern recognition": (11, 16, 18),
@@ -30,15 +29,13 @@ class CharXiv(Benchmark):
         question = JudgeQuestion(prompt=prompt, read=_read, best=Score(value=1.0), tries=10, warmer=0.0, max_new_tokens=256)
         return Score(undecided=question)
 
-    def figures(self, scored: Sequence[Scored]) -> Figures:
-        """Return the mean of all and of each kind of question."""
-        groups = by(scored, lambda s: [_kind(s)])
-        return {"Overall": mean(scored), **{name: mean(rows) for name, rows in groups.items()}}
+    def prepared(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {**row, "kind": _kind(row)}
 
 
-def _kind(scored: Scored) -> str:
-    reasoning = scored["inst_category"] != ""
-    number = int(scored["inst_category"] if reasoning else scored["qid"])
+def _kind(row: Mapping[str, Any]) -> str:
+    reasoning = row.get("inst_category") is not None
+    number = int(float(row["inst_category" if reasoning else "qid"]))
     return next((name for name, numbers in (REASONING if reasoning else DESCRIPTIVE).items() if number in numbers), "other")
 
 
@@ -55,10 +52,10 @@ def _read(reply: str) -> Score | None:
 TASKS = (
     CharXiv(
         name="charxiv-descriptive", file="CharXiv_descriptive_val", about="four questions of 19 kinds about each chart",
-        rows=4000, md5="8507c3740f8ddaedcb6b5c1cfcb3fa06", judge="all",
+        rows=4000, md5="8507c3740f8ddaedcb6b5c1cfcb3fa06", judge="all", categories=("kind",),
     ),
     CharXiv(
         name="charxiv-reasoning", file="CharXiv_reasoning_val", about="a question that needs reasoning about each chart",
-        rows=1000, md5="6fc1a522ad32c2e3d72a89857b8cf10b", judge="all",
+        rows=1000, md5="6fc1a522ad32c2e3d72a89857b8cf10b", judge="all", categories=("kind",),
     ),
 )  # fmt: skip

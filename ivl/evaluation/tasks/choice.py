@@ -65,6 +65,12 @@ class Choice(Benchmark):
             return row | dict(zip(pieces[1::2], pieces[2::2], strict=True)) | {"question": before}
         return row
 
+    def answers(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        answers = super().answers(row)
+        if answers and options_of(row) and not re.fullmatch("[A-Z]", answers[0]):
+            raise ValueError(f"its answer {answers[0]!r} is no letter of an option")
+        return answers
+
     def options(self, row: Mapping[str, Any]) -> dict[str, str]:
         """Return the options; of an open question the answer as A and `Other Answers` as B."""
         return options_of(row) or {"A": str(row.get("answer", "")), "B": "Other Answers"}

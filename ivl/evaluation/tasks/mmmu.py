@@ -31,6 +31,9 @@ class Mmmu(Choice):
         first, *others = super().pictures(row) or (None,)
         return () if first is None else (twice_as_large(first), *others)
 
+    def answers(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        return () if self.submission and row.get("answer") == "?" else super().answers(row)  # as the hub's table hides them
+
     def budgets(self, pictures: int) -> list[int]:
         """Give the first picture all tiles and the others one, in the reference prompt."""
         return [self.tiles, *[1] * (pictures - 1)] if self.prompt == "reference" and pictures else super().budgets(pictures)

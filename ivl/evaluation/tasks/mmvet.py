@@ -30,7 +30,8 @@ class MmVet(Benchmark):
     def figures(self, scored: Sequence[Scored]) -> Figures:
         # VLMEvalKit keeps capabilities and combinations in one table, and counts a question of one capability twice in it.
         only = "" if self.defects else "only "
-        groups = by(scored, lambda s: [*str(s["category"]).split(","), only + str(s["category"]).replace(",", "_")])
+        named = [s for s in scored if s["category"]]
+        groups = by(named, lambda s: [*str(s["category"]).split(","), only + str(s["category"]).replace(",", "_")])
         return {"Overall": mean(scored), **{name: mean(rows) for name, rows in groups.items()}}
 
 

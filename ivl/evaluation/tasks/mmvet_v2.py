@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ivl.errors import InputError
-from ivl.evaluation.data import PICTURES
+from ivl.evaluation.data import PICTURES, literal
 from ivl.evaluation.task import Example
 from ivl.evaluation.tasks.mmvet import MmVet
 from ivl.types import SamplingParams
@@ -33,7 +33,8 @@ class MmVet2(MmVet):
         for name, row in rows.items():
             text, *pictures = str(row["question"]).split(MARK)
             shown = tuple(str(_folder(place) / picture.strip()) for picture in pictures[:1])
-            yield self.example({**row, "index": name, "question": text.strip(), PICTURES: shown})
+            kinds = {"category": ",".join(map(str, literal(row.get("capability", []))))}
+            yield self.example({**row, **kinds, "index": name, "question": text.strip(), PICTURES: shown})
 
     def suffix(self, row: Mapping[str, Any]) -> str:
         return " Answer this question in detail."

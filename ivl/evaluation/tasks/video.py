@@ -59,6 +59,8 @@ class VideoChoice(Choice):
         texts = next((literal(value) for value in options.values()), [])
         row = row | {letter: re.sub(rf"^\(?{letter}[).]\s*", "", str(t)) for letter, t in zip("ABCDEFGH", texts, strict=False)}
         found = options_of(row)
+        if not found:
+            raise ValueError("it has no options")
         answer = str(row.get("answer", row.get("correct_choice", "")))
         if answer not in found:  # the text of the option, or its place
             answer = next((letter for letter, text in found.items() if text == answer), answer)

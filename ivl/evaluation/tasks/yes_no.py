@@ -76,7 +76,8 @@ class HallusionBench(YesNo):
         return self.given or bool(row[PICTURES])
 
     def cluster(self, row: Mapping[str, Any]) -> str:
-        return f"{row['l2-category']} {str(row['index']).split('_')[3]}"
+        picture_set, _figure, _question = str(row["index"]).split("_")[3:6]
+        return f"{row['l2-category']} {picture_set}"
 
     def figures(self, scored: Sequence[Scored]) -> Figures:
         parts = {"": scored, **self.grouped(scored)}
@@ -162,6 +163,6 @@ TASKS = (
     ),
     Pope(
         name="pope", file="POPE", about="objects that are in a picture or not", rows=5127, metric="F1 of yes",
-        hub="lmms-lab/POPE", columns={"question_id": "index"},
+        hub="lmms-lab/POPE",  # whose question_id counts anew in every category
     ),
 )  # fmt: skip
