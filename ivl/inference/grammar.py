@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from functools import cached_property
@@ -69,7 +70,8 @@ class GrammarCompiler:
         matcher = compile_source(vocabulary, source)
         if not matcher.is_error():
             return matcher
-        message = " ".join(matcher.get_error().split("\n<state>")[0].split())  # one line of several
+        # One line of several, without the listing of the source, which for calls of tools is ours.
+        message = " ".join(re.split(r"\n<state>|\n\s*\d+ \| ", matcher.get_error())[0].split())
         reason = "there is no text that it allows" if message.startswith("NoExtension") else message[:MAX_ERROR_CHARS]
         return f"followed: {reason}"
 

@@ -191,10 +191,20 @@ class ResponseFormat(RequestPart):
         return self
 
 
+SchemaOrText = Annotated[
+    Annotated[dict[str, Any], Tag("<object>")] | AnyText,
+    Discriminator(
+        lambda value: "<object>" if isinstance(value, dict) else _text_or_list(value),
+        custom_error_type="wrong_type",
+        custom_error_message="a JSON schema is an object, or one as text",
+    ),
+]
+
+
 class StructuredOutputs(RequestPart):
     """vLLM's: the form of a reply, one of these."""
 
-    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    json_: SchemaOrText | None = Field(None, alias="json")
     choice: list[str] | None = Field(None, fail_fast=True)
     regex: str | None = None
     grammar: str | None = None
@@ -228,7 +238,7 @@ class SamplingBody(RequestPart):
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
     structured_outputs: StructuredOutputs | None = None
-    guided_json: dict[str, Any] | str | None = None
+    guided_json: SchemaOrText | None = None
     """This and the next: older names of what structured_outputs holds."""
     guided_choice: list[str] | None = Field(None, fail_fast=True)
     guided_regex: str | None = None
@@ -280,8 +290,10 @@ class ChatRequest(SamplingBody):
         if len(set(names)) < len(names):
             raise PydanticCustomError("tools", "two tools have one name", {"param": "tools"})
         wanted = self.tool_choice.function.name if isinstance(self.tool_choice, Tool) else None
-        if (wanted is not None and wanted not in names) or (self.tool_choice == "required" and not names):
+        if wanted is not None and wanted not in names:
             raise PydanticCustomError("tools", "there is no such tool among tools", {"param": "tool_choice"})
+        if self.tool_choice == "required" and not names:
+            raise PydanticCustomError("tools", "a call is required, but tools has none", {"param": "tool_choice"})
         return self
 
     @property
@@ -340,6 +352,6 @@ def validation_error(error: ValidationError) -> APIError:
     if kind == "unknown":
         return APIError(400, f"{place} is {message}", param=place, code="unknown_parameter")
     if kind == "unsupported":
-        return APIError(400, f"{place}: {message} by this server", param=place, code="unsupported_parameter")
+        return APIError(400, f"{place}: {message}", param=place, code="unsupported_parameter")
     code = "missing" if kind == "missing" else "invalid_value"
     return APIError(400, f"{place}: {message}" if place else message, param=place or None, code=code)

@@ -83,7 +83,11 @@ def call_grammar(tools: Sequence[Tool], other: Grammar | None, *, several: bool)
     rules: list[str] = []
     end = f"}}\n{CALL_END}"
     for tool in tools:
-        given = copy.deepcopy(tool.function.parameters or {"properties": {}, "additionalProperties": False})
+        parameters = {key: value for key, value in (tool.function.parameters or {}).items() if value is not None}
+        if parameters.get("type", "object") != "object":
+            reason = f"the parameters of {tool.function.name!r} are not a schema of type object"
+            raise APIError(400, reason, param="tools", code="invalid_value")
+        given = copy.deepcopy(parameters or {"properties": {}, "additionalProperties": False})
         schema = {"type": "object", **given, "x-guidance": _AS_TRAINED}
         close_objects(schema)  # strict or not: a model may write further arguments without end
         start = f'{CALL}\n{{"name": {json.dumps(tool.function.name)}, "arguments": '

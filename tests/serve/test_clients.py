@@ -290,6 +290,8 @@ def test_guides_of_vllm(tiny_engine: Engine, form: dict[str, Any], allowed: tupl
     [
         ({"guided_json": SMALL, "guided_regex": "a"}, "guided_json and guided_regex each say"),
         ({"guided_choice": ["a"], "response_format": {"type": "json_object"}}, "guided_choice and response_format each say"),
+        ({"guided_json": 5}, "guided_json: a JSON schema is an object, or one as text"),
+        ({"structured_outputs": {"json": []}}, "structured_outputs.json: a JSON schema is an object, or one as text"),
         ({"guided_json": "{"}, "guided_json is a JSON schema"), ({"guided_json": "[]"}, "guided_json is a JSON schema"),
         ({"guided_choice": []}, "choices are a JSON list"), ({"guided_regex": "("}, "regex cannot be"),
         ({"guided_grammar": "root ::= ("}, "grammar cannot be read: not GBNF"),
