@@ -138,6 +138,8 @@ def decoder_from(section: Section, family: Family) -> DecoderConfig:
     biased = family == "qwen2"
     constants = reduce(or_, map(_checked, table.FAMILIES))
     section.require(constants | {"attention_bias": biased, "qkv_bias": biased})
+    if others := set(section.items("layer_types", TEXT, [])) - {"full_attention", "sliding_attention"}:
+        raise InputError(f"{section.place}: layer_types has {short(min(others))}; only full attention is supported")
     theta, factor = _rope(section)
     return _read(
         DecoderConfig, section, table.DECODER_KEYS, "internvl_chat",
@@ -188,6 +190,10 @@ def _rope(section: Section) -> tuple[float, float | None]:
     """Rotary base and dynamic factor, from the older keys (rope_theta, rope_scaling) or the newer (rope_parameters)."""
     newer = section.values.get("rope_parameters") is not None
     scaling = section.section("rope_parameters" if newer else "rope_scaling", {})
+    if nested := [key for key, value in scaling.values.items() if isinstance(value, dict)]:
+        raise InputError(f"{scaling.place}: {short(nested[0])} has a rotary base of its own; all layers must share one")
+    for part in (section, scaling):
+        part.require({"partial_rotary_factor": 1.0})
     theta = scaling.read("rope_theta", table.ROTARY_BASE, section.read("rope_theta", table.ROTARY_BASE, 10000.0))
     kind = scaling.read("rope_type", TEXT, scaling.read("type", TEXT, "default"))
     if kind not in ("default", "dynamic"):
@@ -216,7 +222,7 @@ def _system_message(top: Section, family: Family, directory: Path) -> str | None
 
 
 def _tiling(top: Section, directory: Path, size: int) -> TilingConfig:
-    if "max_dynamic_patch" in top.values:
+    if top.values.get("max_dynamic_patch") is not None:
         return _read(TilingConfig, top, table.TILING_KEYS, "internvl_chat", tile_size=size)
     for name in ("preprocessor_config.json", "processor_config.json"):
         values = open_section(directory / name, optional=True)

@@ -207,13 +207,16 @@ def known_name(name: str, modules: Collection[str], *, alone: bool = False) -> s
 
 
 def foreign_names(names: Iterable[str], known: Iterable[str]) -> list[str]:
-    """Return the names that have parts which some dialect uses, but none of the known names."""
+    """Return the names that some dialect uses, by a part or by what leads them, but none of the known names."""
+    known = list(known)
     columns = [names_in(table, dialect).values() for table in (VISION, DECODER) for dialect in _PREFIXES]
     words = {word for column in columns for spelled in column for word in spelled.split()}
     words |= {prefix.split(".")[-2] for prefixes in _PREFIXES.values() for prefix in prefixes[:2]}
     used = "".join(f".{name}." for name in known)
     foreign = [f".{word}." for word in words if f".{word}." not in used]
-    return [name for name in names if any(word in f".{name}." for word in foreign)]
+    leads = {"lm_head.", *(prefix for prefixes in _PREFIXES.values() for prefix in prefixes[:3])}
+    strange = tuple(lead for lead in leads if not any(name.startswith(lead) for name in known))
+    return [name for name in names if name.startswith(strange) or any(word in f".{name}." for word in foreign)]
 
 
 def names_in(table: Table, layout: Dialect | Literal["gguf"]) -> Names:

@@ -322,7 +322,11 @@ def test_a_half_converted_directory_is_named_as_such(dialect: Dialect, size: str
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in (dialect, other))
     vision = {name: tensor for name, tensor in theirs.items() if "vision" in name}
     mixed = vision | {name: tensor for name, tensor in ours.items() if "vision" not in name}
-    for tensors in (theirs, mixed):
+    led = {
+        name.replace("language_model.model.", "model.language_model.").replace("language_model.lm_head", "lm_head"): tensor
+        for name, tensor in ours.items()
+    }  # of a Qwen's names only what leads them differs, and -hf directories from before transformers 4.52 have the others
+    for tensors in (theirs, mixed, *([led] if dialect == "internvl_chat" else [])):
         save_file(tensors, tmp_path / dialect / "model.safetensors")
         with pytest.raises(InputError, match=r"is half converted: \d+ of \d+ tensors have names of another dialect") as caught:
             load_model(tmp_path / dialect)

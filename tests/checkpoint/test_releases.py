@@ -251,3 +251,23 @@ def test_flash_that_is_switched_off_is_no_flash(tmp_path: Path) -> None:
 def test_flags_that_the_decoder_does_not_compute_are_refused(name: str, key: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"{key} is True; only False is supported"):
         load_config(chat_directory(tmp_path, name, llm_config=LANGUAGE[name] | {key: True}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_parameters": {"full_attention": {"rope_theta": 5e6}}}, "'full_attention' has a rotary base of its own"),
+        ({"rope_parameters": {"rope_theta": 5e6, "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5; only 1.0"),
+        ({"partial_rotary_factor": 0.25}, "partial_rotary_factor is 0.25; only 1.0"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types has 'linear_attention'; only full attention"),
+    ],
+)
+def test_what_turns_or_attends_otherwise_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        load_config(chat_directory(tmp_path, "3.5-8B", llm_config=LANGUAGE["3.5-8B"] | changes))
+
+
+def test_keys_that_change_nothing_are_taken(tmp_path: Path) -> None:
+    changes = {"layer_types": ["full_attention"] * 36, "partial_rotary_factor": 1.0, "rope_parameters": {"rope_theta": 5e6}}
+    config = load_config(chat_directory(tmp_path, "3.5-8B", llm_config=LANGUAGE["3.5-8B"] | changes, max_dynamic_patch=None))
+    assert config.decoder.rope_theta == 5e6 and config.tiling == TilingConfig()
