@@ -289,7 +289,12 @@ def medium(source: Medium) -> ImageRef | VideoRef:
     from PIL import Image
 
     if hasattr(source, "read") and not isinstance(source, str | Path | Image.Image):
-        source = cast(Any, source).read()
+        try:
+            source = cast(Any, source).read()
+        except (OSError, ValueError) as error:  # closed, for writing, or of text with other bytes
+            raise InputError(f"cannot read the open file of an image: {str(error)[:100]}; open it with mode 'rb'") from None
+        if not isinstance(source, bytes):
+            raise InputError(f"an open file of an image gives bytes, got {type(source).__name__}; open it with mode 'rb'")
     if isinstance(source, bytes | Image.Image):
         return ImageRef(source)
     if hasattr(source, "shape"):
@@ -328,14 +333,21 @@ def _from_data_url(url: str) -> ImageRef | VideoRef:
 
 
 def _from_path(source: str | Path) -> ImageRef | VideoRef:
+    from ivl.utils.files import is_bare_base64
     from ivl.utils.pictures import open_image, problem_of
 
     path, found, reason = Path(source), False, ""
+    if not str(source):
+        raise InputError("an image or video has an empty path")
     try:
         path = path.expanduser()
         found = path.is_file() or path.is_dir()  # reading a pipe or a device might never end
     except (OSError, ValueError, RuntimeError) as error:  # a name that no file can have
         reason = f" ({str(error)[:60]})"
+    if not found and is_bare_base64(str(source)):
+        raise InputError(
+            f"{short(str(source), 40)}: base64 without a prefix; write data:image/png;base64,..., or pass the bytes"
+        )
     if not found:
         raise InputError(f"{str(source)[:200]}: no such image or video{reason}")
     if path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES:

@@ -129,7 +129,8 @@ def test_what_is_no_text_is_refused_in_one_line(model: ivl.Model, text: Any) -> 
         ("a\0b", "no such image"), ("x" * 5000, "no such image"), ("\ud800", "no such image"), ("~nobody/x", "no such image"),
         ("https://example.org/a.jpg", "nothing is fetched; download it"), ("HTTP://a", "nothing is fetched"),
         ("data:image/png;base64," + "é" * 9000, "is not base64"), ("data:image/png," + "A" * 9000, "must look like data:image"),
-        ("file:///no/such.png", "/no/such.png: no such image"),
+        ("file:///no/such.png", "/no/such.png: no such image"), ("", "has an empty path"),
+        ("/9j/" + "A" * 9000, "base64 without a prefix; write data:image"), (io.StringIO("x"), "gives bytes, got str"),
     ],
 )  # fmt: skip
 def test_media_of_another_kind_are_refused_in_one_line(source: Any, words: str) -> None:
@@ -152,6 +153,14 @@ def test_every_way_to_give_an_image_is_the_same(model: ivl.Model, image: Path, m
     assert model.chat("what?", [image, image], **SHORT) == model.chat("what?", image, image, **SHORT) != expected
     assert isinstance(ivl.ask("?", np.zeros((4, 5), np.uint8))[0].content[0], ivl.ImageRef)
     assert ivl.ask("?", "data:video/mp4;base64,AAAA")[0].content[0] == ivl.VideoRef(b"\0\0\0")
+
+
+def test_an_open_file_that_gives_no_bytes_is_named(image: Path) -> None:
+    with image.open("rb") as closed, image.open(encoding="utf-8") as of_text:
+        closed.close()
+        for stream in (closed, of_text):
+            with pytest.raises(InputError, match=r"cannot read the open file of an image: .*; open it with mode 'rb'"):
+                ivl.ask("what?", stream)  # type: ignore[arg-type]
 
 
 def test_a_pipe_is_no_image(tmp_path: Path) -> None:

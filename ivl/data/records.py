@@ -21,6 +21,7 @@ from ivl.formats.layouts import data_of, find_turns, is_empty, is_list, is_objec
 from ivl.processing.chat import MediumKind, open_lines, pieces
 from ivl.types import Conversation, ImageRef, Message, Part, Record, Role, Text, VideoRef
 from ivl.utils.budgets import MAX_ROW_CHARS
+from ivl.utils.files import is_bare_base64
 
 ROLES: dict[str, Role] = {
     "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
@@ -79,6 +80,8 @@ class _RowReader:
         self.media: list[tuple[MediumKind, list[Any]]] = []
 
     def record(self, dataset: str, layout: RowLayout | None) -> Record:
+        if self.row.get("kto_tag") is False:
+            raise self._bad("`kto_tag` is false: the reply is one not to learn from; drop the row")
         for key, why in REFUSED.items():
             if not is_empty(self.row.get(key)):
                 raise self._bad(f"`{key}`: {why}")
@@ -121,6 +124,7 @@ class _RowReader:
             turns = [self._half(turn, role) for turn in turns for role in ("user", "assistant")]
         roles: list[Role] = [self._role(turn) for turn in turns]
         contents = [self._content(turn) for turn in turns]
+        contents = ["" if said is None and role == "system" else said for role, said in zip(roles, contents, strict=True)]
         if system:
             roles.insert(0, "system")
             contents.insert(0, system)
@@ -226,13 +230,13 @@ class _RowReader:
     def _refs(self, kind: MediumKind) -> list[Any]:
         row = self.row
         keys = [key for key in (kind, f"{kind}s") if not is_empty(row.get(key))]
-        if len(keys) == 2 and row[keys[0]] != row[keys[1]]:
+        given: list[list[Any]] = [row[key] if is_list(row[key]) else [row[key]] for key in keys]
+        if len(given) == 2 and list(given[0]) != list(given[1]):
             raise self._bad(f"both `{kind}` and `{kind}s` are given, and they differ; keep one")
-        value: Any = row[keys[0]] if keys else []
-        refs: list[Any] = value if is_list(value) else [value]
+        refs = given[0] if given else []
         for ref in refs:
             if not isinstance(ref, str | bytes | dict) or not ref:
-                raise self._bad(f"`{keys[0]}` must be a path or a list of paths, got {short(value)}")
+                raise self._bad(f"`{keys[0]}` must be a path or a list of paths, got {short(row[keys[0]])}")
         return refs
 
     def _clip(self, clip: Any) -> tuple[float, float] | None:
@@ -271,6 +275,8 @@ class _RowReader:
             raise self._bad(f"remote media are not fetched: {short(ref)}; download it first", "missing_media")
         if "\0" in ref:
             raise self._bad(f"not a path: {short(ref)}", "missing_media")
+        if is_bare_base64(ref):
+            raise self._bad(f"base64 without a prefix; write data:image/jpeg;base64,... ({short(ref, 30)})", "missing_media")
         if os.name == "posix" and re.match(r"/?[A-Za-z]:[/\\]|\\\\", ref):
             raise self._bad(f"{short(ref)} is on a drive of Windows; write paths below the root", "missing_media")
         if os.name == "posix" and "\\" in ref and not os.path.exists(self.root / ref):  # noqa: PTH110, never raises

@@ -45,9 +45,14 @@ def not_itself(head: bytes) -> str:
     """What a file is instead of itself, by its first bytes, and the remedy; empty unless it is one of these."""
     if head.startswith(_LFS_POINTER):
         return "a git-LFS pointer, not the file itself; run 'git lfs pull' where it was cloned"
-    if re.match(rb"(\xef\xbb\xbf)?\s*(<!doctype html|<html)", head, re.IGNORECASE):
+    if re.match(rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?<(!doctype html|html|error>)", head, re.IGNORECASE):
         return "a web page, not the file itself; download it again"
     return ""
+
+
+def is_bare_base64(text: str) -> bool:
+    """Whether a text is no path but the base64 of a PNG, JPEG, GIF or WebP, which people forget to put into a data: URL."""
+    return re.match(r"\s*(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR)[\w+/=\s]{40}", text) is not None
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -145,6 +145,7 @@ def test_the_clip_of_a_row_is_that_of_its_openai_videos():
         ({"image": "a", "images": ["b"], "messages": turns("q", "a")}, "bad_row", "both `image` and `images`"),
         ({"images": [{"path": None}], "messages": turns("q", "a")}, "bad_row", "an image must be a path"),
         ({"system": ["x"], "messages": turns("q", "a")}, "bad_row", "`system` must be a string"),
+        ({"kto_tag": False, "messages": turns("q", "a")}, "bad_row", "`kto_tag` is false: the reply is one not to learn from"),
         (
             {"system": "x", "messages": [{"role": "system", "content": "y"}, *turns("q", "a")]},
             "bad_roles",
@@ -170,6 +171,11 @@ def test_the_clip_of_a_row_is_that_of_its_openai_videos():
         (b"[" * 100_000, "broken_json", "not valid JSON"),
         ({"conversations": turns("half \ud800", "a")}, "broken_json", "surrogates not allowed"),
         ({"image": "a\0b", "conversations": turns("q", "x")}, "missing_media", "not a path"),
+        (
+            {"image": "iVBORw0KGgo" + "A" * 90, "messages": turns("q", "x")},
+            "missing_media",
+            "base64 without a prefix",
+        ),
         ({"image": "http://x/a.png", "conversations": turns("q", "x")}, "missing_media", "not fetched"),
         ({"image": "data:image/png;base64,###", "conversations": turns("q", "x")}, "undecodable_media", "not base64"),
     ],
@@ -196,6 +202,16 @@ SAID = (Message("user", (Text("what is <image> or <video>?"),)), Message("assist
 def test_marks_without_media_are_letters_and_empty_values_are_none(row):
     record = read({"conversations": turns("what is <image> or <video>?", "x")} | row)
     assert record.conversations == (SAID,) and record.id == "a.jsonl:7"
+
+
+def test_a_system_turn_of_null_is_as_one_of_no_text():
+    rows = [{"messages": [{"role": "system", "content": said}, *turns("q", "a")]} for said in (None, "")]
+    assert read(rows[0]) == read(rows[1])
+
+
+def test_one_medium_under_both_keys_is_one():
+    row = {"image": "a.png", "images": ["a.png"], "kto_tag": True, "conversations": turns("<image>\nq", "x")}
+    assert read(row).conversations[0][0].content == (ImageRef("/media/a.png"), Text("\nq"))
 
 
 def test_marks_count_for_the_kinds_that_a_row_has():

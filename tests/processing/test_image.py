@@ -278,6 +278,8 @@ def test_deep_gray_of_files(tmp_path):
 FOREIGN = {
     b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1\n": "is a git-LFS pointer, .*; run 'git lfs pull'",
     b"<!DOCTYPE html><html><body>404</body></html>": "it is a web page, .*; download it again",
+    b'<?xml version="1.0"?>\n<Error><Code>AccessDenied</Code></Error>': "it is a web page, .*; download it again",
+    b'<?xml version="1.0"?>\n<!DOCTYPE html PUBLIC "">': "it is a web page, .*; download it again",
     b"\0\0\0\x1cftypheic\0\0\0\0mif1heic": "it is AVIF or HEIF; save it as PNG or JPEG",
     b"\0\0\0\x1cftypavif\0\0\0\0mif1avif": "it is AVIF or HEIF; save it as PNG or JPEG",
     b"<svg xmlns='http://www.w3.org/2000/svg'></svg>": "it is SVG; save it as PNG or JPEG",
