@@ -93,10 +93,8 @@ def test_own_rows_and_an_own_task_by_the_command(tmp_path: Path, capsys: pytest.
     ("options", "problem"),
     [
         (["--metric", "exact"], "--metric scores rows of your own: name their file with --data"),
-        (
-            ["--prompt", "cot"],
-            "--prompt, --extraction, --defects, --frames and --data are for benchmarks of files, and task easy-vqa",
-        ),
+        (["--prompt", "cot"], "--prompt is for benchmarks of files, and task easy-vqa is none"),
+        (["--data", "rows.jsonl"], "--data is for benchmarks of files, and task easy-vqa is none; .* by --metric"),
         (["--task", "mmstar", "--frames", "8"], "--frames is for benchmarks of videos, at least 1; got 8 for mmstar"),
         (["--task", "mvbench", "--frames", "0"], "--frames is for benchmarks of videos, at least 1; got 0 for mvbench"),
         (["--url", "http://x/v1"], "give --url-model for every --url"),

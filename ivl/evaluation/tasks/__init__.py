@@ -14,6 +14,7 @@ from ivl.evaluation.tasks.own import OwnData
 from ivl.utils.imports import import_object
 
 _MODULES = [import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+DEFAULT = EvalConfig()
 TASKS: dict[str, Task] = {task.name: task for module in _MODULES for task in getattr(module, "TASKS", ())}
 
 
@@ -47,14 +48,8 @@ def task_of(config: EvalConfig) -> Task:
         return replace(
             task, prompt=config.prompt, profile=config.extraction, defects=config.defects, path=config.data, frames=frames
         )
-    if (config.prompt, config.extraction, config.defects, config.data, config.frames) != (
-        "published",
-        "2024-12",
-        False,
-        None,
-        None,
-    ):
-        raise InputError(
-            f"--prompt, --extraction, --defects, --frames and --data are for benchmarks of files, and task {task.name} is none"
-        )
+    for name in ("prompt", "extraction", "defects", "frames", "data"):
+        if getattr(config, name) != getattr(DEFAULT, name):
+            remedy = "; name a benchmark by --task, or a metric for rows of your own by --metric" if name == "data" else ""
+            raise InputError(f"--{name} is for benchmarks of files, and task {task.name} is none{remedy}")
     return task
