@@ -120,10 +120,10 @@ def show(name: str, config: EvalConfig, load: LoadConfig, source: GeneratorConfi
         return
     print(f"{report['task']} of {name}")
     rows = list(_rows(report, config))
-    width = max((len(group) for group, *_ in rows), default=0)
+    width, wide = (max((len(row[column]) for row in rows), default=0) for column in (0, 1))
     for group, what, row in rows:
         value, interval = shown(row)
-        print(f"  {group:{width}}  {what} {value:>7}  95% interval {interval}  n {row['n']:,}")
+        print(f"  {group:{width}}  {what:{wide}} {value:>7}  95% interval {interval}  n {row['n']:,}")
     if left := report.get("undecided"):
         print("; ".join([f"undecided: {left['replies']:,} replies, counted as {left['count_as']}", *left["notes"]]))
     for kind, file in files:
@@ -131,11 +131,12 @@ def show(name: str, config: EvalConfig, load: LoadConfig, source: GeneratorConfi
 
 
 def _rows(report: dict[str, Any], config: EvalConfig) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Yield the lines of a report: name, metric and figure."""
+    """Yield the lines of a report: name, metric and figure. The names of other figures tell what they are."""
     if report["value"] is None:
         return
-    for group, row in {"all": report, **report["by_type"]}.items():
-        yield group, report["metric"], row
+    yield "all", report["metric"], report
+    for group, row in report["by_type"].items():
+        yield group, "", row
     for point in report.get("samples", {}).get("curve", ()):
         yield f"{point['samples']} replies", str(config.method.select), point
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 from ivl.errors import InputError, short
 from ivl.formats.rows import open_rows
@@ -152,7 +153,7 @@ def _sheet(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         head = [str(name) for name in next(lines)]
         for number, line in enumerate(lines, 2):
             yield f"{path}:{number}", {name: "" if cell is None else str(cell) for name, cell in zip(head, line, strict=False)}
-    except (OSError, ValueError, KeyError, StopIteration) as error:
+    except (OSError, ValueError, KeyError, IndexError, StopIteration, BadZipFile) as error:
         raise InputError(f"{path}: is no xlsx file that can be read ({error})") from None
 
 

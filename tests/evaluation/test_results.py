@@ -112,7 +112,8 @@ def test_predictions_of_vlmevalkit_are_written_and_scored_again(task: Benchmark,
     command(["--score", str(files[0]), "--out", str(tmp_path / "again.json")])
     again = json.loads((tmp_path / "again.json").read_text())
     assert (again["value"], again["range"], again["n"]) == (result.report["value"], result.report["range"], 40)
-    assert "all  accuracy 25.00%" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "all  accuracy 25.00%" in printed and printed.count("accuracy") == 1  # the metric of the headline alone
     assert json.loads((tmp_path / "again.predictions.jsonl").read_text().splitlines()[0])["task"] == "mmstar"
 
 
@@ -153,6 +154,13 @@ def test_the_name_of_a_file_of_predictions_tells_model_and_benchmark(tmp_path: P
         command(["--score", str(file), "--extraction", "2026-08", "--out", str(reports[-1])])
         assert json.loads(reports[-1].read_text())["value"] == 0.25  # one of four answers is B, all are read as B
     assert average(reports)["model"] == "InternVL2_5-8B" and average(reports)["rows"][1]["published"] == 63.2
+
+
+def test_a_broken_sheet_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("openpyxl")
+    (tmp_path / "m_MMStar.xlsx").write_bytes(b"PK\x03\x04 broken")
+    with pytest.raises(InputError, match=r"m_MMStar\.xlsx: is no xlsx file"):
+        command(["--score", str(tmp_path / "m_MMStar.xlsx")])
 
 
 def test_submissions_have_the_form_of_the_server(tmp_path: Path) -> None:
