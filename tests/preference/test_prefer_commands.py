@@ -116,7 +116,7 @@ def test_pairs_that_training_refuses_are_counted_and_not_written(tmp_path: Path)
         row(1, [reply("4"), reply("5", reason="x" * 40_000)], ["4"], image),
         row(2, [reply("4"), reply("5 \ud83d")], ["4"], image),
         row(3, [reply("4"), reply("5")], ["4"], str(tmp_path / "gone.png")),
-        row(4, [reply("4"), reply("5")], ["4"], image) | {"question": "<video> what?"},
+        row(4, [reply("4"), reply("5")], ["4"], image) | {"question": "<image><image> what?"},
         row(5, [reply("4", reason="x\ne\u0301"), reply("4", reason="x\n\u00e9", finish="length")], ["4"], image),
         row(6, [reply("4"), reply("5")], ["4"], image),
     ]  # fmt: skip
@@ -127,7 +127,7 @@ def test_pairs_that_training_refuses_are_counted_and_not_written(tmp_path: Path)
     assert tally.left_out["empty reply"] == 2 and tally.left_out["more than 32,000 characters"] == 1
     assert tally.left_out["image no longer there"] == 1
     assert tally.left_out["replies equal but for how letters are encoded"] == 1
-    assert sum(count for reason, count in tally.left_out.items() if "<video> marks" in reason) == 1
+    assert sum(count for reason, count in tally.left_out.items() if "<image> marks" in reason) == 1
 
 
 def test_a_folder_of_something_else_keeps_its_files(tmp_path: Path) -> None:

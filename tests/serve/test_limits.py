@@ -15,10 +15,11 @@ import httpx
 import pytest
 
 from ivl.inference.engine import Engine
+from ivl.processing.chat import user
 from ivl.serve.service import ReplyStream
 from ivl.types import ImageRef, SamplingParams
 from tests.helpers import servers
-from tests.helpers.engines import ask, assert_idle, picture
+from tests.helpers.engines import assert_idle, picture
 from tests.helpers.servers import CONFIG, KEY, Running, data_url, engine, running, says
 
 CHAT = "/v1/chat/completions"
@@ -145,7 +146,8 @@ def test_answers_are_never_crossed(server: Running, tiny_engine: Engine) -> None
     until(lambda: server.service.num_open == 0 == tiny_engine.stats().running)
     params = SamplingParams(max_new_tokens=12)
     alone = [
-        tiny_engine.generate([ask(text, *[ImageRef(picture(s)) for s in seeds])], params)[0].text for text, seeds in questions
+        tiny_engine.generate([(user(text, *[ImageRef(picture(s)) for s in seeds]),)], params)[0].text
+        for text, seeds in questions
     ]
     for number, text in answers:
         assert text is None or text == alone[number % len(questions)]
