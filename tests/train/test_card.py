@@ -27,7 +27,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config)
     if shutil.which("g++") is None:
         pytest.skip("the pretended card is compiled by g++, which is not here")
     folder = tmp_path_factory.mktemp("card")
-    cache = pytestconfig.cache
+    cache = getattr(pytestconfig, "cache", None)  # none where the plugin is switched off
     library = pretend.build(cache.mkdir("pretend") if cache else folder)
     command = [sys.executable, "-m", "tests.helpers.card_cases", str(library), str(folder / "work")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
