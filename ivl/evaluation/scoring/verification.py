@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -91,7 +92,7 @@ def _verdict(prediction: str, truth: str, choices: Sequence[str], mode: AnswerMo
     if max(len(prediction), len(truth)) > MOST_CHARACTERS:
         return AnswerVerdict(float(normalize(prediction) == normalize(truth)))
     if mode == "anls":
-        return AnswerVerdict(anls(prediction, [truth]))
+        return AnswerVerdict(anls(unicodedata.normalize("NFC", prediction), [unicodedata.normalize("NFC", truth)]))
     try:
         decisions = (rule(prediction, truth, choices) for rule in _RULES[mode])
         return AnswerVerdict(float(next((decision for decision in decisions if decision is not None), False)))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import ivl.errors
 from ivl.errors import InputError
-from ivl.evaluation.scoring import compare, formulas, mode_for
+from ivl.evaluation.scoring import AnswerMode, compare, formulas, mode_for
 from ivl.evaluation.scoring.metrics import edit_distance
 from ivl.utils.killable import CallStopped
 
@@ -180,3 +180,8 @@ def test_without_the_libraries_the_message_says_what_to_install(monkeypatch: pyt
         compare("x", "y", mode="math")
     with pytest.raises(InputError, match=r"rapidfuzz.*ivl\[eval\]"):
         compare("hello", "hallo", mode="anls")
+
+
+@pytest.mark.parametrize("mode", ["exact", "anls", "relaxed", "vqa", "auto"])
+def test_composed_and_decomposed_accents_are_the_same(mode: AnswerMode) -> None:
+    assert compare("cafe\u0301", "caf\u00e9", mode=mode).score == compare("caf\u00e9", "cafe\u0301", mode=mode).score == 1.0
