@@ -83,13 +83,17 @@ def load_mixture(
 def _read_meta(path: Path) -> dict[str, Any] | None:
     """The object in a meta JSON; None if the file holds rows."""
     with path.open("rb") as file:
-        if file.read(4096).lstrip()[:1] == b"[":
-            return None
+        first = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    if first == b"[":
+        return None
     try:
         meta = read_json(path)
     except InputError as error:
         if "Extra data" in str(error) or "bytes of JSON" in str(error):  # jsonl under another name
             return None
+        if "not valid JSON" in str(error) and first != b"{":
+            kinds = "JSON lines, a JSON array, Parquet, Arrow or tar"
+            raise InputError(f"{path}: is neither a meta JSON nor rows, which are {kinds}") from None
         raise
     is_meta = isinstance(meta, dict) and not any(key in meta for key in ROW_KEYS)
     return cast(dict[str, Any], meta) if is_meta else None

@@ -24,6 +24,7 @@ TARGETS: tuple[ConvertTarget, ...] = (*get_args(WrittenLayout), "parquet", "webd
 CARRIED = (
     "id", "conversations", "messages", "texts", "image", "images", "video", "videos", "clip", "system",
     "audio", "audios", "tools", "objects", "instruction", "input", "output", "query", "response", "history",
+    "chosen", "rejected", "rejected_response", "rejected_messages", "question", "prompt",
 )  # fmt: skip
 """Keys that a Record holds, or whose content is refused."""
 

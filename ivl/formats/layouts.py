@@ -47,6 +47,8 @@ def with_turns(row: dict[str, Any], layout: RowLayout | None, source: str) -> tu
             if isinstance(row.get(question), str) and any(row.get(answer) is not None for answer in answers):
                 row, layout = _asked_once(row, source), None
                 break
+    if "messages" in TURN_KEYS[layout]:
+        row = _last_turn_chosen(row)
     if row.get("chosen") is None or row.get("rejected") is None:
         return row, layout, False
     return _pair(row, source), None, True
@@ -95,6 +97,20 @@ def _asked_once(row: dict[str, Any], source: str) -> dict[str, Any]:
     if not is_empty(rejected):
         return rest | {"messages": turns, "chosen": row.get("chosen") or answer, "rejected": rejected}
     return rest | {"conversations": [*turns, {"role": "assistant", "content": answer}]}
+
+
+def _last_turn_chosen(row: dict[str, Any]) -> dict[str, Any]:
+    """A preference pair of newer ms-swift as one with `chosen` and `rejected`; other rows stay.
+
+    `messages` end with the chosen reply; `rejected_response` stands in its place, or `rejected_messages` for all of them.
+    """
+    turns, reply, others = (row.get(key) for key in ("messages", "rejected_response", "rejected_messages"))
+    if not is_list(turns) or is_empty(turns) or (is_empty(reply) and is_empty(others)):
+        return row
+    rest = {key: value for key, value in row.items() if key not in ("messages", "rejected_response", "rejected_messages")}
+    if is_empty(reply):
+        return rest | {"chosen": turns, "rejected": others}
+    return rest | {"messages": turns[:-1], "chosen": [turns[-1]], "rejected": reply}
 
 
 def _pair(row: dict[str, Any], source: str) -> dict[str, Any]:

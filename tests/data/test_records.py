@@ -257,6 +257,12 @@ def test_alpaca_input_follows_the_instruction_and_pairs_are_pairs():
     alpaca = read({"instruction": "q", "input": "", "chosen": "good", "rejected": "bad"})
     assert swift.is_pair and swift.conversations == alpaca.conversations
     assert [talk[-1].text for talk in swift.conversations] == ["good", "bad"]
+    newer = {"messages": turns("q", "good")}
+    assert read(newer | {"rejected_response": "bad"}).conversations == swift.conversations
+    assert read(newer | {"rejected_messages": turns("q", "bad")}).conversations == swift.conversations
+    assert not read(newer | {"rejected_response": None}).is_pair
+    with pytest.raises(DataError, match="chosen and rejected differ before their last turn"):
+        read(newer | {"rejected_messages": turns("another", "bad")})
 
 
 @pytest.mark.parametrize("history", ["q", [["q"]], [{"q": "a"}]])

@@ -192,6 +192,15 @@ def test_bad_rows_stop_or_are_counted(tmp_path):
     assert sorted(each.name for each in tmp_path.iterdir()) == ["a.jsonl", "b.tar"]
 
 
+def test_replies_of_pairs_are_carried_over(tmp_path):
+    rows = [{"query": "q", "response": "a", "rejected_response": "b"}, {"prompt": "q", "chosen": "a", "rejected": "b"}]
+    for number, row in enumerate(rows):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text(json.dumps(row))
+        assert convert(path, tmp_path / f"out{number}.jsonl").dropped == {}
+        assert [talk[-1].text for talk in read(tmp_path / f"out{number}.jsonl")[0].conversations] == ["a", "b"]
+
+
 def test_targets_that_are_refused(rows, tmp_path):
     with pytest.raises(InputError, match=r"rows\.jsonl: exists; choose another name"):
         convert(rows, rows, overwrite=True)

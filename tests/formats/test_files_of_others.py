@@ -67,6 +67,13 @@ def test_an_indented_row_that_is_broken_is_one_problem(tmp_path: Path) -> None:
     assert [problem.partition(": not valid")[0] for problem in problems] == [f"{file}: row 2", f"{file}: row 4"]
 
 
+@pytest.mark.parametrize("content", [b"question,answer\nq,a\n", b"a: 1\n", b"\x89PNG\r\n", b"some words"])
+def test_files_of_another_kind_are_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "rows.csv").write_bytes(content)
+    with pytest.raises(InputError, match=r"rows\.csv: is neither a meta JSON nor rows, which are JSON lines"):
+        load_mixture(tmp_path / "rows.csv")
+
+
 def test_lines_stay_lines(tmp_path: Path) -> None:
     """A damaged first line is one bad row, whatever follows."""
     file = tmp_path / "rows.jsonl"
