@@ -41,6 +41,9 @@ def write(path: Path, *pairs: tuple[str, Any], **more: Any) -> Path:
         ("choice", "q\nA. cat\nB. dog", "B", "It is a dog", 1.0),
         ("choice", "q\n(A) cat\n(B) dog", "B. dog", "A", 0.0),
         ("choice", "q\nA. cat\nB. dog", "B", "", 0.0),
+        ("exact", "q", "三只", "三只。", 1.0),
+        ("choice", "哪个？\nA、猫\nB、狗", "狗", "B", 1.0),
+        ("choice", "哪个？\nA：猫\n（B）狗", "B", "是猫", 0.0),
         ("iou", "q", "<box>[[0, 0, 100, 100]]</box>", "[[0, 0, 100, 50]]", 0.5),
         ("iou", "q", "[0, 0, 100, 100]", "nowhere", 0.0),
         ("math", "q", "\\frac{1}{2}", "0.5", 1.0),
@@ -53,6 +56,12 @@ def test_metrics(metric: Any, question: str, answer: str, reply: str, value: flo
     (example,) = task.examples()
     assert example.answers == (answer,) and example.conversation[0].text.strip() == question
     assert task.score(reply, example).value == pytest.approx(value)
+
+
+def test_fewer_answers_than_ten_people_give_are_alternatives(tmp_path: Path) -> None:
+    for answers, value in ((["1", "one dog"], 1.0), (["1"] * 2 + ["2"] * 8, 0.6)):
+        (example,) = OwnData(write(tmp_path / "rows.jsonl", ("q", "1"), answers=answers), "vqa").examples()
+        assert OwnData(tmp_path / "rows.jsonl", "vqa").score("the 1", example).value == pytest.approx(value)
 
 
 def test_accepted_answers_of_a_row_and_a_judge(tmp_path: Path) -> None:
@@ -98,7 +107,9 @@ def test_own_rows_and_an_own_task_by_the_command(tmp_path: Path, capsys: pytest.
         (["--task", "mmstar", "--frames", "8"], "--frames is for benchmarks of videos, at least 1; got 8 for mmstar"),
         (["--task", "mvbench", "--frames", "0"], "--frames is for benchmarks of videos, at least 1; got 0 for mvbench"),
         (["--url", "http://x/v1"], "give --url-model for every --url"),
+        (["--task", "mvbench", "--frames", "-1"], "--frames is for benchmarks of videos, at least 1; got -1 for mvbench"),
         (["--task", "nowhere.py:Mine"], "nowhere.py: no such task file"),
+        (["--task", f"{__file__}:Path"], "Path must be a class that derives from ivl.evaluation.task.Task"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(options: list[str], problem: str) -> None:

@@ -14,9 +14,9 @@ from ivl.errors import InputError
 
 
 def normalize(text: str) -> str:
-    """Compose letters with their accents, lower the case, join words with single spaces, and drop one trailing period."""
+    """Compose letters with their accents, lower the case, join words with single spaces, and drop a full stop at the end."""
     text = " ".join(unicodedata.normalize("NFC", text).lower().split())
-    return text.removesuffix(".").rstrip()
+    return text.removesuffix(".").removesuffix("。").rstrip()
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:

@@ -6,7 +6,7 @@ import pkgutil
 from dataclasses import replace
 from importlib import import_module
 
-from ivl.errors import InputError, nearest
+from ivl.errors import InputError, nearest, short
 from ivl.evaluation.benchmark import Benchmark
 from ivl.evaluation.config import EvalConfig
 from ivl.evaluation.task import Task
@@ -25,7 +25,10 @@ def find(name: str) -> Task:
         InputError: naming the nearest task.
     """
     if ":" in name:
-        return import_object(name, "task")()
+        found = import_object(name, "task")
+        if not (isinstance(found, type) and issubclass(found, Task)):
+            raise InputError(f"{name} must be a class that derives from ivl.evaluation.task.Task, got {short(found)}")
+        return found()
     if name not in TASKS:
         raise InputError(f"unknown task {name!r}; {nearest(name, TASKS, 'tasks')}")
     return TASKS[name]
@@ -43,7 +46,7 @@ def task_of(config: EvalConfig) -> Task:
     task = find(config.task)
     if isinstance(task, Benchmark):
         frames = task.frames if config.frames is None else config.frames
-        if bool(frames) != bool(task.frames):
+        if frames < 0 or bool(frames) != bool(task.frames):
             raise InputError(f"--frames is for benchmarks of videos, at least 1; got {config.frames} for {task.name}")
         return replace(
             task, prompt=config.prompt, profile=config.extraction, defects=config.defects, path=config.data, frames=frames

@@ -15,11 +15,12 @@ from ivl.evaluation.grading import judge_prompt
 from ivl.evaluation.scoring import anls, compare, exact_match
 from ivl.evaluation.scoring.boxes import Corners, box_in, overlap
 from ivl.evaluation.scoring.options import infer_option
+from ivl.evaluation.scoring.verification import FEWEST_PEOPLE
 from ivl.evaluation.scoring.vqa import relaxed, vqa_accuracy, vqa_form
 from ivl.evaluation.task import Example, JudgeQuestion, Score, Scored, Task
 from ivl.formats.rows import open_rows
 
-_OPTION = re.compile(r"^\(?([A-Z])[.):]\s*(.+?)\s*$", re.MULTILINE)
+_OPTION = re.compile(r"^[(（]?([A-Z])[.):．）：、]\s*(.+?)\s*$", re.MULTILINE)
 
 
 class OwnData(Task):
@@ -74,8 +75,8 @@ class OwnData(Task):
             boxes, said = [box for answer in answers if (box := box_in(answer))], box_in(text)
             value = max((overlap(said, box) for box in boxes), default=0.0) if said else 0.0
             return Score(value=value, answer=str(list(said or ())), numbers={"hit": float(value >= 0.5)})
-        if self.metric == "vqa" and len(answers) == 1:
-            return Score(value=float(vqa_form(text) == vqa_form(answers[0])), answer=text)
+        if self.metric == "vqa" and len(answers) < FEWEST_PEOPLE:
+            return Score(value=float(vqa_form(text) in map(vqa_form, answers)), answer=text)
         score = {
             "exact": lambda: exact_match(text, answers),
             "relaxed": lambda: float(any(relaxed(text, answer) for answer in answers)),
