@@ -136,6 +136,8 @@ class Benchmark(Task):
             except (ValueError, IndexError, TypeError, AttributeError) as error:
                 raise InputError(f"{place}: is no row of {self.file} ({error}); {self.origin}") from None
             replied = replied or "prediction" in row
+            if replied and not self.given and path.suffix in (".tsv", ".xlsx") and not row[data.PICTURES]:
+                raise InputError(f"{place}: holds a reply and no picture; score the replies of this file with --score")
             if example is not None:
                 answered.add(bool(example.answers))
                 if False in answered and (True in answered or not self.submission):

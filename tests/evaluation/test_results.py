@@ -135,6 +135,9 @@ def test_a_file_that_names_no_benchmark_is_told(tmp_path: Path) -> None:
         command(["--score", str(path), "--task", "mmstar"])
     write_tsv(path, [{**row, "prediction": row["answer"]} for row in choice_rows(2)])
     command(["--score", str(path), "--task", "mmstar", "--predictions", str(tmp_path / "p.jsonl")])
+    write_tsv(path, [{**row, "prediction": "A", "image": ""} for row in choice_rows(2)])
+    with pytest.raises(InputError, match=r"mine\.tsv:2: holds a reply and no picture; .* with --score"):
+        list(benchmark("mmstar", path).examples())
     with pytest.raises(InputError, match="leave out --data and --metric"):
         command(["--score", str(path), "--data", str(path), "--metric", "exact"])
 
