@@ -65,6 +65,8 @@ def load_frames(
     """
 
     def choose(starts: Sequence[float], rate: float) -> list[int]:
+        if ref.frames_by == "time" and starts[-1] > starts[0]:  # Matroska's header may give the rate of the densest part
+            rate = (len(starts) - 1) / (starts[-1] - starts[0])
         picked = frame_indices(len(starts), num_frames, mode, rate=rate, fps=fps, generator=generator)
         if mode in ("rand", "middle") and not is_container:
             picked = picked[: len(starts)]

@@ -159,6 +159,8 @@ def problem_of(error: Exception, head: bytes, noun: str = "image", *, quote: boo
         )
     elif noun == "video" and head[4:8] == b"ftyp":
         why = "damaged, or cut short before the index at its end; get the file again"
+    elif noun == "video" and head.startswith((b"\xff\xd8\xff", b"\x89PNG")):
+        why = "it is an image; name it .jpg or .png"
     elif isinstance(error, UnidentifiedImageError):
         why = "unknown format"  # Pillow's own words would print an object with its address
     else:

@@ -187,6 +187,8 @@ def test_frames_of_a_variable_rate_over_time(tmp_path):
     assert sum(starts[n] < 1 for n in by_time) == 1 and by_time == sorted(by_time)
     late = load_frames(VideoRef("a.mkv", clip=(0.5, 5.5), frames_by="time"), 5, mode="middle", root=str(tmp_path))
     assert [0.5 <= starts[n] <= 5.5 for n in seen(late)] == [True] * 5 and seen(late)[1:] == [31, 32, 33, 34]
+    every_second = load_frames(VideoRef("a.mkv", frames_by="time"), 40, mode="fps", fps=1, root=str(tmp_path))
+    assert 10 <= len(every_second) <= 11 and sum(starts[n] < 1 for n in seen(every_second)) == 1
     with pytest.raises(InputError, match="frames_by of a video must be index or time, got 'x'"):
         load_frames(VideoRef("a.mkv", frames_by="x"), 8, root=str(tmp_path))
 
@@ -239,7 +241,12 @@ def test_an_mp4_without_its_index_is_named(videos, tmp_path):
 @pytest.mark.parametrize("name", ["a.mp4", "a.gif"])
 def test_what_is_no_video_is_named(tmp_path, name):
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1\n"
-    for content, words in ((pointer, "git lfs pull"), (b"<html></html>", "a web page"), (b"", "empty")):
+    for content, words in (
+        (pointer, "git lfs pull"),
+        (b"<html></html>", "a web page"),
+        (b"", "empty"),
+        (b"\xff\xd8\xff\xe0", "an image; name"),
+    ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match=words):
             load_frames(VideoRef(name), 4, root=str(tmp_path))
