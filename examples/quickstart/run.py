@@ -62,6 +62,8 @@ def quickstart(out: Path) -> dict[str, Any]:
     predictions.unlink(missing_ok=True)
     began = time.monotonic()
     report = evaluate(find("easy-vqa"), load(out / "model").engine, model=str(out / "model"), predictions=predictions)
+    low, high = report["ci95"]
+    print(f"{report['value']:.2%} of {report['n']:,} questions are right (95% interval {low:.2%} to {high:.2%})", flush=True)
     minutes = sum(stage["seconds"] for stage in stages) / 60
     result = {
         "accuracy": report["value"], "ci95": report["ci95"], "n": report["n"], "by_type": report["by_type"],
@@ -70,7 +72,6 @@ def quickstart(out: Path) -> dict[str, Any]:
     }  # fmt: skip
     write_json(out / "report.json", result)
     page = write_page(out, result)
-    low, high = report["ci95"]
     print(
         f"\n{report['value']:.2%} of {report['n']:,} test questions (95% interval {low:.2%} to {high:.2%}), "
         f"{minutes:.1f} minutes of training\n{summarize(result['preference'])}\nreport: {page}\n\nTalk to it:\n"
