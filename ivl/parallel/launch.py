@@ -9,7 +9,7 @@ import socket
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Self
+from typing import IO, Self
 
 import torch
 import torch.distributed as dist
@@ -90,23 +90,29 @@ class Watchdog:
 
     def __init__(self, world: World, directory: Path) -> None:
         self.world, self.stacks, self.limit = world, directory / f"stacks-rank-{world.rank}.txt", START_TIMEOUT
+        self.file: IO[str] | None = None
+        """Open from the first step to `close`: a step of many ranks must not wait for a shared file system."""
 
     def __enter__(self) -> Self:
         if self.world.owns_group:
+            self.file = self.file or self.stacks.open("w")
             _set_timeout(self.limit)
-            self.file = self.stacks.open("w")
             faulthandler.dump_traceback_later(self.limit.total_seconds(), file=self.file)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.world.owns_group:
             faulthandler.cancel_dump_traceback_later()
+            _set_timeout(START_TIMEOUT)
+            self.limit = STEP_TIMEOUT
+
+    def close(self) -> None:
+        """Remove the file of stacks if there are none in it."""
+        if self.file is not None:
             self.file.close()
             with suppress(OSError):
                 if not self.stacks.stat().st_size:
                     self.stacks.unlink()
-            _set_timeout(START_TIMEOUT)
-            self.limit = STEP_TIMEOUT
 
 
 def _set_timeout(limit: timedelta) -> None:

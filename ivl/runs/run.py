@@ -6,6 +6,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import torch.distributed as dist
@@ -42,7 +43,7 @@ from ivl.train.loop import Evaluator, StoppedError, train
 from ivl.train.objectives import StatefulObjective
 from ivl.train.recorder import Recorder
 from ivl.train.state import CheckpointWriter, SavedTrainer, checkpoints, load_trainer, step_of
-from ivl.train.world import RankLostError, World
+from ivl.train.world import World
 from ivl.utils.signals import Interruption
 
 MakeEvaluators = Callable[[Processor], tuple[Evaluator, ...]]
@@ -81,7 +82,7 @@ def run(
         raise InputError(f"{place}: {getattr(error, 'strerror', None) or error}") from error
     except RuntimeError as error:
         if world.size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):  # a rank did not answer
-            raise RankLostError(f"{world.silent_ranks()} ended, or stopped responding ({error})") from error
+            raise world.lost(error) from error
         raise
     finally:
         stop_world(world)
@@ -120,11 +121,11 @@ def _train_in(
     )  # fmt: skip
     interruption = Interruption("stops after this step; a second signal ends it at once")
     try:
-        with interruption:
+        with interruption, closing(Watchdog(world, run_dir)) as watch:
             history = train(
                 model, loader, config.train, objective=objective, evaluators=(validation, *own) if validation else own,
                 recorder=recorder, resume=saved, num_samples=loader.num_samples, world=world, checkpoints=writer,
-                stop=interruption, watch=Watchdog(world, run_dir),
+                stop=interruption, watch=watch,
             )  # fmt: skip
     except BaseException as error:
         if world.is_main:

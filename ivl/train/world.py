@@ -96,13 +96,13 @@ class World:
         try:
             dist.all_gather_object(gathered, value)
         except RuntimeError as error:  # of the process group, which knows no names
-            raise RankLostError(f"{self.silent_ranks()} ended, or stopped responding ({error})") from None
+            raise self.lost(error) from None
         if reasons := [part for part in gathered if isinstance(part, str)]:
             raise RankFailedError(reasons[0])
         return gathered
 
-    def silent_ranks(self) -> str:
-        """Name the ranks that do not tell within GRACE seconds that they have met an error of the process group, too."""
+    def lost(self, error: Exception) -> RankLostError:
+        """Return an error of the process group with the names of the ranks that do not meet it, too, within GRACE seconds."""
         silent: list[str] = []
         with suppress(RuntimeError):  # the store has ended with the rank that held it
             if self.store is not None:
@@ -111,7 +111,8 @@ class World:
                 time.sleep(GRACE)
                 ranks = [rank for rank in range(self.size) if not self.store.check([f"error of {rank}"])]
                 silent = [f"rank {rank} on {self.store.get(f'host of {rank}').decode()}" for rank in ranks]
-        return ", ".join(silent) or "another rank of the run"
+        names = ", ".join(silent) or "another rank of the run"
+        return RankLostError(f"{names} ended, or stopped responding ({error})")
 
     def all(self, condition: bool) -> bool:
         """Whether the condition holds on every rank."""

@@ -125,5 +125,5 @@ def test_torchrun_starts_the_ranks_again_and_the_run_goes_on_exactly(config, tmp
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     assert "goes on from step 4" in done.stderr
-    assert steps(config) == steps(whole)
+    assert steps(config) == steps(whole) and not list(Path(config.run_dir).glob("stacks-*"))
     assert same_weights(Path(config.run_dir) / "model", Path(whole.run_dir) / "model")
