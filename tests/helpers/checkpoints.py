@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ivl.checkpoint.releases import MODELS
 from ivl.config import ModelConfig
@@ -47,6 +48,12 @@ def same_weights(a: VLM, b: VLM) -> bool:
     """Bit-equal parameters under equal names."""
     ours, theirs = dict(a.named_parameters()), dict(b.named_parameters())
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def remove_head(directory: Path) -> None:
+    """Remove the output head from stored weights, as where it is tied to the embeddings."""
+    file = directory / "model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if "lm_head" not in name}, file)
 
 
 def sentencepiece_model(folder: Path, normalization: str) -> Path:
