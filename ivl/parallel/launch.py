@@ -13,7 +13,7 @@ from typing import IO, Self
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from ivl.errors import InputError
@@ -51,11 +51,16 @@ def start_world(device: str, directory: Path | None = None) -> World:
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
         os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(directory / "nccl-rank-"))
     store, rank, size = next(rendezvous("env://", rank, size, timeout=START_TIMEOUT))
+    return join_world(store, rank, size, where)
+
+
+def join_world(store: Store, rank: int, size: int, where: torch.device) -> World:
+    """Join the ranks that meet at a store."""
     # torchrun keeps its store when it starts the ranks again: the addresses of those that died must not be found there.
     store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(
-        "nccl" if gpu else "gloo", store=store, rank=rank, world_size=size, timeout=START_TIMEOUT,
-        device_id=where if gpu else None,
+        "nccl" if where.type == "cuda" else "gloo", store=store, rank=rank, world_size=size, timeout=START_TIMEOUT,
+        device_id=where if where.type == "cuda" else None,
     )  # fmt: skip
     store.set(f"host of {rank}", socket.gethostname())
     return World(rank, size, where, owns_group=True, store=store)
@@ -96,15 +101,18 @@ class Watchdog:
     def __enter__(self) -> Self:
         if self.world.owns_group:
             self.file = self.file or self.stacks.open("w")
-            _set_timeout(self.limit)
+            self._set_timeout(self.limit)
             faulthandler.dump_traceback_later(self.limit.total_seconds(), file=self.file)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.world.owns_group:
             faulthandler.cancel_dump_traceback_later()
-            _set_timeout(START_TIMEOUT)
+            self._set_timeout(START_TIMEOUT)
             self.limit = STEP_TIMEOUT
+
+    def _set_timeout(self, limit: timedelta) -> None:
+        set_timeout(limit, None, *(self.world.mesh.get_all_groups() if self.world.mesh is not None else ()))
 
     def close(self) -> None:
         """Remove the file of stacks if there are none in it."""
@@ -115,5 +123,7 @@ class Watchdog:
                     self.stacks.unlink()
 
 
-def _set_timeout(limit: timedelta) -> None:
-    dist.distributed_c10d._set_pg_timeout(limit)
+def set_timeout(limit: timedelta, *groups: dist.ProcessGroup | None) -> None:
+    """Set how long ranks wait for one another in the groups; None is the group of all."""
+    for group in groups:
+        dist.distributed_c10d._set_pg_timeout(limit, group)

@@ -20,10 +20,9 @@ def shard(model: VLM, world: World, dtype: torch.dtype | None = None) -> None:
         dtype: what parameters are gathered in, and the model computes in, where it is not their own type; gradients are
             summed in float32 then.
     """
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    mesh, decoder = init_device_mesh(world.device.type, (world.size,)), model.decoder
+    mesh, decoder = world.shard_mesh(), model.decoder
     policy = MixedPrecisionPolicy(dtype, reduce_dtype=dtype and torch.float32)
     for module in (*model.vision.layers, *decoder.layers, decoder.embeddings):
         fully_shard(module, mesh=mesh, mp_policy=policy)

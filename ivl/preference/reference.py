@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from ivl.train.config import Precision
 from ivl.train.objectives import ObjectiveContext
 from ivl.train.precision import computing
 from ivl.train.stage import set_modes
-from ivl.train.world import World, full_tensor, is_sharded, reshard
+from ivl.train.world import World, cuts_of, is_sharded, reshard
 from ivl.types import IGNORE, Batch, Layout, VideoRef
 from ivl.utils.jsonl import Journal, read_journal, reading_line
 from ivl.utils.progress import counting
@@ -55,7 +56,7 @@ def find_reference(config: PreferenceConfig, model: VLM, context: ObjectiveConte
     folder = Path(config.reference_dir) if config.reference_dir else context.directory / "reference"
     folders = {name: folder if name == "train" else folder / name for name in context.loaders}
     if not context.resumed:
-        weights = weights_hash(model)
+        weights = weights_hash(model, context.world)
         for name, make_loader in context.loaders.items():
             precompute(model, make_loader(), folders[name], precision=context.precision, weights=weights, world=context.world)
     return FileReference.read(*folders.values())
@@ -117,7 +118,7 @@ def precompute(model: VLM, data: Loader, directory: Path, *, precision: Precisio
     """Go through an epoch of the data and write directory/rank-R.jsonl; go on where an interrupted pass ended.
 
     The file belongs to these weights, data and precision; others are refused. A finished file is kept, whatever the number of
-    ranks. A kill costs at most PAIRS_A_CHUNK pairs.
+    ranks. A kill costs at most PAIRS_A_CHUNK pairs; of tensor ranks, which must ask together, the whole pass.
 
     Args:
         model: the reference model.
@@ -138,11 +139,16 @@ def precompute(model: VLM, data: Loader, directory: Path, *, precision: Precisio
     }  # fmt: skip
     if _is_finished(directory, about):
         return
-    path = directory / f"rank-{world.rank}.jsonl"
+    path, together = directory / f"rank-{world.data_rank}.jsonl", world.tensor > 1
     model.eval()
-    with Journal(path, about | {"ranks": world.size}) as journal, torch.no_grad(), computing(model, precision):
+    with ExitStack() as stack:
+        journal = None
+        if not world.tensor_rank:
+            journal = stack.enter_context(Journal(path, about | {"ranks": world.data_size}, fresh=together))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(computing(model, precision))
         done, last = 0, {}
-        for _, last in read_journal(path)[1]:
+        for _, last in () if together else read_journal(path)[1]:
             done += "source" in last
         if not last.get("done"):
             if last:
@@ -153,11 +159,11 @@ def precompute(model: VLM, data: Loader, directory: Path, *, precision: Precisio
     world.barrier()
 
 
-def _ask(model: VLM, data: Loader, journal: Journal, done: int, world: World) -> None:
-    """Write the log-probabilities of the pairs that are left; `done` of them are written."""
+def _ask(model: VLM, data: Loader, journal: Journal | None, done: int, world: World) -> None:
+    """Write the log-probabilities of the pairs that are left; `done` of them are written. A tensor rank has no journal."""
     rows: list[dict[str, Any]] = []
     with counting(on=world.is_main, lasting=True) as bar:
-        task = bar.add_task("reference log-probabilities", total=len(data.mixture) // world.size, completed=done, note="")
+        task = bar.add_task("reference log-probabilities", total=len(data.mixture) // world.data_size, completed=done, note="")
         for batch in _until_all_end(model, iter(data), world):
             if batch is not None:
                 check_pairs(batch)
@@ -166,11 +172,12 @@ def _ask(model: VLM, data: Loader, journal: Journal, done: int, world: World) ->
                 continue
             names = zip(batch.datasets, batch.sources, batch.ids, sums_S.view(-1, 2).tolist(), strict=True)
             rows += [{"dataset": d, "source": s, "id": i, "chosen": c, "rejected": r} for d, s, i, (c, r) in names]
-            if len(rows) >= PAIRS_A_CHUNK:
+            if journal is not None and len(rows) >= PAIRS_A_CHUNK:
                 journal.add([*rows, {"position": data.state()}])
                 done, rows = done + len(rows), []
             bar.update(task, completed=done + len(rows))
-    journal.add([*rows, {"done": True, "pairs": done + len(rows)}])
+    if journal is not None:
+        journal.add([*rows, {"done": True, "pairs": done + len(rows)}])
 
 
 def _is_finished(directory: Path, about: dict[str, Any]) -> bool:
@@ -204,13 +211,13 @@ def _empty_batch(model: VLM) -> Batch:
     return Batch(token, torch.tensor([IGNORE]), torch.zeros(1), tiles, no_tiles, Layout.packed((1,)))
 
 
-def weights_hash(model: VLM) -> str:
-    """Hash every parameter but LoRA adapters, by name and content. All ranks of a sharded model call this together."""
-    digest, adapters = hashlib.blake2b(digest_size=16), lora_parameters(model)
+def weights_hash(model: VLM, world: World) -> str:
+    """Hash every parameter but LoRA adapters, by name and content. All ranks that share a model call this together."""
+    digest, adapters, cuts = hashlib.blake2b(digest_size=16), lora_parameters(model), cuts_of(model).cuts
     for name, parameter in model.named_parameters():
         if name in adapters:
             continue
-        value = full_tensor(parameter.detach()).cpu().contiguous()
+        value = world.whole(parameter.detach(), cuts.get(name)).cpu().contiguous()
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(value.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

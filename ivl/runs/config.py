@@ -53,6 +53,9 @@ class RunConfig:
     """Questions of each task, the first ones."""
     shard: bool = False
     """Shard parameters, gradients and optimizer state over ranks (FSDP2) instead of keeping a copy on each."""
+    replicate: int = 1
+    """Copies of a sharded model, each over ranks of its own (HSDP): shards are gathered within a copy, gradients summed over
+    all. One node may hold a copy."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the run computes; auto takes a GPU when there is one."""
     save_dtype: Literal["float32", "bfloat16"] | None = None
@@ -72,7 +75,12 @@ class RunConfig:
             raise InputError("muon needs whole matrices: use adamw, or shard = False")
         if self.train.num_steps is None and self.data.epochs is None:
             raise InputError("the run has no end: give num_steps or data.epochs")
-        check_ranges(self, val_every="[0, inf)", val_packs="[0, inf)", eval_every="[0, inf)", eval_limit="[1, inf)")
+        check_ranges(
+            self, val_every="[0, inf)", val_packs="[0, inf)", eval_every="[0, inf)", eval_limit="[1, inf)",
+            replicate="[1, inf)",
+        )  # fmt: skip
+        if self.replicate > 1 and not self.shard:
+            raise InputError(f"replicate {self.replicate} makes copies of a sharded model: give shard = True, too")
         if self.shard and self.eval_tasks:
             raise InputError("eval_tasks need whole parameters on each rank: shard = False, or evaluate the checkpoints")
         self.objective.check(self.data, self.stage, self.lora)

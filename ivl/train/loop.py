@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from ivl.errors import InputError
 from ivl.model.devices import send
@@ -23,7 +22,7 @@ from ivl.train.precision import computing
 from ivl.train.recorder import Recorder, StepResult
 from ivl.train.stage import set_modes, trainable
 from ivl.train.state import CheckpointWriter, Counters, SavedTrainer
-from ivl.train.world import RankFailedError, RankLostError, World, full_tensor, is_sharded, reshard, synchronized
+from ivl.train.world import RankFailedError, RankLostError, World, cuts_of, is_sharded, reshard, synchronized
 from ivl.types import Batch, Loss
 from ivl.utils.metrics import peak_memory_gb
 
@@ -155,8 +154,8 @@ class Trainer:
         self, model: VLM, objective: Objective, config: TrainConfig, world: World, num_samples: int | None,
         data: BatchSource, checkpoints: CheckpointWriter | None, recorder: Recorder,
     ) -> None:  # fmt: skip
-        if config.packs_per_step % world.size:
-            raise InputError(f"packs_per_step {config.packs_per_step} is not a multiple of the {world.size} ranks")
+        if config.packs_per_step % world.data_size:
+            raise InputError(f"packs_per_step {config.packs_per_step} is not a multiple of the {world.data_size} data ranks")
         if config.num_steps is None and num_samples is None:
             raise ValueError("without config.num_steps, num_samples must say how long the data are")
         self.model, self.objective, self.config, self.world, self.num_samples = model, objective, config, world, num_samples
@@ -212,8 +211,9 @@ class Trainer:
             raise
         except Exception as error:
             told = isinstance(error, RankFailedError)
-            if self.is_between_steps and (told or self.world.size == 1 or not is_sharded(self.model)):
-                # Ranks that share shards save only if told: others may wait inside the model, where nobody can tell them.
+            alone = self.world.size == 1 or not (is_sharded(self.model) or self.world.tensor > 1)
+            if self.is_between_steps and (told or alone):
+                # Ranks that share a model save only if told: others may wait inside it, where nobody can tell them.
                 try:
                     if not told:
                         self.world.fail(str(error))
@@ -259,12 +259,12 @@ class Trainer:
 
     def _forward_backward(self, batches: Iterator[Batch]) -> StepSums:
         sums, world = StepSums(), self.world
-        for micro in range(self.config.packs_per_step // world.size):
+        for micro in range(self.config.packs_per_step // world.data_size):
             batch = next(batches, None)
             if batch is None:
                 self.stateful.idle()
                 continue
-            torch.manual_seed(_seed_of_pack(self.config.seed, self.counters.step, micro * world.size + world.rank))
+            torch.manual_seed(_seed_of_pack(self.config.seed, self.counters.step, micro * world.data_size + world.data_rank))
             place = f"step {self.counters.step + 1}, {name_samples(batch)}"
             loss, weight = self._loss(batch, place)
             loss.total.backward()
@@ -326,9 +326,9 @@ class Trainer:
         """
         parameters = self.optimizer.parameters
         self.is_between_steps = False  # a rank that fails while gradients are exchanged cannot tell the others
-        self.world.all_reduce_gradients(parameters.values())
-        gradients = [p.grad for p in parameters.values() if p.grad is not None]
-        norm, losses, figures = sums.read(full_tensor(nn.utils.get_total_norm(gradients)))
+        cuts = cuts_of(self.model)
+        self.world.all_reduce_gradients(parameters, cuts)
+        norm, losses, figures = sums.read(self.world.gradient_norm(parameters, cuts))
         self.is_between_steps = True
         for (place, own, _), loss in zip(sums.packs, losses, strict=True):
             if not math.isfinite(loss / own):
