@@ -10,7 +10,7 @@ import torch
 
 from ivl.model.devices import send
 from ivl.model.vlm import VLM
-from ivl.train.losses import add_gradients, chunk_rows
+from ivl.train.losses import WHOLE_HEAD, HeadShare, add_gradients, chunk_rows, share_of
 from ivl.train.objectives import forward_batch
 from ivl.types import Batch
 
@@ -34,7 +34,8 @@ def reply_log_probs(model: VLM, batch: Batch) -> Replies:
     device, num_sequences = hidden_TD.device, len(batch.layout.new_lens)
     at_M, seq_M = last_replies(batch)
     labels_M = send(batch.labels_T[at_M], device)
-    log_probs_M = linear_log_probs(hidden_TD[send(at_M, device)], model.decoder.head.matrix(), labels_M)
+    head = model.decoder.head
+    log_probs_M = linear_log_probs(hidden_TD[send(at_M, device)], head.matrix(), labels_M, share=share_of(head))
     # index_add in float32 over a few thousand terms of one sign: no worse than the terms themselves.
     sums_S = log_probs_M.new_zeros(num_sequences).index_add(0, send(seq_M, device), log_probs_M)
     return Replies(sums_S, send(torch.bincount(seq_M, minlength=num_sequences), device))
@@ -75,38 +76,49 @@ def check_pairs(batch: Batch) -> None:
 
 
 def linear_log_probs(
-    hidden_MD: torch.Tensor, head_VD: torch.Tensor, labels_M: torch.Tensor, *, chunk: int | None = None
-) -> torch.Tensor:
+    hidden_MD: torch.Tensor, head_VD: torch.Tensor, labels_M: torch.Tensor, *,
+    chunk: int | None = None, share: HeadShare = WHOLE_HEAD,
+) -> torch.Tensor:  # fmt: skip
     """Compute the log-probability of each label under softmax(hidden @ head^T), float32 [M], differentiable.
 
     Logits are computed in chunks, as by linear_cross_entropy, and again in the backward pass, for the loss is not known yet.
     """
-    return _LinearLogProbs.apply(hidden_MD, head_VD, labels_M, chunk or chunk_rows(head_VD))
+    return _LinearLogProbs.apply(hidden_MD, head_VD, labels_M, chunk or chunk_rows(head_VD), share)
 
 
 class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_MD: torch.Tensor, head_VD: torch.Tensor, labels_M: torch.Tensor, rows: int) -> torch.Tensor:
-        log_probs_M, head = hidden_MD.new_empty(len(hidden_MD), dtype=torch.float32), head_VD.to(hidden_MD.dtype)
+    def forward(
+        ctx: Any, hidden_MD: torch.Tensor, head_VD: torch.Tensor, labels_M: torch.Tensor, rows: int, share: HeadShare
+    ) -> torch.Tensor:
+        label_M, total_M = (hidden_MD.new_empty(len(hidden_MD), dtype=torch.float32) for _ in range(2))
+        head = head_VD.to(hidden_MD.dtype)
         for at in range(0, len(hidden_MD), rows):
             span = slice(at, at + rows)
-            logits = (hidden_MD[span] @ head.T).float()
-            log_probs_M[span] = logits.gather(1, labels_M[span, None]).squeeze(1) - logits.logsumexp(1)
-        ctx.save_for_backward(hidden_MD, head_VD, labels_M)
-        ctx.rows = rows
-        return log_probs_M
+            logits = share.mask((hidden_MD[span] @ head.T).float())
+            at_R1, here_R = share.places(labels_M[span], len(head))
+            label_M[span] = share.sum(logits.gather(1, at_R1).squeeze(1).masked_fill(~here_R, 0.0))
+            peak = share.maximum(logits.amax(1))
+            total_M[span] = peak + share.sum(logits.sub_(peak[:, None]).exp_().sum(1)).log()
+        ctx.save_for_backward(hidden_MD, head_VD, labels_M, total_M)
+        ctx.rows, ctx.share = rows, share
+        return label_M - total_M
 
     @staticmethod
     def backward(ctx: Any, grad_M: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden_MD, head_VD, labels_M = ctx.saved_tensors
+        hidden_MD, head_VD, labels_M, total_M = ctx.saved_tensors
         need_hidden, need_head = ctx.needs_input_grad[:2]
         hidden_grad_MD = torch.empty_like(hidden_MD) if need_hidden else None
         head_grad_VD = torch.zeros_like(head_VD, dtype=torch.float32) if need_head else None
         head = head_VD.to(hidden_MD.dtype)
         for at in range(0, len(hidden_MD), ctx.rows):
             span = slice(at, at + ctx.rows)
-            hidden = hidden_MD[span]
-            grad = (hidden @ head.T).float().softmax(1).mul_(-grad_M[span, None])
-            grad.scatter_add_(1, labels_M[span, None], grad_M[span, None])
+            hidden, share = hidden_MD[span], ctx.share
+            logits = share.mask((hidden @ head.T).float())
+            at_R1, here_R = share.places(labels_M[span], len(head))
+            grad = logits.sub_(total_M[span, None]).exp_().mul_(-grad_M[span, None])
+            grad.scatter_add_(1, at_R1, (grad_M[span] * here_R)[:, None])
             add_gradients(grad.to(hidden.dtype), hidden, head, hidden_grad_MD, head_grad_VD, span)
-        return hidden_grad_MD, None if head_grad_VD is None else head_grad_VD.to(head_VD.dtype), None, None
+        if hidden_grad_MD is not None:
+            hidden_grad_MD = ctx.share.sum(hidden_grad_MD)
+        return hidden_grad_MD, None if head_grad_VD is None else head_grad_VD.to(head_VD.dtype), None, None, None

@@ -5,10 +5,12 @@ M trained tokens, M <= T; R of them in a chunk.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 MAX_LOGITS = 2**26
 """Elements of one chunk of float32 logits (256 MB)."""
@@ -25,9 +27,47 @@ class TokenLoss:
     correct_M: torch.Tensor
 
 
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+@dataclass(frozen=True)
+class HeadShare:
+    """Which rows of the output matrix are here. By default all are; else ranks share them, and the losses take the sum and the
+    maximum over ranks where they go over the vocabulary."""
+
+    first: int = 0
+    """The token of the first row."""
+    rows: int | None = None
+    """Rows that stand for a token; those behind them fill up a share."""
+    sum: Callable[[torch.Tensor], torch.Tensor] = _same
+    maximum: Callable[[torch.Tensor], torch.Tensor] = _same
+
+    def mask(self, logits_RV: torch.Tensor) -> torch.Tensor:
+        """Take out the rows without a token, in place."""
+        if self.rows is not None:
+            logits_RV[:, self.rows :] = -torch.inf
+        return logits_RV
+
+    def places(self, labels_R: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return each label's row here, [R, 1], and whether it is here, [R]."""
+        at_R = labels_R - self.first
+        here_R = (at_R >= 0) & (at_R < rows)
+        return at_R.clamp(0, rows - 1).unsqueeze(1), here_R
+
+
+WHOLE_HEAD = HeadShare()
+
+
+def share_of(head: nn.Module) -> HeadShare:
+    """Return which rows of the output matrix a head has, as `ivl.parallel.tensor` has noted it there."""
+    return getattr(head, "share", WHOLE_HEAD)
+
+
 def linear_cross_entropy(
-    hidden_MD: torch.Tensor, head_VD: torch.Tensor, labels_M: torch.Tensor, weights_M: torch.Tensor, *, chunk: int | None = None
-) -> TokenLoss:
+    hidden_MD: torch.Tensor, head_VD: torch.Tensor, labels_M: torch.Tensor, weights_M: torch.Tensor, *,
+    chunk: int | None = None, share: HeadShare = WHOLE_HEAD,
+) -> TokenLoss:  # fmt: skip
     """Sum the weighted cross-entropy of softmax(hidden @ head^T), gradients included, `chunk` rows at a time.
 
     Logits are products in the type of hidden; the softmax is float32.
@@ -40,11 +80,12 @@ def linear_cross_entropy(
         labels_M: the next tokens.
         weights_M: loss weights.
         chunk: rows per chunk; None takes as many as keep the logits within MAX_LOGITS.
+        share: which rows of the output matrix head_VD is.
     """
     need = torch.is_grad_enabled()
     needed = need and hidden_MD.requires_grad, need and head_VD.requires_grad
     rows = chunk or chunk_rows(head_VD)
-    total, ce_M, correct_M = _LinearCrossEntropy.apply(hidden_MD, head_VD, labels_M, weights_M.float(), rows, needed)
+    total, ce_M, correct_M = _LinearCrossEntropy.apply(hidden_MD, head_VD, labels_M, weights_M.float(), rows, share, needed)
     return TokenLoss(total, ce_M, correct_M)
 
 
@@ -78,6 +119,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels_M: torch.Tensor,
         weights_M: torch.Tensor,
         rows: int,
+        share: HeadShare,
         need: tuple[bool, bool],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         need_hidden, need_head = need
@@ -90,18 +132,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for at in range(0, len(hidden_MD), rows):
             span = slice(at, at + rows)
             hidden = hidden_MD[span]
-            logits = (hidden @ head.T).float()
-            label = logits.gather(1, labels_M[span, None]).squeeze(1)
-            peak = logits.amax(1)
+            logits = share.mask((hidden @ head.T).float())
+            at_R1, here_R = share.places(labels_M[span], len(head))
+            label = share.sum(logits.gather(1, at_R1).squeeze(1).masked_fill(~here_R, 0.0))
+            peak = share.maximum(logits.amax(1))
             correct_M[span] = label >= peak
-            norm = logits.sub_(peak[:, None]).exp_().sum(1)
+            norm = share.sum(logits.sub_(peak[:, None]).exp_().sum(1))
             ce_M[span] = peak + norm.log() - label
             if not (need_hidden or need_head):
                 continue
             weight = weights_M[span]
             grad = logits.mul_((weight / norm)[:, None])
-            grad.scatter_add_(1, labels_M[span, None], -weight[:, None])
+            grad.scatter_add_(1, at_R1, -(weight * here_R)[:, None])
             add_gradients(grad.to(hidden.dtype), hidden, head, hidden_grad_MD, head_grad_VD, span)
+        if hidden_grad_MD is not None:
+            hidden_grad_MD = share.sum(hidden_grad_MD)
         ctx.save_for_backward(hidden_grad_MD, head_grad_VD)
         ctx.head_dtype = head_VD.dtype
         ctx.mark_non_differentiable(ce_M, correct_M)
@@ -114,4 +159,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden_grad_MD = hidden_grad_MD * grad_total.to(hidden_grad_MD.dtype)
         if head_grad_VD is not None:
             head_grad_VD = (head_grad_VD * grad_total).to(ctx.head_dtype)
-        return hidden_grad_MD, head_grad_VD, None, None, None, None
+        return hidden_grad_MD, head_grad_VD, None, None, None, None, None

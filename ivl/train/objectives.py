@@ -13,7 +13,7 @@ from ivl.data.loader import Loader
 from ivl.model.devices import send
 from ivl.model.vlm import VLM
 from ivl.train.config import ObjectiveConfig, Precision
-from ivl.train.losses import linear_cross_entropy
+from ivl.train.losses import linear_cross_entropy, share_of
 from ivl.train.world import World, is_sharded
 from ivl.types import Batch, Loss
 
@@ -86,7 +86,10 @@ def next_token(model: VLM, batch: Batch) -> Loss:
     at_M = batch.weights_T.nonzero().squeeze(1)
     weights_M, device = batch.weights_T[at_M], hidden_TD.device
     labels_M = send(batch.labels_T[at_M], device)
-    loss = linear_cross_entropy(hidden_TD[send(at_M, device)], model.decoder.head.matrix(), labels_M, send(weights_M, device))
+    head = model.decoder.head
+    loss = linear_cross_entropy(
+        hidden_TD[send(at_M, device)], head.matrix(), labels_M, send(weights_M, device), share=share_of(head)
+    )
     metrics = {"accuracy": _sum_and_count(loss.correct_M), **_by_dataset(batch, at_M, loss.ce_M)}
     return Loss(loss.total, weights_M.sum(), metrics)
 
