@@ -81,9 +81,32 @@ class Sdpa:
         q, k, v = (x.transpose(1, 2) for x in (q_GPNH, k_GPNH, v_GPNH))
         return self.rectangle(q, k, v).transpose(1, 2)
 
+    def cached(
+        self, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor, cache: CacheStep, layer: int
+    ) -> torch.Tensor:
+        """Attend as `attend` where a cache holds the keys and values, each kind of sequence in its own way."""
+        layout, spans = cache.layout, _spans(cache.layout)
+        if len(spans) == 1 and spans[0][0] == "fresh":
+            return self.packed(q_TNH, k_TKH, v_TKH, layout)
+        out_TNH = torch.empty_like(q_TNH)
+        for kind, first, stop in spans:
+            part, start = cache.part(first, stop), layout.starts[first]
+            tokens = slice(start, start + part.layout.num_tokens)
+            lens = part.layout.total_lens
+            if kind == "fresh":
+                out_TNH[tokens] = self.packed(q_TNH[tokens], k_TKH[tokens], v_TKH[tokens], part.layout)
+            elif kind == "decoding" and len(lens) > 1 and max(lens) * len(lens) <= MAX_GATHER * sum(lens):
+                out_TNH[tokens] = self.decoding(q_TNH[tokens], *part.read_all(layer), part.mask_SL)
+            else:
+                for seq, (at, new) in enumerate(zip(part.layout.starts, part.layout.new_lens, strict=True), first):
+                    own = slice(start + at, start + at + new)
+                    out_TNH[own] = self.continued(q_TNH[own], *cache.read(layer, seq))
+        return out_TNH
+
 
 class Varlen(Sdpa):
-    """The attention backend for half precision on CUDA: one kernel over packed sequences, without grouping or padding."""
+    """The attention backend for half precision on CUDA: one kernel over packed sequences, and over pages of the cache for
+    fresh, continued and decoding sequences alike."""
 
     def packed(self, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor, layout: Layout) -> torch.Tensor:
         """See `Sdpa.packed`."""
@@ -91,6 +114,22 @@ class Varlen(Sdpa):
 
         bounds, longest = _bounds(layout, q_TNH.device), max(layout.new_lens)
         out = varlen_attn(q_TNH, k_TKH, v_TKH, bounds, bounds, longest, longest, window_size=(-1, 0), enable_gqa=True)
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    def cached(
+        self, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor, cache: CacheStep, layer: int,  # noqa: ARG002
+    ) -> torch.Tensor:  # fmt: skip
+        """See `Sdpa.cached`; the new keys and values are read from the cache, too."""
+        from torch.nn.attention.varlen import varlen_attn
+
+        (bounds, lens_S, table_SB), (keys, values) = cache.addresses, cache.pages(layer)
+        longest, longest_total = max(cache.layout.new_lens), max(cache.layout.total_lens)
+        out = varlen_attn(
+            q_TNH, keys, values, bounds, None, longest, longest_total, window_size=(-1, 0), enable_gqa=True,
+            seqused_k=lens_S, block_table=table_SB,
+            num_splits=1,  # the kernel's own choice depends on the batch, and so would the last bits of a reply
+        )  # fmt: skip
         assert isinstance(out, torch.Tensor)
         return out
 
@@ -122,25 +161,10 @@ def attend(
     backend = backend or backend_for(q_TNH)
     if cache is not None:
         cache.write(layer, k_TKH, v_TKH)
-    elif any(layout.past_lens):
+        return backend.cached(q_TNH, k_TKH, v_TKH, cache, layer)
+    if any(layout.past_lens):
         raise ValueError(f"layout has past lengths {layout.past_lens} but no cache was given")
-    spans = _spans(layout)
-    if cache is None or (len(spans) == 1 and spans[0][0] == "fresh"):
-        return backend.packed(q_TNH, k_TKH, v_TKH, layout)
-    out_TNH = torch.empty_like(q_TNH)
-    for kind, first, stop in spans:
-        part, start = cache.part(first, stop), layout.starts[first]
-        tokens = slice(start, start + part.layout.num_tokens)
-        lens = part.layout.total_lens
-        if kind == "fresh":
-            out_TNH[tokens] = backend.packed(q_TNH[tokens], k_TKH[tokens], v_TKH[tokens], part.layout)
-        elif kind == "decoding" and len(lens) > 1 and max(lens) * len(lens) <= MAX_GATHER * sum(lens):
-            out_TNH[tokens] = backend.decoding(q_TNH[tokens], *part.read_all(layer), part.mask_SL)
-        else:
-            for seq, (at, new) in enumerate(zip(part.layout.starts, part.layout.new_lens, strict=True), first):
-                own = slice(start + at, start + at + new)
-                out_TNH[own] = backend.continued(q_TNH[own], *cache.read(layer, seq))
-    return out_TNH
+    return backend.packed(q_TNH, k_TKH, v_TKH, layout)
 
 
 @lru_cache(maxsize=64)

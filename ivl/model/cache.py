@@ -11,7 +11,11 @@ from itertools import takewhile
 import torch
 
 from ivl.config import DecoderConfig
+from ivl.model.devices import send
 from ivl.types import Layout
+
+PAGE_ON_CARDS = 256
+"""Flash attention reads pages of a whole multiple of this many tokens."""
 
 
 class CacheFull(RuntimeError):
@@ -198,7 +202,7 @@ class CacheStep:
         if blocks == tuple(range(blocks[0], blocks[0] + len(blocks))):
             start = blocks[0] * self.store.block_size
             return keys[start : start + length], values[start : start + length]
-        table = torch.tensor(blocks, device=keys.device)
+        table = send(torch.tensor(blocks), keys.device)
         return self._gather(keys, table)[:length], self._gather(values, table)[:length]
 
     def read_all(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -211,20 +215,38 @@ class CacheStep:
         spans = zip(self.blocks, self.layout.past_lens, self.layout.total_lens, strict=True)
         size = self.store.block_size
         slots = [b[at // size] * size + at % size for b, past, total in spans for at in range(past, total)]
-        return torch.tensor(slots, device=self.store.keys.device)
+        return send(torch.tensor(slots), self.store.keys.device)
 
     @cached_property
     def mask_SL(self) -> torch.Tensor:
         """True where a position of read_all holds a token."""
-        lens_S1 = torch.tensor(self.layout.total_lens, device=self.store.keys.device).unsqueeze(1)
+        lens_S1 = send(torch.tensor(self.layout.total_lens), self.store.keys.device).unsqueeze(1)
         return torch.arange(self.table_SB.shape[1] * self.store.block_size, device=lens_S1.device) < lens_S1
 
     @cached_property
     def table_SB(self) -> torch.Tensor:
         """The blocks of every sequence, padded to the longest with the sequence's own last block."""
+        return send(torch.tensor(self._padded_blocks()), self.store.keys.device).view(len(self.blocks), -1)
+
+    @cached_property
+    def addresses(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What flash attention asks, int32, in one copy: where sequences begin on the token axis and the last one ends,
+        [S + 1]; their total lengths, [S]; and table_SB."""
+        starts, num_seqs, blocks = (*self.layout.starts, self.layout.num_tokens), len(self.blocks), self._padded_blocks()
+        numbers = torch.tensor([*starts, *self.layout.total_lens, *blocks], dtype=torch.int32)
+        bounds, lens_S, table = send(numbers, self.store.keys.device).split((num_seqs + 1, num_seqs, len(blocks)))
+        return bounds, lens_S, table.view(num_seqs, -1)
+
+    def pages(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the keys and values of all blocks, [blocks, block_size, K, H] each; see addresses."""
+        store = self.store
+        keys, values = (slots[layer].unflatten(0, (-1, store.block_size)) for slots in (store.keys, store.values))
+        return keys, values
+
+    def _padded_blocks(self) -> list[int]:
+        """The blocks of every sequence, padded to the longest with the sequence's own last block."""
         longest = max(map(len, self.blocks))
-        padded = [block for blocks in self.blocks for block in blocks + blocks[-1:] * (longest - len(blocks))]
-        return torch.tensor(padded, device=self.store.keys.device).view(-1, longest)
+        return [block for blocks in self.blocks for block in blocks + blocks[-1:] * (longest - len(blocks))]
 
     def _gather(self, slots_XKH: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         shape = slots_XKH.shape[1:]

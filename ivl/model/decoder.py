@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVa
 from ivl.config import DecoderConfig
 from ivl.model.attention import Sdpa, attend
 from ivl.model.cache import CacheStep
+from ivl.model.devices import send
 from ivl.model.linear import Linear, swiglu
 from ivl.types import Layout
 
@@ -21,15 +22,20 @@ def rotary(config: DecoderConfig, layout: Layout, device: torch.device, dtype: t
 
     With dynamic NTK scaling, a sequence longer than max_positions uses a larger base that depends on its length.
     """
-    half = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     spans = zip(layout.past_lens, layout.total_lens, strict=True)
-    positions = [torch.arange(past, total, dtype=torch.float32, device=device) for past, total in spans]
+    positions = [torch.arange(past, total, dtype=torch.float32) for past, total in spans]
     bases = [rotary_base(config, total) for total in layout.total_lens]
     if len(set(bases)) == 1:
-        angles = torch.outer(torch.cat(positions), 1.0 / bases[0] ** half)
-    else:
-        angles = torch.cat([torch.outer(p, 1.0 / base**half) for p, base in zip(positions, bases, strict=True)])
-    angles_T1H = angles.repeat(1, 2).unsqueeze(1)
+        return rotary_at(config, send(torch.cat(positions), device), bases[0], dtype)
+    parts = [rotary_at(config, send(p, device), base, dtype) for p, base in zip(positions, bases, strict=True)]
+    cos, sin = (torch.cat(factors) for factors in zip(*parts, strict=True))
+    return cos, sin
+
+
+def rotary_at(config: DecoderConfig, positions_T: torch.Tensor, base: float, dtype: torch.dtype) -> Rotary:
+    """Return the rotary factors of positions."""
+    half = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions_T.device) / config.head_dim
+    angles_T1H = torch.outer(positions_T, 1.0 / base**half).repeat(1, 2).unsqueeze(1)
     return angles_T1H.cos().to(dtype), angles_T1H.sin().to(dtype)
 
 

@@ -54,23 +54,40 @@ def start(library: Path) -> None:
     cuda.get_device_capability, cuda.mem_get_info = lambda *_: (9, 0), lambda *_: (80 << 30, 80 << 30)
     cuda.max_memory_allocated = lambda *_: 0
     cuda.get_rng_state = lambda *_: torch.get_rng_state()
+    cuda.reset_peak_memory_stats = lambda *_: None
+    cuda.get_device_name = lambda *_: "a pretended card"
     torch.nn.attention.varlen.varlen_attn = varlen_attn  # type: ignore[assignment]
+    from tests.helpers import card_graphs
+
+    card_graphs.put_in()
 
 
-def varlen_attn(
-    query: Any, key: Any, value: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, max_k: int, *,
-    window_size: tuple[int, int] = (-1, -1), enable_gqa: bool = False,
-) -> Any:  # fmt: skip
+def varlen_attn(query: Any, key: Any, value: Any, *args: Any, **options: Any) -> Any:
     """What torch's function computes, with the conditions of its kernel."""
+    from tests.helpers import card_graphs
+
+    return card_graphs.call(_varlen_attn, query, key, value, *args, **options)
+
+
+def _varlen_attn(
+    query: Any, key: Any, value: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, max_k: int, *,
+    window_size: tuple[int, int] = (-1, -1), enable_gqa: bool = False, seqused_k: Any = None, block_table: Any = None,
+    num_splits: int | None = None,
+) -> Any:  # fmt: skip
     import torch
 
     from tests.helpers.waits import unseen
 
-    assert all(x.is_cuda for x in (query, key, value, cu_seq_q, cu_seq_k))
+    given = [x for x in (cu_seq_q, cu_seq_k, seqused_k, block_table) if x is not None]
+    assert all(x.is_cuda for x in (query, key, value, *given))
     assert query.dtype in (torch.bfloat16, torch.float16), f"flash attention takes half precision, got {query.dtype}"
-    assert cu_seq_q.dtype is cu_seq_k.dtype is torch.int32 and query.shape[-1] % 8 == 0
+    assert query.dtype is key.dtype is value.dtype and query.shape[-1] % 8 == 0
+    assert all(x.dtype is torch.int32 and x.stride(-1) == 1 for x in given)
     assert all(x.stride(-1) == 1 for x in (query, key, value))
     with unseen():
+        if block_table is not None:
+            assert key.shape[1] % 256 == 0 and num_splits == 1 and cu_seq_k is None
+            return by_pages(query, key, value, cu_seq_q, seqused_k, block_table, (max_q, max_k))
         bounds = cu_seq_q.tolist()
         assert max(b - a for a, b in pairwise(bounds)) == max_q == max_k
         parts = []
@@ -80,3 +97,20 @@ def varlen_attn(
             out = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=causal, enable_gqa=enable_gqa)
             parts.append(out.squeeze(0).transpose(0, 1))
         return torch.cat(parts)
+
+
+def by_pages(query: Any, key: Any, value: Any, cu_seq_q: Any, used: Any, table: Any, longest: tuple[int, int]) -> Any:
+    """Causal attention from the new tokens of each sequence to all of its tokens, which lie in the pages of its table."""
+    import torch
+
+    bounds, lens, rows = cu_seq_q.tolist(), used.tolist(), table.tolist()
+    assert max(b - a for a, b in pairwise(bounds)) <= longest[0] and max(lens) <= longest[1]
+    parts = []
+    for (first, last), length, blocks in zip(pairwise(bounds), lens, rows, strict=True):
+        kept = blocks[: -(-length // key.shape[1])]
+        keys, values = (torch.cat([x[block] for block in kept])[:length] for x in (key, value))
+        mask = torch.ones(last - first, length, dtype=torch.bool, device=query.device).tril(length - (last - first))
+        heads = (x.transpose(0, 1).unsqueeze(0) for x in (query[first:last], keys, values))
+        out = torch.nn.functional.scaled_dot_product_attention(*heads, mask, enable_gqa=True)
+        parts.append(out.squeeze(0).transpose(0, 1))
+    return torch.cat(parts)

@@ -96,9 +96,10 @@ def wait_of(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> str | N
         if any(x.dtype in (torch.bool, torch.uint8) for x in indices):
             return f"{name} by a mask"
         return None if all(map(on_card, indices)) else f"{name} by indices on the host"
-    if name in ("_to_copy", "copy_"):
-        to, source = (out, args[0]) if name == "_to_copy" else args[:2]
-        asynchronous = kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])
+    if name in ("_to_copy", "copy_", "to"):  # in inference mode `to` is seen itself
+        to, source = args[:2] if name == "copy_" else (out, args[0])
+        given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+        asynchronous = given.get("non_blocking")
         if on_card(source) and not on_card(to):
             return "copy to the host"
         if on_card(to) and not on_card(source) and not (asynchronous and source.is_pinned()):
