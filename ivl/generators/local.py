@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ivl import gpu
 from ivl.checkpoint import load_model, load_processor, resolve
 from ivl.cpu import accelerate, has_bfloat16
 from ivl.errors import InputError, nearest, short
@@ -42,7 +43,8 @@ def load_engine(name: str | Path, config: LoadConfig | None = None, **engine_opt
         tiling = processor.tiling
         min_tiles = min(tiling.min_tiles, config.max_tiles)
         processor.tiling = replace(tiling, max_tiles=config.max_tiles, min_tiles=min_tiles)
-    return Engine(model, processor, **engine_options)
+    engine = Engine(model, processor, **engine_options)
+    return gpu.accelerate(engine) if model.device.type == "cuda" else engine
 
 
 def _device(name: str) -> str:

@@ -27,7 +27,7 @@ from ivl.inference.sampling import SampledToken, Sampler
 from ivl.inference.scheduler import EngineStep, Scheduler
 from ivl.inference.text import TextStream, TokenizerLike
 from ivl.inference.vision import VisionEncoder, tile_cost, tile_hash
-from ivl.model.cache import PagedCache
+from ivl.model.cache import PAGE_ON_CARDS, PagedCache
 from ivl.model.vlm import VLM
 from ivl.types import Conversation, Prompt, SamplingParams, TextDelta
 
@@ -81,7 +81,8 @@ class Engine:
 
     def __init__(
         self, model: VLM, processor: ProcessorLike, *, max_cache_tokens: int | None = None, max_batch_tokens: int = 2048,
-        max_sequences: int = 256, max_context: int | None = None, vision_cache_bytes: int = 256 << 20, block_size: int = 64,
+        max_sequences: int = 256, max_context: int | None = None, vision_cache_bytes: int = 256 << 20,
+        block_size: int | None = None,
     ) -> None:  # fmt: skip
         """Set up the cache and the scheduler.
 
@@ -91,13 +92,15 @@ class Engine:
             max_sequences: Requests running at once.
             max_context: Tokens of prompt and reply together; by default what the model was trained for.
             vision_cache_bytes: Size of the vision tokens that are kept for images that come again.
-            block_size: Tokens of a cache block.
+            block_size: Tokens of a cache block: 64 by default, and on a card 256 or a multiple of it.
         """
         if model.training:
             raise ValueError("the model is in training mode, where drop path is active: call model.eval() first")
         decoder = model.config.decoder
         self.model = model
         self.processor = processor
+        on_card = model.device.type == "cuda"
+        block_size = (PAGE_ON_CARDS if on_card else 64) if block_size is None else block_size
         self.max_context = decoder.max_positions if max_context is None else max_context
         most_tokens = tokens_in_memory(model)
         default_tokens = max(1, min(DEFAULT_CACHE_TOKENS, most_tokens // CACHE_SHARE_OF_MEMORY))
@@ -110,6 +113,8 @@ class Engine:
             low, high = (0, 2**47) if name == "vision_cache_bytes" else (1, 2**31 - 1)
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
                 raise InputError(f"{name} must be a whole number in [{low}, {high}], got {short(value)}")
+        if on_card and block_size % PAGE_ON_CARDS:
+            raise InputError(f"block_size must be a multiple of {PAGE_ON_CARDS} on a card, got {block_size}")
         if cache_tokens + block_size > most_tokens:
             raise InputError(f"max_cache_tokens is {cache_tokens}, the memory has room for {most_tokens} at most: lower it")
         self.cache = PagedCache(decoder, num_tokens=cache_tokens, block_size=block_size, dtype=model.dtype, device=model.device)

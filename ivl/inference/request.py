@@ -85,6 +85,10 @@ class HashedPrompt:
         skipped = first % self.run_length
         return runs_XD[skipped : skipped + last - first]
 
+    def placeholders_between(self, start: int, stop: int) -> array[int]:
+        """Return the positions of the placeholders between two positions."""
+        return self.placeholders[slice(*self._placeholders_between(start, stop))]
+
     def _placeholders_between(self, start: int, stop: int) -> tuple[int, int]:
         return bisect_left(self.placeholders, start), bisect_left(self.placeholders, stop)
 

@@ -10,6 +10,7 @@ from ivl.inference.sampling import SampledToken, sample
 from ivl.inference.scheduler import EngineStep, Piece
 from ivl.inference.vision import VisionEncoder
 from ivl.model.cache import PagedCache
+from ivl.model.devices import send
 from ivl.model.vlm import VLM
 
 
@@ -21,6 +22,7 @@ class Runner:
         self.model = model
         self.cache = cache
         self.encoder = encoder
+        self.sample = sample  # `ivl.gpu.accelerate` puts a card's way here
         # The image token stands for pixels, which a reply does not have.
         self.never_sampled = torch.tensor([model.config.image_token_id, *unused], device=model.device)
 
@@ -45,16 +47,17 @@ class Runner:
     def _forward(self, pieces: list[Piece]) -> list[SampledToken | Exception]:
         device = self.model.device
         step = self.cache.step([piece.request.cache.sequence for piece in pieces], tuple(piece.count for piece in pieces))
-        hidden_TD = self.model(_tokens(pieces).to(device), step.layout, _vision(pieces), step)
+        at_X = send(_placeholders(pieces, step.layout.starts), device)
+        hidden_TD = self.model(send(_tokens(pieces), device), step.layout, _vision(pieces), step, at_X)
         sampling = [number for number, piece in enumerate(pieces) if piece.samples]
         if not sampling:
             return []
         if len(sampling) < len(hidden_TD):
             ends = [step.layout.starts[number] + pieces[number].count - 1 for number in sampling]
-            hidden_TD = hidden_TD[torch.tensor(ends, device=device)]
+            hidden_TD = hidden_TD[send(torch.tensor(ends), device)]
         logits_SV = self.model.head(hidden_TD)
         logits_SV.index_fill_(1, self.never_sampled, -torch.inf)
-        return sample(logits_SV, [pieces[number].request.sampler for number in sampling])
+        return self.sample(logits_SV, [pieces[number].request.sampler for number in sampling])
 
 
 def _tokens(pieces: list[Piece]) -> torch.Tensor:
@@ -66,6 +69,17 @@ def _tokens(pieces: list[Piece]) -> torch.Tensor:
         for piece in pieces
     ]
     return torch.cat(parts)
+
+
+def _placeholders(pieces: list[Piece], starts: tuple[int, ...]) -> torch.Tensor:
+    """Return where the image placeholders of all pieces are on the token axis, [X]. A reply has none."""
+    at = [
+        start + position - piece.start
+        for piece, start in zip(pieces, starts, strict=True)
+        if piece.in_prompt
+        for position in piece.request.prompt.placeholders_between(piece.start, piece.stop)
+    ]
+    return torch.tensor(at, dtype=torch.long)
 
 
 def _vision(pieces: list[Piece]) -> torch.Tensor | None:

@@ -63,14 +63,22 @@ class Sampler:
             penalties = self.params.presence_penalty + self.params.frequency_penalty * counts
             logits_V = logits_V.index_add(0, ids, -penalties)
         token = int(logits_V.argmax()) if self.params.temperature == 0 else self._draw(logits_V / self.params.temperature)
+        self.note(token)
+        return token
+
+    def note(self, token: int) -> None:
+        """Remember a sampled token for the penalties."""
         if self.seen is not None and token not in self.seen:
             self.seen = torch.cat([self.seen, torch.tensor([token])])
         if self.by_count:
             self.counts[token] += 1
-        return token
+
+    def uniform(self) -> torch.Tensor:
+        """Return the next random number in [0, 1); it is drawn on the CPU, wherever the scores are."""
+        return torch.rand((), generator=self.generator, dtype=torch.float64)
 
     def _draw(self, logits_V: torch.Tensor) -> int:
-        uniform = torch.rand((), generator=self.generator, dtype=torch.float64)
+        uniform = self.uniform()
         probabilities, ids = candidates(logits_V, self.params.top_k, self.params.top_p, self.params.min_p)
         cumulative = probabilities.double().cumsum(0)
         last = int(torch.searchsorted(cumulative, cumulative[-1]))  # those behind it have probability 0
@@ -118,10 +126,14 @@ def sample(logits_SV: torch.Tensor, samplers: list[Sampler]) -> list[SampledToke
     sampled: list[SampledToken | Exception] = []
     for row, sampler in enumerate(samplers):
         try:
-            if not finite[row]:  # a damaged checkpoint, or a dtype that overflows
-                dtype = logits_SV.dtype
-                raise InputError(f"the model's scores are not finite in {dtype}: check the checkpoint, or use float32")
+            if not finite[row]:
+                raise not_finite(logits_SV.dtype)
             sampled.append(sampler.sample(logits_SV[row], tokens[row]))
         except Exception as error:
             sampled.append(error)
     return sampled
+
+
+def not_finite(dtype: torch.dtype) -> InputError:
+    """Return the error for scores of a damaged checkpoint, or of a dtype that overflows."""
+    return InputError(f"the model's scores are not finite in {dtype}: check the checkpoint, or use float32")

@@ -91,12 +91,14 @@ class QuantLinear(nn.Module):
     """y_TO = x_TI @ weight_OI^T + bias_O with a quantized weight, for inference only. It has the interface of Linear.
 
     Buffers: weight uint8 [O, I * bits / 8]; scale [O, groups], whose dtype follows the model's; zero uint8 [O, groups] or
-    None. parts are those of Linear. forward dequantizes and multiplies; `ivl.cpu.accelerate` gives the layer a faster product.
+    None. parts are those of Linear. forward dequantizes and multiplies; `accelerate` of ivl.cpu and of
+    ivl.gpu give the layer a faster product.
     """
 
     weight: torch.Tensor
     scale: torch.Tensor
     zero: torch.Tensor | None
+    panel = PANEL
 
     def __init__(
         self, in_features: int, out_features: int, config: QuantConfig, *, bias: bool, parts: tuple[tuple[str, int], ...] = ()
@@ -124,7 +126,7 @@ class QuantLinear(nn.Module):
 
     def by_panels(self, x_TI: torch.Tensor, dequantized: Callable[[slice], torch.Tensor]) -> torch.Tensor:
         """Dequantize and multiply a panel of rows at a time. dequantized: returns rows of the weight."""
-        size, parts = max(PANEL // self.in_features, 1), []
+        size, parts = max(self.panel // self.in_features, 1), []
         for first in range(0, self.out_features, size):
             rows = slice(first, first + size)
             parts.append(F.linear(x_TI, dequantized(rows).to(x_TI.dtype), None if self.bias is None else self.bias[rows]))
@@ -134,12 +136,15 @@ class QuantLinear(nn.Module):
         """Round inputs to 8 bits with a scale per token, and multiply; sums are exact integers."""
         scale_T1 = (x_TI.float().abs().amax(dim=-1, keepdim=True) / 127).clamp_min(1e-30)
         q_TI = (x_TI.float() / scale_T1).round_().to(torch.int8)
-        signed_OI = (self.weight ^ 128).view(torch.int8)
-        sums_TO = torch.ops.aten._int_mm(q_TI, signed_OI.t()) if x_TI.is_cpu else q_TI.float() @ signed_OI.float().t()
-        y_TO = sums_TO.float().mul_(scale_T1).mul_(self.scale.float().t())
+        y_TO = self.integer_sums(q_TI).float().mul_(scale_T1).mul_(self.scale.float().t())
         if self.bias is not None:
             y_TO += self.bias
         return y_TO.to(x_TI.dtype)
+
+    def integer_sums(self, q_TI: torch.Tensor) -> torch.Tensor:
+        """Return the product of rounded inputs with the weight, [T, O]."""
+        signed_OI = (self.weight ^ 128).view(torch.int8)
+        return torch.ops.aten._int_mm(q_TI, signed_OI.t()) if q_TI.is_cpu else q_TI.double() @ signed_OI.double().t()
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.config.name}"

@@ -1,0 +1,258 @@
+"""The engine on the CPU and on the pretended card: `python -m tests.helpers.card_engine LIBRARY FOLDER` prints both as JSON.
+
+{"replies": {case: {device: ...}}, "waits": {case: ...}, "graphs": ..., "products": ..., "failed": {case: why}}
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tests.helpers import pretend
+from tests.helpers.card_cases import DEVICES, attempt
+
+SAMPLED = (
+    {"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.9}, {"temperature": 1.3, "top_k": 7, "min_p": 0.02},
+    {"temperature": 0.9, "top_k": 40, "top_p": 0.8, "repetition_penalty": 1.3},
+    {"temperature": 1.1, "presence_penalty": 0.7, "frequency_penalty": 0.3}, {"repetition_penalty": 1.5},
+)  # fmt: skip
+
+
+def main(library: Path, folder: Path) -> None:
+    pretend.start(library)
+    import torch
+
+    torch.set_num_threads(1)
+    folder.mkdir(parents=True)
+    make(folder)
+    result: dict[str, dict[str, Any]] = {name: {} for name in ("replies", "waits", "graphs", "products", "failed")}
+    for case, (dtype, answer) in CASES.items():
+        attempt(result, "replies", case, partial(on_both, folder, dtype, answer))
+    for case, options in {"greedy": {}, "sampled": SAMPLED[1], "penalties": SAMPLED[3], "logprobs": {"logprobs": 2}}.items():
+        attempt(result, "waits", case, partial(waits, folder, options))
+    attempt(result, "graphs", "two steps of a bucket", partial(two_steps, folder))
+    for case in ("int8", "int4", "int4 zero point", "W8A8"):
+        attempt(result, "products", case, partial(product, case))
+    print(json.dumps(result))
+
+
+def make(folder: Path) -> None:
+    """Save a tiny model whose layers every quantized product takes, and quantized copies."""
+    import torch
+
+    from ivl.checkpoint import save_model, save_processor
+    from ivl.checkpoint.convert import convert
+    from ivl.model.vlm import VLM
+    from ivl.processing.processor import Processor
+    from ivl.processing.tokenizer import train_tokenizer
+    from ivl.quant.layers import QuantConfig, QuantPlan
+    from tests.conftest import tiny_config
+    from tests.helpers.engines import enliven
+
+    tokenizer = train_tokenizer(["what colour is the shape? red green blue yes no circle"] * 3, 304)
+    decoder = replace(
+        tiny_config().decoder, vocab_size=len(tokenizer), width=64, mlp_width=128, head_dim=16, max_positions=2048
+    )
+    config = replace(
+        tiny_config(), decoder=decoder, image_token_id=tokenizer.id("<IMG_CONTEXT>"),
+        eos_token_ids=(tokenizer.id("<|im_end|>"),), system_message="",
+    )  # fmt: skip
+    torch.manual_seed(1)
+    model = VLM(config).eval()
+    model.init_weights()
+    enliven(model)
+    save_model(model, folder / "plain")
+    save_processor(Processor(config, tokenizer), folder / "plain")
+    int8, int4 = QuantConfig(bits=8), QuantConfig(bits=4, group=32)
+    for name, scheme in {"int8": int8, "int4": int4, "W8A8": QuantConfig(bits=8, activations=True)}.items():
+        convert(folder / "plain", folder / name, schemes=QuantPlan(language=scheme))
+
+
+def engine_of(folder: Path, device: str, dtype: str, model: str = "plain") -> Any:
+    from ivl.generators import LoadConfig
+    from ivl.generators.local import load_engine
+
+    options = LoadConfig(device=device, dtype=dtype)  # type: ignore[arg-type]
+    return load_engine(folder / model, options, block_size=256, max_cache_tokens=16384)
+
+
+def on_both(folder: Path, dtype: str, answer: Callable[[Any, Path], Any]) -> dict[str, Any]:
+    model, _, dtype = dtype.rpartition(" ")
+    return {device: answer(engine_of(folder, device, dtype, model or "plain"), folder) for device in DEVICES}
+
+
+def texts() -> list[Any]:
+    from ivl import ask
+
+    return [ask("what colour is the shape? " * n + tail) for n, tail in ((1, "red"), (3, ""), (9, "no"), (2, "yes"), (1, ""))]
+
+
+def found(replies: list[Any]) -> list[Any]:
+    return [[list(reply.tokens), reply.finish_reason, reply.num_cached] for reply in replies]
+
+
+def greedy(engine: Any, folder: Path) -> Any:
+    from ivl import SamplingParams
+
+    return found(engine.generate(texts(), SamplingParams(max_new_tokens=12)))
+
+
+def sampled(engine: Any, folder: Path) -> Any:
+    from ivl import SamplingParams
+
+    params = [SamplingParams(max_new_tokens=10, seed=n, ignore_eos=True, **options) for n, options in enumerate(SAMPLED)]
+    return found(engine.generate([*texts(), texts()[0]], params))
+
+
+def logprobs(engine: Any, folder: Path) -> Any:
+    from ivl import SamplingParams
+
+    params = [SamplingParams(max_new_tokens=4, logprobs=n, temperature=n / 4, seed=n) for n in range(3)]
+    replies = engine.generate(texts()[:3], params)
+    return [[[each.token, each.logprob, each.top] for each in reply.logprobs] for reply in replies]
+
+
+def prefixes(engine: Any, folder: Path) -> Any:
+    """Prompts that begin alike: in turn, at once, and the very same again."""
+    from ivl import SamplingParams, ask
+
+    long, params = "green blue circle yes no red " * 60, SamplingParams(max_new_tokens=6)
+    asked = [ask(long + tail) for tail in ("red", "no", "blue? green!")]
+    first = engine.generate(asked[:1], params)
+    return found(first + engine.generate(asked, params) + engine.generate(asked[1:2], params))
+
+
+def pictures(engine: Any, folder: Path) -> Any:
+    from PIL import Image
+
+    from ivl import SamplingParams, ask
+
+    shown = [Image.new("RGB", size, color) for size, color in (((60, 30), "red"), ((30, 30), "blue"), ((30, 90), "green"))]
+    asked = [ask("what colour?", *shown[:n]) for n in (1, 2, 3)] + [ask("red?", shown[1])]
+    return found(engine.generate(asked, SamplingParams(max_new_tokens=8)))
+
+
+def video(engine: Any, folder: Path) -> Any:
+    from PIL import Image
+
+    from ivl import SamplingParams, ask
+
+    frames = folder / "frames"
+    frames.mkdir(exist_ok=True)
+    for n, color in enumerate(("red", "green", "blue", "white")):
+        Image.new("RGB", (40, 30), color).save(frames / f"{n}.png")
+    return found(engine.generate([ask("what is shown?", str(frames))], SamplingParams(max_new_tokens=8)))
+
+
+def cancelled(engine: Any, folder: Path) -> Any:
+    """Requests that come and go between steps."""
+    from ivl import SamplingParams
+
+    params = SamplingParams(max_new_tokens=12, ignore_eos=True)
+    requests = [engine.submit(each, params) for each in texts()]
+    for number in range(30):
+        engine.step()
+        if number in (3, 5):
+            engine.cancel(requests[number - 2])
+    stats = engine.stats()
+    assert stats.running == stats.cache_blocks_used == 0
+    return [[request.tokens, request.cancelled] for request in requests]
+
+
+def guided(engine: Any, folder: Path) -> Any:
+    from ivl import SamplingParams
+    from ivl.types import Grammar
+
+    guides = [Grammar("choice", '["red", "green"]'), None, Grammar("regex", "[0-9]{3}(yes|no)")]
+    params = [SamplingParams(max_new_tokens=12, temperature=0.9, seed=n, guide=guide) for n, guide in enumerate(guides)]
+    return found(engine.generate(texts()[:3], params))
+
+
+def evaluated(engine: Any, folder: Path) -> Any:
+    from ivl.evaluation.config import EvalConfig
+    from ivl.evaluation.run import evaluate
+    from tests.evaluation.test_run import Sums
+
+    predictions = folder / f"{engine.model.device.type}.jsonl"
+    report = evaluate(Sums(), engine, EvalConfig(batch_size=8, limit=12), model="m", predictions=predictions)
+    rows = [json.loads(line) for line in predictions.read_text().splitlines()]
+    return [report["value"], report["n"], [row.get("reply") for row in rows]]
+
+
+CASES: dict[str, tuple[str, Callable[[Any, Path], Any]]] = {
+    "greedy": ("float32", greedy), "greedy half": ("float16", greedy), "sampled": ("float32", sampled),
+    "sampled half": ("float16", sampled), "logprobs": ("float32", logprobs), "prefixes": ("float32", prefixes),
+    "prefixes half": ("float16", prefixes), "pictures": ("float32", pictures), "pictures half": ("float16", pictures),
+    "video": ("float16", video), "cancelled": ("float16", cancelled), "guided": ("float32", guided),
+    "evaluated": ("float16", evaluated), "int8": ("int8 float32", greedy), "int4": ("int4 float32", greedy),
+    "W8A8": ("W8A8 float32", greedy),
+}  # fmt: skip
+"""The dtype, behind the model where it is not the plain one, and what is asked."""
+
+
+def waits(folder: Path, options: dict[str, Any]) -> dict[str, int]:
+    """What the host waits for in a step that decodes four replies."""
+    from ivl import SamplingParams
+    from tests.helpers.waits import Waits
+
+    engine = engine_of(folder, "cuda", "float16")
+    params = [SamplingParams(max_new_tokens=20, ignore_eos=True, seed=n, **options) for n in range(4)]
+    requests = [engine.submit(each, one) for each, one in zip(texts(), params, strict=False)]
+    for _ in range(4):
+        engine.step()
+    with Waits() as seen:
+        engine.step()
+    assert all(len(request.tokens) == 5 for request in requests)
+    return dict(seen.found)
+
+
+def two_steps(folder: Path) -> dict[str, Any]:
+    """A graph that served three replies of other lengths each time, and what the steps gave."""
+    from ivl import SamplingParams
+    from tests.helpers import card_graphs
+
+    engine = engine_of(folder, "cuda", "float16")
+    card_graphs.graphs.clear()
+    requests = [engine.submit(each, SamplingParams(max_new_tokens=20, ignore_eos=True)) for each in texts()[:3]]
+    traces = []
+    for _ in range(8):
+        engine.step()
+        if card_graphs.graphs:
+            traces.append(card_graphs.graphs[0].trace())
+    assert all(len(request.tokens) == 8 for request in requests)
+    return {
+        "graphs": len(card_graphs.graphs), "replays": card_graphs.graphs[0].replays, "operations": len(traces[0]),
+        "equal": all(trace == traces[0] for trace in traces), "traces": len(traces),
+    }  # fmt: skip
+
+
+def product(case: str) -> dict[str, Any]:
+    """The largest difference of a quantized layer on the card from the product with the matrix that it stands for."""
+    import torch
+
+    from ivl.gpu.quantized import prepare_layer
+    from ivl.quant.layers import QuantConfig, QuantLinear, quantize
+
+    configs = {
+        "int8": QuantConfig(bits=8), "int4": QuantConfig(bits=4, group=64), "W8A8": QuantConfig(bits=8, activations=True),
+        "int4 zero point": QuantConfig(bits=4, group=32, symmetric=False),
+    }  # fmt: skip
+    config, generator = configs[case], torch.Generator().manual_seed(0)
+    layer = QuantLinear(256, 48, config, bias=True)
+    layer.weight, layer.scale, layer.zero = quantize(torch.randn(48, 256, generator=generator), config)
+    layer.bias = torch.nn.Parameter(torch.randn(48, generator=generator).bfloat16(), requires_grad=False)
+    inputs = [torch.randn(rows, 256, generator=generator).bfloat16() for rows in (1, 5, 100)]
+    wanted = [x.float() @ layer.matrix().float().t() + layer.bias.float() for x in inputs]
+    layer = layer.to("cuda")
+    prepare_layer(layer)
+    off = [float((layer(x.to("cuda")).cpu().float() - y).norm() / y.norm()) for x, y in zip(inputs, wanted, strict=True)]
+    return {"class": type(layer).__name__, "off": off}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
