@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -114,8 +115,12 @@ def _table(title: str, head: list[str], rows: list[list[str]]) -> Table:
 
 def _page(datasets: Sequence[DatasetStats], whole: DatasetStats, mixture: str, model: str | None) -> str:
     unit = f"Tokens and tiles are those of {pages.text(model)}." if model else "No model was given: lengths are in characters."
+    sizes = {"tokens": f"{whole.tokens:,}", "tiles": f"{whole.tiles:,}"} if whole.encoded else {}
     _, *counts = _counts(datasets)
-    sections = [f"<p>{unit}</p>", pages.table(*counts)]
+    sections = [
+        pages.facts(rows=f"{whole.rows:,}", bad_rows=f"{whole.bad:,}", images=f"{whole.images:,}", **sizes),
+        f"<p>{unit}</p>", pages.table(*counts),
+    ]  # fmt: skip
     if whole.bad:
         sections += [
             "<h2>Bad rows</h2><p>They are in no other figure.</p>",
@@ -124,22 +129,33 @@ def _page(datasets: Sequence[DatasetStats], whole: DatasetStats, mixture: str, m
     sections += ["<h2>Plots</h2>", _plots(datasets)]
     for title, *lengths in _lengths(datasets):
         sections += [f"<h2>{title.capitalize()}</h2>", pages.table(*lengths)]
-    return pages.page(f"What {mixture} holds", *sections)
+    return pages.page(f"What {mixture} holds", *sections, pages.next_steps(*_next_steps(whole, mixture, model)))
+
+
+def _next_steps(whole: DatasetStats, mixture: str, model: str | None) -> list[tuple[str, str]]:
+    rows = shlex.quote(mixture)
+    steps = [("Name the place of every bad row:", f"ivl data validate {rows}")] if whole.bad else []
+    if not model:
+        steps.append(("Count tokens and tiles as a model sees them:", f"ivl data stats {rows} --model MODEL --out DIR"))
+    return [
+        *steps,
+        ("Leave out rows that repeat, break off or run in circles:", f"ivl data filter heuristic {rows} OUT"),
+        ("Train:", f"ivl train finetune --model {shlex.quote(model or 'MODEL')} --data {rows}"),
+    ]
 
 
 def _plots(datasets: Sequence[DatasetStats]) -> str:
-    drawn, histograms = _drawn(datasets), _histograms(datasets)
+    drawn, plots = _drawn(datasets), []
     size = "tokens" if any(each.encoded for each in datasets) else "characters"
-    figure, axes = pages.pyplot().subplots(
-        (len(histograms) + 2) // 2, 2, figsize=(11, 1.7 * (len(histograms) + 3)), layout="constrained"
-    )
-    places = iter(axes.flat)
-    for title, name in histograms:
-        _stacked(next(places), drawn, name, title)
-    _bars(next(places), f"{size} by data set", {each.name: getattr(each, size) for each in drawn})
-    for left_over in places:
-        left_over.axis("off")
-    return pages.plot(figure, "distributions")
+    for title, name in _histograms(datasets):
+        figure, axis = pages.pyplot().subplots(figsize=(4.2, 2.6), layout="constrained")
+        _stacked(axis, drawn, name, title)
+        plots.append(pages.plot(figure, title))
+    if len(drawn) > 1:
+        figure, axis = pages.pyplot().subplots(figsize=(4.2, 0.9 + 0.25 * len(drawn)), layout="constrained")
+        _bars(axis, f"{size} by data set", {each.name: getattr(each, size) for each in drawn})
+        plots.append(pages.plot(figure, f"{size} by data set"))
+    return pages.grid(plots, "plots")
 
 
 def _drawn(datasets: Sequence[DatasetStats]) -> list[DatasetStats]:
@@ -153,23 +169,29 @@ def _drawn(datasets: Sequence[DatasetStats]) -> list[DatasetStats]:
 
 
 def _stacked(axis: Any, drawn: Sequence[DatasetStats], name: str, title: str) -> None:
-    """A histogram whose bars are made up of the data sets; lengths on a log scale."""
-    from matplotlib.ticker import LogLocator, NullFormatter
+    """A histogram whose bars are made up of the data sets; lengths that spread widely on a log scale."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     parts: list[Histogram] = [getattr(each, name) for each in drawn]
     least, most = min(min(part.counts, default=0) for part in parts), max(part.most for part in parts)
-    few = most <= 64
-    edges = np.arange(least, most + 2) - 0.5 if few else np.unique(np.geomspace(max(1, least), most + 1, 48).round())
-    values = [np.maximum(np.fromiter(part.counts, float), 0 if few else 1) for part in parts]
+    few, wide = most <= 64, most > 20 * max(1, least)  # on a shorter log axis too few marks have labels
+    if few:
+        edges = np.arange(least, most + 2) - 0.5
+    elif wide:
+        edges = np.unique(np.geomspace(max(1, least), most + 1, 48).round())
+    else:
+        edges = np.unique(np.linspace(least, most + 1, 48).round())
+    values = [np.maximum(np.fromiter(part.counts, float), 1 if wide and not few else 0) for part in parts]
     weights = [np.fromiter(part.counts.values(), float) for part in parts]
     axis.hist(values, edges, weights=weights, stacked=True, label=[each.name for each in drawn])
-    axis.set(title=title, ylabel=title.rpartition(" per ")[2] + "s", xscale="linear" if few else "log")
-    if few:
-        axis.locator_params(axis="x", integer=True)
-    else:
+    axis.set(title=title, ylabel=title.rpartition(" per ")[2] + "s")
+    if wide and not few:
+        axis.set_xscale("log")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    axis.xaxis.set_major_formatter("{x:,.0f}")
     if len(drawn) > 1:
         axis.legend(fontsize=7)
 
@@ -177,6 +199,6 @@ def _stacked(axis: Any, drawn: Sequence[DatasetStats], name: str, title: str) ->
 def _bars(axis: Any, title: str, values: dict[str, int]) -> None:
     whole = sum(values.values()) or 1
     names, shares = list(values)[::-1], [value / whole for value in values.values()][::-1]
-    axis.bar_label(axis.barh(names, shares, color="#9ecae1"), [f" {share:.1%}" for share in shares], fontsize=8)
+    axis.bar_label(axis.barh(names, shares), [f" {share:.1%}" for share in shares], fontsize=8)
     axis.set(title=title, xlim=(0, 1.15 * max(shares, default=1)))
     axis.xaxis.set_major_formatter("{x:.0%}")

@@ -47,16 +47,31 @@ def write(out: Path, result: Evaluated) -> None:
 def _page(result: Evaluated) -> str:
     """Return one HTML file."""
     report, sections = result.report, []
+    if report["value"] is not None:
+        value, interval = shown(report)
+        sections.append(pages.facts(**{report["metric"]: value, "95% interval": interval, "questions": f"{report['n']:,}"}))
     if "samples" in report:
         sections += _several(report)
-    if report["value"] is not None:
-        rows = {"all": report, **report["by_type"]}
-        table = [[name, f"{row['n']:,}", *shown(row)] for name, row in rows.items()]
+    if report["by_type"]:
+        table = [[name, f"{row['n']:,}", *shown(row)] for name, row in report["by_type"].items()]
         sections += ["<h2>By category</h2>", pages.table(["category", "questions", report["metric"], "95% interval"], table)]
+    if report["value"] is not None:
         sections += _wrong(result)
     about = {key: report[key] for key in ("prompt", "extraction", "defects", "data", "undecided") if key in report}
-    facts = "".join(f"<p>{pages.text(key)}: {pages.text(value)}</p>" for key, value in about.items())
-    return pages.page(f"{report['task']}: {TITLE}", f"<p>{pages.text(report['model'])}</p>", facts, *sections)
+    asked = [[key, value] for key, value in {"model": report["model"], **about, "sampling": report["params"]}.items()]
+    sections += ["<h2>How it was asked</h2>", pages.table(["setting", "value"], asked, words={"value"})]
+    return pages.page(f"{report['task']}: {TITLE}", *sections, pages.next_steps(*_next_steps(report)))
+
+
+def _next_steps(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what to do with a score."""
+    compare = "Compare with another model on the same questions; the interval of a difference is far narrower than these two:"
+    steps = [(compare, "ivl eval --compare THIS.json OTHER.json")]
+    if report["value"] is not None:
+        look = "Read the wrong answers: is the reply wrong, or was it read wrongly? Then try another --metric or a judge."
+        steps.insert(0, (look, ""))
+        steps.append(("Train on rows of the kind that goes wrong:", "ivl train lora --model MODEL --data ROWS"))
+    return steps
 
 
 def _several(report: dict[str, Any]) -> list[str]:
@@ -65,11 +80,13 @@ def _several(report: dict[str, Any]) -> list[str]:
     counts = [["all", f"{samples['replies']:,}"], ["without an answer", f"{samples['without_answer']:,}"]]
     if samples["without_rating"] is not None:
         counts.append(["without a rating", f"{samples['without_rating']:,}"])
-    sections = [f"<p>of {method['samples']} replies to a question, one counts, by {pages.text(method['select'])}</p>"]
+    sections = [f"<p>Of {method['samples']} replies to a question one counts, chosen by {pages.text(method['select'])}.</p>"]
     if points := samples["curve"]:
-        figure, axes = pages.pyplot().subplots(figsize=(6, 3.2), layout="constrained")
+        figure, axes = pages.pyplot().subplots(figsize=(4.6, 2.8), layout="constrained")
         draw(axes, points, method["select"])
-        axes.set(ylabel=f"{report['metric']}, %", title=f"{report['task']}, temperature {report['params']['temperature']:g}")
+        low, high = axes.get_ylim()
+        axes.set(ylabel=f"{report['metric']}, %", ylim=(max(0, low), min(100, high)))
+        axes.set_title(f"{report['task']}, temperature {report['params']['temperature']:g}")
         by_size = [[point["samples"], *shown(point)] for point in points]
         head = ["replies to a question", report["metric"], "95% interval"]
         sections += [pages.plot(figure, "the metric against the number of replies"), pages.table(head, by_size)]
@@ -85,11 +102,15 @@ def _wrong(result: Evaluated) -> list[str]:
         pictures = "".join(pages.picture(part.source) for part in parts if isinstance(part, ImageRef))
         asked = "".join(part.text for part in parts if isinstance(part, Text)).strip()
         read = "undecided" if each.score.undecided else f"read as {each.score.answer!r}, worth {each.score.value:g}"
+        expected = pages.text(" or ".join(each.example.answers)[:MOST_CHARACTERS])
         cards.append(
-            f"<div class='card'>{pictures}<pre>{pages.text(asked[:MOST_CHARACTERS])}</pre>"
-            f"<pre class='bad'>{pages.text(prediction.prediction[:MOST_CHARACTERS])}</pre>"
-            f"{pages.text(each.example.id)}: {pages.text(read)}; expected "
-            f"<span class='good'>{pages.text(' or '.join(each.example.answers)[:MOST_CHARACTERS])}</span></div>"
-        )
-    title = f"<h2>Wrong answers: {len(wrong):,} of {len(result.scored):,}, the first {len(cards)} shown</h2>"
-    return [title, f"<div class='grid'>{''.join(cards)}</div>"]
+            pages.card(
+                pictures, pages.block(asked, most=MOST_CHARACTERS),
+                pages.block(prediction.prediction, "bad", most=MOST_CHARACTERS),
+                f"{pages.text(each.example.id)}: {pages.text(read)}; expected <span class='good'>{expected}</span>",
+            )
+        )  # fmt: skip
+    if not wrong:
+        return ["<h2>Wrong answers</h2><p>None.</p>"]
+    count = f"{len(wrong):,} of {len(result.scored):,}" + (f", the first {len(cards)} shown" if len(cards) < len(wrong) else "")
+    return [f"<h2>Wrong answers: {count}</h2>", pages.grid(cards)]

@@ -92,14 +92,14 @@ class DuplicateIndex:
 
     def __init__(self, limits: Duplicates) -> None:
         self.limits = limits
-        self.keys: list[str] = []
+        self.keys: list[Any] = []
         self._images = _ImageIndex(limits)
         self._exact: dict[bytes, int] = {}
         self._texts = MinHashLSH(num_perm=NUM_HASHES, params=(BANDS, NUM_HASHES // BANDS))
         self._sketches: dict[int, tuple[bytes, np.ndarray]] = {}
 
-    def seen(self, signature: bytes, key: str) -> str | None:
-        """Return the key of the earliest row that this one duplicates; if there is none, add the row under its key."""
+    def seen(self, signature: bytes, key: Any) -> Any:
+        """Return the key of the earliest row that this one duplicates; if there is none, add the row and return None."""
         pivots, text, videos, num_images = _HEAD.unpack_from(signature)
         at = _HEAD.size + num_images * _LOOK.size
         numbers = [self._images.number(signature[i : i + _LOOK.size]) for i in range(_HEAD.size, at, _LOOK.size)]

@@ -41,6 +41,9 @@ def read_entries(path: Path, checker: RowChecker) -> Iterator[tuple[int, RowEntr
             texts, numbers = (entry["id"], entry["source"], entry.get("reason", "")), entry["scores"].values()
             if dropped not in (None, *names) or not all(isinstance(text, str) for text in texts) or sum(numbers) is None:
                 raise KeyError(f"stage {dropped!r} or a name of another type")
+            dataset, row = entry.get("repeats", (entry["dataset"], entry["row"]))
+            if not 0 <= row < len(checker.files[dataset]):
+                raise KeyError(f"row {row!r} of {dataset!r}")
         yield number, entry
 
 
@@ -73,11 +76,11 @@ def write_outputs(out: Path, checker: RowChecker, journal: Journal, judge: str |
         for number, entry in read_entries(journal.path, checker):
             with reading_line(journal.path, number):
                 report.count(entry)
-            files.write("verdicts.jsonl", json_line(_without(entry, "problem", "signatures")))
+            files.write("verdicts.jsonl", json_line(_without(entry, "problem", "repeats", "signatures")))
             if entry["keep"]:
                 files.write(kept[entry["dataset"]], _kept(checker, entry))
             else:
-                told = _without(entry, "keep", "scores", "unjudged", "signatures")
+                told = _without(entry, "keep", "scores", "unjudged", "repeats", "signatures")
                 files.write("dropped.jsonl", json_line(told | {"row": _dropped(checker, entry)}))
     figures = report.figures(judge) | {"run": journal.about}
     write_json(out / "meta.json", _meta(checker, kept, report.datasets))

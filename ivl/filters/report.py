@@ -20,9 +20,8 @@ from ivl.utils import html
 
 PER_REASON, MAX_REASONS = 4, 12
 """Dropped rows shown for each of the commonest reasons, and reasons shown."""
-MAX_SHOWN = 4_000
-"""Characters of a turn that are shown."""
-STYLE = "h3 { font-size: 1rem } .card { margin-bottom: 1rem } .card pre { max-height: 12rem; overflow: auto }"
+NUM_REPEATED = 12
+"""Near-duplicates shown, each beside the row that it repeats."""
 
 
 @dataclass
@@ -70,7 +69,8 @@ class FilterReport:
             figures, reason = self.stages[last], entry["reason"]
             figures.dropped += 1
             figures.reasons[reason] += 1
-            if len(examples := figures.examples.setdefault(reason, [])) < PER_REASON:
+            most = NUM_REPEATED if "repeats" in entry else PER_REASON
+            if len(examples := figures.examples.setdefault(reason, [])) < most:
                 examples.append(entry)
 
     def figures(self, judge: str | None) -> dict[str, Any]:
@@ -101,44 +101,85 @@ class FilterReport:
     def page(self, figures: dict[str, Any]) -> str:
         """Return report.html for the content of report.json."""
         stages, kept, rows = figures["stages"], figures["kept"], figures["rows"]
+        dropping = [stage for stage in stages if stage["dropped"]]
         judge = f" Judge: {html.text(figures['judge'])}." if figures["judge"] else ""
         about = html.text(figures["chain"]["about"])
         stage_rows = [
-            [s["name"], s["reached"], s["dropped"], _share(s["dropped"], s["reached"]), s["exempt"], s["unjudged"], _reasons(s)]
+            [s["name"], f"{s['reached']:,}", f"{s['dropped']:,}", _share(s["dropped"], s["reached"]),
+             f"{s['exempt']:,}", f"{s['unjudged']:,}", _reasons(s)]
             for s in stages
-        ]
+        ]  # fmt: skip
         dataset_rows = [
-            [name, d["rows"], d["kept"], _share(d["kept"], d["rows"]), *(d["dropped"][s["name"]] for s in stages)]
+            [
+                name,
+                f"{d['rows']:,}",
+                f"{d['kept']:,}",
+                _share(d["kept"], d["rows"]),
+                *(d["dropped"][s["name"]] for s in dropping),
+            ]
             for name, d in figures["datasets"].items()
         ]
+        names = [f"dropped by {stage['name']}" for stage in dropping]
+        configuration = json.dumps(figures["chain"], indent=2, ensure_ascii=False)
         return html.page(
             "Filtered data",
-            f"<p><b>{kept:,}</b> of {rows:,} rows kept ({_share(kept, rows)}). {about}{judge}</p><h2>Stages</h2>",
-            html.table(["stage", "rows", "dropped", "share", "exempt", "unjudged", "reasons"], stage_rows),
+            html.facts(rows_kept=f"{kept:,}", of=f"{rows:,}", share_kept=_share(kept, rows)),
+            f"<p>{about}{judge}</p><h2>Stages</h2>",
+            html.table(["stage", "rows", "dropped", "share", "exempt", "unjudged", "reasons"], stage_rows, words={"reasons"}),
             "<h2>Data sets</h2>",
-            html.table(["data set", "rows", "kept", "share", *(stage["name"] for stage in stages)], dataset_rows),
-            *(self._section(stage) for stage in stages if stage["dropped"] or "histogram" in stage),
-            f"<h2>Configuration</h2><pre>{html.text(json.dumps(figures['chain'], indent=2, ensure_ascii=False))}</pre>",
-            style=STYLE,
+            html.table(["data set", "rows", "kept", "share", *names], dataset_rows),
+            *map(self._section, dropping),
+            html.next_steps(*_next_steps(dropping)),
+            f"<h2>Configuration</h2>{html.block(configuration, most=10**6)}",
         )
 
     def _section(self, figures: dict[str, Any]) -> str:
         name = figures["name"]
         text = f"<h2>{html.text(name)}</h2>" + (_plot(figures) if "histogram" in figures else "")
         for reason in list(figures["reasons"])[:MAX_REASONS]:
-            examples = "".join(self._example(entry) for entry in self.stages[name].examples[reason])
-            text += f"<h3>Dropped: {html.text(reason)}</h3>{examples}"
+            shown, count = self.stages[name].examples[reason], figures["reasons"][reason]
+            few = "" if count == len(shown) else f", the first {len(shown)} shown"
+            text += f"<h3>Dropped: {html.text(reason)} ({count:,}{few})</h3>"
+            if any("repeats" in entry for entry in shown):
+                text += "".join(html.grid(map(self._example, [entry, *_repeated(entry)]), "pair") for entry in shown)
+            else:
+                text += html.grid(map(self._example, shown), "plots")
         return text
 
     def _example(self, entry: RowEntry) -> str:
-        why = entry["reason"] + (f" score {entry['score']:.3g}" if entry["score"] is not None else "")
-        twin = f"; duplicate of {entry['duplicate_of']}" if "duplicate_of" in entry else ""
-        where = html.text(f"{entry['source']}, id {entry['id']}{twin}")
+        if reason := entry.get("reason"):
+            why = reason + (f" score {entry['score']:.3g}" if entry["score"] is not None else "")
+            head = f"<b class='bad'>{html.text(why)}</b><br>{html.text(entry['source'])}, id {html.text(entry['id'])}"
+        else:
+            head = f"<b class='good'>the row that it repeats</b><br>{html.text(entry['source'])}"
         try:
             body = _record(self.checker.record(entry))
         except InputError as error:
             body = _turn("problem", str(error))
-        return f"<div class='card'><b class='bad'>{html.text(why)}</b><br>{where}{body}</div>"
+        return html.card(head, body)
+
+
+def _repeated(entry: RowEntry) -> list[RowEntry]:
+    """The entry of the row that a near-duplicate repeats."""
+    if "repeats" not in entry:  # of an older journal
+        return []
+    dataset, row = entry["repeats"]
+    return [{"dataset": dataset, "row": row, "source": entry["duplicate_of"]}]
+
+
+def _next_steps(dropping: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What to do with the result, in the folder of the page."""
+    train = ("Where the dropped rows above deserve it, train on what was kept, in this folder:",
+             "ivl train finetune --model MODEL --data meta.json")  # fmt: skip
+    if not dropping:
+        return [("Nothing was dropped. Train on the rows, in this folder:", train[1])]
+    names = ", ".join(stage["name"] for stage in dropping)
+    return [
+        train,
+        (f"Where a reason is wrong, loosen or remove its stage ({names}) in a copy of the configuration, and filter again:",
+         "ivl data filter heuristic > mine.json"),
+        ("Rows that should come back are in dropped.jsonl, whole, with stage and reason.", ""),
+    ]  # fmt: skip
 
 
 def _share(part: int, whole: int) -> str:
@@ -159,8 +200,7 @@ def _record(record: Record) -> str:
 
 
 def _turn(role: str, text: str) -> str:
-    more = f" ... {len(text) - MAX_SHOWN:,} more characters" if len(text) > MAX_SHOWN else ""
-    return f"<pre><b>{html.text(role)}:</b> {html.text(text[:MAX_SHOWN])}{more}</pre>"
+    return html.block(f"{role}: {text}")
 
 
 def _thumbnail(ref: ImageRef) -> str:
@@ -173,12 +213,12 @@ def _thumbnail(ref: ImageRef) -> str:
 def _plot(figures: dict[str, Any]) -> str:
     """Draw dropped scores above kept ones, and the limit."""
     edges, kept, dropped = (np.array(figures["histogram"][key]) for key in ("edges", "kept", "dropped"))
-    figure, axis = html.pyplot().subplots(figsize=(8, 2.6), layout="constrained")
-    axis.stairs(kept, edges, fill=True, color="#9ecae1", label=f"passed {kept.sum():,}")
-    axis.stairs(kept + dropped, edges, baseline=kept, fill=True, color="#d62728", label=f"dropped {dropped.sum():,}")
+    figure, axis = html.pyplot().subplots(figsize=(4.6, 2.5), layout="constrained")
+    axis.stairs(kept, edges, fill=True, color=html.COLORS[0], label=f"passed {kept.sum():,}")
+    axis.stairs(kept + dropped, edges, baseline=kept, fill=True, color=html.COLORS[1], label=f"dropped {dropped.sum():,}")
     if figures["limit"] is not None:
-        axis.axvline(figures["limit"], color="#222", linestyle="--", linewidth=1, label=f"limit {figures['limit']:g}")
+        axis.axvline(figures["limit"], color=html.INK, linestyle="--", linewidth=1, label=f"limit {figures['limit']:g}")
     axis.set_yscale("symlog", linthresh=10)
     axis.set(xlabel="score; the last bar holds all above", ylabel="rows", ylim=(0, 2 * (kept + dropped).max()))
-    axis.legend(frameon=False, fontsize=8, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
+    axis.legend(fontsize=8, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
     return html.plot(figure, f"scores of {figures['name']}")

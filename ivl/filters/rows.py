@@ -19,7 +19,8 @@ Place = tuple[str, int]
 """Data set and row."""
 RowEntry = dict[str, Any]
 """A row in the journal: id, dataset, row, source, keep; scores and unjudged by stage; of a dropped row also stage, reason,
-score, and duplicate_of or problem; signatures by stage, for a resumed run."""
+score, and problem, or of a duplicate duplicate_of and repeats (source and place of the earlier row); signatures by stage,
+for a resumed run."""
 Results = list[FilterVerdict | bytes | None]
 """For each stage up to the first that drops the row: its verdict, a signature, or None (exempt, or judged)."""
 

@@ -162,7 +162,7 @@ class _OrderedStages:
     def replay(self, entry: RowEntry) -> None:
         """Feed the indexes with a row of an earlier run."""
         for stage, signature in entry.get("signatures", {}).items():
-            self.indexes[stage].seen(base64.b85decode(signature), entry["source"])
+            self.indexes[stage].seen(base64.b85decode(signature), (entry["dataset"], entry["row"]))
 
     def judge_rows(self, rows: Sequence[tuple[RowEntry, Results]]) -> list[RowEntry]:
         """Send a block of rows through all stages, and return its entries."""
@@ -182,7 +182,8 @@ class _OrderedStages:
             assert result is not None
             return result
         entry.setdefault("signatures", {})[stage] = base64.b85encode(result).decode()
-        if (earlier := self.indexes[stage].seen(result, entry["source"])) is None:
+        if (earlier := self.indexes[stage].seen(result, (entry["dataset"], entry["row"]))) is None:
             return KEEP
-        entry["duplicate_of"] = earlier
+        dataset, row = earlier
+        entry |= {"duplicate_of": self.checker.files[dataset].source(row), "repeats": [dataset, row]}
         return FilterVerdict(False, "near-duplicate")

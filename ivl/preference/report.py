@@ -8,12 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from ivl.preference.pairs import Tally, read_pairs
+from ivl.preference.pairs import Tally, read_pairs, why_none
 from ivl.utils import html as pages
 from ivl.utils.files import write_atomic, write_json
 
+SIDES = (("chosen", "good"), ("rejected", "bad"))
 NUM_SAMPLES = 24
 """Pairs shown."""
+ABOUT = (
+    "Every question was answered several times, and each reply was checked against the known answer. A right reply (chosen) "
+    "and a wrong one (rejected) make a pair. MPO makes the chosen reply more likely than the rejected one, by more than the "
+    "model it starts from does, and learns to write it. Where chosen replies are mostly longer, or shorter, it learns that too."
+)
 
 
 def write_report(out: Path, tallies: dict[str, Tally], *, seed: int = 0) -> dict[str, Any]:
@@ -23,16 +29,37 @@ def write_report(out: Path, tallies: dict[str, Tally], *, seed: int = 0) -> dict
     report: dict[str, Any] = {"sources": sources, "lengths": lengths(pairs)}
     write_json(out / "report.json", report)
     sections = [
+        _facts(tallies), f"<p>{ABOUT}</p>",
         "<h2>Yield by source</h2>", pages.table(*_yields(tallies)),
-        "<h2>What was not used</h2>", pages.table(*_left_out(tallies)),
+        "<h2>What was not used</h2>", pages.table(*_left_out(tallies), words={"what"}),
     ]  # fmt: skip
     if pairs:
         sections += [
             "<h2>Lengths</h2>", pages.table(*_length_rows(report["lengths"])),
             "<h2>Samples</h2>", _samples(pairs, seed),
         ]  # fmt: skip
+    sections.append(pages.next_steps(*_next_steps(tallies)))
     write_atomic(out / "report.html", pages.page("Preference pairs", *sections))
     return report
+
+
+def _facts(tallies: dict[str, Tally]) -> str:
+    all_of = list(tallies.values())
+    pairs, replies = sum(tally.pairs.total() for tally in all_of), sum(tally.replies for tally in all_of)
+    right = _share(sum(tally.correct for tally in all_of), replies)
+    return pages.facts(pairs=f"{pairs:,}", replies=f"{replies:,}", of_them_right=right)
+
+
+def _next_steps(tallies: dict[str, Tally]) -> list[tuple[str, str]]:
+    """What to do with the pairs, in the folder of the page; where a source gave none, why and what helps."""
+    none = [(f"{name} gave no pairs: {why_none(tally)}.", "") for name, tally in tallies.items() if not tally.pairs]
+    if len(none) == len(tallies):
+        return none
+    return [
+        *none,
+        ("Read the samples: where the rejected reply is as good as the chosen one, the answers or --mode are wrong.", ""),
+        ("Train the model that was sampled, in this folder:", "ivl train mpo --model MODEL --data meta.json"),
+    ]
 
 
 def lengths(pairs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -50,18 +77,23 @@ def lengths(pairs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _yields(tallies: dict[str, Tally]) -> tuple[list[str], list[list[str]]]:
-    head = ["source", "questions", "replies", "correct", "wrong", "malformed", "all right", "all wrong", "with pairs", "pairs",
-            "compared by mode", "comparisons of formulas given up at a limit (count as wrong)"]  # fmt: skip
-    rows = []
-    for name, t in tallies.items():
-        pairs = ", ".join(f"{count:,} {kind}" for kind, count in sorted(t.pairs.items())) or "0"
-        shares = (t.correct, t.wrong, sum(t.malformed.values()))
-        rows.append([
-            name, f"{t.questions:,}", f"{t.replies:,}", *(_share(count, t.replies) for count in shares),
-            *(_share(count, t.questions) for count in (t.all_correct, t.all_wrong, t.with_pairs)), pairs,
-            t.mode, f"{t.given_up:,}",
-        ])  # fmt: skip
-    return head, rows
+    """Return a row for each figure and a column for each source."""
+    figures: dict[str, list[str]] = {}
+    for t in tallies.values():
+        shares = {"replies that are right": t.correct, "wrong": t.wrong, "without a readable answer": t.malformed.total()}
+        questions = {"questions with right replies alone": t.all_correct, "with wrong ones alone": t.all_wrong,
+                     "with pairs": t.with_pairs}  # fmt: skip
+        for name, value in {
+            "questions": f"{t.questions:,}",
+            "replies": f"{t.replies:,}",
+            **{name: _share(count, t.replies) for name, count in shares.items()},
+            **{name: _share(count, t.questions) for name, count in questions.items()},
+            "pairs": ", ".join(f"{count:,} {kind}" for kind, count in sorted(t.pairs.items())) or "0",
+            "answers are compared by mode": t.mode,
+            "comparisons of formulas given up at a limit, which count as wrong": f"{t.given_up:,}",
+        }.items():
+            figures.setdefault(name, []).append(value)
+    return ["", *tallies], [[name, *values] for name, values in figures.items()]
 
 
 def _share(count: int, of: int) -> str:
@@ -85,8 +117,7 @@ def _length_rows(by_kind: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def _samples(pairs: list[dict[str, Any]], seed: int) -> str:
-    chosen = random.Random(seed).sample(pairs, min(NUM_SAMPLES, len(pairs)))
-    return f"<div class='grid'>{''.join(map(_card, chosen))}</div>"
+    return pages.grid(map(_card, random.Random(seed).sample(pairs, min(NUM_SAMPLES, len(pairs)))))
 
 
 def _card(pair: dict[str, Any]) -> str:
@@ -94,7 +125,5 @@ def _card(pair: dict[str, Any]) -> str:
     shown = "".join(pages.picture(image) for image in ([images] if isinstance(images, str) else images))
     question = pages.text(pair["question"].replace("<image>", "").strip())
     truth = f" (answer: {pages.text(', '.join(pair['answer_gt']))})" if pair["answer_gt"] else ""
-    return (
-        f"<div class='card'>{shown}<br><b>{question}</b>{truth} <i>{pages.text(pair['kind'])}</i>"
-        f"<pre class='good'>{pages.text(pair['chosen'])}</pre><pre class='bad'>{pages.text(pair['rejected'])}</pre></div>"
-    )
+    replies = (f"<span class='{kind}'>{side}</span>{pages.block(pair[side], kind)}" for side, kind in SIDES)
+    return pages.card(f"{shown}<br><b>{question}</b>{truth} <i>{pages.text(pair['kind'])}</i><br>", *replies)

@@ -1,4 +1,8 @@
-"""Report pages: one self-contained HTML file with tables, plots and small pictures. Plots need the `eval` extra."""
+"""Report pages: one self-contained HTML file with tables, plots and small pictures. Plots need the `eval` extra.
+
+Pages follow the reader's light or dark setting and fit a phone: plots are SVG drawn in the color of the text, and a row of a
+wide table becomes a list where the window is narrow.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import base64
 import html
 import io
 import os
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +22,53 @@ from ivl.utils.pictures import open_image, upright
 from ivl.utils.strict_json import read_json
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem } img { max-width: 100% } img.plot { width: 100% }
-div.table { overflow-x: auto } table { border-collapse: collapse; white-space: nowrap }
-td, th { padding: .2rem 0 .2rem 1.2rem; text-align: right } td:first-child, th:first-child { padding-left: 0; text-align: left }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem }
-.card { border-top: 1px solid #ddd; padding-top: .5rem; overflow-wrap: anywhere }
-.card img { height: 5rem; margin-right: .3rem }
-pre { white-space: pre-wrap; margin: .3rem 0; font-size: 13px } .good { color: #1b6e20 } .bad { color: #b00020 }
+:root { color-scheme: light dark; --text: #1f2328; --soft: #59636e; --line: #d1d9e0; --back: #fff; --card: #f6f8fa;
+  --good: #116329; --bad: #b3261e; --link: #0a58ca }
+@media (prefers-color-scheme: dark) { :root { --text: #e6edf3; --soft: #9198a1; --line: #3d444d; --back: #0d1117;
+  --card: #161b22; --good: #56d364; --bad: #ff7b72; --link: #6cb0ff } }
+* { box-sizing: border-box }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 0 auto; padding: 1.5rem 1rem 4rem;
+  color: var(--text); background: var(--back); overflow-wrap: break-word }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .5rem } h2 { font-size: 1.2rem; margin: 2.5rem 0 .7rem }
+h3 { font-size: 1rem; margin: 1.5rem 0 .5rem } p, li { max-width: 46rem } a { color: var(--link) } .soft { color: var(--soft) }
+.good { color: var(--good) } .bad { color: var(--bad) } img { max-width: 100% }
+.facts { display: flex; flex-wrap: wrap; gap: .5rem 2.5rem; margin: 1rem 0 } .facts b { display: block; font-size: 1.5rem }
+.facts span { color: var(--soft); font-size: .9rem }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; max-width: 100% }
+th, td { padding: .3rem 0 .3rem 1rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line) }
+th { font-weight: 600; color: var(--soft); vertical-align: bottom } td { overflow-wrap: anywhere }
+th:first-child, td:first-child { padding-left: 0; text-align: left } td.words { text-align: left; min-width: 12rem }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)); gap: 1rem }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .7rem; overflow-wrap: anywhere }
+.card img { height: 5rem; margin-right: .3rem; border-radius: .2rem } .pixels { image-rendering: pixelated }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); gap: 1rem; margin-bottom: 1rem }
+figure.plot { margin: 0 } figure.plot svg { display: block; width: 100%; height: auto; color: var(--text) }
+pre, code { font: .85rem/1.45 ui-monospace, monospace } pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0 }
+.next pre { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .6rem .8rem }
+summary { cursor: pointer } summary pre { display: inline }
+@media (max-width: 40rem) {
+  table.wide, .wide tbody, .wide tr, .wide td { display: block } .wide thead { display: none }
+  .wide tr { border-bottom: 1px solid var(--line); padding: .5rem 0 }
+  .wide td { display: flex; justify-content: space-between; gap: 1rem; border: 0; padding: .1rem 0 }
+  .wide td::before { content: attr(data-head); color: var(--soft); text-align: left; flex: none; max-width: 55% }
+  .wide td:first-child { font-weight: 600 } .wide td:first-child::before { content: none }
+}
 """
+INK = "#1f2328"
+"""Color of text and axes in plots; a page draws it in the color of its own text."""
+COLORS = ("#4e8fd0", "#e07b39", "#3f9f5b", "#c14f8a", "#8a75d1", "#a08a2c", "#4fa3a5", "#98694f")
+"""Colors of series, which stand out on light and on dark."""
+MAX_OPEN = 700
+"""Characters of a text that are shown before it has to be opened."""
 
 
-def page(title: str, *sections: str, style: str = "") -> str:
-    """A whole page; sections are HTML. style: rules of the page's own, after the common ones."""
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+def page(title: str, *sections: str) -> str:
+    """A whole page; sections are HTML."""
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     body = "\n".join(sections)
     return (
-        f'<!doctype html><html lang="en">{head}<title>{text(title)}</title><style>{STYLE}{style}</style>\n'
+        f'<!doctype html><html lang="en">{head}<title>{text(title)}</title><style>{STYLE}</style>\n'
         f"<h1>{text(title)}</h1>\n{body}</html>"
     )
 
@@ -71,23 +105,70 @@ def text(value: object) -> str:
     return html.escape(str(value))
 
 
-def table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
-    def line(tag: str, cells: Sequence[object]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{text(cell)}" for cell in cells)
+def facts(**values: str) -> str:
+    """The figures to see first, each above its name; an underscore in a name is a space."""
+    each = (f"<div><b>{text(value)}</b><span>{text(name.replace('_', ' '))}</span></div>" for name, value in values.items())
+    return f"<div class='facts'>{''.join(each)}</div>"
 
-    return f"<div class='table'><table>{line('th', head)}{''.join(line('td', row) for row in rows)}</table></div>"
+
+def table(head: Sequence[object], rows: Iterable[Sequence[object]], *, words: Set[str] = frozenset()) -> str:
+    """A table whose first column names the rows.
+
+    Args:
+        head: Names of the columns.
+        rows: Cells of each row.
+        words: Columns of words, which are set flush left.
+    """
+
+    def cells(row: Sequence[object]) -> str:
+        kinds = (" class='words'" if name in words else "" for name in head)
+        named = zip(head, kinds, row, strict=True)
+        return "".join(f"<td data-head='{text(name)}'{kind}>{text(cell)}</td>" for name, kind, cell in named)
+
+    top = "".join(f"<th>{text(name)}</th>" for name in head)
+    body = "".join(f"<tr>{cells(row)}</tr>" for row in rows)
+    return f"<table{' class=wide' if len(head) > 3 else ''}><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def block(value: str, kind: str = "", *, most: int = 4_000) -> str:
+    """A text as it stands, of the class `good`, `bad` or none; a long one opens by a click, and says what is cut."""
+    more = f" ... {len(value) - most:,} more characters" if len(value) > most else ""
+    whole = f"<pre class='{kind}'>{text(value[:most])}{more}</pre>"
+    if len(value) <= MAX_OPEN:
+        return whole
+    return f"<details><summary><pre class='{kind}'>{text(value[: MAX_OPEN // 2])} ...</pre></summary>{whole}</details>"
+
+
+def card(*parts: str) -> str:
+    """A box; parts are HTML."""
+    return f"<div class='card'>{''.join(parts)}</div>"
+
+
+def grid(cards: Iterable[str], kind: str = "grid") -> str:
+    """Boxes side by side, as many as the window has room for; `plots` and `pair` are the kinds for wider ones."""
+    return f"<div class='{kind}'>{''.join(cards)}</div>"
+
+
+def next_steps(*steps: tuple[str, str]) -> str:
+    """The last section: what to do now, each step a sentence and a command."""
+    each = (f"<li>{text(sentence)}{f'<pre>{text(command)}</pre>' if command else ''}</li>" for sentence, command in steps)
+    return f"<h2>What next</h2><ul class='next'>{''.join(each)}</ul>"
 
 
 def plot(figure: Any, alt: str) -> str:
-    """A matplotlib figure, which is closed."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    """A matplotlib figure as SVG in the colors of the page; the figure is closed."""
+    buffer = io.StringIO()
+    with pyplot().rc_context({"svg.hashsalt": "ivl"}):  # the same names in every run, so that a page is the same, too
+        figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     pyplot().close(figure)
-    return f"<img class='plot' alt='{text(alt)}' src='{_data('png', buffer.getvalue())}'>"
+    drawn = buffer.getvalue()
+    drawn = drawn[drawn.index("<svg") + 4 :].replace(INK, "currentColor")
+    most = int(1.4 * 96 * figure.get_figwidth())  # enlarged further, its text would be larger than the page's
+    return f"<figure class='plot' style='max-width: {most}px'><svg role='img' aria-label='{text(alt)}'{drawn}</figure>"
 
 
 def picture(source: str | Path | bytes | Image.Image, *, size: int = 160) -> str:
-    """A thumbnail; what cannot be read is named instead."""
+    """A thumbnail; what cannot be read is named instead. Small pictures are shown as they are, their pixels enlarged."""
     try:
         if isinstance(source, Image.Image):
             image = source.copy()
@@ -95,16 +176,18 @@ def picture(source: str | Path | bytes | Image.Image, *, size: int = 160) -> str
             data = source if isinstance(source, bytes) else Path(source).read_bytes() if regular(source) else b""
             image, orientation = open_image(io.BytesIO(data))
             image = upright(image, orientation)
+        small = max(image.size) <= size // 2
         image.thumbnail((size, size))
         buffer = io.BytesIO()
-        image.convert("RGB").save(buffer, format="JPEG", quality=85)
+        image.convert("RGB").save(buffer, **({"format": "PNG"} if small else {"format": "JPEG", "quality": 85}))
     except (OSError, ValueError, Image.DecompressionBombError):
         return f"<i>unreadable image {text(source if isinstance(source, str | Path) else '')}</i>"
-    return f"<img alt='' src='{_data('jpeg', buffer.getvalue())}'>"
+    kind, content = ("png", " class='pixels'") if small else ("jpeg", "")
+    return f"<img alt=''{content} src='data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
 
 
 def pyplot() -> Any:
-    """matplotlib.pyplot without a screen.
+    """matplotlib.pyplot without a screen, in the style of the pages.
 
     Raises:
         InputError: if matplotlib is not installed.
@@ -116,8 +199,10 @@ def pyplot() -> Any:
     matplotlib.use("Agg")
     import matplotlib.pyplot
 
+    for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color", "ytick.color"):
+        matplotlib.rcParams[name] = INK
+    matplotlib.rcParams |= {
+        "axes.prop_cycle": matplotlib.cycler(color=COLORS), "axes.spines.top": False, "axes.spines.right": False,
+        "axes.titlesize": "medium", "axes.titleweight": "bold", "font.size": 9, "legend.frameon": False,
+    }  # fmt: skip
     return matplotlib.pyplot
-
-
-def _data(kind: str, content: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
