@@ -1,15 +1,15 @@
 """What README.md and docs/ say is true.
 
 Every ```python block runs, in the order of its page and in one namespace, and so does every line of a ```sh block of docs/
-that starts with `ivl`, in a folder that has a small model at runs/quickstart/model, pictures, rows and the examples. A block
-under `<!-- no-run: why -->` does not run; its flags are checked all the same, as are all flags in running text.
+that starts with `ivl`, in a folder that has a small model at runs/quickstart/model, the files of `ivl demo-data .` and the
+examples. A block under `<!-- no-run: why -->` does not run; its flags are checked all the same, as are all flags in running
+text.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import json
 import re
 import runpy
 import shlex
@@ -20,13 +20,14 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from ivl.cli import COMMANDS, main
+from ivl.datasets.demo import write_demo
 from ivl.recipes import STAGES
+from ivl.serve.page import write_examples
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MAX_NOT_RUN = 12
 FENCE = re.compile(r"(?P<mark><!-- no-run[^\n]*-->\n)?```(?P<kind>\w*)\n(?P<body>.*?)```", re.DOTALL)
 IVL = re.compile(r"^(?:torchrun .*? -m |(?:\.venv/bin/)?)(ivl .*)$")
@@ -103,26 +104,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("world")
     build = runpy.run_path(str(ROOT / "examples/own_model_from_config.py"))["build"]
     build(place / "runs/quickstart/model")
-    Image.new("RGB", (70, 40), "red").save(place / "picture.png")
-    (place / "frames").mkdir()
-    (place / "data").mkdir()
-    rows = []
-    for n in range(12):
-        picture = Image.new("RGB", (40 + 5 * n, 40), (20 * n, 0, 0))
-        picture.save(place / f"frames/{n}.png")
-        picture.save(place / f"data/{n}.png")
-        talk = [{"from": "human", "value": "<image>\nwhat colour is it?"}, {"from": "gpt", "value": "red"}]
-        rows.append({"id": n, "image": f"{n}.png", "conversations": talk})
-    (place / "data/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pairs = [
-        {"id": n, "image": f"{n}.png", "question": "what color is it?", "chosen": "red", "rejected": "blue"} for n in range(4)
-    ]
-    (place / "data/pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    write_demo(place)
+    write_examples(place / "runs/quickstart/model", [("what color is it?", [place / "picture.png"])])
     shutil.copytree(ROOT / "examples", place / "examples", ignore=shutil.ignore_patterns("__pycache__"))
     return place
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT).with_suffix("")))
 def test_blocks_run(page: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = tmp_path / "here"
     shutil.copytree(world, here)
@@ -160,7 +148,7 @@ def test_every_command_and_flag_exists() -> None:
                 continue  # it has flags of its own
             unknown = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*", code)) - all_flags()
             assert not unknown, f"{page.name}: `{code}`"
-            if found := re.match(r"ivl ([a-z]+)", code):
+            if found := re.match(r"ivl ([a-z-]+)", code):
                 assert found[1] in COMMANDS, f"{page.name}: `{code}`"
 
 
@@ -190,6 +178,25 @@ def test_links_resolve() -> None:
             target = (page.parent / path).resolve() if path else page
             assert target.exists(), f"{page.name}: {link}"
             assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
+
+
+def test_troubleshooting_quotes_messages_of_the_code() -> None:
+    """What stands in the first column, between the dots, is somewhere in the code or in a pattern of torch and the shell."""
+    code = "".join(path.read_text() for path in (ROOT / "ivl").rglob("*.py"))
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    quoted = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    assert len(quoted) > 30
+    assert not [message for message in quoted for part in message.split("...") if part.strip() not in code]
+
+
+def test_every_page_is_in_the_site_and_in_the_index() -> None:
+    pages = {str(page.relative_to(ROOT / "docs")) for page in PAGES[1:]}
+    nav = set(re.findall(r'"([\w/]+\.md)"', (ROOT / "docs/zensical.toml").read_text()))
+    assert nav == pages
+    listed = set(re.findall(r"\]\((\w+\.md)", (ROOT / "docs/index.md").read_text()))
+    assert {page for page in pages if "/" not in page} - {"index.md"} <= listed
+    listed = {f"results/{name}" for name in re.findall(r"\]\((\w+\.md)", (ROOT / "docs/results/index.md").read_text())}
+    assert {page for page in pages if "/" in page} - {"results/index.md"} == listed
 
 
 def test_no_path_of_a_machine() -> None:

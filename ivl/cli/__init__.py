@@ -18,6 +18,7 @@ COMMANDS = {
     "prefer": ("ivl.cli.prefer:main", "sample replies and build preference pairs"),
     "convert": ("ivl.cli.convert:convert", "rewrite a checkpoint in the other dialect"),
     "compose": ("ivl.cli.convert:compose", "build a model from a ViT, a language model and a projector"),
+    "demo-data": ("ivl.cli.demo_data:demo_data", "write the small files that the documentation uses"),
     "merge": ("ivl.cli.convert:merge", "merge a LoRA adapter into its model"),
 }
 
