@@ -12,6 +12,7 @@ from typing import Any
 
 from examples.quickstart.compositions import careless, compositions, training_row
 from ivl.types import SamplingParams
+from ivl.utils.progress import reporting
 
 CARELESS = 0.45
 """Share of the supervised rows that carry the mistake. The model learns the mistake nearly as well as the answer; checking its
@@ -47,8 +48,12 @@ def write_pairs(model: Path, out: Path, *, questions: int, replies: int) -> Path
     rows = compositions("train", questions, seed=2, prefix="fresh")
     path = write_rows(out / "fresh.jsonl", ({key: row[key] for key in ASKED} for row in rows))
     sources = load_sources(path, style="final_answer", instruct=False)
-    config = SamplingConfig(num_replies=replies, params=SAMPLED, chunk=64)
-    journal = sample(load(model).engine, sources, out / "replies.jsonl", model=str(model), config=config)
+    config = SamplingConfig(num_replies=replies, params=SAMPLED, chunk=16)
+    with reporting("sampling", "questions") as show:
+        journal = sample(
+            load(model).engine, sources, out / "replies.jsonl", model=str(model), config=config,
+            on_progress=lambda done, resumed: show(done, questions, resumed=resumed),
+        )  # fmt: skip
     pair_up(journal, out / "pairs")
     return journal
 
@@ -74,7 +79,7 @@ def held_out(model: Path, count: int, folder: Path, *, seed: int = 9) -> dict[st
     path = write_rows(folder / "test.jsonl", ({key: row[key] for key in ASKED} for row in rows))
     source = QuestionSource(name="test", questions=str(path), instruct=False)
     questions = list(read_questions((source,)))
-    replies = load(model).engine.generate([question.conversation() for question in questions], GREEDY)
+    replies = load(model).generate([question.conversation() for question in questions], GREEDY, progress=True)
     grades = [grade(r.text, r.finish_reason, q.answers, source) for r, q in zip(replies, questions, strict=True)]
     shares = {
         "accuracy": [g.correct is True for g in grades],

@@ -18,6 +18,7 @@ from ivl.evaluation.tasks import easy_vqa
 from ivl.recipes import nano
 from ivl.runs.config import RunConfig
 from ivl.utils.files import write_json
+from ivl.utils.progress import reporting
 
 Recipe = Callable[[], RunConfig]
 STAGES: tuple[Recipe, ...] = (nano.language, nano.vision, nano.stage1, nano.stage15, nano.stage2)
@@ -57,11 +58,14 @@ def quickstart(out: Path) -> dict[str, Any]:
     shutil.copytree(Path(STAGES[-1]().run_dir) / "model", out / "model")
 
     write_examples(out / "model", [(row.question, [Path(row.image)]) for row in example_rows()])
-    print("\nevaluating on the official test split")
+    print("\nevaluating on the official test split", flush=True)
     predictions = out / "predictions.jsonl"
     predictions.unlink(missing_ok=True)
     began = time.monotonic()
-    report = evaluate(find("easy-vqa"), load(out / "model").engine, model=str(out / "model"), predictions=predictions)
+    with reporting("evaluation", "questions") as show:
+        report = evaluate(
+            find("easy-vqa"), load(out / "model").engine, model=str(out / "model"), predictions=predictions, on_progress=show
+        )
     low, high = report["ci95"]
     print(f"{report['value']:.2%} of {report['n']:,} questions are right (95% interval {low:.2%} to {high:.2%})", flush=True)
     minutes = sum(stage["seconds"] for stage in stages) / 60
@@ -74,8 +78,9 @@ def quickstart(out: Path) -> dict[str, Any]:
     page = write_page(out, result)
     print(
         f"\n{report['value']:.2%} of {report['n']:,} test questions (95% interval {low:.2%} to {high:.2%}), "
-        f"{minutes:.1f} minutes of training\n{summarize(result['preference'])}\nreport: {page}\n\nTalk to it:\n"
-        f'  .venv/bin/ivl chat {out / "model"} {example_rows()[0].image} -p "what shape is in the image?"'
+        f"{minutes:.1f} minutes of training\n{summarize(result['preference'])}\nreport: {page}\n\nnext:\n"
+        f'  .venv/bin/ivl chat {out / "model"} {out / "model/examples/0-0.png"} -p "what shape is in the image?"\n'
+        "  docs/fine_tune.md teaches it what your own rows say"
     )
     return result
 
@@ -90,14 +95,19 @@ def align(out: Path) -> dict[str, Any]:
     began = time.monotonic()
     alignment.write_pairs(start, out, questions=FRESH_QUESTIONS, replies=REPLIES)
     sampling = time.monotonic() - began
+    sources = json.loads((out / "pairs" / "report.json").read_text())["sources"].values()
+    pairs = sum(sum(source["pairs"].values()) for source in sources)
+    print(f"{pairs:,} pairs from {FRESH_QUESTIONS * REPLIES:,} replies: {out / 'pairs/report.html'}", flush=True)
     stages += train((nano.mpo,))
     aligned = Path(mpo.run_dir) / "model"
     shutil.rmtree(out / "model-mpo", ignore_errors=True)
     shutil.copytree(aligned, out / "model-mpo")
-    sources = json.loads((out / "pairs" / "report.json").read_text())["sources"].values()
+    scores = {}
+    for when, model in (("before", start), ("after", aligned)):
+        scores[when] = alignment.held_out(model, HELD_OUT, out)
+        print(f"{when} MPO {scores[when]['accuracy']:.1%} of {HELD_OUT:,} questions are right", flush=True)
     return {
-        "before": alignment.held_out(start, HELD_OUT, out), "after": alignment.held_out(aligned, HELD_OUT, out),
-        "pairs": sum(sum(source["pairs"].values()) for source in sources), "replies": FRESH_QUESTIONS * REPLIES,
+        **scores, "pairs": pairs, "replies": FRESH_QUESTIONS * REPLIES,
         "sampling_seconds": round(sampling, 1), "stages": stages,
     }  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from ivl.train.stage import set_modes
 from ivl.train.world import World, cuts_of, is_sharded, reshard
 from ivl.types import IGNORE, Batch, Layout, VideoRef
 from ivl.utils.jsonl import Journal, read_journal, reading_line
-from ivl.utils.progress import counting
+from ivl.utils.progress import reporting
 
 NOT_DATA = frozenset(("num_workers", "prefetch", "start_method", "cache_samples", "epochs", "shuffle", "mixture", "root"))
 """Fields of DataConfig that do not change a pair's log-probability, or that the fingerprint of the rows covers."""
@@ -162,8 +162,8 @@ def precompute(model: VLM, data: Loader, directory: Path, *, precision: Precisio
 def _ask(model: VLM, data: Loader, journal: Journal | None, done: int, world: World) -> None:
     """Write the log-probabilities of the pairs that are left; `done` of them are written. A tensor rank has no journal."""
     rows: list[dict[str, Any]] = []
-    with counting(on=world.is_main, lasting=True) as bar:
-        task = bar.add_task("reference log-probabilities", total=len(data.mixture) // world.data_size, completed=done, note="")
+    total, resumed = -(-len(data.mixture) // world.data_size), done
+    with reporting("reference log-probabilities", "pairs") if world.is_main else nullcontext(lambda *_, **__: None) as show:
         for batch in _until_all_end(model, iter(data), world):
             if batch is not None:
                 check_pairs(batch)
@@ -175,7 +175,7 @@ def _ask(model: VLM, data: Loader, journal: Journal | None, done: int, world: Wo
             if journal is not None and len(rows) >= PAIRS_A_CHUNK:
                 journal.add([*rows, {"position": data.state()}])
                 done, rows = done + len(rows), []
-            bar.update(task, completed=done + len(rows))
+            show(done + len(rows), total, resumed=resumed)
     if journal is not None:
         journal.add([*rows, {"done": True, "pairs": done + len(rows)}])
 
