@@ -1,10 +1,12 @@
-# Everything runs in .venv, which `make install` creates with every extra and the tools of development.
+# Everything runs in .venv. `make quickstart` puts into it what the quickstart needs, `make install` every extra and the tools of
+# development; the other targets do what they need.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --disable-pip-version-check --progress-bar off --constraint constraints.txt
 CORE_TESTS := tests/model tests/processing tests/data tests/train tests/inference tests/test_house.py
 
-.PHONY: help install quickstart test test-core coverage check bench wheel clean
+.PHONY: help install quickstart test test-core coverage check bench docs wheel clean
 
 help:
 	@echo "make quickstart   train a small InternVL2.5 on real data, evaluate it, write a report (minutes)"
@@ -12,17 +14,28 @@ help:
 	@echo "make coverage     all tests, slower, with the share of lines that they run"
 	@echo "make test-core    the quick ring: the core's own tests, between two edits"
 	@echo "make bench        speed and memory beside transformers, llama.cpp and OpenVINO (an hour)"
+	@echo "make docs         the pages of docs/ as a site, in site/"
 	@echo "make install      set up $(VENV) with everything (the others do it when needed)"
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit("ivl needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit("ivl needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $@
+	@touch $@
 
-quickstart: install
+$(VENV)/.quickstart: pyproject.toml constraints.txt | $(VENV)/.python
+	@echo "Installing torch and what the quickstart needs into $(VENV): SIZE_QS; its data come with them."
+	@echo "On Linux PyPI's torch also brings CUDA, gigabytes more; PIP_EXTRA_INDEX_URL with torch's index of CPU builds leaves it out."
+	$(PIP) --editable '.[quickstart]'
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.python
+	@echo "Installing every extra and the tools of development into $(VENV): SIZE_ALL. The quickstart needs less: make quickstart."
+	$(PIP) --editable '.[dev]'
+	@touch $(VENV)/.quickstart $@
+
+quickstart: $(VENV)/.quickstart
 	$(BIN)/python -m examples.quickstart
 
 test: install check
@@ -47,8 +60,11 @@ bench: install
 	$(BIN)/python -m benchmarks.throughput
 	$(BIN)/python -m benchmarks.startup
 
+docs: install
+	$(BIN)/python docs/build.py
+
 wheel: install
 	$(BIN)/python -m build --wheel
 
 clean:
-	rm -rf $(VENV) .venv-peers build dist runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-peers build dist site runs .pytest_cache .ruff_cache .hypothesis

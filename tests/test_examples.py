@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -97,6 +98,19 @@ def test_langchain(place: Path, server: str) -> None:
     assert len(replies) == 4 and replies[0] == replies[1] != ""
 
 
+def test_notebook(place: Path) -> None:
+    """Its code cells run one after another, without Jupyter; one epoch instead of eight."""
+    cells = json.loads((EXAMPLES / "first_steps.ipynb").read_text())["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    assert "EPOCHS = 8" in code and not any(cell.get("outputs") for cell in cells)
+    run(place, "own_model_from_config.py", "runs/quickstart/model")
+    (place / "notebook.py").write_text(code.replace("EPOCHS = 8", "EPOCHS = 1"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+    done = subprocess.run([sys.executable, "notebook.py"], cwd=place, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "published settings of" in done.stdout and done.stdout.splitlines()[-1].endswith("%")
+
+
 def test_all_are_tested() -> None:
     tested = Path(__file__).read_text()
-    assert all(f'"{path.name}"' in tested for path in EXAMPLES.iterdir() if path.suffix in (".py", ".sh"))
+    assert all(f'"{path.name}"' in tested for path in EXAMPLES.iterdir() if path.suffix in (".py", ".sh", ".ipynb"))
