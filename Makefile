@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --disable-pip-version-check --progress-bar off --constraint constraints.txt
 CORE_TESTS := tests/model tests/processing tests/data tests/train tests/inference tests/test_house.py
 
-.PHONY: help install quickstart test test-core coverage check bench docs wheel clean
+.PHONY: help install quickstart test test-core coverage check claims bench docs wheel clean
 
 help:
 	@echo "make quickstart   train a small InternVL2.5 on real data, evaluate it, write a report (minutes)"
 	@echo "make test         lint, types, import layers and all tests"
 	@echo "make coverage     all tests, slower, with the share of lines that they run"
 	@echo "make test-core    the quick ring: the core's own tests, between two edits"
+	@echo "make claims       try every claim of the paper in small (6 hours; QUICK=1 20 minutes), docs/claims.md"
 	@echo "make bench        speed and memory beside transformers, llama.cpp and OpenVINO (an hour)"
 	@echo "make docs         the pages of docs/ as a site, in site/"
 	@echo "make install      set up $(VENV) with everything (the others do it when needed)"
@@ -53,6 +54,9 @@ check: install
 	$(BIN)/pyright
 	$(BIN)/pyright --project pyright-core.json
 	$(BIN)/lint-imports
+
+claims: install
+	$(BIN)/python -m studies.claims $(if $(FRESH),--fresh) $(if $(QUICK),--quick) $(if $(REAL),--real) $(if $(ONLY),--only $(ONLY))
 
 bench: install
 	$(BIN)/python -m benchmarks.against_transformers

@@ -1,6 +1,6 @@
 """The preference chain on nano: careless supervised data, replies sampled and checked, pairs, Mixed Preference Optimization.
 
-The quickstart runs it once; studies/preference_effect.py compares it with other ways.
+The quickstart runs it once; studies/claims/preference.py compares it with other ways.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.quickstart.compositions import careless, compositions, training_row
+from ivl.evaluation.tasks.easy_vqa import Split
 from ivl.types import SamplingParams
 from ivl.utils.progress import reporting
 
@@ -66,8 +67,8 @@ def pair_up(journal: Path, out: Path) -> None:
     write_report(out, build_pairs(journal, out, PairsConfig(limit=4)))
 
 
-def held_out(model: Path, count: int, folder: Path, *, seed: int = 9) -> dict[str, Any]:
-    """Measure greedy accuracy on questions about pictures of the test split, drawn by the seed.
+def held_out(model: Path, count: int, folder: Path, *, seed: int = 9, split: Split = "test") -> dict[str, Any]:
+    """Measure greedy accuracy on questions about pictures of a split, drawn by the seed.
 
     Returns also the shares of malformed replies, of replies that run into the limit, and of replies whose reasoning is right.
     """
@@ -75,9 +76,9 @@ def held_out(model: Path, count: int, folder: Path, *, seed: int = 9) -> dict[st
     from ivl.preference.pairs import grade
     from ivl.preference.questions import QuestionSource, read_questions
 
-    rows = compositions("test", count, seed=seed, prefix="test")
-    path = write_rows(folder / "test.jsonl", ({key: row[key] for key in ASKED} for row in rows))
-    source = QuestionSource(name="test", questions=str(path), instruct=False)
+    rows = compositions(split, count, seed=seed, prefix=split)
+    path = write_rows(folder / f"{split}.jsonl", ({key: row[key] for key in ASKED} for row in rows))
+    source = QuestionSource(name=split, questions=str(path), instruct=False)
     questions = list(read_questions((source,)))
     replies = load(model).generate([question.conversation() for question in questions], GREEDY, progress=True)
     grades = [grade(r.text, r.finish_reason, q.answers, source) for r, q in zip(replies, questions, strict=True)]
