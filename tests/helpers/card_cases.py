@@ -142,7 +142,7 @@ def replies(processor: Any) -> tuple[Any, ...]:
     from ivl.types import ImageRef, SamplingParams
 
     def figures(model: Any) -> dict[str, float]:
-        engine = Engine(model, processor, max_cache_tokens=2048, block_size=16)
+        engine = Engine(model, processor, max_cache_tokens=2048, block_size=256)
         asked = [(chat.user(f"<image>\n{text}", ImageRef(Image.new("RGB", (60, 30), "red"))),) for text in ("what", "is this")]
         greedy = SamplingParams(max_new_tokens=6, ignore_eos=True, logprobs=1)
         sampled = SamplingParams(max_new_tokens=6, temperature=0.8, top_p=0.9, seed=1, repetition_penalty=1.1)
