@@ -269,10 +269,11 @@ def compiled(check: Check) -> None:
 
 def limits(check: Check) -> None:
     """The card's rates in a plain product and a plain copy, as the measure of what follows."""
-    a = torch.randn(8192, 8192, device=CARD, dtype=torch.bfloat16)
-    check.limits["flops"] = 2 * 8192**3 / milliseconds(lambda: a @ a) * 1e3
-    block = torch.empty(2**30, device=CARD, dtype=torch.uint8)
-    check.limits["bytes"] = 2 * 2**30 / milliseconds(block.clone) * 1e3
+    side = 128 if check.size == "tiny" else 8192
+    a = torch.randn(side, side, device=CARD, dtype=torch.bfloat16)
+    check.limits["flops"] = 2 * side**3 / milliseconds(lambda: a @ a) * 1e3
+    block = torch.empty(16 * side**2, device=CARD, dtype=torch.uint8)
+    check.limits["bytes"] = 2 * block.nbytes / milliseconds(block.clone) * 1e3
     check.add("bfloat16 TFLOP/s", check.limits["flops"] / 1e12)
     check.add("GB/s", check.limits["bytes"] / 1e9)
 
@@ -280,7 +281,7 @@ def limits(check: Check) -> None:
 def inference(check: Check) -> None:
     config = check.config
     engine = engine_of(model_of(config, CARD, torch.bfloat16), max_batch_tokens=8192, max_cache_tokens=64 * 1024)
-    length = min(6000, config.decoder.max_positions - 100)
+    length = 300 if check.size == "tiny" else 6000
     replies(engine, [prompt(config, length, 1)], SamplingParams(max_new_tokens=1))
     seconds = timed(lambda: replies(engine, [prompt(config, length, 2)], SamplingParams(max_new_tokens=1)))
     share = tokens_flops(config, length, 1) / seconds / check.limits["flops"]
@@ -291,7 +292,7 @@ def inference(check: Check) -> None:
         seconds = timed(lambda: engine.model.encode_tiles(tiles))
     share = 13 * tile_flops(config) / seconds / check.limits["flops"]
     check.add("tiles/s, share of the product's rate", f"{13 / seconds:,.0f}, {share:.0%}")
-    for batch in (1, 8, 64):
+    for batch in (1, 4) if check.size == "tiny" else (1, 8, 64):
         rate = decode_rate(engine, config, batch, CONTEXT, 48)
         share = decode_bytes(config, batch) * rate / batch / check.limits["bytes"]
         check.add(f"{batch} replies: tokens/s, share of the copy's rate", f"{rate:,.0f}, {share:.0%}")

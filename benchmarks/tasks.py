@@ -225,14 +225,14 @@ def their_model(dtype: torch.dtype) -> Any:
 
 
 def _theirs(kind: str, number: int, decode_steps: int) -> Callable[[], Any]:
-    from ivl.model.vlm import normalise
+    from ivl.model.vlm import normalize
 
     config = published_config(SIZE)
     model = their_model(torch.bfloat16)
 
     if kind == "vision":
         tiles = _tiles(number)
-        return torch.inference_mode()(lambda: model.model.get_image_features(normalise(tiles, torch.bfloat16)))
+        return torch.inference_mode()(lambda: model.model.get_image_features(normalize(tiles, torch.bfloat16)))
 
     if kind == "prefill":
         tokens = _tokens(1, number)
@@ -262,7 +262,7 @@ def _theirs(kind: str, number: int, decode_steps: int) -> Callable[[], Any]:
     model.train()
 
     def train() -> Any:
-        pixels = normalise(tiles, torch.bfloat16)
+        pixels = normalize(tiles, torch.bfloat16)
         loss = model(input_ids=ids, pixel_values=pixels, attention_mask=mask, labels=labels, use_cache=False).loss
         loss.backward()
         model.zero_grad(set_to_none=True)

@@ -56,7 +56,7 @@ def _takes_pages(engine: Engine) -> bool:
     page = PagedCache(config, num_tokens=1, block_size=PAGE_ON_CARDS, dtype=model.dtype, device=model.device)
     try:
         VARLEN.cached(q_TNH, q_TNH, q_TNH, CacheStep(page, Layout((1,), (0,)), [(0,)]), 0)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:  # TypeError: a torch whose call has no tables yet
         log.warning("flash attention reads no pages here, decoding will be slow: %s", str(error).splitlines()[0])
         return False
     return True

@@ -1,0 +1,28 @@
+"""Run benchmarks.gpu on the pretended card: `python -m tests.helpers.card_check LIBRARY OUT [timed]`.
+
+timed: the sections that need a real card run, too, as far as they need no compiler for it; their rates mean nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tests.helpers import pretend
+
+
+def main(library: Path, out: str, *, timed: bool) -> None:
+    pretend.start(library)
+    import torch
+
+    torch.set_num_threads(1)
+    from benchmarks import gpu
+
+    if timed:
+        gpu.is_real = lambda: True
+        gpu.SECTIONS = tuple(each for each in gpu.SECTIONS if each[0] in ("graphs", "limits", "inference", "training", "cards"))
+    sys.exit(gpu.main(["--size", "tiny", "--out", out]))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], timed="timed" in sys.argv[3:])
