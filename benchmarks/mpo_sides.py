@@ -195,7 +195,7 @@ def trl(job: Job) -> None:
     from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 
-    from ivl.model.vlm import normalise
+    from ivl.model.vlm import normalize
 
     disable_progress_bars()
     words = {"<image>": IMAGE, "<eos>": EOS, "<pad>": PAD} | {f"w{n}": n for n in range(FIRST_WORD, VOCABULARY)}
@@ -213,7 +213,7 @@ def trl(job: Job) -> None:
 
         def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
             tiles = np.stack([np.frombuffer(e["tile"], np.uint8).reshape(TILE, TILE, 3) for e in examples])
-            pixels = normalise(torch.from_numpy(tiles), torch.float32)
+            pixels = normalize(torch.from_numpy(tiles), torch.float32)
             return super().torch_call(examples) | {"pixel_values": torch.cat([pixels, pixels])}
 
     pairs = make_pairs(job)

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.peers.inputs import tiles, tokens
 from benchmarks.tasks import their_model
-from ivl.model.vlm import normalise
+from ivl.model.vlm import normalize
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Side:
         @torch.inference_mode()
         def run() -> float:
             started = time.perf_counter()
-            self.model.model.get_image_features(normalise(pixels, torch.bfloat16))
+            self.model.model.get_image_features(normalize(pixels, torch.bfloat16))
             return time.perf_counter() - started
 
         return run
