@@ -1,4 +1,4 @@
-"""`ivl models`: nothing is cut, however narrow the terminal. `ivl ... | head` ends without a traceback."""
+"""`ivl models`: exact counts in 100 columns, without torch. `ivl ... | head` ends without a traceback."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ import sys
 
 import pytest
 
-from ivl.cli.models import models
+from ivl.checkpoint.model_dir import empty_model
+from ivl.checkpoint.releases import MODELS
+from ivl.cli.models import count_parameters, models
+from ivl.config import ModelConfig
+from tests.conftest import tiny_config
 
 SIZES = ("1B", "2B", "4B", "8B", "26B", "38B", "78B")
 TOTALS = (938193024, 2205754368, 3712637952, 8075365376, 25514186112, 38388164992, 78408318336)
@@ -22,9 +26,8 @@ LATER = {
 
 
 def test_the_table_and_the_json_have_every_id_and_count(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "60")
     models([])
     table = capsys.readouterr().out
     models(["--json"])
@@ -38,9 +41,22 @@ def test_the_table_and_the_json_have_every_id_and_count(
     for series, ends in versions.items():
         expected = {f"OpenGVLab/{name}{end}": count for name, count in LATER.items() if name.startswith(series) for end in ends}
         assert {row["hub_id"]: row["parameters"] for row in rows if row["name"].startswith(series)} == expected
-    for row in rows:
-        line = next(line for line in table.splitlines() if f" {row['name']} " in line)
-        assert all((f"{value:,}" if isinstance(value, int) else value) in line for value in row.values())
+    assert max(map(len, table.splitlines())) <= 100
+    for size, total in zip(SIZES, TOTALS, strict=True):
+        assert next(line for line in table.splitlines() if line.startswith(f"InternVL2_5-{size} ")).endswith(f" {total:,}")
+    assert "InternVL3_5-SIZE-MPO, -Instruct" in table
+
+
+@pytest.mark.parametrize("config", [*(model.config for model in MODELS.values()), tiny_config(family="qwen3", qk_norm=True)])
+def test_counts_are_those_of_the_model_that_is_built(config: ModelConfig) -> None:
+    model = empty_model(config)
+    parts = {"vision": model.vision, "projector": model.projector, "language": model.decoder, "all": model}
+    assert count_parameters(config) == {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+
+
+def test_the_list_needs_no_torch() -> None:
+    code = "import sys; from ivl.cli.models import models; models([]); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:

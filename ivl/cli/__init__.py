@@ -8,25 +8,40 @@ import io
 import os
 import sys
 
-COMMANDS = {
-    "models": ("ivl.cli.models:models", "the published models with exact parameter counts"),
-    "train": ("ivl.cli.train:train", "train a recipe: ivl train nano-stage2 --optim.lr 2e-5"),
-    "chat": ("ivl.cli.chat:chat", "talk to a model about images and video"),
-    "serve": ("ivl.cli.serve:serve", "serve a model to OpenAI's clients"),
-    "eval": ("ivl.cli.eval:evaluate", "score a model on a benchmark, with a confidence interval"),
-    "data": ("ivl.cli.data:main", "validate and inspect training data"),
-    "prefer": ("ivl.cli.prefer:main", "sample replies and build preference pairs"),
-    "convert": ("ivl.cli.convert:convert", "rewrite a checkpoint in the other dialect"),
-    "compose": ("ivl.cli.convert:compose", "build a model from a ViT, a language model and a projector"),
-    "demo-data": ("ivl.cli.demo_data:demo_data", "write the small files that the documentation uses"),
-    "merge": ("ivl.cli.convert:merge", "merge a LoRA adapter into its model"),
+GROUPS = {
+    "use a model": {
+        "chat": ("ivl.cli.chat:chat", "talk to a model about images and video"),
+        "serve": ("ivl.cli.serve:serve", "serve a model to OpenAI's clients, and a page to talk with it"),
+        "eval": ("ivl.cli.eval:evaluate", "score a model on a benchmark or on your rows, with a confidence interval"),
+    },
+    "train one": {
+        "train": ("ivl.cli.train:train", "fine-tune any model on your rows, or train a recipe"),
+        "data": ("ivl.cli.data:main", "validate, count, filter, convert and pack rows"),
+        "prefer": ("ivl.cli.prefer:main", "sample replies and build preference pairs"),
+    },
+    "models and files": {
+        "models": ("ivl.cli.models:models", "the published models with exact parameter counts"),
+        "convert": ("ivl.cli.convert:convert", "rewrite a checkpoint: another dialect, 8 or 4 bits, GGUF"),
+        "compose": ("ivl.cli.convert:compose", "build a model from a ViT, a language model and a projector"),
+        "merge": ("ivl.cli.convert:merge", "merge a LoRA adapter into its model"),
+        "demo-data": ("ivl.cli.demo_data:demo_data", "write the small files that the documentation uses"),
+        "completion": ("ivl.cli.completion:completion", "print the completion of a shell: bash or zsh"),
+    },
 }
+COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 
 
 def usage() -> str:
     """Return the list of commands."""
-    rows = "\n".join(f"  {name:10}{text}" for name, (_, text) in COMMANDS.items())
-    return f"usage: ivl COMMAND ...\n\nInternVL2.5 in plain PyTorch.\n\n{rows}\n\n`ivl COMMAND --help` shows its options."
+    groups = (
+        "\n".join([f"{title}:", *(f"  {name:12}{text}" for name, (_, text) in group.items())])
+        for title, group in GROUPS.items()
+    )
+    rows = "\n\n".join(groups)
+    return (
+        f"usage: ivl COMMAND ...\n\nInternVL2.5 in plain PyTorch.\n\n{rows}\n\n"
+        "`ivl COMMAND --help` shows its options, `ivl --version` the version."
+    )
 
 
 def main() -> None:
@@ -36,11 +51,13 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files and rows may hold what no encoding has
     args = sys.argv[1:]
+    if args[:1] == ["help"]:  # ivl help train is ivl train --help
+        args = [*args[1:], "--help"]
     if not args or args[0] in ("-h", "--help"):
         with contextlib.suppress(BrokenPipeError):  # a reader such as head has closed the pipe
             print(usage(), flush=True)
         raise SystemExit(0 if args else 2)
-    if args[0] == "--version":
+    if args[0] in ("-V", "--version"):
         from importlib.metadata import version
 
         print(version("ivl"))

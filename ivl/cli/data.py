@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ivl.datasets.stats import DatasetStats
     from ivl.errors import InputError
 
+COMMANDS = ("validate", "stats", "convert", "filter", "pack")
 SHOWN = 10
 """Problems of each kind that `validate` prints without `--all`."""
 
@@ -30,7 +31,8 @@ def main(args: list[str]) -> None:
     from ivl.cli.data_filter import filter_data
     from ivl.cli.data_pack import pack
 
-    commands = {"validate": validate, "stats": stats, "convert": convert, "filter": filter_data, "pack": pack}
+    functions: tuple[Callable[..., None], ...] = (validate, stats, convert, filter_data, pack)
+    commands: dict[str, Callable[..., Any]] = dict(zip(COMMANDS, functions, strict=True))
     tyro.extras.subcommand_cli_from_dict(commands, prog="ivl data", args=args)
 
 

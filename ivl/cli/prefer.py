@@ -48,6 +48,7 @@ class PreferSampleOptions:
                 on_progress=lambda done, resumed: show(done, total, resumed=resumed),
             )  # fmt: skip
         print(f"{total:,} questions x {self.config.num_replies} replies: {self.out}")
+        print(_next_pairs(self.out))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,7 @@ class DropoutOptions:
                 on_progress=lambda done, resumed: show(done, total, resumed=resumed),
             )  # fmt: skip
         print(f"continuations: {self.out}")
+        print(_next_pairs(self.out))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,15 +102,23 @@ class PairsOptions:
         print(f"report: {self.out / 'report.html'}")
         if not any(tally.pairs for tally in tallies.values()):
             raise InputError(f"{self.replies}: no pairs; the lines above say why")
-        print(f"next: ivl train mpo --model MODEL --data {shlex.quote(str(self.out / 'meta.json'))}")
+        asked = str(read_journal(self.replies)[0].get("model", "")).rpartition(" ")[0]  # behind it is a fingerprint
+        model = shlex.quote(asked) if Path(asked).is_dir() else "MODEL"
+        print(f"next: ivl train mpo --model {model} --data {shlex.quote(str(self.out / 'meta.json'))}")
+
+
+def _next_pairs(journal: Path) -> str:
+    return f"next: ivl prefer pairs {shlex.quote(str(journal))} {shlex.quote(str(journal.with_suffix('')) + '-pairs')}"
+
+
+COMMANDS = {"sample": PreferSampleOptions, "pairs": PairsOptions, "dropout": DropoutOptions}
 
 
 def main(args: list[str]) -> None:
     """Run the command."""
-    commands = {"sample": PreferSampleOptions, "pairs": PairsOptions, "dropout": DropoutOptions}
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)
     try:
-        options = tyro.extras.subcommand_cli_from_dict(commands, prog="ivl prefer", args=args, config=config)
+        options = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="ivl prefer", args=args, config=config)
     except ValueError as error:  # sampling parameters that make no sense
         raise error if isinstance(error, InputError) else InputError(str(error)) from error
     options.run()

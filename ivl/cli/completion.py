@@ -1,0 +1,85 @@
+"""`ivl completion bash|zsh`: a script by which a shell completes commands, recipes and options. It starts no Python later."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import re
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+SCRIPT = """_ivl() {{
+    local current="${{COMP_WORDS[COMP_CWORD]}}" words=""
+    if [ "$COMP_CWORD" -eq 1 ]; then
+        words="{commands} --help --version"
+    elif [[ "$current" == -* ]]; then
+        case "${{COMP_WORDS[1]}} ${{COMP_WORDS[2]}}" in
+{options}
+        esac
+    elif [ "$COMP_CWORD" -eq 2 ]; then
+        case "${{COMP_WORDS[1]}}" in
+{seconds}
+        esac
+    fi
+    COMPREPLY=($(compgen -W "$words" -- "$current"))
+}}
+complete -o bashdefault -o default -F _ivl ivl"""
+ZSH = "autoload -U +X compinit && compinit\nautoload -U +X bashcompinit && bashcompinit"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionOptions:
+    """Print a script that completes `ivl` in a shell.
+
+    For bash, add `eval "$(ivl completion bash)"` to ~/.bashrc; for zsh, `eval "$(ivl completion zsh)"` to ~/.zshrc. Shells
+    start faster with the script in a file that is sourced.
+    """
+
+    shell: Annotated[tyro.conf.Positional[Literal["bash", "zsh"]], tyro.conf.arg(metavar="bash|zsh")]
+
+
+def completion(args: list[str]) -> None:
+    """Run the command."""
+    options = tyro.cli(CompletionOptions, prog="ivl completion", args=args)
+    print(f"{ZSH}\n{script()}" if options.shell == "zsh" else script())
+
+
+def script() -> str:
+    """Return the script for bash; zsh reads it after ZSH."""
+    from ivl.cli import COMMANDS
+
+    seconds = second_words()
+    pages = [(name, "") for name in COMMANDS if name not in seconds]
+    pages += [(name, word) for name, words in seconds.items() if name != "train" for word in words]
+    pages += [("train", word) for word in ("finetune", "lora", "mpo")]
+    options = {f'"{name} {word}"' if word else f'"{name} "*': flags(name, word) for name, word in pages}
+    options['"train "*'] = flags("train", "nano-mpo") | {"--resume", "--config"}
+    indent = " " * 12
+    return SCRIPT.format(
+        commands=" ".join(COMMANDS),
+        options="\n".join(f'{indent}{case}) words="{" ".join(sorted(names))}";;' for case, names in options.items()),
+        seconds="\n".join(f'{indent}{name}) words="{" ".join(words)}";;' for name, words in seconds.items()),
+    )
+
+
+def second_words() -> dict[str, tuple[str, ...]]:
+    """Return the words that may follow a command."""
+    from ivl.cli.data import COMMANDS as DATA
+    from ivl.cli.prefer import COMMANDS as PREFER
+    from ivl.recipes import STAGES, recipes
+
+    return {"train": (*STAGES, *recipes()), "data": tuple(DATA), "prefer": tuple(PREFER), "completion": ("bash", "zsh")}
+
+
+def flags(command: str, word: str) -> set[str]:
+    """Return the options on a page of help."""
+    from ivl.cli import COMMANDS
+
+    module, _, function = COMMANDS[command][0].partition(":")
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        getattr(importlib.import_module(module), function)([*filter(None, [word]), "--help"])
+    return set(re.findall(r"(?<![\w-])--[a-z][\w.-]*\b", out.getvalue()))

@@ -1,0 +1,134 @@
+"""`ivl` itself: its help, its version, its completion, and what it says about options that other tools have."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+
+from ivl.cli import COMMANDS, GROUPS, main
+from ivl.cli.completion import flags, script, second_words
+from ivl.cli.foreign import OPTIONS, answer_foreign
+from ivl.errors import InputError
+
+
+def ivl(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr("sys.argv", ["ivl", *arguments])
+    try:
+        main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_help_and_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ivl("--help", monkeypatch=monkeypatch) == 0
+    page = capsys.readouterr().out
+    assert all(f"{title}:" in page for title in GROUPS) and all(f"\n  {name} " in page for name in COMMANDS)
+    assert max(map(len, page.splitlines())) <= 100
+    for option in ("-V", "--version"):
+        assert ivl(option, monkeypatch=monkeypatch) == 0 and capsys.readouterr().out.strip() == version("ivl")
+    assert ivl("help", "models", monkeypatch=monkeypatch) == 0 and "usage: ivl models" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["trian"], "did you mean 'train'"),
+        (["data", "validat", "x"], "validate"),
+        (["prefer", "sampl", "a", "b"], "sample"),
+        (["chat", "MODEL", "--max-new-token", "3"], "--max-new-tokens"),
+        (["train", "1B-lora", "--optim.learningrate", "1"], "--optim."),
+        (["serve", "MODEL", "--prt", "1"], "--port"),
+        (["eval", "MODEL", "--taks", "easy-vqa"], "--task"),
+        (["models", "--jsn"], "--json"),
+    ],
+)
+def test_a_misspelled_word_is_answered_with_the_nearest(
+    arguments: list[str], hint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ivl(*arguments, monkeypatch=monkeypatch) != 0
+    assert hint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "answer"),
+    [
+        ("train", ["--learning-rate", "1e-5"], "--learning-rate is --optim.lr "),
+        ("train", ["--per_device_train_batch_size=4"], "--per_device_train_batch_size is --packs-per-step"),
+        ("train", ["--num-train-epochs", "3", "--lora_rank", "8"], "is --data.epochs; --lora_rank is --lora.rank"),
+        ("train", ["--cutoff_len", "2048"], "--data.max-tokens"),
+        ("train", ["--freeze_vit", "true"], "--stage.trainable"),
+        ("train", ["--split_dataset_ratio", "0.1"], "--val-share"),
+        ("serve", ["--max-model-len", "4096"], "--max-context"),
+        ("serve", ["--lora-modules", "a=b"], "--adapter"),
+        ("chat", ["--model", "x"], "the first argument"),
+        ("eval", ["--tasks", "mmmu"], "--task"),
+    ],
+)
+def test_options_of_other_tools_are_answered_with_ours(
+    command: str, arguments: list[str], answer: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = {"train": ["finetune", "--model", "M", "--data", "D"]}.get(command, ["MODEL"])
+    assert ivl(command, *start, *arguments, monkeypatch=monkeypatch) == 1
+    said = capsys.readouterr().err
+    assert answer in said and said.count("\n") == 1
+
+
+def test_no_name_of_the_table_is_an_option_here_and_its_answers_are() -> None:
+    own = {"train": set().union(*(flags("train", page) for page in ("finetune", "lora", "mpo", "nano-mpo")))}
+    own["train"] |= {"--model", "--data", "--resume", "--config"}
+    own |= {command: flags(command, "") for command in OPTIONS if command != "train"}
+    own["train"].add("--nproc-per-node")
+    for command, table in OPTIONS.items():
+        assert not {f"--{name}" for name in table} & (own[command] - {"--model", "--nproc-per-node"})
+        named = {word.strip(",;:") for ours in table.values() for word in ours.split() if word.startswith("--")}
+        assert named <= own[command], (command, named - own[command])
+
+
+def test_our_own_options_are_no_foreign_ones() -> None:
+    answer_foreign("train", ["1B-lora", "--optim.lr", "1e-5", "--model", "learning-rate"])
+    with pytest.raises(InputError, match=r"--lr is --optim\.lr"):
+        answer_foreign("train", ["1B-lora", "--lr", "1e-5"])
+
+
+@pytest.fixture(scope="module")
+def completed() -> str:
+    return script()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["ser"], {"serve"}),
+        (["data", "va"], {"validate"}),
+        (["train", "fine"], {"finetune"}),
+        (["train", "nano-st"], {"nano-stage1", "nano-stage1.5", "nano-stage2"}),
+        (["prefer", "sample", "--num-r"], {"--num-replies"}),
+        (["train", "lora", "--lora.r"], {"--lora.rank"}),
+        (["train", "1B-stage2", "--resu"], {"--resume"}),
+        (["chat", "MODEL", "--adap"], {"--adapter"}),
+        (["chat", "MODEL", "pic"], set()),
+    ],
+)
+def test_bash_completes(completed: str, words: list[str], expected: set[str]) -> None:
+    line = f'COMP_WORDS=(ivl {" ".join(words)}); COMP_CWORD={len(words)}; _ivl; echo "${{COMPREPLY[@]}}"'
+    told = subprocess.run(["bash", "-c", f"{completed}\n{line}"], capture_output=True, text=True, check=True)
+    assert set(told.stdout.split()) == expected and told.stderr == ""
+
+
+def test_completion_knows_every_word(completed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert all(f'"{name} ' in completed for name in COMMANDS)
+    assert set(second_words()) == {"train", "data", "prefer", "completion"}
+    from ivl.cli.completion import completion
+
+    completion(["zsh"])
+    said = capsys.readouterr().out
+    assert "bashcompinit" in said and completed in said
+
+
+def test_help_is_quick_to_import() -> None:
+    code = "import sys; from ivl.cli import usage; usage(); sys.exit('tyro' in sys.modules or 'torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
