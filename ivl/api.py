@@ -43,6 +43,7 @@ def load(
     dtype: Dtype | torch.dtype = "auto",
     device: str = "auto",
     max_tiles: int | None = None,
+    adapter: str | Path | None = None,
     **engine_options: int,
 ) -> Model:
     """Load a model, ready for conversations, from a directory or a hub id.
@@ -52,6 +53,7 @@ def load(
             bfloat16 weights where the processor cannot multiply them (no AVX512-BF16, AMX or Arm BF16).
         device: "auto" is the GPU if there is one.
         max_tiles: Tiles an image may be cut into; None takes the checkpoint's.
+        adapter: Directory of a LoRA adapter to reply with, which is not merged.
         engine_options: Arguments of `ivl.inference.engine.Engine`, such as max_cache_tokens.
 
     Raises:
@@ -60,7 +62,8 @@ def load(
     from ivl.generators.local import load_engine
 
     name_of_dtype = dtype if isinstance(dtype, str) else cast(Dtype, str(dtype).removeprefix("torch."))
-    config = LoadConfig(dtype=name_of_dtype, device=device, max_tiles=max_tiles)
+    adapters = () if adapter is None else (str(adapter),)
+    config = LoadConfig(dtype=name_of_dtype, device=device, max_tiles=max_tiles, adapter=adapters)
     return Model(load_engine(name, config, **engine_options), str(name))
 
 

@@ -5,6 +5,7 @@ Beside the adapters, the file has the parameters that trained whole, which PEFT 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import sys
@@ -156,12 +157,25 @@ def load_adapter(model: VLM, adapter_dir: str | Path, *, allow_base: bool = Fals
         expected = open_section(where / BASE_FILE).read("fingerprint", TEXT)
         if expected != base_fingerprint(model, {entry.ours for entry, _ in file.whole.values()}):
             trained_from = described.values.get("base_model_name_or_path") or "another model"
-            raise InputError(f"{where}: was trained from {short(trained_from)}, not from this model; --allow-base takes it")
+            remedy = "`ivl merge --allow-base` takes it"
+            raise InputError(f"{where}: was trained from {short(trained_from)}, not from this model; {remedy}")
     add_adapters(model, configs)
     file.replace_whole(model)
     for matrices in file.low_rank:
         matrices.put(model, file.weights)
     return replace(ranks.common, targets=tuple(configs) or ranks.common.targets)
+
+
+def adapted(model: VLM, adapter: str | Path) -> VLM:
+    """Return the model with an adapter, unmerged. It shares every parameter that the adapter leaves as it was.
+
+    Raises:
+        InputError: as `load_adapter`.
+    """
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    variant = copy.deepcopy(model, shared)
+    load_adapter(variant, adapter)
+    return variant.requires_grad_(False).eval()
 
 
 def base_fingerprint(model: VLM, whole: Collection[str]) -> str:

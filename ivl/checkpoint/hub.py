@@ -41,11 +41,23 @@ def resolve(name_or_dir: str | Path) -> Path:
     return (_from_modelscope if modelscope else _from_hub)(match["repo"], match["revision"])
 
 
+def is_remote(name: str) -> bool:
+    """Whether a name is a hub id that would have to be fetched: no directory, and not in the hub's cache."""
+    match = _HUB_ID.fullmatch(name)
+    if match is None or Path(name).is_dir():
+        return False
+    from huggingface_hub import try_to_load_from_cache
+
+    place = os.environ.get("HF_HUB_CACHE")
+    return not isinstance(try_to_load_from_cache(match["repo"], "config.json", place, match["revision"]), str)
+
+
 def model_name(name_or_dir: str | Path) -> str:
-    """Return the short name of a model: that of its directory, of the run whose `model` it is, or of its repository."""
+    """Return the short name of a model or adapter: its directory, the run that it is `model`, `adapter` or `best` of, or its
+    repository."""
     path = Path(name_or_dir).expanduser()
     path = path.resolve() if path.name in ("", "..") else path.absolute()
-    return (path.parent.name if path.name == "model" else "") or path.name or "model"
+    return (path.parent.name if path.name in ("model", "adapter", "best") else "") or path.name or "model"
 
 
 def _from_hub(repo: str, revision: str | None) -> Path:

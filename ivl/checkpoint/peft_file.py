@@ -150,7 +150,13 @@ class LowRank:
         weight = model.get_parameter(self.entry.ours)
         product = B.float().flatten(1) @ A.float().flatten(1) * self.config.scale
         product = product.T if isinstance(layer, nn.Embedding) else product.reshape(weight.shape)
-        weight.copy_(weight.float() + product.to(weight.device))
+        replace_parameter(model, self.entry.ours, weight.float() + product.to(weight.device))
+
+
+def replace_parameter(model: VLM, name: str, value: torch.Tensor) -> None:
+    """Put a new parameter in the place of one, which another model may share."""
+    before, (path, _, leaf) = model.get_parameter(name), name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, nn.Parameter(value.to(before, copy=True), requires_grad=before.requires_grad))
 
 
 class AdapterFile:
@@ -221,8 +227,9 @@ class AdapterFile:
 
     @torch.no_grad()
     def replace_whole(self, model: VLM) -> None:
-        """Copy the tensors that are not low-rank into the model's parameters, of which they may be parts."""
+        """Put the tensors that are not low-rank in the place of the model's parameters, of which they may be parts."""
         for entry in dict.fromkeys(entry for entry, _ in self.whole.values()):
             ours = model.get_parameter(entry.ours)
             parts = zip(entry.theirs, entry.split(ours), strict=True)
-            ours.copy_(entry.join([self.weights.get(name).to(ours) if name in self.whole else part for name, part in parts]))
+            joined = [self.weights.get(name).to(ours) if name in self.whole else part for name, part in parts]
+            replace_parameter(model, entry.ours, entry.join(joined))

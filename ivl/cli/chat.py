@@ -14,6 +14,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, Suppress, arg
 
 from ivl.api import Chat, Model, load, medium
+from ivl.cli.foreign import answer_foreign
 from ivl.errors import InputError
 from ivl.generators import LoadConfig
 from ivl.types import FramesBy, Grammar, ImageRef, SamplingParams, VideoRef
@@ -79,6 +80,7 @@ class ChatOptions:
 
 def chat(args: list[str]) -> None:
     """Run `ivl chat`."""
+    answer_foreign("chat", args)
     try:
         options = tyro.cli(ChatOptions, prog="ivl chat", args=args)
         params = options.reply.params()
@@ -91,7 +93,9 @@ def chat(args: list[str]) -> None:
     if prompt is not None and not prompt and not media:
         raise InputError("the prompt is empty")
     started = time.perf_counter()
-    model = load(options.model, **asdict(options.load))
+    given = options.load.with_one_adapter()
+    adapter = next(iter(given.adapter), None)
+    model = load(options.model, dtype=given.dtype, device=given.device, max_tiles=given.max_tiles, adapter=adapter)
     if options.stats:
         dtype, device = str(model.engine.model.dtype).removeprefix("torch."), model.engine.model.device
         print(f"load {time.perf_counter() - started:.2f} s ({dtype} on {device})", file=sys.stderr)

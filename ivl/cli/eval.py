@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from ivl.cli.foreign import answer_foreign
 from ivl.errors import InputError
 from ivl.evaluation.config import EvalConfig
 from ivl.evaluation.given import Given, given_task, model_of
@@ -46,6 +47,7 @@ class EvalOptions:
 
 def evaluate(args: list[str]) -> None:
     """Run the command."""
+    answer_foreign("eval", args)
     args = [re.sub("^--judge-", "--judge.", arg) for arg in args]
     without_help = [arg for arg in args if arg not in ("-h", "--help")]
     # The defaults of sampling follow from the task and the method, which are read first.

@@ -11,6 +11,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from ivl.checkpoint import model_name, resolve
+from ivl.cli.foreign import answer_foreign
 from ivl.errors import InputError
 from ivl.generators import LoadConfig
 from ivl.serve.auth import load_keys
@@ -39,6 +40,7 @@ class ServeOptions:
 
 def serve(args: list[str]) -> None:
     """Run `ivl serve`."""
+    answer_foreign("serve", args)
     try:
         options = tyro.cli(ServeOptions, prog="ivl serve", args=args)
     except ValueError as error:  # a limit that makes no sense
@@ -52,7 +54,10 @@ def serve(args: list[str]) -> None:
     from ivl.serve.service import Service
 
     keys = load_keys(options.key_file)
-    config = replace(options.config, names=options.config.names or (model_name(options.model),))
+    adapters = options.load.adapters
+    config = replace(options.config, names=options.config.names or (model_name(adapters.get("", options.model)),))
+    if twice := adapters.keys() & set(config.names):
+        raise InputError(f"{min(twice)} names the model and an adapter: give one of them another name (--names, --adapter)")
     listener = open_socket(config, keys)
     set_up_log()
     started = time.perf_counter()

@@ -78,7 +78,11 @@ def run(
     from ivl.evaluation.tasks import task_of
     from ivl.generators.local import load_engine
 
-    task, predictions = task or task_of(config), config.predictions_of(model_name(name) if generator is None else name)
+    load = load.with_one_adapter()
+    if load.adapter and generator is not None:
+        raise InputError(f"--adapter {load.adapter[0]} is for a model that runs here")
+    label = "+".join([model_name(name) if generator is None else name, *map(model_name, load.adapter)])
+    task, predictions = task or task_of(config), config.predictions_of(label)
     if config.out:  # what is wrong with it should not show after hours of asking
         check(config.out, predictions, several=config.method.samples > 1)
     task.settings()  # a missing file of rows is told before a model is loaded
@@ -86,7 +90,7 @@ def run(
     if world.size > 1:
         load = replace(load, device=str(world.device))
     judge, grader = connect_judge(config, predictions)
-    model = str(resolve(name)) if generator is None and Path(name).is_dir() else name
+    model = " + ".join([str(resolve(name)) if generator is None and Path(name).is_dir() else name, *load.adapter])
     generator = generator or load_engine(name, load)
     shares = [beside(predictions, f"rank{rank}.jsonl") for rank in range(world.size)] if world.size > 1 else []
     if shares:

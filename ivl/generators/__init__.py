@@ -6,8 +6,10 @@ Filters, evaluation and preference know only this protocol.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 from ivl.errors import InputError, short
@@ -64,12 +66,35 @@ class LoadConfig:
     """cpu, cuda, or auto: the GPU if there is one."""
     max_tiles: int | None = None
     """Tiles an image may be cut into (more show finer detail and take longer); by default what the checkpoint says."""
+    adapter: tuple[str, ...] = ()
+    """LoRA adapter to reply with, unmerged: its directory. A server takes several as NAME=DIR, which requests name as model."""
 
     def __post_init__(self) -> None:
         check_choices(self)
         whole = isinstance(self.max_tiles, int) and not isinstance(self.max_tiles, bool)
         if self.max_tiles is not None and not (whole and 1 <= self.max_tiles <= 1000):
             raise InputError(f"max_tiles must be a whole number in [1, 1000], got {short(self.max_tiles)}")
+        if len(self.adapters) < len(self.adapter):
+            raise InputError(f"{' '.join(self.adapter)}: give each adapter a name of its own, as in --adapter a=DIR b=DIR")
+
+    @property
+    def adapters(self) -> dict[str, Path]:
+        """The directories of the adapters by name; an empty name stands for the adapter of requests that name none."""
+        found = {}
+        for each in self.adapter:
+            match = None if Path(each).exists() else re.fullmatch(r"([\w.:-]+)=(.+)", each)
+            found[match[1] if match else ""] = Path(match[2] if match else each)
+        return found
+
+    def with_one_adapter(self) -> LoadConfig:
+        """Return the options for a command in which every reply is of one adapter, whose name does not matter.
+
+        Raises:
+            InputError: if they name several.
+        """
+        if len(self.adapter) > 1:
+            raise InputError(f"one adapter at a time, got {', '.join(self.adapter)}; `ivl serve` takes several")
+        return replace(self, adapter=tuple(map(str, self.adapters.values())))
 
 
 @dataclass(frozen=True, kw_only=True)

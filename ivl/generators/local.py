@@ -10,6 +10,7 @@ import torch
 
 from ivl import gpu
 from ivl.checkpoint import load_model, load_processor, resolve
+from ivl.checkpoint.adapter import adapted
 from ivl.cpu import accelerate, has_bfloat16
 from ivl.errors import InputError, nearest, short
 from ivl.generators import LoadConfig
@@ -19,13 +20,15 @@ from ivl.inference.engine import Engine
 def load_engine(name: str | Path, config: LoadConfig | None = None, **engine_options: int) -> Engine:
     """Load a model from a directory or a hub id, and return an engine that runs it.
 
+    Adapters with a name are variants of the engine, one without a name takes the model's place.
+
     Args:
         engine_options: Arguments of `Engine`, such as max_cache_tokens.
 
     Raises:
-        InputError: if the model cannot be found or read.
+        InputError: if the model or an adapter cannot be found or read, or they do not fit.
     """
-    known = [name for name in inspect.signature(Engine).parameters if name not in ("model", "processor")]
+    known = [name for name in inspect.signature(Engine).parameters if name not in ("model", "processor", "variants")]
     for option in engine_options.keys() - known:
         fields = [*LoadConfig.__dataclass_fields__, *known]
         raise InputError(f"unknown option {option!r} of a model: {nearest(option, fields, 'options')}")
@@ -36,14 +39,16 @@ def load_engine(name: str | Path, config: LoadConfig | None = None, **engine_opt
     model = load_model(directory, dtype=dtype, device=device, map_embeddings=True)
     if dtype is None:
         model = model.to(_efficient(model.dtype, device))
+    models = {"": model} | {name: adapted(model, adapter) for name, adapter in config.adapters.items()}
     if model.device.type == "cpu":
-        accelerate(model)
+        for each in models.values():
+            accelerate(each)
     processor = accelerate(load_processor(directory))
     if config.max_tiles is not None:
         tiling = processor.tiling
         min_tiles = min(tiling.min_tiles, config.max_tiles)
         processor.tiling = replace(tiling, max_tiles=config.max_tiles, min_tiles=min_tiles)
-    engine = Engine(model, processor, **engine_options)
+    engine = Engine(models.pop(""), processor, variants=models, **engine_options)
     return gpu.accelerate(engine) if model.device.type == "cuda" else engine
 
 

@@ -36,7 +36,7 @@ def accelerate(engine: Engine) -> Engine:
     """
     engine.runner.sample = sample_on_card
     takes_pages = _takes_pages(engine)
-    for module in engine.model.modules():
+    for module in (module for model in engine.models.values() for module in model.modules()):
         if type(module) is Decoder:
             module.__class__ = CardDecoder
         elif type(module) is QuantLinear:

@@ -12,14 +12,15 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
 
-from ivl.errors import InputError, short
+from ivl.errors import InputError, nearest, short
 from ivl.inference.grammar import GrammarCompiler
 from ivl.inference.request import CacheState, HashedPrompt, Reply, Request, RequestTimes
 from ivl.inference.runner import Runner
@@ -82,7 +83,7 @@ class Engine:
     def __init__(
         self, model: VLM, processor: ProcessorLike, *, max_cache_tokens: int | None = None, max_batch_tokens: int = 2048,
         max_sequences: int = 256, max_context: int | None = None, vision_cache_bytes: int = 256 << 20,
-        block_size: int | None = None,
+        block_size: int | None = None, variants: Mapping[str, VLM] = MappingProxyType({}),
     ) -> None:  # fmt: skip
         """Set up the cache and the scheduler.
 
@@ -93,8 +94,10 @@ class Engine:
             max_context: Tokens of prompt and reply together; by default what the model was trained for.
             vision_cache_bytes: Size of the vision tokens that are kept for images that come again.
             block_size: Tokens of a cache block: 64 by default, and on a card 256 or a multiple of it.
+            variants: Further models by name, of the same configuration, which share the cache but nothing in it.
         """
-        if model.training:
+        self.models = {"": model, **variants}
+        if any(each.training for each in self.models.values()):
             raise ValueError("the model is in training mode, where drop path is active: call model.eval() first")
         decoder = model.config.decoder
         self.model = model
@@ -118,10 +121,10 @@ class Engine:
         if cache_tokens + block_size > most_tokens:
             raise InputError(f"max_cache_tokens is {cache_tokens}, the memory has room for {most_tokens} at most: lower it")
         self.cache = PagedCache(decoder, num_tokens=cache_tokens, block_size=block_size, dtype=model.dtype, device=model.device)
-        self.vision = VisionEncoder(model, max_bytes=vision_cache_bytes)
+        self.vision = VisionEncoder(model.config, max_bytes=vision_cache_bytes)
         limits = {"max_batch_tokens": max_batch_tokens, "max_sequences": max_sequences}
         self.scheduler = Scheduler(self.cache, self.vision, tile_cost=tile_cost(model.config), **limits)
-        self.runner = Runner(model, self.cache, self.vision, processor.tokenizer.unused(decoder.vocab_size))
+        self.runner = Runner(self.models, self.cache, self.vision, processor.tokenizer.unused(decoder.vocab_size))
         self.eos = frozenset(model.config.eos_token_ids)
         self.grammars = GrammarCompiler(processor.tokenizer, vocab_size=decoder.vocab_size, eos=self.eos)
         self.num_steps = self.num_new_tokens = 0
@@ -169,7 +172,7 @@ class Engine:
         return self.prepare_all(conversation, [params], cache_salt)[0]
 
     def prepare_all(
-        self, conversation: Conversation | Prompt, params: Sequence[SamplingParams], cache_salt: str = ""
+        self, conversation: Conversation | Prompt, params: Sequence[SamplingParams], cache_salt: str = "", variant: str = ""
     ) -> list[Request]:
         """Return requests for several replies to one conversation, whose media are read once. Safe in any thread.
 
@@ -177,17 +180,22 @@ class Engine:
             conversation: The conversation, or a prompt that is already rendered.
             params: One per reply.
             cache_salt: Only requests of the same salt share blocks and vision tokens, such as those of one user.
+            variant: Which of the engine's models replies; only requests of one variant share blocks and vision tokens.
 
         Raises:
-            InputError: if the prompt leaves no room in the context, or the reply could never fit into the cache.
+            InputError: if there is no such variant, the prompt leaves no room in the context, or the reply could never fit into
+                the cache.
         """
         started = time.perf_counter()
+        if variant not in self.models:
+            raise InputError(f"no variant {short(variant)}: {nearest(variant, self.models, 'variants')}")
         prompt = conversation if isinstance(conversation, Prompt) else self.processor.prompt(conversation)
         num_prompt, decoder = len(prompt.tokens_T), self.model.config.decoder
         limits = self._limits(prompt, params)
         # Where the rotary base depends on the whole length, a part of the prompt cannot be computed without the rest.
         stretched = decoder.rope_dynamic_factor is not None and num_prompt + max(limits) > decoder.max_positions
-        salt = hashlib.sha256(cache_salt.encode("utf-8", "surrogatepass")).digest() if cache_salt else b""
+        apart = repr((variant, cache_salt)) if variant or cache_salt else ""
+        salt = hashlib.sha256(apart.encode()).digest() if apart else b""
         hashes = [tile_hash(tile_SSC, salt) for tile_SSC in prompt.tiles_GSSC]
         hashed = HashedPrompt(prompt, hashes, self.model.config, None if stretched else self.cache.block_size, salt)
         ids: list[int] = prompt.tokens_T.tolist()
@@ -196,6 +204,7 @@ class Engine:
                 prompt=hashed,
                 max_new_tokens=limit,
                 unsplittable=stretched,
+                variant=variant,
                 sampler=Sampler(sampling, ids, sampling.guide and self.grammars.compile(sampling.guide)),
                 stream=TextStream(self.processor.tokenizer.stream(), sampling.stop),
                 cache=CacheState(

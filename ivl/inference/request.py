@@ -164,6 +164,8 @@ class Request:
     """What was asked, or what the context has left."""
     unsplittable: bool
     """Whether the prompt must be computed in one step, and shared with no other request."""
+    variant: str
+    """Which of the engine's models replies; prefix hashes of different variants differ."""
     # What follows from it.
     sampler: Sampler
     stream: TextStream

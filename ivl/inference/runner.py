@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import torch
 
@@ -17,25 +18,26 @@ from ivl.model.vlm import VLM
 class Runner:
     """Encodes tiles, computes tokens and samples."""
 
-    def __init__(self, model: VLM, cache: PagedCache, encoder: VisionEncoder, unused: list[int]) -> None:
-        """unused: the ids that have no token."""
-        self.model = model
+    def __init__(self, models: Mapping[str, VLM], cache: PagedCache, encoder: VisionEncoder, unused: list[int]) -> None:
+        """models: by variant; unused: the ids that have no token."""
+        self.models = models
         self.cache = cache
         self.encoder = encoder
         self.sample = sample  # `ivl.gpu.accelerate` puts a card's way here
         # The image token stands for pixels, which a reply does not have.
+        model = models[""]
         self.never_sampled = torch.tensor([model.config.image_token_id, *unused], device=model.device)
 
     def run(self, step: EngineStep) -> list[SampledToken | Exception]:
         """Encode the tiles of a step, compute its pieces in one forward call, and sample a token for each piece that ends
         a prompt or continues a reply, in order; an exception where that fails."""
-        started = time.perf_counter()
+        started, model = time.perf_counter(), self.models[step.variant]
         if step.tiles:
-            encoded = self.encoder.encode(step.tiles)
+            encoded = self.encoder.encode(step.tiles, model)
             for request, tile in step.tile_users:
                 request.cache.vision[tile] = encoded[tile]
         encoded_at = time.perf_counter()
-        tokens = self._forward(step.pieces) if step.pieces else []
+        tokens = self._forward(model, step.pieces) if step.pieces else []
         done = time.perf_counter()
         for request in {request for request, _ in step.tile_users}:
             request.timings.vision += encoded_at - started
@@ -44,18 +46,18 @@ class Runner:
                 piece.request.timings.prefill += done - encoded_at
         return tokens
 
-    def _forward(self, pieces: list[Piece]) -> list[SampledToken | Exception]:
-        device = self.model.device
+    def _forward(self, model: VLM, pieces: list[Piece]) -> list[SampledToken | Exception]:
+        device = model.device
         step = self.cache.step([piece.request.cache.sequence for piece in pieces], tuple(piece.count for piece in pieces))
         at_X = send(_placeholders(pieces, step.layout.starts), device)
-        hidden_TD = self.model(send(_tokens(pieces), device), step.layout, _vision(pieces), step, at_X)
+        hidden_TD = model(send(_tokens(pieces), device), step.layout, _vision(pieces), step, at_X)
         sampling = [number for number, piece in enumerate(pieces) if piece.samples]
         if not sampling:
             return []
         if len(sampling) < len(hidden_TD):
             ends = [step.layout.starts[number] + pieces[number].count - 1 for number in sampling]
             hidden_TD = hidden_TD[send(torch.tensor(ends), device)]
-        logits_SV = self.model.head(hidden_TD)
+        logits_SV = model.head(hidden_TD)
         logits_SV.index_fill_(1, self.never_sampled, -torch.inf)
         return self.sample(logits_SV, [pieces[number].request.sampler for number in sampling])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 
@@ -38,9 +39,10 @@ class Piece:
 
 @dataclass
 class EngineStep:
-    """What one step computes. budget: tokens that may still be added."""
+    """What one step computes. budget: tokens that may still be added; variant: the model that computes."""
 
     budget: int
+    variant: str = ""
     pieces: list[Piece] = field(default_factory=list[Piece])
     tiles: dict[bytes, torch.Tensor] = field(default_factory=dict[bytes, torch.Tensor])
     """Tiles to encode first, by hash."""
@@ -65,7 +67,7 @@ class Scheduler:
     Every running reply gets its token in every step. The rest of the budget goes to prompts in the order of their arrival,
     piece by piece. Encoding a tile is paid from the same budget, tile_cost tokens each, so that no step takes much longer
     than reading max_batch_tokens. A request starts when blocks for its longest possible reply are free, so none is ever
-    preempted.
+    preempted. A step is of one variant of the model; variants that have running requests take turns.
 
     A request whose prompt begins like one that is being computed waits, may be overtaken, and then finds the prefix cached.
     """
@@ -80,6 +82,7 @@ class Scheduler:
         self.tile_cost = tile_cost
         self.waiting: dict[Request, None] = {}
         self.running: dict[Request, None] = {}
+        self.variant = ""
         self.prompt_tokens = self.hit_tokens = self.vision_hits = self.vision_misses = 0
 
     def add(self, request: Request) -> None:
@@ -103,10 +106,11 @@ class Scheduler:
 
     def schedule(self) -> EngineStep:
         """Return the next step: one token of each running reply, then prompts, then new requests."""
-        step = EngineStep(self.max_batch_tokens)
+        self.variant = self._next_variant()
+        step = EngineStep(self.max_batch_tokens, self.variant)
         in_prefill = [request for request in self.running if request.in_prefill]
         for request in self.running:
-            if not request.in_prefill:
+            if not request.in_prefill and request.variant == step.variant:
                 step.add(request, 1)
         for request in in_prefill:
             self._add_prefill(request, step)
@@ -115,8 +119,13 @@ class Scheduler:
         step.pieces.sort(key=lambda piece: piece.count > 1)  # single tokens share one fast path when they come first
         return step
 
+    def _next_variant(self) -> str:
+        """Return whose turn it is among the variants of running requests; if none run, that of the first to wait."""
+        turns = sorted({request.variant for request in self.running or islice(self.waiting, 1)})
+        return next((variant for variant in turns if variant > self.variant), turns[0] if turns else "")
+
     def _admit(self, step: EngineStep) -> None:
-        """Start waiting requests while tokens, sequences and blocks last."""
+        """Start waiting requests while tokens, sequences and blocks last; those of another variant are computed in its turn."""
         pool = self.cache.pool
         # Hashes of the blocks that running requests are about to compute.
         coming = {prefix_hash for request in self.running for prefix_hash in self._hashes_ahead(request)}
@@ -168,7 +177,7 @@ class Scheduler:
 
     def _add_prefill(self, request: Request, step: EngineStep) -> None:
         """Add the next piece of a prompt, or the tiles that must be encoded before it."""
-        if step.budget <= 0:
+        if step.budget <= 0 or request.variant != step.variant:
             return
         start = request.cache.sequence.length
         stop = request.num_prompt if request.unsplittable else min(request.num_prompt, start + self.max_batch_tokens)

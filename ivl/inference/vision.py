@@ -30,10 +30,9 @@ def tile_cost(config: ModelConfig) -> int:
 class VisionEncoder:
     """Encodes tiles in batches and keeps the newest encodings, up to max_bytes."""
 
-    def __init__(self, model: VLM, *, max_bytes: int) -> None:
-        self.model = model
+    def __init__(self, config: ModelConfig, *, max_bytes: int) -> None:
         self.max_bytes = max_bytes
-        self.tiles_per_call = max(1, PATCHES_PER_CALL // model.config.vision.grid**2)
+        self.tiles_per_call = max(1, PATCHES_PER_CALL // config.vision.grid**2)
         self.cached: OrderedDict[bytes, torch.Tensor] = OrderedDict()
         self.num_bytes = 0
 
@@ -43,13 +42,13 @@ class VisionEncoder:
             self.cached.move_to_end(tile)
         return self.cached.get(tile)
 
-    def encode(self, tiles: dict[bytes, torch.Tensor]) -> dict[bytes, torch.Tensor]:
-        """Encode uint8 tiles [size, size, 3] to vision tokens [U, D], both by hash."""
+    def encode(self, tiles: dict[bytes, torch.Tensor], model: VLM) -> dict[bytes, torch.Tensor]:
+        """Encode uint8 tiles [size, size, 3] to vision tokens [U, D], both by hash, which says the model, too."""
         encoded: dict[bytes, torch.Tensor] = {}
         hashes = list(tiles)
         for at in range(0, len(hashes), self.tiles_per_call):
             batch = hashes[at : at + self.tiles_per_call]
-            vision_GUD = self.model.encode_tiles(torch.stack([tiles[tile] for tile in batch]))
+            vision_GUD = model.encode_tiles(torch.stack([tiles[tile] for tile in batch]))
             # Copies, as a view would keep its whole batch alive.
             encoded |= {tile: vision_UD.clone() for tile, vision_UD in zip(batch, vision_GUD, strict=True)}
         for tile, vision_UD in encoded.items():

@@ -81,9 +81,8 @@ class RouteContext:
         self.context.release()
         self.context.media.clear()
         tokenizer = self.service.processor.tokenizer
-        builder = ResponseBuilder(
-            self.context, body, self.config.names[0], streams, tokenizer, self.deadline, self.config.ping
-        )  # fmt: skip
+        name = self.variant_of(body.model) or self.config.names[0]
+        builder = ResponseBuilder(self.context, body, name, streams, tokenizer, self.deadline, self.config.ping)
         if body.stream:
             return EventStream(builder.events())
         return JSONParts(await while_connected(self.request.receive, builder.whole()))
@@ -116,14 +115,24 @@ class RouteContext:
 
     def check_model(self, name: str) -> None:
         """Raise APIError 404 for a name that the model does not have."""
-        if name and name not in self.config.names:
-            names = ", ".join(self.config.names)
+        if name and name not in self.names:
+            names = ", ".join(self.names)
             raise APIError(404, f"there is no such model here; known: {names}", param="model", code="model_not_found")
+
+    @property
+    def names(self) -> list[str]:
+        """The names that a request may give: those of the model, and its adapters."""
+        return [*self.config.names, *filter(None, self.service.engine.models)]
+
+    def variant_of(self, name: str) -> str:
+        """Return which of the engine's models a request means."""
+        return name if name in self.service.engine.models else ""
 
     def card(self, name: str) -> dict[str, Any]:
         """Return the model under one of its names."""
         context = self.service.engine.max_context
-        return {"id": name, "object": "model", "created": self.created, "owned_by": "ivl", "max_model_len": context}
+        parent = {"parent": self.config.names[0]} if self.variant_of(name) else {}
+        return {"id": name, "object": "model", "created": self.created, "owned_by": "ivl", "max_model_len": context, **parent}
 
 
 Shared = Annotated[RouteContext, Depends()]
@@ -150,7 +159,8 @@ async def chat_completions(shared: Shared) -> Response:
         conversation = await shared.load(body.messages, body.offered)
         body.messages.clear()  # they may be large, and a stream may be long
         heavy = shared.context.pixels > HEAVY_PIXELS or params[0].guide is not None
-        return await shared.service.submit_all(conversation, params, group=shared.context.group, heavy=heavy)
+        variant = shared.variant_of(body.model)
+        return await shared.service.submit_all(conversation, params, group=shared.context.group, heavy=heavy, variant=variant)
 
     return await shared.respond(body, submit())
 
@@ -178,8 +188,10 @@ async def completions(shared: Shared) -> Response:
         ready = asyncio.Event()
         try:
             for prompt in rendered:
-                heavy = params[0].guide is not None
-                streams += await service.submit_all(prompt, params, ready, group=shared.context.group, heavy=heavy)
+                heavy, variant = params[0].guide is not None, shared.variant_of(body.model)
+                streams += await service.submit_all(
+                    prompt, params, ready, group=shared.context.group, heavy=heavy, variant=variant
+                )
         except BaseException:
             for stream in streams:
                 stream.cancel()
@@ -214,8 +226,8 @@ async def tokenize(shared: Shared) -> Response:
 
 @router.get("/v1/models", responses={**GET, 200: described("The models", "models")}, tags=["v1"])
 async def models(shared: Shared) -> dict[str, Any]:
-    """The model under each of its names."""
-    return {"object": "list", "data": [shared.card(name) for name in shared.config.names]}
+    """The model under each of its names, and its adapters."""
+    return {"object": "list", "data": [shared.card(name) for name in shared.names]}
 
 
 @router.get("/v1/models/{name:path}", responses={**GET, 200: described("The model", "model")}, tags=["v1"])

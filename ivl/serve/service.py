@@ -260,6 +260,7 @@ class Service:
         *,
         group: str = "",
         heavy: bool = False,
+        variant: str = "",
     ) -> list[ReplyStream]:
         """Return streams of several replies to one conversation, which is prepared once. Raises as `submit`.
 
@@ -267,12 +268,13 @@ class Service:
             ready: The event of other streams that are merged with these.
             group: Only requests of one group share cached prompts.
             heavy: Whether preparing takes long, see `in_pool`.
+            variant: Which of the engine's models replies.
         """
 
         def prepare() -> list[Request]:
             started = time.perf_counter()
             prompt = conversation if isinstance(conversation, Prompt) else self.processor.prompt(conversation)
-            requests = self.engine.prepare_all(prompt, params, group)
+            requests = self.engine.prepare_all(prompt, params, group, variant)
             for request in requests:
                 request.timings.prepare = time.perf_counter() - started
             return requests
