@@ -8,43 +8,71 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import tyro
 
+from ivl.cli.foreign import answer_foreign
+from ivl.cli.options_file import as_arguments, read_options, run_of
+from ivl.config import LoraConfig
 from ivl.errors import InputError
 from ivl.recipes import STAGES, find, recipes
 from ivl.runs.config import RunConfig
 
-USAGE = """usage: ivl train finetune|lora|mpo --model DIR_OR_HUB_ID --data ROWS ...
+USAGE = """usage: ivl train finetune|lora|mpo --model DIR_OR_HUB_ID --data ROWS ... [--val-share 0.1]
                                                  train any model on your own rows, or pairs
        ivl train RECIPE [--optim.lr 2e-5 ...]     train a recipe, with any option changed
        ivl train path/to/file.py:function ...    your own recipe
+       ivl train RECIPE --lora.rank 8 ...        adapters in any recipe, in place of the parts that they lie in
+       ivl train --config run.yaml ...           options from a file: `recipe: lora`, `model: DIR`, `optim: {lr: 1e-5}`
        ivl train --resume DIR                    go on with an interrupted run, exactly
        ivl train RECIPE --resume auto            begin, or go on with what is there: for launchers that start it again
-       ivl train RECIPE --dry-run                print the plan: parameters, steps, memory
+       ivl train RECIPE --dry-run                check the run and print the plan: parameters, steps, memory
        ivl train RECIPE --help                   every option of the recipe, with its value
 """
+OptionsOfRun = TypeVar("OptionsOfRun")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """Options of `ivl train`: those of the run's configuration, and three more."""
+    """Options of `ivl train`: those of the run's configuration, and four more."""
 
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print the plan (parameters trained and frozen, steps, memory) and stop."""
+    """Check model and data, print the plan (parameters trained and frozen, steps, memory) and stop."""
     allow_changed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Resume although options differ from those that the run began with."""
+    val_share: float | None = None
+    """Keep this share of the rows from training, chosen by their content, for a validation loss."""
     val_mixture: str | None = None
     """Data of a validation loss, read and packed like the training data; see val_every and val_packs."""
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
+
+    def run_config(self) -> RunConfig:
+        """Return the configuration with the validation data that the options name.
+
+        Raises:
+            InputError: if they name two.
+        """
+        config = self.config
+        if self.val_share is not None and self.val_mixture is not None:
+            raise InputError("give one of --val-share and --val-mixture: rows kept from the data, or other rows")
+        if self.val_share is not None:
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, val_share=self.val_share))
+        if config.val_data is not None and config.val_data.validation:
+            config = dataclasses.replace(config, val_data=None)  # derived anew from the options of the data
+        if self.val_mixture is not None:
+            data = dataclasses.replace(config.data, mixture=self.val_mixture, root=None, epochs=1)
+            config = dataclasses.replace(config, val_data=data)
+        return config
 
 
 def train(args: list[str]) -> None:
     if not args or args[0] in ("-h", "--help"):
         print(f"{USAGE}\nrecipes:\n" + "\n".join(f"  {name:18}{_summary(recipe)}" for name, recipe in recipes().items()))
         return
-    resume, args = _take(args, "--resume")
+    args, whole = _with_file(args)
+    answer_foreign("train", args)
+    resume, args = take(args, "--resume")
     if resume is not None and not resume:
         raise InputError("--resume needs the directory of a run, such as --resume runs/NAME, or auto and a recipe")
     args = [*(resume or [])[1:], *args]
@@ -56,22 +84,22 @@ def train(args: list[str]) -> None:
         given = Path(resume[0])
         run_dir = given.parent if given.name.startswith("checkpoint-") and (given / "trainer").is_dir() else given
         start, name = dataclasses.replace(load_run_config(run_dir), out_dir=str(run_dir)), f"--resume {given}"
-    elif args[0] in STAGES:
-        name, *args = args
-        start, args = _any_model(name, args)
+    elif whole is not None:
+        name, start = whole
+    elif not args or args[0].startswith("-"):
+        raise InputError("name a recipe, or finetune, lora or mpo, before the options; in a file of --config, as `recipe`")
     else:
-        name, *args = args
-        start = find(name)
-    try:
-        config, options = _parse(name, start, args)
-    except InputError:
-        raise
-    except (ValueError, ArithmeticError) as error:  # checks of the configuration
-        raise InputError(str(error)) from error
+        name, start, args = starting_point(args)
+    options = parse(TrainOptions, f"ivl train {name}", _with_adapters(start, args), args)
+    config = options.run_config()
     if options.dry_run:
+        from ivl.runs.check import Check
         from ivl.runs.plan import make_plan
 
-        print(make_plan(config).describe(config))
+        check = Check(config, ranks=int(os.environ.get("WORLD_SIZE", "1")))
+        print(f"{make_plan(config).describe(config)}\n\n{check.describe()}")
+        if check.problems:
+            raise InputError(f"this run would stop: {'; '.join(check.problems)}")
         return
     from ivl.runs.run import run
 
@@ -80,38 +108,81 @@ def train(args: list[str]) -> None:
         print(final)
 
 
-def _parse(name: str, start: RunConfig, args: list[str]) -> tuple[RunConfig, TrainOptions]:
-    """The recipe's configuration with the options of the command line."""
-    options = tyro.cli(
-        TrainOptions,
-        prog=f"ivl train {name}",
-        description=start.name,
-        default=TrainOptions(config=start),
-        args=[re.sub("^--data(=|$)", r"--data.mixture\1", re.sub("^--preference[.]", "--objective.", arg)) for arg in args],
-        config=(tyro.conf.AvoidSubcommands,),
-    )
-    config = options.config
-    if options.val_mixture is not None:
-        data = dataclasses.replace(config.data, mixture=options.val_mixture, root=None, epochs=1)
-        config = dataclasses.replace(config, val_data=data)
-    return config, options
+def starting_point(args: list[str]) -> tuple[str, RunConfig, list[str]]:
+    """The name and the configuration of the recipe that the first argument names, and the arguments that are left."""
+    name, *args = args
+    if name not in STAGES:
+        return name, find(name), args
+    config, args = _any_model(name, args)
+    return name, config, args
+
+
+def parse(kind: type[OptionsOfRun], prog: str, start: RunConfig, args: list[str]) -> OptionsOfRun:
+    """The options of a command, whose field `config` has a recipe's configuration with the options of the command line.
+
+    Raises:
+        InputError: for values that the options refuse.
+    """
+    args = [re.sub("^--data(=|$)", r"--data.mixture\1", re.sub("^--preference[.]", "--objective.", arg)) for arg in args]
+    try:
+        return tyro.cli(
+            kind, prog=prog, description=start.name, default=kind(config=start), args=args,  # type: ignore[call-arg]
+            config=(tyro.conf.AvoidSubcommands,),
+        )  # fmt: skip
+    except InputError:
+        raise
+    except (ValueError, ArithmeticError) as error:  # checks of the configuration
+        raise InputError(str(error)) from error
 
 
 def _any_model(stage: str, args: list[str]) -> tuple[RunConfig, list[str]]:
     """The configuration of `finetune`, `lora` or `mpo` from --model and --data, and the other arguments."""
     from ivl.recipes.any_model import any_model, unknown_model
 
-    model, args = _take(args, "--model")
-    data, args = _take(args, "--data", "--data.mixture")
+    model, args = take(args, "--model")
+    data, args = take(args, "--data", "--data.mixture")
     if {"-h", "--help"} & set(args):
         return unknown_model(stage), args
     if not model or not data:
         raise InputError(f"ivl train {stage} needs --model and --data, as in --model runs/quickstart/model --data rows.jsonl")
-    forced = _take(args, "--data.format")[0]
-    config, chosen = any_model(stage, model[-1], tuple(data), format=forced[-1] if forced else None)
+    forced, share = (take(args, name)[0] for name in ("--data.format", "--val-share"))
+    try:
+        val_share = float(share[-1]) if share else 0.0
+    except ValueError:
+        val_share = 0.0  # the parser refuses it
+    config, chosen = any_model(
+        stage, model[-1], tuple(data), format=forced[-1] if forced else None, val_share=val_share
+    )  # fmt: skip
     if _is_first():
         print(chosen, file=sys.stderr)
     return config, args
+
+
+def _with_file(args: list[str]) -> tuple[list[str], tuple[str, RunConfig] | None]:
+    """The arguments, those of the file that --config names before them; or the whole configuration that it holds."""
+    files, args = take(args, "--config")
+    if files is None:
+        return args, None
+    if not files:
+        raise InputError("--config needs a file of options (YAML or JSON), or the run.json of a run")
+    path, given = Path(files[0]), [*files[1:], *args]
+    values = read_options(path)
+    if (whole := run_of(values, path)) is not None:
+        return given, (f"--config {path}", whole)
+    recipe, is_named = values.pop("recipe", None), bool(given) and not given[0].startswith("-")
+    first, rest = (given[:1], given[1:]) if is_named else ([str(recipe)] if recipe else [], given)
+    return [*first, *as_arguments(values, rest), *rest], None
+
+
+def _with_adapters(start: RunConfig, args: list[str]) -> RunConfig:
+    """The recipe with adapters if it has none and the arguments have --lora options. Parts that they lie in train no more."""
+    if start.lora is not None or not any(arg.startswith("--lora.") for arg in args):
+        return start
+    targets = take(args, "--lora.targets")[0] or LoraConfig().targets
+    inside = {target.partition(".")[0] for target in targets}
+    whole = tuple(part for part in start.stage.trainable if part not in inside)
+    stage = dataclasses.replace(start.stage, trainable=whole, vision_from_layer=0)
+    return dataclasses.replace(start, stage=stage, lora=LoraConfig(targets=tuple(targets)))
 
 
 def _is_first() -> bool:
@@ -119,7 +190,7 @@ def _is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _take(args: list[str], *names: str) -> tuple[list[str] | None, list[str]]:
+def take(args: list[str], *names: str) -> tuple[list[str] | None, list[str]]:
     """Split off the values of an option, up to the next option; None if the option is not there."""
     values, rest, inside = None, [], False
     for arg in args:

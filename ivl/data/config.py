@@ -25,6 +25,10 @@ class DataConfig:
     """Folder of relative media paths when `mixture` is a file of rows; None is the file's own folder."""
     format: RowFormat | None = None
     """How the rows are read when `mixture` is a file of rows, such as parquet or sharegpt; None looks."""
+    val_share: float = 0.0
+    """Share of each data set's rows that is kept for validation: those with the least hashes of their content."""
+    validation: bool = False
+    """Read the rows that are kept for validation in place of the others."""
     weighting: Weighting = "size"
     """Share of a data set in an epoch: by its draws (size), their square root (root) or their 1/T-th power (a number, the
     temperature T). The length of the epoch stays, and no row is drawn more than 4 times."""
@@ -82,6 +86,8 @@ class DataConfig:
                 raise InputError(f"data.{name} must be >= 0, got {getattr(self, name)}")
         if self.max_frames < self.min_frames:
             raise InputError(f"data.max_frames {self.max_frames} is below data.min_frames {self.min_frames}")
+        if not 0 <= self.val_share < 1 or (self.validation and not self.val_share):
+            raise InputError(f"data.val_share must be in [0, 1), and above 0 with data.validation, got {self.val_share}")
         if not 0 <= self.max_skip_share <= 1:
             raise InputError(f"data.max_skip_share must be in [0, 1], got {self.max_skip_share}")
         if self.weighting not in ("size", "root") and not (

@@ -99,7 +99,10 @@ class Loader:
             raise ValueError(f"rank {rank} is not one of {world_size}")
         self.config, self.rank, self.world_size = config, rank, world_size
         specs = load_mixture(config.mixture, root=config.root, format=config.format)
-        self.mixture = Mixture(specs, seed=seed, shuffle=config.shuffle, weighting=config.weighting)
+        self.mixture = Mixture(
+            specs, seed=seed, shuffle=config.shuffle, weighting=config.weighting, val_share=config.val_share,
+            validation=config.validation,
+        )  # fmt: skip
         self.report = LoaderReport()
         self._encoder = Encoder(config, self.mixture, processor, pairs)
         self._cache = SampleCache(config.cache_samples)

@@ -14,6 +14,7 @@ from ivl.data.records import read_record
 from ivl.errors import InputError
 from ivl.formats.layouts import ROW_KEYS
 from ivl.formats.rows import RowFormat, container_of, hash_rows, open_rows
+from ivl.formats.split import part_of
 from ivl.types import Record
 from ivl.utils.checks import check_choices
 from ivl.utils.strict_json import from_json, read_json
@@ -134,10 +135,13 @@ class Mixture:
     """
 
     def __init__(
-        self, specs: tuple[DatasetSpec, ...], *, seed: int, shuffle: bool = True, weighting: Weighting = "size"
-    ) -> None:
+        self, specs: tuple[DatasetSpec, ...], *, seed: int, shuffle: bool = True, weighting: Weighting = "size",
+        val_share: float = 0.0, validation: bool = False,
+    ) -> None:  # fmt: skip
         self.specs, self.seed, self.shuffle = specs, seed, shuffle
         self.files = [open_rows(spec.annotation, format=spec.format) for spec in specs]
+        if val_share:
+            self.files = [part_of(rows, val_share, validation=validation) for rows in self.files]
         self._sizes_D = np.array([len(rows) for rows in self.files])
         self._draws_D = weighted(
             [_num_draws(len(rows), spec) for rows, spec in zip(self.files, specs, strict=True)], self._sizes_D, weighting

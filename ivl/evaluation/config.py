@@ -71,6 +71,8 @@ class EvalConfig:
     data: Path | None = None
     """File or folder of a benchmark's rows: VLMEvalKit's TSV, tables of the hub, jsonl. By default the TSV in LMUData. With
     --metric, rows of your own in any format that training reads."""
+    val_share: float = 0.0
+    """Ask only the rows of --data that training with this --val-share kept for validation."""
     metric: Metric | None = None
     """Score the last turn of every row of --data against the row's own, by this metric."""
     prompt: PromptName = "published"
@@ -108,6 +110,8 @@ class EvalConfig:
         if (self.limit is not None and self.limit < 1) or self.batch_size < 1:
             raise InputError(f"--limit and --batch-size must be at least 1, got {self.limit} and {self.batch_size}")
         check_choices(self)
+        if not 0 <= self.val_share < 1 or (self.val_share and not self.metric):
+            raise InputError(f"--val-share is in [0, 1) and for --data with --metric, got {self.val_share}")
         if self.metric and not self.data:
             raise InputError("--metric scores rows of your own: name their file with --data")
         if self.judge.url and not self.judge.url_model:

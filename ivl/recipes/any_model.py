@@ -20,6 +20,9 @@ from ivl.runs.config import RunConfig
 MIN_STEPS = 32
 """Steps that an epoch has at least: of few rows the published batch would leave fewer, and a step takes fewer rows instead."""
 
+LINES, VALIDATIONS = 50, 10
+"""Lines on the console, and validation losses if there are rows for them, in an epoch."""
+
 
 def unknown_model(stage: str) -> RunConfig:
     """The configuration before model and data are known, for `--help`."""
@@ -33,7 +36,9 @@ def unknown_model(stage: str) -> RunConfig:
     )
 
 
-def any_model(stage: str, model: str, data: tuple[str, ...], *, format: str | None = None) -> tuple[RunConfig, str]:
+def any_model(
+    stage: str, model: str, data: tuple[str, ...], *, format: str | None = None, val_share: float = 0.0
+) -> tuple[RunConfig, str]:
     """Make the configuration of a run of one epoch, and say what was chosen.
 
     Args:
@@ -41,6 +46,7 @@ def any_model(stage: str, model: str, data: tuple[str, ...], *, format: str | No
         model: a directory or a hub id. Architecture, tokenizer and template are its own.
         data: files and folders of rows, and mixtures.
         format: the format of all rows; None looks.
+        val_share: share of the rows that is not trained on. The caller sets it in the configuration.
 
     Raises:
         InputError: if the model's configuration cannot be read, or a file of rows.
@@ -55,12 +61,15 @@ def any_model(stage: str, model: str, data: tuple[str, ...], *, format: str | No
     own = decoder.num_layers * decoder.width**2
     size = min(scales, key=lambda size: abs(math.log(scales[size] / own)))
     base = published.RECIPES[f"{size}-{stage}"]()
-    rows = len(Mixture(load_mixture(data, format=cast(RowFormat | None, format)), seed=0))
+    specs = load_mixture(data, format=cast(RowFormat | None, format))
+    num_rows = len(Mixture(specs, seed=0))
+    rows = len(Mixture(specs, seed=0, val_share=val_share)) if val_share else num_rows
     published_packs, ranks = base.train.packs_per_step, int(os.environ.get("WORLD_SIZE", "1"))
     packs = min(published_packs, 2 ** int(math.log2(max(1, rows / MIN_STEPS))))
     packs = -(-packs // ranks) * ranks
     sequences = 2 if stage == "mpo" else 1
     max_tokens = sequences * min(base.data.max_tokens // sequences, architecture.decoder.max_positions)
+    steps = -(-rows // packs)
     config = replace(
         base,
         name=f"{_name(model)}-{stage}",
@@ -71,11 +80,14 @@ def any_model(stage: str, model: str, data: tuple[str, ...], *, format: str | No
             max_tiles=max(base.data.max_tiles, max_tokens // architecture.tokens_per_tile),
             over_budget="refuse" if stage == "mpo" else "truncate",
         ),
-        train=replace(base.train, packs_per_step=packs, precision="auto"),
+        train=replace(base.train, packs_per_step=packs, precision="auto", log_every=max(1, steps // LINES)),
+        keep_best=True,
+        val_every=max(1, steps // VALIDATIONS),
     )  # fmt: skip
+    kept = f" and {num_rows - rows:,} for validation" if val_share else ""
     chosen = (
-        f"{config.name}: published settings of {size}; {rows:,} rows, {packs} a step (published {published_packs}), "
-        f"{-(-rows // packs):,} steps an epoch; at most {max_tokens:,} tokens a {'pair' if sequences > 1 else 'row'}; "
+        f"{config.name}: published settings of {size}; {rows:,} rows{kept}, {packs} a step (published {published_packs}), "
+        f"{steps:,} steps an epoch; at most {max_tokens:,} tokens a {'pair' if sequences > 1 else 'row'}; "
         f"lr {base.train.optim.lr:g}"
     )
     return config, chosen

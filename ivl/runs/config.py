@@ -40,11 +40,15 @@ class RunConfig:
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
     """Steps, optimizer, precision, checkpoints and logs."""
     val_data: DataConfig | None = None
-    """Data set of the validation loss."""
+    """Data set of the validation loss; None takes the rows that data.val_share keeps, if it does."""
     val_every: int = 0
     """Steps between validation losses; 0 computes one at the end."""
     val_packs: int = 0
     """Packs of each validation loss; 0 takes all."""
+    keep_best: bool = False
+    """Keep the model of the lowest validation loss as best/ (with LoRA its adapter), beside the last one."""
+    patience: int = 0
+    """End when the validation loss has not fallen so many times in a row; 0 never does."""
     eval_tasks: tuple[str, ...] = ()
     """Tasks of `ivl eval` that are asked during training: names, or FILE.py:Class."""
     eval_every: int = 0
@@ -63,6 +67,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        if self.val_data is None and self.data.val_share:
+            kept = dataclasses.replace(self.data, validation=True, epochs=1)
+            object.__setattr__(self, "val_data", kept)
         if not self.model and self.architecture is None:
             raise InputError("give `model` (a directory or hub id) or `architecture` (to start from random weights)")
         if self.lora is None and not self.stage.trainable:
@@ -76,7 +83,7 @@ class RunConfig:
         if self.train.num_steps is None and self.data.epochs is None:
             raise InputError("the run has no end: give num_steps or data.epochs")
         check_ranges(
-            self, val_every="[0, inf)", val_packs="[0, inf)", eval_every="[0, inf)", eval_limit="[1, inf)",
+            self, val_every="[0, inf)", val_packs="[0, inf)", patience="[0, inf)", eval_every="[0, inf)", eval_limit="[1, inf)",
             replicate="[1, inf)",
         )  # fmt: skip
         if self.replicate > 1 and not self.shard:
@@ -122,8 +129,9 @@ def run_config(values: Any, where: str) -> RunConfig:
 
 
 FREE_ON_RESUME = frozenset((
-    "out_dir", "val_every", "val_packs", "eval_tasks", "eval_every", "eval_limit", "val_data", "save_dtype", "device",
-    "train.save_every", "train.keep_last", "train.log_every", "train.log_samples", "train.tensorboard",
+    "out_dir", "val_every", "val_packs", "keep_best", "patience", "eval_tasks", "eval_every", "eval_limit", "val_data",
+    "save_dtype", "device",
+    "train.save_every", "train.keep_last", "train.log_every", "train.log_samples", "train.tensorboard", "train.log_to",
     "data.num_workers", "data.prefetch", "data.start_method", "data.cache_samples", "data.on_error", "data.max_skip_share",
 ))  # fmt: skip
 """Options that a resumed run may change: none of them touches an update that was done, or one of good rows."""

@@ -38,7 +38,9 @@ from ivl.utils.sealed import check_sealed, put_in_place
 from ivl.utils.strict_json import read_json
 
 CONFIG = "run.json"
-RESULTS = ("model", "adapter", "reference", "tensorboard", "metrics.jsonl", "environment.json", "data_report.json")
+RESULTS = (
+    "model", "best", "adapter", "reference", "tensorboard", "metrics.jsonl", "environment.json", "data_report.json", "loss.png",
+)  # fmt: skip
 """What a run writes beside its configuration and its checkpoints."""
 PACKAGES = ("ivl", "torch", "numpy", "pillow", "safetensors", "tokenizers", "huggingface-hub")
 
@@ -122,7 +124,7 @@ def begin(config: RunConfig, start: RunStart, world: World) -> None:
         return
     run_dir = Path(config.run_dir)
     for path in run_dir.glob(".tmp-*"):
-        if re.fullmatch(r"[.]tmp-(model|adapter|checkpoint-[0-9]+(-gone)?)", path.name) and not path.is_symlink():
+        if re.fullmatch(r"[.]tmp-(model|adapter|best(-gone)?|checkpoint-[0-9]+(-gone)?)", path.name) and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
     if start.checkpoint is None:
         (run_dir / "metrics.jsonl").unlink(missing_ok=True)
@@ -238,6 +240,25 @@ def write_final_model(model: VLM, processor: Processor, config: RunConfig, world
     save_model(full, temp, dtype=getattr(torch, config.save_dtype) if config.save_dtype else None)
     save_processor(processor, temp)
     put_in_place(temp, run_dir / "model")
+
+
+def write_best_model(model: VLM, processor: Processor, config: RunConfig, world: World) -> None:
+    """Write run_dir/best anew: the model as it is now, with LoRA its adapter, which `--adapter` takes."""
+    full, run_dir = gather_model(model, config, world), Path(config.run_dir)
+    if full is None:
+        return
+    temp, gone, place = run_dir / ".tmp-best", run_dir / ".tmp-best-gone", run_dir / "best"
+    for path in (temp, gone):
+        shutil.rmtree(path, ignore_errors=True)
+    if config.lora is not None:
+        save_adapter(full, temp, base=config.model, trained=trainable(full))
+    else:
+        save_model(full, temp, dtype=getattr(torch, config.save_dtype) if config.save_dtype else None)
+        save_processor(processor, temp)
+    if place.is_dir():
+        place.rename(gone)
+    put_in_place(temp, place)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def record_environment(run_dir: Path, loader: Loader, world: World, step: int) -> None:

@@ -16,6 +16,7 @@ from ivl.data.loader import Loader
 from ivl.errors import DataError, InputError
 from ivl.parallel.launch import Watchdog, start_world, stop_world
 from ivl.processing.processor import Processor
+from ivl.runs.best import BestModel
 from ivl.runs.build import (
     adapt,
     build_curves,
@@ -28,7 +29,7 @@ from ivl.runs.build import (
     place,
     with_precision,
 )
-from ivl.runs.config import RunConfig
+from ivl.runs.config import RunConfig, to_json
 from ivl.runs.directory import (
     RunStart,
     begin,
@@ -36,14 +37,17 @@ from ivl.runs.directory import (
     record_data,
     record_environment,
     restore_trainable,
+    write_best_model,
     write_checkpoint_model,
     write_final_model,
 )
+from ivl.runs.outcome import describe, draw, read_metrics, validation_losses
 from ivl.train.loop import Evaluator, StoppedError, train
 from ivl.train.objectives import StatefulObjective
 from ivl.train.recorder import Recorder
 from ivl.train.state import CheckpointWriter, SavedTrainer, checkpoints, load_trainer, step_of
 from ivl.train.world import World
+from ivl.utils.metrics import import_tracker
 from ivl.utils.signals import Interruption
 
 MakeEvaluators = Callable[[Processor], tuple[Evaluator, ...]]
@@ -58,8 +62,9 @@ def run(
 ) -> Path:
     """Train and return the directory of the final model, run_dir/model.
 
-    run_dir also gets run.json (the whole configuration), environment.json, data_report.json, metrics.jsonl, checkpoints
-    and, with LoRA, adapter/ in PEFT's format; model/ is then the merged model.
+    run_dir also gets run.json (the whole configuration), environment.json, data_report.json, metrics.jsonl, checkpoints,
+    loss.png where matplotlib is installed, best/ where it is kept and, with LoRA, adapter/ in PEFT's format; model/ is then the
+    merged model.
 
     Args:
         config: the run.
@@ -94,6 +99,8 @@ def _train_in(
 ) -> None:
     """Train from the checkpoint, or from the start, and write the final model."""
     run_dir, checkpoint = Path(config.run_dir), start.checkpoint
+    for package in config.train.log_to:
+        import_tracker(package)
     model = build_model(config, checkpoint)
     processor = build_processor(config, model)
     adapt(model, config)
@@ -107,26 +114,32 @@ def _train_in(
     saved = load_trainer(checkpoint) if checkpoint is not None else None
     if saved is not None and allow_changed:
         accept_rows(saved, loader)
+    step = saved.step if saved else 0
+    earlier = world.from_first(lambda: validation_losses(read_metrics(run_dir), step))
+    best = BestModel(config, lambda: write_best_model(model, processor, config, world), earlier)
     begin(config, start, world)
     world.barrier()
     if isinstance(objective, StatefulObjective):
         objective.prepare(model)
-    step = saved.step if saved else 0
     record_environment(run_dir, loader, world, step)
     own = (*build_curves(config, processor), *(make_evaluators(processor) if make_evaluators else ()))
+    if validation is not None:
+        own = (best.watch(validation), *own)
     budgets = config.data.max_tokens, config.data.max_tiles
-    recorder = Recorder(config.name, config.train, directory=run_dir, step=step, budgets=budgets, on=world.is_main)
+    recorder = Recorder(
+        config.name, config.train, directory=run_dir, step=step, budgets=budgets, epoch_samples=len(loader.mixture),
+        about=to_json(config), on=world.is_main,
+    )  # fmt: skip
     writer = CheckpointWriter(
         run_dir, lambda directory: write_checkpoint_model(model, processor, config, directory, world), world,
         config.train.keep_last,
     )  # fmt: skip
     interruption = Interruption("stops after this step; a second signal ends it at once")
     try:
-        with interruption, closing(Watchdog(world, run_dir)) as watch:
-            history = train(
-                model, loader, config.train, objective=objective, evaluators=(validation, *own) if validation else own,
-                recorder=recorder, resume=saved, num_samples=loader.num_samples, world=world, checkpoints=writer,
-                stop=interruption, watch=watch,
+        with interruption, closing(Watchdog(world, run_dir)) as watch, recorder:
+            history = [] if best.is_over else train(
+                model, loader, config.train, objective=objective, evaluators=own, recorder=recorder, resume=saved,
+                num_samples=loader.num_samples, world=world, checkpoints=writer, stop=interruption, watch=watch,
             )  # fmt: skip
     except BaseException as error:
         if world.is_main:
@@ -138,6 +151,8 @@ def _train_in(
     record_data(run_dir, loader, world)
     if history or not start.finished:
         write_final_model(model, processor, config, world)
+    if world.is_main and read_metrics(run_dir):
+        print(describe(config, draw(run_dir, config.name)), file=sys.stderr)
     world.barrier()
 
 

@@ -13,6 +13,7 @@ from ivl.utils.checks import check_choices, check_ranges
 TrainablePart = Literal["vision", "projector", "decoder"]
 PARTS: tuple[TrainablePart, ...] = ("vision", "projector", "decoder")
 Precision = Literal["auto", "fp32", "bf16", "pure_bf16"]
+Tracker = Literal["wandb", "trackio"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +133,9 @@ class TrainConfig:
     keep_last: int = 3
     """Checkpoints kept; 0 keeps all."""
     log_every: int = 1
-    """Steps between lines on a console that is no terminal; metrics.jsonl has every step."""
+    """Steps between lines on the console that stay; metrics.jsonl has every step."""
+    log_to: tuple[Tracker, ...] = ()
+    """Trackers that get the figures, too; each is a package to install."""
     log_samples: bool = False
     """Write the ids of each step's samples to metrics.jsonl."""
     tensorboard: bool = True

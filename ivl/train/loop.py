@@ -49,6 +49,8 @@ class Evaluator:
     name: str
     every: int
     run: Callable[[VLM], Mapping[str, float]]
+    after: Callable[[int], object] | None = None
+    """Called with the step after it ran, on the parameters as they train; what is true ends training as its last step does."""
 
 
 def train(
@@ -172,24 +174,32 @@ class Trainer:
         self.started = time.monotonic()
         self.stopped = False
         """Whether a rank was told to stop."""
+        self.ended = False
+        """Whether an evaluator ended training."""
+        self.evaluated: dict[Evaluator, int] = {}
+        """The last step of each evaluator."""
         self.is_between_steps = True
         """False while an update is under way, which no checkpoint could hold."""
         set_modes(model)
 
     @property
     def is_done(self) -> bool:
-        """Whether config.num_steps are done; False where the data's end decides."""
-        return self.config.num_steps is not None and self.counters.step >= self.config.num_steps
+        """Whether config.num_steps are done, or an evaluator ended training; False where the data's end decides."""
+        return self.ended or (self.config.num_steps is not None and self.counters.step >= self.config.num_steps)
 
     def evaluate(self, evaluators: Sequence[Evaluator]) -> None:
         """Run evaluators in eval mode, without gradients, in the precision of training, and record their figures."""
-        for evaluator in evaluators:
+        step = self.counters.step
+        for evaluator in [each for each in evaluators if self.evaluated.get(each) != step]:
+            self.evaluated[evaluator] = step
             self.model.eval()
             with torch.no_grad(), self.computing:
                 figures = dict(evaluator.run(self.model))
             reshard(self.model)
             set_modes(self.model)
-            self.recorder.write_evaluation(self.counters.step, evaluator.name, figures)
+            self.recorder.write_evaluation(step, evaluator.name, figures)
+            if evaluator.after is not None and evaluator.after(step):
+                self.ended = True
 
     def save(self, *, sync: bool = True) -> None:
         """Write a checkpoint, unless this step has one; all ranks call this together."""

@@ -1,4 +1,4 @@
-"""The figures of a run: metrics.jsonl, the console, and TensorBoard when it is installed."""
+"""The figures of a run: metrics.jsonl, the console, TensorBoard when it is installed, and trackers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from ivl.train.config import TrainConfig
 from ivl.utils.jsonl import AppendLog
-from ivl.utils.metrics import ConsoleLogger, TensorBoardLogger
+from ivl.utils.metrics import ConsoleLogger, TensorBoardLogger, TrackerLogger
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Recorder:
         directory: Path | None = None,
         step: int = 0,
         budgets: tuple[int, int] | None = None,
+        epoch_samples: int | None = None,
+        about: Mapping[str, Any] | None = None,
         on: bool = True,
     ) -> None:
         """Open the logs.
@@ -47,15 +49,18 @@ class Recorder:
             directory: where metrics.jsonl and tensorboard/ go; None writes to the console alone.
             step: steps done before; later lines of metrics.jsonl are dropped, for a resumed run writes them again.
             budgets: tokens and tiles of a full pack, of which the fill is logged.
+            epoch_samples: samples of an epoch, of which the share is logged.
+            about: the run's configuration, for trackers.
             on: whether this rank writes.
         """
-        self.title, self.budgets, self.log_samples = title, budgets, config.log_samples
+        self.title, self.budgets, self.epoch_samples, self.log_samples = title, budgets, epoch_samples, config.log_samples
         self.console = ConsoleLogger(title, config.num_steps, step, every=config.log_every, on=on)
-        self.log, self.board = None, None
+        self.log, self.boards = None, list[TensorBoardLogger | TrackerLogger]()
         if directory is not None and on:
             self.log = AppendLog(directory / "metrics.jsonl")
             self.log.resume(b'{"step": ', lambda _, row: row["step"] <= step)
-            self.board = TensorBoardLogger(directory / "tensorboard", step) if config.tensorboard else None
+            self.boards += [TensorBoardLogger(directory / "tensorboard", step)] if config.tensorboard else []
+            self.boards += [TrackerLogger(name, title, directory, about or {}) for name in config.log_to]
 
     def write(self, result: StepResult) -> dict[str, Any]:
         """Write the figures of a step and return them as a row."""
@@ -63,6 +68,8 @@ class Recorder:
         if self.budgets is not None:
             tokens, tiles = (row["packs"] * budget for budget in self.budgets)
             row |= {"fill": row["tokens"] / tokens, "tile_fill": row["tiles"] / tiles}
+        if self.epoch_samples is not None:
+            row["epoch"] = row["total_samples"] / self.epoch_samples
         self._log(row | ({"ids": result.ids} if self.log_samples else {}), "train")
         self.console.show(row, result.share)
         return row
@@ -81,7 +88,7 @@ class Recorder:
     def close(self) -> None:
         """Close all logs."""
         self.console.close()
-        for log in (self.log, self.board):
+        for log in (self.log, *self.boards):
             if log is not None:
                 log.close()
 
@@ -94,5 +101,5 @@ class Recorder:
     def _log(self, row: dict[str, Any], prefix: str) -> None:
         if self.log is not None:
             self.log.append([row])
-        if self.board is not None:
-            self.board.write(row, prefix)
+        for board in self.boards:
+            board.write(row, prefix)

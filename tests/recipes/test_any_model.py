@@ -96,7 +96,8 @@ def test_a_recipe_file_imports_its_neighbor(tmp_path, capsys):
         "from dataclasses import replace\nfrom neighbor_of_mine import NAME\nfrom ivl.recipes import find\n"
         "def mine():\n    return replace(find('1B-lora'), name=NAME)\n"
     )
-    cli([f"{tmp_path}/recipe.py:mine", "--dry-run"])
+    with pytest.raises(InputError, match=r"data/finetune\.json: no such file"):
+        cli([f"{tmp_path}/recipe.py:mine", "--dry-run"])
     assert "from-a-neighbor" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"muon needs whole matrices"):
         cli(["1B-finetune", "--optim.name", "muon", "--shard"])

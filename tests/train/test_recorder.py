@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from ivl.utils.metrics import ConsoleLogger, TensorBoardLogger
+from ivl.utils.metrics import ConsoleLogger, TensorBoardLogger, console_line
 
 ROW = {
     "step": 10, "loss": 1.2345, "lr": 2e-5, "grad_norm": 0.7, "tokens_per_second": 12345.0, "samples_per_second": 6.7,
@@ -48,6 +48,32 @@ def test_a_live_line_on_a_terminal(monkeypatch):
     screen.close()
     shown = terminal.getvalue()
     assert "loss 1.2345" in shown and "10/40" in shown and "validation: loss 1.0" in shown
+
+
+def test_lines_stay_on_a_terminal_every_so_many_steps(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    screen = ConsoleLogger("run", 40, 0, every=10)
+    for step in range(1, 41):
+        screen.show(ROW | {"step": step, "loss": step / 100}, step / 40)
+    screen.close()
+    kept = [line for line in terminal.getvalue().replace("\r", "\n").splitlines() if line.startswith("run step")]
+    assert [line.split()[2] for line in kept] == ["10/40", "20/40", "30/40", "40/40"]
+
+
+@pytest.mark.parametrize(("share", "steps"), [(0.01, 1000), (10 / 15, 15), (0.999, 11), (1.0, 10)])
+def test_without_a_number_of_steps_the_line_says_how_many_it_will_be(capsys, share, steps):
+    ConsoleLogger("run", None, 0).show(ROW, share)
+    assert f"run step 10/~{steps} " in capsys.readouterr().err
+
+
+def test_the_line_tells_epoch_data_sets_and_rewards():
+    sets = {f"loss/{name}": 0.5 for name in "abcdef"}
+    line = console_line(ROW | sets | {"epoch": 0.25, "accuracy": 0.5}, 3661)
+    assert line.startswith("epoch 0.25  loss 1.2345 (a 0.500, b 0.500, c 0.500, d 0.500 and 2 more)  1:01:01 left")
+    assert "accuracy 50.0%" in line
+    rewards = {"rewards/margin": 0.125, "rewards/accuracy": 0.75, "loss/sigmoid": 0.6}
+    assert "loss 1.2345  0:00:00 left  margin 0.125  pairs right 75%" in console_line(ROW | rewards, 0)
 
 
 def test_other_ranks_are_silent(capsys):

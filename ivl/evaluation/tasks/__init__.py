@@ -42,7 +42,7 @@ def task_of(config: EvalConfig) -> Task:
     """
     if config.metric:
         assert config.data is not None, "EvalConfig has checked it"
-        return OwnData(config.data, config.metric)
+        return OwnData(config.data, config.metric, config.val_share)
     task = find(config.task)
     if isinstance(task, Benchmark):
         frames = task.frames if config.frames is None else config.frames

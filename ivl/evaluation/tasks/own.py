@@ -19,6 +19,7 @@ from ivl.evaluation.scoring.verification import FEWEST_PEOPLE
 from ivl.evaluation.scoring.vqa import relaxed, vqa_accuracy, vqa_form
 from ivl.evaluation.task import Example, JudgeQuestion, Score, Scored, Task
 from ivl.formats.rows import open_rows
+from ivl.formats.split import part_of
 
 _OPTION = re.compile(r"^[(（]?([A-Z])[.):．）：、]\s*(.+?)\s*$", re.MULTILINE)
 
@@ -30,8 +31,8 @@ class OwnData(Task):
     each, and these stay together.
     """
 
-    def __init__(self, path: Path, metric: Metric) -> None:
-        self.path, self.metric, self.name = path, metric, path.stem
+    def __init__(self, path: Path, metric: Metric, val_share: float = 0.0) -> None:
+        self.path, self.metric, self.val_share, self.name = path, metric, val_share, path.stem
 
     def examples(self) -> Iterator[Example]:
         """Yield the rows as questions; of a preference pair the chosen reply is the answer.
@@ -40,6 +41,7 @@ class OwnData(Task):
             InputError: naming the row whose answer the metric cannot use.
         """
         rows = open_rows(self.path)
+        rows = part_of(rows, self.val_share, validation=True) if self.val_share else rows
         root = self.path if self.path.is_dir() else self.path.parent
         for index in range(len(rows)):
             record, listed = read_record(rows, index, root=root), rows[index].get("answers")
@@ -91,7 +93,8 @@ class OwnData(Task):
         return {"all": mean(scored), **hits}
 
     def settings(self) -> dict[str, object]:
-        return {"data": {"file": str(self.path), "md5": md5(self.path)}}
+        share = {"val_share": self.val_share} if self.val_share else {}
+        return {"data": {"file": str(self.path), "md5": md5(self.path), **share}}
 
 
 def _verdict(reply: str) -> Score | None:
