@@ -58,7 +58,10 @@ def find_reference(config: PreferenceConfig, model: VLM, context: ObjectiveConte
     if not context.resumed:
         weights = weights_hash(model, context.world)
         for name, make_loader in context.loaders.items():
-            precompute(model, make_loader(), folders[name], precision=context.precision, weights=weights, world=context.world)
+            precompute(
+                model, make_loader(), folders[name], precision=context.precision, weights=weights, world=context.world,
+                shared=bool(config.reference_dir),
+            )  # fmt: skip
     return FileReference.read(*folders.values())
 
 
@@ -114,11 +117,13 @@ class FileReference:
         return torch.tensor([x for key in keys for x in self.pairs[key]])
 
 
-def precompute(model: VLM, data: Loader, directory: Path, *, precision: Precision, weights: str, world: World) -> None:
+def precompute(
+    model: VLM, data: Loader, directory: Path, *, precision: Precision, weights: str, world: World, shared: bool = True
+) -> None:
     """Go through an epoch of the data and write directory/rank-R.jsonl; go on where an interrupted pass ended.
 
-    The file belongs to these weights, data and precision; others are refused. A finished file is kept, whatever the number of
-    ranks. A kill costs at most PAIRS_A_CHUNK pairs; of tensor ranks, which must ask together, the whole pass.
+    The file belongs to these weights, data and precision. A finished file is kept, whatever the number of ranks. A kill costs
+    at most PAIRS_A_CHUNK pairs; of tensor ranks, which must ask together, the whole pass.
 
     Args:
         model: the reference model.
@@ -127,6 +132,8 @@ def precompute(model: VLM, data: Loader, directory: Path, *, precision: Precisio
         precision: of the forward pass, as in training.
         weights: hash of the model's weights.
         world: the ranks.
+        shared: whether other runs use the directory, so that a file of other weights, data or precision is refused. In a
+            run's own directory it is what an attempt left that came to no checkpoint, and is written anew.
 
     Raises:
         InputError: for data whose samples have random parts (JPEG degradation, video), which have no fixed log-probability;
@@ -140,6 +147,8 @@ def precompute(model: VLM, data: Loader, directory: Path, *, precision: Precisio
     if _is_finished(directory, about):
         return
     path, together = directory / f"rank-{world.data_rank}.jsonl", world.tensor > 1
+    if not shared:
+        _forget_others(directory, about | {"ranks": world.data_size}, world)
     model.eval()
     with ExitStack() as stack:
         journal = None
@@ -178,6 +187,15 @@ def _ask(model: VLM, data: Loader, journal: Journal | None, done: int, world: Wo
             show(done + len(rows), total, resumed=resumed)
     if journal is not None:
         journal.add([*rows, {"done": True, "pairs": done + len(rows)}])
+
+
+def _forget_others(directory: Path, about: dict[str, Any], world: World) -> None:
+    """Remove log-probabilities that are not about this."""
+    for path in directory.glob("rank-*.jsonl") if world.is_main else ():
+        found = read_journal(path)[0]
+        if found.get("kind") == about["kind"] and found != json.loads(json.dumps(about)):
+            path.unlink()
+    world.barrier()
 
 
 def _is_finished(directory: Path, about: dict[str, Any]) -> bool:

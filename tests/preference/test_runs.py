@@ -280,3 +280,21 @@ def test_supervised_training_refuses_pairs_and_preference_refuses_others(path, s
 def test_settings_that_cannot_work_are_refused(changes, problem):
     with pytest.raises(ValueError, match=problem):
         mpo(Path("x"), Path("y"), Path("z"), **changes)
+
+
+def test_the_same_command_works_once_a_pair_is_mended(path, start, tmp_path, monkeypatch):
+    """An attempt that failed while the reference was asked leaves log-probabilities of other rows."""
+    monkeypatch.setattr(reference, "PAIRS_A_CHUNK", 2)
+    pairs, good = path.with_name("mended.jsonl"), path.read_text().splitlines()
+    broken = json.dumps(json.loads(good[5]) | {"rejected": ""})
+    pairs.write_text("\n".join([*good[:5], broken, *good[6:]]) + "\n")
+    config = mpo(pairs, start, tmp_path / "run", data=pair_data(pairs, max_samples=1))
+    with pytest.raises(DataError, match=r"mended\.jsonl:6: the rejected reply is empty"):
+        run(config)
+    assert (tmp_path / "run" / "reference" / "rank-0.jsonl").exists()
+    pairs.write_text(path.read_text())
+    run(config)
+    assert len(rows(tmp_path / "run")) == 6
+    shared = PreferenceConfig(reference_dir=str(tmp_path / "run" / "reference"))
+    with pytest.raises(InputError, match="belongs to another run"):
+        run(mpo(path, start, tmp_path / "other", objective=shared))
