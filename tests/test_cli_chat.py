@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from ivl.cli.chat import ChatOptions, _open, chat
 from ivl.errors import InputError
@@ -73,6 +74,23 @@ def test_a_second_question_reads_what_is_new(
     chat([str(directory), "--max-new-tokens", "9", "--stats"])
     first, second = (int(n) for n in re.findall(r"(\d+) cached", capsys.readouterr().err))
     assert first == 0 and second > 64
+
+
+def test_words_of_a_conversation(
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    lines = iter([f"/image {tmp_path}/a.png", "/help", "/hlep", "exit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    chat([str(directory)])
+    said = capsys.readouterr().err
+    assert f"1 with the next question: {tmp_path}/a.png" in said and said.count("/clear starts anew") == 3
+    assert "unknown command /hlep" in said
+
+
+def test_a_question_without_its_option_is_recognized() -> None:
+    with pytest.raises(InputError, match="what shape is it: no such image or video; a question goes behind -p"):
+        chat(["no-model", "what shape is it"])
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from ivl.checkpoint.model_dir import empty_model
-from ivl.checkpoint.releases import MODELS
-from ivl.cli.models import count_parameters, models
+from ivl.checkpoint.releases import MODELS, count_parameters
+from ivl.cli.models import models
 from ivl.config import ModelConfig
 from tests.conftest import tiny_config
 

@@ -75,3 +75,19 @@ MODELS = {
     size: PublishedModel(f"OpenGVLab/InternVL2_5-{size}", ("", "-MPO"), language, published_config(size))
     for size, language in _FIRST.items()
 } | {key: _later(key) for key in _LATER}
+
+
+def count_parameters(config: ModelConfig) -> dict[str, int]:
+    """Count the parameters of vision, projector, language model and all of them, without building a model."""
+    v, d = config.vision, config.decoder
+    v_norm = v.width * (2 if v.norm == "layer_norm" else 1)
+    v_attention = 4 * v.width**2 + v.width * (1 + 3 * v.qkv_bias + 2 * v.qk_norm)
+    v_layer = v_attention + 2 * v.width * v.mlp_width + v.mlp_width + v.width + 2 * v_norm + 2 * v.width
+    vision = v.width * (2 + v.grid**2 + 3 * v.patch_size**2 + 1) + v.num_layers * v_layer
+    shuffled = 4 * v.width
+    projector = 2 * shuffled + (shuffled + 1) * d.width + (d.width + 1) * d.width
+    q_rows, kv_rows = d.num_heads * d.head_dim, d.num_kv_heads * d.head_dim
+    d_attention = (d.width + d.qkv_bias) * (q_rows + 2 * kv_rows) + q_rows * d.width + 2 * d.head_dim * d.qk_norm
+    d_layer = d_attention + 3 * d.width * d.mlp_width + 2 * d.width
+    language = 2 * d.vocab_size * d.width + d.width + d.num_layers * d_layer
+    return {"vision": vision, "projector": projector, "language": language, "all": vision + projector + language}

@@ -106,7 +106,10 @@ def chat(args: list[str]) -> None:
 
 
 def _open(path: str, options: ChatOptions) -> ImageRef | VideoRef:
-    ref = medium(path)
+    try:
+        ref = medium(path)
+    except InputError as error:
+        raise InputError(f"{error}; a question goes behind -p") if " " in path else error from None
     frames, over = options.frames, options.frames_by
     return replace(ref, num_frames=frames, frames_by=over) if isinstance(ref, VideoRef) else ref
 
@@ -157,12 +160,15 @@ def _interact(model: Model, params: SamplingParams, media: Media, options: ChatO
             continue
         try:
             command, _, rest = line.partition(" ")
-            if command in ("/quit", "/exit"):
+            if command in ("/quit", "/exit") or line in ("exit", "quit"):
                 return
             if command == "/clear":
                 conversation, media = model.start(system=options.system), ()
             elif command in ("/image", "/video"):
                 media = (*media, _open(rest.strip(), options))
+                print(f"{len(media)} with the next question: {rest.strip()}", file=sys.stderr)
+            elif command == "/help":
+                print(HELP, file=sys.stderr)
             elif command.startswith("/"):
                 print(f"unknown command {command}: {HELP}", file=sys.stderr)
             elif line:

@@ -100,13 +100,13 @@ def stats(options: Annotated[StatsOptions, tyro.conf.arg(name="")]) -> None:
     """Print the number of rows, turns, media and characters of each data set, and how long they are."""
     from ivl.datasets.stats import DatasetStats
     from ivl.datasets.stats_report import check, tables, write_report
-    from ivl.utils.progress import wide_console
+    from ivl.utils.progress import print_table
 
     if options.out:
         check(options.out)
     datasets = [finding for finding in _inspect(options, options.model) if isinstance(finding, DatasetStats)]
     for table in tables(datasets):
-        wide_console().print(table)
+        print_table(table)
     if bad := sum(each.bad for each in datasets):
         print(f"{bad:,} bad rows are not in these figures; `ivl data validate` names their places")
     if options.out:

@@ -10,7 +10,7 @@ import tyro
 from ivl.cli.data import MixtureOptions
 from ivl.data.config import DataConfig
 from ivl.errors import InputError
-from ivl.utils.progress import reporting, wide_console
+from ivl.utils.progress import print_table, reporting, wide_console
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -53,7 +53,7 @@ def pack(options: Annotated[PackOptions, tyro.conf.arg(name="")]) -> None:
     with reporting("encoding", "rows") as show:
         estimate = estimate_packs(loader, options.rows, on_progress=show)
     console = wide_console()
-    console.print(_table(estimate))
+    print_table(_table(estimate))
     for line in describe(estimate, options, ranks=options.ranks, accumulation=options.accumulation):
         console.print(line, highlight=False)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
+    from rich.table import Table
 
 
 def counting(*, on: bool | None = None, lasting: bool = False) -> Progress:
@@ -62,3 +63,26 @@ def wide_console(width: int = 200) -> Console:
     from rich.console import Console
 
     return Console(width=max(Console().width, width))
+
+
+def print_table(table: Table, fits: int = 100) -> None:
+    """Print a table; one that is wider than the terminal, or than `fits` columns, as columns for as many rows as fit."""
+    from rich.console import Console
+    from rich.table import Table
+
+    wide, room = wide_console(), max(Console().width, fits)
+    heads = [str(column.header) for column in table.columns]
+    rows = list(zip(*(map(str, column.cells) for column in table.columns), strict=True))
+    if wide.measure(table).maximum <= room:
+        wide.print(table)
+        return
+    widths, first = [max(map(len, row)) + 2 for row in rows], max(map(len, heads)) + 2
+    while rows:
+        count = next((n for n in range(len(rows), 1, -1) if first + sum(widths[:n]) <= room), 1)
+        turned = Table(box=None, show_header=False, title=table.title, title_justify="left")
+        for justify in ("left", *["right"] * count):
+            turned.add_column(justify=justify, no_wrap=True)
+        for number, head in enumerate(heads):
+            turned.add_row(head, *(row[number] for row in rows[:count]))
+        wide.print(turned)
+        rows, widths = rows[count:], widths[count:]
