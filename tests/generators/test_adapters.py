@@ -118,9 +118,7 @@ def test_chat_and_eval_take_an_adapter(
         (("RUN",), r"one: no adapter_config\.json.*; .*one/adapter has one"),
     ],
 )
-def test_mistakes_are_named(
-    place: Path, adapters: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_are_named(place: Path, adapters: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     real = {"DIR": str(place / "one" / "adapter"), "RUN": str(place / "one")}
     given = ["=".join(real.get(part, part) for part in each.split("=")) for each in adapters]
     with pytest.raises((InputError, SystemExit)) as caught:  # values that the dataclass refuses are tyro's to report

@@ -29,9 +29,7 @@ def test_every_cell_is_shown_within_100_columns(
     assert all(f"{row}-{n}-value" in said.split() for row in range(rows) for n in range(columns))
 
 
-def test_a_wide_terminal_shows_a_table_as_it_is(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wide_terminal_shows_a_table_as_it_is(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "180")
     print_table(table(12, 2))
     assert len(capsys.readouterr().out.splitlines()) == 4
