@@ -1,11 +1,11 @@
 """Photographs to tiles beside two other ways: `python -m benchmarks.image_pipeline`.
 
-JPEG files on disk become normalised float32 pixels of tiles, four samples a batch, in the main process. Each side is a process
+JPEG files on disk become normalized float32 pixels of tiles, four samples a batch, in the main process. Each side is a process
 of its own with one worker process, both bound to one core, and sides take turns. Time is processor time of both processes, so
 that samples per second are per core whatever is done where, and other programs matter little. The start of the workers is left
 out by taking the difference of a long and a short run. Figures are medians.
 
-- ours: ivl's Loader. uint8 tiles arrive (`uint8`); then they are normalised, the first thing that the model does with them, two
+- ours: ivl's Loader. uint8 tiles arrive (`uint8`); then they are normalized, the first thing that the model does with them, two
   tiles at a time as there.
 - reference: what InternVL's own data set does, written anew: PIL resize and crops, each tile through PIL's JPEG if degraded,
   then torch operations to float32, in a torch DataLoader.
@@ -93,7 +93,8 @@ def ours(paths: list[str], max_tiles: int, jpeg: bool) -> Iterator[torch.Tensor]
 
 
 def finish_ours(tiles_GSSC: torch.Tensor) -> None:
-    from ivl.model.vlm import CHUNK_TILES, normalize
+    from ivl.cpu.layers import CHUNK_TILES
+    from ivl.model.vlm import normalize
 
     for chunk in tiles_GSSC.split(CHUNK_TILES):
         normalize(chunk, torch.float32)

@@ -91,7 +91,7 @@ def nano_config() -> ModelConfig:
 
 def openvino(out: Path, kind: str) -> None:
     if kind.startswith("vision"):
-        openvino_vision(out, quantised=kind.endswith("w8a8"))
+        openvino_vision(out, quantized=kind.endswith("w8a8"))
         return
     width = {"bf16": ["fp16"], "int8": ["int8", "--sym"], "int4": ["int4", "--sym", "--group-size", "128"]}[kind]
     subprocess.run(
@@ -101,7 +101,7 @@ def openvino(out: Path, kind: str) -> None:
     )  # fmt: skip
 
 
-def openvino_vision(out: Path, *, quantised: bool) -> None:
+def openvino_vision(out: Path, *, quantized: bool) -> None:
     """InternViT and projector traced from transformers' modules; any number of tiles."""
     import numpy as np
     import openvino as ov
@@ -122,7 +122,7 @@ def openvino_vision(out: Path, *, quantised: bool) -> None:
 
     with torch.inference_mode():
         traced = ov.convert_model(Vision().eval(), example_input=torch.rand(2, 3, 448, 448), input=[-1, 3, 448, 448])
-    if quantised:  # calibrated on noise: for timing only
+    if quantized:  # calibrated on noise: for timing only
         import nncf
 
         noise = [np.random.default_rng(i).random((1, 3, 448, 448), np.float32) for i in range(2)]
@@ -144,7 +144,7 @@ def gguf(out: Path, width: str) -> None:
     params.nthread = 2
     source, target = str(FILES / "gguf-bf16" / "model.gguf").encode(), str(out / "model.gguf").encode()
     if llama_cpp.llama_model_quantize(source, target, params):
-        raise RuntimeError("llama.cpp could not quantise the model")
+        raise RuntimeError("llama.cpp could not quantize the model")
 
 
 MAKERS: dict[str, Callable[[Path, str], Any]] = {"qwen2": qwen2, "ivl": ours, "ov": openvino, "gguf": gguf}

@@ -85,7 +85,7 @@ def transformers(size: str, threads: int) -> Callable[[list[Ask]], int]:
     from transformers import GenerationConfig, InternVLForConditionalGeneration
 
     from ivl.checkpoint import load_config
-    from ivl.model.vlm import normalise
+    from ivl.model.vlm import normalize
 
     torch.set_num_threads(threads)
     directory = FILES / kind_of("transformers", size)
@@ -102,7 +102,7 @@ def transformers(size: str, threads: int) -> Callable[[list[Ask]], int]:
             padded = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
             mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
             shown = [picture(ask, i, config.tiling.tile_size) for ask in some for i in range(ask.images)]
-            pixels = normalise(torch.from_numpy(np.stack(shown)), torch.bfloat16)
+            pixels = normalize(torch.from_numpy(np.stack(shown)), torch.bfloat16)
             new = max(ask.new for ask in some)
             model.generate(
                 input_ids=padded, attention_mask=mask, pixel_values=pixels, max_new_tokens=new, min_new_tokens=new,
