@@ -50,7 +50,7 @@ def load(
 
     Args:
         dtype: "auto" keeps the type the weights are stored in, but on a CPU takes float32 for float16 weights, and for
-            bfloat16 weights where the processor cannot multiply them (no AVX512-BF16, AMX or Arm BF16).
+            bfloat16 weights where neither torch nor our kernels multiply them (no AVX2, no Arm BF16).
         device: "auto" is the GPU if there is one.
         max_tiles: Tiles an image may be cut into; None takes the checkpoint's.
         adapter: Directory of a LoRA adapter to reply with, which is not merged.

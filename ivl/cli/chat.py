@@ -97,8 +97,11 @@ def chat(args: list[str]) -> None:
     adapter = next(iter(given.adapter), None)
     model = load(options.model, dtype=given.dtype, device=given.device, max_tiles=given.max_tiles, adapter=adapter)
     if options.stats:
+        from ivl.cpu.kernels.features import level
+
         dtype, device = str(model.engine.model.dtype).removeprefix("torch."), model.engine.model.device
-        print(f"load {time.perf_counter() - started:.2f} s ({dtype} on {device})", file=sys.stderr)
+        place = f"{device}, level {level()}" if device.type == "cpu" else device
+        print(f"load {time.perf_counter() - started:.2f} s ({dtype} on {place})", file=sys.stderr)
     if prompt is None:
         _interact(model, params, media, options)
     else:

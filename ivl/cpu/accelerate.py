@@ -9,28 +9,44 @@ from torch import nn
 
 from ivl.cpu.jpeg import FastLoader
 from ivl.cpu.kernels import features, ops
-from ivl.cpu.layers import FastDecoder, FastDecoderLayer, FastVisionAttention, FastVisionLayer, FastVLM
-from ivl.cpu.linear import AmxQuantLinear, AmxW8A8Linear, FastLinear, FastLoraLinear, FastRMSNorm, VnniLinear
+from ivl.cpu.layers import FastDecoder, FastDecoderLayer, FastVisionAttention, FastVisionEmbeddings, FastVisionLayer, FastVLM
+from ivl.cpu.linear import (
+    AmxQuantLinear,
+    AmxW8A8Linear,
+    FastLinear,
+    FastLoraLinear,
+    FastRMSNorm,
+    Float32Linear,
+    VectorQuantLinear,
+    VnniW8A8Linear,
+)  # fmt: skip
 from ivl.cpu.memory import keep_freed_memory
 from ivl.cpu.resize import fast_resize
 from ivl.lora.layers import LoraLinear
 from ivl.model.decoder import Decoder, DecoderLayer
 from ivl.model.linear import Linear
-from ivl.model.vit import VisionAttention, VisionLayer
+from ivl.model.vit import VisionAttention, VisionEmbeddings, VisionLayer
 from ivl.model.vlm import VLM
 from ivl.processing.processor import Processor
 from ivl.quant.layers import QuantLinear
 
 Target = TypeVar("Target")
 FAST: dict[type[nn.Module], type[nn.Module]] = {
-    VLM: FastVLM, VisionAttention: FastVisionAttention, VisionLayer: FastVisionLayer, DecoderLayer: FastDecoderLayer,
-    Decoder: FastDecoder,
+    VLM: FastVLM, VisionEmbeddings: FastVisionEmbeddings, VisionAttention: FastVisionAttention, VisionLayer: FastVisionLayer,
+    DecoderLayer: FastDecoderLayer, Decoder: FastDecoder,
 }  # fmt: skip
 """Classes that are replaced whatever the dtype."""
 FAST_BFLOAT16: dict[type[nn.Module], type[nn.Module]] = {
     Linear: FastLinear, LoraLinear: FastLoraLinear, nn.RMSNorm: FastRMSNorm,
 }  # fmt: skip
 """Classes that are replaced where kernels take the weight."""
+QUANTIZED: dict[str, tuple[type[QuantLinear], type[QuantLinear]]] = {
+    "any": (QuantLinear, QuantLinear),
+    "avx2": (VectorQuantLinear, QuantLinear),
+    "avx512": (VectorQuantLinear, VnniW8A8Linear),
+    "amx": (AmxQuantLinear, AmxW8A8Linear),
+}
+"""Quantized layers by the processor's level: of weights alone, and of weights and activations."""
 
 
 def accelerate(target: Target) -> Target:
@@ -56,8 +72,13 @@ def has_bfloat16(device: torch.device) -> bool:
     """Whether a device computes in bfloat16 itself; a CPU without it takes tens of times as long as in float32."""
     if device.type != "cpu":
         return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(flag) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+    return features.multiplies_bfloat16()
+
+
+def answers_in_bfloat16(device: torch.device) -> bool:
+    """Whether an accelerated model in bfloat16 answers fast there. On a CPU kernels stand in for what torch lacks: a
+    bfloat16 model then takes half the memory of a float32 one, and reads half as much for each token."""
+    return has_bfloat16(device) or (device.type == "cpu" and features.available())
 
 
 def fast_class(module: nn.Module) -> type[nn.Module]:
@@ -67,6 +88,8 @@ def fast_class(module: nn.Module) -> type[nn.Module]:
         return quantized_class(module)
     if isinstance(module, nn.Linear | nn.RMSNorm) and kind in FAST_BFLOAT16 and ops.fits(module.weight):
         return FAST_BFLOAT16[kind] if kind is nn.RMSNorm or len(module.weight) >= ops.MIN_OUT else kind
+    if kind is Linear and module.weight.dtype is torch.float32:
+        return Float32Linear
     return FAST.get(kind, kind)
 
 
@@ -75,6 +98,5 @@ def quantized_class(layer: QuantLinear) -> type[QuantLinear]:
     config = layer.config
     if not ops.quant_fits(layer.scale, layer.in_features, config.group or layer.in_features):
         return QuantLinear
-    if config.activations:
-        return AmxW8A8Linear if features.has_amx() else QuantLinear
-    return AmxQuantLinear if features.has_amx() else VnniLinear
+    weights_alone, with_activations = QUANTIZED[features.level()]
+    return with_activations if config.activations else weights_alone

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ivl.cpu.kernels import ops
+from ivl.cpu.kernels import features, ops
 from ivl.model.attention import Sdpa
 from ivl.types import Layout
 
@@ -25,6 +25,9 @@ class CpuAttention(Sdpa):
         trains = torch.is_grad_enabled() and q_SNLH.requires_grad and q_SNLH.is_cpu
         if trains and mask is None and max(q_SNLH.shape[2], k_SKLH.shape[2]) <= MAX_SPELLED_OUT:
             return _spelled_out(q_SNLH, k_SKLH, v_SKLH, causal)
+        if q_SNLH.dtype is torch.bfloat16 and q_SNLH.is_cpu and not features.multiplies_bfloat16():
+            wide = (x.float() for x in (q_SNLH, k_SKLH, v_SKLH))
+            return super().rectangle(*wide, mask, causal).bfloat16()
         return super().rectangle(q_SNLH, k_SKLH, v_SKLH, mask, causal)
 
     def packed(self, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor, layout: Layout) -> torch.Tensor:

@@ -7,7 +7,7 @@ the module was moved to another device or dtype.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,12 +17,12 @@ from torch import nn
 from ivl.cpu.attention import CPU_ATTENTION
 from ivl.cpu.captured_step import CapturedSteps
 from ivl.cpu.kernels import ops
-from ivl.cpu.linear import AmxW8A8Linear, fused_linear, norm_heads_
+from ivl.cpu.linear import AmxW8A8Linear, bfloat16_linear, fused_linear, norm_heads_
 from ivl.model.attention import attend
 from ivl.model.cache import CacheStep, PagedCache
 from ivl.model.decoder import Decoder, DecoderLayer, Rotary, rotary
-from ivl.model.vit import VisionAttention, VisionLayer
-from ivl.model.vlm import PIXEL_MEAN, PIXEL_STD, VLM, normalize
+from ivl.model.vit import VisionAttention, VisionEmbeddings, VisionLayer
+from ivl.model.vlm import VLM, normalize
 from ivl.types import Layout
 
 CHUNK_TILES = 2
@@ -40,28 +40,22 @@ def in_chunks(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor,
 
 
 class FastVLM(VLM):
-    """Encodes tiles by chunks, and normalizes their pixels by a lookup: a color has 256 values."""
+    """Encodes tiles by chunks."""
 
     def encode_tiles(self, tiles_GSSC: torch.Tensor) -> torch.Tensor:
         return in_chunks(self._encode_chunk, tiles_GSSC.to(self.device), CHUNK_TILES)
 
     def _encode_chunk(self, tiles_GSSC: torch.Tensor) -> torch.Tensor:
-        return self.encode_pixels(normalized(tiles_GSSC, self.dtype))
+        return self.encode_pixels(normalize(tiles_GSSC, self.dtype))
 
 
-def normalized(tiles_GSSC: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return what `normalize` returns."""
-    pixels = None
-    if tiles_GSSC.dtype is torch.uint8 and len(tiles_GSSC):
-        pixels = ops.lookup_table(tiles_GSSC, _normalized_values(dtype))
-    return normalize(tiles_GSSC, dtype) if pixels is None else pixels
+class FastVisionEmbeddings(VisionEmbeddings):
+    """Projects patches by the CPU's product."""
 
-
-@cache
-def _normalized_values(dtype: torch.dtype) -> torch.Tensor:
-    """The normalized value of each byte of each color, [3, 256]."""
-    mean_C1, std_C1 = (torch.tensor(x).unsqueeze(1) for x in (PIXEL_MEAN, PIXEL_STD))
-    return torch.arange(256, dtype=torch.float32).expand(3, 256).div(255).sub(mean_C1).div(std_C1).to(dtype)
+    def project(self, patches_GPE: torch.Tensor) -> torch.Tensor:
+        if not ops.takes(patches_GPE) or self.patch.weight.dtype is not torch.bfloat16:
+            return super().project(patches_GPE)
+        return bfloat16_linear(patches_GPE, self.patch.weight.flatten(1), self.patch.bias)
 
 
 class FastVisionAttention(VisionAttention):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -16,10 +16,37 @@ from ivl.model.decoder import DecoderLayer
 from ivl.model.linear import Linear, swiglu
 from ivl.quant.layers import QuantLinear
 
+PANEL = 1 << 20
+"""Elements of a weight that are widened to float32 at a time."""
 
-@cache
-def _mkldnn_bf16() -> bool:
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+def onednn_linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
+    """Return x @ weight^T + bias by oneDNN, which adds the bias within the product. F.linear writes it over the whole result
+    first, and takes another library in float32, which is slower on processors of AMD."""
+    if not torch.backends.mkldnn.is_available():
+        return F.linear(x, weight_OI, bias_O)
+    return torch.ops.mkldnn._linear_pointwise(x, weight_OI, bias_O, "none", [], "")
+
+
+def widened_linear(
+    x: torch.Tensor, panel: Callable[[slice], torch.Tensor], out_features: int, bias_O: torch.Tensor | None
+) -> torch.Tensor:
+    """Multiply in float32 where torch has no product in bfloat16: inputs and a panel of the weight at a time are widened.
+
+    panel: returns rows of the weight, [rows, I].
+    """
+    wide, y = x.float(), x.new_empty(*x.shape[:-1], out_features)
+    size = max(PANEL // x.shape[-1], 1)
+    for rows in (slice(first, first + size) for first in range(0, out_features, size)):
+        y[..., rows] = onednn_linear(wide, panel(rows).float(), None if bias_O is None else bias_O[rows].float())
+    return y
+
+
+def bfloat16_linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
+    """Return x @ weight^T + bias of bfloat16 tensors, by the best that torch has for many rows."""
+    if features.multiplies_bfloat16():
+        return onednn_linear(x, weight_OI, bias_O)
+    return widened_linear(x, weight_OI.__getitem__, len(weight_OI), bias_O)
 
 
 class FastLinear(Linear):
@@ -31,10 +58,7 @@ class FastLinear(Linear):
             return super().forward(input)
         if input.numel() <= ops.MAX_ROWS * self.in_features:
             return ops.linear(input, weight_OI, bias_O)
-        if bias_O is not None and _mkldnn_bf16():
-            # F.linear writes the bias over the whole result first; this adds it within the product.
-            return torch.ops.mkldnn._linear_pointwise(input, weight_OI, bias_O, "none", [], "")
-        return F.linear(input, weight_OI, bias_O)
+        return bfloat16_linear(input, weight_OI, bias_O)
 
     def few_rows(self, x_TI: torch.Tensor, fusion: Fusion, launch: Launch = NOW) -> torch.Tensor | None:
         """Return the fused product of at most MAX_ROWS rows; None if kernels cannot fuse it."""
@@ -48,6 +72,16 @@ class FastLoraLinear(LoraLinear, FastLinear):
 
     def few_rows(self, *args: object, **kwargs: object) -> None:
         """Refuse to be fused or captured: adapters come after the product, and may be switched off and on."""
+
+
+class Float32Linear(Linear):
+    """A Linear with a float32 weight whose product is oneDNN's where no gradient is wanted."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        float32 = input.dtype is self.weight.dtype is torch.float32
+        if torch.is_grad_enabled() or not (float32 and input.is_cpu and self.weight.is_cpu):
+            return super().forward(input)
+        return onednn_linear(input, self.weight, self.bias)
 
 
 class FastRMSNorm(nn.RMSNorm):
@@ -75,8 +109,8 @@ def norm_heads_(layer: DecoderLayer, qkv_TXH: torch.Tensor, launch: Launch = NOW
     return True
 
 
-class VnniLinear(QuantLinear):
-    """A QuantLinear of 8 or 4 bits with VNNI: few rows by a GEMV, more by dequantizing and torch's product."""
+class VectorQuantLinear(QuantLinear):
+    """A QuantLinear of 8 or 4 bits on vectors: few rows by a GEMV, more by dequantizing and torch's product."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not ops.takes(input) or self.scale.dtype is not torch.bfloat16:
@@ -92,7 +126,9 @@ class VnniLinear(QuantLinear):
         """Return the layer's output for rows that kernels take."""
         if len(x_TI) <= ops.MAX_ROWS:
             return ops.quant_gemv(x_TI, self.stored())
-        return self.by_panels(x_TI, self._panel)
+        if features.multiplies_bfloat16():
+            return self.by_panels(x_TI, self._panel)
+        return widened_linear(x_TI, self._panel, self.out_features, self.bias)
 
     def _panel(self, rows: slice) -> torch.Tensor:
         zero = None if self.zero is None else self.zero[rows]
@@ -103,7 +139,7 @@ class VnniLinear(QuantLinear):
         return ops.quant_gemv(x_TI, self.stored(), fusion, launch) if len(x_TI) == 1 else None
 
 
-class AmxQuantLinear(VnniLinear):
+class AmxQuantLinear(VectorQuantLinear):
     """A QuantLinear of 8 or 4 bits with AMX: one row by a GEMV, few by a small-batch GEMM, more by dequantizing GEMM."""
 
     def product(self, x_TI: torch.Tensor) -> torch.Tensor:
@@ -117,6 +153,13 @@ class AmxQuantLinear(VnniLinear):
         if len(x_TI) == 1 or not ops.small_batch_fits(self.in_features, self.config.bits):
             return super().few_rows(x_TI, fusion, launch)
         return ops.quant_small_batch(x_TI, self.stored(), fusion, launch)
+
+
+class VnniW8A8Linear(QuantLinear):
+    """A W8A8 QuantLinear whose integers torch multiplies with VNNI. Without VNNI its product takes tens of times as long."""
+
+    def integer_sums(self, q_TI: torch.Tensor) -> torch.Tensor:
+        return torch.ops.aten._int_mm(q_TI, (self.weight ^ 128).view(torch.int8).t())
 
 
 class AmxW8A8Linear(QuantLinear):
@@ -165,6 +208,6 @@ def few_rows(
     residual: torch.Tensor | None = None, launch: Launch = NOW,
 ) -> torch.Tensor | None:  # fmt: skip
     """Return the product of `fused_linear` for at most MAX_ROWS rows, from kernels alone; None if kernels do not suffice."""
-    if not isinstance(layer, FastLinear | VnniLinear) or not (norm is None or isinstance(norm, FastRMSNorm)):
+    if not isinstance(layer, FastLinear | VectorQuantLinear) or not (norm is None or isinstance(norm, FastRMSNorm)):
         return None
     return layer.few_rows(x_TI, Fusion(None if norm is None else norm.args(), gated, residual), launch)

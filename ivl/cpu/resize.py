@@ -3,14 +3,13 @@
 Pillow resizes 8-bit images in two passes, rows and then columns. A pixel is a weighted sum in integers: weights are
 fractions of 2^22, the sum is rounded and clipped to 0..255 after each pass. Two kernels with vector instructions do the same
 (pixel_kernels.py). Once per process their pixels are compared with Pillow's: the comparison tells the order of the passes,
-which differs between versions; and where the pixels differ, or no kernel can be built (IVL_KERNELS=0, no llvmlite), Pillow
-resizes.
+which differs between versions; and where the pixels differ, or this process uses no kernels (IVL_CPU=any, no llvmlite),
+Pillow resizes.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
 import threading
 from collections.abc import Callable
 from functools import cache, lru_cache
@@ -19,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from ivl.cpu.kernels import features
 from ivl.processing.image import Pixels, resize
 
 SUPPORT = 2.0
@@ -205,11 +205,7 @@ def _pass_order() -> PassOrder | None:
 
     None if kernels cannot be built, or the pixels follow neither order.
     """
-    if os.environ.get("IVL_KERNELS") == "0":
-        return None
-    try:
-        _kernels()
-    except ImportError:  # no llvmlite for this platform
+    if not features.available():
         return None
     orders = [columns_first_where_it_saves, columns_first_of_strips]
     # Width, height, grid: enlarged, shrunk, and on both sides of the lines where columns begin to go first.

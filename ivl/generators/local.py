@@ -11,7 +11,7 @@ import torch
 from ivl import gpu
 from ivl.checkpoint import load_model, load_processor, resolve
 from ivl.checkpoint.adapter import adapted
-from ivl.cpu import accelerate, has_bfloat16
+from ivl.cpu import accelerate, answers_in_bfloat16
 from ivl.errors import InputError, nearest, short
 from ivl.generators import LoadConfig
 from ivl.inference.engine import Engine
@@ -70,4 +70,4 @@ def _efficient(stored: torch.dtype, device: str) -> torch.dtype:
     """Return the stored type, or float32 where computing in the stored type is slow."""
     if not device.startswith("cpu") or stored == torch.float32:
         return stored
-    return stored if stored == torch.bfloat16 and has_bfloat16(torch.device(device)) else torch.float32
+    return stored if stored == torch.bfloat16 and answers_in_bfloat16(torch.device(device)) else torch.float32

@@ -37,9 +37,12 @@ class VisionEmbeddings(nn.Module):
         # The patch convolution does not overlap, so it is one matrix product over flattened patches.
         blocks = pixels_GCYX.view(len(pixels_GCYX), 3, rows, size, cols, size)
         patches_GPE = blocks.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        patches_GPD = F.linear(patches_GPE, self.patch.weight.flatten(1), self.patch.bias)
         class_G1D = self.class_token.expand(len(pixels_GCYX), -1, -1)
-        return torch.cat([class_G1D, patches_GPD], dim=1) + self.positions_for(rows, cols)
+        return torch.cat([class_G1D, self.project(patches_GPE)], dim=1) + self.positions_for(rows, cols)
+
+    def project(self, patches_GPE: torch.Tensor) -> torch.Tensor:
+        """Multiply flattened patches by the convolution's weight, [G, P, D]."""
+        return F.linear(patches_GPE, self.patch.weight.flatten(1), self.patch.bias)
 
     def positions_for(self, rows: int, cols: int) -> torch.Tensor:
         """Return the position table [1, 1 + rows * cols, D], bicubically interpolated unless the grid is the stored one."""

@@ -18,6 +18,7 @@ from ivl.checkpoint import load_model, save_model
 from ivl.config import LoraConfig, ModelConfig
 from ivl.cpu import accelerate
 from ivl.cpu.attention import CPU_ATTENTION
+from ivl.cpu.kernels import features
 from ivl.cpu.linear import FastLinear
 from ivl.lora.layers import add_lora, merge_lora
 from ivl.model.cache import CachedSequence, PagedCache
@@ -75,7 +76,7 @@ def outputs(model: VLM) -> dict[str, torch.Tensor]:
     [tiny_config(), sized(), tiny_config(norm="rms_norm", qk_norm=True), sized("qwen3"), tiny_config(family="qwen3")],
     ids=["16", "64", "6B", "Qwen3 64", "Qwen3 16"],
 )
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 0.0), (torch.bfloat16, 0.06)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 0.06)])
 def test_accelerated_equals_plain(dtype: torch.dtype, tolerance: float, config: ModelConfig) -> None:
     plain, fast = outputs(made(dtype, config)), outputs(accelerate(made(dtype, config)))
     for name, expected in plain.items():
@@ -127,7 +128,8 @@ def test_an_accelerated_model_is_saved_adapted_and_merged_as_before(tmp_path: Pa
         adapted = outputs(model)
         assert (adapted["prefill"] - outputs(loaded)["prefill"]).abs().max() > 0.1
         merge_lora(model)
-        assert type(model.decoder.head) is Linear and type(accelerate(model.decoder.head)) is FastLinear
+        assert type(model.decoder.head) is Linear
+        assert type(accelerate(model.decoder.head)) is (FastLinear if features.available() else Linear)
         merged = outputs(model)
     assert all((merged[name] - value).abs().max() <= 0.2 for name, value in adapted.items())
 

@@ -11,12 +11,11 @@ from torch.nn import functional as F
 
 from ivl.cpu import accelerate
 from ivl.cpu.kernels import features, ops
-from ivl.cpu.layers import normalized
 from ivl.cpu.linear import fused_linear
 from ivl.model.cache import CachedSequence, PagedCache
 from ivl.model.decoder import rotary, rotate
 from ivl.model.linear import Linear, swiglu
-from ivl.model.vlm import VLM, normalize
+from ivl.model.vlm import VLM
 from tests.conftest import tiny_config
 
 BF16 = torch.bfloat16
@@ -174,15 +173,6 @@ def test_what_goes_round_a_product_may_go_into_it(rows: int) -> None:
     gate_up = F.linear(F.rms_norm(x_, (64,), norm.weight.double(), 1e-6), up_, up.bias.double())
     exact = x_ + F.linear(F.silu(gate_up[:, :96]) * gate_up[:, 96:], down.weight.double())
     assert error(fused, exact) <= (1.2 if rows == 1 else 1.05) * error(pieces, exact)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16])
-def test_pixels_are_normalized_to_the_very_numbers_of_torch(dtype: torch.dtype) -> None:
-    tiles = torch.randint(0, 256, (3, 48, 32, 3), dtype=torch.uint8)
-    by_kernel = normalized(tiles, dtype)
-    assert ops.lookup_table(tiles, torch.zeros(3, 256)) is not None
-    assert torch.equal(by_kernel, normalize(tiles, dtype)) and by_kernel.dtype is dtype
-    assert normalized(tiles[:, ::3, ::3], dtype).shape == (3, 3, 16, 11)  # what the kernel does not take
 
 
 @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from ivl.checkpoint.keymaps import TensorEntry
 from ivl.config import LoraConfig
 from ivl.cpu import accelerate
 from ivl.cpu.kernels import features
-from ivl.cpu.linear import AmxW8A8Linear, VnniLinear, fused_linear
+from ivl.cpu.linear import AmxW8A8Linear, VectorQuantLinear, fused_linear
 from ivl.errors import InputError
 from ivl.lora.layers import add_lora
 from ivl.model.linear import swiglu
@@ -197,7 +198,7 @@ def test_foreign_schemes_are_refused_by_name(source: Path, tmp_path: Path, chang
         load_model(tmp_path / "q")
 
 
-needs_kernels = pytest.mark.skipif(not features.has_vnni(), reason="no VNNI")
+needs_kernels = pytest.mark.skipif(not features.available(), reason="no kernels")
 
 
 @needs_kernels
@@ -213,7 +214,7 @@ def test_kernels_equal_the_matrix_they_stand_for(scheme: QuantConfig) -> None:
         assert layer.bias is not None
         for tokens in (1, 7, 40):
             x = normal(tokens, width, seed=tokens).bfloat16()
-            assert isinstance(layer, VnniLinear)
+            assert isinstance(layer, VectorQuantLinear)
             wanted = x.float() @ exact.t() + layer.bias.float()
             assert float((layer(x).float() - wanted).norm() / wanted.norm()) < 4e-3
 
@@ -221,6 +222,7 @@ def test_kernels_equal_the_matrix_they_stand_for(scheme: QuantConfig) -> None:
 @needs_kernels
 @torch.inference_mode()
 def test_what_goes_around_one_row_is_part_of_the_kernel() -> None:
+    """The norm, the gate and the residual in the product lose about what they do one after another."""
     norm = nn.RMSNorm(128, eps=1e-6).bfloat16()
     norm.weight.data = normal(128, seed=3).bfloat16()
     accelerate(norm)
@@ -232,7 +234,10 @@ def test_what_goes_around_one_row_is_part_of_the_kernel() -> None:
                 layer, x, norm=before if isinstance(before, nn.RMSNorm) else None, gated=before is swiglu, residual=plus
             )
             apart = layer(x if before is None else before(x)) + plus
-            torch.testing.assert_close(together, apart, atol=0.02, rtol=0.02)
+            around = copy.deepcopy(before).double() if isinstance(before, nn.Module) else before
+            exactly = x.double() if around is None else around(x.double())
+            exact = exactly @ layer.matrix().double().t() + plus
+            assert (together - exact).norm() <= 1.2 * (apart - exact).norm() <= 0.01 * exact.norm()
 
 
 @needs_kernels
@@ -255,9 +260,9 @@ def test_every_way_of_computing_gives_nearly_the_same(scheme: QuantConfig, monke
     layer = layer_of(normal(70, 256), scheme, normal(70).bfloat16())
     inputs = [normal(tokens, 256, seed=tokens).bfloat16() for tokens in (1, 16, 40)]
     ways = [[accelerate(layer)(x) for x in inputs]]
-    monkeypatch.setattr(features, "has_amx", lambda: False)
+    monkeypatch.setattr(features, "level", lambda: "avx2")
     ways.append([accelerate(layer)(x) for x in inputs])
-    monkeypatch.setattr(features, "has_vnni", lambda: False)
+    monkeypatch.setattr(features, "level", lambda: "any")
     assert type(accelerate(layer)) is QuantLinear
     ways.append([layer(x) for x in inputs])
     for other in ways[:2]:

@@ -9,12 +9,12 @@ import llvmlite.binding as llvm
 
 from ivl.cpu.kernels import attention_amx, decode, dense, quant, quant_amx
 from ivl.cpu.kernels.emitter import Emitter
+from ivl.cpu.kernels.features import target_features
 
 KERNELS: dict[str, Callable[..., None]] = {
     kernel.__name__: kernel
     for kernel in (
-        dense.linear, dense.linear_amx, dense.rms_norm, dense.norm_heads, dense.swiglu, dense.rotate, dense.lookup_table,
-        dense.repeat_calls,
+        dense.linear, dense.linear_amx, dense.rms_norm, dense.norm_heads, dense.swiglu, dense.rotate, dense.repeat_calls,
         attention_amx.attention, decode.decode_attention,
         quant.quantize_inputs, quant.quant_gemv, quant.dequantize,
         quant_amx.quant_small_batch8, quant_amx.quant_small_batch4, quant_amx.quant_gemm,
@@ -41,8 +41,8 @@ def finish(emitter: Emitter) -> int:
         module = llvm.parse_assembly(str(emitter.module))
         module.verify()
         target = llvm.Target.from_default_triple()
-        cpu, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
-        machine = target.create_target_machine(cpu=cpu, features=features, opt=3)
+        cpu = llvm.get_host_cpu_name()
+        machine = target.create_target_machine(cpu=cpu, features=target_features(), opt=3)
         engine = llvm.create_mcjit_compiler(module, machine)
         engine.finalize_object()
         _engines.append(engine)

@@ -1,14 +1,15 @@
-"""Products of a few rows, norms, gates, rotary positions and pixels. See emitter.py for the terms."""
+"""Products of a few rows, norms, gates and rotary positions. See emitter.py for the terms."""
 
 from __future__ import annotations
 
 from llvmlite import ir
 
 from ivl.cpu.kernels.emitter import AMX_ROWS, F32, F32S, I8, I16, I32, I32S, I64, LANES, Emitter
+from ivl.cpu.kernels.features import rows_at_once
 from ivl.cpu.kernels.rows import bias_at, bias_vector, norm_row, swiglu_row, transposed
 
-ROW_BLOCK, COLUMN_BLOCK = 4, 4
-"""Weight rows and input rows multiplied together: their sums fill half of the vector registers."""
+COLUMN_BLOCK = 4
+"""Input rows multiplied together with `rows_at_once` weight rows: their sums fill half of the vector registers."""
 PREFETCH = 8192
 """Elements ahead."""
 
@@ -28,14 +29,15 @@ def linear(e: Emitter, num_columns: int, before: str = "", plus: bool = False) -
             swiglu_row(e, x, prepared, width)
         x = prepared
     added = e.pointer(10) if plus else None
-    ahead = e.smaller(e.b.mul(width, e.int(ROW_BLOCK)), e.int(PREFETCH))
-    with e.blocks(rows, ROW_BLOCK) as first:
-        row_ids = [e.b.add(first, e.int(r)) for r in range(ROW_BLOCK)]
+    together = rows_at_once()
+    ahead = e.smaller(e.b.mul(width, e.int(together)), e.int(PREFETCH))
+    with e.blocks(rows, together) as first:
+        row_ids = [e.b.add(first, e.int(r)) for r in range(together)]
         w_rows = [e.at(w, I16, e.b.mul(row, width)) for row in row_ids]
         for block in range(0, num_columns, COLUMN_BLOCK):
             columns = range(block, min(block + COLUMN_BLOCK, num_columns))
             x_rows = [e.at(x, I16, e.b.mul(x_stride, e.int(c))) for c in columns]
-            cells = [(r, c) for r in range(ROW_BLOCK) for c in range(len(columns))]
+            cells = [(r, c) for r in range(together) for c in range(len(columns))]
             with e.loop(e.int(0), width, 2 * LANES, *[e.splat(0.0) for _ in cells]) as inner:
                 if block == 0:
                     for row in w_rows:
@@ -156,25 +158,6 @@ def rotate(e: Emitter) -> None:
                 turned.append((e.fma(first, c, e.b.fneg(e.b.fmul(second, s))), e.fma(second, c, e.b.fmul(first, s))))
             e.store(row, column.index, (turned[0][0], turned[1][0]))
             e.store(row, other, (turned[0][1], turned[1][1]))
-
-
-def lookup_table(e: Emitter, size: int) -> None:
-    """out[g, c, p] = table[c, tiles[g, p, c]]: bytes of three colors to numbers of `size` bytes, whose bits the table has."""
-    tiles, out, table = e.pointer(1, I8), e.pointer(2, I8), e.pointer(3, I32)
-    count, pixels = e.argument(4), e.argument(5)
-    part, whole = ir.VectorType(I8, LANES), ir.VectorType(ir.IntType(8 * size), LANES)
-    with e.claimed(count, LANES) as (start, stop), e.loop(start, stop, LANES) as pixel:
-        source = e.b.mul(pixel.index, e.int(3))
-        first, second, third = (e.read(part, tiles, I8, e.b.add(source, e.int(n * LANES))) for n in range(3))
-        both = e.b.shuffle_vector(first, second, ir.Constant(ir.VectorType(I32, 2 * LANES), list(range(2 * LANES))))
-        rest = e.b.shuffle_vector(third, third, ir.Constant(ir.VectorType(I32, 2 * LANES), list(range(2 * LANES))))
-        tile, place = e.b.udiv(pixel.index, pixels), e.b.urem(pixel.index, pixels)
-        for c in range(3):
-            order = ir.Constant(I32S, [c + 3 * lane for lane in range(LANES)])
-            bytes_of_color = e.b.shuffle_vector(both, rest, order)
-            bits = e.gather(table, e.b.add(e.b.zext(bytes_of_color, I32S), e.ints(256 * c)))
-            target = e.b.add(e.b.mul(e.b.add(e.b.mul(tile, e.int(3)), e.int(c)), pixels), place)
-            e.write(e.b.trunc(bits, whole) if size < 4 else bits, out, ir.IntType(8 * size), target)
 
 
 def repeat_calls(e: Emitter) -> None:

@@ -157,17 +157,6 @@ class Emitter:
     def write(self, value: Value, pointer: Value, element: ir.Type, index: Value) -> None:
         self.b.store(value, self.b.bitcast(self.at(pointer, element, index), value.type.as_pointer()), align=2)
 
-    def gather(self, table: Value, indices: Value) -> Value:
-        """Read 16 of a table's 32-bit integers by their indices."""
-        longs = ir.VectorType(I64, LANES)
-        base = self.b.insert_element(ir.Constant(longs, ir.Undefined), self.b.ptrtoint(table, I64), ir.Constant(I32, 0))
-        base = self.b.shuffle_vector(base, ir.Constant(longs, ir.Undefined), ir.Constant(I32S, [0] * LANES))
-        offsets = self.b.shl(self.b.zext(indices, longs), ir.Constant(longs, [2] * LANES))
-        places = self.b.inttoptr(self.b.add(base, offsets), ir.VectorType(I32.as_pointer(), LANES))
-        flags = ir.Constant(ir.VectorType(ir.IntType(1), LANES), [1] * LANES)
-        name = "llvm.masked.gather.v16i32.v16p0"
-        return self.call(name, I32S, places, ir.Constant(I32, 4), flags, ir.Constant(I32S, ir.Undefined))
-
     def load(self, pointer: Value, index: Value) -> Pair:
         """Read 32 bfloat16 as their even and odd elements."""
         pairs = self.read(I32S, pointer, I16, index)

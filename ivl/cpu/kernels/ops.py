@@ -123,7 +123,7 @@ class QuantizedWeight(NamedTuple):
 def quant_fits(scale_OG: torch.Tensor, width: int, group: int) -> bool:
     """Whether kernels take a quantized weight with these scales, each for a group of so many of a row's elements."""
     return (
-        features.has_vnni()
+        features.available()
         and scale_OG.dtype is torch.bfloat16
         and scale_OG.is_cpu
         and scale_OG.is_contiguous()
@@ -235,19 +235,6 @@ def dequantize(weight: torch.Tensor, scale_OG: torch.Tensor, zero_OG: torch.Tens
     matrix = scale_OG.new_empty(len(scale_OG), width)
     NOW.run("dequantize", q.kind(width), matrix.numel(), *q.pointers(), matrix.data_ptr(), len(scale_OG))
     return matrix
-
-
-def lookup_table(tiles_GSSC: torch.Tensor, table_CV: torch.Tensor) -> torch.Tensor | None:
-    """Look every byte up in a table of 3 colors by 256 values. Returns [G, 3, size, size], or None where no kernel applies."""
-    pixels, size = tiles_GSSC[0, :, :, 0].numel(), table_CV.element_size()
-    fits = tiles_GSSC.is_cpu and tiles_GSSC.is_contiguous() and pixels % 16 == 0 and size in (2, 4)
-    if not fits or not features.available():
-        return None
-    out_GCYX = table_CV.new_empty(len(tiles_GSSC), 3, *tiles_GSSC.shape[1:3])
-    bits_CV = table_CV.contiguous().view(torch.int32 if size == 4 else torch.int16).to(torch.int32)
-    pointers = (tiles_GSSC.data_ptr(), out_GCYX.data_ptr(), bits_CV.data_ptr())
-    NOW.run("lookup_table", (size,), out_GCYX.numel(), *pointers, len(tiles_GSSC) * pixels, pixels)
-    return out_GCYX
 
 
 def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float, launch: Launch = NOW) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""Products with quantized weights, for x86-64 with VNNI. See emitter.py for the terms.
+"""Products with quantized weights, for x86-64 with AVX2 or more. See emitter.py for the terms.
 
 Inputs become integers of 16 bits with one scale per token, which loses less than their own bfloat16: x = s (256 h + l), where
-h and l have 8 bits. VNNI multiplies unsigned weight bytes with h and with l. The sums are exact, and what the offset of the
-weights adds is known beforehand from the inputs alone.
+h and l have 8 bits. VNNI, or what `_dot` makes of AVX2, multiplies unsigned weight bytes with h and with l. The sums are exact,
+and what the offset of the weights adds is known beforehand from the inputs alone.
 
 A token, as the kernels read it (`token_bytes`): three vectors (minus 128 times the sums of h and of l by lane, and s), then
 for every step of the weight's row 64 bytes each of h and l, in 4 bits apart for even and odd elements, followed by what the
@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from llvmlite import ir
 
+from ivl.cpu.kernels import features
 from ivl.cpu.kernels.emitter import F32, F32S, I8, I16, I32, I32S, LANES, Emitter, Value
 from ivl.cpu.kernels.rows import bias_at, norm_row, swiglu_row
 
-BYTES = ir.VectorType(I8, 64)
+BYTES, WORDS = ir.VectorType(I8, 64), ir.VectorType(I16, 32)
 HEAD = 3 * 64
-ROW_BLOCK, COLUMN_BLOCK = 4, 2
-"""Weight rows and tokens multiplied together."""
+COLUMN_BLOCK = 2
+"""Tokens multiplied together with `rows_at_once` weight rows."""
 
 PREFETCH = 4096
 """Bytes ahead."""
@@ -72,8 +73,9 @@ def quant_gemv(e: Emitter, bits: int, groups: int, zero: int, width: int, num_to
     added = e.pointer(10) if plus else None
     zeros = e.pointer(4, I8) if zero else None
     row_bytes = width * bits // 8
-    with e.blocks(rows, ROW_BLOCK) as first:
-        row_ids = [e.b.add(first, e.int(r)) for r in range(ROW_BLOCK)]
+    together = features.rows_at_once()
+    with e.blocks(rows, together) as first:
+        row_ids = [e.b.add(first, e.int(r)) for r in range(together)]
         w_rows = [e.at(w, I8, e.b.mul(row, e.int(row_bytes))) for row in row_ids]
         scale_rows = [e.at(scales, I16, e.b.mul(row, e.int(groups))) for row in row_ids]
         zero_rows = [zeros and e.at(zeros, I8, e.b.mul(row, e.int(groups))) for row in row_ids]
@@ -168,9 +170,9 @@ def _prepare(e: Emitter, x: Value, token: Value, bits: int, zero: bool, width: i
         place = e.b.add(e.b.mul(step.index, e.int(step_bytes(bits))), e.int(HEAD))
         parts = [e.read(BYTES, token, I8, e.b.add(place, e.int(64 * n))) for n in range(2 if bits == 8 else 4)]
         if bits == 8:
-            step.carry([_dot(e, total, offset, part) for total, part in zip(step.values, parts, strict=True)])
+            step.carry([_dot(e, total, offset, part, small=False) for total, part in zip(step.values, parts, strict=True)])
         else:
-            high, low = (_dot(e, _dot(e, none, offset, parts[n]), offset, parts[n + 1]) for n in (0, 2))
+            high, low = (_dot(e, _dot(e, none, offset, parts[n], small=True), offset, parts[n + 1], small=True) for n in (0, 2))
             sums = e.b.sub(none, e.b.add(e.b.shl(high, e.ints(8)), low))
             e.write(e.b.sitofp(sums, F32S) if zero else sums, token, I8, e.b.add(place, e.int(256)))
     if bits == 8:
@@ -187,7 +189,7 @@ def _sums8(e: Emitter, w_rows: list[Value], tokens: list[Value], width: int, *, 
         weights = [weight_bytes(e, row, at, size) for row in w_rows]
         inputs = [[e.read(BYTES, t, I8, e.b.add(place, e.int(64 * part))) for part in (0, 1)] for t in tokens]
         old = iter(sums)
-        return [_dot(e, next(old), weights[r], inputs[c][part]) for r, c in cells for part in (0, 1)]
+        return [_dot(e, next(old), weights[r], inputs[c][part], small=False) for r, c in cells for part in (0, 1)]
 
     sums = starts
     if width >= 64:
@@ -234,9 +236,9 @@ def _sums4(
             for c in range(len(tokens)):
                 high, low = e.ints(0), e.ints(0) if zero else offsets[c]
                 for half, part in zip(halves, inputs[c][:2], strict=True):
-                    high = _dot(e, high, half, part)
+                    high = _dot(e, high, half, part, small=True)
                 for half, part in zip(halves, inputs[c][2:], strict=True):
-                    low = _dot(e, low, half, part)
+                    low = _dot(e, low, half, part, small=True)
                 product = e.b.sitofp(e.b.add(e.b.shl(high, e.ints(8)), low), F32S)
                 if zero:
                     product = e.fma(zero, offsets[c], product)
@@ -283,10 +285,35 @@ def _filled(e: Emitter, values: Value, order: list[int], size: int) -> Value:
     return e.b.shuffle_vector(values, ir.Constant(ir.VectorType(element, count), [0] * count), index)
 
 
-def _dot(e: Emitter, total: Value, weights: Value, inputs: Value) -> Value:
-    """Return total + the sum of 4 unsigned weights times signed inputs, by lane."""
-    words = (e.b.bitcast(x, I32S) for x in (weights, inputs))
-    return e.call("llvm.x86.avx512.vpdpbusd.512", I32S, total, *words)
+def _dot(e: Emitter, total: Value, weights: Value, inputs: Value, *, small: bool) -> Value:
+    """Return total + the sum of 4 unsigned weights times signed inputs, by lane. small: weights have 4 bits."""
+    if features.has_vnni():
+        return e.call("llvm.x86.avx512.vpdpbusd.512", I32S, total, *(e.b.bitcast(x, I32S) for x in (weights, inputs)))
+    if features.has_avx_vnni():
+        halves = [[_half(e, e.b.bitcast(x, I32S), part) for x in (total, weights, inputs)] for part in (0, 1)]
+        return _joined(e, [e.call("llvm.x86.avx512.vpdpbusd.256", half[0].type, *half) for half in halves])
+    kind, ones = ir.VectorType(I32, LANES // 2), ir.Constant(ir.VectorType(I16, LANES), [1] * LANES)
+    if small:  # two products fit into 16 bits
+        pairs = [e.call("llvm.x86.avx2.pmadd.ub.sw", ones.type, _half(e, weights, n), _half(e, inputs, n)) for n in (0, 1)]
+        return e.b.add(total, _joined(e, [e.call("llvm.x86.avx2.pmadd.wd", kind, pair, ones) for pair in pairs]))
+    # Even and odd bytes are multiplied as 16-bit numbers, into sums of 32 bits.
+    words, eight = [e.b.bitcast(x, WORDS) for x in (weights, inputs)], ir.Constant(WORDS, [8] * 32)
+    even = e.b.and_(words[0], ir.Constant(WORDS, [255] * 32)), e.b.ashr(e.b.shl(words[1], eight), eight)
+    odd = e.b.lshr(words[0], eight), e.b.ashr(words[1], eight)
+    for pair in (even, odd):
+        halves = [[_half(e, x, part) for x in pair] for part in (0, 1)]
+        total = e.b.add(total, _joined(e, [e.call("llvm.x86.avx2.pmadd.wd", kind, *half) for half in halves]))
+    return total
+
+
+def _half(e: Emitter, x: Value, part: int) -> Value:
+    """Return the lower or the upper half of a vector."""
+    size = x.type.count // 2
+    return e.b.shuffle_vector(x, x, ir.Constant(ir.VectorType(I32, size), list(range(part * size, (part + 1) * size))))
+
+
+def _joined(e: Emitter, halves: list[Value]) -> Value:
+    return e.b.shuffle_vector(*halves, ir.Constant(I32S, list(range(LANES))))
 
 
 def _int_total(e: Emitter, x: Value) -> Value:
