@@ -3,6 +3,7 @@
 The first run installs the peers (`benchmarks/peers/install.py`) and writes their model files. Then, round by round, every
 peer at every width gets a process of its own, one after the other: load, warm up, some runs of each task. Figures are
 medians over all rounds; ratios are to the best peer, above 1 is faster here; shares are of the limits measured in the run.
+`--level avx2` holds every side to AVX2 (docs/cpu.md): "16 bit" then says how weights are stored, and all multiply in float32.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import shlex
 import statistics
 import subprocess
@@ -22,9 +24,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.peers.install import FILES, PYTHON, ROOT, install
+from benchmarks.peers.install import FILES, LEVELS, PYTHON, ROOT, install
 from benchmarks.tasks import CONTEXT, decoder_weights, tile_flops, tokens_flops
 from ivl.config import ModelConfig, published_config
+from ivl.cpu.kernels.features import machine_level
 
 SIZE = "1B"
 PEERS = ("transformers", "llama", "openvino")
@@ -122,7 +125,7 @@ def measure(tasks: list[Task], args: argparse.Namespace) -> tuple[dict[str, Any]
     sides = [(p, w) for p, w in sides if not args.only or p in args.only]
     wanted = {(p, w): [t.name for t in tasks if t.width == w and t.name != "memory"] for p, w in sides}
     if any("ivl-" in str(files(p, w)) for p, w in sides if wanted[p, w]):
-        print("ivl: no quantised model could be made, those rows have no figure of ours", file=sys.stderr)
+        print("ivl: no quantized model could be made, those rows have no figure of ours", file=sys.stderr)
     for number in range(args.rounds):
         for name, value in work("limits", "", [], args, 0)[0].items():
             limits[name] = max(limits[name], value)
@@ -168,12 +171,12 @@ def least_seconds(task: Task, limits: dict[str, float]) -> float:
     return max(task.flops / rate, task.bytes / limits["bytes"])
 
 
-def report(found: list[dict[str, Any]], limits: dict[str, float]) -> Table:
+def report(found: list[dict[str, Any]], limits: dict[str, float], level: str) -> Table:
     caption = (
-        f"limits in this run: {limits['flops'] / 1e12:.2f} TFLOP/s bf16, {limits['int8'] / 1e12:.2f} Top/s int8, "
+        f"limits in this run: {limits['flops'] / 1e12:.2f} TFLOP/s, {limits['int8'] / 1e12:.2f} Top/s int8, "
         f"{limits['bytes'] / 1e9:.1f} GB/s read; shares of it in brackets; the memory ratio is ours to the leanest peer's"
     )
-    table = Table(title=f"InternVL2.5-{SIZE} shape, random weights", caption=caption)
+    table = Table(title=f"InternVL2.5-{SIZE} shape, random weights; {processor()}, level {level}", caption=caption)
     for column in ("task", "width", *NAMES.values(), "unit", "ratio", "target"):
         table.add_column(column, justify="left" if column in ("task", "width", "unit") else "right")
     for row in found:
@@ -189,6 +192,13 @@ def report(found: list[dict[str, Any]], limits: dict[str, float]) -> Table:
     return table
 
 
+def processor() -> str:
+    """Return the processor's name as the system tells it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or "unknown processor")
+
+
 def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 10 else f"{value:.2f}"
 
@@ -199,18 +209,20 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", metavar="WORD", help="only rows whose `task width` contains one of these")
     parser.add_argument("--only", nargs="+", choices=tuple(NAMES), help="only these sides")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--level", choices=tuple(LEVELS), default=machine_level(), help="hold every side to this level")
     parser.add_argument("--prefix", default="", metavar="COMMAND", help="put before every process, such as `taskset -c 0,1`")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "against_peers.json")
     args = parser.parse_args()
     args.rounds, args.runs, args.steps = (1, 3, DECODE_STEPS) if args.quick else (3, 3, DECODE_STEPS)
-    install()
+    install(args.level)
     tasks = all_tasks(published_config(SIZE), args.steps)
     tasks = [t for t in tasks if any(word in f"{t.name} {t.width}" for word in args.tasks or [""])]
     times, limits = measure(tasks, args)
     found = rows(tasks, times, limits)
-    Console(width=140).print(report(found, limits))
+    Console(width=140).print(report(found, limits, args.level))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"limits": limits, "times": times, "rows": found}, indent=2) + "\n")
+    about = {"processor": processor(), "level": args.level, "limits": limits}
+    args.out.write_text(json.dumps(about | {"times": times, "rows": found}, indent=2) + "\n")
     print(f"written to {args.out}")
 
 

@@ -23,7 +23,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.peers.install import PYTHON, ROOT, install
+from benchmarks.peers.install import LEVELS, PYTHON, ROOT, install
+from ivl.cpu.kernels.features import machine_level
 
 SIDES = ("ivl", "transformers", "llama")
 TARGET = 1.5
@@ -66,10 +67,11 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--level", choices=tuple(LEVELS), default=machine_level(), help="hold every side to this level")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "throughput.json")
     args = parser.parse_args()
-    install()
+    install(args.level)
     results: list[dict[str, Any]] = []
     for size in args.sizes:
         for side in args.sides:

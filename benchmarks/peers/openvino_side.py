@@ -5,6 +5,7 @@ Both compute in bfloat16 where the processor does; weights as exported (see file
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ class Side:
 
     def vision(self, count: int) -> Callable[[], float]:
         name = "ov-vision" if self.width == "bf16" else "ov-vision-w8a8"
-        options = {"INFERENCE_NUM_THREADS": self.threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "bf16"}
+        precision = "f32" if os.environ.get("IVL_CPU") == "avx2" else "bf16"
+        options = {"INFERENCE_NUM_THREADS": self.threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
         model = ov.Core().compile_model(FILES / name / "vision.xml", "CPU", options)
         pixels = tiles(count)
         mean, deviation = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])

@@ -1,4 +1,5 @@
-"""transformers as its users run it at its best: bfloat16, sdpa, a dynamic cache, logits of the last token only."""
+"""transformers as its users run it at its best: sdpa, a dynamic cache, logits of the last token only, and bfloat16, or
+float32 where the processor has no bfloat16."""
 
 from __future__ import annotations
 
@@ -11,7 +12,10 @@ import torch
 
 from benchmarks.peers.inputs import tiles, tokens
 from benchmarks.tasks import their_model
+from ivl.cpu.kernels.features import multiplies_bfloat16
 from ivl.model.vlm import normalize
+
+DTYPE = torch.bfloat16 if multiplies_bfloat16() else torch.float32
 
 
 @dataclass
@@ -19,7 +23,7 @@ class Side:
     width: str
 
     def __post_init__(self) -> None:
-        self.model: Any = their_model(torch.bfloat16)
+        self.model: Any = their_model(DTYPE)
 
     def vision(self, count: int) -> Callable[[], float]:
         pixels = torch.from_numpy(tiles(count))
@@ -27,7 +31,7 @@ class Side:
         @torch.inference_mode()
         def run() -> float:
             started = time.perf_counter()
-            self.model.model.get_image_features(normalize(pixels, torch.bfloat16))
+            self.model.model.get_image_features(normalize(pixels, DTYPE))
             return time.perf_counter() - started
 
         return run
