@@ -139,9 +139,8 @@ class Mixture:
         val_share: float = 0.0, validation: bool = False,
     ) -> None:  # fmt: skip
         self.specs, self.seed, self.shuffle = specs, seed, shuffle
-        self.files = [open_rows(spec.annotation, format=spec.format) for spec in specs]
-        if val_share:
-            self.files = [part_of(rows, val_share, validation=validation) for rows in self.files]
+        files = [open_rows(spec.annotation, format=spec.format) for spec in specs]
+        self.files = [part_of(rows, val_share, validation=validation) for rows in files]
         self._sizes_D = np.array([len(rows) for rows in self.files])
         self._draws_D = weighted(
             [_num_draws(len(rows), spec) for rows, spec in zip(self.files, specs, strict=True)], self._sizes_D, weighting

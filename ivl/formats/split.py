@@ -36,7 +36,7 @@ class SomeRows(Rows):
 
 
 def part_of(rows: Rows, share: float, *, validation: bool) -> Rows:
-    """Return the rows that are kept for validation, or the others.
+    """Return the rows that are kept for validation, or the others; a share of 0 keeps none.
 
     The share is exact, at least one row and not all: those with the least hashes of their content are kept. So a row stays on
     its side when the file is sorted anew, and equal rows, which may make the share a little larger, are on one side.
@@ -44,6 +44,8 @@ def part_of(rows: Rows, share: float, *, validation: bool) -> Rows:
     Raises:
         InputError: if there are too few different rows for two parts.
     """
+    if not share:
+        return rows
     hashes = np.array([_hash(rows, index) for index in range(len(rows))])
     count = min(max(1, round(share * len(rows))), len(rows) - 1)
     kept = hashes <= np.sort(hashes)[count - 1] if count else np.zeros(len(rows), dtype=bool)

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -83,7 +82,7 @@ class Engine:
     def __init__(
         self, model: VLM, processor: ProcessorLike, *, max_cache_tokens: int | None = None, max_batch_tokens: int = 2048,
         max_sequences: int = 256, max_context: int | None = None, vision_cache_bytes: int = 256 << 20,
-        block_size: int | None = None, variants: Mapping[str, VLM] = MappingProxyType({}),
+        block_size: int | None = None, variants: Mapping[str, VLM] | None = None,
     ) -> None:  # fmt: skip
         """Set up the cache and the scheduler.
 
@@ -96,7 +95,7 @@ class Engine:
             block_size: Tokens of a cache block: 64 by default, and on a card 256 or a multiple of it.
             variants: Further models by name, of the same configuration, which share the cache but nothing in it.
         """
-        self.models = {"": model, **variants}
+        self.models = {"": model, **(variants or {})}
         if any(each.training for each in self.models.values()):
             raise ValueError("the model is in training mode, where drop path is active: call model.eval() first")
         decoder = model.config.decoder
@@ -194,8 +193,7 @@ class Engine:
         limits = self._limits(prompt, params)
         # Where the rotary base depends on the whole length, a part of the prompt cannot be computed without the rest.
         stretched = decoder.rope_dynamic_factor is not None and num_prompt + max(limits) > decoder.max_positions
-        apart = repr((variant, cache_salt)) if variant or cache_salt else ""
-        salt = hashlib.sha256(apart.encode()).digest() if apart else b""
+        salt = hashlib.sha256(repr((variant, cache_salt)).encode()).digest() if variant or cache_salt else b""
         hashes = [tile_hash(tile_SSC, salt) for tile_SSC in prompt.tiles_GSSC]
         hashed = HashedPrompt(prompt, hashes, self.model.config, None if stretched else self.cache.block_size, salt)
         ids: list[int] = prompt.tokens_T.tolist()

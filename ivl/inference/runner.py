@@ -25,8 +25,7 @@ class Runner:
         self.encoder = encoder
         self.sample = sample  # `ivl.gpu.accelerate` puts a card's way here
         # The image token stands for pixels, which a reply does not have.
-        model = models[""]
-        self.never_sampled = torch.tensor([model.config.image_token_id, *unused], device=model.device)
+        self.never_sampled = torch.tensor([models[""].config.image_token_id, *unused], device=models[""].device)
 
     def run(self, step: EngineStep) -> list[SampledToken | Exception]:
         """Encode the tiles of a step, compute its pieces in one forward call, and sample a token for each piece that ends

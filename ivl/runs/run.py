@@ -47,7 +47,7 @@ from ivl.train.objectives import StatefulObjective
 from ivl.train.recorder import Recorder
 from ivl.train.state import CheckpointWriter, SavedTrainer, checkpoints, load_trainer, step_of
 from ivl.train.world import World
-from ivl.utils.metrics import import_tracker
+from ivl.utils.metrics import TensorBoardLogger, TrackerLogger, import_tracker
 from ivl.utils.signals import Interruption
 
 MakeEvaluators = Callable[[Processor], tuple[Evaluator, ...]]
@@ -128,7 +128,7 @@ def _train_in(
     budgets = config.data.max_tokens, config.data.max_tiles
     recorder = Recorder(
         config.name, config.train, directory=run_dir, step=step, budgets=budgets, epoch_samples=len(loader.mixture),
-        about=to_json(config), on=world.is_main,
+        boards=open_boards(config, step) if world.is_main else (), on=world.is_main,
     )  # fmt: skip
     writer = CheckpointWriter(
         run_dir, lambda directory: write_checkpoint_model(model, processor, config, directory, world), world,
@@ -154,6 +154,13 @@ def _train_in(
     if world.is_main and read_metrics(run_dir):
         print(describe(config, draw(run_dir, config.name)), file=sys.stderr)
     world.barrier()
+
+
+def open_boards(config: RunConfig, step: int) -> list[TensorBoardLogger | TrackerLogger]:
+    """Open TensorBoard and the trackers that a run has; `step` steps were done before."""
+    run_dir, train = Path(config.run_dir), config.train
+    boards = [TensorBoardLogger(run_dir / "tensorboard", step)] if train.tensorboard else []
+    return [*boards, *(TrackerLogger(name, config.name, run_dir, to_json(config)) for name in train.log_to)]
 
 
 def accept_rows(saved: SavedTrainer, loader: Loader) -> None:

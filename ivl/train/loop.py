@@ -174,10 +174,8 @@ class Trainer:
         self.started = time.monotonic()
         self.stopped = False
         """Whether a rank was told to stop."""
-        self.ended = False
-        """Whether an evaluator ended training."""
-        self.evaluated: dict[Evaluator, int] = {}
-        """The last step of each evaluator."""
+        self.ended = False  # by an evaluator
+        self.evaluated: dict[Evaluator, int] = {}  # the last step of each
         self.is_between_steps = True
         """False while an update is under way, which no checkpoint could hold."""
         set_modes(model)
@@ -198,8 +196,7 @@ class Trainer:
             reshard(self.model)
             set_modes(self.model)
             self.recorder.write_evaluation(step, evaluator.name, figures)
-            if evaluator.after is not None and evaluator.after(step):
-                self.ended = True
+            self.ended |= evaluator.after is not None and bool(evaluator.after(step))
 
     def save(self, *, sync: bool = True) -> None:
         """Write a checkpoint, unless this step has one; all ranks call this together."""

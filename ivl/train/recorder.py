@@ -1,8 +1,8 @@
-"""The figures of a run: metrics.jsonl, the console, TensorBoard when it is installed, and trackers."""
+"""The figures of a run: metrics.jsonl, the console, and boards such as TensorBoard."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -38,7 +38,7 @@ class Recorder:
         step: int = 0,
         budgets: tuple[int, int] | None = None,
         epoch_samples: int | None = None,
-        about: Mapping[str, Any] | None = None,
+        boards: Sequence[TensorBoardLogger | TrackerLogger] = (),
         on: bool = True,
     ) -> None:
         """Open the logs.
@@ -46,21 +46,19 @@ class Recorder:
         Args:
             title: name of the run on the console.
             config: how often a line is printed, and what is logged.
-            directory: where metrics.jsonl and tensorboard/ go; None writes to the console alone.
+            directory: where metrics.jsonl goes; None writes none.
             step: steps done before; later lines of metrics.jsonl are dropped, for a resumed run writes them again.
             budgets: tokens and tiles of a full pack, of which the fill is logged.
             epoch_samples: samples of an epoch, of which the share is logged.
-            about: the run's configuration, for trackers.
+            boards: get every figure, too, and are closed.
             on: whether this rank writes.
         """
         self.title, self.budgets, self.epoch_samples, self.log_samples = title, budgets, epoch_samples, config.log_samples
         self.console = ConsoleLogger(title, config.num_steps, step, every=config.log_every, on=on)
-        self.log, self.boards = None, list[TensorBoardLogger | TrackerLogger]()
+        self.log, self.boards = None, boards
         if directory is not None and on:
             self.log = AppendLog(directory / "metrics.jsonl")
             self.log.resume(b'{"step": ', lambda _, row: row["step"] <= step)
-            self.boards += [TensorBoardLogger(directory / "tensorboard", step)] if config.tensorboard else []
-            self.boards += [TrackerLogger(name, title, directory, about or {}) for name in config.log_to]
 
     def write(self, result: StepResult) -> dict[str, Any]:
         """Write the figures of a step and return them as a row."""

@@ -40,8 +40,7 @@ class OwnData(Task):
         Raises:
             InputError: naming the row whose answer the metric cannot use.
         """
-        rows = open_rows(self.path)
-        rows = part_of(rows, self.val_share, validation=True) if self.val_share else rows
+        rows = part_of(open_rows(self.path), self.val_share, validation=True)
         root = self.path if self.path.is_dir() else self.path.parent
         for index in range(len(rows)):
             record, listed = read_record(rows, index, root=root), rows[index].get("answers")
