@@ -136,11 +136,13 @@ def _train_in(
     )  # fmt: skip
     interruption = Interruption("stops after this step; a second signal ends it at once")
     try:
-        with interruption, closing(Watchdog(world, run_dir)) as watch, recorder:
+        with interruption, closing(Watchdog(world, run_dir)) as watch:
             history = [] if best.is_over else train(
                 model, loader, config.train, objective=objective, evaluators=own, recorder=recorder, resume=saved,
                 num_samples=loader.num_samples, world=world, checkpoints=writer, stop=interruption, watch=watch,
             )  # fmt: skip
+        if best.is_over and not history:
+            recorder.close()
     except BaseException as error:
         if world.is_main:
             say_how_to_go_on(run_dir, error)
