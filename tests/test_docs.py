@@ -96,7 +96,7 @@ def all_flags() -> set[str]:
     ]
     chosen += [("prefer", name) for name in ("sample", "pairs", "dropout")]
     chosen += [(name,) for name in COMMANDS if name not in ("data", "prefer", "train")]
-    return set().union(*(flags(command) for command in chosen), {"--resume", "--fresh", "--nproc-per-node", "--version"})
+    return set().union(*(flags(command) for command in chosen), {"--resume", "--config", "--fresh", "--nproc-per-node", "--version"})
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_every_command_and_flag_exists() -> None:
             for arguments in commands(block) if block.kind == "sh" else []:
                 assert arguments[0] in COMMANDS or arguments[0].startswith("-"), f"{page.name}: ivl {arguments[0]}"
                 used = {a.partition("=")[0] for a in arguments if re.match(r"--?[a-z]", a)}
-                known = flags(command_of(arguments)) | ({"--resume"} if arguments[0] == "train" else set())
+                known = flags(command_of(arguments)) | ({"--resume", "--config"} if arguments[0] == "train" else set())
                 assert used <= known, f"{page.name}: ivl {shlex.join(arguments)}: {used - known}"
         for code in re.findall(r"`([^`\n]+)`", prose(page)):
             if code.startswith(("python -m benchmarks.", "python -m studies.")):
