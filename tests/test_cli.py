@@ -132,3 +132,13 @@ def test_completion_knows_every_word(completed: str, capsys: pytest.CaptureFixtu
 def test_help_is_quick_to_import() -> None:
     code = "import sys; from ivl.cli import usage; usage(); sys.exit('tyro' in sys.modules or 'torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_list_of_tasks_fits_100_columns() -> None:
+    from ivl.cli.eval import listing
+    from ivl.evaluation.tasks import TASKS
+
+    lines = listing().splitlines()
+    assert max(map(len, lines)) <= 100
+    assert [line.split()[0] for line in lines if not line.startswith(" ")] == ["task", *TASKS]
+    assert " ".join(" ".join(lines).split()).count("makes a submission") >= 8

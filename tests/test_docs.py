@@ -96,7 +96,8 @@ def all_flags() -> set[str]:
     ]
     chosen += [("prefer", name) for name in ("sample", "pairs", "dropout")]
     chosen += [(name,) for name in COMMANDS if name not in ("data", "prefer", "train")]
-    return set().union(*(flags(command) for command in chosen), {"--resume", "--config", "--fresh", "--nproc-per-node", "--version"})
+    beside_the_parser = {"--resume", "--config", "--fresh", "--nproc-per-node", "--version"}
+    return set().union(*(flags(command) for command in chosen), beside_the_parser)
 
 
 @pytest.fixture(scope="module")

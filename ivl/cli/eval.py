@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from ivl.evaluation.tasks import TASKS, task_of
 from ivl.generators import GeneratorConfig, LoadConfig, connect
 
 _Flag = tyro.conf.FlagCreatePairsOff
+COLUMNS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,13 +99,17 @@ def evaluate_each(options: EvalOptions) -> None:
 
 
 def listing() -> str:
-    """Return a line for each task: name, rows, metric, judge, tiles."""
+    """Return name, rows, metric, judge, tiles of each task and what it is, in 100 columns."""
     lines = [("task", "rows", "metric", "judge", "tiles", "")]
     for name, task in TASKS.items():
         rows, judge, tiles = (getattr(task, key, None) for key in ("rows", "judge", "tiles"))
         lines.append((name, f"{rows:,}" if rows else "", task.metric, judge or "no", str(tiles or ""), task.about))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    *widths, _ = (max(map(len, column)) for column in zip(*lines, strict=True))
+    indent = sum(widths) + 2 * len(widths)
+    told = [textwrap.wrap(about, COLUMNS - indent) or [""] for *_, about in lines]
+    starts = ["  ".join([*map(str.ljust, line, widths), ""]) for line in lines]  # the widths leave out the last column
+    parts = [f"\n{'':{indent}}".join(wrapped) for wrapped in told]
+    return "\n".join(f"{start}{part}".rstrip() for start, part in zip(starts, parts, strict=True))
 
 
 def show(name: str, config: EvalConfig, load: LoadConfig, source: GeneratorConfig | Path | None) -> None:
