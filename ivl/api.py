@@ -44,6 +44,7 @@ def load(
     device: str = "auto",
     max_tiles: int | None = None,
     adapter: str | Path | None = None,
+    tensor_parallel: int = 1,
     **engine_options: int,
 ) -> Model:
     """Load a model, ready for conversations, from a directory or a hub id.
@@ -54,6 +55,8 @@ def load(
         device: "auto" is the GPU if there is one.
         max_tiles: Tiles an image may be cut into; None takes the checkpoint's.
         adapter: Directory of a LoRA adapter to reply with, which is not merged.
+        tensor_parallel: Processes, each on a GPU of its own, that share the model. The others are started here, and end with
+            this one; under torchrun the call returns on rank 0 alone.
         engine_options: Arguments of `ivl.inference.engine.Engine`, such as max_cache_tokens.
 
     Raises:
@@ -63,7 +66,9 @@ def load(
 
     name_of_dtype = dtype if isinstance(dtype, str) else cast(Dtype, str(dtype).removeprefix("torch."))
     adapters = () if adapter is None else (str(adapter),)
-    config = LoadConfig(dtype=name_of_dtype, device=device, max_tiles=max_tiles, adapter=adapters)
+    config = LoadConfig(
+        dtype=name_of_dtype, device=device, max_tiles=max_tiles, adapter=adapters, tensor_parallel=tensor_parallel
+    )
     return Model(load_engine(name, config, **engine_options), str(name))
 
 

@@ -27,6 +27,7 @@ from ivl.config import ModelConfig
 from ivl.errors import InputError
 from ivl.model.vlm import VLM
 from ivl.quant.layers import quantized_layers
+from ivl.train.world import NO_CUTS, ModelCuts, cuts_of
 from ivl.utils.files import write_json
 
 
@@ -37,6 +38,7 @@ def load_model(
     device: torch.device | str = "cpu",
     quantized: bool = True,
     map_embeddings: bool = False,
+    split: Callable[[VLM], None] | None = None,
 ) -> VLM:
     """Load a model, in eval mode, from a directory or hub id of either dialect.
 
@@ -47,6 +49,7 @@ def load_model(
         dtype: of the parameters; None keeps that of most of the stored weights.
         quantized: accept a quantized model; pass False where weights will be changed.
         map_embeddings: leave the embedding table in its file where that is possible: only rows that are used take memory.
+        split: leaves this rank its share of the empty model (`ivl.parallel.tensor`), for which alone there is memory then.
 
     Raises:
         InputError: if the model cannot be found, or its files do not describe exactly one model; nothing is allocated then.
@@ -55,14 +58,18 @@ def load_model(
     model = empty_model(load_config(directory))
     weights, entries = open_weights(directory, model, quantized=quantized)
     model = model.to(dtype or weights.main_dtype)
+    if split is not None:
+        if quantized_layers(model):
+            raise InputError(f"{directory}: tensor_parallel needs weights that are not quantized")
+        split(model)
     table = model.decoder.embeddings
     (name,) = next(entry.theirs for entry in entries if entry.ours == "decoder.embeddings.weight")
-    mapped = map_embeddings and torch.device(device).type == "cpu" and table.weight.dtype == weights.dtypes[name]
-    if mapped:
+    on_cpu = torch.device(device).type == "cpu"
+    if map_embeddings and split is None and on_cpu and table.weight.dtype == weights.dtypes[name]:
         table.weight = torch.nn.Parameter(weights.get(name))
         entries = [entry for entry in entries if entry.ours != "decoder.embeddings.weight"]
     allocate(model, device)
-    fill(tensors_of(model), entries, weights)
+    fill(tensors_of(model), entries, weights, cuts_of(model))
     return model.eval()
 
 
@@ -192,11 +199,15 @@ def untie(entries: Sequence[TensorEntry], weights: StoredWeights, top: Section) 
 
 
 @torch.no_grad()
-def fill(parameters: Mapping[str, torch.Tensor], entries: Sequence[TensorEntry], weights: TensorSource) -> None:
-    """Copy the weights of every entry into our parameters, converting dtype and device."""
+def fill(
+    parameters: Mapping[str, torch.Tensor], entries: Sequence[TensorEntry], weights: TensorSource, cuts: ModelCuts = NO_CUTS
+) -> None:
+    """Copy the weights of every entry into our parameters, or this rank's share of them, converting dtype and device."""
     for entry in entries:
         ours = parameters[entry.ours]
-        if entry.rows and entry.form == "same" and entry.groups is None:
+        if entry.ours in cuts.cuts:
+            ours.copy_(cuts.share(entry.ours, read(entry, weights)))
+        elif entry.rows and entry.form == "same" and entry.groups is None:
             for part, name in zip(ours.split(entry.rows), entry.theirs, strict=True):  # joins without a copy of the whole
                 part.copy_(weights.get(name))
         else:

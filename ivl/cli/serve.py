@@ -53,6 +53,8 @@ def serve(args: list[str]) -> None:
     from ivl.generators.local import load_engine
     from ivl.serve.service import Service
 
+    if options.load.is_follower:
+        load_engine(options.model, options.load)
     keys = load_keys(options.key_file)
     adapters = options.load.adapters
     config = replace(options.config, names=options.config.names or (model_name(adapters.get("", options.model)),))

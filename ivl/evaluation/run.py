@@ -27,6 +27,7 @@ from ivl.evaluation.results import write_scores
 from ivl.evaluation.task import Example, Score, Scored, Task, limited, score_of
 from ivl.evaluation.voting import GUIDED_RATING, RATING, Candidate, Rater, RatingJudge, RewardModel, choose, rate, sample
 from ivl.generators import Generator, LoadConfig, connect
+from ivl.parallel.follow import LeadingEngine
 from ivl.parallel.launch import start_world, stop_world
 from ivl.train.world import World
 from ivl.types import Conversation, SamplingParams
@@ -86,11 +87,12 @@ def run(
     if config.out:  # what is wrong with it should not show after hours of asking
         check(config.out, predictions, several=config.method.samples > 1)
     task.settings()  # a missing file of rows is told before a model is loaded
-    world = start_world(load.device.partition(":")[0])
+    world = World() if load.tensor_parallel > 1 else start_world(load.device.partition(":")[0])
     if world.size > 1:
         load = replace(load, device=str(world.device))
     judge, grader = connect_judge(config, predictions)
     model = " + ".join([str(resolve(name)) if generator is None and Path(name).is_dir() else name, *load.adapter])
+    own = generator is None
     generator = generator or load_engine(name, load)
     shares = [beside(predictions, f"rank{rank}.jsonl") for rank in range(world.size)] if world.size > 1 else []
     if shares:
@@ -112,6 +114,8 @@ def run(
             task, generator, config, model=model, predictions=predictions, judge=judge, grader=grader, on_progress=saved,
             shares=shares,
         )  # fmt: skip
+    if own and isinstance(generator, LeadingEngine):
+        generator.close()  # another model may follow
     files = [("predictions", predictions)]
     if result.report["value"] is None:
         files.append(("submission", submit(beside(predictions, "submission"), task, result.scored, result.replies)))

@@ -68,14 +68,26 @@ class LoadConfig:
     """Tiles an image may be cut into (more show finer detail and take longer); by default what the checkpoint says."""
     adapter: tuple[str, ...] = ()
     """LoRA adapter to reply with, unmerged: its directory. A server takes several as NAME=DIR, which requests name as model."""
+    tensor_parallel: int = 1
+    """Processes, each on a GPU of its own, that share the heads, MLPs and vocabulary of one model (tensor parallelism). They
+    are started here, or by torchrun over several machines."""
 
     def __post_init__(self) -> None:
         check_choices(self)
-        whole = isinstance(self.max_tiles, int) and not isinstance(self.max_tiles, bool)
-        if self.max_tiles is not None and not (whole and 1 <= self.max_tiles <= 1000):
-            raise InputError(f"max_tiles must be a whole number in [1, 1000], got {short(self.max_tiles)}")
+        for name in ("max_tiles", "tensor_parallel"):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 1000
+            if not whole and (name, value) != ("max_tiles", None):
+                raise InputError(f"{name} must be a whole number in [1, 1000], got {short(value)}")
         if len(self.adapters) < len(self.adapter):
             raise InputError(f"{' '.join(self.adapter)}: give each adapter a name of its own, as in --adapter a=DIR b=DIR")
+        if self.adapter and self.tensor_parallel > 1:
+            raise InputError(f"tensor_parallel {self.tensor_parallel} takes no adapter: merge it first (ivl merge)")
+
+    @property
+    def is_follower(self) -> bool:
+        """Whether this process is not the first of those that a launcher has started for one model."""
+        return self.tensor_parallel > 1 and (os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")) != "0"
 
     @property
     def adapters(self) -> dict[str, Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from ivl.cpu import accelerate, answers_in_bfloat16
 from ivl.errors import InputError, nearest, short
 from ivl.generators import LoadConfig
 from ivl.inference.engine import Engine
+from ivl.model.vlm import VLM
+from ivl.processing.processor import Processor
 
 
 def load_engine(name: str | Path, config: LoadConfig | None = None, **engine_options: int) -> Engine:
@@ -34,9 +37,25 @@ def load_engine(name: str | Path, config: LoadConfig | None = None, **engine_opt
         raise InputError(f"unknown option {option!r} of a model: {nearest(option, fields, 'options')}")
     config = config or LoadConfig()
     directory = resolve(name)
-    device = _device(config.device)
+    if config.tensor_parallel > 1:
+        from ivl.generators.ranks import load_shared
+
+        return load_shared(directory, config, engine_options)
+    models, processor = load_parts(directory, config, _device(config.device))
+    engine = Engine(models.pop(""), processor, variants=models, **engine_options)
+    return gpu.accelerate(engine) if engine.model.device.type == "cuda" else engine
+
+
+def load_parts(
+    directory: Path, config: LoadConfig, device: str, split: Callable[[VLM], None] | None = None
+) -> tuple[dict[str, VLM], Processor]:
+    """Load the model and its variants by name, and the processor of a directory.
+
+    Args:
+        split: leaves this process its share of the empty model.
+    """
     dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
-    model = load_model(directory, dtype=dtype, device=device, map_embeddings=True)
+    model = load_model(directory, dtype=dtype, device=device, map_embeddings=True, split=split)
     if dtype is None:
         model = model.to(_efficient(model.dtype, device))
     models = {"": model} | {name: adapted(model, adapter) for name, adapter in config.adapters.items()}
@@ -48,8 +67,7 @@ def load_engine(name: str | Path, config: LoadConfig | None = None, **engine_opt
         tiling = processor.tiling
         min_tiles = min(tiling.min_tiles, config.max_tiles)
         processor.tiling = replace(tiling, max_tiles=config.max_tiles, min_tiles=min_tiles)
-    engine = Engine(models.pop(""), processor, variants=models, **engine_options)
-    return gpu.accelerate(engine) if model.device.type == "cuda" else engine
+    return models, processor
 
 
 def _device(name: str) -> str:

@@ -119,7 +119,9 @@ class Engine:
             raise InputError(f"block_size must be a multiple of {PAGE_ON_CARDS} on a card, got {block_size}")
         if cache_tokens + block_size > most_tokens:
             raise InputError(f"max_cache_tokens is {cache_tokens}, the memory has room for {most_tokens} at most: lower it")
-        self.cache = PagedCache(decoder, num_tokens=cache_tokens, block_size=block_size, dtype=model.dtype, device=model.device)
+        self.cache = PagedCache(
+            model.decoder.config, num_tokens=cache_tokens, block_size=block_size, dtype=model.dtype, device=model.device
+        )
         self.vision = VisionEncoder(model.config, max_bytes=vision_cache_bytes)
         limits = {"max_batch_tokens": max_batch_tokens, "max_sequences": max_sequences}
         self.scheduler = Scheduler(self.cache, self.vision, tile_cost=tile_cost(model.config), **limits)
@@ -348,7 +350,7 @@ class Engine:
 
 def tokens_in_memory(model: VLM) -> int:
     """Return the tokens whose keys and values are as large as the device's memory."""
-    decoder = model.config.decoder
+    decoder = model.decoder.config  # of the heads that are here
     bytes_per_token = 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * model.dtype.itemsize
     if model.device.type == "cuda":
         memory = torch.cuda.mem_get_info(model.device)[0]

@@ -18,6 +18,7 @@ from h11._receivebuffer import ReceiveBuffer
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ivl.errors import InputError
+from ivl.parallel.follow import LeadingEngine
 from ivl.serve.app import create_app
 from ivl.serve.config import ServeConfig
 from ivl.serve.errors import APIError
@@ -79,11 +80,13 @@ def run(
         page_of: Directory of the model, for a page at /; None serves no page.
 
     Raises:
-        InputError: if the page's examples cannot be read.
+        InputError: if the page's examples cannot be read; RankLostError if a process of the model has ended.
     """
     log.info("loaded", extra={"fields": {"model": config.names[0], "seconds": round(load_seconds, 2), "keys": len(keys)}})
     app = create_app(service, config, keys=keys, page_of=page_of)
     make_server(app, service, config).run(sockets=[listener])
+    if isinstance(service.engine, LeadingEngine) and service.engine.lost is not None:
+        raise service.engine.lost
 
 
 def make_server(app: FastAPI, service: Service, config: ServeConfig) -> DrainingServer:
@@ -99,7 +102,10 @@ def make_server(app: FastAPI, service: Service, config: ServeConfig) -> Draining
         timeout_graceful_shutdown=round(config.shutdown_timeout + SPARE),
         backlog=config.max_connections,
     )
-    return DrainingServer(settings, service, config, has_page=app.state.has_page)
+    server = DrainingServer(settings, service, config, has_page=app.state.has_page)
+    if isinstance(service.engine, LeadingEngine):
+        service.engine.on_lost = server.end
+    return server
 
 
 class DrainingServer(uvicorn.Server):
@@ -119,6 +125,12 @@ class DrainingServer(uvicorn.Server):
             log.info("listening", extra={"fields": {"address": address, "base_url": f"{own}/v1", **page}})
             if os.isatty(STDERR):
                 log.info(TRY.format(f"{own}/v1"))
+
+    def end(self, error: Exception) -> None:
+        """End the server from any thread, because of an error. Replies that run end with one, too."""
+        log.error("the model cannot go on", exc_info=error)
+        self.service.end()
+        self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         log.info("shutting down", extra={"fields": {"open": self.service.num_open}})

@@ -199,6 +199,11 @@ class Service:
             self.draining = True
             self._loop.call_later(seconds, self.stop)
 
+    def end(self) -> None:
+        """Have the event loop call `stop`; may be called in any thread."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self.stop)
+
     def stop(self) -> None:
         """End every reply now, with an error."""
         self.draining = True

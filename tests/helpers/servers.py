@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import os
 import threading
 import time
 from collections.abc import Generator
@@ -17,6 +18,7 @@ import pytest
 
 import ivl
 from ivl.inference.engine import Engine
+from ivl.parallel.follow import LeadingEngine
 from ivl.serve.app import create_app
 from ivl.serve.config import ServeConfig
 from ivl.serve.run import make_server, open_socket
@@ -27,8 +29,17 @@ KEY = "a-key-of-some-length-0123456789"
 CONFIG = ServeConfig(port=0, names=("tiny", "alias"), shutdown_timeout=5.0, keep_alive=5.0)
 
 
+RANKS = int(os.environ.get("IVL_TEST_TENSOR_PARALLEL", "1"))
+"""Processes that share the first model of a file, so that the tests of the server can run with several, file by file."""
+leading: list[LeadingEngine] = []
+
+
 def engine(directory: Path, **options: int) -> Engine:
-    return ivl.load(tiny_directory(directory), **{"max_cache_tokens": 8192, "block_size": 16, **options}).engine
+    options = {"max_cache_tokens": 8192, "block_size": 16, "tensor_parallel": 1 if leading else RANKS, **options}
+    loaded = ivl.load(tiny_directory(directory), **options).engine
+    if isinstance(loaded, LeadingEngine):
+        leading.append(loaded)
+    return loaded
 
 
 def data_url(seed: int) -> str:

@@ -1,0 +1,274 @@
+"""One model over several ranks answers: people ask the engine of rank 0, and the others repeat its steps on their heads.
+
+    rank 0     add, cancel, step: before it computes a step, it tells what its scheduler has done since the last one
+    others     do the same with a scheduler of their own, and compute the step
+
+A scheduler decides by what it was told alone, so all ranks put the same tokens into the same blocks of their caches. Tokens are
+sampled on rank 0, for grammars and unseeded samplers are not repeated; their texts and clocks are nobody else's matter.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ivl.errors import InputError
+from ivl.inference.engine import Engine, ProcessorLike
+from ivl.inference.request import CacheState, HashedPrompt, Request, RequestTimes
+from ivl.inference.sampling import SampledToken, Sampler
+from ivl.inference.scheduler import EngineStep, Scheduler
+from ivl.inference.text import TextStream
+from ivl.model.vlm import VLM
+from ivl.parallel.launch import START_TIMEOUT, set_timeout
+from ivl.train.world import GRACE, RankLostError, World
+from ivl.types import SamplingParams
+
+PATIENCE = timedelta(seconds=20)
+"""How long ranks that answer wait for one another."""
+BEAT = 5.0
+"""Seconds between two questions of an idle rank 0 whether the others are alive."""
+SchedulerEvent = tuple[Any, ...]
+"""What the scheduler of rank 0 did: ("add", number, NewRequest), ("remove", number), ("finish", tokens by number)."""
+
+
+@dataclass(frozen=True)
+class NewRequest:
+    """What other ranks need to know of a request."""
+
+    prompt: HashedPrompt
+    max_new_tokens: int
+    unsplittable: bool
+    max_blocks: int
+    tile_hashes: list[bytes]
+    tiles_GSSC: torch.Tensor
+
+    @classmethod
+    def of(cls, request: Request) -> NewRequest:
+        tiles = request.cache.tiles
+        pixels_GSSC = torch.stack(list(tiles.values())) if tiles else torch.empty(0, dtype=torch.uint8)
+        return cls(
+            request.prompt, request.max_new_tokens, request.unsplittable, request.cache.max_blocks, list(tiles), pixels_GSSC
+        )
+
+    def request(self) -> Request:
+        """Return a request whose reply is written elsewhere."""
+        tiles = dict(zip(self.tile_hashes, self.tiles_GSSC, strict=True))
+        return Request(
+            prompt=self.prompt, max_new_tokens=self.max_new_tokens, unsplittable=self.unsplittable, variant="",
+            sampler=Sampler(SamplingParams(), []), stream=TextStream(_Silent(), ()),
+            cache=CacheState(self.max_blocks, tiles), timings=RequestTimes(),
+        )  # fmt: skip
+
+
+class _Silent:
+    """Makes no text of tokens."""
+
+    def push(self, _token: int) -> str:
+        return ""
+
+    def flush(self) -> str:
+        return ""
+
+
+class Channel:
+    """Messages from rank 0 to the other ranks, over the CPU: a step, a question whether they are alive, or the end."""
+
+    def __init__(self, world: World) -> None:
+        """Open the channel; all ranks do this together."""
+        self.world = world
+        self.group: Any = dist.new_group(backend="gloo", timeout=START_TIMEOUT)
+
+    def start(self) -> None:
+        """Expect the others to keep pace, from now on."""
+        set_timeout(PATIENCE, self.group, self.world.group("tensor"))
+
+    def send(self, kind: str, events: Sequence[SchedulerEvent] = ()) -> None:
+        """Tell all other ranks; for "alive" they must answer."""
+        dist.broadcast_object_list([kind, events], src=0, group=self.group)
+        if kind == "alive":
+            dist.barrier(self.group)
+
+    def receive(self) -> list[SchedulerEvent] | None:
+        """Return what happened before the next step; None at the end."""
+        while True:
+            message: list[Any] = [None, None]
+            dist.broadcast_object_list(message, src=0, group=self.group)
+            if message[0] == "alive":
+                dist.barrier(self.group)
+            else:
+                return None if message[0] == "end" else message[1]
+
+
+class TellingScheduler(Scheduler):
+    """Notes what it does for other ranks."""
+
+    events: list[SchedulerEvent]
+    numbers: dict[Request, int]
+    count: itertools.count[int]
+
+    def add(self, request: Request) -> None:
+        super().add(request)
+        self.numbers[request] = next(self.count)
+        self.events.append(("add", self.numbers[request], NewRequest.of(request)))
+
+    def remove(self, request: Request) -> bool:
+        found = super().remove(request)
+        if found:
+            self.events.append(("remove", self.numbers.pop(request)))
+        return found
+
+
+class LeadingEngine(Engine):
+    """The engine of rank 0, which speaks for all ranks.
+
+    Raises:
+        RankLostError: from `step`, with the name of the rank, once another rank has ended or does not answer.
+    """
+
+    def __init__(
+        self, model: VLM, processor: ProcessorLike, channel: Channel, *, ended: Callable[[], str | None] = lambda: None,
+        at_end: Callable[[], object] = lambda: None, **options: Any,
+    ) -> None:  # fmt: skip
+        """Set up the engine; `start` begins to lead.
+
+        Args:
+            channel: to the other ranks.
+            ended: names a process of another rank that has ended, where that can be seen from here.
+            at_end: called by `close`.
+            options: of Engine.
+        """
+        super().__init__(model, processor, **options)
+        self.channel, self.ended, self.at_end = channel, ended, at_end
+        scheduler = self.scheduler
+        scheduler.__class__ = TellingScheduler
+        assert isinstance(scheduler, TellingScheduler)
+        scheduler.events, scheduler.numbers, scheduler.count = [], {}, itertools.count()
+        self.telling = scheduler
+        self.lost: RankLostError | None = None
+        self.on_lost: Callable[[RankLostError], object] = lambda _: None
+        """Called once, in any thread, when another rank is lost."""
+        self._spoke = time.monotonic()
+        self._closed = threading.Event()
+
+    def start(self) -> None:
+        """Begin to lead: every rank has loaded its share."""
+        self.channel.start()
+        threading.Thread(target=self._watch, name="ranks", daemon=True).start()
+
+    def step(self) -> None:
+        with self._lock:
+            if not (self.scheduler.waiting or self.scheduler.running):
+                return
+            if self._closed.is_set():
+                raise InputError("the engine is closed: load the model again")
+            if self.lost is not None:
+                for request in [*self.scheduler.running, *self.scheduler.waiting]:
+                    self.cancel(request)
+                raise self.lost
+            try:
+                events, self.telling.events = self.telling.events, []
+                self.channel.send("step", events)
+                super().step()
+            except RuntimeError as error:
+                if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                    raise
+                self._lose(error)
+                assert self.lost is not None
+                raise self.lost from error
+            finally:
+                self._spoke = time.monotonic()
+
+    def _deliver(self, step: EngineStep, tokens: list[SampledToken | Exception]) -> None:
+        sampling = [piece.request for piece in step.pieces if piece.samples]
+        sampled = {
+            self.telling.numbers[request]: token.token for request, token in zip(sampling, tokens, strict=True)
+            if isinstance(token, SampledToken)
+        }  # fmt: skip
+        self.telling.events.append(("finish", sampled))
+        super()._deliver(step, tokens)
+
+    def close(self) -> None:
+        """Let the other ranks end; nothing can be asked any more."""
+        with self._lock:
+            if self._closed.is_set():
+                return
+            self._closed.set()
+            if self.lost is None:
+                with suppress(RuntimeError):  # it has just ended by itself
+                    self.channel.send("end")
+            self.at_end()
+
+    def _watch(self) -> None:
+        """Ask the other ranks whether they are alive, as long as nothing else is told them."""
+        while not self._closed.wait(min(BEAT, 1.0)) and self.lost is None:
+            if (name := self.ended()) is not None:
+                self._lose(name)
+            elif time.monotonic() - self._spoke > BEAT and self._lock.acquire(blocking=False):
+                try:
+                    if not self._closed.is_set():
+                        self.channel.send("alive")
+                        self._spoke = time.monotonic()
+                except RuntimeError as error:
+                    self._lose(error)
+                finally:
+                    self._lock.release()
+
+    def _lose(self, reason: str | Exception) -> None:
+        """Note that a rank is lost. Where a step waits for it and gets no error, end the process."""
+        name = reason if isinstance(reason, str) else self._name_of_ended()
+        error = self.channel.world.lost(reason) if isinstance(reason, Exception) and name is None else RankLostError(name)
+        if self.lost is None:
+            self.lost = error
+            self.on_lost(error)
+        if not self._lock.acquire(timeout=GRACE):
+            print(error, file=sys.stderr, flush=True)
+            os._exit(1)
+        self._lock.release()
+
+    def _name_of_ended(self) -> str | None:
+        """Name a process that has just died, where it can be seen from here."""
+        until = time.monotonic() + 1
+        while (name := self.ended()) is None and time.monotonic() < until:
+            time.sleep(0.05)
+        return name
+
+
+def _sample_nothing(logits_SV: torch.Tensor, samplers: list[Sampler]) -> list[SampledToken | Exception]:  # noqa: ARG001
+    return []
+
+
+@torch.inference_mode()
+def follow(engine: Engine, channel: Channel) -> None:
+    """Repeat the steps of rank 0's engine on this rank's heads until it ends.
+
+    Raises:
+        RuntimeError: of the process group, if it has ended otherwise.
+    """
+    channel.start()
+    engine.runner.sample = _sample_nothing
+    scheduler, requests, step = engine.scheduler, dict[int, Request](), EngineStep(0)
+    while (events := channel.receive()) is not None:
+        for kind, *about in events:
+            if kind == "add":
+                requests[about[0]] = about[1].request()
+                scheduler.add(requests[about[0]])
+            elif kind == "remove":
+                scheduler.remove(requests.pop(about[0]))
+            else:
+                scheduler.finish(step)
+                for number, token in about[0].items():
+                    requests[number].tokens.append(token)
+        step = scheduler.schedule()
+        if step.requests:
+            engine.runner.run(step)
