@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
 from ivl.data.config import Weighting
 from ivl.data.records import read_record
 from ivl.errors import InputError
+from ivl.formats.base import GroupCache
 from ivl.formats.layouts import ROW_KEYS
 from ivl.formats.rows import RowFormat, container_of, hash_rows, open_rows
 from ivl.formats.split import part_of
 from ivl.types import Record
 from ivl.utils.checks import check_choices
+from ivl.utils.shuffles import GroupOrder, Permutation
 from ivl.utils.strict_json import from_json, read_json
 
+T = TypeVar("T")
 MAX_REPEAT = 4
 """Most draws of a row by weighting (InternVL2.5, arXiv:2412.05271, section 4), unless its repeat_time is larger."""
+
+CHAPTER_BYTES, CHAPTER_DRAWS = 1 << 28, 1 << 18
+"""Row groups in memory, and draws, that a chapter of the epoch has: the buffer in which parquet is shuffled."""
+LANES_L = np.array([int(f"{lane:06b}"[::-1], 2) for lane in range(64)])
+"""Order of the lanes, positions modulo 64, in which the row groups of a chapter are dealt. Bits are reversed, so that
+neighboring positions are far apart, and the lanes of one of 2, 4, 8, ... ranks are neighbors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +140,10 @@ class Draw(NamedTuple):
 class Mixture:
     """Data sets opened for random access, and the order of the stream.
 
-    The stream is one epoch after another; position p is in epoch p // len(self). Its order follows from the seed alone.
+    The stream is one epoch after another; position p is in epoch p // len(self). Its order follows from the files and the seed
+    alone. An epoch is one permutation of its draws. With parquet, where a row costs the decoding of its row group, it is a
+    number of chapters, each a permutation of its own: a chapter has the next draws of every data set, in proportion; those of
+    parquet are the next row groups of a permutation of the groups.
     """
 
     def __init__(
@@ -149,8 +161,11 @@ class Mixture:
             if not draws:
                 raise InputError(f"dataset {spec.name!r}: repeat_time {spec.repeat_time} of {size} rows leaves none")
         self._ends = np.cumsum(self._draws_D)
+        self._starts = self._ends - self._draws_D
         self._subsets = [Permutation(len(rows), seed, 1, index) for index, rows in enumerate(self.files)]
-        self._order: tuple[int, Permutation] | None = None
+        self._groups = [rows.groups() for rows in self.files]
+        self._chapters_CD = self._cut_chapters() if shuffle else None
+        self._memo: dict[tuple[Any, ...], Any] = {}
         self._fingerprint: list[list[Any]] | None = None
 
     def __len__(self) -> int:
@@ -174,22 +189,86 @@ class Mixture:
         if self.shuffle:
             for epoch in np.unique(epoch_N):
                 here = epoch_N == epoch
-                place_N[here] = self._permutation(int(epoch))(place_N[here])
+                place_N[here] = self._shuffled(int(epoch), place_N[here])
         dataset_N = np.searchsorted(self._ends, place_N, side="right")
-        place_N -= np.concatenate([[0], self._ends])[dataset_N]
+        place_N -= self._starts[dataset_N]
         copy_N, row_N = np.divmod(place_N, self._sizes_D[dataset_N])
         # The last, incomplete copy is a random subset, not the first rows of the file.
         partial_N = copy_N == (self._draws_D // self._sizes_D)[dataset_N]
-        for dataset in np.unique(dataset_N[partial_N]):
-            here = partial_N & (dataset_N == dataset)
-            row_N[here] = self._subsets[dataset](row_N[here])
+        for epoch, dataset, partial in set(zip(epoch_N.tolist(), dataset_N.tolist(), partial_N.tolist(), strict=True)):
+            if partial or self._groups[dataset] is not None:
+                here = (epoch_N == epoch) & (dataset_N == dataset) & (partial_N == partial)
+                row_N[here] = self._rows(epoch, dataset, partial, row_N[here])
         columns = (positions_N, epoch_N, dataset_N, row_N, copy_N)
         return [Draw(*values) for values in zip(*(column.tolist() for column in columns), strict=True)]
 
-    def _permutation(self, epoch: int) -> Permutation:
-        if self._order is None or self._order[0] != epoch:
-            self._order = epoch, Permutation(len(self), self.seed, 0, epoch)
-        return self._order[1]
+    def _rows(self, epoch: int, dataset: int, partial: bool, row_N: np.ndarray) -> np.ndarray:
+        """The rows at these places of a copy of a data set."""
+        if (groups := self._groups[dataset]) is None:
+            return self._subsets[dataset](row_N)
+        subset = self._memoized(GroupOrder, groups[0], self.seed, 1, dataset) if partial else None
+        if self.shuffle:
+            ends_G = groups[0]
+            if subset:
+                size = int(self._draws_D[dataset] % self._sizes_D[dataset])
+                ends_G = np.append(subset.ends_G[subset.ends_G < size], size)
+            row_N = self._memoized(GroupOrder, ends_G, self.seed, 3, dataset, epoch, partial)(row_N)
+        return subset(row_N) if subset else row_N
+
+    def _shuffled(self, epoch: int, position_N: np.ndarray) -> np.ndarray:
+        """The places at these positions of an epoch."""
+        if self._chapters_CD is None:
+            return self._memoized(Permutation, len(self), self.seed, 0, epoch)(position_N)
+        start_C = self._chapters_CD.sum(axis=1)
+        chapter_N = np.searchsorted(start_C, position_N, side="right") - 1
+        place_N = np.empty_like(position_N)
+        for chapter in np.unique(chapter_N).tolist():
+            here = chapter_N == chapter
+            place_N[here] = self._memoized(self._chapter, epoch, chapter)[position_N[here] - start_C[chapter]]
+        return place_N
+
+    def _cut_chapters(self) -> np.ndarray | None:
+        """The draws of each data set before each chapter, and at the end; None if every row is read alone.
+
+        Every data set of groups keeps those of a chapter in memory, and two more, since chapters end within groups.
+        """
+        bytes_D = np.array([0 if groups is None else groups[1].sum() for groups in self._groups])
+        if not any(groups is not None for groups in self._groups):
+            return None
+        bytes_D = bytes_D / self._sizes_D * self._draws_D
+        count = max(1, int(-(-bytes_D.sum() // CHAPTER_BYTES)), -(-len(self) // CHAPTER_DRAWS))
+        for rows, groups, size in zip(self.files, self._groups, bytes_D, strict=True):
+            if groups is not None:
+                rows.keep(GroupCache(int(size / count + 2 * groups[1].max())))
+        return np.arange(count + 1)[:, None] * self._draws_D // count
+
+    def _chapter(self, epoch: int, chapter: int) -> np.ndarray:
+        """The places at all positions of a chapter.
+
+        The draws of one lane take neighboring places of a data set, so that each of several ranks reads groups of its own.
+        """
+        first_D, last_D = cast(np.ndarray, self._chapters_CD)[chapter : chapter + 2]
+        random = np.random.default_rng((self.seed, 2, epoch, chapter))
+        dataset_N = random.permutation(np.repeat(np.arange(len(first_D)), last_D - first_D))
+        lane_N = LANES_L[(epoch * len(self) + first_D.sum() + np.arange(len(dataset_N))) % len(LANES_L)]
+        parts = []
+        for dataset, (first, last) in enumerate(zip(first_D.tolist(), last_D.tolist(), strict=True)):
+            draw_N = np.arange(first, last)
+            if self._groups[dataset] is None:
+                draw_N = self._memoized(Permutation, int(self._draws_D[dataset]), self.seed, 3, dataset, epoch)(draw_N)
+            parts.append(self._starts[dataset] + draw_N)
+        place_N = np.empty(len(dataset_N), dtype=np.int64)
+        place_N[np.lexsort((random.random(len(dataset_N)), lane_N, dataset_N))] = np.concatenate(parts)
+        return place_N
+
+    def _memoized(self, make: Callable[..., T], *arguments: Any) -> T:
+        """What `make` returns, kept for some calls."""
+        key = (make, *(each for each in arguments if not isinstance(each, np.ndarray)))
+        if key not in self._memo:
+            while len(self._memo) > 4 * len(self.specs):
+                del self._memo[next(iter(self._memo))]
+            self._memo[key] = make(*arguments)
+        return self._memo[key]
 
     def record(self, dataset: int, row: int) -> Record:
         """Read one row; raises DataError if it is not what it should be."""
@@ -199,9 +278,10 @@ class Mixture:
     def fingerprint(self) -> list[list[Any]]:
         """What a saved position depends on, the rows' content included; a position of one mixture means nothing in another."""
         if self._fingerprint is None:
+            order = "" if self._chapters_CD is None else f" in {len(self._chapters_CD) - 1} chapters"
             self._fingerprint = [
-                [spec.name, len(rows), rows.num_bytes, self.num_draws(index), hash_rows(spec.annotation, rows.container)]
-                for index, (spec, rows) in enumerate(zip(self.specs, self.files, strict=True))
+                [spec.name, len(rows), rows.num_bytes, draws, hash_rows(spec.annotation, rows.container) + order]
+                for spec, rows, draws in zip(self.specs, self.files, self._draws_D.tolist(), strict=True)
             ]
         return self._fingerprint
 
@@ -239,47 +319,3 @@ def weighted(draws: Sequence[int], rows_D: np.ndarray, weighting: Weighting) -> 
     rest = int(draws_D.sum() - whole_D.sum())
     whole_D[np.argsort(whole_D - share_D, kind="stable")[:rest]] += 1  # the largest remainders
     return whole_D
-
-
-class Permutation:
-    """A seeded permutation of range(size), computed on demand and never stored.
-
-    A Feistel network of any round function is a permutation of 2^(2 * bits) numbers: each round swaps the halves of a number
-    and changes one by a function of the other, which the inverse undoes in reverse. To permute fewer numbers, a value outside
-    range(size) goes through the network again until it lands inside (cycle walking). Starting inside, it must return there,
-    since the network's cycles are closed, and two values that start inside cannot meet. The network permutes fewer than 4 *
-    size numbers, so this takes fewer than 4 passes on average.
-
-    Source: Black and Rogaway, Ciphers with arbitrary finite domains (2002).
-    """
-
-    ROUNDS = 8
-
-    def __init__(self, size: int, *seed: int) -> None:
-        self.size = size
-        # At least 256 numbers, for a handful of rounds shuffles tiny ranges badly.
-        self._bits = np.uint64(max(4, ((size - 1).bit_length() + 1) // 2))
-        self._mask = np.uint64((1 << int(self._bits)) - 1)
-        self._keys = np.random.SeedSequence(seed).generate_state(self.ROUNDS, np.uint64)
-
-    def __call__(self, index_N: np.ndarray) -> np.ndarray:
-        """int64 [N] -> int64 [N], every value in range(size)."""
-        if self.size == 1:
-            return np.zeros_like(index_N)
-        value_N = self._network(index_N.astype(np.uint64))
-        while (outside := value_N >= self.size).any():
-            value_N[outside] = self._network(value_N[outside])
-        return value_N.astype(np.int64)
-
-    def _network(self, value_N: np.ndarray) -> np.ndarray:
-        left_N, right_N = value_N >> self._bits, value_N & self._mask
-        for key in self._keys:
-            left_N, right_N = right_N, left_N ^ (_mix(right_N ^ key) & self._mask)
-        return (left_N << self._bits) | right_N
-
-
-def _mix(x_N: np.ndarray) -> np.ndarray:
-    """The finalizer of splitmix64; array arithmetic wraps modulo 2^64."""
-    x_N = (x_N ^ (x_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x_N = (x_N ^ (x_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x_N ^ (x_N >> np.uint64(31))

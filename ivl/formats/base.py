@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -22,6 +23,8 @@ LAYOUT_NAMES = {
     "alpaca": "Alpaca",
     "finevision": "FineVision",
 }
+KEPT_BYTES = 1 << 25
+"""Decoded groups of rows of a data set that stay in memory, unless its reader keeps more."""
 
 
 class Rows(ABC):
@@ -61,6 +64,16 @@ class Rows(ABC):
 
     def close(self) -> None:  # noqa: B027, formats without open files have nothing to close
         """Close open files; reading opens them again."""
+
+    def groups(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """For each group of rows that are decoded together, the number of the row behind its last, and its bytes in memory.
+
+        None where a row is read alone.
+        """
+        return None
+
+    def keep(self, cache: GroupCache) -> None:  # noqa: B027, formats without groups keep nothing
+        """Keep decoded groups in a cache that other files may share."""
 
     @property
     def format(self) -> str:
@@ -111,6 +124,26 @@ def check_items(text: bytes | str, source: str) -> None:
         raise DataError(source, "too_long", f"up to {count:,} values, the limit of a row is {MAX_ROW_ITEMS:,}")
 
 
+class GroupCache:
+    """The decoded groups that were read last, up to a number of bytes, so that neighboring rows are cheap."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._kept: dict[Any, Any] = {}
+
+    def get(self, key: Any, decode: Callable[[], Any]) -> Any:
+        """The group under a key, which has `nbytes`; decoded if it is not there."""
+        if (group := self._kept.pop(key, None)) is None:
+            group = decode()
+            while self._kept and sum(each.nbytes for each in self._kept.values()) + group.nbytes > self.limit:
+                del self._kept[next(iter(self._kept))]
+        self._kept[key] = group  # newest last
+        return group
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": {}}
+
+
 class Shards(Rows):
     """Files of one kind, one after another."""
 
@@ -145,6 +178,18 @@ class Shards(Rows):
     @property
     def num_bytes(self) -> int:
         return sum(shard.num_bytes for shard in self._shards)
+
+    def groups(self) -> tuple[np.ndarray, np.ndarray] | None:
+        parts = [part for shard in self._shards if (part := shard.groups()) is not None]
+        if len(parts) < len(self._shards):
+            return None
+        starts = self._ends - [len(shard) for shard in self._shards]
+        ends = [start + ends for start, (ends, _) in zip(starts, parts, strict=True)]
+        return np.concatenate(ends), np.concatenate([sizes for _, sizes in parts])
+
+    def keep(self, cache: GroupCache) -> None:
+        for shard in self._shards:
+            shard.keep(cache)
 
     def close(self) -> None:
         for shard in self._open:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+import time
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,18 +20,21 @@ import numpy as np
 
 from ivl.errors import InputError
 from ivl.formats.base import Rows, Stamp
-from ivl.utils.files import regular
+from ivl.utils.files import hold, regular
 
 VERSION = 3
 MIN_BYTES = 1 << 25
-"""Smaller files are indexed in memory: that takes milliseconds."""
+"""A data set of fewer bytes is indexed in memory: that takes milliseconds."""
 CONTAINER_NUMBERS = {"jsonl": 0, "json": 1, "webdataset": 2}
 
 Arrays = dict[str, np.ndarray]
 
 
 class IndexedRows(Rows):
-    """Rows at byte offsets of one file. Workers share the file and, where it is large, the memory of its index.
+    """Rows at byte offsets of one file. Workers share the file and, where the index is stored, its memory.
+
+    Args:
+        set_bytes: size of the data set that the file is a shard of, by which its index is stored; None is the file's own.
 
     Raises:
         InputError: if the file is missing or empty; when a row is read and the file has changed since it was opened.
@@ -36,14 +42,22 @@ class IndexedRows(Rows):
 
     array_names: ClassVar[tuple[str, ...]]
     """Names of the arrays of the index, in their order in the file."""
+    row_array: ClassVar[str]
+    """The array that has one value for each row, and one more."""
     _fd: int | None = None
+    _loaded: Arrays | None = None
+    _index: Path | None = None
 
-    def __init__(self, path: Path, container: str) -> None:
+    def __init__(self, path: Path, container: str, set_bytes: int | None = None) -> None:
         self.path, self.container = path, container
         self._stamp = Stamp(path)
-        self._arrays, self._index = self._load_or_build()
-        if not len(self):
+        self._stored = (self._stamp.size if set_bytes is None else set_bytes) >= MIN_BYTES
+        self._num_rows = len(self._arrays[self.row_array]) - 1
+        if not self._num_rows:
             raise InputError(f"{path}: has no rows")
+
+    def __len__(self) -> int:
+        return self._num_rows
 
     @abstractmethod
     def _build(self) -> Arrays:
@@ -63,20 +77,18 @@ class IndexedRows(Rows):
 
     def __getstate__(self) -> dict[str, Any]:
         """Arrays that are mapped from a file are mapped again by the receiver, not copied."""
-        return {**self.__dict__, "_fd": None, "_arrays": None if self._index else self._arrays}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        if self._index:
-            self._arrays, self._index = self._load_or_build()
+        return {**self.__dict__, "_fd": None, "_loaded": None if self._index else self._loaded}
 
     def __del__(self) -> None:
         self.close()
 
     def close(self) -> None:
+        """Close the file and its index; thousands of shards would hold as many descriptors."""
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
+        if self._index:
+            self._loaded = None
 
     @property
     def num_bytes(self) -> int:
@@ -84,20 +96,33 @@ class IndexedRows(Rows):
 
     # -- the index
 
+    @property
+    def _arrays(self) -> Arrays:
+        if self._loaded is None:
+            self._loaded, self._index = self._load_or_build()
+        return self._loaded
+
     def _load_or_build(self) -> tuple[Arrays, Path | None]:
         """The arrays, and the index file that they are mapped from if there is one.
 
-        Several processes may do this at once: each writes its own file and moves it into place whole.
+        Of all processes that open the file at once, ranks and workers alike, one builds the index; the others wait and map it.
         """
-        places = _places(self.path) if self._stamp.size >= MIN_BYTES else ()
-        for place in places:
-            if (mapped := self._load(place)) is not None:
-                return mapped, place
-        arrays = self._build()
-        for place in places:
-            if self._save(place, arrays) and (mapped := self._load(place)) is not None:
-                return mapped, place
+        places = _places(self.path) if self._stored else ()
+        if found := self._find(places):
+            return found
+        with _building(places):
+            now = Stamp(self.path)
+            self._stamp.check(now.size, now.mtime_ns)
+            if found := self._find(places):  # another process has built it meanwhile
+                return found
+            arrays = self._build()
+            for place in places:
+                if self._save(place, arrays) and (found := self._find((place,))):
+                    return found
         return arrays, None
+
+    def _find(self, places: tuple[Path, ...]) -> tuple[Arrays, Path] | None:
+        return next(((mapped, place) for place in places if (mapped := self._load(place)) is not None), None)
 
     def _head(self, lengths: list[int]) -> list[int]:
         return [VERSION, CONTAINER_NUMBERS[self.container], self._stamp.size, self._stamp.mtime_ns, *lengths]
@@ -136,3 +161,29 @@ def _places(path: Path) -> tuple[Path, ...]:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ivl" / "rows"
     name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
     return path.with_name(f".{path.name}.ivl-rows"), cache / f"{name}.ivl-rows"
+
+
+@contextmanager
+def _building(places: tuple[Path, ...]) -> Iterator[None]:
+    """Hold the lock of an index: the file `.lock` beside the first place that can be written.
+
+    The lock is the operating system's, so that it ends with its process. Whoever had to wait finds the index, and so does
+    whoever makes the file anew after its end. Without locks, or a folder to write to, every process builds for itself.
+    """
+    for place in places:
+        lock = place.with_name(f"{place.name}.lock")
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        except OSError:
+            continue
+        try:
+            while hold(descriptor) is False:
+                time.sleep(0.02)
+            yield
+        finally:
+            with suppress(OSError):
+                lock.unlink()
+            os.close(descriptor)
+        return
+    yield

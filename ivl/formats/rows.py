@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from ivl.errors import InputError
-from ivl.formats.base import RowLayout, Rows, Shards
+from ivl.formats.base import KEPT_BYTES, GroupCache, RowLayout, Rows, Shards
 from ivl.formats.text import TextRows, is_json
 from ivl.utils.files import digest, not_itself, regular
 
@@ -101,10 +101,18 @@ def _open(path: Path, container: str) -> Rows:
         files = saved_files(path)
     else:
         files = [file for file in _files(path) if SUFFIXES[file.suffix] == container]
-    shards = [_open_file(file, container) for file in files]
+    set_bytes = sum(file.stat().st_size for file in files if file.is_file())
+    shards: list[Rows] = []
+    for file in files:
+        shards.append(_open_file(file, container, set_bytes))
+        shards[-1].close()
     if not shards:
         raise InputError(f"{path}: has no file of {container} rows")
-    return shards[0] if len(shards) == 1 else Shards(shards)
+    if len(shards) == 1:
+        return shards[0]
+    rows = Shards(shards)
+    rows.keep(GroupCache(KEPT_BYTES))
+    return rows
 
 
 def _files(folder: Path) -> list[Path]:
@@ -128,12 +136,12 @@ def hash_rows(path: str | Path, container: str) -> str:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _open_file(path: Path, container: str) -> Rows:
+def _open_file(path: Path, container: str, set_bytes: int | None = None) -> Rows:
     head = _head(path)
     if problem := not_itself(head):
         raise InputError(f"{path}: is {problem}")
     if container in ("json", "jsonl"):
-        return TextRows(path, "json" if is_json(head) else "jsonl")
+        return TextRows(path, "json" if is_json(head) else "jsonl", set_bytes)
     if container in ("parquet", "arrow"):
         from ivl.formats.table import ArrowRows, ParquetRows
 
@@ -141,7 +149,7 @@ def _open_file(path: Path, container: str) -> Rows:
     if container == "webdataset":
         from ivl.formats.tar import TarRows
 
-        return TarRows(path)
+        return TarRows(path, set_bytes)
     raise InputError(f"{path}: no rows are read from {container}")
 
 

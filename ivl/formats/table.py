@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ivl.errors import DataError, InputError
-from ivl.formats.base import Rows, Stamp
+from ivl.formats.base import KEPT_BYTES, GroupCache, Rows, Stamp
 from ivl.utils.budgets import MAX_GROUP_BYTES, MAX_ROW_ITEMS, MAX_ROW_MEDIA_BYTES
 from ivl.utils.strict_json import read_json
 
@@ -21,9 +21,6 @@ try:
     import pyarrow.parquet as pq
 except ImportError:  # pragma: no cover
     raise InputError("reading tables needs pyarrow; pip install 'ivl[data]'") from None
-
-KEPT_BYTES = 1 << 25
-"""Decoded row groups of one parquet file that stay in memory, so that neighboring rows are cheap."""
 
 
 class TableRows(Rows):
@@ -129,7 +126,7 @@ class ParquetRows(TableRows):
     max_open = 4
 
     def __init__(self, path: Path) -> None:
-        self._kept: dict[int, pa.Table] = {}
+        self._kept = GroupCache(KEPT_BYTES)
         super().__init__(path)
 
     def _open(self) -> pq.ParquetFile:
@@ -142,23 +139,27 @@ class ParquetRows(TableRows):
 
     def _block_sizes(self) -> list[int]:
         metadata = self._open().metadata
-        sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+        sizes = [group.num_rows for group in groups]
         if sum(sizes) != metadata.num_rows:
             raise ValueError(f"row groups of {sum(sizes)} rows, but {metadata.num_rows} rows")
+        self._group_bytes = np.array([group.total_byte_size for group in groups], dtype=np.int64)
         return sizes
 
-    def _row(self, block: int, at: int) -> pa.Table:
-        return self._group(block).slice(at, 1)
+    def groups(self) -> tuple[np.ndarray, np.ndarray]:
+        return self._ends, self._group_bytes
 
-    def _group(self, number: int) -> pa.Table:
-        if number not in self._kept:
-            self._check_group(number)
-            table = self._open().read_row_group(number, use_threads=False)
-            table.validate(full=True)
-            while self._kept and sum(each.nbytes for each in self._kept.values()) + table.nbytes > KEPT_BYTES:
-                del self._kept[next(iter(self._kept))]
-            self._kept[number] = table
-        return self._kept[number]
+    def keep(self, cache: GroupCache) -> None:
+        self._kept = cache
+
+    def _row(self, block: int, at: int) -> pa.Table:
+        return self._kept.get((self.path, block), lambda: self._decode(block)).slice(at, 1)
+
+    def _decode(self, number: int) -> pa.Table:
+        self._check_group(number)
+        table = self._open().read_row_group(number, use_threads=False)
+        table.validate(full=True)
+        return table
 
     def _check_group(self, number: int) -> None:
         """Refuse a row group by what the file says of it; a few bytes may stand for many equal numbers."""
@@ -171,13 +172,6 @@ class ParquetRows(TableRows):
                 f"{MAX_GROUP_BYTES:,}, and {MAX_ROW_MEDIA_BYTES:,} a row; write smaller ones (row_group_size=100)"
             )
             raise DataError(self.source(int(self._ends[number] - group.num_rows)), "too_long", problem)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_kept": {}}
-
-    def close(self) -> None:
-        super().close()
-        self._kept = {}
 
 
 class ArrowRows(TableRows):

@@ -40,9 +40,10 @@ class TarRows(IndexedRows):
     """
 
     array_names = ("starts", "sizes", "name_ends", "firsts", "names")
+    row_array = "firsts"
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, "webdataset")
+    def __init__(self, path: Path, set_bytes: int | None = None) -> None:
+        super().__init__(path, "webdataset", set_bytes)
 
     def _build(self) -> Arrays:
         columns: dict[str, list[int]] = {"starts": [], "sizes": [], "name_ends": [0], "firsts": []}
@@ -65,9 +66,6 @@ class TarRows(IndexedRows):
         columns["firsts"].append(len(columns["starts"]))
         arrays = {column: np.array(values, dtype=np.int64) for column, values in columns.items()}
         return arrays | {"names": np.frombuffer(bytes(names) + bytes(-len(names) % 8), dtype="<i8")}
-
-    def __len__(self) -> int:
-        return len(self._arrays["firsts"]) - 1
 
     def _members_of(self, index: int) -> list[TarMember]:
         arrays = self._arrays

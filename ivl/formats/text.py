@@ -42,9 +42,10 @@ class TextRows(IndexedRows):
     """
 
     array_names = ("starts", "gaps", "blanks")
+    row_array = "starts"
 
-    def __init__(self, path: Path, container: Literal["json", "jsonl"]) -> None:
-        super().__init__(path, container)
+    def __init__(self, path: Path, container: Literal["json", "jsonl"], set_bytes: int | None = None) -> None:
+        super().__init__(path, container, set_bytes)
 
     def _build(self) -> Arrays:
         size = self._stamp.size
@@ -59,9 +60,6 @@ class TextRows(IndexedRows):
                 return index(self.path, (lambda at: show(at, size)) if show else lambda _: None)
             except OSError as error:
                 raise InputError(f"{self.path}: cannot be read ({error.strerror})") from None
-
-    def __len__(self) -> int:
-        return len(self._arrays["starts"]) - 1
 
     def raw(self, index: int) -> bytes:
         start, end = self._arrays["starts"][index : index + 2].tolist()

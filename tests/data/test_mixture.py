@@ -1,14 +1,18 @@
+import dataclasses
 import json
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ivl.data.mixture import DatasetSpec, Mixture, Permutation, load_mixture, weighted
+from ivl.data import mixture as mixture_module
+from ivl.data.mixture import DatasetSpec, Mixture, load_mixture, weighted
 from ivl.errors import InputError
-from ivl.formats.rows import write_jsonl
+from ivl.formats.rows import open_rows, write_jsonl
+from ivl.utils.shuffles import Permutation
 from tests.helpers.mixtures import turns
 
 
@@ -168,3 +172,89 @@ def test_repeat_time_of_any_size(tmp_path, repeat, rows, draws):
     assert mixture.num_draws(0) == draws == counts.total()
     assert max(counts.values()) - min(counts.get(row, 0) for row in range(rows)) <= 1
     assert len(Mixture((spec, other), seed=0, weighting="root")) == draws + 30
+
+
+# -- parquet: a row costs the decoding of its row group
+
+
+@pytest.fixture
+def groups(tmp_path, monkeypatch):
+    """Two files of parquet, 16 row groups of 25 rows each, beside a jsonl; a chapter has some 4 groups."""
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "table").mkdir()
+    for part in range(2):
+        rows = [{"id": str(400 * part + n), "text": "x" * 100, "conversations": turns("q", "a")} for n in range(400)]
+        parquet.write_table(pa.Table.from_pylist(rows), tmp_path / f"table/{part}.parquet", row_group_size=25)
+    table = DatasetSpec(name="table", annotation=str(tmp_path / "table"))
+    lines = DatasetSpec(name="lines", annotation=rows_file(tmp_path / "lines.jsonl", 300))
+    size = int(open_rows(tmp_path / "table").groups()[1].sum())
+    monkeypatch.setattr(mixture_module, "CHAPTER_BYTES", size // 8)
+    return table, lines
+
+
+def decodings(monkeypatch):
+    """The row groups that are decoded from now on."""
+    table = pytest.importorskip("ivl.formats.table")
+    decoded, real = [], table.ParquetRows._decode
+
+    def decode(rows, number):
+        decoded.append((rows.path.name, number))
+        return real(rows, number)
+
+    monkeypatch.setattr(table.ParquetRows, "_decode", decode)
+    return decoded
+
+
+def test_an_epoch_of_parquet_decodes_each_row_group_about_once(groups, monkeypatch):
+    mixture, decoded = Mixture(groups, seed=3), decodings(monkeypatch)
+    draws = list(mixture.draws(range(len(mixture))))
+    assert sorted((draw.dataset, draw.row) for draw in draws) == [(0, n) for n in range(800)] + [(1, n) for n in range(300)]
+    ids = [mixture.record(draw.dataset, draw.row).id for draw in draws if draw.dataset == 0]
+    assert sorted(map(int, ids)) == list(range(800))
+    assert len(set(decoded)) == 32 and len(decoded) <= 32 + 8  # one more where a chapter ends within a group
+    # Not in the order of the file: neighbors come from many groups, and both data sets are spread over the epoch.
+    firsts = [int(each) // 25 for each in ids[:100]]
+    assert len(set(firsts)) >= 4 and sum(a == b for a, b in pairwise(firsts)) < 50
+    assert 110 < sum(draw.dataset for draw in draws[:550]) < 190
+
+
+def test_the_order_of_parquet_follows_from_seed_and_position(groups):
+    whole = list(Mixture(groups, seed=3).draws(range(2500)))
+    again = Mixture(groups, seed=3)
+    assert [next(again.draws([n])) for n in (0, 2499, 1100, 7, 1099, 2200)] == [
+        whole[n] for n in (0, 2499, 1100, 7, 1099, 2200)
+    ]
+    assert list(again.draws(range(5, 2500, 7))) == whole[5::7]
+    assert whole[:1100] != list(Mixture(groups, seed=4).draws(range(1100)))
+    assert [draw[2:] for draw in whole[:1100]] != [draw[2:] for draw in whole[1100:2200]]
+
+
+def test_ranks_decode_row_groups_of_their_own(groups, monkeypatch):
+    counts, decoded = [], decodings(monkeypatch)
+    for rank in range(8):
+        mixture = Mixture(groups, seed=3)
+        decoded.clear()
+        for draw in mixture.draws(range(rank, len(mixture), 8)):
+            mixture.record(draw.dataset, draw.row)
+        counts.append(len(decoded))
+    assert max(counts) <= 24 and sum(counts) < 8 * 20  # 100 rows of parquet a rank; all of 32 groups if it were at random
+
+
+@pytest.mark.parametrize("repeat", [0.3, 1.0, 2.4])
+def test_repeat_time_of_parquet(groups, repeat):
+    table = dataclasses.replace(groups[0], repeat_time=repeat)
+    mixture = Mixture((table, groups[1]), seed=1)
+    epochs = [[d for d in mixture.draws(range(len(mixture) * e, len(mixture) * (e + 1))) if d.dataset == 0] for e in range(2)]
+    drawn = [Counter(draw.row for draw in draws) for draws in epochs]
+    assert drawn[0] == drawn[1] and drawn[0].total() == int(800 * repeat)
+    assert max(drawn[0].values()) - min(drawn[0][row] for row in range(800)) <= 1
+    assert [draw.row for draw in epochs[0]] != [draw.row for draw in epochs[1]]
+    assert {draw.row for draw in epochs[0] if draw.copy == 0} == set(drawn[0])
+    if repeat < 1:  # whole groups, not the first ones
+        assert len({row // 25 for row in drawn[0]}) == 10 and set(drawn[0]) != set(range(240))
+
+
+def test_a_saved_position_of_rows_is_none_of_row_groups(groups):
+    mixture = Mixture(groups, seed=1)
+    assert mixture.matches(mixture.fingerprint())
+    assert not mixture.matches(Mixture(groups, seed=1, shuffle=False).fingerprint())
