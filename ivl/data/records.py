@@ -80,8 +80,9 @@ class _RowReader:
         self.media: list[tuple[MediumKind, list[Any]]] = []
 
     def record(self, dataset: str, layout: RowLayout | None) -> Record:
-        if self.row.get("kto_tag") is False:
-            raise self._bad("`kto_tag` is false: the reply is one not to learn from; drop the row")
+        for key in ("kto_tag", "label"):
+            if self.row.get(key) is False:
+                raise self._bad(f"`{key}` is false: the reply is one not to learn from; drop the row")
         for key, why in REFUSED.items():
             if not is_empty(self.row.get(key)):
                 raise self._bad(f"`{key}`: {why}")

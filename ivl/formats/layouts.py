@@ -7,6 +7,7 @@ Turns lie under `conversations` (reference, LLaVA, ShareGPT), `messages` (OpenAI
 from __future__ import annotations
 
 import base64
+import re
 from typing import Any, TypeGuard
 
 from ivl.errors import DataError, short
@@ -22,15 +23,18 @@ TURN_KEYS: dict[RowLayout | None, tuple[str, ...]] = {
     "finevision": ("texts",),
 }
 """Keys that hold the turns in a layout."""
-QUESTION_KEYS: dict[RowLayout, tuple[str, str, str]] = {
-    "alpaca": ("instruction", "output", "chosen"),
+QUESTION_KEYS: dict[RowLayout | None, tuple[str, ...]] = {
+    "alpaca": ("instruction", "output", "response", "chosen"),
     "swift": ("query", "response", "rejected_response"),
+    None: ("prompt", "completion", "response"),
 }
-"""Key of the question of a row of one question, and of its answers: one of these says that the row is one."""
+"""Key of the question of a row of one question, and of its answers: one of these says that the row is one. The last are of
+TRL, and have no layout of their own."""
 ROW_KEYS = ("conversations", "messages", "texts", "instruction", "query")
 """Keys of which a row has one, and of which a meta JSON has none."""
 PAIR_KEYS = ("question", "prompt", "conversations", "messages")
 """Keys that may hold the prompt of a preference pair, the first that is there."""
+_SHOWN = re.compile(r"<img>([^<>]+)</img>")
 
 
 def with_turns(row: dict[str, Any], layout: RowLayout | None, source: str) -> tuple[dict[str, Any], RowLayout | None, bool]:
@@ -64,7 +68,7 @@ def find_turns(row: dict[str, Any], layout: RowLayout | None, source: str) -> tu
     keys = [key for key in known if not is_empty(row.get(key))] or [key for key in known if row.get(key) is not None]
     if not keys:
         names = [f"`{key}`" for key in known] + [
-            f"`{q}` with `{a}`" for k, (q, a, _) in QUESTION_KEYS.items() if layout in (None, k)
+            f"`{q}` with `{a}`" for k, (q, a, *_) in QUESTION_KEYS.items() if layout in (None, k)
         ]
         raise DataError(source, "bad_row", f"no {' or '.join(names)} among the keys {short(sorted(row), 200)}")
     if len(keys) > 1 and layout is None:
@@ -79,10 +83,12 @@ def find_turns(row: dict[str, Any], layout: RowLayout | None, source: str) -> tu
 
 
 def _asked_once(row: dict[str, Any], source: str) -> dict[str, Any]:
-    """A row of Alpaca or older ms-swift with its turns: `history` holds earlier pairs of question and answer."""
-    names = ("instruction", "input", "output", "query", "response", "history", "rejected_response")
-    rest = {key: value for key, value in row.items() if key not in names}
-    asked = [row[key] for key in ("instruction", "query", "input") if not is_empty(row.get(key))]
+    """A row of one question with its turns: `history` holds earlier pairs of question and answer, `context` what a question of
+    Dolly is about. In texts of older ms-swift, as of Qwen-VL, `<img>path</img>` shows a picture.
+    """
+    names = ("instruction", "context", "input", "output", "query", "prompt", "completion", "response", "history")
+    rest = {key: value for key, value in row.items() if key not in (*names, "rejected_response")}
+    asked = [row[key] for key in ("instruction", "query", "prompt", "context", "input") if not is_empty(row.get(key))]
     earlier = row.get("history") or []
     pairs = is_list(earlier) and all(is_list(pair) and len(pair) == 2 for pair in earlier)
     if not pairs or not all(isinstance(text, str) for text in asked):
@@ -92,7 +98,11 @@ def _asked_once(row: dict[str, Any], source: str) -> dict[str, Any]:
         for pair in [*earlier, ["\n".join(asked), None]]
         for role, text in zip(("user", "assistant"), pair, strict=True)
     ][:-1]
-    answer = row.get("output") if row.get("response") is None else row["response"]
+    if not is_empty(row.get("query")) and all(is_empty(row.get(key)) for key in ("image", "images")):
+        rest["images"] = _SHOWN.findall("".join(str(turn["content"]) for turn in turns[::2]))
+        for turn in turns[::2] if rest["images"] else ():
+            turn["content"] = _SHOWN.sub("<image>", str(turn["content"]))
+    answer = next((row[key] for key in ("response", "output", "completion") if row.get(key) is not None), None)
     rejected = row.get("rejected_response") if is_empty(row.get("rejected")) else row["rejected"]
     if not is_empty(rejected):
         return rest | {"messages": turns, "chosen": row.get("chosen") or answer, "rejected": rejected}

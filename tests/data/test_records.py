@@ -145,6 +145,7 @@ def test_the_clip_of_a_row_is_that_of_its_openai_videos():
         ({"image": "a", "images": ["b"], "messages": turns("q", "a")}, "bad_row", "both `image` and `images`"),
         ({"images": [{"path": None}], "messages": turns("q", "a")}, "bad_row", "an image must be a path"),
         ({"system": ["x"], "messages": turns("q", "a")}, "bad_row", "`system` must be a string"),
+        ({"prompt": "q", "completion": "a", "label": False}, "bad_row", "`label` is false: the reply is one not to learn from"),
         ({"kto_tag": False, "messages": turns("q", "a")}, "bad_row", "`kto_tag` is false: the reply is one not to learn from"),
         (
             {"system": "x", "messages": [{"role": "system", "content": "y"}, *turns("q", "a")]},
@@ -248,6 +249,29 @@ def test_rows_of_one_question(row, layout):
     assert long.conversations == ((system, *earlier, *asked),)
     with pytest.raises(DataError, match=r"no `messages` or `query` with `response` among the keys|no `instruction` with"):
         to_record({"text": "x"}, source="f:1", root=ROOT, layout=layout)
+
+
+def test_pictures_in_the_text_of_older_ms_swift():
+    row = {"query": "Picture 1: <img>a.png</img>\nwhat?", "response": "<img>x</img>", "history": [["<img>b.png</img>q", "a"]]}
+    talk = read(row).conversations[0]
+    assert talk[0].content == (ImageRef("/media/b.png"), Text("q"))
+    assert talk[2].content == (Text("Picture 1: "), ImageRef("/media/a.png"), Text("\nwhat?"))
+    assert talk[3].text == "<img>x</img>"
+    named = read({"query": "<image>is <img>x</img> HTML?", "response": "no", "images": ["a.png"]}).conversations[0]
+    assert named[0].content == (ImageRef("/media/a.png"), Text("is <img>x</img> HTML?"))
+
+
+@pytest.mark.parametrize(
+    ("row", "asked"),
+    [
+        ({"instruction": "what?", "context": "a story", "response": "that", "category": "qa"}, "what?\na story"),
+        ({"instruction": "what?", "input": "A", "response": "that"}, "what?\nA"),
+        ({"prompt": "what?", "completion": "that", "label": True}, "what?"),
+        ({"prompt": "what?", "response": "that"}, "what?"),
+    ],
+)
+def test_variants_of_rows_of_one_question(row, asked):
+    assert [message.text for message in read(row).conversations[0]] == [asked, "that"]
 
 
 def test_alpaca_input_follows_the_instruction_and_pairs_are_pairs():
