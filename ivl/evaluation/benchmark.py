@@ -123,6 +123,7 @@ class Benchmark(Task):
             return
         named = self.by_file if path.suffix in (".json", ".jsonl") else ""
         for number, (place, raw) in enumerate(data.read_rows(path, self.columns, samples=self.given)):
+            pictured = not raw.pop(data.NO_PICTURE, False)
             try:
                 row = {"index": number, **raw}
                 if named and named not in raw:
@@ -138,6 +139,8 @@ class Benchmark(Task):
             replied = replied or "prediction" in row
             if replied and not self.given and path.suffix in (".tsv", ".xlsx") and not row[data.PICTURES]:
                 raise InputError(f"{place}: holds a reply and no picture; score the replies of this file with --score")
+            if not pictured and example and not self.given:
+                raise InputError(f"{place}: its picture cell is empty; the question would be asked without its picture")
             if example is not None:
                 answered.add(bool(example.answers))
                 if False in answered and (True in answered or not self.submission):

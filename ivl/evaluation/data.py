@@ -24,6 +24,8 @@ from ivl.utils.files import regular
 
 PICTURES = "<pictures>"
 """The key under which a row holds its pictures, as bytes or paths."""
+NO_PICTURE = "<no picture>"
+"""The key that a row of a TSV has whose picture cell is empty."""
 PLACE_OF_ANSWER = "<place of the answer>"
 """The column of a table that counts the right option from 0 is renamed to this."""
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -51,10 +53,12 @@ def read_rows(path: Path, columns: Mapping[str, str], *, samples: bool = False) 
     """
     if path.suffix in (".tsv", ".csv", ".xlsx"):
         for place, cells in _with_shared_pictures(path):
-            row = {key: value for key, value in cells.items() if value and key != "image"}
+            row: dict[str, Any] = {key: value for key, value in cells.items() if value and key != "image"}
             if "index" not in row:
                 raise InputError(f"{place}: has no index, which every row of a TSV of VLMEvalKit has")
             row["index"] = row["index"].removesuffix(".0")
+            if not cells.get("image", "it has no such column").strip():
+                row[NO_PICTURE] = True
             yield place, row | {PICTURES: _pictures_of_cell(path, place, cells)}
         return
     rows = open_rows(path)

@@ -212,6 +212,8 @@ def test_a_file_of_something_else_is_named(tmp_path: Path) -> None:
                             "image": PICTURE}, "is no row of HallusionBench"),
         ("mmstar", {"index": 1, "question": "q", "A": "x", "B": "y", "answer": "b"}, "answer 'b' is no letter of an option"),
         ("mmstar", {"index": 1, "question": "q", "A": "x", "B": "y"}, "has no answer"),
+        ("mmstar", {"index": 1, "question": "q", "A": "x", "B": "y", "answer": "A", "image": ""}, "picture cell is empty"),
+        ("docvqa-val", {"index": 1, "question": "q", "answer": "x", "image": ""}, "picture cell is empty"),
         ("mmstar", {"question": "q", "A": "x", "B": "y", "answer": "A"}, "has no index"),
         ("ocrbench", {"index": 1, "question": "q", "answer": "x"}, "has no column 'category'"),
         ("charxiv-reasoning", {"index": 1, "question": "q", "answer": "x", "grading_query": "g"}, "has no column 'qid'"),
