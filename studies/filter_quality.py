@@ -15,10 +15,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rich.progress import track
 
-from ivl.filters.duplicates import Duplicates
+from ivl.filters.duplicates import Duplicates, find_duplicates
 from ivl.filters.repetition import Repetition
 from ivl.filters.rules import Leaks, Length, RepeatedLines, Rule, Runs, Truncated
 from ivl.types import Record
@@ -104,10 +105,13 @@ def judge_pointwise(rows: list[Labelled], rules: dict[str, Rule]) -> list[dict[s
     return found
 
 
-def find_duplicates(rows: list[Labelled]) -> list[str | None]:
+def duplicates_among(rows: list[Labelled]) -> list[int | None]:
+    """For each row the number of the earlier one that it duplicates."""
     limits = Duplicates()
-    index = limits.index()
-    return [index.seen(limits.signature(row.record), str(n)) for n, row in enumerate(track(rows, description="duplicates"))]
+    signatures = [limits.signature(row.record) for row in track(rows, description="duplicates")]
+    with TemporaryDirectory() as folder:
+        found = dict(zip(*find_duplicates(limits, lambda _: enumerate(signatures), 1, Path(folder)).tolist(), strict=True))
+    return [found.get(number) for number in range(len(rows))]
 
 
 def measure(split: str, seed: int, failures: int = 0) -> dict:
@@ -120,7 +124,7 @@ def measure(split: str, seed: int, failures: int = 0) -> dict:
     rules_seconds = time.perf_counter() - started
     stream = duplicate_rows(split, seed, clean)
     started = time.perf_counter()
-    doubles = find_duplicates(stream)
+    doubles = duplicates_among(stream)
     duplicate_seconds = time.perf_counter() - started
     wrong_doubles = [row for row, found in zip(stream, doubles, strict=True) if row.kind == "clean" and found is not None]
     by_rule = {name: Counter() for name in (*RULES, DUPLICATE)}

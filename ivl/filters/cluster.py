@@ -6,24 +6,26 @@ import importlib
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ivl.errors import InputError
+from ivl.filters.buckets import MapInOrder, R, T
 
 AHEAD = 4
 """Calls in work for each process."""
 
 
-def in_order_on_ray(function: Callable[[Any], Any], items: Iterable[Any], *, address: str, workers: int) -> Iterator[Any]:
-    """Yield function(item) for each item, in order. Ray starts an actor that died again, with its items.
+@contextmanager
+def ray_processes(*, address: str, workers: int) -> Generator[MapInOrder]:
+    """A map over the processors of a cluster. Ray starts an actor that died again, with its items.
 
     Args:
-        function: is sent to an actor for each processor of the cluster, once.
         address: of the cluster, or `local` for one of this machine with `workers` processors (0 for all).
 
     Raises:
-        InputError: if no cluster answers, or whatever the function raises.
+        InputError: if no cluster answers, or whatever a mapped function raises.
     """
     try:
         ray: Any = importlib.import_module("ray")
@@ -36,16 +38,20 @@ def in_order_on_ray(function: Callable[[Any], Any], items: Iterable[Any], *, add
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise InputError(f"--ray {address}: no cluster answers there ({error})") from None
     actor = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(_Actor)
-    actors = deque(actor.remote(function) for _ in range(int(ray.cluster_resources()["CPU"])))
-    waiting: deque[Any] = deque()
-    try:
+    actors = deque(actor.remote() for _ in range(int(ray.cluster_resources()["CPU"])))
+
+    def mapped(function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+        sent, waiting = ray.put(function), deque()
         for item in items:
             actors.rotate()
-            waiting.append(actors[0].call.remote(item))
+            waiting.append(actors[0].call.remote([sent], item))
             if len(waiting) == AHEAD * len(actors):
                 yield ray.get(waiting.popleft())
         while waiting:
             yield ray.get(waiting.popleft())
+
+    try:
+        yield mapped
     except ray.exceptions.RayTaskError as error:  # its text is a traceback
         raise error.cause from None
     finally:
@@ -56,8 +62,12 @@ def in_order_on_ray(function: Callable[[Any], Any], items: Iterable[Any], *, add
 
 
 class _Actor:
-    def __init__(self, function: Callable[[Any], Any]) -> None:
-        self.function = function
+    """Keeps the function that it called last, since unpickling one opens the files of the mixture."""
 
-    def call(self, item: Any) -> Any:
+    def __init__(self) -> None:
+        self.sent: Any = None
+
+    def call(self, sent: list[Any], item: Any) -> Any:
+        if sent != self.sent:
+            self.sent, self.function = sent, importlib.import_module("ray").get(sent[0])
         return self.function(item)

@@ -1,8 +1,9 @@
 """Near-duplicates: the same conversation about the same media, by MinHash for texts and perceptual hashes for images.
 
 A row is a duplicate of an earlier one if its images look the same and its text is the same but for small edits. The same
-image with another question is no duplicate, nor is the same question about another image. Signatures are pure and can be
-computed anywhere; the index takes them in the order of the rows, so that parallel work gives the same output as one process.
+image with another question is no duplicate, nor is the same question about another image. An image counts as the earliest
+one that it looks like. Signatures are pure and can be computed anywhere; the search is by buckets on disk and gives what
+comparing row by row would give.
 """
 
 from __future__ import annotations
@@ -12,20 +13,23 @@ import re
 import struct
 import unicodedata
 import zlib
-from array import array
-from collections import defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from itertools import combinations
+from pathlib import Path
+from typing import Any, ClassVar
 
 import imagehash
 import numpy as np
-from datasketch import MinHash, MinHashLSH
+from datasketch import MinHash
 from PIL import Image
 
 from ivl.errors import DataError, MediaError
+from ivl.filters.buckets import MapInOrder, earliest_alike, words_of, write_items
 from ivl.processing.image import load_image
 from ivl.types import ImageRef, Record, Text
+from ivl.utils.shuffles import mix
 
 BANDS, NUM_HASHES = 16, 64
 """Bands of 4 hashes: two texts that share 80% of their shingles meet in one with probability 0.9997, 60% with 0.89."""
@@ -33,6 +37,7 @@ SHINGLE = 5
 THUMB = 8
 _HEAD = struct.Struct("<8s16s16sI")
 _LOOK = struct.Struct(f"<Q{THUMB * THUMB * 3}s")
+_ONES = np.array([byte.bit_count() for byte in range(256)], np.uint8)
 _PIVOT = re.compile(r"\d+(?:[.,]\d+)*|\b(?:not|no|yes|never|none|nor|without|true|false)\b|n['’]t\b|[是否不没無无未非]")
 """Numbers, and words that turn a sentence into its opposite: rows that differ in these are no duplicates."""
 
@@ -59,7 +64,7 @@ class Duplicates:
             raise ValueError(f"max_bits must be 0 to 7, got {self.max_bits}")
 
     def signature(self, record: Record) -> bytes:
-        """Compute all that the index needs of a row: 44 bytes, 200 for each image and 256 for a long text.
+        """Compute all that the search needs of a row: 44 bytes, 200 for each image and 256 for a long text.
 
         Videos are compared by name and clip: decoding them costs more than training on them twice.
 
@@ -82,81 +87,133 @@ class Duplicates:
         head = _HEAD.pack(pivots, _digest(plain, 16), _digest("\n".join(videos), 16), len(looks))
         return head + b"".join(looks) + (_minhash(plain) if words >= self.min_words else b"")
 
-    def index(self) -> DuplicateIndex:
-        """Return an empty index with these limits."""
-        return DuplicateIndex(self)
 
+def find_duplicates(
+    limits: Duplicates,
+    signatures: Callable[[int], Iterable[tuple[int, bytes]]],
+    num_parts: int,
+    folder: Path,
+    mapped: MapInOrder = map,  # pyright: ignore[reportArgumentType] (it is a class)
+) -> np.ndarray:
+    """Find the rows that duplicate an earlier one which is none itself.
 
-class DuplicateIndex:
-    """The rows seen so far, without duplicates. It takes about 100 bytes for a row, 500 for an image, 5 kB for a long text."""
+    Args:
+        signatures: gives the numbers of the rows of a part, and their signatures.
+        folder: an empty one for intermediate files.
+        mapped: a map over parts, perhaps in several processes.
 
-    def __init__(self, limits: Duplicates) -> None:
-        self.limits = limits
-        self.keys: list[Any] = []
-        self._images = _ImageIndex(limits)
-        self._exact: dict[bytes, int] = {}
-        self._texts = MinHashLSH(num_perm=NUM_HASHES, params=(BANDS, NUM_HASHES // BANDS))
-        self._sketches: dict[int, tuple[bytes, np.ndarray]] = {}
-
-    def seen(self, signature: bytes, key: Any) -> Any:
-        """Return the key of the earliest row that this one duplicates; if there is none, add the row and return None."""
-        pivots, text, videos, num_images = _HEAD.unpack_from(signature)
-        at = _HEAD.size + num_images * _LOOK.size
-        numbers = [self._images.number(signature[i : i + _LOOK.size]) for i in range(_HEAD.size, at, _LOOK.size)]
-        media = _digest(repr((numbers, num_images)).encode() + videos, 8)
-        exact = _digest(media + text + pivots, 16)
-        found = self._exact.get(exact)
-        if found is None and len(signature) > at:
-            # Equal bands mean equal hashes and equal media, since the media flip bits of every hash.
-            sketch_N = np.frombuffer(signature, dtype=np.uint32, offset=at) ^ np.uint32(zlib.crc32(media))
-            minhash = MinHash(hashvalues=sketch_N, permutations=_permutations(), scheme="affine32")
-            rows: Any = self._texts.query(minhash)
-            found = min((row for row in rows if self._similar(row, sketch_N, pivots)), default=None)
-            if found is None:
-                self._texts.insert(len(self.keys), minhash, check_duplication=False)
-                self._sketches[len(self.keys)] = pivots, sketch_N
-        if found is not None:
-            return self.keys[found]
-        self._exact[exact] = len(self.keys)
-        self.keys.append(key)
-        return None
-
-    def _similar(self, row: int, sketch_N: np.ndarray, pivots: bytes) -> bool:
-        same_pivots, other_N = pivots == self._sketches[row][0], self._sketches[row][1]
-        least = self.limits.min_similarity if same_pivots else self.limits.same_similarity
-        return bool((sketch_N == other_N).mean() >= least)
-
-
-class _ImageIndex:
-    """Gives every image the number of the first one that looks like it.
-
-    Hashes of 64 bits that differ in at most 7 agree in at least one of their 8 bytes, so that only images in the bucket of a
-    common byte are compared.
+    Returns:
+        int64 [2, D]: the numbers of the duplicates in ascending order, and of the earliest row that each is like.
     """
-
-    def __init__(self, limits: Duplicates) -> None:
-        self.limits = limits
-        self._known: dict[bytes, int] = {}
-        self._looks: list[tuple[int, bytes]] = []
-        self._buckets: defaultdict[tuple[int, int], array[int]] = defaultdict(lambda: array("I"))
-
-    def number(self, look: bytes) -> int:
-        digest = _digest(look, 12)
-        if digest not in self._known:
-            bits, thumb = _LOOK.unpack(look)
-            buckets = [self._buckets[place] for place in enumerate(look[:8])]
-            near = (n for n in set().union(*buckets) if (self._looks[n][0] ^ bits).bit_count() <= self.limits.max_bits)
-            same = [n for n in near if _color_distance(self._looks[n][1], thumb) <= self.limits.max_color]
-            if not same:
-                for bucket in buckets:
-                    bucket.append(len(self._looks))
-                self._looks.append((bits, thumb))
-            self._known[digest] = min(same, default=len(self._looks) - 1)
-        return self._known[digest]
+    search = _Search(limits, signatures, folder)
+    num_looks = list(mapped(search.write_looks, range(num_parts)))
+    np.save(folder / "numbers.npy", earliest_alike(_Looks(limits), folder, num_looks, mapped))
+    firsts = np.cumsum([0, *num_looks]).tolist()
+    sizes = list(mapped(search.write_rows, [(part, firsts[part]) for part in range(num_parts)]))
+    found = [np.zeros((2, 0), np.int64)]
+    for kind, counts in zip((_Texts(), _Sketches(limits)), zip(*sizes, strict=True), strict=True):
+        rows_N = np.concatenate([np.load(folder / f"{kind.name}.{part}.rows.npy") for part in range(num_parts)])
+        alike_N = earliest_alike(kind, folder, counts, mapped)
+        later = np.flatnonzero(alike_N != np.arange(len(alike_N)))
+        found.append(np.stack([rows_N[later], rows_N[alike_N[later]]]))
+    both = np.concatenate(found, axis=1)
+    return both[:, np.argsort(both[0])]
 
 
-def _color_distance(thumb: bytes, other: bytes) -> float:
-    return float(np.abs(np.frombuffer(thumb, np.uint8) - np.frombuffer(other, np.uint8).astype(np.int16)).mean())
+@dataclass(frozen=True)
+class _Search:
+    """The steps of a search that take one part at a time."""
+
+    limits: Duplicates
+    signatures: Callable[[int], Iterable[tuple[int, bytes]]]
+    folder: Path
+
+    def write_looks(self, part: int) -> int:
+        """Write the looks of all images of a part."""
+        looks = []
+        for _, signature in self.signatures(part):
+            num_images = _HEAD.unpack_from(signature)[3]
+            looks.append(signature[_HEAD.size : _HEAD.size + num_images * _LOOK.size])
+        return write_items(_Looks(self.limits), self.folder, part, words_of(b"".join(looks), _Looks.width))
+
+    def write_rows(self, at: tuple[int, int]) -> tuple[int, int]:
+        """Write the short and the long texts of a part, whose media have numbers by now; the first has that of `at`."""
+        part, image = at
+        numbers = np.load(self.folder / "numbers.npy", mmap_mode="r")
+        rows: tuple[list[int], list[int]] = [], []
+        items: tuple[list[bytes], list[bytes]] = [], []
+        for row, signature in self.signatures(part):
+            pivots, text, videos, num_images = _HEAD.unpack_from(signature)
+            end = _HEAD.size + num_images * _LOOK.size
+            media = _digest(repr((numbers[image : image + num_images].tolist(), num_images)).encode() + videos, 8)
+            image += num_images
+            is_long = len(signature) > end
+            # Equal bands mean equal hashes and equal media, since the media flip bits of every hash.
+            sketch = np.frombuffer(signature, dtype="<u4", offset=end) ^ np.uint32(zlib.crc32(media))
+            rows[is_long].append(row)
+            items[is_long].append(pivots + sketch.tobytes() if is_long else _digest(media + text + pivots, 16))
+        kinds = _Texts(), _Sketches(self.limits)
+        for kind, numbers_N, data in zip(kinds, rows, items, strict=True):
+            np.save(self.folder / f"{kind.name}.{part}.rows.npy", np.array(numbers_N, dtype=np.int64))
+            write_items(kind, self.folder, part, words_of(b"".join(data), kind.width))
+        return len(rows[0]), len(rows[1])
+
+
+@dataclass(frozen=True)
+class _Looks:
+    """Images that look the same. Of 9 pieces of their hashes, which differ in at most 7 bits, at least 2 are equal."""
+
+    limits: Duplicates
+    name: ClassVar[str] = "looks"
+    width: ClassVar[int] = _LOOK.size // 4
+
+    def keys(self, items_NW: np.ndarray) -> np.ndarray:
+        bits_N = np.ascontiguousarray(items_NW[:, :2]).view("<u8")[:, 0]
+        pieces = [(bits_N >> np.uint64(7 * n)) & np.uint64(255 if n == 8 else 127) for n in range(9)]
+        pairs = [(a << np.uint64(8)) | b | np.uint64(n << 16) for n, (a, b) in enumerate(combinations(pieces, 2))]
+        return mix(np.stack(pairs, axis=1))
+
+    def alike(self, items_NW: np.ndarray, first_P: np.ndarray, second_P: np.ndarray) -> np.ndarray:
+        differ_PB = (items_NW[first_P, :2] ^ items_NW[second_P, :2]).view(np.uint8)
+        alike_P = _ONES[differ_PB].sum(axis=1) <= self.limits.max_bits
+        first, second = (items_NW[each[alike_P], 2:].view(np.uint8).astype(np.int16) for each in (first_P, second_P))
+        alike_P[alike_P] = np.abs(first - second).mean(axis=1) <= self.limits.max_color
+        return alike_P
+
+
+class _Texts:
+    """Short texts that are equal, about equal media."""
+
+    name: ClassVar[str] = "texts"
+    width: ClassVar[int] = 4
+
+    def keys(self, items_NW: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(items_NW[:, :2]).view("<u8")
+
+    def alike(self, items_NW: np.ndarray, first_P: np.ndarray, second_P: np.ndarray) -> np.ndarray:
+        return (items_NW[first_P] == items_NW[second_P]).all(axis=1)
+
+
+@dataclass(frozen=True)
+class _Sketches:
+    """Long texts that are similar, about equal media: 2 words of pivots, and the hashes, of which a whole band is equal."""
+
+    limits: Duplicates
+    name: ClassVar[str] = "sketches"
+    width: ClassVar[int] = 2 + NUM_HASHES
+
+    def keys(self, items_NW: np.ndarray) -> np.ndarray:
+        bands_NBH = np.ascontiguousarray(items_NW[:, 2:]).view("<u8").reshape(len(items_NW), BANDS, NUM_HASHES // BANDS // 2)
+        keys_NB = np.broadcast_to(np.arange(BANDS, dtype=np.uint64), bands_NBH.shape[:2])
+        for n in range(bands_NBH.shape[2]):
+            keys_NB = mix(keys_NB ^ bands_NBH[:, :, n])
+        return keys_NB
+
+    def alike(self, items_NW: np.ndarray, first_P: np.ndarray, second_P: np.ndarray) -> np.ndarray:
+        first_PW, second_PW = items_NW[first_P], items_NW[second_P]
+        same_P = (first_PW[:, :2] == second_PW[:, :2]).all(axis=1)
+        least_P = np.where(same_P, self.limits.min_similarity, self.limits.same_similarity)
+        return (first_PW[:, 2:] == second_PW[:, 2:]).mean(axis=1) >= least_P
 
 
 def normalized(text: str) -> str:

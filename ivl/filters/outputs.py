@@ -1,50 +1,31 @@
-"""The files of a complete run, written from its journal: rows kept and dropped, verdicts, the mixture and the report."""
+"""The files of a complete run, joined from those of its parts: rows kept and dropped, verdicts, the mixture and the report."""
 
 from __future__ import annotations
 
 import base64
 import json
 import re
+import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ivl.data.rows import from_record
 from ivl.errors import DataError, InputError
-from ivl.filters.chain import UNREADABLE
 from ivl.filters.report import FilterReport
-from ivl.filters.rows import RowChecker, RowEntry
+from ivl.filters.rows import Part, RowChecker, RowEntry
 from ivl.utils.files import NewFiles, write_atomic, write_json
-from ivl.utils.jsonl import Journal, json_line, read_journal, reading_line
+from ivl.utils.jsonl import json_line
 from ivl.utils.strict_json import read_json
 
 OUTPUTS = ("meta.json", "dropped.jsonl", "verdicts.jsonl", "report.html", "report.json")
 """Files of a run beside kept/ and its journal."""
+PARTS = "parts"
+"""Folder of the files of parts, which is removed at the end."""
 TEXT = ("jsonl", "json")
 """Containers whose rows are kept as they are."""
-
-
-def read_entries(path: Path, checker: RowChecker) -> Iterator[tuple[int, RowEntry]]:
-    """Yield the entries of the journal with their line numbers.
-
-    Raises:
-        InputError: at a damaged line, and at one that is of another row than the mixture has there.
-    """
-    places, names = checker.places(), {UNREADABLE, *(stage.name for stage in checker.chain.stages)}
-    for number, entry in read_journal(path)[1]:
-        with reading_line(path, number):
-            if (entry["dataset"], entry["row"]) != (place := next(places, None)):
-                raise KeyError(f"row {entry['row']!r} of {entry['dataset']!r} where {place} is expected")
-            dropped = None if entry["keep"] is True else entry["stage"]
-            texts, numbers = (entry["id"], entry["source"], entry.get("reason", "")), entry["scores"].values()
-            if dropped not in (None, *names) or not all(isinstance(text, str) for text in texts) or sum(numbers) is None:
-                raise KeyError(f"stage {dropped!r} or a name of another type")
-            dataset, row = entry.get("repeats", (entry["dataset"], entry["row"]))
-            if not 0 <= row < len(checker.files[dataset]):
-                raise KeyError(f"row {row!r} of {dataset!r}")
-        yield number, entry
 
 
 def finished_report(out: Path, about: dict[str, Any]) -> dict[str, Any] | None:
@@ -64,29 +45,51 @@ def remove_outputs(out: Path) -> None:
         (out / name).unlink(missing_ok=True)
 
 
-def write_outputs(out: Path, checker: RowChecker, journal: Journal, judge: str | None) -> dict[str, Any]:
+def part_outputs(checker: RowChecker, entries: list[RowEntry]) -> dict[str, bytes]:
+    """The results of a part by their suffixes; the last says that it is done."""
+    report, lines = FilterReport(checker), {"verdicts": bytearray(), "dropped": bytearray(), "kept": bytearray()}
+    for entry in entries:
+        report.count(entry)
+        lines["verdicts"] += json_line(_without(entry, "problem", "repeats"))
+        if entry["keep"]:
+            lines["kept"] += _kept(checker, entry)
+        else:
+            told = _without(entry, "keep", "scores", "unjudged", "repeats")
+            lines["dropped"] += json_line(told | {"row": _dropped(checker, entry)})
+    return {suffix: bytes(data) for suffix, data in lines.items()} | {"figures": json_line(report.counted())}
+
+
+def join_parts(
+    out: Path, checker: RowChecker, parts: list[Part], about: dict[str, Any], judge: str | None
+) -> dict[str, Any]:
     """Write every file of a run and return the content of report.json, which is written last.
 
     Args:
-        journal: of every row.
+        about: what run it is.
         judge: the name of the judge, for the report.
     """
     report, kept = FilterReport(checker), kept_files(checker.specs)
     with NewFiles(out, ("verdicts.jsonl", "dropped.jsonl", *kept.values())) as files:
-        for number, entry in read_entries(journal.path, checker):
-            with reading_line(journal.path, number):
-                report.count(entry)
-            files.write("verdicts.jsonl", json_line(_without(entry, "problem", "repeats", "signatures")))
-            if entry["keep"]:
-                files.write(kept[entry["dataset"]], _kept(checker, entry))
-            else:
-                told = _without(entry, "keep", "scores", "unjudged", "repeats", "signatures")
-                files.write("dropped.jsonl", json_line(told | {"row": _dropped(checker, entry)}))
-    figures = report.figures(judge) | {"run": journal.about}
+        for part in parts:
+            path = out / PARTS / f"{part.number:06d}"
+            report.add(read_json(path.with_suffix(".figures")))
+            for name, suffix in (("verdicts.jsonl", ".verdicts"), ("dropped.jsonl", ".dropped"), (kept[part.dataset], ".kept")):
+                files.copy(name, path.with_suffix(suffix))
+    figures = report.figures(judge) | {"run": about}
     write_json(out / "meta.json", _meta(checker, kept, report.datasets))
     write_atomic(out / "report.html", report.page(figures))
     write_json(out / "report.json", figures)
     return read_json(out / "report.json")
+
+
+def remove_parts(out: Path) -> None:
+    """Remove the files of parts, and no others."""
+    for path in (out / PARTS).glob("*"):
+        if re.fullmatch(r"\.?(\d{6}|duplicates)\.\w+(\.np[yz])?(\.new)?", path.name) and path.is_file():
+            path.unlink()
+    shutil.rmtree(out / PARTS / "search", ignore_errors=True)
+    with suppress(OSError):
+        (out / PARTS).rmdir()
 
 
 def _without(entry: RowEntry, *keys: str) -> RowEntry:

@@ -40,11 +40,13 @@ class StageFigures:
 
 
 class FilterReport:
-    """Counts the entries of a journal, and shows them."""
+    """Counts the rows of a part, or of all parts, and shows them."""
 
     def __init__(self, checker: RowChecker) -> None:
         self.checker, self.chain = checker, checker.chain
-        self.datasets = {name: {"rows": 0, "kept": 0, "dropped": Counter()} for name in checker.specs}
+        self.datasets: dict[str, dict[str, Any]] = {
+            name: {"rows": 0, "kept": 0, "dropped": Counter()} for name in checker.specs
+        }
         self.stages = {name: StageFigures() for name in [UNREADABLE, *(stage.name for stage in self.chain.stages)]}
 
     def count(self, entry: RowEntry) -> None:
@@ -72,6 +74,28 @@ class FilterReport:
             most = NUM_REPEATED if "repeats" in entry else PER_REASON
             if len(examples := figures.examples.setdefault(reason, [])) < most:
                 examples.append(entry)
+
+    def counted(self) -> dict[str, Any]:
+        """Return all counts as values of JSON, for `add`."""
+        return {"datasets": self.datasets, "stages": {name: vars(figures) for name, figures in self.stages.items()}}
+
+    def add(self, counted: dict[str, Any]) -> None:
+        """Add the counts of the next part."""
+        for name, each in counted["datasets"].items():
+            self.datasets[name]["rows"] += each["rows"]
+            self.datasets[name]["kept"] += each["kept"]
+            self.datasets[name]["dropped"].update(each["dropped"])
+        for name, each in counted["stages"].items():
+            figures = self.stages[name]
+            for key in ("reached", "dropped", "exempt", "unjudged"):
+                setattr(figures, key, getattr(figures, key) + each[key])
+            figures.reasons.update(each["reasons"])
+            for side in ("kept_scores", "dropped_scores"):
+                getattr(figures, side).update({float(score): rows for score, rows in each[side].items()})
+            for reason, examples in each["examples"].items():
+                shown = figures.examples.setdefault(reason, [])
+                most = NUM_REPEATED if any("repeats" in entry for entry in examples) else PER_REASON
+                shown += examples[: most - len(shown)]
 
     def figures(self, judge: str | None) -> dict[str, Any]:
         """Return the content of report.json."""

@@ -1,28 +1,36 @@
-"""The rows of a mixture, and the verdicts of the stages that look at one row alone."""
+"""The rows of a mixture in parts, and the verdicts of the stages that look at one row alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from bisect import bisect_right
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ivl.data.mixture import DatasetSpec
 from ivl.data.records import read_record
 from ivl.errors import DataError
-from ivl.filters.chain import UNREADABLE, Chain
+from ivl.filters.chain import UNREADABLE, Chain, FilterStage
 from ivl.filters.rules import FilterVerdict
 from ivl.formats.rows import open_rows
 from ivl.types import Record
 
-Place = tuple[str, int]
-"""Data set and row."""
+MAX_PARTS, MAX_PART = 256, 16_384
+"""A small mixture has at most so many parts, a large one at most so many rows in each."""
 RowEntry = dict[str, Any]
-"""A row in the journal: id, dataset, row, source, keep; scores and unjudged by stage; of a dropped row also stage, reason,
-score, and problem, or of a duplicate duplicate_of and repeats (source and place of the earlier row); signatures by stage,
-for a resumed run."""
-Results = list[FilterVerdict | bytes | None]
-"""For each stage up to the first that drops the row: its verdict, a signature, or None (exempt, or judged)."""
+"""A row and its verdict: id, dataset, row, source, keep; scores and unjudged by stage; of a dropped row also stage, reason,
+score, and problem, or of a duplicate duplicate_of and repeats (source and place of the earlier row)."""
+
+
+class Part(NamedTuple):
+    """Neighboring rows of one data set, which one process takes through a pass."""
+
+    number: int
+    dataset: str
+    first: int
+    end: int
+    start: int
+    """Number of the first row among those of all data sets."""
 
 
 def add_verdict(entry: RowEntry, stage: str, verdict: FilterVerdict) -> None:
@@ -49,35 +57,50 @@ class RowChecker:
         root = Path(self.specs[dataset].root).absolute()
         return read_record(self.files[dataset], entry["row"], root=root, dataset=dataset)
 
-    def places(self) -> Iterator[Place]:
-        """Yield the places of all rows, in order."""
-        return ((dataset, row) for dataset, rows in self.files.items() for row in range(len(rows)))
+    def parts(self, least: int) -> list[Part]:
+        """Cut all rows into parts, which do not depend on how many processes there are; `least` rows make one."""
+        total = sum(map(len, self.files.values()))
+        size = min(max(least, -(-total // MAX_PARTS)), MAX_PART)
+        parts: list[Part] = []
+        start = 0
+        for dataset, rows in self.files.items():
+            for first in range(0, len(rows), size):
+                parts.append(Part(len(parts), dataset, first, min(first + size, len(rows)), start + first))
+            start += len(rows)
+        return parts
 
-    def blocks(self, start: int, size: int) -> Iterator[list[Place]]:
-        """Yield the places of all rows from row `start` on, `size` at a time."""
-        places = islice(self.places(), start, None)
-        while block := list(islice(places, size)):
-            yield block
+    def place(self, parts: list[Part], number: int) -> tuple[str, int]:
+        """The data set and the row of a number among the rows of all data sets."""
+        part = parts[bisect_right(parts, number, key=lambda part: part.start) - 1]
+        return part.dataset, part.first + number - part.start
 
-    def __call__(self, places: Sequence[Place]) -> list[tuple[RowEntry, Results]]:
-        """Check a block of rows."""
-        return [self._check(dataset, row) for dataset, row in places]
-
-    def _check(self, dataset: str, row: int) -> tuple[RowEntry, Results]:
+    def entry(self, dataset: str, row: int) -> RowEntry:
+        """Return the entry of a row without any verdict."""
         source = self.files[dataset].source(row)
-        entry: RowEntry = {"id": source, "dataset": dataset, "row": row, "source": source, "keep": True, "scores": {}}
-        results: Results = []
+        return {"id": source, "dataset": dataset, "row": row, "source": source, "keep": True, "scores": {}}
+
+    def apply(self, stages: Sequence[FilterStage], entry: RowEntry) -> bytes | None:
+        """Add the verdicts of stages that ask no judge, up to the first that drops the row.
+
+        Returns:
+            The signature for the stage that compares, if the row reaches one.
+        """
+        if not entry["keep"]:
+            return None
         try:
             record = self.record(entry)
             entry["id"] = record.id
-            for stage in self.chain.stages:
-                if stage.judged or stage.exempts(dataset):
-                    results.append(None)
-                else:
-                    results.append(stage.rule.signature(record) if stage.compares else stage.rule(record))
-                    if isinstance(results[-1], FilterVerdict) and not results[-1].keep:
-                        break
+            for stage in stages:
+                if stage.exempts(entry["dataset"]):
+                    continue
+                if stage.compares:
+                    return stage.rule.signature(record)
+                add_verdict(entry, stage.name, stage.rule(record))
+                if not entry["keep"]:
+                    break
         except DataError as error:
+            entry["scores"] = {}
+            entry.pop("unjudged", None)
             add_verdict(entry, UNREADABLE, FilterVerdict(False, error.kind))
             entry["problem"] = error.problem
-        return entry, results
+        return None

@@ -1,35 +1,43 @@
 """Filter a mixture by a chain, into a folder (docs/filtering.md lists its files).
 
-Every verdict goes to the journal first. When the journal is complete, the other files are written from it, so that they do
-not depend on where the run was interrupted.
+The mixture is cut into parts. Each goes through the passes of the chain in one process, which writes files of its own; at the
+end they are joined. So the results depend neither on the number of processes nor on where a run was interrupted.
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
+import io
 import json
 import os
-from collections.abc import Sequence
+import shutil
+import sys
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ivl.data.mixture import load_mixture
 from ivl.errors import InputError
+from ivl.filters.buckets import MapInOrder, R, T
 from ivl.filters.chain import Chain
-from ivl.filters.cluster import AHEAD, in_order_on_ray
+from ivl.filters.cluster import AHEAD, ray_processes
 from ivl.filters.judge import DataJudge
-from ivl.filters.outputs import OUTPUTS, finished_report, read_entries, remove_outputs, write_outputs
-from ivl.filters.rows import Results, RowChecker, RowEntry, add_verdict
-from ivl.filters.rules import KEEP, FilterVerdict
+from ivl.filters.outputs import OUTPUTS, PARTS, finished_report, join_parts, remove_outputs, remove_parts
+from ivl.filters.passes import PartPass, cut_passes
+from ivl.filters.rows import Part, RowChecker
 from ivl.formats.rows import RowFormat, hash_rows, row_files
-from ivl.utils.jsonl import Journal, reading_line
+from ivl.utils.files import NewFiles
+from ivl.utils.jsonl import Journal
 from ivl.utils.progress import ShowProgress
 from ivl.utils.workers import in_order
 
 BLOCK = 64
-"""Rows checked at a time; with a judge, several for each request in flight."""
+"""Least rows of a part."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +49,9 @@ class FilterOptions:
     format: RowFormat | None = None
     """Format of the rows when the mixture is a file or folder of rows; by default it is detected."""
     workers: int = 0
-    """Processes for the stages that need no judge; 0 runs them in this one. With --ray local, its processors."""
+    """Processes that share the rows; 0 runs everything in this one. With --ray local, its processors."""
     ray: str | None = None
-    """Address of a Ray cluster that runs these stages instead, or `local` for one on this machine."""
+    """Address of a Ray cluster that takes the stages without a judge instead, or `local` for one on this machine."""
     fresh: bool = False
     """Forget an earlier run in the same folder, but not the judge's replies."""
 
@@ -84,6 +92,8 @@ def run(
             if options.fresh:
                 remove_outputs(out)
             report = finished_report(out, journal.about)
+            if options.fresh or report:
+                remove_parts(out)
             return report or _run(checker, judge, out, journal, options, on_progress)
     except OSError as error:
         raise InputError(f"{out}: {error.strerror or error}; the same command goes on from here") from error
@@ -92,27 +102,71 @@ def run(
 def _run(
     checker: RowChecker, judge: DataJudge | None, out: Path, journal: Journal, options: FilterOptions, on_progress: ShowProgress
 ) -> dict[str, Any]:
-    """Check the rows that the journal lacks, and write the other files from it."""
-    total, stages, first, kept = sum(map(len, checker.files.values())), _OrderedStages(checker, judge), 0, 0
-    for number, entry in read_entries(journal.path, checker):
-        with reading_line(journal.path, number):
-            stages.replay(entry)
-        first += 1
-    done, size = first, max(BLOCK, 4 * judge.threads) if judge else BLOCK
-    on_progress(done, total, resumed=first)
-    blocks, workers = checker.blocks(done, size), options.workers
-    if options.ray:
-        checked = in_order_on_ray(checker, blocks, address=options.ray, workers=workers)
-    else:
-        checked = in_order(checker, blocks, num_workers=workers, prefetch=AHEAD)
-    for rows in checked:
-        entries = stages.judge_rows(rows)
-        journal.add(entries)
-        done, kept = done + len(entries), kept + sum(entry["keep"] for entry in entries)
-        on_progress(done, total, resumed=first, note=f"{kept / (done - first):.1%} kept")
-    report = write_outputs(out, checker, journal, judge.name if judge else None)
-    journal.clear()
+    """Take all parts through all passes, and join their files."""
+    journal.clear()  # of the rows that older versions kept in it
+    parts, passes, folder = checker.parts(BLOCK), cut_passes(checker.chain), out / PARTS
+    total = sum(map(len, checker.files.values()))
+    with _processes(options) as mapped:
+        for number in range(len(passes)):
+            step = PartPass(checker, judge, folder, parts, passes, number)
+            todo = [part for part in parts if not step.done(part)]
+            first = total - sum(part.end - part.first for part in todo)
+            done, kept = first, 0
+            on_progress(done, total, resumed=first)
+            for rows, left in _through(step, todo, options, mapped):
+                done, kept = done + rows, kept + left
+                note = f"pass {number + 1} of {len(passes)}, {kept / max(1, done - first):.1%} kept"
+                on_progress(done, total, resumed=first, note=note)
+            if step.compared is not None:
+                _compare(step, folder, mapped)
+    report = join_parts(out, checker, parts, journal.about, judge.name if judge else None)
+    remove_parts(out)
     return report
+
+
+@contextmanager
+def _processes(options: FilterOptions) -> Generator[MapInOrder]:
+    if options.ray:
+        with ray_processes(address=options.ray, workers=options.workers) as mapped:
+            yield mapped
+    else:
+        yield partial(_in_processes, options.workers)
+
+
+def _in_processes(workers: int, function: Callable[[T], R], items: Sequence[T]) -> Iterable[R]:
+    return in_order(function, items, num_workers=workers if len(items) > 1 else 0, prefetch=AHEAD)
+
+
+def _through(step: PartPass, todo: list[Part], options: FilterOptions, mapped: MapInOrder) -> Iterable[tuple[int, int]]:
+    """Take parts through a pass. A judge that takes several requests is asked from several processes of this machine, which
+    share them out; one that runs here is asked from this process."""
+    if not (step.judged and step.judge):
+        yield from mapped(step, todo)
+        return
+    threads = step.judge.threads
+    workers = min(options.workers, threads, len(todo)) if sys.platform == "linux" and threads > 1 else 0
+    step.judge.threads = threads // max(1, workers)
+    try:
+        yield from _in_processes(workers, step, todo)
+    finally:
+        step.judge.threads = threads
+
+
+def _compare(step: PartPass, folder: Path, mapped: MapInOrder) -> None:
+    """Find the duplicates among the rows that are through a pass."""
+    place, search = folder / f"duplicates.{step.compared}.npy", folder / "search"
+    if place.is_file():
+        return
+    shutil.rmtree(search, ignore_errors=True)
+    search.mkdir(parents=True)
+    from ivl.filters.duplicates import find_duplicates  # needs the packages of the `data` extra
+
+    limits = step.checker.chain.stages[step.compared or 0].rule
+    found = find_duplicates(limits, step.signatures, len(step.parts), search, mapped)
+    with io.BytesIO() as file, NewFiles(folder, [place.name]) as new:
+        np.save(file, found)
+        new.write(place.name, file.getvalue())
+    shutil.rmtree(search)
 
 
 def _check_folder(out: Path, inputs: Sequence[str]) -> None:
@@ -123,15 +177,15 @@ def _check_folder(out: Path, inputs: Sequence[str]) -> None:
             raise InputError(f"{out}: holds the input {place}; choose another folder for the results")
     journal = out / "progress.jsonl"
     if not (os.path.lexists(journal) and journal.stat().st_size):
-        for path in (*(out / name for name in OUTPUTS), *out.glob("kept/*")):
+        for path in (*(out / name for name in OUTPUTS), *out.glob("kept/*"), *out.glob(f"{PARTS}/*")):
             if os.path.lexists(path):
                 raise InputError(f"{out}: holds {path.name}, which is not of a filter run; choose another folder")
 
 
 def _journal(out: Path, checker: RowChecker, judge: DataJudge | None, *, fresh: bool) -> Journal:
-    """Open the journal. Its first line tells chain, data and judge, so that a run with others does not continue it.
+    """Open the journal, which holds the folder. Its line tells chain, data and judge, so that a run with others does not go on.
 
-    Rows that were edited are other data, at the same size, too: the journal names rows by their numbers.
+    Rows that were edited are other data, at the same size, too: the files of parts name rows by their numbers.
     """
     roots = [str(Path(spec.root).absolute()) for spec in checker.specs.values()]
     hashes = {name: hash_rows(checker.specs[name].annotation, rows.container) for name, rows in checker.files.items()}
@@ -150,40 +204,3 @@ def _journal(out: Path, checker: RowChecker, judge: DataJudge | None, *, fresh: 
 
 def _digest(value: Any) -> str:
     return f" ({hashlib.blake2b(json.dumps(value).encode(), digest_size=6).hexdigest()})"
-
-
-class _OrderedStages:
-    """Completes the verdicts of the rows in order: takes those of the workers, finds duplicates and asks the judge."""
-
-    def __init__(self, checker: RowChecker, judge: DataJudge | None) -> None:
-        self.checker, self.judge, self.chain = checker, judge, checker.chain
-        self.indexes = {stage.name: stage.rule.index() for stage in self.chain.stages if stage.compares}
-
-    def replay(self, entry: RowEntry) -> None:
-        """Feed the indexes with a row of an earlier run."""
-        for stage, signature in entry.get("signatures", {}).items():
-            self.indexes[stage].seen(base64.b85decode(signature), (entry["dataset"], entry["row"]))
-
-    def judge_rows(self, rows: Sequence[tuple[RowEntry, Results]]) -> list[RowEntry]:
-        """Send a block of rows through all stages, and return its entries."""
-        for n, stage in enumerate(self.chain.stages):
-            alive = [(entry, results) for entry, results in rows if entry["keep"] and not stage.exempts(entry["dataset"])]
-            if self.judge and stage.judged:
-                asked = [(self.checker.record(entry), self.chain.domain_of(entry["dataset"])) for entry, _ in alive]
-                verdicts = self.judge.verdicts(stage.rule, asked)
-            else:
-                verdicts = [self._verdict(stage.name, entry, results[n]) for entry, results in alive]
-            for (entry, _), verdict in zip(alive, verdicts, strict=True):
-                add_verdict(entry, stage.name, verdict)
-        return [entry for entry, _ in rows]
-
-    def _verdict(self, stage: str, entry: RowEntry, result: FilterVerdict | bytes | None) -> FilterVerdict:
-        if not isinstance(result, bytes):
-            assert result is not None
-            return result
-        entry.setdefault("signatures", {})[stage] = base64.b85encode(result).decode()
-        if (earlier := self.indexes[stage].seen(result, (entry["dataset"], entry["row"]))) is None:
-            return KEEP
-        dataset, row = earlier
-        entry |= {"duplicate_of": self.checker.files[dataset].source(row), "repeats": [dataset, row]}
-        return FilterVerdict(False, "near-duplicate")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -94,6 +95,11 @@ class NewFiles:
     def write(self, name: str, data: bytes) -> None:
         """Write the next bytes of one of the files."""
         self._files[name].write(data)
+
+    def copy(self, name: str, source: Path) -> None:
+        """Write the content of another file next."""
+        with source.open("rb") as file:
+            shutil.copyfileobj(file, self._files[name], 1 << 20)
 
     def __enter__(self) -> Self:
         for name, place in self._places.items():

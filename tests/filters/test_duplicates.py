@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from ivl.errors import InputError
-from ivl.filters.duplicates import Duplicates
+from ivl.filters import buckets
+from ivl.filters.duplicates import Duplicates, find_duplicates
 from ivl.types import ImageRef, Message, Record, Text, VideoRef
 
 RULE = Duplicates()
@@ -46,9 +48,53 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: int) -> ImageRef:
         return ImageRef(file.getvalue())
 
 
+def found(signatures: Sequence[bytes], rule: Duplicates = RULE, parts: int = 1) -> list[int | None]:
+    """For each row the number of the earlier one that it duplicates; the rows lie in some parts."""
+    size = -(-len(signatures) // parts)
+    with tempfile.TemporaryDirectory() as folder:
+        both = find_duplicates(
+            rule, lambda part: list(enumerate(signatures))[part * size : (part + 1) * size], parts, Path(folder)
+        )
+    duplicates = dict(zip(*both.tolist(), strict=True))
+    return [duplicates.get(number) for number in range(len(signatures))]
+
+
 def seen(records: Sequence[Record], rule: Duplicates = RULE) -> list[str | None]:
-    index = rule.index()
-    return [index.seen(rule.signature(record), str(n)) for n, record in enumerate(records)]
+    return [None if number is None else str(number) for number in found([rule.signature(record) for record in records], rule)]
+
+
+def one_by_one(signatures: Sequence[bytes], rule: Duplicates = RULE) -> list[int | None]:
+    """The law: rows come in order, and each is compared with the images and the texts that are kept so far."""
+    looks: list[np.ndarray] = []
+    kept: list[tuple[int, bytes, bytes, np.ndarray]] = []
+    answers: list[int | None] = []
+
+    def number(look: np.ndarray) -> int:
+        for n, other in enumerate(looks):
+            bits = np.unpackbits(look[:8] ^ other[:8]).sum()
+            if bits <= rule.max_bits and np.abs(look[8:].astype(int) - other[8:]).mean() <= rule.max_color:
+                return n
+        looks.append(look)
+        return len(looks) - 1
+
+    for row, signature in enumerate(signatures):
+        pivots, text, videos = signature[:8], signature[8:24], signature[24:40]
+        end = 44 + 200 * int.from_bytes(signature[40:44], "little")
+        shown = [number(np.frombuffer(signature[at : at + 200], np.uint8)) for at in range(44, end, 200)]
+        media, sketch = repr(shown).encode() + videos, np.frombuffer(signature[end:], "<u4")
+        alike = []
+        for other, other_media, other_exact, other_sketch in kept:
+            least = rule.min_similarity if other_exact[:8] == pivots else rule.same_similarity
+            if other_media == media and len(sketch) == len(other_sketch) == 64:
+                equal = sketch == other_sketch
+                if equal.reshape(16, 4).all(axis=1).any() and equal.mean() >= least:
+                    alike.append(other)
+            elif other_media == media and other_exact == pivots + text:
+                alike.append(other)
+        answers.append(min(alike, default=None))
+        if not alike:
+            kept.append((row, media, pivots + text, sketch))
+    return answers
 
 
 def test_a_copy_names_the_earliest() -> None:
@@ -136,10 +182,35 @@ def test_parallel_signatures_give_what_one_process_gives() -> None:
     records = _corpus(60)
     with ProcessPoolExecutor(2) as pool:
         signatures = list(pool.map(RULE.signature, records, chunksize=7))
-    index = RULE.index()
-    found = [index.seen(signature, str(n)) for n, signature in enumerate(signatures)]
-    assert found == seen(records)
-    assert found[60:] == [str(n) for n in range(0, 60, 3)]
+    assert signatures == [RULE.signature(record) for record in records]
+    assert found(signatures)[60:] == list(range(0, 60, 3))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_buckets_on_disk_find_what_comparing_row_by_row_finds(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chains of edits, where a row is like one that is dropped and like none that is kept; images that drift; equal rows."""
+    monkeypatch.setattr(buckets, "RANGE", 300)
+    monkeypatch.setattr(buckets, "PAIRS", 7)
+    rng = random.Random(seed)
+    words = [f"{a}{b}" for a in ("mo", "ka", "lu", "ri", "ten") for b in ("ra", "sel", "do", "vin", "pat", "gu")]
+    texts, pictures, rows = [rng.choices(words, k=50) for _ in range(4)], [photo(n, 48) for n in range(3)], []
+    for _ in range(150):
+        text = rng.choice(texts)
+        if rng.random() < 0.7:  # the next edit begins at this one
+            text = text.copy()
+            for _ in range(rng.randrange(4)):
+                text[rng.randrange(len(text))] = rng.choice([*words, "not"])
+            texts.append(text)
+        answer = " ".join(text if rng.random() < 0.7 else text[:3])
+        shown = []
+        if rng.random() < 0.5:
+            image = rng.choice(pictures).rotate(rng.choice([0, 0, 2, 4]), fillcolor=rng.choice(["black", "grey"]))
+            pictures.append(image)
+            shown = [encoded(image)]
+        rows.append(RULE.signature(row("Describe it.", answer, *shown)))
+    law = one_by_one(rows)
+    assert 30 < sum(number is not None for number in law) < 120
+    assert found(rows) == found(rows, parts=7) == law
 
 
 def test_signatures_are_small() -> None:

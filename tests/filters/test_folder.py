@@ -102,8 +102,8 @@ DAMAGES = {
     "another stage": b'{"dataset": "in", "row": 4, "keep": false, "stage": "x", "id": "a", "source": "b", "scores": {}}\n',
     "text for a score": b'{"dataset": "in", "row": 4, "keep": true, "id": "a", "source": "b", "scores": {"length": "x"}}\n',
     "no object": b'{"dataset": "in", "row": 4, "keep": true, "id": "a", "source": "b", "scores": 7}\n',
-    "a signature of another stage": b'{"dataset": "in", "row": 4, "keep": true, "id": "a", "source": "b", "scores": {}, '
-    b'"signatures": {"x": "00"}}\n',
+    "a result of another kind": b'{"dataset": "in", "row": 4, "keep": true, "id": "a", "source": "b", "scores": {}, '
+    b'"results": [7]}\n',
     "too many rows": b"".join(
         json.dumps({"dataset": "in", "row": n, "keep": True, "id": "", "source": "", "scores": {}}).encode() + b"\n"
         for n in range(4, 30)
@@ -112,25 +112,24 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_journal_is_one_line_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_damaged_part_is_one_line_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     rows, out = rows_file(tmp_path / "in.jsonl"), tmp_path / "out"
     monkeypatch.setattr("ivl.filters.run.BLOCK", 4)
 
     def stop(done: int, *_: Any, **__: Any) -> None:
-        if done == 4:
+        if done == 8:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run(chain(), rows, out, on_progress=stop)
-    journal = out / "progress.jsonl"
-    whole = journal.read_bytes()
-    journal.write_bytes(whole + DAMAGES[name] + b'{"end_of_chunk": 1}\n')
-    with pytest.raises(InputError, match=r"progress\.jsonl:\d+: .*remove this line and all that follow") as refused:
+    part = out / "parts" / "000001.0"
+    part.write_bytes(DAMAGES[name])
+    with pytest.raises(InputError, match=r"parts/000001\.0:\d+: .*remove .*000001\.0, and the same command goes on"):
         run(chain(), rows, out)
-    line = int(str(refused.value).partition("progress.jsonl:")[2].partition(":")[0])
-    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[: line - 1]))
+    part.unlink()
     assert run(chain(), rows, out)["rows"] == 20
     assert (out / "verdicts.jsonl").read_bytes().count(b"\n") == 20
+    assert not (out / "parts").exists()
 
 
 def test_a_report_of_another_run_is_never_returned(tmp_path: Path) -> None:

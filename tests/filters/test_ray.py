@@ -36,12 +36,12 @@ def test_ray_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert outputs(tmp_path / "one") == outputs(tmp_path / "ray")
 
 
-def test_blocks_cover_every_row_once() -> None:
+def test_parts_cover_every_row_once_in_order() -> None:
     checker = RowChecker(chain(), ())
-    checker.files = {"a": range(5), "b": (), "c": range(1), "d": range(6)}  # type: ignore[assignment]
-    for start in range(13):
-        for size in (1, 4, 20):
-            blocks = list(checker.blocks(start, size))
-            places = [place for block in blocks for place in block]
-            assert places == [(name, row) for name, rows in checker.files.items() for row in range(len(rows))][start:]
-            assert all(len(block) == size for block in blocks[:-1])
+    checker.files = {"a": range(5), "b": (), "c": range(1), "d": range(600)}  # type: ignore[assignment]
+    places = [(name, row) for name, rows in checker.files.items() for row in range(len(rows))]
+    for least in (1, 4, 100, 1000):
+        parts = checker.parts(least)
+        assert [(part.dataset, row) for part in parts for row in range(part.first, part.end)] == places
+        assert [part.start for part in parts] == [places.index((part.dataset, part.first)) for part in parts]
+        assert len(parts) <= 256 + 3 and [part.number for part in parts] == list(range(len(parts)))

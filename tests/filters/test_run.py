@@ -219,7 +219,7 @@ def test_kill_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: in
             monkeypatch.setattr(owner, name, before(getattr(owner, name)))
         judged(tmp_path / "asked", tmp_path / "out", threads=threads, wait=0.001, on_progress=step)
 
-    fuses = [rng.randint(1, 150) for _ in range(12)] + [-1]
+    fuses = [rng.randint(1, 50) for _ in range(12)] + [-1]
     kills = 0
     while not in_a_child(partial(work, fuses[kills])):
         kills += 1
