@@ -59,9 +59,7 @@ def part_outputs(checker: RowChecker, entries: list[RowEntry]) -> dict[str, byte
     return {suffix: bytes(data) for suffix, data in lines.items()} | {"figures": json_line(report.counted())}
 
 
-def join_parts(
-    out: Path, checker: RowChecker, parts: list[Part], about: dict[str, Any], judge: str | None
-) -> dict[str, Any]:
+def join_parts(out: Path, checker: RowChecker, parts: list[Part], about: dict[str, Any], judge: str | None) -> dict[str, Any]:
     """Write every file of a run and return the content of report.json, which is written last.
 
     Args:
