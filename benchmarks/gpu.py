@@ -4,7 +4,7 @@ Each section says what it compared and found, or why it was left out: without a 
 pretended one (tests/helpers/pretend.py) has values but neither kernels nor speed. Rates stand beside the rates that this card
 reaches in a plain product and a plain copy, measured in the same minute.
 
-Several cards: `torchrun --nproc-per-node 8 -m benchmarks.gpu --ranks` is what the last section starts by itself.
+The last section starts itself once more on every card, by torchrun.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -352,34 +353,86 @@ def training(check: Check) -> None:
 
 
 def several(check: Check) -> None:
-    """The same run on one card and on all of them."""
-    count = torch.cuda.device_count()
-    command = ["torchrun", "--standalone", "--nproc-per-node", str(count), "-m", "benchmarks.gpu", "--ranks"]
-    with TemporaryDirectory() as folder:
-        out = Path(folder) / "ranks.json"
-        left = max(check.deadline - time.monotonic(), 1)
-        subprocess.run([*command, "--out", str(out)], check=True, timeout=left, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        for name, value, good in json.loads(out.read_text()):
-            check.add(f"{count} cards: {name}", value, good)
+    """FSDP2 and tensor parallelism on all cards beside replicas, and a run that is stopped, cut back and resumed."""
+    count = torch.cuda.device_count() or 2
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        write_run(folder)
+        for part in ("losses", "run", "resume"):
+            command = ["torchrun", "--standalone", "--nproc-per-node", str(count), "-m", "benchmarks.gpu", "--ranks", part]
+            left, environment = max(check.deadline - time.monotonic(), 1), os.environ | {"OMP_NUM_THREADS": "1"}
+            done = subprocess.run([*command, "--out", name], timeout=left, env=environment, capture_output=True, text=True)
+            if done.returncode:
+                causes = [line for line in done.stderr.splitlines() if "Error: " in line and "ChildFailed" not in line]
+                raise RuntimeError(f"{part}: {causes[0] if causes else done.stderr.strip()[-300:]}")
+        losses = json.loads((folder / "losses.json").read_text())
+        for kind, found in losses.items():
+            off = max(abs(a - b) for a, b in zip(found, losses["replicas"], strict=True))
+            check.add(f"{count} cards, {kind}: largest difference of the loss", off, off < 2e-3)
+        first, again = ([json.loads(row)["loss"] for row in (folder / each).read_text().splitlines()] for each in METRICS)
+        off = max(abs(a - b) for a, b in zip(first, again, strict=True))
+        check.add(f"{count} cards, resumed from a checkpoint: difference", off, off < 1e-4)
 
 
-def ranks(out: Path) -> None:
-    """What torchrun runs on each card: FSDP2 against one card, and a checkpoint that is read again."""
+METRICS = ("first.jsonl", "run/metrics.jsonl")
+
+
+def write_run(folder: Path) -> None:
+    """Write what the run of `ranks` reads: a model to start from, and rows of text."""
+    from ivl.checkpoint import save_model, save_processor
+    from ivl.processing.processor import Processor
+    from ivl.processing.tokenizer import train_tokenizer
+
+    words = ["what", "colour", "is", "the", "shape?", "red", "green", "blue", "yes", "no", "circle"]
+    tokenizer = train_tokenizer([" ".join(words)] * 3, 300)
+    config = replace(small(), image_token_id=tokenizer.id("<IMG_CONTEXT>"), eos_token_ids=(tokenizer.id("<|im_end|>"),))
+    save_model(model_of(config, "cpu", torch.float32), folder / "start")
+    save_processor(Processor(config, tokenizer), folder / "start")
+    turns = [{"from": "human", "value": " ".join(words[: n % 7 + 2])} for n in range(64)]
+    rows = [{"id": n, "conversations": [turn, {"from": "gpt", "value": words[n % 11]}]} for n, turn in enumerate(turns)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def ranks(part: str, folder: Path) -> None:
+    """What torchrun runs on each card."""
     from ivl.parallel.launch import start_world, stop_world
     from ivl.parallel.shard import shard
+    from ivl.parallel.tensor import split
 
-    world = start_world("cuda", out.parent)
-    config, rows, losses = small(), [], {}
-    for sharded in (False, True):
-        model = model_of(config, world.device, torch.float32)
-        if sharded:
-            shard(model, world, None)
-        losses[sharded] = train_losses(model, config, world.device, "fp32", 4, world=world)[0]
-    off = max(abs(a - b) for a, b in zip(losses[False], losses[True], strict=True))
-    rows.append(("FSDP2: largest difference of the loss from replicas", off, off < 2e-3))
+    if part != "losses":
+        _run(folder, resume=part == "resume")
+        return
+    world, losses = start_world("auto", folder), {}
+    for kind in ("replicas", "FSDP2", "tensor parallel"):
+        model, ours = model_of(small(), world.device, torch.float32), world
+        if kind == "FSDP2":
+            shard(model, ours)
+        elif kind == "tensor parallel":
+            ours = world.arranged(tensor=2)
+            split(model, ours)
+        losses[kind] = train_losses(model, small(), world.device, "fp32", 4, world=ours)[0]
     if world.is_main:
-        out.write_text(json.dumps(rows))
+        (folder / "losses.json").write_text(json.dumps(losses))
     stop_world(world)
+
+
+def _run(folder: Path, *, resume: bool) -> None:
+    """Train a sharded model with checkpoints; once more from the checkpoint in the middle."""
+    from ivl.data.config import DataConfig
+    from ivl.runs.config import RunConfig
+    from ivl.runs.run import run
+    from ivl.train.config import Stage, TrainConfig
+
+    size, first = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]) == 0
+    data = DataConfig(mixture=str(folder / "rows.jsonl"), max_tokens=256, num_workers=0)
+    train = TrainConfig(num_steps=4, save_every=2, packs_per_step=size, precision="fp32", tensorboard=False, log_every=10**6)
+    config = RunConfig(
+        name="gpu", out_dir=str(folder / "run"), model=str(folder / "start"), stage=Stage(trainable=("decoder",)), data=data, train=train, shard=True,
+    )  # fmt: skip
+    run(config, resume=resume)
+    if first and not resume:
+        shutil.copy(folder / "run" / "metrics.jsonl", folder / "first.jsonl")
+        shutil.rmtree(folder / "run" / "checkpoint-4")
 
 
 # Means
@@ -531,12 +584,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", default=SIZE, help=f"a published size, by default {SIZE}; tiny for a test")
     parser.add_argument("--minutes", type=float, default=10.0, help="sections that would begin later are left out")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu.json"), help="the report; its text goes beside it")
-    parser.add_argument("--ranks", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--ranks", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.ranks:
-        ranks(args.out)
+        ranks(args.ranks, args.out)
         return 0
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     check = Check(args.size, time.monotonic() + args.minutes * 60)
     for check.section, needs, function in SECTIONS:
         reason = missing(needs) or ("the time is up" if time.monotonic() > check.deadline else "")
