@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --disable-pip-version-check --progress-bar off --constraint constraints.txt
 CORE_TESTS := tests/model tests/processing tests/data tests/train tests/inference tests/test_house.py
 
-.PHONY: help install quickstart test test-core coverage check claims bench docs wheel clean
+.PHONY: help install quickstart test test-core coverage check claims bench gpu-check docs wheel clean
 
 help:
 	@echo "make quickstart   train a small InternVL2.5 on real data, evaluate it, write a report (minutes)"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-core    the quick ring: the core's own tests, between two edits"
 	@echo "make claims       try every claim of the paper in small (6 hours; QUICK=1 20 minutes), docs/claims.md"
 	@echo "make bench        speed and memory beside transformers, llama.cpp and OpenVINO (an hour)"
+	@echo "make gpu-check    what a card does here: correctness, kernels, speed, memory (at most ten minutes)"
 	@echo "make docs         the pages of docs/ as a site, in site/"
 	@echo "make install      set up $(VENV) with everything (the others do it when needed)"
 
@@ -66,6 +67,9 @@ bench: install
 
 docs: install
 	$(BIN)/python docs/build.py
+
+gpu-check: install
+	$(BIN)/python -m benchmarks.gpu
 
 wheel: install
 	$(BIN)/python -m build --wheel

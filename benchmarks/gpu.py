@@ -403,7 +403,7 @@ def ranks(part: str, folder: Path) -> None:
         _run(folder, resume=part == "resume")
         return
     world, losses = start_world("auto", folder), {}
-    for kind in ("replicas", "FSDP2", "tensor parallel"):
+    for kind in ("replicas", "FSDP2", *(["tensor parallel"] if world.size % 2 == 0 else [])):
         model, ours = model_of(small(), world.device, torch.float32), world
         if kind == "FSDP2":
             shard(model, ours)
@@ -427,7 +427,8 @@ def _run(folder: Path, *, resume: bool) -> None:
     data = DataConfig(mixture=str(folder / "rows.jsonl"), max_tokens=256, num_workers=0)
     train = TrainConfig(num_steps=4, save_every=2, packs_per_step=size, precision="fp32", tensorboard=False, log_every=10**6)
     config = RunConfig(
-        name="gpu", out_dir=str(folder / "run"), model=str(folder / "start"), stage=Stage(trainable=("decoder",)), data=data, train=train, shard=True,
+        name="gpu", out_dir=str(folder / "run"), model=str(folder / "start"), stage=Stage(trainable=("decoder",)),
+        data=data, train=train, shard=True,
     )  # fmt: skip
     run(config, resume=resume)
     if first and not resume:
@@ -527,7 +528,7 @@ def train_losses(
         compile_layers(model)
     train_config = TrainConfig(
         optim=OptimConfig(lr=1e-4), num_steps=steps, precision=precision, tensorboard=False, log_every=10**6,
-        packs_per_step=world.size,
+        packs_per_step=world.data_size,
     )  # fmt: skip
     marks: list[float] = []
 
