@@ -18,7 +18,7 @@ _ANOTHER = re.compile(
 )
 
 _JOINT = r" ?(?:(?:[,;&]|(?i:\band\b)|和|与|及) ?)+|(?<=[)\]])(?=[(\[])| "
-_SEVERAL = re.compile(rf"(?i:(?:options?|choices?|选项?|选择) ?)?([(\[]?[A-I][)\]]?(?:(?:{_JOINT})[(\[]?[A-I][)\]]?)+)")
+_SEVERAL = re.compile(rf"(?i:both )?(?i:(?:options?|choices?|选项?|选择) ?)?([(\[]?[A-I][)\]]?(?:(?:{_JOINT})[(\[]?[A-I][)\]]?)+)")
 _JOINED = re.compile("[A-I]{2,}")
 """Several letters with something between them, and with nothing."""
 
@@ -75,7 +75,7 @@ def _several(text: str, choices: Sequence[str]) -> set[str]:
     text = bare(text)
     if len(text) > _MOST_LETTERS or _letter_of(text, choices):
         return set()
-    text = text.upper() if choices else text
+    text = re.sub("[/+]", ",", text.upper()) if choices else text  # without options, A/B is a quotient
     match = _JOINED.fullmatch(text) or _SEVERAL.fullmatch(text)
     letters = set(
         re.findall("(?<![A-Za-z])[A-I](?![A-Za-z])", match[1]) if match and match.re is _SEVERAL else text if match else ""

@@ -15,7 +15,7 @@ FormatProblem = Literal[
 ]  # fmt: skip
 
 _MARKER = re.compile(
-    r"(?:final answer(?: is)?|(?:最终|最后|^[ \t*_]{0,4})答案(?:是|为)?)\s{0,3}(?:\*\*|__)?\s{0,3}[:：]",
+    r"(?:final answer(?: is)?|(?:最终|最后|正确|^[ \t*_]{0,4})答案(?:是|为)?)\s{0,3}(?:\*\*|__)?\s{0,3}[:：]",
     re.IGNORECASE | re.MULTILINE,
 )
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -43,7 +43,7 @@ def extract(reply: str, style: AnswerStyle) -> Extracted:
 
 
 def final_answer(reply: str) -> Extracted:
-    """Return the text after the last "Final answer:", "最终答案：" or line that begins with "答案：", which must be one line.
+    """Return the text after the last "Final answer:", "最终答案：", "正确答案：" or line that begins with "答案：": one line.
 
     A reply is malformed with no marker or more than two of them, without reasoning before the first, or with fewer than two
     line breaks in all.

@@ -21,6 +21,7 @@ from ivl.evaluation.scoring import extract, fix_answer
         ("a\nFinal answer: 2. Wait.\nb\nFinal answer: 3", "3"),
         ("a\nb\n\nFinal answer:\n3", "3"),
         ("看图。\n有两只狗。\n最终答案：2", "2"),
+        ("看图。\n有两只狗。\n所以正确答案是：C", "C"),
         ("看图。\n有两只狗。\n最终答案是: 两只", "两只"),
         ("先看图。\n再想。\n答案: B", "B"),
         ("先看图。\n再想。\n**答案：** B", "B"),

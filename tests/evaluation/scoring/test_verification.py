@@ -109,9 +109,9 @@ FOUR = ("a cat", "a dog", "a cow", "a pig")
 def test_several_right_options_in_every_spelling(truth: str) -> None:
     right = (
         "AC", "CA", "A, C", "A,C", "C,A", "A and C", "A & C", "C; A", "Ａ、Ｃ", "ＡＣ", "A和C", "(A), (C)", "A, C.", "ac",
-        "The answer is A and C", "Options A and C", "选项A、C", "**A, C**", "A C",
+        "The answer is A and C", "Options A and C", "选项A、C", "**A, C**", "A C", "Both A and C", "A/C", "A + C",
     )  # fmt: skip
-    wrong = ("A", "A, B", "A, B, C", "ABC", "B", "a cat", "A or C", "", "A, E", "all", "neither A nor C")
+    wrong = ("A", "A, B", "A, B, C", "ABC", "B", "a cat", "A or C", "", "A, E", "all", "neither A nor C", "A/B")
     assert {text: compare(text, truth, mode="choice", choices=FOUR).score for text in right} == dict.fromkeys(right, 1.0)
     assert {text: compare(text, truth, mode="choice", choices=FOUR).score for text in wrong} == dict.fromkeys(wrong, 0.0)
 
