@@ -227,6 +227,8 @@ def test_templates_of_strangers_take_no_time_and_are_named(tmp_path: Path) -> No
     [
         ({"llm_config": {"architectures": ["Qwen3MoeForCausalLM"]}}, r"Qwen3MoeForCausalLM.* \(a mixture of experts\)"),
         ({"llm_config": {"model_type": "qwen3_moe"}}, r"'qwen3_moe' \(a mixture of experts\)"),
+        ({"llm_config": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3_moe"}}, "model_type tells of a mixture"),
+        ({"llm_config": {"architectures": ["Qwen2ForCausalLM"], "num_experts": 64}}, "num_experts tells of a mixture"),
         ({"llm_config": {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"}}, r"GptOssForCausalLM.* \(gpt-oss\)"),
         ({"flash_mode": True}, "flash_mode is set: InternVL3.5-Flash is not supported"),
         ({"flash_mode": "x", "flash_relative_threshold": 0.5}, "flash_mode is set: InternVL3.5-Flash"),

@@ -18,7 +18,9 @@ _ANOTHER = re.compile(
 )
 
 _JOINT = r" ?(?:(?:[,;&]|(?i:\band\b)|和|与|及) ?)+|(?<=[)\]])(?=[(\[])| "
-_SEVERAL = re.compile(rf"(?i:both )?(?i:(?:options?|choices?|选项?|选择) ?)?([(\[]?[A-I][)\]]?(?:(?:{_JOINT})[(\[]?[A-I][)\]]?)+)")
+_SEVERAL = re.compile(
+    rf"(?i:both )?(?i:(?:options?|choices?|选项?|选择) ?)?([(\[]?[A-I][)\]]?(?:(?:{_JOINT})[(\[]?[A-I][)\]]?)+)"
+)
 _JOINED = re.compile("[A-I]{2,}")
 """Several letters with something between them, and with nothing."""
 
