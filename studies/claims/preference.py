@@ -73,22 +73,26 @@ def start(lab: Lab) -> Path:
         rows = alignment.write_reasoning(folder / "reasoning.jsonl", max(1, steps // 2))
         stage2 = small.nano_start(lab)["stage2"]
         model = small.trained(small.training(folder / "supervised", rows, small.EVERYTHING, model=stage2, steps=steps))
-        replies = alignment.write_pairs(model, folder, questions=lab.few(QUESTIONS, 24), replies=REPLIES)
+        replies = alignment.write_pairs(model, folder, questions=lab.few(QUESTIONS, 4), replies=REPLIES)
         config = DropoutConfig(params=alignment.SAMPLED)
         engine = load(model).engine
         continued = continue_without_images(engine, replies, folder / "dropout.jsonl", model=str(model), config=config)
         alignment.pair_up(continued, folder / "dropout-pairs")
         for name in ("pairs", "dropout-pairs"):
-            small.or_else(folder / name / "pairs.jsonl", map(known_pair, compositions("train", 8, seed=3, prefix="known")))
+            small.or_else(folder / name / "pairs.jsonl", known_pairs())
         chosen_rows(folder / "pairs/pairs.jsonl", folder / "chosen.jsonl")
 
     return lab.once("preference/start", make)
 
 
-def known_pair(row: dict[str, Any]) -> dict[str, Any]:
-    """The right reply to a question and the careless one."""
-    kept = {key: row[key] for key in ("id", "image", "question")}
-    return {**kept, "chosen": reply(row), "rejected": reply(row | {"answer": row["mistake"]})}
+def known_pairs() -> list[dict[str, Any]]:
+    """The right replies to some questions and the careless ones."""
+    rows = [row for row in compositions("train", 16, seed=3, prefix="known") if row["answer"] != row["mistake"]]
+    return [
+        {"id": row["id"], "image": row["image"], "question": "<image>\n" * len(row["image"]) + row["question"],
+         "chosen": reply(row), "rejected": reply(row | {"answer": row["mistake"]})}
+        for row in rows
+    ]  # fmt: skip
 
 
 def chosen_rows(pairs: Path, to: Path) -> None:

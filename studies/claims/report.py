@@ -44,6 +44,7 @@ def markdown(results: list[Results]) -> str:
     """The page of the documentation."""
     lines = ["# Claims", "", INTRO, "", HOW, "", "| claim | verdict |", "|---|---|"]
     lines += [f"| [{r.study.title}](#{anchor(r.study)}) | {r.verdict().holds} |" for r in results]
+    lines += ["", f"Measured so far in {sum(map(hours, results)):.1f} hours of one core."]
     for each in results:
         head, rows = table(each)
         lines += ["", f"## {each.study.title}", "", f"**Claim.** {each.study.claim}", "", f"**Done.** {each.study.done}", ""]
@@ -96,9 +97,13 @@ def about(results: Results) -> str:
         return "No arm has been run yet."
     of = {key: sorted({record[key] for record in records}) for key in ("date", "commit", "processor")}
     dates = of["date"][0] if len(of["date"]) == 1 else f"{of['date'][0]} to {of['date'][-1]}"
-    hours = sum(record["processor_seconds"] for record in records) / 3600
-    said = f"{dates}, commit {', '.join(of['commit'])}, {', '.join(of['processor'])}, {hours:.1f} hours of one core."
+    said = f"{dates}, commit {', '.join(of['commit'])}, {', '.join(of['processor'])}, {hours(results):.1f} hours of one core."
     return f"{said} Not run yet: {', '.join(results.missing)}." if results.missing else said
+
+
+def hours(results: Results) -> float:
+    """Processor time of a study's arms, with what they start from."""
+    return sum(record["processor_seconds"] for rows in results.rows.values() for record in rows) / 3600
 
 
 def save_plot(results: Results, folder: Path) -> None:
@@ -110,7 +115,8 @@ def save_plot(results: Results, folder: Path) -> None:
 
 
 def figure_of(results: Results) -> Any:
-    figure, axes = pages.pyplot().subplots(figsize=(7, 3.4), layout="constrained")
+    panels = results.study.panels
+    figure, axes = pages.pyplot().subplots(1, panels, figsize=(3 + 4 * panels, 3.4), layout="constrained", sharey=True)
     results.study.draw(results, axes)
     return figure
 

@@ -135,7 +135,8 @@ class Study:
     columns: Mapping[str, tuple[str, str]]
     """Figures of the table: key -> title and format."""
     draw: Callable[[Results, Any], None]
-    """Draws the figures into the axes of a plot."""
+    """Draws the figures into the axes of a plot, or into those of several panels."""
+    panels: int = 1
     extra: Callable[[Results], str] | None = None
     """HTML that follows on the page."""
     costly: bool = False

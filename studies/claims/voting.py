@@ -82,12 +82,12 @@ def data(lab: Lab) -> Path:
         reasoned = [row | {"conversations": [turns(f"<image>\n{SUM}", reasoning(row["values"], rng)), *direct(row)]}
                     for row in small.read(read)]  # fmt: skip
         write_jsonl(reasoned, folder / "reasoned.jsonl")
-        fresh = small.read(pictures.rows(folder, "new", lab.few(FRESH, 16), 0, seed=3))
+        fresh = small.read(pictures.rows(folder, "new", lab.few(FRESH, 4), 0, seed=3))
         asked = [
             {"id": r["id"], "image": [r["image"]], "question": SUM, "answer": str(sum(r["values"].values()))} for r in fresh
         ]
         write_jsonl(asked, folder / "fresh.jsonl")
-        pictures.rows(folder, "test", lab.few(TEST, 8), 0, seed=4)
+        pictures.rows(folder, "test", lab.few(TEST, 4), 0, seed=4)
 
     return lab.once("charts", make)
 
@@ -140,7 +140,7 @@ def models(lab: Lab, seed: int) -> dict[str, Path]:
 def known_pair(row: dict[str, Any]) -> dict[str, Any]:
     """A right and a wrong way to add up a chart's bars."""
     right = reasoning(row["values"], random.Random(row["id"]))
-    return {"id": row["id"], "image": row["image"], "question": SUM, "chosen": right, "rejected": f"{right}0"}
+    return {"id": row["id"], "image": row["image"], "question": f"<image>\n{SUM}", "chosen": right, "rejected": f"{right}0"}
 
 
 def judge(results: Results) -> Verdict:
