@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from ivl.data.records import to_record
-from ivl.data.rows import from_record
+from ivl.datasets.rows import from_record
 from ivl.errors import DataError, InputError
 from ivl.formats.base import Rows
 from ivl.formats.rows import RowFormat, open_rows, row_files

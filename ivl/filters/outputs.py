@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ivl.data.rows import from_record
+from ivl.datasets.rows import from_record
 from ivl.errors import DataError, InputError
 from ivl.filters.report import FilterReport
 from ivl.filters.rows import Part, RowChecker, RowEntry

@@ -7,7 +7,7 @@ import pytest
 from ivl.data.config import DataConfig
 from ivl.data.loader import Loader
 from ivl.data.records import to_record
-from ivl.data.rows import from_record
+from ivl.datasets.rows import from_record
 from ivl.errors import DataError
 from ivl.formats.rows import write_jsonl
 from tests.helpers.mixtures import picture, processor, turns

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ivl.data.records import read_record, to_record
-from ivl.data.rows import from_record
 from ivl.datasets import convert as convert_module
 from ivl.datasets.convert import ConvertConfig, ConvertReport
+from ivl.datasets.rows import from_record
 from ivl.errors import DataError, InputError
 from ivl.formats.rows import open_rows, write_jsonl
 from ivl.types import ImageRef, Message, Record, Text, VideoRef
