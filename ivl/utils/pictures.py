@@ -92,6 +92,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     to 1 by that one. What needs wider pixels on the way is converted in strips of rows: a whole image of them would take
     gigabytes, and Pillow would not let other threads run meanwhile.
     """
+    image = _deep_colors(image)
     if image.mode == "RGB":
         image.load()
         return image
@@ -103,6 +104,33 @@ def to_rgb(image: Image.Image) -> Image.Image:
     for corner, strip in _strips(image):
         rgb.paste(_gray_to_rgb(strip, low, high) if gray else _over_white(strip), corner)
     return rgb
+
+
+def _deep_colors(image: Image.Image) -> Image.Image:
+    """Scale the colors of a PNG of 16 bits that hold fewer, as gray is; another image stays.
+
+    Pillow keeps the upper byte of each color, which shows 12 bits nearly black. Read as if the other byte came first, it keeps
+    the lower one.
+    """
+    tiles, stream = (getattr(image, name, None) for name in ("tile", "fp"))
+    if image.format != "PNG" or not tiles or tiles[0][3] not in ("RGB;16B", "RGBA;16B") or not isinstance(stream, io.BytesIO):
+        return image
+    data = io.BytesIO(stream.getvalue())
+    image.load()
+    most = max(high for _, high in image.getextrema()[:3])  # type: ignore[misc]
+    if most >= 1 << DEPTHS[-2] - 8:
+        return image
+    lower = Image.open(data, formats=["PNG"])
+    lower.tile = [(*tile[:3], tile[3].replace("16B", "16L")) for tile in lower.tile]  # type: ignore[attr-defined]
+    lower.load()
+    bits = next(bits for bits in DEPTHS if most < 1 << max(0, bits - 8))
+    scaled = Image.new(image.mode, image.size)
+    for (corner, upper), (_, under) in zip(_strips(image), _strips(lower), strict=True):
+        values = np.asarray(upper).astype(np.uint16) * 256 + np.asarray(under)
+        colors = (values * (255 / (2**bits - 1))).round().clip(0, 255).astype(np.uint8)
+        colors[..., 3:] = np.asarray(upper)[..., 3:]
+        scaled.paste(Image.fromarray(colors), corner)
+    return scaled
 
 
 def _gray_range(image: Image.Image) -> tuple[float, float]:

@@ -314,3 +314,25 @@ def test_large_texts_and_profiles_of_a_png_are_not_unpacked(kind):
     Image.new("RGB", (64, 64), "red").save(stream, "PNG")
     data = stream.getvalue()
     assert load_image(ImageRef(data[:33] + media.chunk(kind, body) + data[33:])).getpixel((5, 5)) == (255, 0, 0)
+
+
+def deep_png(colors: np.ndarray) -> bytes:
+    """A PNG of 16 bits a color, which Pillow does not write."""
+    height, width, channels = colors.shape
+    head = struct.pack(">IIBBBBB", width, height, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in colors)
+    parts = ((b"IHDR", head), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
+    chunks = [struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_scans_of_deep_colors_keep_their_contrast(bits, monkeypatch):
+    monkeypatch.setattr(pictures, "STRIP_PIXELS", 100)
+    most = 2**bits - 1
+    colors = np.random.default_rng(0).integers(0, most + 1, (30, 40, 3))
+    colors[0, 0] = [0, most, most // 2 + 1]
+    shown = np.asarray(load_image(ImageRef(deep_png(colors)))).astype(int)
+    assert abs(shown - colors * 255 / most).max() <= (1 if bits == 16 else 0.5)  # of 16 bits Pillow keeps the upper byte
+    clear = np.concatenate([colors, np.full((30, 40, 1), 65535)], axis=2)
+    assert (np.asarray(load_image(ImageRef(deep_png(clear)))) == shown).all()
