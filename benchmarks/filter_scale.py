@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).parent.parent
-OUTPUTS = ("verdicts.jsonl", "dropped.jsonl", "kept/rows.jsonl", "meta.json", "report.html")
+OUTPUTS = ("verdicts.jsonl", "dropped.jsonl", "kept/rows.jsonl", "meta.json", "report.json")
 PART, HASHES = 16_384, 64
 RUN = """
 import json, resource, sys, time

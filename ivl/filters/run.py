@@ -36,7 +36,7 @@ from ivl.utils.jsonl import Journal
 from ivl.utils.progress import ShowProgress
 from ivl.utils.workers import in_order
 
-BLOCK = 64
+BLOCK = 256
 """Least rows of a part."""
 
 

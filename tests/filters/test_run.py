@@ -260,6 +260,25 @@ def test_processes_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert outputs(tmp_path / "one") == outputs(tmp_path / "two")
 
 
+def test_processes_share_the_judge_s_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The judge is asked where the rows are, in all by as many requests at once as it may get."""
+    meta = world(tmp_path)
+    monkeypatch.setattr(run_module, "BLOCK", 8)
+    judged(tmp_path / "asked", tmp_path / "one", threads=4)
+
+    class Noting(CountingJudge):
+        def stream(self, prompt: Conversation, params: SamplingParams) -> Iterator[TextDelta]:
+            (self.log.parent / f"{os.getpid()}.asked").touch()
+            return super().stream(prompt, params)
+
+    judge = DataJudge(Noting(tmp_path / "again"), name="fake", cache=tmp_path / "two" / "judge.sqlite", threads=4)
+    run(chain(), meta, tmp_path / "two", FilterOptions(workers=2), judge=judge)
+    assert outputs(tmp_path / "one") == outputs(tmp_path / "two")
+    askers = {path.stem for path in tmp_path.glob("*.asked")}
+    assert len(askers) == 2 and str(os.getpid()) not in askers and judge.threads == 4
+    assert Counter(CountingJudge(tmp_path / "again").asked).keys() == Counter(CountingJudge(tmp_path / "asked").asked).keys()
+
+
 def test_a_complete_run_is_left_alone(tmp_path: Path) -> None:
     world(tmp_path)
     first = judged(tmp_path / "asked", tmp_path / "out")
