@@ -3,7 +3,7 @@
 Every ```python block runs, in the order of its page and in one namespace, and so does every line of a ```sh block of docs/
 that starts with `ivl`, in a folder that has a small model at runs/quickstart/model, the files of `ivl demo-data .` and the
 examples. A block under `<!-- no-run: why -->` does not run; its flags are checked all the same, as are all flags in running
-text.
+text. Trainings of whole epochs stop after a few steps.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ivl.serve.page import write_examples
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-MAX_NOT_RUN = 12
+MAX_NOT_RUN, FEW_STEPS = 12, 4
 FENCE = re.compile(r"(?P<mark><!-- no-run[^\n]*-->\n)?```(?P<kind>\w*)\n(?P<body>.*?)```", re.DOTALL)
 IVL = re.compile(r"^(?:torchrun .*? -m |(?:\.venv/bin/)?)(ivl .*)$")
 
@@ -54,6 +54,12 @@ def commands(block: Block) -> list[list[str]]:
     """Arguments of each `ivl` line."""
     lines = block.body.replace("\\\n", " ").splitlines()
     return [shlex.split(found[1], comments=True)[1:] for line in lines if (found := IVL.match(line.strip()))]
+
+
+def shortened(arguments: list[str]) -> list[str]:
+    """A training of whole epochs stops after a few steps."""
+    whole = arguments[0] == "train" and not {"--num-steps", "--dry-run", "--resume", "--help"} & {*arguments}
+    return [*arguments, "--num-steps", str(FEW_STEPS)] if whole else arguments
 
 
 def call(arguments: list[str]) -> tuple[str, int]:
@@ -126,7 +132,7 @@ def test_blocks_run(page: Path, world: Path, tmp_path: Path, monkeypatch: pytest
             exec(compile("\n" * block.line + block.body, str(page), "exec"), names)
         elif block.kind == "sh" and page.name != "README.md":
             for arguments in commands(block):
-                _, code = call(arguments)
+                _, code = call(shortened(arguments))
                 assert code == 0, f"{page.name}: ivl {shlex.join(arguments)}"
 
 
