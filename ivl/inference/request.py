@@ -66,7 +66,7 @@ class HashedPrompt:
         """
         digest = hashlib.blake2b(before or self.salt, digest_size=16)
         digest.update(array("q", tokens).tobytes())
-        first, stop = self._placeholders_between(start, start + len(tokens))
+        first, stop = self.placeholders_between(start, start + len(tokens))
         if first < stop:
             digest.update(array("q", (first % self.run_length,)).tobytes())
             digest.update(b"".join(self._runs(first, stop)))
@@ -74,22 +74,19 @@ class HashedPrompt:
 
     def tiles_between(self, start: int, stop: int) -> list[bytes]:
         """Return the hashes of the distinct tiles shown between two positions, in order."""
-        return list(dict.fromkeys(self._runs(*self._placeholders_between(start, stop))))
+        return list(dict.fromkeys(self._runs(*self.placeholders_between(start, stop))))
 
     def vision_between(self, start: int, stop: int, encoded: dict[bytes, torch.Tensor]) -> torch.Tensor | None:
         """Return the vision tokens [X, D] of the placeholders between two positions, which may cut their runs."""
-        first, last = self._placeholders_between(start, stop)
+        first, last = self.placeholders_between(start, stop)
         if first == last:
             return None
         runs_XD = torch.cat([encoded[tile] for tile in self._runs(first, last)])
         skipped = first % self.run_length
         return runs_XD[skipped : skipped + last - first]
 
-    def placeholders_between(self, start: int, stop: int) -> array[int]:
-        """Return the positions of the placeholders between two positions."""
-        return self.placeholders[slice(*self._placeholders_between(start, stop))]
-
-    def _placeholders_between(self, start: int, stop: int) -> tuple[int, int]:
+    def placeholders_between(self, start: int, stop: int) -> tuple[int, int]:
+        """Return the numbers of the first placeholder between two positions and of the one behind the last."""
         return bisect_left(self.placeholders, start), bisect_left(self.placeholders, stop)
 
     def _runs(self, first: int, stop: int) -> list[bytes]:

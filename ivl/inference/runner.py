@@ -74,12 +74,11 @@ def _tokens(pieces: list[Piece]) -> torch.Tensor:
 
 def _placeholders(pieces: list[Piece], starts: tuple[int, ...]) -> torch.Tensor:
     """Return where the image placeholders of all pieces are on the token axis, [X]. A reply has none."""
-    at = [
-        start + position - piece.start
-        for piece, start in zip(pieces, starts, strict=True)
-        if piece.in_prompt
-        for position in piece.request.prompt.placeholders_between(piece.start, piece.stop)
-    ]
+    at: list[int] = []
+    for piece, start in zip(pieces, starts, strict=True):
+        prompt = piece.request.prompt
+        between = prompt.placeholders_between(piece.start, piece.stop)
+        at += [start + position - piece.start for position in prompt.placeholders[slice(*between)]]
     return torch.tensor(at, dtype=torch.long)
 
 

@@ -123,11 +123,11 @@ class Varlen(Sdpa):
         """See `Sdpa.cached`; the new keys and values are read from the cache, too."""
         from torch.nn.attention.varlen import varlen_attn
 
-        (bounds, lens_S, table_SB), (keys, values) = cache.addresses, cache.pages(layer)
-        longest, longest_total = max(cache.layout.new_lens), max(cache.layout.total_lens)
+        (bounds, lens_S, table_SB), store, layout = cache.addresses, cache.store, cache.layout
+        keys, values = (slots[layer].unflatten(0, (-1, store.block_size)) for slots in (store.keys, store.values))
         out = varlen_attn(
-            q_TNH, keys, values, bounds, None, longest, longest_total, window_size=(-1, 0), enable_gqa=True,
-            seqused_k=lens_S, block_table=table_SB,
+            q_TNH, keys, values, bounds, None, max(layout.new_lens), max(layout.total_lens), window_size=(-1, 0),
+            enable_gqa=True, seqused_k=lens_S, block_table=table_SB,
             num_splits=1,  # the kernel's own choice depends on the batch, and so would the last bits of a reply
         )  # fmt: skip
         assert isinstance(out, torch.Tensor)

@@ -237,12 +237,6 @@ class CacheStep:
         bounds, lens_S, table = send(numbers, self.store.keys.device).split((num_seqs + 1, num_seqs, len(blocks)))
         return bounds, lens_S, table.view(num_seqs, -1)
 
-    def pages(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the keys and values of all blocks, [blocks, block_size, K, H] each; see addresses."""
-        store = self.store
-        keys, values = (slots[layer].unflatten(0, (-1, store.block_size)) for slots in (store.keys, store.values))
-        return keys, values
-
     def _padded_blocks(self) -> list[int]:
         """The blocks of every sequence, padded to the longest with the sequence's own last block."""
         longest = max(map(len, self.blocks))

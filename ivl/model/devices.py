@@ -11,6 +11,8 @@ def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     A card reads pinned memory of the host by itself, while the host goes on; it would have to be waited for before any other
     memory could be used again.
     """
+    if tensor.device == device:
+        return tensor
     if device.type != "cuda" or not tensor.is_cpu:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
