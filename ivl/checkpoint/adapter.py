@@ -9,7 +9,7 @@ import copy
 import hashlib
 import os
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -73,33 +73,42 @@ def merge(
         save_processor(processor, target)
 
 
-def save_adapter(model: VLM, out_dir: str | Path, *, base: str = "", trained: Iterable[str] = ()) -> None:
+def save_adapter(
+    model: VLM,
+    out_dir: str | Path,
+    *,
+    base: str = "",
+    trained: Iterable[str] = (),
+    get: Callable[[str], torch.Tensor] | None = None,
+) -> None:
     """Write a model's adapters as PEFT does: adapter_config.json, adapter_model.safetensors, and the base's fingerprint.
 
     Args:
         base: name or directory of the base model, for the configuration.
         trained: names of the parameters that differ from the base's; those that are no adapters' are written whole.
+        get: returns a parameter by its name, of a model that is sharded. None takes the model's own.
 
     Raises:
         InputError: if the model has no adapters, or a file cannot be written.
     """
-    entries, parameters = key_map(empty_model(model.config), "transformers"), dict(model.named_parameters())
+    entries, get = key_map(empty_model(model.config), "transformers"), get or model.get_parameter
+    paths = {layer: path for path, layer in lora_layers(model).items()}
     adapted = _adapted(model, entries)
     if not adapted:
         raise InputError("the model carries no LoRA adapters, so there is nothing to save")
     configs = {path: layer.configs[name] for path, (layer, name) in adapted.items()}
     config = next(iter(configs.values()))
     adapters = {
-        f"{PEFT_PREFIX}{path}.lora_{letter}.weight": matrices[name].detach().cpu().contiguous()
+        f"{PEFT_PREFIX}{path}.lora_{letter}.weight": get(f"{paths[layer]}.lora_{letter}.{name}").detach().cpu().contiguous()
         for path, (layer, name) in adapted.items()
-        for letter, matrices in (("A", layer.lora_A), ("B", layer.lora_B))
+        for letter in ("A", "B")
     }
     whole = {name for name in trained if ".lora_" not in name}
     tensors = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for entry in entries
         if entry.ours in whole
-        for name, tensor in zip(entry.theirs, entry.split(parameters[entry.ours]), strict=True)
+        for name, tensor in zip(entry.theirs, entry.split(get(entry.ours)), strict=True)
     }
     modules = _topmost({name for name in tensors if name.removesuffix(".weight") not in adapted}, entries)
     described = {
@@ -121,7 +130,7 @@ def save_adapter(model: VLM, out_dir: str | Path, *, base: str = "", trained: It
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     write_tensors(out / ADAPTER, adapters | {PEFT_PREFIX + name: tensor for name, tensor in tensors.items()})
-    write_json(out / BASE_FILE, {"fingerprint": base_fingerprint(model, whole)})
+    write_json(out / BASE_FILE, {"fingerprint": base_fingerprint(model, whole, get)})
     write_json(out / CONFIG_FILE, described)
 
 
@@ -178,18 +187,20 @@ def adapted(model: VLM, adapter: str | Path) -> VLM:
     return variant.requires_grad_(False).eval()
 
 
-def base_fingerprint(model: VLM, whole: Collection[str]) -> str:
+def base_fingerprint(model: VLM, whole: Collection[str], get: Callable[[str], torch.Tensor] | None = None) -> str:
     """Hash the weights that an adapter leaves as they were, by name and shape and by elements all over each.
 
     Elements count as bfloat16, so that the type in which the base is stored or trained makes no difference.
 
     Args:
+        model: the model.
         whole: names of parameters that are no longer the base's.
+        get: as of save_adapter.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         if ".lora_" not in name and name not in whole:
-            elements = parameter.detach().flatten()
+            elements = (get(name) if get else parameter).detach().flatten()
             sample = elements[:: max(1, len(elements) // SAMPLES)].to("cpu", torch.bfloat16)
             digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()

@@ -65,6 +65,19 @@ class TensorEntry:
             tensors = (torch.cat(parts, dim=1).flatten(0, 2),)
         return tensors if self.form == "same" else tuple(_to_form(tensor, self.form) for tensor in tensors)
 
+    def runs(self, count: int) -> list[tuple[str, int, int]]:
+        """Where our rows lie: name of the tensor, first row in it, and how many follow one another, in the order of ours.
+
+        Args:
+            count: rows of our parameter. Rows of integers that are stored in another form are not found so.
+        """
+        if self.groups is None:
+            return [(name, 0, rows) for name, rows in zip(self.theirs, self.rows or (count,), strict=True)]
+        num_groups, num_queries, head_dim = self.groups
+        parts = ((0, num_queries), (num_queries, 1), (num_queries + 1, 1))  # queries, key and value of a group, in heads
+        size, (name,) = (num_queries + 2) * head_dim, self.theirs
+        return [(name, group * size + at * head_dim, heads * head_dim) for at, heads in parts for group in range(num_groups)]
+
     def shapes(self, ours: Iterable[int]) -> tuple[tuple[int, ...], ...]:
         """Shapes of the checkpoint tensors, from the shape of our parameter."""
         shape = tuple(ours)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,7 +23,16 @@ from ivl.checkpoint.quantization import (
     weight_shapes,
 )
 from ivl.checkpoint.sections import Section, Values, open_section
-from ivl.checkpoint.weights import MAX_SHARD_BYTES, OnMegabytes, StoredWeights, TensorSource, check_entries, write_shards
+from ivl.checkpoint.shards import ShardedWeights, is_sharded_checkpoint
+from ivl.checkpoint.weights import (
+    MAX_SHARD_BYTES,
+    OnMegabytes,
+    RowSource,
+    StoredWeights,
+    TensorSource,
+    check_entries,
+    write_shards,
+)
 from ivl.config import ModelConfig
 from ivl.errors import InputError
 from ivl.model.vlm import VLM
@@ -95,12 +105,7 @@ def save_model(
             adapters; nothing is written then.
     """
     directory, dtype = Path(out_dir), dtype or model.dtype
-    config = to_json(model.config, dialect, str(dtype).removeprefix("torch."))
-    if quantized_layers(model):
-        config["quantization_config"] = quantization_json(schemes_of(model))
-    generation = generation_json(model.config)
-    place = "the configuration to be written"
-    model_config(Section(config, place), Section(generation, place), directory)
+    config, generation = _configurations(model, dialect, dtype, directory)
     tensors = tensors_of(model)
     entries = quantized_entries(model, key_map(empty_model(model.config), dialect))
     extra = sorted(tensors.keys() - {entry.ours for entry in entries})
@@ -113,6 +118,24 @@ def save_model(
     )  # fmt: skip
     write_json(directory / "generation_config.json", generation)
     write_json(directory / "config.json", config)
+
+
+def save_config(model: VLM, directory: Path) -> None:
+    """Write config.json and generation_config.json of the original dialect, without weights."""
+    config, generation = _configurations(model, "internvl_chat", next(model.parameters()).dtype, directory)
+    write_json(directory / "generation_config.json", generation)
+    write_json(directory / "config.json", config)
+
+
+def _configurations(model: VLM, dialect: Dialect, dtype: torch.dtype, directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what goes into config.json and generation_config.json, and refuse values that load_config would refuse."""
+    config = to_json(model.config, dialect, str(dtype).removeprefix("torch."))
+    if quantized_layers(model):
+        config["quantization_config"] = quantization_json(schemes_of(model))
+    generation = generation_json(model.config)
+    place = "the configuration to be written"
+    model_config(Section(config, place), Section(generation, place), directory)
+    return config, generation
 
 
 def empty_model(config: ModelConfig) -> VLM:
@@ -134,7 +157,7 @@ def allocate(model: torch.nn.Module, device: torch.device | str) -> None:
     model._apply(lambda like: torch.empty(like.shape, dtype=like.dtype, device=device) if like.is_meta else like)
 
 
-def open_weights(directory: Path, model: VLM, *, quantized: bool = False) -> tuple[StoredWeights, list[TensorEntry]]:
+def open_weights(directory: Path, model: VLM, *, quantized: bool = False) -> tuple[RowSource, list[TensorEntry]]:
     """Open the weights of a directory, and map them to the model by entries that are checked to fit both.
 
     Args:
@@ -144,6 +167,10 @@ def open_weights(directory: Path, model: VLM, *, quantized: bool = False) -> tup
         InputError: listing missing, unexpected and misshapen tensors, or if weights are quantized unasked.
     """
     dialect = dialect_of(directory)
+    if is_sharded_checkpoint(directory):
+        shards, entries = ShardedWeights(directory), [TensorEntry(name, (name,)) for name, _ in model.named_parameters()]
+        check_entries(entries, {name: tensor.shape for name, tensor in tensors_of(model).items()}, shards)
+        return shards, entries
     entries = key_map(model, dialect)
     top = open_section(directory / "config.json")
     integers = top.values.get("quantization_config") is not None
@@ -212,6 +239,37 @@ def fill(
                 part.copy_(weights.get(name))
         else:
             ours.copy_(read(entry, weights))
+
+
+def open_rows(directory: Path, model: VLM) -> EntryRows:
+    """Open the weights of a directory, checked to fit the model, to be read by rows of our parameters."""
+    weights, entries = open_weights(directory, model)
+    return EntryRows(entries, weights)
+
+
+class EntryRows:
+    """Our parameters as tensors whose rows are read alone, by the entries of a key map."""
+
+    def __init__(self, entries: Sequence[TensorEntry], weights: RowSource) -> None:
+        self.entries, self.weights = {entry.ours: entry for entry in entries}, weights
+        self.shapes = {
+            name: (sum(weights.shapes[theirs][0] for theirs in entry.theirs), *weights.shapes[entry.theirs[0]][1:])
+            for name, entry in self.entries.items()
+        }
+
+    def get(self, name: str) -> torch.Tensor:
+        """Read a parameter."""
+        return read(self.entries[name], self.weights)
+
+    def rows(self, name: str, first: int, last: int) -> torch.Tensor:
+        """Read rows [first, last) of a parameter."""
+        parts, at = [], 0
+        for theirs, begin, count in self.entries[name].runs(self.shapes[name][0]):
+            low, high = max(first, at), min(last, at + count)
+            if low < high:
+                parts.append(self.weights.rows(theirs, begin + low - at, begin + high - at))
+            at += count
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def read(entry: TensorEntry, weights: TensorSource) -> torch.Tensor:

@@ -20,6 +20,7 @@ from ivl.checkpoint.files import listing
 from ivl.checkpoint.keymaps import IGNORED, TensorEntry, foreign_names
 from ivl.checkpoint.sections import open_section
 from ivl.errors import InputError, short
+from ivl.train.shards import DTYPES, TensorFile
 from ivl.utils.files import regular, write_json
 
 WEIGHTS = "model.safetensors"
@@ -29,7 +30,6 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_SHARD_BYTES = 5_000_000_000
 MAX_HEADER_BYTES = 16 << 20
 """A header that names every tensor of the largest model takes 4 MB; parsing takes many times its size."""
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INTEGERS = {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
 """Types of quantized weights."""
 OnMegabytes = Callable[[int, int], None]
@@ -49,6 +49,15 @@ class TensorSource(Protocol):
     def main_dtype(self) -> torch.dtype: ...
 
     def get(self, name: str) -> torch.Tensor: ...
+
+
+class RowSource(TensorSource, Protocol):
+    """Tensors of which rows [first, last) can be read without the others."""
+
+    @property
+    def dtypes(self) -> Mapping[str, torch.dtype]: ...
+
+    def rows(self, name: str, first: int, last: int) -> torch.Tensor: ...
 
 
 class StoredWeights:
@@ -77,6 +86,7 @@ class StoredWeights:
         self._places: dict[str, tuple[Path, str]] = {}
         self._low_rank: dict[str, tuple[str, str, float]] = {}
         self._open: tuple[Path, Any] | None = None
+        self._read: TensorFile | None = None
         index = directory / INDEX
         listed = _read_index(index) if index.exists() and not files else None
         for file_name in files or (_shards(directory) if listed is None else sorted(set(listed.values()))):
@@ -128,6 +138,17 @@ class StoredWeights:
             return tensor
         A, B, scale = self._low_rank[name]
         return (tensor.float() + self.get(B).float() @ self.get(A).float() * scale).to(tensor.dtype)
+
+    def rows(self, name: str, first: int, last: int) -> torch.Tensor:
+        """Read rows [first, last) of a tensor; only these are in memory."""
+        path, stored = self._places[name]
+        if self._read is None or self._read.path != path:
+            self._read = TensorFile(path)
+        rows = self._read.rows(stored, first, last)
+        if name not in self._low_rank:
+            return rows
+        A, B, scale = self._low_rank[name]
+        return (rows.float() + self.get(B)[first:last].float() @ self.get(A).float() * scale).to(rows.dtype)
 
     def fold(self, scale: float) -> dict[str, int]:
         """Let `MODULE.weight` be read with the low-rank matrices added that are stored beside it, and hide those.

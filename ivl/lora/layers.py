@@ -7,7 +7,7 @@ travel both ways unchanged (ivl/checkpoint/adapter.py).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
@@ -28,9 +28,13 @@ class LoraLinear(Linear):
     lora_A[name]: [rank, in], lora_B[name]: [rows of the projection, rank]. The projection of an unfused layer is named
     "weight". The inherited weight and bias keep their names, so the layer's checkpoint keys do not change.
     own: rank and scale of projections that differ from config in them.
+    device: where the adapters lie; None takes the base's.
     """
 
-    def __init__(self, base: Linear, names: list[str], config: LoraConfig, own: dict[str, LoraConfig] | None = None) -> None:
+    def __init__(
+        self, base: Linear, names: list[str], config: LoraConfig, own: dict[str, LoraConfig] | None = None,
+        device: torch.device | None = None,
+    ) -> None:  # fmt: skip
         with torch.device("meta"):
             super().__init__(base.in_features, base.out_features, bias=base.bias is not None, parts=base.parts)
         self.weight, self.bias = base.weight, base.bias
@@ -38,10 +42,12 @@ class LoraLinear(Linear):
         self.configs = configs = dict.fromkeys(names, config) | (own or {})
         self.enabled = True
         self.spans = {name: span for name, span in _spans(base).items() if name in configs}
-        like = base.weight
-        self.lora_A = nn.ParameterDict({n: nn.Parameter(like.new_empty(configs[n].rank, base.in_features)) for n in self.spans})
+        kind = {"dtype": base.weight.dtype, "device": device or base.weight.device}
+        self.lora_A = nn.ParameterDict(
+            {n: nn.Parameter(torch.empty(configs[n].rank, base.in_features, **kind)) for n in self.spans}
+        )
         self.lora_B = nn.ParameterDict(
-            {n: nn.Parameter(like.new_zeros(b - a, configs[n].rank)) for n, (a, b) in self.spans.items()}
+            {n: nn.Parameter(torch.zeros(b - a, configs[n].rank, **kind)) for n, (a, b) in self.spans.items()}
         )
         for parameter in self.lora_A.values():
             nn.init.kaiming_uniform_(parameter, a=5**0.5)
@@ -70,13 +76,16 @@ class LoraLinear(Linear):
             rows[first:last] += self.lora_B[name] @ self.lora_A[name] * self.configs[name].scale
         return rows
 
+    @torch.no_grad()
+    def merge_into(self, weight: torch.Tensor, lora_A: Mapping[str, torch.Tensor], lora_B: Mapping[str, torch.Tensor]) -> None:
+        """Add the products of adapters to a weight, in place, in float32."""
+        for name, (first, last) in self.spans.items():
+            rows = weight[first:last]
+            rows.copy_(rows.float() + lora_B[name].float() @ lora_A[name].float() * self.configs[name].scale)
+
     def merged(self) -> Linear:
         """A plain Linear that shares this layer's weight, with the adapters added to it in float32."""
-        with torch.no_grad():
-            for name, (first, last) in self.spans.items():
-                rows = self.weight[first:last]
-                delta = self.lora_B[name].float() @ self.lora_A[name].float() * self.configs[name].scale
-                rows.copy_(rows.float() + delta)
+        self.merge_into(self.weight, self.lora_A, self.lora_B)
         with torch.device("meta"):
             plain = Linear(self.in_features, self.out_features, bias=self.bias is not None, parts=self.parts)
         plain.weight, plain.bias = self.weight, self.bias
@@ -107,8 +116,13 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
     return {path: module for path, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 
-def add_lora(model: VLM, config: LoraConfig) -> None:
+def add_lora(model: VLM, config: LoraConfig, device: torch.device | None = None) -> None:
     """Put untrained adapters (A kaiming-uniform, B zero) on the target layers, in place; their own weights are frozen.
+
+    Args:
+        model: the model.
+        config: targets, rank, scale and dropout.
+        device: where the adapters lie; None puts each beside its layer.
 
     Raises:
         InputError: if a target names no layer (the message lists what exists), or the model has adapters already.
@@ -121,10 +135,10 @@ def add_lora(model: VLM, config: LoraConfig) -> None:
             kinds = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in known)
             raise InputError(f"LoRA target {target!r} names no linear layer; there are {', '.join(kinds)}")
         chosen |= dict.fromkeys(hits, config)
-    add_adapters(model, chosen)
+    add_adapters(model, chosen, device)
 
 
-def add_adapters(model: VLM, configs: dict[str, LoraConfig]) -> None:
+def add_adapters(model: VLM, configs: dict[str, LoraConfig], device: torch.device | None = None) -> None:
     """Put an untrained adapter on each of the projections, which are given with rank and scale by dotted name, in place.
 
     Raises:
@@ -142,12 +156,32 @@ def add_adapters(model: VLM, configs: dict[str, LoraConfig]) -> None:
     for path, chosen in by_layer.items():
         layer = model.get_submodule(path)
         assert isinstance(layer, Linear)
-        model.set_submodule(path, LoraLinear(layer, list(chosen), next(iter(chosen.values())), chosen))
+        model.set_submodule(path, LoraLinear(layer, list(chosen), next(iter(chosen.values())), chosen, device))
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that a LoRA stage trains, by dotted name."""
     return {name: p for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name}
+
+
+def merged_parameters(model: nn.Module, get: Callable[[str], torch.Tensor]) -> Callable[[str], torch.Tensor]:
+    """Return a function that gives the parameters of the model without adapters, by name, with the adapters merged.
+
+    Args:
+        model: the model with adapters.
+        get: returns a parameter of it by name.
+    """
+    layers = lora_layers(model)
+
+    def merged(name: str) -> torch.Tensor:
+        path, _, leaf = name.rpartition(".")
+        if leaf != "weight" or path not in layers:
+            return get(name)
+        layer, weight = layers[path], get(name).clone()
+        layer.merge_into(weight, *({n: get(f"{path}.{letter}.{n}") for n in layer.spans} for letter in ("lora_A", "lora_B")))
+        return weight
+
+    return merged
 
 
 def merge_lora(model: nn.Module) -> None:

@@ -123,10 +123,9 @@ class Decoder(nn.Module):
         """Return the rotary factors for the layers, in the dtype of the tokens."""
         return rotary(self.config, layout, x_TD.device, x_TD.dtype)
 
-    def init_weights(self) -> None:
-        """Initialize randomly, for training from nothing."""
-        for name, parameter in self.named_parameters():
-            if "norm" in name or name.endswith("bias"):
-                nn.init.constant_(parameter, float("norm" in name))
-            else:
-                nn.init.normal_(parameter, std=0.02)
+    def init_weight(self, name: str, tensor: torch.Tensor) -> None:
+        """Initialize a tensor randomly as the parameter of this name, for training from nothing."""
+        if "norm" in name or name.endswith("bias"):
+            nn.init.constant_(tensor, float("norm" in name))
+        else:
+            nn.init.normal_(tensor, std=0.02)

@@ -45,7 +45,14 @@ class Projector(nn.Module):
 
     def init_weights(self) -> None:
         """Initialize randomly, for training from nothing."""
-        self.norm.reset_parameters()
-        for layer in (self.fc1, self.fc2):
-            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
-            nn.init.zeros_(layer.bias)
+        for name, parameter in self.named_parameters():
+            self.init_weight(name, parameter)
+
+    def init_weight(self, name: str, tensor: torch.Tensor) -> None:
+        """Initialize a tensor randomly as the parameter of this name."""
+        if name.endswith("bias"):
+            nn.init.zeros_(tensor)
+        elif name == "norm.weight":
+            nn.init.ones_(tensor)
+        else:
+            nn.init.normal_(tensor, std=tensor.shape[1] ** -0.5)

@@ -135,16 +135,15 @@ class VisionTransformer(nn.Module):
                 x_GPD = layer(x_GPD)
         return x_GPD  # pyright: ignore[reportUnknownVariableType]
 
-    def init_weights(self) -> None:
-        """Initialize randomly, for training from nothing."""
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            elif "norm" in name:
-                nn.init.ones_(parameter)
-            elif "scale" in name:
-                nn.init.constant_(parameter, self.config.layer_scale_init)
-            elif name in ("embeddings.class_token", "embeddings.positions"):
-                nn.init.normal_(parameter, std=POSITION_STD)
-            else:
-                nn.init.trunc_normal_(parameter, std=0.02)
+    def init_weight(self, name: str, tensor: torch.Tensor) -> None:
+        """Initialize a tensor randomly as the parameter of this name, for training from nothing."""
+        if name.endswith("bias"):
+            nn.init.zeros_(tensor)
+        elif "norm" in name:
+            nn.init.ones_(tensor)
+        elif "scale" in name:
+            nn.init.constant_(tensor, self.config.layer_scale_init)
+        elif name in ("embeddings.class_token", "embeddings.positions"):
+            nn.init.normal_(tensor, std=POSITION_STD)
+        else:
+            nn.init.trunc_normal_(tensor, std=0.02)

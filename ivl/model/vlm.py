@@ -50,8 +50,13 @@ class VLM(nn.Module):
 
     def init_weights(self) -> None:
         """Initialize randomly, for training from nothing; seed torch first to repeat it."""
-        for part in (self.vision, self.projector, self.decoder):
-            part.init_weights()
+        for name, parameter in self.named_parameters():
+            self.init_weight(name, parameter)
+
+    def init_weight(self, name: str, tensor: torch.Tensor) -> None:
+        """Initialize a tensor as the parameter of this name; in the order of parameters it gets the values of init_weights."""
+        part, _, rest = name.partition(".")
+        {"vision": self.vision, "projector": self.projector, "decoder": self.decoder}[part].init_weight(rest, tensor)
 
     def encode_tiles(self, tiles_GSSC: torch.Tensor) -> torch.Tensor:
         """Turn uint8 tiles [G, size, size, 3] into vision tokens [G, U, D]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any, cast
 import torch
 
 from ivl.checkpoint import load_config, load_model, load_tokenizer, resolve
+from ivl.checkpoint.model_dir import empty_model, open_rows
+from ivl.checkpoint.shards import ShardedWeights, is_sharded_checkpoint
 from ivl.config import ModelConfig
 from ivl.cpu import accelerate, has_bfloat16
 from ivl.data.config import DataConfig
@@ -19,15 +22,21 @@ from ivl.evaluation.training import curve_of
 from ivl.lora.layers import add_lora, lora_parameters
 from ivl.model.vlm import VLM
 from ivl.parallel.compile import compile_layers
-from ivl.parallel.shard import shard
+from ivl.parallel.shard import draw_shards, load_shards, shard
 from ivl.processing.processor import Processor
 from ivl.runs.config import RunConfig
+from ivl.runs.gathered import ask_gathered, check_gathered_fits
 from ivl.train.config import PARTS, ObjectiveConfig
 from ivl.train.loop import Evaluator
 from ivl.train.objectives import Objective, ObjectiveContext, StatefulObjective
+from ivl.train.shards import TensorFile, keep, own_part
 from ivl.train.stage import apply_stage, trainable
-from ivl.train.world import World, is_sharded, synchronized
+from ivl.train.world import World, is_sharded
+from ivl.types import Batch
 from ivl.utils.imports import import_object
+
+TRAINABLE = "trainer/trainable.safetensors"
+"""What trains in a LoRA run, of a checkpoint that is not sharded."""
 
 
 def read_architecture(config: RunConfig) -> ModelConfig:
@@ -57,9 +66,67 @@ def with_precision(config: RunConfig, device: torch.device) -> RunConfig:
     return replace(config, train=replace(config.train, precision="bf16" if has_bfloat16(device) else "fp32"))
 
 
-def build_model(config: RunConfig, checkpoint: Path | None = None) -> VLM:
+def build_model(config: RunConfig, checkpoint: Path | None, world: World) -> VLM:
+    """Build the model of a run on this rank, with its adapters, from a checkpoint or as it starts; what trains is marked.
+
+    Raises:
+        InputError: if files do not fit the run, or the weights cannot be meant.
+    """
+    if is_spread(config, world):
+        model = start_sharded(config, checkpoint, world, adapted=True)
+    else:
+        model = start_whole(config, checkpoint)
+        adapt(model, config)
+        if checkpoint is not None and config.lora is not None:
+            restore_trainable(model, checkpoint)
+        place(model, config, world)
+    check_start(model, world)
+    return model
+
+
+def is_spread(config: RunConfig, world: World) -> bool:
+    """Whether the ranks hold shards of one model."""
+    return config.shard and world.size > 1
+
+
+def start_sharded(config: RunConfig, checkpoint: Path | None, world: World, *, adapted: bool) -> VLM:
+    """Build the shards of the model on this rank, whose memory never holds more than them and one tensor.
+
+    Args:
+        config: the run.
+        checkpoint: where to take the weights from, or with LoRA the adapters; None takes those that the run starts from.
+        world: the ranks.
+        adapted: add the run's adapters and mark what trains.
+    """
+    goes_on = checkpoint is not None and config.lora is None
+    model = empty_model(load_config(checkpoint) if goes_on else read_architecture(config)).to(_dtype(config))
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    source = checkpoint if goes_on else resolve(config.model) if config.model else None
+    stored = open_rows(source, model) if source else None  # refuses files before memory is taken
+    adapters: dict[str, torch.Tensor] = {}
+    if adapted:
+        adapt(model, config, torch.device("cpu"))
+        adapters = {name: p.detach() for name, p in lora_parameters(model).items()}
+        model.to("meta")
+    place(model, config, world)
+    if stored:
+        load_shards(model, stored)
+    else:
+        draw_shards(model, config.train.seed, shapes)
+    for name, whole in adapters.items():
+        keep(model.get_parameter(name), whole)
+    if checkpoint is not None and adapters:
+        restore_trainable(model, checkpoint)
+    return model
+
+
+def _dtype(config: RunConfig) -> torch.dtype:
+    return torch.bfloat16 if config.train.precision == "pure_bf16" else torch.float32
+
+
+def start_whole(config: RunConfig, checkpoint: Path | None = None) -> VLM:
     """Build the model on the CPU: from a checkpoint, from the weights that the run starts from, or from random weights."""
-    dtype = torch.bfloat16 if config.train.precision == "pure_bf16" else torch.float32
+    dtype = _dtype(config)
     if checkpoint is not None and config.lora is None:
         return load_model(checkpoint, dtype=dtype, quantized=False)
     if config.model:
@@ -72,39 +139,55 @@ def build_model(config: RunConfig, checkpoint: Path | None = None) -> VLM:
     return model.to(dtype)
 
 
-def adapt(model: VLM, config: RunConfig) -> None:
-    """Add the run's adapters to the model and mark the parameters that train."""
+def adapt(model: VLM, config: RunConfig, device: torch.device | None = None) -> None:
+    """Add the run's adapters to the model, on the device if one is given, and mark the parameters that train."""
     if config.lora is not None:
         torch.manual_seed(config.train.seed)
-        add_lora(model, config.lora)
+        add_lora(model, config.lora, device)
     apply_stage(model, config.stage, adapters=lora_parameters(model), checkpointing=config.train.checkpointing)
 
 
-def check_start(model: VLM) -> None:
+def check_start(model: VLM, world: World) -> None:
     """Refuse weights that cannot be meant: not finite, or a trainable part whose matrices are all zero.
 
     Raises:
-        InputError: naming the parameters.
+        InputError: naming the parameters, on all ranks that share shards.
     """
-    parameters = trainable(model)
-    bad = [name for name, p in parameters.items() if not torch.isfinite(p).all()]
-    if bad:
+    parameters = {name: own_part(p.detach()) for name, p in trainable(model).items()}
+    finite = torch.tensor([bool(torch.isfinite(p).all()) for p in parameters.values()])
+    nonzero = torch.tensor([p.ndim >= 2 and bool(p.any()) for p in parameters.values()])
+    found = {"bad": (~finite).double(), "nonzero": nonzero.double()}
+    if is_sharded(model):
+        found = world.all_reduce(found)
+    if bad := [name for name, count in zip(parameters, found["bad"].tolist(), strict=True) if count]:
         raise InputError(f"{len(bad)} trainable parameters are not finite at the start, first {bad[0]!r}: were they ever set?")
+    sets = {name for name, count in zip(parameters, found["nonzero"].tolist(), strict=True) if count}
     for part in PARTS:
-        matrices = [p for name, p in parameters.items() if name.startswith(f"{part}.") and p.ndim >= 2]
-        if matrices and not any(p.any() for p in matrices):
+        matrices = {name for name, p in parameters.items() if name.startswith(f"{part}.") and p.ndim >= 2}
+        if matrices and not matrices & sets:
             raise InputError(f"every trainable matrix of the {part} is zero, so it cannot learn: was the checkpoint complete?")
+
+
+def restore_trainable(model: VLM, checkpoint: Path) -> None:
+    """Load the trained parameters of a LoRA run's checkpoint into the model."""
+    path = checkpoint / TRAINABLE
+    stored = ShardedWeights(checkpoint) if is_sharded_checkpoint(checkpoint) else TensorFile(path)
+    shapes = {name: tuple(parameter.shape) for name, parameter in trainable(model).items()}
+    if wrong := set(stored.shapes.items()) ^ set(shapes.items()):
+        raise InputError(f"{path}: its tensors differ from the run's parameters in {len(wrong)}, first {min(wrong)[0]!r}")
+    load_shards(model, stored)
 
 
 def place(model: VLM, config: RunConfig, world: World) -> None:
     """Compile and shard the model where the run says so, or move it to this rank's device and accelerate it there.
 
-    A sharded model stays plain: ranks must call its modules equally often.
+    Shards have no content yet. A sharded model stays plain: ranks must call its modules equally often.
     """
     if config.train.compile:
         compile_layers(model)
-    if config.shard and world.size > 1:
+    if is_spread(config, world):
         shard(model, world, torch.bfloat16 if config.train.precision == "bf16" else None)
+        model.to_empty(device=world.device)
     elif model.to(world.device).device.type == "cpu":
         accelerate(model)
 
@@ -129,8 +212,10 @@ def build_run_objective(config: RunConfig, processor: Processor, run_dir: Path, 
         return build_loader(replace(data, epochs=1, shuffle=False), processor, config, world)
 
     def start_model() -> VLM:
-        model = build_model(config).eval().requires_grad_(False)
-        if config.train.precision == "bf16" and not (config.shard and world.size > 1):
+        if is_spread(config, world):
+            return start_sharded(config, None, world, adapted=False).eval().requires_grad_(False)
+        model = start_whole(config).eval().requires_grad_(False)
+        if config.train.precision == "bf16":
             model.to(torch.bfloat16)  # nothing of it trains, so it needs no float32 parameters
         place(model, config, world)
         return model
@@ -170,11 +255,12 @@ def build_validation(config: RunConfig, processor: Processor, objective: Objecti
     def loss(model: VLM) -> dict[str, float]:
         total = torch.zeros(2, dtype=torch.float64)
         loader = build_loader(data, processor, config, world)
-        for number, batch in enumerate(synchronized(iter(loader), world) if is_sharded(model) else loader):
+        for number, (batch, counts) in enumerate(_in_step(iter(loader), world) if is_sharded(model) else _counted(loader)):
             if config.val_packs and number * world.size >= config.val_packs:
                 break
             value = objective(model, batch)
-            total += torch.tensor([float(value.total), float(value.weight)], dtype=torch.float64)
+            if counts:
+                total += torch.tensor([float(value.total), float(value.weight)], dtype=torch.float64)
         loss_sum, weight = world.all_reduce({"loss": total})["loss"].tolist()
         if not weight:
             raise InputError(f"{data.mixture}: the validation data gave no trained token")
@@ -183,9 +269,31 @@ def build_validation(config: RunConfig, processor: Processor, objective: Objecti
     return Evaluator("validation", config.val_every, loss)
 
 
-def build_curves(config: RunConfig, processor: Processor) -> tuple[Evaluator, ...]:
-    """Build the evaluators of tasks, whose questions are read now."""
+def _counted(batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
+    return ((batch, True) for batch in batches)
+
+
+def _in_step(batches: Iterator[Batch], world: World) -> Iterator[tuple[Batch, bool]]:
+    """Yield batches and that they count, then the last one again, which does not, while another rank has one.
+
+    Raises:
+        InputError: if a rank has no batch at all.
+    """
+    last = None
+    while not world.all((batch := next(batches, None)) is None):
+        if last is None and not world.all(batch is not None):
+            raise InputError(f"the validation data have fewer packs than the {world.size} ranks: give more, or fewer ranks")
+        last = batch or last
+        assert last is not None
+        yield last, batch is not None
+
+
+def build_curves(config: RunConfig, processor: Processor, model: VLM, world: World) -> tuple[Evaluator, ...]:
+    """Build the evaluators of tasks, whose questions are read now. The first rank asks a sharded model, gathered."""
+    if config.eval_tasks and is_sharded(model):
+        check_gathered_fits(model, Path(config.run_dir), world)
+    curves = {name: curve_of(name, config.eval_limit, processor) for name in config.eval_tasks}
     return tuple(
-        Evaluator(name.rpartition(":")[2], config.eval_every, curve_of(name, config.eval_limit, processor))
-        for name in config.eval_tasks
+        Evaluator(name.rpartition(":")[2], config.eval_every, partial(ask_gathered, curve, world))
+        for name, curve in curves.items()
     )

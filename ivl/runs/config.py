@@ -88,8 +88,6 @@ class RunConfig:
         )  # fmt: skip
         if self.replicate > 1 and not self.shard:
             raise InputError(f"replicate {self.replicate} makes copies of a sharded model: give shard = True, too")
-        if self.shard and self.eval_tasks:
-            raise InputError("eval_tasks need whole parameters on each rank: shard = False, or evaluate the checkpoints")
         self.objective.check(self.data, self.stage, self.lora)
 
     @property
@@ -130,7 +128,7 @@ def run_config(values: Any, where: str) -> RunConfig:
 
 FREE_ON_RESUME = frozenset((
     "out_dir", "val_every", "val_packs", "keep_best", "patience", "eval_tasks", "eval_every", "eval_limit", "val_data",
-    "save_dtype", "device",
+    "save_dtype", "device", "shard",
     "train.save_every", "train.keep_last", "train.log_every", "train.log_samples", "train.tensorboard", "train.log_to",
     "data.num_workers", "data.prefetch", "data.start_method", "data.cache_samples", "data.on_error", "data.max_skip_share",
 ))  # fmt: skip

@@ -13,26 +13,30 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from ivl.checkpoint import save_model, save_processor
 from ivl.checkpoint.adapter import save_adapter
+from ivl.checkpoint.model_dir import empty_model, save_config
+from ivl.checkpoint.shards import ShardedWeights, is_sharded_checkpoint
 from ivl.data.loader import Loader
 from ivl.data.mixture import load_mixture
 from ivl.errors import InputError, short
 from ivl.formats.rows import row_files
-from ivl.lora.layers import add_lora, merge_lora
+from ivl.lora.layers import merged_parameters
 from ivl.model.vlm import VLM
+from ivl.parallel.shard import ReadWhole, whole_parameters
 from ivl.processing.processor import Processor
+from ivl.runs.build import TRAINABLE
 from ivl.runs.config import RunConfig, differences, run_config, to_json
 from ivl.train.stage import trainable
-from ivl.train.state import MARKER, load_trainer, places, step_of
-from ivl.train.world import World, full_tensor, is_sharded
+from ivl.train.state import MARKER, CheckpointWriter, SavedTrainer, load_trainer, places, step_of
+from ivl.train.world import World, is_sharded
 from ivl.utils.files import locked, write_json
 from ivl.utils.sealed import check_sealed, put_in_place
 from ivl.utils.strict_json import read_json
@@ -144,7 +148,7 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
             continue
         try:
             check_sealed(path, MARKER)
-            load_trainer(path)
+            read_trainer(path)
         except InputError as error:
             damaged.append(error)
             print(f"{path} is damaged and left alone: {error}", file=sys.stderr)
@@ -174,87 +178,76 @@ def load_run_config(directory: Path) -> RunConfig:
     raise InputError(f"{directory}: not a training run, there is no {CONFIG} in it")
 
 
-def gather_model(model: VLM, config: RunConfig, world: World) -> VLM | None:
-    """Gather the whole model on the first rank, None on others; all ranks call this together."""
+def checkpoint_writer(model: VLM, processor: Processor, config: RunConfig, world: World) -> CheckpointWriter:
+    """Make the writer of the run's checkpoints; all ranks call this together."""
+    run_dir, keep_last = Path(config.run_dir), config.train.keep_last
+    write = partial(write_checkpoint_model, model, processor, config)
     if not is_sharded(model):
-        return model if world.is_main else None
-    full = None
-    if world.is_main:
-        with torch.device("meta"):
-            full = VLM(model.config)
-            if config.lora is not None:
-                add_lora(full, config.lora)
-        full = full.to(next(model.parameters()).dtype).to_empty(device="cpu")
-        for name, parameter in model.named_parameters():
-            full.get_parameter(name).requires_grad_(parameter.requires_grad)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            value = full_tensor(parameter)
-            if full is not None:
-                full.get_parameter(name).copy_(value)
-    return full
+        return CheckpointWriter(run_dir, write, world, keep_last)
+    from ivl.parallel.saving import ShardedCheckpoints
+
+    def parameters() -> dict[str, torch.Tensor]:
+        return dict(model.named_parameters() if config.lora is None else trainable(model))
+
+    return ShardedCheckpoints(run_dir, write, world, keep_last, parameters=parameters)
 
 
-def write_checkpoint_model(model: VLM, processor: Processor, config: RunConfig, directory: Path, world: World) -> None:
-    """Write what a checkpoint holds besides the trainer's state: a model directory, or with LoRA the adapter alone."""
-    full = gather_model(model, config, world)
-    if full is None:
-        return
+def write_checkpoint_model(model: VLM, processor: Processor, config: RunConfig, directory: Path) -> None:
+    """Write what a checkpoint holds besides the trainer's state: a model directory, or with LoRA the adapter alone.
+
+    Of a sharded run these are the files without tensors.
+    """
     if config.lora is None:
-        save_model(full, directory)
+        (save_config if is_sharded(model) else save_model)(model, directory)
         save_processor(processor, directory)
-    else:
-        save_adapter(full, directory, base=config.model, trained=trainable(full))
-        tensors = {name: p.detach().cpu().contiguous() for name, p in trainable(full).items()}
-        save_file(tensors, directory / "trainer" / "trainable.safetensors")
+    elif not is_sharded(model):
+        save_adapter(model, directory, base=config.model, trained=trainable(model))
+        tensors = {name: p.detach().cpu().contiguous() for name, p in trainable(model).items()}
+        save_file(tensors, directory / TRAINABLE)
     write_json(directory / "trainer" / CONFIG, to_json(config))
 
 
-def restore_trainable(model: VLM, checkpoint: Path) -> None:
-    """Load the trained parameters of a LoRA run's checkpoint into the model."""
-    path = checkpoint / "trainer" / "trainable.safetensors"
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
-    parameters = trainable(model)
-    shapes = ({name: tuple(value.shape) for name, value in values.items()} for values in (tensors, parameters))
-    if wrong := set.symmetric_difference(*(set(each.items()) for each in shapes)):
-        raise InputError(f"{path}: its tensors differ from the run's parameters in {len(wrong)}, first {min(wrong)[0]!r}")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+def read_trainer(checkpoint: Path) -> SavedTrainer:
+    """Read what a checkpoint holds besides the model, sharded or not."""
+    return load_trainer(checkpoint, ShardedWeights(checkpoint, state=True) if is_sharded_checkpoint(checkpoint) else None)
 
 
 def write_final_model(model: VLM, processor: Processor, config: RunConfig, world: World) -> None:
-    """Write run_dir/model, whole or not at all; with LoRA also run_dir/adapter."""
-    full, run_dir = gather_model(model, config, world), Path(config.run_dir)
-    if full is None:
-        return
-    temp = run_dir / ".tmp-adapter"
-    if config.lora is not None:
-        save_adapter(full, temp, base=config.model, trained=trainable(full))
-        put_in_place(temp, run_dir / "adapter")
-        merge_lora(full)
-    temp = run_dir / ".tmp-model"
-    save_model(full, temp, dtype=getattr(torch, config.save_dtype) if config.save_dtype else None)
-    save_processor(processor, temp)
-    put_in_place(temp, run_dir / "model")
+    """Write run_dir/model, whole or not at all; with LoRA also run_dir/adapter. Shards are gathered tensor by tensor."""
+    run_dir = Path(config.run_dir)
+    with whole_parameters(model, world) as get:
+        if get is None:
+            return
+        temp = run_dir / ".tmp-adapter"
+        if config.lora is not None:
+            save_adapter(model, temp, base=config.model, trained=trainable(model), get=get)
+            put_in_place(temp, run_dir / "adapter")
+        temp = run_dir / ".tmp-model"
+        _write_whole(model, processor, config, temp, get)
+        put_in_place(temp, run_dir / "model")
+
+
+def _write_whole(model: VLM, processor: Processor, config: RunConfig, directory: Path, get: ReadWhole) -> None:
+    """Write a model directory, with adapters merged."""
+    plain = empty_model(model.config).to(next(model.parameters()).dtype)
+    dtype = getattr(torch, config.save_dtype) if config.save_dtype else None
+    save_model(plain, directory, dtype=dtype, get=merged_parameters(model, get))
+    save_processor(processor, directory)
 
 
 def write_best_model(model: VLM, processor: Processor, config: RunConfig, world: World) -> None:
     """Write run_dir/best anew: the model as it is now, with LoRA its adapter, which `--adapter` takes."""
-    full, run_dir = gather_model(model, config, world), Path(config.run_dir)
-    if full is None:
-        return
+    run_dir = Path(config.run_dir)
     temp, gone, place = run_dir / ".tmp-best", run_dir / ".tmp-best-gone", run_dir / "best"
-    for path in (temp, gone):
-        shutil.rmtree(path, ignore_errors=True)
-    if config.lora is not None:
-        save_adapter(full, temp, base=config.model, trained=trainable(full))
-    else:
-        save_model(full, temp, dtype=getattr(torch, config.save_dtype) if config.save_dtype else None)
-        save_processor(processor, temp)
+    with whole_parameters(model, world) as get:
+        if get is None:
+            return
+        for path in (temp, gone):
+            shutil.rmtree(path, ignore_errors=True)
+        if config.lora is not None:
+            save_adapter(model, temp, base=config.model, trained=trainable(model), get=get)
+        else:
+            _write_whole(model, processor, config, temp, get)
     if place.is_dir():
         place.rename(gone)
     put_in_place(temp, place)

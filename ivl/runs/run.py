@@ -18,34 +18,31 @@ from ivl.parallel.launch import Watchdog, start_world, stop_world
 from ivl.processing.processor import Processor
 from ivl.runs.best import BestModel
 from ivl.runs.build import (
-    adapt,
     build_curves,
     build_loader,
     build_model,
     build_processor,
     build_run_objective,
     build_validation,
-    check_start,
-    place,
     with_precision,
 )
 from ivl.runs.config import RunConfig, to_json
 from ivl.runs.directory import (
     RunStart,
     begin,
+    checkpoint_writer,
     open_directory,
+    read_trainer,
     record_data,
     record_environment,
-    restore_trainable,
     write_best_model,
-    write_checkpoint_model,
     write_final_model,
 )
 from ivl.runs.outcome import describe, draw, read_metrics, validation_losses
 from ivl.train.loop import Evaluator, StoppedError, train
 from ivl.train.objectives import StatefulObjective
 from ivl.train.recorder import Recorder
-from ivl.train.state import CheckpointWriter, SavedTrainer, checkpoints, load_trainer, step_of
+from ivl.train.state import SavedTrainer, checkpoints, step_of
 from ivl.train.world import World
 from ivl.utils.metrics import TensorBoardLogger, TrackerLogger, import_tracker
 from ivl.utils.signals import Interruption
@@ -101,17 +98,12 @@ def _train_in(
     run_dir, checkpoint = Path(config.run_dir), start.checkpoint
     for package in config.train.log_to:
         import_tracker(package)
-    model = build_model(config, checkpoint)
+    model = build_model(config, checkpoint, world)
     processor = build_processor(config, model)
-    adapt(model, config)
-    if checkpoint is not None and config.lora is not None:
-        restore_trainable(model, checkpoint)
-    check_start(model)
-    place(model, config, world)
     objective = build_run_objective(config, processor, run_dir, world, resumed=checkpoint is not None)
     loader = build_loader(config.data, processor, config, world)
     validation = build_validation(config, processor, objective, world)
-    saved = load_trainer(checkpoint) if checkpoint is not None else None
+    saved = read_trainer(checkpoint) if checkpoint is not None else None
     if saved is not None and allow_changed:
         accept_rows(saved, loader)
     step = saved.step if saved else 0
@@ -122,7 +114,7 @@ def _train_in(
     if isinstance(objective, StatefulObjective):
         objective.prepare(model)
     record_environment(run_dir, loader, world, step)
-    own = (*build_curves(config, processor), *(make_evaluators(processor) if make_evaluators else ()))
+    own = (*build_curves(config, processor, model, world), *(make_evaluators(processor) if make_evaluators else ()))
     if validation is not None:
         own = (best.watch(validation), *own)
     budgets = config.data.max_tokens, config.data.max_tiles
@@ -130,13 +122,12 @@ def _train_in(
         config.name, config.train, directory=run_dir, step=step, budgets=budgets, epoch_samples=len(loader.mixture),
         boards=open_boards(config, step) if world.is_main else (), on=world.is_main,
     )  # fmt: skip
-    writer = CheckpointWriter(
-        run_dir, lambda directory: write_checkpoint_model(model, processor, config, directory, world), world,
-        config.train.keep_last,
-    )  # fmt: skip
     interruption = Interruption("stops after this step; a second signal ends it at once")
     try:
-        with interruption, closing(Watchdog(world, run_dir)) as watch:
+        with (
+            interruption, closing(Watchdog(world, run_dir)) as watch,
+            checkpoint_writer(model, processor, config, world) as writer,
+        ):  # fmt: skip
             history = [] if best.is_over else train(
                 model, loader, config.train, objective=objective, evaluators=own, recorder=recorder, resume=saved,
                 num_samples=loader.num_samples, world=world, checkpoints=writer, stop=interruption, watch=watch,

@@ -178,6 +178,9 @@ class Trainer:
         self.evaluated: dict[Evaluator, int] = {}  # the last step of each
         self.is_between_steps = True
         """False while an update is under way, which no checkpoint could hold."""
+        self.shares_model = is_sharded(model) or world.tensor > 1
+        self.is_in_model = False
+        """Whether ranks that share the model may wait for this one inside the model, where nobody can tell them of an error."""
         set_modes(model)
 
     @property
@@ -191,8 +194,10 @@ class Trainer:
         for evaluator in [each for each in evaluators if self.evaluated.get(each) != step]:
             self.evaluated[evaluator] = step
             self.model.eval()
+            self.is_in_model = self.shares_model
             with torch.no_grad(), self.computing:
                 figures = dict(evaluator.run(self.model))
+            self.is_in_model = False
             reshard(self.model)
             set_modes(self.model)
             self.recorder.write_evaluation(step, evaluator.name, figures)
@@ -205,7 +210,7 @@ class Trainer:
         self.saved_step = self.counters.step  # a save that fails is not tried again
         if sync:
             self.recorder.sync()
-        optimizer = self.optimizer.state(keep=self.world.is_main)
+        optimizer = self.optimizer.state()
         state = {"counters": vars(self.counters), "objective": self.stateful.state()}
         self.checkpoints.save(self.counters.step, optimizer=optimizer, state=state, data=self.position)
 
@@ -218,9 +223,7 @@ class Trainer:
             raise
         except Exception as error:
             told = isinstance(error, RankFailedError)
-            alone = self.world.size == 1 or not (is_sharded(self.model) or self.world.tensor > 1)
-            if self.is_between_steps and (told or alone):
-                # Ranks that share a model save only if told: others may wait inside it, where nobody can tell them.
+            if self.is_between_steps and (told or not self.is_in_model):
                 try:
                     if not told:
                         self.world.fail(str(error))
@@ -233,7 +236,7 @@ class Trainer:
     def restore(self, saved: SavedTrainer) -> None:
         """Go on from a checkpoint; raises InputError if it does not fit the run."""
         try:
-            self.optimizer.restore(saved.optimizer)
+            self.optimizer.restore(saved.optimizer, cuts_of(self.model))
             self.counters, self.saved_step = saved.counters, saved.step
             self.started = time.monotonic() - self.counters.seconds
             if saved.objective:
@@ -273,8 +276,10 @@ class Trainer:
                 continue
             torch.manual_seed(_seed_of_pack(self.config.seed, self.counters.step, micro * world.data_size + world.data_rank))
             place = f"step {self.counters.step + 1}, {name_samples(batch)}"
+            self.is_in_model = self.shares_model
             loss, weight = self._loss(batch, place)
             loss.total.backward()
+            self.is_in_model = False
             sums.add(batch, loss, place, weight)
         return sums
 

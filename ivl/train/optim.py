@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ivl.train.config import OptimConfig
-from ivl.train.world import distribute, full_tensor
+from ivl.train.shards import StoredTensors, fill
+from ivl.train.world import NO_CUTS, ModelCuts
 
 
 class Optimizer:
@@ -50,31 +51,26 @@ class Optimizer:
             part.step()
             part.zero_grad(set_to_none=True)
 
-    def state(self, *, keep: bool = True) -> dict[str, torch.Tensor]:
-        """Return whole tensors by `parameter|name`, such as `decoder.head.weight|exp_avg`.
-
-        With shards every rank takes part in the gathering; a rank that does not keep them gets an empty dict.
-        """
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return tensors by `parameter|name`, such as `decoder.head.weight|exp_avg`; moments of a shard are shards, too."""
         names: dict[torch.Tensor, str] = {p: name for name, p in self.parameters.items()}
-        tensors: dict[str, torch.Tensor] = {}
-        for part in self.parts:
-            for p, state in part.state.items():
-                for key, value in state.items():
-                    full = full_tensor(value)
-                    if keep:
-                        tensors[f"{names[p]}|{key}"] = full.cpu()
-        return tensors
+        states = ((names[p], state) for part in self.parts for p, state in part.state.items())
+        return {f"{name}|{key}": value for name, state in states for key, value in state.items()}
 
-    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take over what state() returned.
+    def restore(self, stored: StoredTensors, cuts: ModelCuts = NO_CUTS) -> None:
+        """Take over what state() returned, from files. A rank reads the rows of the moments that it holds.
+
+        Args:
+            stored: the whole tensors.
+            cuts: how tensor ranks share the parameters.
 
         Raises:
             ValueError: if the tensors do not belong to exactly these parameters.
         """
-        states: dict[str, dict[str, torch.Tensor]] = {}
-        for full, value in tensors.items():
+        states: dict[str, dict[str, tuple[int, ...]]] = {}
+        for full, shape in stored.shapes.items():
             name, _, key = full.rpartition("|")
-            states.setdefault(name, {})[key] = value
+            states.setdefault(name, {})[key] = shape
         if wrong := set(states) ^ set(self.parameters):
             raise ValueError(f"optimizer state and trainable parameters differ in {len(wrong)} names, first {min(wrong)!r}")
         names = {p: name for name, p in self.parameters.items()}
@@ -82,11 +78,19 @@ class Optimizer:
             keys = {"momentum_buffer"} if isinstance(part, Muon) else {"step", "exp_avg", "exp_avg_sq"}
             for group in part.param_groups:
                 for p in group["params"]:
-                    # Counts and moments live beside their parameter, where the fused kernel wants them.
-                    state = states[names[p]]
-                    if set(state) != keys or any(v.ndim and v.shape != p.shape for v in state.values()):
-                        raise ValueError(f"the optimizer's state of {names[p]!r} has other tensors")
-                    part.state[p] = {k: distribute(v, p) if v.ndim else v.to(p.device, copy=True) for k, v in state.items()}
+                    name, shapes = names[p], states[names[p]]
+                    if set(shapes) != keys or any(shape and cuts.shape(name, shape) != p.shape for shape in shapes.values()):
+                        raise ValueError(f"the optimizer's state of {name!r} has other tensors")
+                    part.state[p] = {key: _read(stored, f"{name}|{key}", p, cuts) for key in shapes}
+
+
+def _read(stored: StoredTensors, name: str, p: nn.Parameter, cuts: ModelCuts) -> torch.Tensor:
+    """Read a count or a moment beside its parameter, where the fused kernel wants it."""
+    if not stored.shapes[name]:
+        return stored.get(name).to(p.device)
+    value = torch.empty_like(p, requires_grad=False)
+    fill(value, stored, name, cuts)
+    return value
 
 
 class Muon(torch.optim.Optimizer):

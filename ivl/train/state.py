@@ -7,9 +7,9 @@ run_dir/checkpoint-N/        a complete model directory, as write_model writes i
     COMPLETE                 written last: size and hash of every other file
 
 A checkpoint is written beside its place under another name, flushed to disk, and renamed. There is no generator state
-to save: the loop seeds torch anew for every pack from (seed, step, pack), so resuming needs the step alone. Weights and
-optimizer are saved whole, also of a sharded run, and the data positions of all ranks are read together: another number of
-ranks may go on.
+to save: the loop seeds torch anew for every pack from (seed, step, pack), so resuming needs the step alone. The data
+positions of all ranks are read together: another number of ranks may go on. A sharded run has each rank write what it holds,
+while training goes on (ivl/parallel/saving.py); weights and optimizer are then files in shards/.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from ivl.errors import InputError, short
+from ivl.train.shards import StoredTensors, TensorFile
 from ivl.train.world import World
 from ivl.utils.files import write_json
 from ivl.utils.sealed import check_sealed, put_in_place, seal
@@ -46,52 +46,76 @@ class Counters:
     seconds: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class CheckpointWriter:
-    """Writes run_dir/checkpoint-STEP; all ranks call save together."""
+    """Writes run_dir/checkpoint-STEP; all ranks call save together. A context: at its end everything is on disk."""
 
     run_dir: Path
     write_model: Callable[[Path], None]
-    """Writes model files into a directory. Every rank calls it, for it may gather shards; only the first should write."""
+    """Writes the model's files into a directory; the first rank calls it."""
     world: World
     keep_last: int = 0
     """Newest checkpoints kept; 0 keeps all."""
 
-    def save(self, step: int, *, optimizer: dict[str, torch.Tensor], state: dict[str, Any], data: dict[str, Any]) -> Path:
+    def save(self, step: int, *, optimizer: dict[str, torch.Tensor], state: dict[str, Any], data: dict[str, Any]) -> None:
         """Write a checkpoint, then remove older ones beyond keep_last.
 
         Args:
             step: steps done.
-            optimizer: whole tensors; read on the first rank only.
+            optimizer: its state, as Optimizer.state returns it.
             state: counters and the objective's state, the same on all ranks.
             data: this rank's data position.
         """
-        run_dir, world = self.run_dir, self.world
-        final, temp = run_dir / f"checkpoint-{step}", run_dir / f".tmp-checkpoint-{step}"
+        world, temp = self.world, self.part(step)
+        try:
+            self.begin(step, state, data)
+            if world.is_main:
+                tensors = {name: value.detach().cpu().contiguous() for name, value in optimizer.items()}
+                save_file(tensors, temp / OPTIMIZER)
+            world.barrier()
+            if world.is_main:
+                self.finish(step)
+        except BaseException:
+            shutil.rmtree(temp, ignore_errors=True)  # the disk may be full
+            raise
+        world.barrier()
+
+    def part(self, step: int) -> Path:
+        """Return the directory that becomes a checkpoint when it is complete."""
+        return self.run_dir / f".tmp-checkpoint-{step}"
+
+    def begin(self, step: int, state: dict[str, Any], data: dict[str, Any]) -> None:
+        """Write everything but the optimizer into the part of a checkpoint; arguments as `save`."""
+        world, temp = self.world, self.part(step)
         if world.is_main:
             shutil.rmtree(temp, ignore_errors=True)
             (temp / "trainer").mkdir(parents=True)
         world.barrier()
-        try:
-            write_json(temp / "trainer" / f"rank-{world.rank}.json", data)
+        write_json(temp / "trainer" / f"rank-{world.rank}.json", data)
+        if world.is_main:
             self.write_model(temp)
-            if world.is_main:
-                tensors = {name: value.detach().cpu().contiguous() for name, value in optimizer.items()}
-                save_file(tensors, temp / OPTIMIZER)
-                write_json(temp / STATE, {"step": step, "world_size": world.size, **state})
-            world.barrier()
-            if world.is_main:
-                seal(temp, MARKER)
-                put_in_place(temp, final)
-        except BaseException:
-            shutil.rmtree(temp, ignore_errors=True)  # the disk may be full
-            raise
-        if world.is_main and self.keep_last:
+            write_json(temp / STATE, {"step": step, "world_size": world.size, **state})
+
+    def finish(self, step: int, hashed: dict[str, list[Any]] | None = None) -> None:
+        """Seal the part that every rank has written, put it in its place, and remove older checkpoints beyond keep_last.
+
+        Args:
+            step: of the checkpoint.
+            hashed: size and hash of files whose writers know them, by their names.
+        """
+        run_dir, temp = self.run_dir, self.part(step)
+        seal(temp, MARKER, hashed)
+        put_in_place(temp, run_dir / f"checkpoint-{step}")
+        if self.keep_last:
             for old in [path for path in checkpoints(run_dir) if step_of(path) <= step][: -self.keep_last]:
                 # Renamed first: a half-deleted directory must never look like a checkpoint.
                 shutil.rmtree(old.rename(run_dir / f".tmp-{old.name}-gone"))
-        world.barrier()
-        return final
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait for what `save` has begun; nothing, where save itself waits."""
 
 
 @dataclass(frozen=True)
@@ -116,13 +140,17 @@ class SavedTrainer:
     step: int
     counters: Counters
     objective: dict[str, Any]
-    optimizer: dict[str, torch.Tensor]
+    optimizer: StoredTensors
     positions: list[dict[str, Any]]
     """Data position of every rank that wrote the checkpoint."""
 
 
-def load_trainer(checkpoint: Path) -> SavedTrainer:
+def load_trainer(checkpoint: Path, optimizer: StoredTensors | None = None) -> SavedTrainer:
     """Read what a checkpoint holds besides the model.
+
+    Args:
+        checkpoint: its directory.
+        optimizer: the optimizer's tensors, where they are not in a file of their own.
 
     Raises:
         InputError: naming the file that is not what it should be.
@@ -136,11 +164,8 @@ def load_trainer(checkpoint: Path) -> SavedTrainer:
         positions.append(read_json(path))
         if not isinstance(positions[-1], dict):
             raise InputError(f"{path}: must be an object, got {short(positions[-1])}")
-    try:
-        optimizer = load_file(checkpoint / OPTIMIZER)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{checkpoint / OPTIMIZER}: cannot be read ({error})") from None
-    return SavedTrainer(checkpoint, state.step, state.counters, state.objective or {}, optimizer, positions)
+    stored = optimizer or TensorFile(checkpoint / OPTIMIZER)
+    return SavedTrainer(checkpoint, state.step, state.counters, state.objective or {}, stored, positions)
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

@@ -80,6 +80,10 @@ class ModelCuts:
         """Return this rank's share of a whole parameter, or of a tensor of its shape."""
         return self.cuts[name].share(whole, self.rank, self.count) if name in self.cuts else whole
 
+    def shape(self, name: str, whole: Sequence[int]) -> torch.Size:
+        """Return the shape of this rank's share."""
+        return self.share(name, torch.empty(whole, device="meta")).shape
+
 
 NO_CUTS = ModelCuts()
 
@@ -296,15 +300,6 @@ def reshard(model: nn.Module) -> None:
 def full_tensor(tensor: Any) -> torch.Tensor:
     """Gather the whole tensor of a shard on every rank; all ranks call this together. A plain tensor passes through."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def distribute(tensor: torch.Tensor, like: Any) -> torch.Tensor:
-    """Return this rank's shard of a whole tensor, placed as `like` is; the whole tensor if `like` is not sharded."""
-    if not hasattr(like, "full_tensor"):
-        return tensor.to(like.device)
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
 def synchronized(items: Iterator[WorldItem], world: World) -> Iterator[WorldItem]:

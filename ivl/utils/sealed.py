@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ivl.errors import InputError, short
 from ivl.utils.files import digest, regular, sync, write_json
 from ivl.utils.strict_json import read_json
 
 
-def seal(directory: Path, marker: str) -> None:
-    """Flush every file of a directory to disk, and write a marker with the size and hash of each."""
+def seal(directory: Path, marker: str, hashed: Mapping[str, list[Any]] | None = None) -> None:
+    """Flush every file of a directory to disk, and write a marker with the size and hash of each.
+
+    Args:
+        directory: a directory whose files are complete.
+        marker: the marker's name.
+        hashed: size and hash of files that need not be read again, by their names.
+    """
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     for path in (*files, *(path for path in directory.rglob("*") if path.is_dir())):
         sync(path)
-    write_json(directory / marker, {p.relative_to(directory).as_posix(): [p.stat().st_size, digest([p])] for p in files})
+    names = {path.relative_to(directory).as_posix(): path for path in files}
+    known = hashed or {}
+    write_json(directory / marker, {name: known.get(name) or size_and_hash(path) for name, path in names.items()})
+
+
+def size_and_hash(path: Path) -> list[Any]:
+    """Return what a marker says of a file."""
+    return [path.stat().st_size, digest([path])]
 
 
 def check_sealed(directory: Path, marker: str, *, content: bool = True) -> set[str]:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ivl.config import LoraConfig
 from ivl.errors import InputError
@@ -8,7 +9,9 @@ from ivl.runs.build import check_start
 from ivl.runs.plan import count_by_part
 from ivl.train.config import OptimConfig, Stage
 from ivl.train.optim import Muon, Optimizer, decays, is_hidden_matrix, lr_factor
+from ivl.train.shards import TensorFile
 from ivl.train.stage import trainable
+from ivl.train.world import World
 from tests.conftest import tiny_config
 from tests.helpers.training import staged
 
@@ -44,7 +47,7 @@ def test_groups():
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_state_goes_in_and_out_exactly(name):
+def test_state_goes_in_and_out_exactly(name, tmp_path):
     config = OptimConfig(name=name, lr=1e-2, lr_vision=1e-3, weight_decay=0.1)
 
     def steps(model: VLM, optimizer: Optimizer, count: int, seed: int) -> None:
@@ -60,12 +63,14 @@ def test_state_goes_in_and_out_exactly(name):
     steps(model, optimizer, 3, 1)
     other.load_state_dict(model.state_dict())
     resumed = Optimizer(trainable(other), config)
-    resumed.restore({k: v.clone() for k, v in optimizer.state().items()})
+    save_file(optimizer.state(), tmp_path / "state")
+    resumed.restore(TensorFile(tmp_path / "state"))
     steps(model, optimizer, 2, 2)
     steps(other, resumed, 2, 2)
     assert all(p.equal(q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
     with pytest.raises(ValueError, match="differ in"):
-        resumed.restore(dict(list(optimizer.state().items())[3:]))
+        save_file(dict(list(optimizer.state().items())[3:]), tmp_path / "state")
+        resumed.restore(TensorFile(tmp_path / "state"))
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
@@ -115,13 +120,13 @@ def test_schedule():
 @pytest.mark.parametrize("part", ["vision", "projector", "decoder"])
 def test_zero_and_unset_weights_are_refused(part):
     model = staged()
-    check_start(model)
+    check_start(model, World())
     with torch.no_grad():
         for parameter in model.get_submodule(part).parameters():
             parameter.zero_()
     with pytest.raises(InputError, match=f"every trainable matrix of the {part} is zero"):
-        check_start(model)
+        check_start(model, World())
     with torch.no_grad():
         next(model.get_submodule(part).parameters()).fill_(float("inf"))
     with pytest.raises(InputError, match=f"not finite at the start, first '{part}"):
-        check_start(model)
+        check_start(model, World())
