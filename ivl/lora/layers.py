@@ -22,6 +22,9 @@ from ivl.model.vlm import VLM
 from ivl.quant.layers import quantized_layers
 
 
+NamedMatrices = Mapping[str, torch.Tensor] | nn.ParameterDict
+
+
 class LoraLinear(Linear):
     """A Linear with low-rank adapters on some of its projections: y = W x + scale * B A dropout(x), W frozen.
 
@@ -77,7 +80,7 @@ class LoraLinear(Linear):
         return rows
 
     @torch.no_grad()
-    def merge_into(self, weight: torch.Tensor, lora_A: Mapping[str, torch.Tensor], lora_B: Mapping[str, torch.Tensor]) -> None:
+    def merge_into(self, weight: torch.Tensor, lora_A: NamedMatrices, lora_B: NamedMatrices) -> None:
         """Add the products of adapters to a weight, in place, in float32."""
         for name, (first, last) in self.spans.items():
             rows = weight[first:last]

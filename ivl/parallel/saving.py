@@ -15,15 +15,15 @@ from collections.abc import Callable
 from concurrent.futures import Future as SavedFuture
 from concurrent.futures import TimeoutError as LateError
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 
 from ivl.checkpoint.shards import FOLDER
@@ -54,7 +54,7 @@ class ShardedCheckpoints(CheckpointWriter):
     ) -> None:
         super().__init__(run_dir, write_model, world, keep_last)
         self.parameters = parameters
-        self.group = dist.new_group(backend="gloo", timeout=START_TIMEOUT)
+        self.group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=START_TIMEOUT))
         """The thread's own: its messages must not mix with those of training."""
         self.pending: tuple[int, SavedFuture[Any]] | None = None
 
@@ -71,7 +71,7 @@ class ShardedCheckpoints(CheckpointWriter):
             raise
         tensors = {name: tensor.detach() for name, tensor in (self.parameters() | optimizer).items()}
         writer = ShardWriter(part / FOLDER, self.world.rank, lambda hashed: self.finish(step, hashed))
-        future = dcp.async_save(tensors, storage_writer=writer, process_group=self.group)
+        future = async_save(tensors, storage_writer=writer, process_group=self.group)
         assert isinstance(future, SavedFuture)
         self.pending = step, future
 
@@ -122,7 +122,7 @@ class ShardWriter(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
         """Write the tensors of the plan and flush them to disk."""
-        tensors = {item.index.fqn: planner.resolve_data(item).detach().contiguous() for item in plan.items}
+        tensors = {item.index.fqn: cast(torch.Tensor, planner.resolve_data(item)).contiguous() for item in plan.items}
         offsets = {item.index.fqn: {"saved_offsets": list(item.index.offset or ())} for item in plan.items}
         about = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(offsets)}
         save_file(tensors, self.path, metadata=about)

@@ -71,8 +71,8 @@ def draw_shards(model: VLM, seed: int, shapes: Mapping[str, torch.Size]) -> None
 def whole_parameters(model: VLM, world: World) -> Iterator[ReadWhole | None]:
     """Yield a function that returns whole parameters, on the first rank; None on the others. All ranks call this together.
 
-    Of a model that ranks share the function gathers one parameter at a time. The other ranks take part until the first rank's block has
-    ended, and theirs begins then.
+    Of a model that ranks share the function gathers one parameter at a time. The other ranks take part until the first rank's
+    block has ended, and theirs begins then.
     """
     parameters, cuts = dict(model.named_parameters()), cuts_of(model).cuts
     if not is_sharded(model) and not cuts:

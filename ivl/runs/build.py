@@ -98,10 +98,10 @@ def start_sharded(config: RunConfig, checkpoint: Path | None, world: World, *, a
         world: the ranks.
         adapted: add the run's adapters and mark what trains.
     """
-    goes_on = checkpoint is not None and config.lora is None
-    model = empty_model(load_config(checkpoint) if goes_on else read_architecture(config)).to(_dtype(config))
+    own = checkpoint if config.lora is None else None
+    model = empty_model(load_config(own) if own else read_architecture(config)).to(_dtype(config))
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    source = checkpoint if goes_on else resolve(config.model) if config.model else None
+    source = own or (resolve(config.model) if config.model else None)
     stored = open_rows(source, model) if source else None  # refuses files before memory is taken
     adapters: dict[str, torch.Tensor] = {}
     if adapted:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -96,7 +96,7 @@ class TensorFile:
         if tensor.numel():
             row = tensor.nbytes // shape[0] if shape else 0
             self._file.seek(self._begin + self._places[name]["data_offsets"][0] + first * row)
-            left = memoryview(tensor.flatten().view(torch.uint8).numpy())
+            left = memoryview(cast(Any, tensor.flatten().view(torch.uint8).numpy()))
             while left:
                 count = self._file.readinto(left)  # at most 2 GB at a time
                 if not count:
