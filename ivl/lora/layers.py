@@ -21,7 +21,6 @@ from ivl.model.linear import Linear
 from ivl.model.vlm import VLM
 from ivl.quant.layers import quantized_layers
 
-
 NamedMatrices = Mapping[str, torch.Tensor] | nn.ParameterDict
 
 
