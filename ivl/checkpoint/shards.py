@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
+from ivl.checkpoint.tensor_file import TensorFile
 from ivl.errors import InputError
-from ivl.train.shards import TensorFile
 
 FOLDER = "shards"
 """The folder of a checkpoint that has a file of each rank."""

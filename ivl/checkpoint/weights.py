@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from ivl.checkpoint.files import listing
 from ivl.checkpoint.keymaps import IGNORED, TensorEntry, foreign_names
 from ivl.checkpoint.sections import open_section
+from ivl.checkpoint.tensor_file import DTYPES, TensorFile
 from ivl.errors import InputError, short
-from ivl.train.shards import DTYPES, TensorFile
 from ivl.utils.files import regular, write_json
 
 WEIGHTS = "model.safetensors"

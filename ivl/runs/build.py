@@ -13,6 +13,7 @@ import torch
 from ivl.checkpoint import load_config, load_model, load_tokenizer, resolve
 from ivl.checkpoint.model_dir import empty_model, open_rows
 from ivl.checkpoint.shards import ShardedWeights, is_sharded_checkpoint
+from ivl.checkpoint.tensor_file import TensorFile
 from ivl.config import ModelConfig
 from ivl.cpu import accelerate, has_bfloat16
 from ivl.data.config import DataConfig
@@ -29,7 +30,7 @@ from ivl.runs.gathered import ask_gathered, check_gathered_fits
 from ivl.train.config import PARTS, ObjectiveConfig
 from ivl.train.loop import Evaluator
 from ivl.train.objectives import Objective, ObjectiveContext, StatefulObjective
-from ivl.train.shards import TensorFile, keep, own_part
+from ivl.train.shards import keep, own_part
 from ivl.train.stage import apply_stage, trainable
 from ivl.train.world import World, is_sharded
 from ivl.types import Batch

@@ -24,6 +24,7 @@ from ivl.checkpoint import save_model, save_processor
 from ivl.checkpoint.adapter import save_adapter
 from ivl.checkpoint.model_dir import empty_model, save_config
 from ivl.checkpoint.shards import ShardedWeights, is_sharded_checkpoint
+from ivl.checkpoint.tensor_file import TensorFile
 from ivl.data.loader import Loader
 from ivl.data.mixture import load_mixture
 from ivl.errors import InputError, short
@@ -35,7 +36,7 @@ from ivl.processing.processor import Processor
 from ivl.runs.build import TRAINABLE
 from ivl.runs.config import RunConfig, differences, run_config, to_json
 from ivl.train.stage import trainable
-from ivl.train.state import MARKER, CheckpointWriter, SavedTrainer, load_trainer, places, step_of
+from ivl.train.state import MARKER, OPTIMIZER, CheckpointWriter, SavedTrainer, load_trainer, places, step_of
 from ivl.train.world import World, is_sharded
 from ivl.utils.files import locked, write_json
 from ivl.utils.sealed import check_sealed, put_in_place
@@ -209,7 +210,8 @@ def write_checkpoint_model(model: VLM, processor: Processor, config: RunConfig, 
 
 def read_trainer(checkpoint: Path) -> SavedTrainer:
     """Read what a checkpoint holds besides the model, sharded or not."""
-    return load_trainer(checkpoint, ShardedWeights(checkpoint, state=True) if is_sharded_checkpoint(checkpoint) else None)
+    sharded = is_sharded_checkpoint(checkpoint)
+    return load_trainer(checkpoint, ShardedWeights(checkpoint, state=True) if sharded else TensorFile(checkpoint / OPTIMIZER))
 
 
 def write_final_model(model: VLM, processor: Processor, config: RunConfig, world: World) -> None:

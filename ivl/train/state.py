@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save_file
 
 from ivl.errors import InputError, short
-from ivl.train.shards import StoredTensors, TensorFile
+from ivl.train.shards import StoredTensors
 from ivl.train.world import World
 from ivl.utils.files import write_json
 from ivl.utils.sealed import check_sealed, put_in_place, seal
@@ -145,12 +145,12 @@ class SavedTrainer:
     """Data position of every rank that wrote the checkpoint."""
 
 
-def load_trainer(checkpoint: Path, optimizer: StoredTensors | None = None) -> SavedTrainer:
+def load_trainer(checkpoint: Path, optimizer: StoredTensors) -> SavedTrainer:
     """Read what a checkpoint holds besides the model.
 
     Args:
         checkpoint: its directory.
-        optimizer: the optimizer's tensors, where they are not in a file of their own.
+        optimizer: the optimizer's tensors there.
 
     Raises:
         InputError: naming the file that is not what it should be.
@@ -164,8 +164,7 @@ def load_trainer(checkpoint: Path, optimizer: StoredTensors | None = None) -> Sa
         positions.append(read_json(path))
         if not isinstance(positions[-1], dict):
             raise InputError(f"{path}: must be an object, got {short(positions[-1])}")
-    stored = optimizer or TensorFile(checkpoint / OPTIMIZER)
-    return SavedTrainer(checkpoint, state.step, state.counters, state.objective or {}, stored, positions)
+    return SavedTrainer(checkpoint, state.step, state.counters, state.objective or {}, optimizer, positions)
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from ivl.checkpoint import save_model
 from ivl.checkpoint.model_dir import empty_model, open_rows
 from ivl.checkpoint.shards import FOLDER, ShardedWeights
+from ivl.checkpoint.tensor_file import TensorFile
 from ivl.errors import InputError
-from ivl.train.shards import TensorFile
 from tests.helpers.checkpoints import random_model, tiny_like
 
 

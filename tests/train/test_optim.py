@@ -2,6 +2,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ivl.checkpoint.tensor_file import TensorFile
 from ivl.config import LoraConfig
 from ivl.errors import InputError
 from ivl.model.vlm import VLM
@@ -9,7 +10,6 @@ from ivl.runs.build import check_start
 from ivl.runs.plan import count_by_part
 from ivl.train.config import OptimConfig, Stage
 from ivl.train.optim import Muon, Optimizer, decays, is_hidden_matrix, lr_factor
-from ivl.train.shards import TensorFile
 from ivl.train.stage import trainable
 from ivl.train.world import World
 from tests.conftest import tiny_config

@@ -35,7 +35,7 @@ def session(run_dir: Path, slow_save: float = 0.0, **changes) -> None:
     stage = Stage(trainable=("vision", "projector", "decoder"), drop_path=0.5)
     model = staged(stage, seed=0) if checkpoint is None else load_model(checkpoint)
     apply_stage(model, stage)
-    saved = state.load_trainer(checkpoint) if checkpoint else None
+    saved = directory.read_trainer(checkpoint) if checkpoint else None
 
     def write_model(folder: Path) -> None:
         save_model(model, folder)
@@ -155,7 +155,7 @@ def test_a_failure_at_any_point_of_a_save_leaves_the_last_checkpoint(tmp_path, m
                 break
         newest = directory.latest_checkpoint(run_dir)
         assert newest is not None
-        saved = state.load_trainer(newest)
+        saved = directory.read_trainer(newest)
         assert saved.step == saved.positions[0]["at"] in (1, 2)
     assert failed >= 10
 
