@@ -162,12 +162,13 @@ def test_ranks_save_together_when_one_is_told_to_stop(config, tmp_path, shard):
     assert same_weights(f"{config.run_dir}/model", tmp_path / "whole" / "model")
 
 
-def test_ranks_save_together_when_one_meets_a_bad_row(config, tmp_path):
+@pytest.mark.parametrize("shard", [False, True])
+def test_ranks_save_together_when_one_meets_a_bad_row(config, tmp_path, shard):
     mixture = Path(config.data.mixture)
     lines = mixture.read_text().splitlines()
     mixture.write_text("\n".join([*lines[:15], "{not json", *lines[15:]]) + "\n")
     data = replace(config.data, epochs=1, shuffle=False, max_samples=2, max_buffer=1)
-    config = changed(config, device="cpu", num_steps=None, save_every=0, data=data)
+    config = changed(config, device="cpu", num_steps=None, save_every=0, data=data, shard=shard)
     on_ranks(2, on_rank, config, 0, 0, exitcode=1)
     words = [Path(f"{config.run_dir}-log-{rank}").read_text() for rank in range(2)]
     assert all("rows.jsonl:16: not valid JSON" in text for text in words) and "stopped at step" in words[0]
