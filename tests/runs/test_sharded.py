@@ -29,7 +29,7 @@ from ivl.runs.build import adapt, build_model, start_whole
 from ivl.runs.config import RunConfig
 from ivl.runs.directory import checkpoint_writer, latest_checkpoint, read_trainer
 from ivl.runs.run import run
-from ivl.train.config import Stage
+from ivl.train.config import OptimConfig, Stage
 from ivl.train.loop import Evaluator
 from ivl.train.optim import Optimizer
 from ivl.train.shards import own_part, own_rows
@@ -252,7 +252,8 @@ def test_the_first_rank_asks_the_gathered_model(sharded, tmp_path):
 def test_the_validation_loss_counts_every_pack(sharded, tmp_path):
     """Three ranks share out packs that three does not divide, and have the loss of one process."""
     data = replace(sharded.data, mixture=str(make_file(tmp_path / "more", 13, seed=1)), max_tokens=200)
-    config = changed(sharded, num_steps=1, save_every=0, val_data=data, packs_per_step=3)
+    still = OptimConfig(lr=1e-12)  # their packs of training data differ
+    config = changed(sharded, num_steps=1, save_every=0, val_data=data, packs_per_step=3, optim=still)
     whole = changed(config, shard=False, out_dir=str(tmp_path / "whole"))
     run(whole)
     on_ranks(3, train, config)
