@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 import ivl
+from ivl import gpu
 from ivl.checkpoint import load_config
 from ivl.errors import InputError
 from ivl.generators import LoadConfig
@@ -68,6 +69,8 @@ def load_shared(directory: Path, config: LoadConfig, options: dict[str, Any]) ->
         engine = LeadingEngine(
             model, processor, channel, ended=partial(_ended, processes), at_end=partial(_await_end, processes), **options
         )
+        if world.device.type == "cuda":
+            gpu.accelerate(engine)
         size = engine.cache.block_size
         options = options | {"max_cache_tokens": engine.cache.num_blocks * size, "block_size": size}
         assert world.store is not None
@@ -126,7 +129,10 @@ def _follow(model: Any, processor: Any, channel: Channel) -> None:
     world.store.set_timeout(START_TIMEOUT)
     options: dict[str, Any] = json.loads(world.store.get("options"))
     try:
-        follow(Engine(model, processor, **options), channel)
+        engine = Engine(model, processor, **options)
+        if world.device.type == "cuda":
+            gpu.accelerate(engine)
+        follow(engine, channel)
     except RuntimeError as error:
         print(f"rank {world.rank} ends, for another rank has ended or does not answer: {error}", file=sys.stderr, flush=True)
         os._exit(1)

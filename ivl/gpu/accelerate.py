@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import chain
 
 import torch
 
@@ -29,7 +30,7 @@ class VarlenByKind(Varlen):
 
 
 def accelerate(engine: Engine) -> Engine:
-    """Make an engine whose model lies on a card faster, in place, and return it.
+    """Make an engine whose models lie on a card faster, in place, and return it.
 
     The card samples, so that a step is read once; decoding steps are replayed as CUDA graphs; quantized layers get torch's
     products. Parameters stay the same objects under the same names, quantized weights apart.

@@ -14,7 +14,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from ivl.lora.layers import LoraLinear
 from ivl.model.attention import VARLEN, backend_for
 from ivl.model.cache import CacheStep, PagedCache
 from ivl.model.decoder import Decoder, rotary_at
@@ -28,8 +27,9 @@ EVERY = 8
 """Beyond this many sequences, a graph serves as many as the next multiple of it; below, as the next power of two."""
 PATIENCE = 1
 """Steps of a shape that take the decoder's way first: torch and its libraries prepare themselves in them."""
-CAPTURABLE = (Linear, QuantLinear, nn.RMSNorm)
-"""Modules of a layer that do the same in every step; not so LoraLinear, whose adapters may be switched off."""
+CAPTURABLE = (Linear, nn.RMSNorm)
+"""Modules of a layer that do the same in every step, beside quantized ones. Adapters may be switched off, and what sums over
+tensor ranks has never been captured."""
 
 
 class FixedStep(CacheStep):
@@ -141,7 +141,7 @@ class CardDecoder(Decoder):
             return False
         layers = [layer for layer in self.layers if getattr(layer, "backend", None) is None]
         modules = [module for layer in layers for module in layer._modules.values() if module is not None]
-        known = all(isinstance(module, CAPTURABLE) and not isinstance(module, LoraLinear) for module in modules)
+        known = all(type(module) in CAPTURABLE or isinstance(module, QuantLinear) for module in modules)
         return len(layers) == len(self.layers) and known
 
     def _captured(self, cache: PagedCache) -> CapturedGraphs:
