@@ -111,7 +111,7 @@ def find_duplicates(
     firsts = np.cumsum([0, *num_looks]).tolist()
     sizes = list(mapped(search.write_rows, [(part, firsts[part]) for part in range(num_parts)]))
     found = [np.zeros((2, 0), np.int64)]
-    for kind, counts in zip((_Texts(), _Sketches(limits)), zip(*sizes, strict=True), strict=True):
+    for kind, counts in zip((_ShortTexts(), _Sketches(limits)), zip(*sizes, strict=True), strict=True):
         rows_N = np.concatenate([np.load(folder / f"{kind.name}.{part}.rows.npy") for part in range(num_parts)])
         alike_N = earliest_alike(kind, folder, counts, mapped)
         later = np.flatnonzero(alike_N != np.arange(len(alike_N)))
@@ -152,7 +152,7 @@ class _Search:
             sketch = np.frombuffer(signature, dtype="<u4", offset=end) ^ np.uint32(zlib.crc32(media))
             rows[is_long].append(row)
             items[is_long].append(pivots + sketch.tobytes() if is_long else _digest(media + text + pivots, 16))
-        kinds = _Texts(), _Sketches(self.limits)
+        kinds = _ShortTexts(), _Sketches(self.limits)
         for kind, numbers_N, data in zip(kinds, rows, items, strict=True):
             np.save(self.folder / f"{kind.name}.{part}.rows.npy", np.array(numbers_N, dtype=np.int64))
             write_items(kind, self.folder, part, words_of(b"".join(data), kind.width))
@@ -181,7 +181,7 @@ class _Looks:
         return alike_P
 
 
-class _Texts:
+class _ShortTexts:
     """Short texts that are equal, about equal media."""
 
     name: ClassVar[str] = "texts"

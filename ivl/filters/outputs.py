@@ -15,7 +15,7 @@ from typing import Any
 from ivl.datasets.rows import from_record
 from ivl.errors import DataError, InputError
 from ivl.filters.report import FilterReport
-from ivl.filters.rows import Part, RowChecker, RowEntry
+from ivl.filters.rows import RowChecker, RowEntry, RowPart
 from ivl.utils.files import NewFiles, write_atomic, write_json
 from ivl.utils.jsonl import json_line
 from ivl.utils.strict_json import read_json
@@ -59,7 +59,9 @@ def part_outputs(checker: RowChecker, entries: list[RowEntry]) -> dict[str, byte
     return {suffix: bytes(data) for suffix, data in lines.items()} | {"figures": json_line(report.counted())}
 
 
-def join_parts(out: Path, checker: RowChecker, parts: list[Part], about: dict[str, Any], judge: str | None) -> dict[str, Any]:
+def join_parts(
+    out: Path, checker: RowChecker, parts: list[RowPart], about: dict[str, Any], judge: str | None
+) -> dict[str, Any]:
     """Write every file of a run and return the content of report.json, which is written last.
 
     Args:

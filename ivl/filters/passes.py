@@ -19,7 +19,7 @@ from ivl.errors import InputError
 from ivl.filters.chain import UNREADABLE, Chain, FilterStage
 from ivl.filters.judge import DataJudge
 from ivl.filters.outputs import part_outputs
-from ivl.filters.rows import Part, RowChecker, RowEntry, add_verdict
+from ivl.filters.rows import RowChecker, RowEntry, RowPart, add_verdict
 from ivl.filters.rules import FilterVerdict
 from ivl.utils.files import NewFiles
 from ivl.utils.jsonl import json_line, reading_line
@@ -57,11 +57,17 @@ class PartPass:
     """
 
     def __init__(
-        self, checker: RowChecker, judge: DataJudge | None, folder: Path, parts: list[Part], passes: list[Stages], number: int
+        self,
+        checker: RowChecker,
+        judge: DataJudge | None,
+        folder: Path,
+        parts: list[RowPart],
+        passes: list[Stages],
+        number: int,
     ) -> None:
-        self.checker, self.judge, self.folder, self.parts = checker, judge, folder, parts
-        self.passes, self.number = passes, number
+        self.checker, self.folder, self.parts, self.passes, self.number = checker, folder, parts, passes, number
         self.stages = [checker.chain.stages[each] for each in passes[number]]
+        self.judge = judge if self.judged else None  # a pass without it may go to another machine
 
     @property
     def last(self) -> bool:
@@ -76,12 +82,12 @@ class PartPass:
         """The number of the stage that compares the rows when all parts are through the pass."""
         return self.passes[self.number][-1] if self.stages and self.stages[-1].compares else None
 
-    def done(self, part: Part) -> bool:
+    def done(self, part: RowPart) -> bool:
         """Whether the part is through this pass."""
         needed = ["figures"] if self.last else [self.number, *([] if self.compared is None else [f"{self.compared}.npz"])]
         return all(self._path(part, suffix).is_file() for suffix in needed)
 
-    def __call__(self, part: Part) -> tuple[int, int]:
+    def __call__(self, part: RowPart) -> tuple[int, int]:
         """Take a part through the pass; returns how many rows it has, and how many of them are kept so far."""
         entries = list(self._entries(part))
         if self.number and (before := self.passes[self.number - 1]) and self.checker.chain.stages[before[-1]].compares:
@@ -115,7 +121,7 @@ class PartPass:
             for entry, verdict in zip(block, self.judge.verdicts(stage.rule, asked), strict=True):
                 add_verdict(entry, stage.name, verdict)
 
-    def _drop_duplicates(self, part: Part, number: int, entries: list[RowEntry]) -> None:
+    def _drop_duplicates(self, part: RowPart, number: int, entries: list[RowEntry]) -> None:
         path = self.folder / f"duplicates.{number}.npy"
         with _reading(path):
             later_D, earlier_D = np.load(path, mmap_mode="r")
@@ -128,10 +134,10 @@ class PartPass:
 
     # -- the files
 
-    def _path(self, part: Part, suffix: str | int) -> Path:
+    def _path(self, part: RowPart, suffix: str | int) -> Path:
         return self.folder / f"{part.number:06d}.{suffix}"
 
-    def _entries(self, part: Part) -> Iterator[RowEntry]:
+    def _entries(self, part: RowPart) -> Iterator[RowEntry]:
         """The rows of a part, as the pass before left them.
 
         Raises:
@@ -153,7 +159,7 @@ class PartPass:
                     raise KeyError(f"stage {dropped!r} or a name of another type")
             yield entry
 
-    def _write(self, part: Part, entries: list[RowEntry], signatures: list[tuple[int, bytes]]) -> None:
+    def _write(self, part: RowPart, entries: list[RowEntry], signatures: list[tuple[int, bytes]]) -> None:
         """Write the files of the part; what says that it is done comes last."""
         files = part_outputs(self.checker, entries) if self.last else {}
         if self.compared is not None:

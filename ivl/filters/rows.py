@@ -22,7 +22,7 @@ RowEntry = dict[str, Any]
 score, and problem, or of a duplicate duplicate_of and repeats (source and place of the earlier row)."""
 
 
-class Part(NamedTuple):
+class RowPart(NamedTuple):
     """Neighboring rows of one data set, which one process takes through a pass."""
 
     number: int
@@ -57,19 +57,19 @@ class RowChecker:
         root = Path(self.specs[dataset].root).absolute()
         return read_record(self.files[dataset], entry["row"], root=root, dataset=dataset)
 
-    def parts(self, least: int) -> list[Part]:
+    def parts(self, least: int) -> list[RowPart]:
         """Cut all rows into parts, which do not depend on how many processes there are; `least` rows make one."""
         total = sum(map(len, self.files.values()))
         size = min(max(least, -(-total // MAX_PARTS)), MAX_PART)
-        parts: list[Part] = []
+        parts: list[RowPart] = []
         start = 0
         for dataset, rows in self.files.items():
             for first in range(0, len(rows), size):
-                parts.append(Part(len(parts), dataset, first, min(first + size, len(rows)), start + first))
+                parts.append(RowPart(len(parts), dataset, first, min(first + size, len(rows)), start + first))
             start += len(rows)
         return parts
 
-    def place(self, parts: list[Part], number: int) -> tuple[str, int]:
+    def place(self, parts: list[RowPart], number: int) -> tuple[str, int]:
         """The data set and the row of a number among the rows of all data sets."""
         part = parts[bisect_right(parts, number, key=lambda part: part.start) - 1]
         return part.dataset, part.first + number - part.start

@@ -29,7 +29,7 @@ from ivl.filters.cluster import AHEAD, ray_processes
 from ivl.filters.judge import DataJudge
 from ivl.filters.outputs import OUTPUTS, PARTS, finished_report, join_parts, remove_outputs, remove_parts
 from ivl.filters.passes import PartPass, cut_passes
-from ivl.filters.rows import Part, RowChecker
+from ivl.filters.rows import RowChecker, RowPart
 from ivl.formats.rows import RowFormat, hash_rows, row_files
 from ivl.utils.files import NewFiles
 from ivl.utils.jsonl import Journal
@@ -137,10 +137,10 @@ def _in_processes(workers: int, function: Callable[[T], R], items: Sequence[T]) 
     return in_order(function, items, num_workers=workers if len(items) > 1 else 0, prefetch=AHEAD)
 
 
-def _through(step: PartPass, todo: list[Part], options: FilterOptions, mapped: MapInOrder) -> Iterable[tuple[int, int]]:
+def _through(step: PartPass, todo: list[RowPart], options: FilterOptions, mapped: MapInOrder) -> Iterable[tuple[int, int]]:
     """Take parts through a pass. A judge that takes several requests is asked from several processes of this machine, which
     share them out; one that runs here is asked from this process."""
-    if not (step.judged and step.judge):
+    if step.judge is None:
         yield from mapped(step, todo)
         return
     threads = step.judge.threads
