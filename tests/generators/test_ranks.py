@@ -20,12 +20,13 @@ from ivl.types import Grammar, ImageRef, SamplingParams
 from tests.helpers.engines import ask, assert_idle, picture, tiny_directory
 
 REQUESTS = int(os.environ.get("IVL_TEST_REQUESTS", "30"))
+"""More of them also ask four processes."""
 OPTIONS = {"max_cache_tokens": 2048, "block_size": 16, "max_batch_tokens": 96, "max_sequences": 6, "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_directory(tmp_path_factory.mktemp("ranks") / "model")
+    return tiny_directory(tmp_path_factory.mktemp("ranks") / "model", num_kv_heads=4)
 
 
 def requests(engine: Engine, count: int) -> list[Request]:
@@ -62,7 +63,7 @@ def answer(engine: Engine, count: int) -> list[tuple[list[int], str | None, str]
     return [(r.tokens, r.finish_reason, "".join(d.text for d in r.deltas)) for r in asked if not r.cancelled]
 
 
-@pytest.mark.parametrize("count", [2])
+@pytest.mark.parametrize("count", [2, 4] if REQUESTS > 30 else [2])
 def test_tokens_are_those_of_one_process(directory, count):
     one = ivl.load(directory, **OPTIONS).engine
     several = ivl.load(directory, tensor_parallel=count, **OPTIONS).engine
@@ -96,7 +97,7 @@ def test_a_rank_that_dies_is_named(directory):
 
 
 def test_what_does_not_fit_is_refused_before_anything_starts(directory):
-    with pytest.raises(InputError, match=r"tensor_parallel is 3, but the decoder's 2 key/value heads .* take 1 or 2"):
+    with pytest.raises(InputError, match=r"tensor_parallel is 3, but the decoder's 4 key/value heads .* take 1 or 2 or 4"):
         ivl.load(directory, tensor_parallel=3)
     with pytest.raises(InputError, match="tensor_parallel must be a whole number"):
         ivl.load(directory, tensor_parallel=0)

@@ -92,7 +92,7 @@ def assert_idle(engine: Engine) -> None:
     assert set(pool.cached.values()) == set(pool.evictable) == set(pool.hashes)
 
 
-def tiny_directory(path: Path, *, tools: bool = False) -> Path:
+def tiny_directory(path: Path, *, tools: bool = False, num_kv_heads: int = 2) -> Path:
     """A model directory with a tokenizer of its own: random weights, 28 px tiles, replies of varied text.
 
     tools: the vocabulary has Qwen's words for calls of tools, and the context has room for them.
@@ -104,7 +104,9 @@ def tiny_directory(path: Path, *, tools: bool = False) -> Path:
         tokenizer = Tokenizer(tokenizer.backend, config=tokenizer.config)
     config = replace(
         tiny_config(),
-        decoder=replace(tiny_config().decoder, vocab_size=len(tokenizer), max_positions=4000 if tools else 600),
+        decoder=replace(
+            tiny_config().decoder, vocab_size=len(tokenizer), max_positions=4000 if tools else 600, num_kv_heads=num_kv_heads
+        ),
         image_token_id=tokenizer.id("<IMG_CONTEXT>"),
         eos_token_ids=(tokenizer.id("<|im_end|>"),),
         system_message="",
