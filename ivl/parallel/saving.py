@@ -31,7 +31,7 @@ from ivl.errors import InputError
 from ivl.parallel.launch import START_TIMEOUT
 from ivl.train.loop import StoppedError
 from ivl.train.state import CheckpointWriter
-from ivl.train.world import GRACE, RankLostError, World
+from ivl.train.world import GRACE, NO_CUTS, ModelCuts, RankLostError, World
 from ivl.utils.files import sync
 from ivl.utils.sealed import size_and_hash
 
@@ -47,13 +47,15 @@ class ShardedCheckpoints(CheckpointWriter):
         world: the ranks.
         keep_last: newest checkpoints kept; 0 keeps all.
         parameters: returns the parameters that a checkpoint holds, by name.
+        cuts: how tensor ranks share them; each writes its shares under names of its own.
     """
 
     def __init__(
-        self, run_dir: Path, write_model: Callable[[Path], None], world: World, keep_last: int, *, parameters: Parameters
-    ) -> None:
+        self, run_dir: Path, write_model: Callable[[Path], None], world: World, keep_last: int, *,
+        parameters: Parameters, cuts: ModelCuts = NO_CUTS,
+    ) -> None:  # fmt: skip
         super().__init__(run_dir, write_model, world, keep_last)
-        self.parameters = parameters
+        self.parameters, self.cuts = parameters, cuts
         self.group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=START_TIMEOUT))
         """The thread's own: its messages must not mix with those of training."""
         self.pending: tuple[int, SavedFuture[Any]] | None = None
@@ -69,8 +71,9 @@ class ShardedCheckpoints(CheckpointWriter):
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)  # the disk may be full
             raise
-        tensors = {name: tensor.detach() for name, tensor in (self.parameters() | optimizer).items()}
-        writer = ShardWriter(part / FOLDER, self.world.rank, lambda hashed: self.finish(step, hashed))
+        held = (self.parameters() | optimizer).items()
+        tensors = {self.cuts.stored_name(name) if tensor.ndim else name: tensor.detach() for name, tensor in held}
+        writer = ShardWriter(part / FOLDER, self.world.rank, lambda hashed: self.finish(step, hashed), self.cuts)
         future = async_save(tensors, storage_writer=writer, process_group=self.group)
         assert isinstance(future, SavedFuture)
         self.pending = step, future
@@ -117,14 +120,18 @@ class ShardWriter(StorageWriter):
     written. Headers are as those of torch's HuggingFaceStorageWriter, so HuggingFaceStorageReader reads the folder, too.
     """
 
-    def __init__(self, folder: Path, rank: int, seal: Callable[[dict[str, list[Any]]], None]) -> None:
-        self.path, self.seal = folder / f"rank-{rank:05d}.safetensors", seal
+    def __init__(
+        self, folder: Path, rank: int, seal: Callable[[dict[str, list[Any]]], None], cuts: ModelCuts = NO_CUTS
+    ) -> None:
+        self.path, self.seal, self.cuts = folder / f"rank-{rank:05d}.safetensors", seal, cuts
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
         """Write the tensors of the plan and flush them to disk."""
         tensors = {item.index.fqn: cast(torch.Tensor, planner.resolve_data(item)).contiguous() for item in plan.items}
         offsets = {item.index.fqn: {"saved_offsets": list(item.index.offset or ())} for item in plan.items}
         about = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(offsets)}
+        if self.cuts.cuts:
+            about["ivl.cuts"] = json.dumps({name: [cut.dim, cut.parts] for name, cut in self.cuts.cuts.items()})
         save_file(tensors, self.path, metadata=about)
         sync(self.path)
         hashed = f"{FOLDER}/{self.path.name}", size_and_hash(self.path)

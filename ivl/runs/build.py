@@ -24,6 +24,7 @@ from ivl.lora.layers import add_lora, lora_parameters
 from ivl.model.vlm import VLM
 from ivl.parallel.compile import compile_layers
 from ivl.parallel.shard import draw_shards, load_shards, shard
+from ivl.parallel.tensor import split
 from ivl.processing.processor import Processor
 from ivl.runs.config import RunConfig
 from ivl.runs.gathered import ask_gathered, check_gathered_fits
@@ -32,7 +33,7 @@ from ivl.train.loop import Evaluator
 from ivl.train.objectives import Objective, ObjectiveContext, StatefulObjective
 from ivl.train.shards import keep, own_part
 from ivl.train.stage import apply_stage, trainable
-from ivl.train.world import World, is_sharded
+from ivl.train.world import World, is_sharded, is_shared
 from ivl.types import Batch
 from ivl.utils.imports import import_object
 
@@ -86,8 +87,8 @@ def build_model(config: RunConfig, checkpoint: Path | None, world: World) -> VLM
 
 
 def is_spread(config: RunConfig, world: World) -> bool:
-    """Whether the ranks hold shards of one model."""
-    return config.shard and world.size > 1
+    """Whether ranks share one model, by FSDP2 or as tensor ranks."""
+    return (config.shard and world.data_size > 1) or world.tensor > 1
 
 
 def start_sharded(config: RunConfig, checkpoint: Path | None, world: World, *, adapted: bool) -> VLM:
@@ -155,14 +156,12 @@ def check_start(model: VLM, world: World) -> None:
         InputError: naming the parameters, on all ranks that share shards.
     """
     parameters = {name: own_part(p.detach()) for name, p in trainable(model).items()}
-    finite = torch.tensor([bool(torch.isfinite(p).all()) for p in parameters.values()])
-    nonzero = torch.tensor([p.ndim >= 2 and bool(p.any()) for p in parameters.values()])
-    found = {"bad": (~finite).double(), "nonzero": nonzero.double()}
-    if is_sharded(model):
-        found = world.all_reduce(found)
-    if bad := [name for name, count in zip(parameters, found["bad"].tolist(), strict=True) if count]:
+    infinite = [name for name, p in parameters.items() if not torch.isfinite(p).all()]
+    nonzero = [name for name, p in parameters.items() if p.ndim >= 2 and p.any()]
+    found = world.gather((infinite, nonzero)) if is_shared(model) else [(infinite, nonzero)]
+    if bad := [name for name in parameters if any(name in names for names, _ in found)]:
         raise InputError(f"{len(bad)} trainable parameters are not finite at the start, first {bad[0]!r}: were they ever set?")
-    sets = {name for name, count in zip(parameters, found["nonzero"].tolist(), strict=True) if count}
+    sets = {name for _, names in found for name in names}
     for part in PARTS:
         matrices = {name for name, p in parameters.items() if name.startswith(f"{part}.") and p.ndim >= 2}
         if matrices and not matrices & sets:
@@ -180,14 +179,17 @@ def restore_trainable(model: VLM, checkpoint: Path) -> None:
 
 
 def place(model: VLM, config: RunConfig, world: World) -> None:
-    """Compile and shard the model where the run says so, or move it to this rank's device and accelerate it there.
+    """Compile the model, and share it among ranks where the run says so, or move it to this device and accelerate it there.
 
-    Shards have no content yet. A sharded model stays plain: ranks must call its modules equally often.
+    Shards have no content yet. A model that is shared stays plain: ranks must call its modules equally often.
     """
     if config.train.compile:
         compile_layers(model)
-    if is_spread(config, world):
+    if world.tensor > 1:
+        split(model, world)
+    if config.shard and world.data_size > 1:
         shard(model, world, torch.bfloat16 if config.train.precision == "bf16" else None)
+    if is_spread(config, world):
         model.to_empty(device=world.device)
     elif model.to(world.device).device.type == "cpu":
         accelerate(model)
@@ -203,7 +205,7 @@ def build_processor(config: RunConfig, model: VLM) -> Processor:
 def build_loader(data: DataConfig, processor: Processor, config: RunConfig, world: World) -> Loader:
     """Build this rank's batches: of preference pairs where the objective trains on them, else of anything but pairs."""
     pairs = config.objective.pairs
-    return Loader(data, processor, seed=config.train.seed, rank=world.rank, world_size=world.size, pairs=pairs)
+    return Loader(data, processor, seed=config.train.seed, rank=world.data_rank, world_size=world.data_size, pairs=pairs)
 
 
 def build_run_objective(config: RunConfig, processor: Processor, run_dir: Path, world: World, *, resumed: bool) -> Objective:
@@ -224,7 +226,7 @@ def build_run_objective(config: RunConfig, processor: Processor, run_dir: Path, 
     sets = {"train": config.data} | ({"validation": config.val_data} if config.val_data else {})
     context = ObjectiveContext(
         world=world, directory=run_dir, precision=config.train.precision,
-        packs_per_rank=max(1, config.train.packs_per_step // world.size), resumed=resumed,
+        packs_per_rank=max(1, config.train.packs_per_step // world.data_size), resumed=resumed,
         loaders={name: partial(loader, data) for name, data in sets.items()}, start_model=start_model,
     )  # fmt: skip
     return build_objective(config.objective, context)
@@ -257,7 +259,7 @@ def build_validation(config: RunConfig, processor: Processor, objective: Objecti
         total = torch.zeros(2, dtype=torch.float64)
         loader = build_loader(data, processor, config, world)
         for number, (batch, counts) in enumerate(_in_step(iter(loader), world) if is_sharded(model) else _counted(loader)):
-            if config.val_packs and number * world.size >= config.val_packs:
+            if config.val_packs and number * world.data_size >= config.val_packs:
                 break
             value = objective(model, batch)
             if counts:
@@ -283,7 +285,9 @@ def _in_step(batches: Iterator[Batch], world: World) -> Iterator[tuple[Batch, bo
     last = None
     while not world.all((batch := next(batches, None)) is None):
         if last is None and not world.all(batch is not None):
-            raise InputError(f"the validation data have fewer packs than the {world.size} ranks: give more, or fewer ranks")
+            raise InputError(
+                f"the validation data have fewer packs than the {world.data_size} ranks: give more, or fewer ranks"
+            )
         last = batch or last
         assert last is not None
         yield last, batch is not None

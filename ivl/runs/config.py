@@ -60,6 +60,8 @@ class RunConfig:
     replicate: int = 1
     """Copies of a sharded model, each over ranks of its own (HSDP): shards are gathered within a copy, gradients summed over
     all. One node may hold a copy."""
+    tensor_parallel: int = 1
+    """Neighboring ranks that share the heads, MLPs and vocabulary of one decoder, and the tiles of a pack."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the run computes; auto takes a GPU when there is one."""
     save_dtype: Literal["float32", "bfloat16"] | None = None
@@ -84,10 +86,13 @@ class RunConfig:
             raise InputError("the run has no end: give num_steps or data.epochs")
         check_ranges(
             self, val_every="[0, inf)", val_packs="[0, inf)", patience="[0, inf)", eval_every="[0, inf)", eval_limit="[1, inf)",
-            replicate="[1, inf)",
+            replicate="[1, inf)", tensor_parallel="[1, inf)",
         )  # fmt: skip
         if self.replicate > 1 and not self.shard:
             raise InputError(f"replicate {self.replicate} makes copies of a sharded model: give shard = True, too")
+        whole = {"LoRA": self.lora is not None, "muon": self.train.optim.name == "muon", "compile": self.train.compile}
+        if self.tensor_parallel > 1 and (names := [name for name, used in whole.items() if used]):
+            raise InputError(f"{names[0]} needs whole layers on each rank: tensor_parallel = 1, with shard = True")
         self.objective.check(self.data, self.stage, self.lora)
 
     @property
@@ -128,7 +133,7 @@ def run_config(values: Any, where: str) -> RunConfig:
 
 FREE_ON_RESUME = frozenset((
     "out_dir", "val_every", "val_packs", "keep_best", "patience", "eval_tasks", "eval_every", "eval_limit", "val_data",
-    "save_dtype", "device", "shard",
+    "save_dtype", "device", "shard", "replicate", "tensor_parallel",
     "train.save_every", "train.keep_last", "train.log_every", "train.log_samples", "train.tensorboard", "train.log_to",
     "data.num_workers", "data.prefetch", "data.start_method", "data.cache_samples", "data.on_error", "data.max_skip_share",
 ))  # fmt: skip

@@ -37,7 +37,7 @@ from ivl.runs.build import TRAINABLE
 from ivl.runs.config import RunConfig, differences, run_config, to_json
 from ivl.train.stage import trainable
 from ivl.train.state import MARKER, OPTIMIZER, CheckpointWriter, SavedTrainer, load_trainer, places, step_of
-from ivl.train.world import World, is_sharded
+from ivl.train.world import World, cuts_of, is_shared
 from ivl.utils.files import locked, write_json
 from ivl.utils.sealed import check_sealed, put_in_place
 from ivl.utils.strict_json import read_json
@@ -183,14 +183,14 @@ def checkpoint_writer(model: VLM, processor: Processor, config: RunConfig, world
     """Make the writer of the run's checkpoints; all ranks call this together."""
     run_dir, keep_last = Path(config.run_dir), config.train.keep_last
     write = partial(write_checkpoint_model, model, processor, config)
-    if not is_sharded(model):
+    if not is_shared(model):
         return CheckpointWriter(run_dir, write, world, keep_last)
     from ivl.parallel.saving import ShardedCheckpoints
 
     def parameters() -> dict[str, torch.Tensor]:
         return dict(model.named_parameters() if config.lora is None else trainable(model))
 
-    return ShardedCheckpoints(run_dir, write, world, keep_last, parameters=parameters)
+    return ShardedCheckpoints(run_dir, write, world, keep_last, parameters=parameters, cuts=cuts_of(model))
 
 
 def write_checkpoint_model(model: VLM, processor: Processor, config: RunConfig, directory: Path) -> None:
@@ -199,9 +199,9 @@ def write_checkpoint_model(model: VLM, processor: Processor, config: RunConfig, 
     Of a sharded run these are the files without tensors.
     """
     if config.lora is None:
-        (save_config if is_sharded(model) else save_model)(model, directory)
+        (save_config if is_shared(model) else save_model)(model, directory)
         save_processor(processor, directory)
-    elif not is_sharded(model):
+    elif not is_shared(model):
         save_adapter(model, directory, base=config.model, trained=trainable(model))
         tensors = {name: p.detach().cpu().contiguous() for name, p in trainable(model).items()}
         save_file(tensors, directory / TRAINABLE)

@@ -76,7 +76,7 @@ def run(
     run_dir, world = Path(config.run_dir), start_world(config.device, Path(config.run_dir))
     config = with_precision(config, world.device)
     try:
-        world = world.arranged(replicate=config.replicate)
+        world = world.arranged(replicate=config.replicate, tensor=config.tensor_parallel)
         with open_directory(config, world, resume=resume, allow_changed=allow_changed) as start:
             _train_in(config, world, start, evaluators, allow_changed=allow_changed)
         return run_dir / "model"

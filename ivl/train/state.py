@@ -91,10 +91,11 @@ class CheckpointWriter:
             shutil.rmtree(temp, ignore_errors=True)
             (temp / "trainer").mkdir(parents=True)
         world.barrier()
-        write_json(temp / "trainer" / f"rank-{world.rank}.json", data)
+        if not world.tensor_rank:  # tensor ranks take the same data
+            write_json(temp / "trainer" / f"rank-{world.data_rank}.json", data)
         if world.is_main:
             self.write_model(temp)
-            write_json(temp / STATE, {"step": step, "world_size": world.size, **state})
+            write_json(temp / STATE, {"step": step, "world_size": world.data_size, **state})
 
     def finish(self, step: int, hashed: dict[str, list[Any]] | None = None) -> None:
         """Seal the part that every rank has written, put it in its place, and remove older checkpoints beyond keep_last.

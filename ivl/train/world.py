@@ -80,6 +80,11 @@ class ModelCuts:
         """Return this rank's share of a whole parameter, or of a tensor of its shape."""
         return self.cuts[name].share(whole, self.rank, self.count) if name in self.cuts else whole
 
+    def stored_name(self, name: str) -> str:
+        """Return the name of this rank's share in a checkpoint, of a parameter or of a moment `PARAMETER|NAME`."""
+        parameter, bar, moment = name.partition("|")
+        return f"{parameter}@{self.rank}/{self.count}{bar}{moment}" if parameter in self.cuts else name
+
     def shape(self, name: str, whole: Sequence[int]) -> torch.Size:
         """Return the shape of this rank's share."""
         return self.share(name, torch.empty(whole, device="meta")).shape
@@ -161,7 +166,7 @@ class World:
 
     def barrier(self) -> None:
         """Wait until every rank is here; raises as all_reduce does."""
-        self._gather({})
+        self.gather({})
 
     def all_reduce(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Sum named float64 vectors over data ranks; a rank may lack names that others have.
@@ -172,7 +177,7 @@ class World:
         if self.size == 1:
             return values
         total: dict[str, torch.Tensor] = {}
-        for rank, part in enumerate(self._gather({name: value.tolist() for name, value in values.items()})):
+        for rank, part in enumerate(self.gather({name: value.tolist() for name, value in values.items()})):
             for name, numbers in part.items():
                 value = torch.tensor(numbers, dtype=torch.float64)
                 if rank % self.tensor:  # the first of the tensor ranks has the same figures; a name may be this one's alone
@@ -183,21 +188,21 @@ class World:
     def fail(self, reason: str) -> None:
         """Make the next barrier or all_reduce of the other ranks raise, instead of waiting for a rank that has stopped."""
         with suppress(RankFailedError):
-            self._gather(reason)
+            self.gather(reason)
 
     def from_first(self, function: Callable[[], WorldItem]) -> WorldItem:
-        """Call a function on the first rank; returns its result (no string, see _gather), or raises its InputError, on all."""
+        """Call a function on the first rank; returns its result (no string, see gather), or raises its InputError, on all."""
         if not self.is_main:
-            return self._gather(None)[0]
+            return self.gather(None)[0]
         try:
             result = function()
         except InputError as error:
             self.fail(str(error))
             raise
-        self._gather(result)
+        self.gather(result)
         return result
 
-    def _gather(self, value: Any) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:
         """Return the values of all ranks. A string is a reason to stop."""
         if self.size == 1:
             return [value]
@@ -225,7 +230,7 @@ class World:
 
     def all(self, condition: bool) -> bool:
         """Whether the condition holds on every rank."""
-        return all(self._gather(condition))
+        return all(self.gather(condition))
 
     def all_reduce_gradients(self, parameters: Mapping[str, nn.Parameter], cuts: ModelCuts = NO_CUTS) -> None:
         """Sum gradients over ranks, in place.
@@ -288,6 +293,11 @@ def _all_reduce(gradients: Sequence[torch.Tensor], group: ProcessGroup | None) -
 def is_sharded(model: nn.Module) -> bool:
     """Whether ivl.parallel has sharded the model."""
     return hasattr(model, "set_requires_gradient_sync")  # a method that FSDP2 adds
+
+
+def is_shared(model: nn.Module) -> bool:
+    """Whether ranks share the model, as shards or as tensor ranks: each holds a part of it."""
+    return is_sharded(model) or bool(cuts_of(model).cuts)
 
 
 def reshard(model: nn.Module) -> None:
