@@ -13,11 +13,16 @@ import pytest
 import ivl
 from ivl.formats.rows import write_jsonl
 from studies.claims import STUDIES, compression, descriptions, filtering, pictures, preference, report, scaling, small, voting
+from studies.claims.__main__ import run_arm, run_study
 from studies.claims.study import Estimate, Lab, Results, Study, Verdict, sign
 
 ROOT = Path(__file__).parents[2]
-ARMS = [(name, arm) for name, study in STUDIES.items() if not study.costly for arm in study.arms if "real" not in arm]
-"""All but those beside SmolLM2, whose parts tests/test_smollm2.py joins."""
+ARMS = (
+    ("scaling", "random"), ("scaling", "moved"), ("compression", "jpeg"), ("reweighting", "square"),
+    ("filtering", "filtered-10"), ("packing", "alone"), ("preference", "dropout"), ("preference", "chosen"),
+    ("voting", "vote"), ("stages", "without-stage1"),
+)  # fmt: skip
+"""Arms that go through all of the code between them. tests/test_smollm2.py joins the parts of those beside SmolLM2."""
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +47,10 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ivl.runs.run.draw", lambda *_: None)
 
 
-@pytest.mark.parametrize(("name", "arm"), ARMS, ids=[f"{name}-{arm}" for name, arm in ARMS])
-def test_every_arm_gives_figures(lab: Lab, name: str, arm: str) -> None:
+@pytest.mark.parametrize(("name", "arm"), ARMS)
+def test_every_study_gives_figures(lab: Lab, name: str, arm: str) -> None:
     study = STUDIES[name]
+    assert arm in study.arms
     study.run(lab, arm, 0)
     record = json.loads(study.file(lab, arm, 0).read_text())
     assert {"commit", "date", "processor", "processor_seconds"} <= record.keys() and record["arm"] == arm
@@ -63,6 +69,10 @@ def test_one_pass_tells_what_greedy_decoding_says(lab: Lab, tmp_path: Path) -> N
     assert small.exact(model, rows)["accuracy"] == 1.0
     talks[0][1]["value"] = "yes"
     assert small.exact(model, write_jsonl([row], tmp_path / "wrong.jsonl"))["accuracy"] == 0.5
+
+
+def test_every_study_is_tried() -> None:
+    assert {name for name, _ in ARMS} == {name for name, study in STUDIES.items() if not study.costly}
 
 
 def test_needed_rows_lie_between_points_by_their_logarithms() -> None:
@@ -145,3 +155,26 @@ def test_the_page_in_docs_is_that_of_the_files() -> None:
     """Nobody writes a figure into docs/claims.md by hand."""
     results = [Results(study, Lab()) for study in STUDIES.values()]
     assert (ROOT / report.DOCS).read_text() == report.markdown(results), "run `python -m studies.claims.report`"
+
+
+def test_what_is_measured_is_not_measured_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lab = Lab(tmp_path / "runs", tmp_path / "results", seeds=1)
+    arms = {"random": scaling.STUDY.arms["random"]}
+    study = dataclasses.replace(scaling.STUDY, arms=arms, measure=lambda *_: {"accuracy": 0.5})
+    study.run(lab, "random", 0)
+    assert run_study(study, lab) == [] and "every arm has its figures" in capsys.readouterr().out
+
+
+def test_a_failing_arm_leaves_its_reason_in_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = Lab(tmp_path / "runs", tmp_path / "results")
+
+    def measure(*_: object) -> dict[str, object]:
+        print("training")
+        raise ValueError("no such rows")
+
+    monkeypatch.setitem(STUDIES, "scaling", dataclasses.replace(scaling.STUDY, measure=measure))
+    with pytest.raises(ValueError, match="no such rows"):
+        run_arm("scaling", lab, "random", 0)
+    log = (tmp_path / "runs/scaling/random-0.log").read_text()
+    assert log.startswith("training\n") and "ValueError: no such rows" in log
+    assert not scaling.STUDY.file(lab, "random", 0).exists()
