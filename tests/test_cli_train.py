@@ -116,3 +116,10 @@ def test_a_dry_run_counts_and_checks(here: Path, capsys: pytest.CaptureFixture[s
     write_jsonl(rows, here / "more" / "rows.jsonl")
     _, error = dry_run("finetune", "--model", "tiny", "--data", "more/rows.jsonl", "--data.num-workers", "0", capsys=capsys)
     assert "1 of 6 rows cannot be used" in error
+
+
+def test_help_shows_no_architecture_of_a_model_that_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+    for recipe, shown in (("1B-finetune", False), ("nano-language", True)):
+        with pytest.raises(SystemExit):
+            cli([recipe, "--help"])
+        assert ("--architecture.vision.width" in capsys.readouterr().out) == shown

@@ -56,7 +56,7 @@ def script() -> str:
     pages += [(name, word) for name, words in seconds.items() if name != "train" for word in words]
     pages += [("train", word) for word in ("finetune", "lora", "mpo")]
     options = {f'"{name} {word}"' if word else f'"{name} "*': flags(name, word) for name, word in pages}
-    options['"train "*'] = flags("train", "nano-mpo") | {"--resume", "--config"}
+    options['"train "*'] = flags("train", "nano-mpo") | flags("train", "nano-language") | {"--resume", "--config"}
     indent = " " * 12
     return SCRIPT.format(
         commands=" ".join(COMMANDS),

@@ -124,11 +124,18 @@ def parse(kind: type[OptionsOfRun], prog: str, start: RunConfig, args: list[str]
         InputError: for values that the options refuse.
     """
     args = [re.sub("^--data(=|$)", r"--data.mixture\1", re.sub("^--preference[.]", "--objective.", arg)) for arg in args]
+    expected = start.architecture if start.model and not any(arg.startswith("--architecture.") for arg in args) else None
+    if expected is not None:  # forty options of a model that is there already
+        start = dataclasses.replace(start, architecture=None)
     try:
-        return tyro.cli(
+        options = tyro.cli(
             kind, prog=prog, description=start.name, default=kind(config=start), args=args,  # type: ignore[call-arg]
             config=(tyro.conf.AvoidSubcommands,),
         )  # fmt: skip
+        if expected is None:
+            return options
+        config = dataclasses.replace(options.config, architecture=expected)  # type: ignore[attr-defined]
+        return dataclasses.replace(options, config=config)  # type: ignore[type-var]
     except InputError:
         raise
     except (ValueError, ArithmeticError) as error:  # checks of the configuration
