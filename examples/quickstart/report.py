@@ -103,7 +103,7 @@ def curves(stages: list[dict[str, Any]]) -> str:
 
 
 def bars(by_type: dict[str, Any]) -> str:
-    figure, axis = pages.pyplot().subplots(figsize=(5, 0.7 + 0.45 * len(by_type)), layout="constrained")
+    figure, axis = pages.pyplot().subplots(figsize=(4.6, 0.7 + 0.45 * len(by_type)), layout="constrained")
     for name, score in by_type.items():
         low, high = score["ci95"]
         error = [[100 * max(0.0, score["value"] - low)], [100 * max(0.0, high - score["value"])]]

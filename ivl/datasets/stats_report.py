@@ -193,7 +193,7 @@ def _stacked(axis: Any, drawn: Sequence[DatasetStats], name: str, title: str) ->
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     axis.xaxis.set_major_formatter("{x:,.0f}")
     if len(drawn) > 1:
-        axis.legend(fontsize=7)
+        axis.figure.legend(loc="outside lower center", ncols=2, fontsize=7)
 
 
 def _bars(axis: Any, title: str, values: dict[str, int]) -> None:

@@ -172,7 +172,7 @@ class FilterReport:
 
     def _example(self, entry: RowEntry) -> str:
         if reason := entry.get("reason"):
-            why = reason + (f" score {entry['score']:.3g}" if entry["score"] is not None else "")
+            why = reason + (f" score {entry['score']:.4g}" if entry["score"] is not None else "")
             head = f"<b class='bad'>{html.text(why)}</b><br>{html.text(entry['source'])}, id {html.text(entry['id'])}"
         else:
             head = f"<b class='good'>the row that it repeats</b><br>{html.text(entry['source'])}"

@@ -37,7 +37,8 @@ h3 { font-size: 1rem; margin: 1.5rem 0 .5rem } p, li { max-width: 46rem } a { co
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; max-width: 100% }
 th, td { padding: .3rem 0 .3rem 1rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line) }
 th { font-weight: 600; color: var(--soft); vertical-align: bottom } td { overflow-wrap: anywhere }
-th:first-child, td:first-child { padding-left: 0; text-align: left } td.words { text-align: left; min-width: 12rem }
+th:first-child, td:first-child { padding-left: 0; text-align: left }
+.words { text-align: left !important } td.words { min-width: 12rem }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)); gap: 1rem }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .7rem; overflow-wrap: anywhere }
@@ -125,7 +126,7 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]], *, words: Se
         named = zip(head, kinds, row, strict=True)
         return "".join(f"<td data-head='{text(name)}'{kind}>{text(cell)}</td>" for name, kind, cell in named)
 
-    top = "".join(f"<th>{text(name)}</th>" for name in head)
+    top = "".join(f"<th{' class=words' if name in words else ''}>{text(name)}</th>" for name in head)
     body = "".join(f"<tr>{cells(row)}</tr>" for row in rows)
     return f"<table{' class=wide' if len(head) > 3 else ''}><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
 
