@@ -62,7 +62,7 @@ def seconds_to(points: list[dict[str, float]], loss: float) -> float:
 
 
 def judge(results: Results) -> Verdict:
-    pairs = list(zip(results.figures("packed"), results.figures("alone"), strict=False))
+    pairs = list(zip(results.figures("packed"), results.figures("alone"), strict=True))
     pace = Estimate(tuple(p["tokens_per_second"] / a["tokens_per_second"] for p, a in pairs))
     common = [max(p["loss"], a["loss"]) for p, a in pairs]
     time_to = Estimate(tuple(

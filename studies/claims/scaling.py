@@ -138,7 +138,7 @@ def needed(points: Sequence[dict[str, float]], accuracy: float, axis: str) -> fl
 
 def ratios(results: Results, base: str, axis: str) -> Estimate:
     """Of every seed, what the moved ViT needs for the base's final accuracy, as a share of what the base needed."""
-    pairs = zip(results.figures("moved"), results.figures(base), strict=False)
+    pairs = zip(results.figures("moved"), results.figures(base), strict=True)
     return Estimate(tuple(needed(m["curve"], b["accuracy"], axis) / b["curve"][-1][axis] for m, b in pairs))
 
 
@@ -152,7 +152,7 @@ def judge(results: Results) -> Verdict:
         f"{rows.shown('.1%')} of its rows, {seconds.shown('.1%')} of its processor time and {flops.shown('.1%')} of its "
         "operations"
     )
-    if results.rows["warmed"]:
+    if len(results.rows["warmed"]) == len(results.rows["moved"]):
         against = ratios(results, "warmed", "rows").mean
         shown = f"{against:.0%} of the rows" if math.isfinite(against) else "no number of rows that was tried"
         said += f"; that of a ViT that was warmed up on its own with {shown}"

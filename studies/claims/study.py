@@ -129,7 +129,7 @@ class Study:
     measure: Callable[[Lab, str, int], Figures]
     """Trains and measures an arm of a seed."""
     judge: Callable[[Results], Verdict]
-    """Is asked only when the arms are measured that it needs."""
+    """Is asked only when all seeds of the arms that it needs are measured."""
     needs: tuple[str, ...]
     """Arms without which there is no verdict."""
     columns: Mapping[str, tuple[str, str]]
@@ -192,7 +192,7 @@ class Results:
         """The difference of two arms, seed by seed; an arm of a single seed stands beside every seed of the other."""
         mine, theirs = self.of(arm, figure).values, self.of(base, figure).values
         theirs = theirs * len(mine) if len(theirs) == 1 else theirs
-        return Estimate(tuple(a - b for a, b in zip(mine, theirs, strict=False)))
+        return Estimate(tuple(a - b for a, b in zip(mine, theirs, strict=True)))
 
     def bars(self, axes: Any, figure: str, label: str) -> None:
         """Draw a figure of every arm that has it: bars with intervals, and each seed as a dot."""
@@ -205,7 +205,8 @@ class Results:
         axes.set_ylabel(label)
 
     def verdict(self) -> Verdict:
-        if lacking := [arm for arm in self.study.needs if not self.rows[arm]]:
+        """What the figures say, once every seed of the arms that it needs is there."""
+        if lacking := [arm for arm in self.study.needs if len(self.rows[arm]) < self.study.seeds_of(arm, self.lab)]:
             return Verdict("not measured yet", f"Not measured yet: {', '.join(lacking)}.")
         return self.study.judge(self)
 
