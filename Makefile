@@ -57,6 +57,7 @@ check: install
 	$(BIN)/lint-imports
 
 claims: install
+	$(if $(REAL),$(PIP) onnx)
 	$(BIN)/python -m studies.claims $(if $(FRESH),--fresh) $(if $(QUICK),--quick) $(if $(REAL),--real) $(if $(ONLY),--only $(ONLY))
 
 bench: install
