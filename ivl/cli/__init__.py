@@ -16,6 +16,7 @@ GROUPS = {
     },
     "train one": {
         "train": ("ivl.cli.train:train", "fine-tune any model on your rows, or train a recipe"),
+        "plan": ("ivl.cli.plan:plan", "memory, time and traffic of a run or a model on given cards"),
         "data": ("ivl.cli.data:main", "validate, count, filter, convert and pack rows"),
         "prefer": ("ivl.cli.prefer:main", "sample replies and build preference pairs"),
     },

@@ -27,7 +27,8 @@ USAGE = """usage: ivl train finetune|lora|mpo --model DIR_OR_HUB_ID --data ROWS 
        ivl train --config run.yaml ...           options from a file: `recipe: lora`, `model: DIR`, `optim: {lr: 1e-5}`
        ivl train --resume DIR                    go on with an interrupted run, exactly
        ivl train RECIPE --resume auto            begin, or go on with what is there: for launchers that start it again
-       ivl train RECIPE --dry-run                check the run and print the plan: parameters, steps, memory
+       ivl train RECIPE --dry-run                check the run and print the plan: parameters, steps, memory;
+                                                 with --nodes, --gpus or --card what `ivl plan` prints
        ivl train RECIPE --help                   every option of the recipe, with its value
 """
 OptionsOfRun = TypeVar("OptionsOfRun")
@@ -70,6 +71,11 @@ def train(args: list[str]) -> None:
     if not args or args[0] in ("-h", "--help"):
         print(f"{USAGE}\nrecipes:\n" + "\n".join(f"  {name:18}{_summary(recipe)}" for name, recipe in recipes().items()))
         return
+    if "--dry-run" in args and {"--nodes", "--gpus", "--card"} & {arg.partition("=")[0] for arg in args}:
+        from ivl.cli.plan import plan
+
+        plan([arg for arg in args if arg != "--dry-run"])
+        return
     args, whole = _with_file(args)
     answer_foreign("train", args)
     resume, args = take(args, "--resume")
@@ -94,10 +100,10 @@ def train(args: list[str]) -> None:
     config = options.run_config()
     if options.dry_run:
         from ivl.runs.check import Check
-        from ivl.runs.plan import make_plan
+        from ivl.runs.plan import describe_alone, make_plan
 
         check = Check(config, ranks=int(os.environ.get("WORLD_SIZE", "1")))
-        print(f"{make_plan(config).describe(config)}\n\n{check.describe()}")
+        print(f"{make_plan(config).describe(config)}\n\n{describe_alone(config)}\n\n{check.describe()}")
         if check.problems:
             raise InputError(f"this run would stop: {'; '.join(check.problems)}")
         return

@@ -61,7 +61,7 @@ def stage1(size: str) -> RunConfig:
             checkpointing=True,
             save_every=100,
         ),
-        shard=size in ("26B", "38B", "78B"),
+        shard=size not in ("1B", "2B", "4B"),
         save_dtype="bfloat16",
     )
 
@@ -164,6 +164,7 @@ def later(name: str, stage: str) -> RunConfig:
         name=f"{name}-{stage}",
         model=MODELS[name].hub_id + ("-Instruct" if mpo_stage else ""),
         architecture=None if name == "3-9B" else MODELS[name].config,
+        shard=name.split("-")[1] not in ("1B", "2B", "4B"),
         data=replace(
             base.data, max_tokens=(1 + mpo_stage) * tokens, max_tiles=max(48, tokens // 256), max_tiles_per_image=None
         ),

@@ -1,30 +1,44 @@
-"""The plan of a run, for `ivl train RECIPE --dry-run`. The model is built on the meta device, so any size costs nothing."""
+"""The plan of a run: what trains, and on given cards memory, traffic, time, checkpoints. No weight is read or made.
+
+Memory and traffic are those of ivl.parallel.track; the rest is arithmetic with the rates of ivl.parallel.cards.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 
-from ivl.data.config import DataConfig
+from ivl.config import ModelConfig
+from ivl.errors import InputError
 from ivl.model.vlm import VLM
+from ivl.parallel.cards import BUFFERS, CARDS, GIB, NODE_WRITES, Card, Machines, find_card
+from ivl.parallel.cost import compute_seconds, count_operations, send_seconds
+from ivl.parallel.track import RankSetup, Tracked, track
 from ivl.runs.build import adapt, read_architecture
 from ivl.runs.config import RunConfig
-from ivl.train.config import PARTS, OptimConfig, TrainConfig
-from ivl.train.losses import MAX_LOGITS
+from ivl.train.config import PARTS
 from ivl.train.optim import is_hidden_matrix
 from ivl.train.stage import trainable
+
+SEQUENCES = 4
+"""Sequences of a pack that holds as many samples as fit."""
+WORKER_BYTES = 1e9
+"""Memory of a process that encodes data."""
+PACK_STEP = 1024
+"""Proposed packs have a multiple of this many tokens."""
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Parameters by part as (trained, frozen), the length of the run, and memory in bytes of one rank without sharding."""
+    """Parameters by part as (trained, frozen), and the length of the run."""
 
     parameters: dict[str, tuple[int, int]]
     num_steps: int | None
     tokens_per_step: int
     tiles_per_step: int
-    memory: dict[str, int]
 
     def describe(self, config: RunConfig) -> str:
         """Format the plan as a page of text."""
@@ -34,48 +48,37 @@ class RunPlan:
         rows += [f"{part:11}{t:18,}{f:18,}" for part, (t, f) in {**self.parameters, "all": total}.items()]
         train, optim = config.train, config.train.optim
         steps = f"{self.num_steps:,}" if self.num_steps else f"until {config.data.epochs} epoch(s) end"
-        rows += [
+        return "\n".join([
+            *rows,
             "",
             f"steps      {steps}, {train.packs_per_step:,} packs each",
             f"step       at most {self.tokens_per_step:,} tokens and {self.tiles_per_step:,} tiles",
             f"optimizer  {optim.name}, lr {optim.lr:g}, weight decay {optim.weight_decay:g}, "
             f"{optim.schedule} with warm-up {optim.warmup_steps or f'{optim.warmup_ratio:.0%}'}",
             f"precision  {train.precision}{', activations recomputed' if train.checkpointing else ''}",
-            "",
-            "memory of one rank (estimate" + (", before sharding over ranks)" if config.shard else ")"),
-        ]
-        rows += [f"  {name:14}{size / 2**30:10.2f} GiB" for name, size in self.memory.items() if size]
-        return "\n".join([*rows, f"  {'sum':14}{sum(self.memory.values()) / 2**30:10.2f} GiB"])
+        ])  # fmt: skip
 
 
 def make_plan(config: RunConfig) -> RunPlan:
-    """Count parameters and estimate memory from shapes alone.
+    """Count parameters and steps.
 
     Raises:
         InputError: if the model's configuration cannot be read, or the stage does not fit it.
     """
-    architecture = config.architecture or read_architecture(config)
-    with torch.device("meta"):
-        model = VLM(architecture)
-        adapt(model, config)
-    train, trained = config.train, trainable(model)
-    size = 2 if train.precision == "pure_bf16" else 4
-    num_parameters = sum(p.numel() for p in model.parameters())
     return RunPlan(
-        parameters=count_by_part(model),
-        num_steps=train.num_steps,
-        tokens_per_step=train.packs_per_step * config.data.max_tokens,
-        tiles_per_step=train.packs_per_step * config.data.max_tiles,
-        memory={
-            "parameters": num_parameters * size,
-            "copies": 2 * (num_parameters - model.decoder.embeddings.weight.numel()) if train.precision == "bf16" else 0,
-            "reference": num_parameters * (4 if train.precision == "fp32" else 2) if config.objective.has_reference_copy else 0,
-            "gradients": sum(p.numel() for p in trained.values()) * size,
-            "optimizer": sum(p.numel() * size * _moments(train.optim, name, p) for name, p in trained.items()),
-            "activations": _activations(model, train, config.data),
-            "logits": MAX_LOGITS * 4,
-        },
+        parameters=count_by_part(build_empty(config)),
+        num_steps=config.train.num_steps,
+        tokens_per_step=config.train.packs_per_step * config.data.max_tokens,
+        tiles_per_step=config.train.packs_per_step * config.data.max_tiles,
     )
+
+
+def build_empty(config: RunConfig, architecture: ModelConfig | None = None) -> VLM:
+    """Build the run's model on the meta device, adapters included, with what trains marked; or one of another architecture."""
+    with torch.device("meta"):
+        model = VLM(architecture or config.architecture or read_architecture(config))
+        adapt(model, config)
+    return model
 
 
 def count_by_part(model: VLM) -> dict[str, tuple[int, int]]:
@@ -88,23 +91,260 @@ def count_by_part(model: VLM) -> dict[str, tuple[int, int]]:
     return counts
 
 
-def _moments(optim: OptimConfig, name: str, parameter: torch.nn.Parameter) -> int:
-    return 1 if optim.name == "muon" and is_hidden_matrix(name, parameter) else 2
+@dataclass(frozen=True, kw_only=True)
+class RankPlan:
+    """A run on given cards. Bytes and seconds; what is of a rank is of the fullest one."""
+
+    config: RunConfig
+    machines: Machines
+    setup: RankSetup
+    tracked: Tracked
+    held: dict[str, float]
+    """What a rank holds between packs."""
+    packs_per_rank: int
+    compute_seconds: float
+    """Of a step, for the operations alone."""
+    link_seconds: float
+    """Of a step, for messages that are sent beside them."""
+    wait_seconds: float
+    """Of a step, for messages that nothing is computed beside."""
+    peak_share: float
+    """Operations of the loss and its gradients, as a share of what the cards could do (MFU)."""
+    operations: float
+    """Of a pack, those that are repeated included."""
+    checkpoint: float
+    host: float
+    """Memory of a machine."""
+
+    @property
+    def card(self) -> Card:
+        return find_card(self.machines.card)
+
+    @property
+    def peak(self) -> float:
+        """The most that a rank holds on its card."""
+        return self.tracked.peak + self.held.get("reference", 0)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the card has room for it and for BUFFERS."""
+        return self.peak + BUFFERS <= self.card.memory * GIB
+
+    @property
+    def step_seconds(self) -> float:
+        return max(self.compute_seconds, self.link_seconds) + self.wait_seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.config.train.packs_per_step * self.config.data.max_tokens / self.step_seconds
+
+    @property
+    def checkpoint_seconds(self) -> float:
+        """By all machines where each rank writes what it has, else by one."""
+        return self.checkpoint / NODE_WRITES / (self.machines.nodes if self.setup.shards > 1 else 1)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures under plain names: bytes, seconds and shares."""
+        train = self.config.train
+        return {
+            "recipe": self.config.name, "machines": asdict(self.machines), "shards": self.setup.shards,
+            "tokens_per_pack": self.setup.tokens, "tiles_per_pack": self.setup.tiles, "packs_per_rank": self.packs_per_rank,
+            "fits": self.fits, "peak_bytes": round(self.peak), "fullest": self.tracked.fullest,
+            "held_bytes": {name: round(size) for name, size in self.held.items()},
+            "left_for_buffers_bytes": round(self.card.memory * GIB - self.peak),
+            "collectives_per_pack": {
+                name: {"calls": calls, "bytes": round(size)} for name, (calls, size) in self.tracked.collectives.items()
+            },
+            "operations_per_pack": self.operations, "step_seconds": self.step_seconds,
+            "compute_seconds": self.compute_seconds, "link_seconds": self.link_seconds, "wait_seconds": self.wait_seconds,
+            "tokens_per_second": self.tokens_per_second, "peak_share": self.peak_share, "steps": train.num_steps,
+            "hours": train.num_steps and train.num_steps * self.step_seconds / 3600,
+            "checkpoint_bytes": round(self.checkpoint), "checkpoint_seconds": self.checkpoint_seconds,
+            "host_bytes": round(self.host),
+        }  # fmt: skip
+
+    def memory_rows(self) -> list[str]:
+        """Format the memory of a rank."""
+        note = f"{self.setup.tokens:,} tokens, {self.setup.tiles} tiles, and what is gathered for them"
+        parts = {**self.held, "pack": self.peak - sum(self.held.values()), "peak": self.peak}
+        notes = {"pack": f"  {note}", "peak": f"  {self.tracked.fullest}"}
+        rows = [f"  {name:20}{size / GIB:9.2f}{notes.get(name, '')}" for name, size in parts.items()]
+        return [f"{'memory of a rank':22}{'GiB':>9}", *rows]
+
+    def describe(self) -> str:
+        """Format the plan as a page of text."""
+        setup, train, gib = self.setup, self.config.train, self.card.memory
+        ways = [f"{setup.shards} shards" if setup.shards > 1 else "whole on each rank"]
+        ways += [f"{setup.replicas} groups of them"] if setup.shards > 1 and setup.replicas > 1 else []
+        rows = [f"{self.config.name} on {self.machines}: {self.machines.ranks} ranks, {', '.join(ways)}", ""]
+        rows += [
+            *self.memory_rows(),
+            f"  {'left for buffers':20}{gib - self.peak / GIB:9.2f}  of {gib:g}; {BUFFERS // GIB} are needed",
+            "",
+        ]
+        rows += [f"{'collectives of a pack':22}{'calls':>9}{'GB':>9}"]
+        rows += [f"  {name:20}{n:9,}{size / 1e9:9.1f}" for name, (n, size) in self.tracked.collectives.items()]
+        rows += ["  none"] * (not self.tracked.collectives)
+        rows += [""]
+        hours = f"{train.num_steps * self.step_seconds / 3600:,.1f} h for {train.num_steps:,} steps" if train.num_steps else ""
+        facts = {
+            "pack": f"{self.operations:.2e} operations",
+            "step": f"{self.step_seconds:,.1f} s, {self.packs_per_rank} packs a rank: computes {self.compute_seconds:,.1f} s, "
+            f"sends {self.link_seconds:,.1f} s beside it, waits {self.wait_seconds:,.1f} s",
+            "tokens/s": f"{self.tokens_per_second:,.0f}, at {self.peak_share:.0%} of the cards' peak",
+            "schedule": hours or f"until {self.config.data.epochs} epoch(s) end",
+            "checkpoint": f"{self.checkpoint / 1e9:,.1f} GB, {self.checkpoint_seconds:,.0f} s at {NODE_WRITES / 1e9:g} GB/s a "
+            "machine",
+            "host memory": f"{self.host / 1e9:,.0f} GB of each machine",
+        }  # fmt: skip
+        return "\n".join([*rows, *(f"{name:13}{text}" for name, text in facts.items())])
 
 
-def _activations(model: VLM, train: TrainConfig, data: DataConfig) -> int:
-    """Estimate the bytes kept for the backward pass of a full pack: with recomputation every layer's input and one inside."""
-    size = 4 if train.precision == "fp32" else 2
-    c, tokens, total = model.config, data.max_tokens, 0
-    d, v = c.decoder, c.vision
-    positions = data.max_tiles * (v.grid**2 + 1)
-    inside_decoder = tokens * (6 * d.width + 2 * (d.num_heads + d.num_kv_heads) * d.head_dim + 4 * d.mlp_width)
-    inside_vision = positions * (9 * v.width + 2 * v.mlp_width)
-    stacks = [(d.num_layers, tokens * d.width, inside_decoder)]
-    if any(p.requires_grad for p in model.vision.parameters()):
-        stacks.append((v.num_layers, positions * v.width, inside_vision))
-    else:
-        total += positions * v.mlp_width
-    for layers, entry, inside in stacks:
-        total += layers * entry + inside if train.checkpointing else layers * inside
-    return total * size
+def plan_ranks(config: RunConfig, machines: Machines, *, tracked: Tracked | None = None, whole: bool = False) -> RankPlan:
+    """Plan a run on given cards.
+
+    Args:
+        config: the run.
+        machines: the cards.
+        tracked: of the same run on other cards, if it is known.
+        whole: track all layers instead of a few.
+
+    Raises:
+        InputError: if the ranks cannot share the run, or its model cannot be read.
+    """
+    architecture = config.architecture or read_architecture(config)
+    model, setup = build_empty(config), setup_of(config, machines, architecture)
+    if tracked is None:
+        named = config.stage.vision_from_layer or (config.lora and any(c.isdigit() for c in "".join(config.lora.targets)))
+        tracked = track(lambda part: build_empty(config, part), architecture, setup, whole=whole or bool(named))
+    packs, reference = config.train.packs_per_step // machines.ranks, config.objective.has_reference_copy
+    operations = count_operations(model, setup.tokens, setup.tiles, setup.sequences, reference=reference)
+    card, total = find_card(machines.card), operations.model + operations.repeated
+    links, waits = _send_times(model, setup, machines, tracked)
+    held, checkpoint, host = _storage(model, config, setup, machines)
+    compute = packs * compute_seconds(total, card)
+    seconds = max(compute, packs * links) + waits
+    return RankPlan(
+        config=config, machines=machines, setup=setup, tracked=tracked, held=held, packs_per_rank=packs,
+        compute_seconds=compute, link_seconds=packs * links, wait_seconds=waits,
+        peak_share=operations.model * config.train.packs_per_step / (seconds * machines.ranks * card.tflops * 1e12),
+        operations=total, checkpoint=checkpoint, host=host,
+    )  # fmt: skip
+
+
+def describe_alone(config: RunConfig) -> str:
+    """Format the memory of a run in one process, which shares nothing."""
+    rows = plan_ranks(config, Machines(gpus=1)).memory_rows()
+    return "\n".join([*rows, "", "for many ranks add --nodes N --gpus N --card NAME, or ask `ivl plan`"])
+
+
+def setup_of(config: RunConfig, machines: Machines, architecture: ModelConfig) -> RankSetup:
+    """Return what one rank of the machines holds and does.
+
+    Raises:
+        InputError: if the ranks do not divide the packs of a step.
+    """
+    train, data, ranks = config.train, config.data, machines.ranks
+    if train.packs_per_step % ranks:
+        packs = -(-train.packs_per_step // ranks) * ranks
+        raise InputError(
+            f"packs_per_step {train.packs_per_step} is not a multiple of the {ranks} ranks: --packs-per-step {packs}, or other "
+            "machines"
+        )
+    sharded = config.shard and ranks > 1
+    muon = train.optim.name == "muon"
+    return RankSetup(
+        precision="bf16" if train.precision == "auto" else train.precision,
+        shards=ranks if sharded else 1,
+        replicas=1 if sharded else ranks,
+        moments=lambda name, p: 1 if muon and is_hidden_matrix(name, p) else 2,
+        accumulates=train.packs_per_step > ranks,
+        tokens=data.max_tokens,
+        tiles=min(data.max_tiles, data.max_tokens // (architecture.tokens_per_tile + 2)),
+        sequences=2 if config.objective.pairs else SEQUENCES if data.max_samples is None else min(data.max_samples, SEQUENCES),
+    )
+
+
+def _storage(model: VLM, config: RunConfig, setup: RankSetup, machines: Machines) -> tuple[dict[str, float], float, float]:
+    """Return bytes that a rank holds between packs, of a checkpoint, and of a machine's memory."""
+    size = 2 if setup.precision == "pure_bf16" else 4
+    parameters, trained = list(model.parameters()), trainable(model)
+    count, own = sum(p.numel() for p in parameters) / setup.shards, sum(p.numel() for p in trained.values()) / setup.shards
+    held = {"parameters": size * count}
+    if setup.precision == "bf16" and setup.shards == 1:
+        held["bfloat16 copies"] = 2.0 * (count - model.decoder.embeddings.weight.numel())
+    if setup.accumulates:
+        held["gradients"] = size * own
+    moments = size * sum(p.numel() * setup.moments(name, p) for name, p in trained.items())
+    held["moments"] = moments / setup.shards
+    if config.objective.has_reference_copy:
+        held["reference"] = count * (2 if setup.precision == "bf16" and setup.shards == 1 else size)
+    saved = list(trained.values()) if config.lora else parameters
+    checkpoint = size * sum(p.numel() for p in saved) + moments
+    largest = max(p.numel() for p in parameters)
+    copies = 2 if config.objective.has_reference_copy else 1
+    start = machines.gpus * size * copies * (count + (largest if setup.shards > 1 else 0))
+    saving = checkpoint if setup.shards == 1 else machines.gpus * checkpoint / setup.shards
+    return held, checkpoint, max(start, saving) + machines.gpus * config.data.num_workers * WORKER_BYTES
+
+
+def _send_times(model: VLM, setup: RankSetup, machines: Machines, tracked: Tracked) -> tuple[float, float]:
+    """Return seconds of the messages beside a pack's computation, and of those that a whole step waits for at its end."""
+    card, alone = find_card(machines.card), machines.nodes == 1
+    if setup.shards > 1:
+        near = setup.shards <= machines.gpus
+        return sum(send_seconds(size, setup.shards, card, near=near) for _, size in tracked.collectives.values()), 0.0
+    gradients = 4.0 * sum(p.numel() for p in trainable(model).values())
+    return 0.0, 2 * send_seconds(gradients, setup.replicas, card, near=alone)
+
+
+def proposals(plan: RankPlan, others: Mapping[str, RunConfig]) -> Iterator[tuple[str, RankPlan]]:
+    """Yield plans that fit in place of one that does not, each with what to change.
+
+    Args:
+        plan: the one that does not fit.
+        others: runs that may stand in for it, by what says so.
+    """
+    for way in _ways(plan, others):
+        for change, config, machines in way:
+            try:
+                other = plan_ranks(config, machines, tracked=plan.tracked if change.startswith("--card") else None)
+            except InputError:  # heads or packs cannot be divided so
+                continue
+            if other.fits:
+                yield change, other
+                break
+
+
+Change = tuple[str, RunConfig, Machines]
+
+
+def _ways(plan: RankPlan, others: Mapping[str, RunConfig]) -> Iterator[Iterator[Change]]:
+    """Yield ways to need less memory of a card, each with its smallest changes first."""
+    config, machines = plan.config, plan.machines
+    if not config.train.checkpointing:
+        yield iter([("--checkpointing", replace(config, train=replace(config.train, checkpointing=True)), machines)])
+    if not config.shard and plan.setup.replicas > 1:
+        yield iter([("--shard", replace(config, shard=True), machines)])
+    yield _smaller_packs(plan)
+    yield ((f"--nodes {n * machines.nodes}", config, replace(machines, nodes=n * machines.nodes)) for n in (2, 4, 8))
+    yield ((name, other, machines) for name, other in others.items())
+    larger = sorted((card.memory, name) for name, card in CARDS.items() if card.memory > plan.card.memory)
+    yield ((f"--card {name}", config, replace(machines, card=name)) for _, name in larger)
+
+
+def _smaller_packs(plan: RankPlan) -> Iterator[Change]:
+    """Yield packs that should fit: memory is all but linear in the size of a pack, and half of one shows the slope."""
+    tokens, machines = plan.config.data.max_tokens, plan.machines
+    half = plan_ranks(_with_pack(plan.config, tokens // 2), machines)
+    slope = (plan.peak - half.peak) / (tokens - tokens // 2)
+    most = int(tokens - (plan.peak + BUFFERS - plan.card.memory * GIB) / slope) // PACK_STEP * PACK_STEP
+    for size in range(most, max(most - 3 * PACK_STEP, 0), -PACK_STEP):
+        smaller = _with_pack(plan.config, size)
+        yield f"--data.max-tokens {size} --data.max-tiles {smaller.data.max_tiles}", smaller, machines
+
+
+def _with_pack(config: RunConfig, tokens: int) -> RunConfig:
+    """Return the run with packs of so many tokens, and tiles in proportion."""
+    data = config.data
+    return replace(config, data=replace(data, max_tokens=tokens, max_tiles=max(1, data.max_tiles * tokens // data.max_tokens)))

@@ -1,0 +1,154 @@
+"""`ivl plan`: memory of a rank by torch's trackers on fake ranks, and what follows from it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ivl.cli.plan import plan as cli
+from ivl.config import LoraConfig
+from ivl.errors import InputError
+from ivl.parallel.cards import BUFFERS, CARDS, GIB, Machines
+from ivl.parallel.cost import count_operations
+from ivl.recipes import find
+from ivl.recipes.nano import architecture
+from ivl.runs.config import RunConfig
+from ivl.runs.plan import build_empty, plan_ranks, proposals
+from ivl.train.config import Stage
+from ivl.train.losses import linear_cross_entropy
+from ivl.train.objectives import encode_vision
+from ivl.train.stage import apply_stage
+from tests.helpers.training import staged, tiny_batch
+
+
+def small(**changes: object) -> RunConfig:
+    """The nano stage that trains everything, with packs of which a rank has two."""
+    base = find("nano-stage2")
+    train = replace(base.train, packs_per_step=16, precision="bf16", checkpointing=True, optim=find("1B-stage2").train.optim)
+    return replace(base, **({"train": train, "shard": True, "architecture": architecture()} | changes))
+
+
+def test_78b_stage_2_fits_512_cards_of_80_gb() -> None:
+    plan = plan_ranks(find("78B-stage2"), Machines(nodes=64))
+    assert plan.peak <= 66 * GIB and plan.fits
+    moved = plan.tracked.collectives
+    whole = sum(p.numel() for p in build(find("78B-stage2")))
+    # Each parameter is gathered in bfloat16, forward and backward, and its gradient summed in float32.
+    assert moved["all-gather"][1] == pytest.approx(2 * 2 * whole, rel=0.03)
+    assert moved["reduce-scatter"][1] == pytest.approx(4 * whole, rel=0.03)
+    assert moved["reduce-scatter"][0] == 80 + 45 + 3
+    assert plan.checkpoint == 12 * whole
+    assert plan.held["moments"] == pytest.approx(8 * whole / 512)
+    assert 0.3 < plan.peak_share < 0.5 and 20 < plan.step_seconds < 40
+
+
+def build(config: RunConfig) -> list[torch.nn.Parameter]:
+
+    return list(build_empty(config).parameters())
+
+
+def test_8b_stage_2_fits_8_cards_of_80_gb() -> None:
+    plan = plan_ranks(find("8B-stage2"), Machines())
+    assert plan.setup.shards == 8 and plan.peak <= 72 * GIB and plan.fits
+
+
+def test_lora_of_78b_fits_8_cards_of_80_gb() -> None:
+    plan = plan_ranks(find("78B-lora"), Machines())
+    assert plan.fits and plan.held["parameters"] > 36 * GIB
+
+
+def test_what_does_not_fit_is_refused_with_a_pack_that_does(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = plan_ranks(find("78B-stage2"), Machines(nodes=8))
+    assert not plan.fits
+    change, other = next(proposals(plan, {}))
+    assert change.startswith("--data.max-tokens ") and other.fits and other.setup.tokens < 16384
+    # The same, asked for by the command line.
+    cli(["78B-stage2", "--nodes", "8", *change.split()])
+    assert f"{other.peak / GIB:.2f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("machines", [Machines(), Machines(gpus=1)], ids=str)
+@pytest.mark.parametrize("stage", [None, ("projector",), ("vision", "projector")], ids=str)
+def test_a_few_layers_tell_what_all_of_them_do(machines: Machines, stage: tuple[str, ...] | None) -> None:
+    config = small() if stage is None else small(stage=Stage(trainable=stage))
+    few, whole = (plan_ranks(config, machines, whole=whole) for whole in (False, True))
+    assert few.peak == pytest.approx(whole.peak, rel=1e-4)
+    assert {n: c for n, (c, _) in few.tracked.collectives.items()} == {n: c for n, (c, _) in whole.tracked.collectives.items()}
+
+
+def test_parts_of_memory_follow_the_ranks() -> None:
+    one, eight = (plan_ranks(small(), Machines(gpus=gpus)) for gpus in (1, 8))
+    assert "bfloat16 copies" in one.held and "bfloat16 copies" not in eight.held
+    for part in ("parameters", "gradients", "moments"):
+        assert eight.held[part] == one.held[part] / 8
+    assert not one.tracked.collectives
+    plain = plan_ranks(small(train=replace(small().train, checkpointing=False)), Machines())
+    assert plain.peak > eight.peak
+    assert plan_ranks(small(train=replace(small().train, packs_per_step=8)), Machines()).held.keys() == {
+        "parameters",
+        "moments",
+    }
+
+
+def test_adapters_are_all_that_a_checkpoint_holds() -> None:
+    config = small(stage=Stage(trainable=()), lora=LoraConfig(rank=4))
+    plan = plan_ranks(config, Machines(gpus=1))
+    trained = sum(p.numel() for p in build(config) if p.requires_grad)
+    assert plan.checkpoint == 12 * trained and plan.held["moments"] == 8 * trained
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["78B-stage2", "--card", "h100"], "did you mean 'h100-80gb'"),
+        (["78B-lora", "--nodes", "8"], "packs_per_step 16 is not a multiple of the 64 ranks .* --packs-per-step 64"),
+        (["78B-stage2", "--nodes", "0"], "nodes must be in .1, inf., got 0"),
+        (["78b-stage2"], "did you mean 78B-stage2"),
+        (["--serve", "79B", "--context", "0"], "context must be in"),
+    ],
+)
+def test_mistakes_are_named(arguments: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        cli(arguments)
+
+
+def test_command_prints_a_page_or_json(capsys: pytest.CaptureFixture[str]) -> None:
+    cli(["nano-language", "--card", "a100-40gb", "--gpus", "2"])
+    page = capsys.readouterr().out
+    assert "memory of a rank" in page and "left for buffers" in page and max(map(len, page.splitlines())) <= 100
+    cli(["nano-language", "--card", "a100-40gb", "--gpus", "2", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] and found["machines"]["card"] == "a100-40gb" and found["proposals"] == []
+    assert found["peak_bytes"] + found["left_for_buffers_bytes"] == 40 * GIB
+
+
+def test_dry_run_of_many_ranks_is_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    from ivl.cli.train import train
+
+    train(["nano-language", "--dry-run", "--gpus", "2"])
+    page = capsys.readouterr().out
+    cli(["nano-language", "--gpus", "2"])
+    assert page == capsys.readouterr().out and "2 ranks" in page
+
+
+def test_operations_are_those_that_torch_counts() -> None:
+    model, batch = staged(), tiny_batch()
+    apply_stage(model, Stage(trainable=("vision", "projector", "decoder")))
+    vision_tokens = len(batch.tile_ids_R) * model.config.tokens_per_tile
+    at = (batch.tokens_T != model.config.image_token_id).nonzero().squeeze(1)
+    with FlopCounterMode(display=False) as counter:
+        hidden = model(batch.tokens_T, batch.layout, encode_vision(model, batch))
+        linear_cross_entropy(hidden[at], model.decoder.head.matrix(), batch.tokens_T[at], torch.ones(len(at))).total.backward()
+    assert vision_tokens
+    ours = count_operations(model, len(batch.tokens_T), len(batch.tiles_GSSC), len(batch.layout.new_lens), reference=False)
+    assert ours.model == pytest.approx(counter.get_total_flops(), rel=0.1) and not ours.repeated
+
+
+def test_cards_are_told_by_their_memory() -> None:
+    for name, card in CARDS.items():
+        assert card.memory == pytest.approx(float(name.rpartition("-")[2].removesuffix("gb")), rel=0.08)
+    assert BUFFERS == 8 * GIB
