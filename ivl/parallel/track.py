@@ -238,7 +238,7 @@ class _ShardTracker(_Moments, FSDPMemTracker):
 
 
 class _WholeTracker(_Moments, MemTracker):
-    """Of a plain model. It looks at no module, for working weights take the places of parameters, which torch does not expect."""
+    """Of a plain model. It looks at no module: that working weights take the places of parameters, torch does not expect."""
 
     def _pre_fw_hook(self, *_: Any) -> None: ...
     def _post_fw_hook(self, *_: Any) -> None: ...
