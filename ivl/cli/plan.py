@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from ivl.config import ModelConfig
     from ivl.runs.plan import RankPlan
 
-USAGE = """usage: ivl plan RECIPE [--nodes N] [--gpus N] [--card NAME] [--json]
+USAGE = """usage: ivl plan RECIPE [--nodes N] [--gpus N] [--card NAME] [--tensor-parallel N] [--json]
                                     memory, traffic, time and checkpoints of a training run; RECIPE and its options
-                                    are those of `ivl train`, such as --data.max-tokens, --shard or --checkpointing
+                                    are those of `ivl train`, such as --data.max-tokens, --shard or --replicate
        ivl plan --serve MODEL [--card NAME] [--tensor-parallel N] [--context N] [--batch N] [--json]
                                     what a model needs to answer; MODEL is a size, a directory or a hub id
 

@@ -30,8 +30,9 @@ from ivl.config import ModelConfig
 from ivl.model.attention import Sdpa
 from ivl.model.vlm import VLM
 from ivl.parallel.shard import shard
+from ivl.parallel.tensor import split
 from ivl.train.config import Precision
-from ivl.train.losses import chunk_rows, linear_cross_entropy
+from ivl.train.losses import chunk_rows, linear_cross_entropy, share_of
 from ivl.train.objectives import encode_vision
 from ivl.train.precision import computing
 from ivl.train.stage import trainable
@@ -51,7 +52,9 @@ class RankSetup:
     shards: int
     """Ranks that share parameters, gradients and moments; 1 keeps all on each rank."""
     replicas: int = 1
-    """Groups of shards that sum their gradients (HSDP)."""
+    """Copies of the model, sharded or whole, whose gradients are summed."""
+    tensor_parallel: int = 1
+    """Ranks that share the decoder of each model, and its tiles."""
     moments: Callable[[str, nn.Parameter], int]
     """Moments that the optimizer keeps of a parameter."""
     accumulates: bool
@@ -119,11 +122,14 @@ def _track(model: VLM, setup: RankSetup) -> dict[tuple[str, str], float]:
     """Return bytes by ("peak", moment), and calls and bytes by ("calls" or "bytes", collective)."""
     if setup.precision == "pure_bf16":
         model.to(torch.bfloat16)
-    sharded = setup.shards > 1
-    with _fake_ranks(setup.shards * setup.replicas), warnings.catch_warnings():
+    ranks, sharded = setup.shards * setup.replicas * setup.tensor_parallel, setup.shards > 1
+    with _fake_ranks(ranks), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        world = World(0, ranks).arranged(replicate=setup.replicas, tensor=setup.tensor_parallel)
+        if setup.tensor_parallel > 1:
+            split(model, world)
         if sharded:
-            shard(model, World(0, setup.shards * setup.replicas), torch.bfloat16 if setup.precision == "bf16" else None)
+            shard(model, world, torch.bfloat16 if setup.precision == "bf16" else None)
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device=CPU)
             held = [torch.empty_like(p) for name, p in trainable(model).items() for _ in range(setup.moments(name, p))]
@@ -159,7 +165,8 @@ def _run(model: VLM, setup: RankSetup, tracker: _Moments) -> None:
         at_M = torch.empty(min(trained, 2 * chunk_rows(head_VD)), dtype=torch.long)
         others = [hidden_TD.new_empty(3, trained - len(at_M), hidden_TD.shape[1])]
         hidden_TD.register_hook(lambda _: others.clear())
-        loss = linear_cross_entropy(hidden_TD[at_M], head_VD, tokens_T[at_M], weights_T[at_M])
+        share = share_of(model.decoder.head)
+        loss = linear_cross_entropy(hidden_TD[at_M], head_VD, tokens_T[at_M], weights_T[at_M], share=share)
         tracker.moment = "backward of the loss"
         loss.total.backward()
 
@@ -200,6 +207,7 @@ def _fake_ranks(size: int) -> Iterator[None]:
 
 COLLECTIVES = {
     "_allgather_base_": ("all-gather", 0),
+    "allgather_": ("all-gather of tensor ranks", 0),
     "_reduce_scatter_base_": ("reduce-scatter", 1),
     "allreduce_": ("all-reduce", 0),
 }
@@ -240,10 +248,9 @@ class _ShardTracker(_Moments, FSDPMemTracker):
 class _WholeTracker(_Moments, MemTracker):
     """Of a plain model. It looks at no module: that working weights take the places of parameters, torch does not expect."""
 
-    def _pre_fw_hook(self, *_: Any) -> None: ...
-    def _post_fw_hook(self, *_: Any) -> None: ...
-    def _pre_bw_hook(self, *_: Any) -> None: ...
-    def _post_bw_hook(self, *_: Any) -> None: ...
+    def _ignore(self, *_: Any) -> None: ...
+
+    _pre_fw_hook = _post_fw_hook = _pre_bw_hook = _post_bw_hook = _ignore  # pyright: ignore[reportAssignmentType]
 
 
 class _Flash(Sdpa):
@@ -267,7 +274,7 @@ class _FlashMemory(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:  # noqa: ARG004
+    def backward(ctx: Any, _grad: torch.Tensor) -> tuple[torch.Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, _, _ = ctx.saved_tensors
         sums = q.new_empty(q.shape, dtype=torch.float32)
         by_head = [q.new_empty(q.shape) for _ in range(2)] if q.shape != k.shape else []

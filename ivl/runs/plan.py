@@ -16,6 +16,7 @@ from ivl.errors import InputError
 from ivl.model.vlm import VLM
 from ivl.parallel.cards import BUFFERS, CARDS, GIB, NODE_WRITES, Card, Machines, find_card
 from ivl.parallel.cost import compute_seconds, count_operations, send_seconds
+from ivl.parallel.tensor import local_config
 from ivl.parallel.track import RankSetup, Tracked, track
 from ivl.runs.build import adapt, read_architecture
 from ivl.runs.config import RunConfig
@@ -176,6 +177,7 @@ class RankPlan:
         setup, train, gib = self.setup, self.config.train, self.card.memory
         ways = [f"{setup.shards} shards" if setup.shards > 1 else "whole on each rank"]
         ways += [f"{setup.replicas} groups of them"] if setup.shards > 1 and setup.replicas > 1 else []
+        ways += [f"tensor parallel {setup.tensor_parallel}"] if setup.tensor_parallel > 1 else []
         rows = [f"{self.config.name} on {self.machines}: {self.machines.ranks} ranks, {', '.join(ways)}", ""]
         rows += [
             *self.memory_rows(),
@@ -217,16 +219,17 @@ def plan_ranks(config: RunConfig, machines: Machines, *, tracked: Tracked | None
     if tracked is None:
         named = config.stage.vision_from_layer or (config.lora and any(c.isdigit() for c in "".join(config.lora.targets)))
         tracked = track(lambda part: build_empty(config, part), architecture, setup, whole=whole or bool(named))
-    packs, reference = config.train.packs_per_step // machines.ranks, config.objective.has_reference_copy
+    packs, reference = config.train.packs_per_step // machines.data_ranks, config.objective.has_reference_copy
     operations = count_operations(model, setup.tokens, setup.tiles, setup.sequences, reference=reference)
     card, total = find_card(machines.card), operations.model + operations.repeated
-    links, waits = _send_times(model, setup, machines, tracked)
+    beside, pack_waits, step_waits = _send_times(model, setup, machines, tracked)
     held, checkpoint, host = _storage(model, config, setup, machines)
-    compute = packs * compute_seconds(total, card)
-    seconds = max(compute, packs * links) + waits
+    links, waits = packs * beside, packs * pack_waits + step_waits
+    compute = packs * compute_seconds(total / setup.tensor_parallel, card)
+    seconds = max(compute, links) + waits
     return RankPlan(
         config=config, machines=machines, setup=setup, tracked=tracked, held=held, packs_per_rank=packs,
-        compute_seconds=compute, link_seconds=packs * links, wait_seconds=waits,
+        compute_seconds=compute, link_seconds=links, wait_seconds=waits,
         peak_share=operations.model * config.train.packs_per_step / (seconds * machines.ranks * card.tflops * 1e12),
         operations=total, checkpoint=checkpoint, host=host,
     )  # fmt: skip
@@ -242,21 +245,29 @@ def setup_of(config: RunConfig, machines: Machines, architecture: ModelConfig) -
     """Return what one rank of the machines holds and does.
 
     Raises:
-        InputError: if the ranks do not divide the packs of a step.
+        InputError: if the ranks cannot share out heads or packs.
     """
-    train, data, ranks = config.train, config.data, machines.ranks
+    train, data, ranks = config.train, config.data, machines.data_ranks
+    if machines.tensor_parallel > 1:
+        local_config(architecture, machines.tensor_parallel)
+        for what, used in {"LoRA": config.lora, "muon": train.optim.name == "muon"}.items():
+            if used:
+                raise InputError(f"{what} needs whole matrices on each rank: leave --tensor-parallel out")
+    if ranks % config.replicate:
+        raise InputError(f"replicate {config.replicate} does not divide the {ranks} ranks that have packs of their own")
     if train.packs_per_step % ranks:
         packs = -(-train.packs_per_step // ranks) * ranks
         raise InputError(
-            f"packs_per_step {train.packs_per_step} is not a multiple of the {ranks} ranks: --packs-per-step {packs}, or other "
-            "machines"
+            f"packs_per_step {train.packs_per_step} is not a multiple of the {ranks} ranks that have packs of their own: "
+            f"--packs-per-step {packs}, or other machines"
         )
     sharded = config.shard and ranks > 1
     muon = train.optim.name == "muon"
     return RankSetup(
         precision="bf16" if train.precision == "auto" else train.precision,
-        shards=ranks if sharded else 1,
-        replicas=1 if sharded else ranks,
+        shards=ranks // config.replicate if sharded else 1,
+        replicas=config.replicate if sharded else ranks,
+        tensor_parallel=machines.tensor_parallel,
         moments=lambda name, p: 1 if muon and is_hidden_matrix(name, p) else 2,
         accumulates=train.packs_per_step > ranks,
         tokens=data.max_tokens,
@@ -269,33 +280,43 @@ def _storage(model: VLM, config: RunConfig, setup: RankSetup, machines: Machines
     """Return bytes that a rank holds between packs, of a checkpoint, and of a machine's memory."""
     size = 2 if setup.precision == "pure_bf16" else 4
     parameters, trained = list(model.parameters()), trainable(model)
-    count, own = sum(p.numel() for p in parameters) / setup.shards, sum(p.numel() for p in trained.values()) / setup.shards
+    # Tensor ranks share the decoder alone.
+    shared = {p: setup.shards * (setup.tensor_parallel if n.startswith("decoder.") else 1) for n, p in model.named_parameters()}
+    count, own = (sum(p.numel() / shared[p] for p in ps) for ps in (parameters, trained.values()))
+    moments = {p: setup.moments(name, p) for name, p in trained.items()}
     held = {"parameters": size * count}
     if setup.precision == "bf16" and setup.shards == 1:
-        held["bfloat16 copies"] = 2.0 * (count - model.decoder.embeddings.weight.numel())
+        held["bfloat16 copies"] = 2 * (count - model.decoder.embeddings.weight.numel() / setup.tensor_parallel)
     if setup.accumulates:
         held["gradients"] = size * own
-    moments = size * sum(p.numel() * setup.moments(name, p) for name, p in trained.items())
-    held["moments"] = moments / setup.shards
+    held["moments"] = size * sum(p.numel() * n / shared[p] for p, n in moments.items())
     if config.objective.has_reference_copy:
         held["reference"] = count * (2 if setup.precision == "bf16" and setup.shards == 1 else size)
     saved = list(trained.values()) if config.lora else parameters
-    checkpoint = size * sum(p.numel() for p in saved) + moments
+    checkpoint = float(size * (sum(p.numel() for p in saved) + sum(p.numel() * n for p, n in moments.items())))
     largest = max(p.numel() for p in parameters)
     copies = 2 if config.objective.has_reference_copy else 1
     start = machines.gpus * size * copies * (count + (largest if setup.shards > 1 else 0))
-    saving = checkpoint if setup.shards == 1 else machines.gpus * checkpoint / setup.shards
+    saving = checkpoint if setup.shards == 1 else machines.gpus * checkpoint / setup.shards / setup.tensor_parallel
     return held, checkpoint, max(start, saving) + machines.gpus * config.data.num_workers * WORKER_BYTES
 
 
-def _send_times(model: VLM, setup: RankSetup, machines: Machines, tracked: Tracked) -> tuple[float, float]:
-    """Return seconds of the messages beside a pack's computation, and of those that a whole step waits for at its end."""
-    card, alone = find_card(machines.card), machines.nodes == 1
-    if setup.shards > 1:
-        near = setup.shards <= machines.gpus
-        return sum(send_seconds(size, setup.shards, card, near=near) for _, size in tracked.collectives.values()), 0.0
-    gradients = 4.0 * sum(p.numel() for p in trainable(model).values())
-    return 0.0, 2 * send_seconds(gradients, setup.replicas, card, near=alone)
+def _send_times(model: VLM, setup: RankSetup, machines: Machines, tracked: Tracked) -> tuple[float, float, float]:
+    """Return seconds of messages: beside a pack's computation, waited for in a pack, and waited for at the end of a step."""
+    card, tensor = find_card(machines.card), setup.tensor_parallel
+    near = {"shards": setup.shards * tensor <= machines.gpus, "replicas": machines.nodes == 1}
+    sizes = {name: size for name, (_, size) in tracked.collectives.items()}
+    gradients = 4.0 * sum(p.numel() for p in trainable(model).values()) / tensor
+    beside = sum(
+        send_seconds(sizes.get(name, 0), setup.shards, card, near=near["shards"]) for name in ("all-gather", "reduce-scatter")
+    )
+    # FSDP2 sums the shards of replicas for every pack; whole models are summed once a step.
+    own = gradients / setup.shards if setup.shards > 1 else 0.0
+    beside += 2 * send_seconds(own, setup.replicas, card, near=near["replicas"])
+    stream = 2 * max(0.0, sizes.get("all-reduce", 0) - own * (setup.replicas > 1)) + sizes.get("all-gather of tensor ranks", 0)
+    pack = send_seconds(stream, tensor, card, near=True)
+    step = 2 * send_seconds(gradients, setup.replicas, card, near=near["replicas"]) if setup.shards == 1 else 0.0
+    return beside, pack, step
 
 
 def proposals(plan: RankPlan, others: Mapping[str, RunConfig]) -> Iterator[tuple[str, RankPlan]]:
@@ -324,8 +345,10 @@ def _ways(plan: RankPlan, others: Mapping[str, RunConfig]) -> Iterator[Iterator[
     config, machines = plan.config, plan.machines
     if not config.train.checkpointing:
         yield iter([("--checkpointing", replace(config, train=replace(config.train, checkpointing=True)), machines)])
-    if not config.shard and plan.setup.replicas > 1:
+    if not config.shard and plan.setup.replicas > 1 and config.train.optim.name != "muon":
         yield iter([("--shard", replace(config, shard=True), machines)])
+    fewer = [n for n in (8, 4, 2, 1) if n < config.replicate]
+    yield ((f"--replicate {n}", replace(config, replicate=n), machines) for n in fewer)
     yield _smaller_packs(plan)
     yield ((f"--nodes {n * machines.nodes}", config, replace(machines, nodes=n * machines.nodes)) for n in (2, 4, 8))
     yield ((name, other, machines) for name, other in others.items())

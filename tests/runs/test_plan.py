@@ -12,13 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from ivl.cli.plan import plan as cli
 from ivl.config import LoraConfig
 from ivl.errors import InputError
-from ivl.parallel.cards import BUFFERS, CARDS, GIB, Machines
+from ivl.parallel.cards import BUFFERS, CARDS, GIB, Card, Machines
 from ivl.parallel.cost import count_operations
 from ivl.recipes import find
 from ivl.recipes.nano import architecture
 from ivl.runs.config import RunConfig
 from ivl.runs.plan import build_empty, plan_ranks, proposals
-from ivl.train.config import Stage
+from ivl.train.config import Stage, TrainablePart
 from ivl.train.losses import linear_cross_entropy
 from ivl.train.objectives import encode_vision
 from ivl.train.stage import apply_stage
@@ -61,23 +61,38 @@ def test_lora_of_78b_fits_8_cards_of_80_gb() -> None:
     assert plan.fits and plan.held["parameters"] > 36 * GIB
 
 
-def test_what_does_not_fit_is_refused_with_a_pack_that_does(capsys: pytest.CaptureFixture[str]) -> None:
-    plan = plan_ranks(find("78B-stage2"), Machines(nodes=8))
-    assert not plan.fits
-    change, other = next(proposals(plan, {}))
-    assert change.startswith("--data.max-tokens ") and other.fits and other.setup.tokens < 16384
-    # The same, asked for by the command line.
-    cli(["78B-stage2", "--nodes", "8", *change.split()])
-    assert f"{other.peak / GIB:.2f}" in capsys.readouterr().out
+def test_what_does_not_fit_is_refused_with_what_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = plan_ranks(small(), Machines())
+    monkeypatch.setitem(CARDS, "small-8gb", Card(8 + 0.9 * plan.peak / GIB, 100, 1000, 32, 3))
+    found = dict(proposals(replace(plan, machines=Machines(card="small-8gb")), {}))
+    assert [change.split()[0] for change in found] == ["--data.max-tokens", "--card"]
+    assert all(other.fits for other in found.values())
+    change, other = next(iter(found.items()))
+    assert other.setup.tokens == 2048 and change == "--data.max-tokens 2048 --data.max-tiles 32"
+    monkeypatch.setitem(CARDS, "tiny-8gb", Card(8.001, 100, 1000, 32, 3))
+    with pytest.raises(InputError, match=r"does not fit: .* these fit:\n  --card small-8gb"):
+        cli(["nano-language", "--gpus", "1", "--card", "tiny-8gb", "--data.max-tokens", "64"])
+    assert "memory of a rank" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("machines", [Machines(), Machines(gpus=1)], ids=str)
-@pytest.mark.parametrize("stage", [None, ("projector",), ("vision", "projector")], ids=str)
-def test_a_few_layers_tell_what_all_of_them_do(machines: Machines, stage: tuple[str, ...] | None) -> None:
+CASES = [(Machines(), None), (Machines(gpus=1), None), (Machines(), ("projector",)), (Machines(tensor_parallel=2), None)]
+
+
+@pytest.mark.parametrize("machines,stage", CASES, ids=str)
+def test_a_few_layers_tell_what_all_of_them_do(machines: Machines, stage: tuple[TrainablePart, ...] | None) -> None:
     config = small() if stage is None else small(stage=Stage(trainable=stage))
     few, whole = (plan_ranks(config, machines, whole=whole) for whole in (False, True))
     assert few.peak == pytest.approx(whole.peak, rel=1e-4)
     assert {n: c for n, (c, _) in few.tracked.collectives.items()} == {n: c for n, (c, _) in whole.tracked.collectives.items()}
+
+
+def test_copies_of_a_sharded_model_hold_larger_shards() -> None:
+    flat, copies = (plan_ranks(small(replicate=n), Machines()) for n in (1, 2))
+    assert (copies.setup.shards, copies.setup.replicas) == (4, 2)
+    assert copies.held["parameters"] == 2 * flat.held["parameters"] and copies.peak > flat.peak
+    assert set(copies.tracked.collectives) - set(flat.tracked.collectives) == {"all-reduce"}
 
 
 def test_parts_of_memory_follow_the_ranks() -> None:
@@ -105,7 +120,11 @@ def test_adapters_are_all_that_a_checkpoint_holds() -> None:
     "arguments,message",
     [
         (["78B-stage2", "--card", "h100"], "did you mean 'h100-80gb'"),
-        (["78B-lora", "--nodes", "8"], "packs_per_step 16 is not a multiple of the 64 ranks .* --packs-per-step 64"),
+        (["78B-stage2", "--tensor-parallel", "3"], "tensor_parallel 3 does not divide the 8 GPUs"),
+        (["1B-stage2", "--tensor-parallel", "8"], "2 key/value heads cannot be shared"),
+        (["78B-stage2", "--replicate", "3"], "replicate 3 does not divide the 8 ranks"),
+        (["1B-stage2", "--replicate", "2"], "give shard = True"),
+        (["78B-lora", "--nodes", "8"], "packs_per_step 16 is not a multiple of the 64 ranks .*: --packs-per-step 64"),
         (["78B-stage2", "--nodes", "0"], "nodes must be in .1, inf., got 0"),
         (["78b-stage2"], "did you mean 78B-stage2"),
         (["--serve", "79B", "--context", "0"], "context must be in"),
