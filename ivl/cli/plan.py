@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as json_format
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +14,7 @@ from ivl.cli.train import parse, starting_point, take
 from ivl.errors import InputError
 from ivl.parallel.cards import Machines
 from ivl.runs.config import RunConfig
+from ivl.utils.checks import check_ranges
 
 if TYPE_CHECKING:
     from ivl.config import ModelConfig
@@ -58,8 +59,6 @@ class ServePlanOptions:
     """Print a JSON list instead of a table."""
 
     def __post_init__(self) -> None:
-        from ivl.utils.checks import check_ranges
-
         check_ranges(self, tensor_parallel="[1, inf)", context="[1, inf)", batch="[1, inf)")
 
 
@@ -83,7 +82,7 @@ def _plan_training(args: list[str]) -> None:
         print(f"{make_plan(options.config).describe(options.config)}\n\n{plan.describe()}", flush=True)
     found = [] if plan.fits else list(islice(proposals(plan, _lora_of(name)), MOST_PROPOSALS))
     if options.json:
-        changes = [{"change": change, "peak_bytes": round(other.peak), "tokens_per_second": other.tokens_per_second}
+        changes = [{"change": change, "peak": other.peak, "tokens_per_second": other.tokens_per_second}
                    for change, other in found]  # fmt: skip
         print(json_format.dumps(plan.to_json() | {"proposals": changes}, indent=2))
     if not plan.fits:
@@ -121,7 +120,7 @@ def _plan_serving(args: list[str]) -> None:
         parallel=options.tensor_parallel,
     )  # fmt: skip
     if options.json:
-        print(json_format.dumps([plan.to_json() for plan in plans], indent=2))
+        print(json_format.dumps([asdict(plan) for plan in plans], indent=2))
     else:
         print(describe_serving(options.serve, options.card, plans, context=options.context, batch=options.batch))
     if not any(plan.fits for plan in plans):

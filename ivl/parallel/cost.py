@@ -21,16 +21,6 @@ class Operations:
     """Of forward passes that are run again in the backward pass, and of a reference model."""
 
 
-@dataclass(frozen=True)
-class _Block:
-    """Modules that run once over some rows: their matrices, and the operations of attention between the rows."""
-
-    modules: tuple[nn.Module, ...]
-    rows: int
-    attention: float = 0.0
-    repeated: bool = False
-
-
 def count_operations(model: VLM, tokens: int, tiles: int, sequences: int, *, reference: bool) -> Operations:
     """Count the operations of a pack whose tokens all train but those of images.
 
@@ -43,32 +33,32 @@ def count_operations(model: VLM, tokens: int, tiles: int, sequences: int, *, ref
     """
     needed = repeated = 0.0
     flows = False
-    for block in _blocks(model, tokens, tiles, sequences):
-        parameters = [p for module in block.modules for p in module.parameters() if p.ndim > 1]
+    for module, rows, attention, is_repeated in _blocks(model, tokens, tiles, sequences):
+        parameters = [p for p in module.parameters() if p.ndim > 1]
         trained = sum(p.numel() for p in parameters if p.requires_grad)
-        products = 2.0 * block.rows * sum(p.numel() for p in parameters)
+        products = 2.0 * rows * sum(p.numel() for p in parameters)
         # Gradients of the rows go back as far as the first block that trains, those of matrices to what trains.
         flows = flows or trained > 0
-        needed += products + block.attention
-        needed += (products + 2 * block.attention) * flows + 2.0 * block.rows * trained
-        repeated += (products + block.attention) * ((block.repeated and flows) + reference)
+        needed += products + attention
+        needed += (products + 2 * attention) * flows + 2.0 * rows * trained
+        repeated += (products + attention) * ((is_repeated and flows) + reference)
     return Operations(needed, repeated)
 
 
-def _blocks(model: VLM, tokens: int, tiles: int, sequences: int) -> Iterator[_Block]:
-    """Yield the blocks of a model in the order in which they run."""
+def _blocks(model: VLM, tokens: int, tiles: int, sequences: int) -> Iterator[tuple[nn.Module, int, float, bool]]:
+    """Yield a model's modules in the order in which they run: their rows, attention's operations, whether they are repeated."""
     vision, decoder = model.vision, model.decoder
     patches, d = 1 + model.config.vision.grid**2, model.config.decoder
-    yield _Block((vision.embeddings.patch,), tiles * patches)
+    yield vision.embeddings.patch, tiles * patches, 0.0, False
     attention = 4.0 * tiles * patches**2 * model.config.vision.width
     for layer in vision.layers:
-        yield _Block((layer,), tiles * patches, attention, vision.checkpointing)
+        yield layer, tiles * patches, attention, vision.checkpointing
     num_vision = tiles * model.config.tokens_per_tile
-    yield _Block((model.projector,), num_vision)
+    yield model.projector, num_vision, 0.0, False
     attention = 2.0 * tokens**2 / sequences * d.num_heads * d.head_dim  # half of all pairs, for it is causal
     for layer in decoder.layers:
-        yield _Block((layer,), tokens, attention, decoder.checkpointing)
-    yield _Block((decoder.head,), tokens - num_vision)
+        yield layer, tokens, attention, decoder.checkpointing
+    yield decoder.head, tokens - num_vision, 0.0, False
 
 
 def compute_seconds(operations: float, card: Card) -> float:

@@ -136,6 +136,11 @@ class RankPlan:
         return max(self.compute_seconds, self.link_seconds) + self.wait_seconds
 
     @property
+    def hours(self) -> float | None:
+        """Of the whole schedule; None where the data's end decides."""
+        return self.config.train.num_steps and self.config.train.num_steps * self.step_seconds / 3600
+
+    @property
     def tokens_per_second(self) -> float:
         return self.config.train.packs_per_step * self.config.data.max_tokens / self.step_seconds
 
@@ -145,24 +150,14 @@ class RankPlan:
         return self.checkpoint / NODE_WRITES / (self.machines.nodes if self.setup.shards > 1 else 1)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the figures under plain names: bytes, seconds and shares."""
-        train = self.config.train
-        return {
-            "recipe": self.config.name, "machines": asdict(self.machines), "shards": self.setup.shards,
-            "tokens_per_pack": self.setup.tokens, "tiles_per_pack": self.setup.tiles, "packs_per_rank": self.packs_per_rank,
-            "fits": self.fits, "peak_bytes": round(self.peak), "fullest": self.tracked.fullest,
-            "held_bytes": {name: round(size) for name, size in self.held.items()},
-            "left_for_buffers_bytes": round(self.card.memory * GIB - self.peak),
-            "collectives_per_pack": {
-                name: {"calls": calls, "bytes": round(size)} for name, (calls, size) in self.tracked.collectives.items()
-            },
-            "operations_per_pack": self.operations, "step_seconds": self.step_seconds,
-            "compute_seconds": self.compute_seconds, "link_seconds": self.link_seconds, "wait_seconds": self.wait_seconds,
-            "tokens_per_second": self.tokens_per_second, "peak_share": self.peak_share, "steps": train.num_steps,
-            "hours": train.num_steps and train.num_steps * self.step_seconds / 3600,
-            "checkpoint_bytes": round(self.checkpoint), "checkpoint_seconds": self.checkpoint_seconds,
-            "host_bytes": round(self.host),
-        }  # fmt: skip
+        """Return the figures under the names of this class."""
+        names = (
+            "fits", "peak", "held", "packs_per_rank", "operations", "step_seconds", "compute_seconds", "link_seconds",
+            "wait_seconds", "hours", "tokens_per_second", "peak_share", "checkpoint", "checkpoint_seconds", "host",
+        )  # fmt: skip
+        about = {"recipe": self.config.name, "machines": asdict(self.machines), "shards": self.setup.shards}
+        pack = {"tokens": self.setup.tokens, "tiles": self.setup.tiles, "collectives": self.tracked.collectives}
+        return about | pack | {name: getattr(self, name) for name in names} | {"fullest": self.tracked.fullest}
 
     def memory_rows(self) -> list[str]:
         """Format the memory of a rank."""
@@ -188,7 +183,7 @@ class RankPlan:
         rows += [f"  {name:20}{n:9,}{size / 1e9:9.1f}" for name, (n, size) in self.tracked.collectives.items()]
         rows += ["  none"] * (not self.tracked.collectives)
         rows += [""]
-        hours = f"{train.num_steps * self.step_seconds / 3600:,.1f} h for {train.num_steps:,} steps" if train.num_steps else ""
+        hours = f"{self.hours:,.1f} h for {train.num_steps:,} steps" if self.hours else ""
         facts = {
             "pack": f"{self.operations:.2e} operations",
             "step": f"{self.step_seconds:,.1f} s, {self.packs_per_rank} packs a rank: computes {self.compute_seconds:,.1f} s, "

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from ivl.checkpoint.model_dir import empty_model
 from ivl.config import ModelConfig
@@ -42,10 +42,6 @@ class ServingPlan:
     """Of `batch` replies together."""
     prompt_seconds: float
     """To read a picture of 13 tiles and a question."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the figures under plain names."""
-        return asdict(self)
 
 
 def plan_serving(
