@@ -126,7 +126,8 @@ def describe_serving(name: str, card: str, plans: list[ServingPlan], *, context:
         rows.append(f"{p.width:7}{sizes}{rates}")
     return "\n".join([
         *rows, "",
-        f"cards: the fewest that share the decoder (--tensor-parallel) and leave {1 - USED_SHARE:.0%} of their memory.",
-        "replies: as many fit at once. tokens/s: of all replies; one reply: of one alone; picture: until it is read.",
-        "Rates are what the card's memory and peak allow, not measured; int8 and int4 need kernels for them.",
+        f"cards: the fewest that share the decoder and leave {1 - USED_SHARE:.0%} of their memory free.",
+        "replies: as many fit at once. tokens/s: of all replies. one reply: of one alone.",
+        "picture: seconds until a picture of 13 tiles and a question are read.",
+        "Rates are calculated from the card's memory and peak; int8 and int4 need kernels for them.",
     ])  # fmt: skip
