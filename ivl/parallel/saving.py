@@ -72,11 +72,17 @@ class ShardedCheckpoints(CheckpointWriter):
             shutil.rmtree(part, ignore_errors=True)  # the disk may be full
             raise
         held = (self.parameters() | optimizer).items()
-        tensors = {self.cuts.stored_name(name) if tensor.ndim else name: tensor.detach() for name, tensor in held}
+        tensors = {self._stored_name(name) if tensor.ndim else name: tensor.detach() for name, tensor in held}
         writer = ShardWriter(part / FOLDER, self.world.rank, lambda hashed: self.finish(step, hashed), self.cuts)
         future = async_save(tensors, storage_writer=writer, process_group=self.group)
         assert isinstance(future, SavedFuture)
         self.pending = step, future
+
+    def _stored_name(self, name: str) -> str:
+        """Return the name of this rank's share of a parameter, or of a moment `PARAMETER|NAME`."""
+        parameter, bar, moment = name.partition("|")
+        cuts = self.cuts
+        return f"{parameter}@{cuts.rank}/{cuts.count}{bar}{moment}" if parameter in cuts.cuts else name
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait until the checkpoint under way is complete.

@@ -16,6 +16,11 @@ ReadWhole = Callable[[str], torch.Tensor]
 """Returns a whole parameter by its name."""
 
 
+def is_shared(model: VLM) -> bool:
+    """Whether ranks share the model, as shards or as tensor ranks: each holds a part of it."""
+    return is_sharded(model) or bool(cuts_of(model).cuts)
+
+
 def shard(model: VLM, world: World, dtype: torch.dtype | None = None) -> None:
     """Spread parameters, gradients and the optimizer's state over ranks, in place.
 
@@ -75,7 +80,7 @@ def whole_parameters(model: VLM, world: World) -> Iterator[ReadWhole | None]:
     block has ended, and theirs begins then.
     """
     parameters, cuts = dict(model.named_parameters()), cuts_of(model).cuts
-    if not is_sharded(model) and not cuts:
+    if not is_shared(model):
         yield (lambda name: parameters[name].detach()) if world.is_main else None
     elif not world.is_main:
         while wanted := world.from_first(list[str]):

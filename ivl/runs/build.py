@@ -23,7 +23,7 @@ from ivl.evaluation.training import curve_of
 from ivl.lora.layers import add_lora, lora_parameters
 from ivl.model.vlm import VLM
 from ivl.parallel.compile import compile_layers
-from ivl.parallel.shard import draw_shards, load_shards, shard
+from ivl.parallel.shard import draw_shards, is_shared, load_shards, shard
 from ivl.parallel.tensor import split
 from ivl.processing.processor import Processor
 from ivl.runs.config import RunConfig
@@ -33,7 +33,7 @@ from ivl.train.loop import Evaluator
 from ivl.train.objectives import Objective, ObjectiveContext, StatefulObjective
 from ivl.train.shards import keep, own_part
 from ivl.train.stage import apply_stage, trainable
-from ivl.train.world import World, is_sharded, is_shared
+from ivl.train.world import World, is_sharded
 from ivl.types import Batch
 from ivl.utils.imports import import_object
 

@@ -31,13 +31,13 @@ from ivl.errors import InputError, short
 from ivl.formats.rows import row_files
 from ivl.lora.layers import merged_parameters
 from ivl.model.vlm import VLM
-from ivl.parallel.shard import ReadWhole, whole_parameters
+from ivl.parallel.shard import ReadWhole, is_shared, whole_parameters
 from ivl.processing.processor import Processor
 from ivl.runs.build import TRAINABLE
 from ivl.runs.config import RunConfig, differences, run_config, to_json
 from ivl.train.stage import trainable
 from ivl.train.state import MARKER, OPTIMIZER, CheckpointWriter, SavedTrainer, load_trainer, places, step_of
-from ivl.train.world import World, cuts_of, is_shared
+from ivl.train.world import World, cuts_of
 from ivl.utils.files import locked, write_json
 from ivl.utils.sealed import check_sealed, put_in_place
 from ivl.utils.strict_json import read_json

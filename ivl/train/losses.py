@@ -95,13 +95,9 @@ def chunk_rows(head_VD: torch.Tensor) -> int:
 
 
 def add_gradients(
-    grad_RV: torch.Tensor,
-    hidden_RD: torch.Tensor,
-    head_VD: torch.Tensor,
-    hidden_grad_MD: torch.Tensor | None,
-    head_grad_VD: torch.Tensor | None,
-    span: slice,
-) -> None:
+    grad_RV: torch.Tensor, hidden_RD: torch.Tensor, head_VD: torch.Tensor, hidden_grad_MD: torch.Tensor | None,
+    head_grad_VD: torch.Tensor | None, span: slice,
+) -> None:  # fmt: skip
     """Turn the gradient of a chunk's logits into those of its hidden states (rows `span`) and of the head, where needed."""
     if hidden_grad_MD is not None:
         hidden_grad_MD[span] = (grad_RV @ head_VD).to(hidden_grad_MD.dtype)
@@ -113,15 +109,9 @@ def add_gradients(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden_MD: torch.Tensor,
-        head_VD: torch.Tensor,
-        labels_M: torch.Tensor,
-        weights_M: torch.Tensor,
-        rows: int,
-        share: HeadShare,
-        need: tuple[bool, bool],
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        ctx: Any, hidden_MD: torch.Tensor, head_VD: torch.Tensor, labels_M: torch.Tensor, weights_M: torch.Tensor, rows: int,
+        share: HeadShare, need: tuple[bool, bool],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
         need_hidden, need_head = need
         ce_M = torch.empty(len(hidden_MD), dtype=torch.float32, device=hidden_MD.device)
         correct_M = torch.empty_like(ce_M, dtype=torch.bool)

@@ -80,11 +80,6 @@ class ModelCuts:
         """Return this rank's share of a whole parameter, or of a tensor of its shape."""
         return self.cuts[name].share(whole, self.rank, self.count) if name in self.cuts else whole
 
-    def stored_name(self, name: str) -> str:
-        """Return the name of this rank's share in a checkpoint, of a parameter or of a moment `PARAMETER|NAME`."""
-        parameter, bar, moment = name.partition("|")
-        return f"{parameter}@{self.rank}/{self.count}{bar}{moment}" if parameter in self.cuts else name
-
     def shape(self, name: str, whole: Sequence[int]) -> torch.Size:
         """Return the shape of this rank's share."""
         return self.share(name, torch.empty(whole, device="meta")).shape
@@ -293,11 +288,6 @@ def _all_reduce(gradients: Sequence[torch.Tensor], group: ProcessGroup | None) -
 def is_sharded(model: nn.Module) -> bool:
     """Whether ivl.parallel has sharded the model."""
     return hasattr(model, "set_requires_gradient_sync")  # a method that FSDP2 adds
-
-
-def is_shared(model: nn.Module) -> bool:
-    """Whether ranks share the model, as shards or as tensor ranks: each holds a part of it."""
-    return is_sharded(model) or bool(cuts_of(model).cuts)
 
 
 def reshard(model: nn.Module) -> None:

@@ -62,7 +62,7 @@ def test_shards_of_tensor_ranks_end_where_replicas_end_and_go_on_without_tensor_
     on_ranks(4, go_on, shards, True, exitcode=3)  # of the fifth step
     on_ranks(2, go_on, replace(shards, tensor_parallel=1))
     assert difference(replicas, shards) <= 1e-5
-    losses = ([row["validation/loss"] for row in rows(each) if "evaluation" in row] for each in (replicas, shards))
+    losses = ([row["loss"] for row in rows(each) if "evaluation" in row] for each in (replicas, shards))
     assert next(losses) == pytest.approx(next(losses), rel=1e-5)
 
 
