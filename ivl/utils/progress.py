@@ -80,8 +80,9 @@ def print_table(table: Table, fits: int = 100) -> None:
     while rows:
         count = next((n for n in range(len(rows), 1, -1) if first + sum(widths[:n]) <= room), 1)
         turned = Table(box=None, show_header=False, title=table.title, title_justify="left")
-        for justify in ("left", *["right"] * count):
-            turned.add_column(justify=justify, no_wrap=True)
+        turned.add_column(no_wrap=True)
+        for _ in range(count):
+            turned.add_column(justify="right", no_wrap=True)
         for number, head in enumerate(heads):
             turned.add_row(head, *(row[number] for row in rows[:count]))
         wide.print(turned)
