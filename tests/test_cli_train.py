@@ -123,3 +123,9 @@ def test_help_shows_no_architecture_of_a_model_that_is_there(capsys: pytest.Capt
         with pytest.raises(SystemExit):
             cli([recipe, "--help"])
         assert ("--architecture.vision.width" in capsys.readouterr().out) == shown
+
+
+def test_the_first_line_says_whether_the_memory_suffices(capsys: pytest.CaptureFixture[str]) -> None:
+    cli(["lora", *START, "--dry-run"])
+    said = capsys.readouterr().err
+    assert "; fits the " in said and said.rstrip().endswith(("GiB of this machine", "GiB of the card"))

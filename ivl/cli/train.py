@@ -95,7 +95,7 @@ def train(args: list[str]) -> None:
     elif not args or args[0].startswith("-"):
         raise InputError("name a recipe, or finetune, lora or mpo, before the options; in a file of --config, as `recipe`")
     else:
-        name, start, args = starting_point(args)
+        name, start, args = starting_point(args, at_hand=True)
     options = parse(TrainOptions, f"ivl train {name}", _with_adapters(start, args), args)
     config = options.run_config()
     if options.dry_run:
@@ -114,12 +114,16 @@ def train(args: list[str]) -> None:
         print(final)
 
 
-def starting_point(args: list[str]) -> tuple[str, RunConfig, list[str]]:
-    """The name and the configuration of the recipe that the first argument names, and the arguments that are left."""
+def starting_point(args: list[str], *, at_hand: bool = False) -> tuple[str, RunConfig, list[str]]:
+    """The name and the configuration of the recipe that the first argument names, and the arguments that are left.
+
+    Args:
+        at_hand: whether a run of any model is fitted to the memory at hand.
+    """
     name, *args = args
     if name not in STAGES:
         return name, find(name), args
-    config, args = _any_model(name, args)
+    config, args = _any_model(name, args, at_hand=at_hand)
     return name, config, args
 
 
@@ -148,7 +152,7 @@ def parse(kind: type[OptionsOfRun], prog: str, start: RunConfig, args: list[str]
         raise InputError(str(error)) from error
 
 
-def _any_model(stage: str, args: list[str]) -> tuple[RunConfig, list[str]]:
+def _any_model(stage: str, args: list[str], *, at_hand: bool) -> tuple[RunConfig, list[str]]:
     """The configuration of `finetune`, `lora` or `mpo` from --model and --data, and the other arguments."""
     from ivl.recipes.any_model import any_model, unknown_model
 
@@ -164,7 +168,7 @@ def _any_model(stage: str, args: list[str]) -> tuple[RunConfig, list[str]]:
     except ValueError:
         val_share = 0.0  # the parser refuses it
     config, chosen = any_model(
-        stage, model[-1], tuple(data), format=forced[-1] if forced else None, val_share=val_share
+        stage, model[-1], tuple(data), format=forced[-1] if forced else None, val_share=val_share, at_hand=at_hand
     )  # fmt: skip
     if _is_first():
         print(chosen, file=sys.stderr)

@@ -37,7 +37,7 @@ def unknown_model(stage: str) -> RunConfig:
 
 
 def any_model(
-    stage: str, model: str, data: tuple[str, ...], *, format: str | None = None, val_share: float = 0.0
+    stage: str, model: str, data: tuple[str, ...], *, format: str | None = None, val_share: float = 0.0, at_hand: bool = False
 ) -> tuple[RunConfig, str]:
     """Make the configuration of a run of one epoch, and say what was chosen.
 
@@ -47,6 +47,7 @@ def any_model(
         data: files and folders of rows, and mixtures.
         format: the format of all rows; None looks.
         val_share: share of the rows that is not trained on. The caller sets it in the configuration.
+        at_hand: make rows shorter, with fewer tiles, where the memory of this machine or its card does not suffice.
 
     Raises:
         InputError: if the model's configuration cannot be read, or a file of rows.
@@ -84,11 +85,16 @@ def any_model(
         keep_best=True,
         val_every=max(1, steps // VALIDATIONS),
     )  # fmt: skip
+    fitted = ""
+    if at_hand:
+        from ivl.recipes.fit import fit  # imports torch
+
+        config, fitted = fit(config, architecture)
     kept = f" and {num_rows - rows:,} for validation" if val_share else ""
     chosen = (
         f"{config.name}: published settings of {size}; {rows:,} rows{kept}, {packs} a step (published {published_packs}), "
-        f"{steps:,} steps an epoch; at most {max_tokens:,} tokens a {'pair' if sequences > 1 else 'row'}; "
-        f"lr {base.train.optim.lr:g}"
+        f"{steps:,} steps an epoch; at most {config.data.max_tokens:,} tokens a {'pair' if sequences > 1 else 'row'}; "
+        f"lr {base.train.optim.lr:g}{'; ' if fitted else ''}{fitted}"
     )
     return config, chosen
 

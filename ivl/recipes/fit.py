@@ -1,0 +1,89 @@
+"""Rows that fit the memory at hand, for `ivl train finetune|lora|mpo`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ivl.checkpoint.releases import count_parameters
+from ivl.config import ModelConfig
+from ivl.parallel.cards import Machines
+from ivl.runs.build import with_precision
+from ivl.runs.config import RunConfig
+from ivl.runs.plan import plan_ranks
+
+GIB = 2**30
+BESIDE = 1.5 * GIB
+"""Memory of a process that no plan counts: libraries, allocators, rows that wait."""
+LEAST_TOKENS = 512
+"""Rows are not made shorter than this."""
+
+
+def memory_at_hand() -> tuple[float, str]:
+    """Return the bytes that this process may take, and where: of its card, or its share of the machine."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.mem_get_info()[0]), "the card"
+    free = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = 1024.0 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:")))
+    with suppress(OSError, ValueError):  # of a container; "max" is no number
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="ascii")) for name in ("max", "current"))
+        free = min(free, float(limit - used))
+    return free / int(os.environ.get("LOCAL_WORLD_SIZE", "1")), "this machine"
+
+
+def fit(config: RunConfig, architecture: ModelConfig) -> tuple[RunConfig, str]:
+    """Return the run with rows that fit the memory at hand, the longest that do, and say what was found."""
+    room, place = memory_at_hand()
+    room -= BESIDE
+    if _most(config, architecture) < room:  # no need to plan
+        return config, f"fits the {_gib(room)} GiB of {place}"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    machines = Machines(gpus=int(os.environ.get("WORLD_SIZE", "1")))
+    needed = []
+    for smaller in _smaller(config, architecture):
+        needed.append(plan_ranks(with_precision(smaller, device), machines).peak)
+        if needed[-1] <= room:
+            data = smaller.data
+            if len(needed) == 1:
+                return smaller, f"takes {_gib(needed[0])} of the {_gib(room)} GiB of {place}"
+            return smaller, (
+                f"rows of at most {data.max_tokens:,} tokens and pictures of {data.max_tiles_per_image} tiles take "
+                f"{_gib(needed[-1])} of the {_gib(room)} GiB of {place} (published: {_gib(needed[0])}); "
+                f"{'longer pairs are left out' if config.objective.pairs else 'longer rows lose turns'}"
+            )
+    return config, (
+        f"DOES NOT FIT: {_gib(needed[-1])} GiB for the shortest rows, {place} has {_gib(room)}; "
+        "`ivl train lora`, several cards with --shard, or a smaller model take less (`ivl plan`)"
+    )
+
+
+def _smaller(config: RunConfig, architecture: ModelConfig) -> Iterator[RunConfig]:
+    """Yield the run, then with rows of half the tokens and with as many tiles as those hold, and so on."""
+    data, sequences = config.data, 2 if config.objective.pairs else 1
+    yield config
+    while data.max_tokens >= 2 * sequences * LEAST_TOKENS:
+        tokens = data.max_tokens // 2
+        tiles = max(1, tokens // sequences // architecture.tokens_per_tile)
+        of_picture = min(data.max_tiles_per_image or architecture.tiling.max_tiles, max(1, tiles - 1))
+        data = replace(data, max_tokens=tokens, max_tiles=min(data.max_tiles, tiles + 1), max_tiles_per_image=of_picture)
+        yield replace(config, data=data)
+
+
+def _most(config: RunConfig, architecture: ModelConfig) -> float:
+    """A bound that is quick to compute, and far above what a plan says: float32 everywhere, nothing recomputed."""
+    d, v = architecture.decoder, architecture.vision
+    tokens, positions = config.data.max_tokens, config.data.max_tiles * (v.grid**2 + 1)
+    inside = tokens * d.num_layers * (12 * d.width + 4 * d.mlp_width)
+    inside += positions * v.num_layers * (12 * v.width + 4 * v.mlp_width)
+    return 24.0 * count_parameters(architecture)["all"] + 4.0 * inside
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:,.1f}"
