@@ -27,9 +27,7 @@ def at_hand(gib: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitting, "memory_at_hand", lambda: (gib * GIB + fitting.BESIDE, "this machine"))
 
 
-def test_rows_are_made_shorter_until_they_fit(
-    large: tuple[RunConfig, ModelConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_are_made_shorter_until_they_fit(large: tuple[RunConfig, ModelConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     config, architecture = large
     at_hand(1000, monkeypatch)
     assert fit(config, architecture)[0] is config
@@ -56,9 +54,7 @@ def test_rows_are_made_shorter_until_they_fit(
     assert asked[-1] == 512
 
 
-def test_the_real_plan_shrinks_with_the_rows(
-    large: tuple[RunConfig, ModelConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_real_plan_shrinks_with_the_rows(large: tuple[RunConfig, ModelConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     at_hand(24, monkeypatch)
     smaller, said = fit(*large)
     assert smaller.data.max_tokens < 8192 or said.startswith("takes")
