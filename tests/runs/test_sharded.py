@@ -78,6 +78,37 @@ def test_a_sharded_start_has_the_weights_of_a_whole_one(sharded, tmp_path, start
     on_ranks(3, compare_start, config)
 
 
+def start_within_budget(rank: int, config: RunConfig, budget: int) -> None:
+    world = start_world("cpu")
+    build_model(changed(config, model="", architecture=processor().config), None, world)  # what is made once for any model
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = memory("VmRSS")
+    build_model(config, None, world)
+    assert memory("VmHWM") - before < budget
+    stop_world(world)
+
+
+def memory(field: str) -> int:
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[field].split()[0]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs the peaks of Linux")
+def test_a_rank_starts_within_its_share_and_a_tensor(sharded, tmp_path):
+    """38 M parameters on four ranks, from random weights and from a directory."""
+    tiny = processor().config
+    decoder = replace(tiny.decoder, width=512, num_layers=9, mlp_width=2048, num_heads=8, num_kv_heads=8, head_dim=64)
+    config = replace(sharded, architecture=replace(tiny, decoder=decoder))
+    model = start_whole(config)
+    weights = sum(p.nbytes for p in model.parameters())
+    budget = weights // 4 + max(p.nbytes for p in model.parameters()) + 25_000_000
+    assert weights > 2 * budget
+    save_model(model, tmp_path / "model")
+    save_processor(processor(), tmp_path / "model")
+    for start in (config, replace(config, model=str(tmp_path / "model"), architecture=None)):
+        on_ranks(4, start_within_budget, start, budget)
+
+
 def load_and_save(rank: int, config: RunConfig, checkpoint: Path, step: int) -> None:
     """Go on from a checkpoint as a run does, and write another one."""
     world = start_world("cpu")
