@@ -57,7 +57,14 @@ def make(folder: Path, layers: int) -> None:
     tokenizer = train_tokenizer(["what is this", "a red circle on white"] * 5, 300)
     vision = VisionConfig(width=64, num_layers=2, mlp_width=128, num_heads=4, patch_size=7, image_size=28)
     decoder = DecoderConfig(
-        vocab_size=len(tokenizer), width=1024, num_layers=layers, mlp_width=4096, num_heads=16, num_kv_heads=16, head_dim=64
+        vocab_size=len(tokenizer),
+        width=1024,
+        num_layers=layers,
+        mlp_width=4096,
+        num_heads=16,
+        num_kv_heads=16,
+        head_dim=64,
+        qkv_bias=True,
     )
     ids = {"image_token_id": tokenizer.id("<IMG_CONTEXT>"), "eos_token_ids": (tokenizer.id("<|im_end|>"),)}
     config = ModelConfig(vision=vision, decoder=decoder, tiling=TilingConfig(tile_size=28), template="plain-chatml", **ids)

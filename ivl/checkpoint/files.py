@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from ivl.checkpoint.config_json import dialect_of
+from ivl.checkpoint.shards import FOLDER
 from ivl.errors import InputError, short
 from ivl.utils.files import hold
 
@@ -33,7 +34,7 @@ def listing(names: Sequence[str], limit: int = 8) -> str:
 def fingerprint(directory: Path) -> str:
     """Hash names, sizes and times of a model's files, which tells it from a retrained model in the same directory."""
     digest = hashlib.sha256()
-    for path in sorted(directory.iterdir()):
+    for path in sorted((*directory.iterdir(), *(directory / FOLDER).glob("*"))):
         if path.suffix in (".safetensors", ".json", ".model", ".txt") and path.is_file():
             status = path.stat()
             digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
