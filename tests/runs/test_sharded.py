@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-from ivl.checkpoint import load_model, save_model, save_processor
+from ivl.checkpoint import save_model, save_processor
 from ivl.checkpoint.convert import convert
 from ivl.checkpoint.shards import FOLDER, ShardedWeights
 from ivl.config import LoraConfig
@@ -177,14 +178,19 @@ def test_runs_go_on_sharded_and_whole(sharded, tmp_path):
     assert found[1][1] == pytest.approx(expected[1][1], abs=1e-5)
 
 
-def test_shards_have_the_losses_and_the_model_of_a_whole_run(sharded, tmp_path):
-    whole = changed(sharded, shard=False, out_dir=str(tmp_path / "whole"))
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+def test_shards_have_the_losses_and_the_model_of_a_whole_run(sharded, tmp_path, lora):
+    config = changed(sharded, num_steps=2, save_every=0)
+    if lora:
+        config = replace(config, lora=LoraConfig(rank=2, dropout=0.0), stage=Stage(trainable=("projector",)))
+    whole = changed(config, shard=False, out_dir=str(tmp_path / "whole"))
     on_ranks(2, train, whole)
-    on_ranks(2, train, sharded)
-    for (_, loss, ids), (_, expected, others) in zip(steps(sharded), steps(whole), strict=True):
+    on_ranks(2, train, config)
+    for (_, loss, ids), (_, expected, others) in zip(steps(config), steps(whole), strict=True):
         assert loss == pytest.approx(expected, abs=1e-5) and ids == others
-    a, b = (load_model(f"{config.run_dir}/model").state_dict() for config in (sharded, whole))
-    assert max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-4
+    for name in ("model/model", "adapter/adapter_model") if lora else ("model/model",):
+        a, b = (load_file(f"{each.run_dir}/{name}.safetensors") for each in (config, whole))
+        assert a.keys() == b.keys() and max(float((a[key] - b[key]).abs().max()) for key in a) < 1e-4
 
 
 def with_slow_files(rank: int, config: RunConfig) -> None:
