@@ -40,7 +40,7 @@ def test_api_is_made_of_docstrings(site: Path) -> None:
 def test_links_lead_somewhere(site: Path) -> None:
     broken = []
     for page in site.rglob("index.html"):
-        for link in re.findall(r'(?:href|src)="([^"#?:]+)', page.read_text()):
+        for link in re.findall(r'(?:href|src)="([^"#?:]+)["#?]', page.read_text()):
             target = (site / link.lstrip("/") if link.startswith("/") else page.parent / link).resolve()
             if not target.exists():
                 broken.append((str(page.relative_to(site)), link))
