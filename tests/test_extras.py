@@ -17,7 +17,7 @@ MISSING = (
     "modelscope", "openai", "pyarrow", "rapidfuzz", "ray", "sentencepiece", "uvicorn",
 )  # fmt: skip
 COMMANDS = {
-    "data validate data/table.parquet": "pip install 'ivl[data]'",
+    "train finetune --model model --data data/table.parquet --dry-run": "pip install 'ivl[data]'",
     "data convert data/val.jsonl out.parquet": "pip install 'ivl[data]'",
     "data filter heuristic data/val.jsonl filtered": "pip install 'ivl[data]'",
     "data filter short.json data/val.jsonl on-ray --ray local": "pip install 'ivl[ray]'",
