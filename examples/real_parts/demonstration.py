@@ -38,8 +38,8 @@ class Size:
 
     image_size: int = 224
     """Side of a tile: 224 px are 64 vision tokens."""
-    stage1_epochs: int = 8
-    lora_epochs: int = 6
+    stage1_epochs: int = 6
+    lora_epochs: int = 4
     steps: int | None = None
     """Steps of each training instead of its epochs, for a trial."""
     test: int = 100
@@ -79,8 +79,7 @@ def joined(out: Path, size: Size) -> Path:
     if not (target / "config.json").exists():
         vit = parts.dinov2(out / "dinov2", image_size=size.image_size)
         compose(vit, parts.smollm2(), None, target, dtype="float32")
-        config = json.loads((target / "config.json").read_text())
-        write_json(target / "config.json", config | {"select_layer": SELECT_LAYER, "max_dynamic_patch": 1})
+    parts.settle(target, select_layer=SELECT_LAYER, max_dynamic_patch=1)
     return target
 
 

