@@ -128,7 +128,7 @@ class DrainingServer(uvicorn.Server):
 
     def end(self, error: Exception) -> None:
         """End the server from any thread, because of an error. Replies that run end with one, too."""
-        log.error("the model cannot go on", exc_info=error)
+        log.error("the model cannot go on", exc_info=error, extra={"fields": {"reason": str(error)}})
         self.service.end()
         self.should_exit = True
 
