@@ -94,7 +94,7 @@ def _draw(scores_RV: torch.Tensor, samplers: list[Sampler]) -> torch.Tensor:
     """Draw from the candidates of each row; a greedy row has one."""
     every = scores_RV.shape[1]
     numbers = [
-        (s.params.temperature, s.params.top_k, s.params.top_p, s.params.min_p, float(s.uniform()))
+        (s.params.temperature, s.params.top_k, s.params.top_p, s.params.min_p, _uniform(s))
         if s.params.temperature
         else (1, 1, 1, 0, 0)
         for s in samplers
@@ -117,3 +117,8 @@ def _draw(scores_RV: torch.Tensor, samplers: list[Sampler]) -> torch.Tensor:
     at_R1 = torch.searchsorted(cumulative_RV, uniform_R1 * total_R1, right=True).minimum(last_R1)
     at_R1 = at_R1.clamp_max(every - 1)  # where scores are not finite
     return torch.where(by_rank_R1, ids_RV.gather(1, at_R1), at_R1).squeeze(1)
+
+
+def _uniform(sampler: Sampler) -> float:
+    """Return the next random number in [0, 1) of a request. It is drawn on the host, as on a CPU."""
+    return float(torch.rand((), generator=sampler.generator, dtype=torch.float64))

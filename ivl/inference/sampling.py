@@ -73,12 +73,8 @@ class Sampler:
         if self.by_count:
             self.counts[token] += 1
 
-    def uniform(self) -> torch.Tensor:
-        """Return the next random number in [0, 1); it is drawn on the CPU, wherever the scores are."""
-        return torch.rand((), generator=self.generator, dtype=torch.float64)
-
     def _draw(self, logits_V: torch.Tensor) -> int:
-        uniform = self.uniform()
+        uniform = torch.rand((), generator=self.generator, dtype=torch.float64)
         probabilities, ids = candidates(logits_V, self.params.top_k, self.params.top_p, self.params.min_p)
         cumulative = probabilities.double().cumsum(0)
         last = int(torch.searchsorted(cumulative, cumulative[-1]))  # those behind it have probability 0

@@ -60,6 +60,10 @@ def test_a_decoding_step_replays_one_graph_at_the_same_addresses(found: dict[str
     assert graphs["equal"] and graphs["operations"] > 20
 
 
+def test_blocks_that_are_no_pages_are_refused(found: dict[str, Any]) -> None:
+    assert found["graphs"]["small blocks"] == "block_size must be a multiple of 256 on a card, got 64"
+
+
 @pytest.mark.parametrize(
     ("case", "kind"),
     [("int8", "FusedInt8Linear"), ("int4", "Int4Linear"), ("int4 zero point", "Int4Linear"), ("W8A8", "Int8Linear")],

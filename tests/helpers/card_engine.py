@@ -36,6 +36,7 @@ def main(library: Path, folder: Path) -> None:
     for case, options in {"greedy": {}, "sampled": SAMPLED[1], "penalties": SAMPLED[3], "logprobs": {"logprobs": 2}}.items():
         attempt(result, "waits", case, partial(waits, folder, options))
     attempt(result, "graphs", "two steps of a bucket", partial(two_steps, folder))
+    attempt(result, "graphs", "small blocks", partial(small_blocks, folder))
     for case in ("int8", "int4", "int4 zero point", "W8A8"):
         attempt(result, "products", case, partial(product, case))
     print(json.dumps(result))
@@ -229,6 +230,19 @@ def two_steps(folder: Path) -> dict[str, Any]:
         "graphs": len(card_graphs.graphs), "replays": card_graphs.graphs[0].replays, "operations": len(traces[0]),
         "equal": all(trace == traces[0] for trace in traces), "traces": len(traces),
     }  # fmt: skip
+
+
+def small_blocks(folder: Path) -> str:
+    """What is said of blocks that are no pages."""
+    from ivl.errors import InputError
+    from ivl.inference.engine import Engine
+
+    engine = engine_of(folder, "cuda", "float16")
+    try:
+        Engine(engine.model, engine.processor, block_size=64)
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 def product(case: str) -> dict[str, Any]:
