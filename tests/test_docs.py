@@ -29,7 +29,7 @@ from ivl.serve.page import write_examples
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-MAX_NOT_RUN, FEW_STEPS = 12, 4
+MAX_NOT_RUN, FEW_STEPS = 16, 4
 FENCE = re.compile(r"(?P<mark><!-- no-run[^\n]*-->\n)?```(?P<kind>\w*)\n(?P<body>.*?)```", re.DOTALL)
 IVL = re.compile(r"^(?:torchrun .*? -m |(?:\.venv/bin/)?)(ivl .*)$")
 
