@@ -94,7 +94,7 @@ def _refusal(plan: RankPlan, found: list[tuple[str, RankPlan]]) -> Iterator[str]
 
     yield (
         f"does not fit: {plan.peak / GIB:.1f} GiB and {BUFFERS // GIB} for buffers, a {plan.machines.card} has "
-        f"{plan.card.memory:g}; " + ("these fit:" if found else "nor does a smaller pack, more machines or a larger card")
+        f"{plan.card.size / GIB:.1f}; " + ("these fit:" if found else "nor does a smaller pack, more machines or a larger card")
     )
     for change, other in found:
         yield f"  {change:46}{other.peak / GIB:6.1f} GiB{other.tokens_per_second:12,.0f} tokens/s"

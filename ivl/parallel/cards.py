@@ -25,7 +25,7 @@ class Card:
     """One GPU. Rates are those of one direction."""
 
     memory: float
-    """GiB, as nvidia-smi reports them."""
+    """In GB of 1e9 bytes. Some cards have a few percent more, which a plan leaves to the driver."""
     tflops: float
     """Dense bf16 products with float32 sums, in TFLOP/s."""
     bandwidth: float
@@ -35,15 +35,20 @@ class Card:
     network: float
     """To other nodes, a card's share of what a node of eight usually has, in GB/s."""
 
+    @property
+    def size(self) -> float:
+        """Memory in bytes."""
+        return self.memory * 1e9
+
 
 CARDS = {
-    "a100-40gb": Card(40.0, 312, 1555, 300, 25),
-    "a100-80gb": Card(80.0, 312, 2039, 300, 25),
-    "h100-80gb": Card(79.6, 989, 3350, 450, 50),
-    "h200-141gb": Card(140.4, 989, 4800, 450, 50),
-    "b200-192gb": Card(179.1, 2250, 8000, 900, 50),
-    "l40s-48gb": Card(45.0, 362, 864, 32, 12.5),
-    "rtx4090-24gb": Card(24.0, 165, 1008, 32, 3),
+    "a100-40gb": Card(40, 312, 1555, 300, 25),
+    "a100-80gb": Card(80, 312, 2039, 300, 25),
+    "h100-80gb": Card(80, 989, 3350, 450, 50),
+    "h200-141gb": Card(141, 989, 4800, 450, 50),
+    "b200-192gb": Card(180, 2250, 8000, 900, 50),
+    "l40s-48gb": Card(48, 362, 864, 32, 12.5),
+    "rtx4090-24gb": Card(24, 165, 1008, 32, 3),
 }
 
 
@@ -54,7 +59,9 @@ def find_card(name: str) -> Card:
         InputError: for an unknown name, with the nearest known ones.
     """
     if name not in CARDS:
-        raise InputError(f"--card {name!r} is not known; {nearest(name.lower(), CARDS, 'cards')}")
+        begins = [repr(known) for known in CARDS if known.startswith(name.lower())]
+        hint = f"did you mean {' or '.join(begins)}?" if name and begins else nearest(name.lower(), CARDS, "cards")
+        raise InputError(f"--card {name!r} is not known; {hint}")
     return CARDS[name]
 
 

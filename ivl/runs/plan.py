@@ -129,7 +129,7 @@ class RankPlan:
     @property
     def fits(self) -> bool:
         """Whether the card has room for it and for BUFFERS."""
-        return self.peak + BUFFERS <= self.card.memory * GIB
+        return self.peak + BUFFERS <= self.card.size
 
     @property
     def step_seconds(self) -> float:
@@ -169,14 +169,14 @@ class RankPlan:
 
     def describe(self) -> str:
         """Format the plan as a page of text."""
-        setup, train, gib = self.setup, self.config.train, self.card.memory
+        setup, train, gib = self.setup, self.config.train, self.card.size / GIB
         ways = [f"{setup.shards} shards" if setup.shards > 1 else "whole on each rank"]
         ways += [f"{setup.replicas} groups of them"] if setup.shards > 1 and setup.replicas > 1 else []
         ways += [f"tensor parallel {setup.tensor_parallel}"] if setup.tensor_parallel > 1 else []
         rows = [f"{self.config.name} on {self.machines}: {self.machines.ranks} ranks, {', '.join(ways)}", ""]
         rows += [
             *self.memory_rows(),
-            f"  {'left for buffers':20}{gib - self.peak / GIB:9.2f}  of {gib:g}; {BUFFERS // GIB} are needed",
+            f"  {'left for buffers':20}{gib - self.peak / GIB:9.2f}  of {gib:.1f}; {BUFFERS // GIB} are needed",
             "",
         ]
         rows += [f"{'collectives of a pack':22}{'calls':>9}{'GB':>9}"]
@@ -356,7 +356,7 @@ def _smaller_packs(plan: RankPlan) -> Iterator[Change]:
     tokens, machines = plan.config.data.max_tokens, plan.machines
     half = plan_ranks(_with_pack(plan.config, tokens // 2), machines)
     slope = (plan.peak - half.peak) / (tokens - tokens // 2)
-    most = int(tokens - (plan.peak + BUFFERS - plan.card.memory * GIB) / slope) // PACK_STEP * PACK_STEP
+    most = int(tokens - (plan.peak + BUFFERS - plan.card.size) / slope) // PACK_STEP * PACK_STEP
     for size in range(most, max(most - 3 * PACK_STEP, 0), -PACK_STEP):
         smaller = _with_pack(plan.config, size)
         yield f"--data.max-tokens {size} --data.max-tiles {smaller.data.max_tiles}", smaller, machines

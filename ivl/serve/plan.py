@@ -76,7 +76,7 @@ def _plan(model: VLM, card: Card, width: Width, ranks: int, context: int, batch:
     layers, embeddings, others = _weights(model, width)
     weights = (layers + embeddings) / ranks + others
     cache_of_one = 4.0 * context * d.num_layers * d.num_kv_heads * d.head_dim / ranks
-    room = card.memory * GIB * USED_SHARE - weights
+    room = card.size * USED_SHARE - weights
     sums = SUM_SECONDS * 2 * d.num_layers * (ranks > 1)
     operations = 2.0 * sum(p.numel() for p in model.decoder.parameters()) / ranks
 
