@@ -90,6 +90,7 @@ def test_no_name_of_the_table_is_an_option_here_and_its_answers_are() -> None:
 
 def test_our_own_options_are_no_foreign_ones() -> None:
     answer_foreign("train", ["1B-lora", "--optim.lr", "1e-5", "--model", "learning-rate"])
+    answer_foreign("eval", ["MODEL", "--judge-model", "DIR", "--judge-url-model", "x"])  # as well as --judge.model
     with pytest.raises(InputError, match=r"--lr is --optim\.lr"):
         answer_foreign("train", ["1B-lora", "--lr", "1e-5"])
 

@@ -106,7 +106,7 @@ SCORE: Mapping[str, str] = {
     "dataset": "--task, or --data for your own rows", "eval-dataset": "--task",
     "num-fewshot": "nothing: tasks ask as they were published", "output-path": "--out", "work-dir": "--out",
     "log-samples": "--export lmms-eval", "reuse": f"{_NEEDLESS}saved replies are used again",
-    "judge-model": "--judge.model or --judge.url-model", "max-tokens": "--max-new-tokens", "torch-dtype": "--dtype",
+    "max-tokens": "--max-new-tokens", "torch-dtype": "--dtype",
     "trust-remote-code": f"{_NEEDLESS}no code of a model is run",
 }  # fmt: skip
 OPTIONS = {"train": TRAIN, "serve": SERVE, "chat": ASK, "eval": SCORE}
