@@ -199,11 +199,12 @@ def pyplot() -> Any:
         raise InputError("plots need matplotlib: pip install 'ivl[eval]'") from error
     matplotlib.use("Agg")
     import matplotlib.pyplot
+    from matplotlib.rcsetup import cycler
 
     for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color", "ytick.color"):
         matplotlib.rcParams[name] = INK
     matplotlib.rcParams |= {
-        "axes.prop_cycle": matplotlib.cycler(color=COLORS), "axes.spines.top": False, "axes.spines.right": False,
+        "axes.prop_cycle": cycler(color=COLORS), "axes.spines.top": False, "axes.spines.right": False,
         "axes.titlesize": "medium", "axes.titleweight": "bold", "font.size": 9, "legend.frameon": False,
     }  # fmt: skip
     return matplotlib.pyplot
