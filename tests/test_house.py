@@ -17,7 +17,7 @@ PACKAGE = ROOT / "ivl"
 ROOMS = ("model", "processing", "data", "train", "inference")
 NOUNS = ("types.py", "config.py", "errors.py")
 MAX_CORE_LINES, MAX_CORE_FILES = 7_500, 50
-MAX_PACKAGE_LINES = 41_000
+MAX_PACKAGE_LINES = 42_500
 """What the package is at most until the rings are smaller. The plan says 28,000 with everything in it. Benchmarks and their
 scorers have 6,100 of 3,400 lines that were planned, what strangers send and files of other projects about 4,000 more."""
 MAX_CORE_FUNCTION, MAX_FUNCTION = 60, 80

@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-import ivl
 from ivl import gpu
 from ivl.checkpoint import load_config
 from ivl.errors import InputError
@@ -90,7 +89,7 @@ def start_ranks(directory: Path, config: LoadConfig) -> tuple[World, Processes]:
         here = f"this machine has {torch.cuda.device_count()}"
         raise InputError(f"tensor_parallel {count} needs {count} GPUs, {here}: torchrun takes those of several machines")
     store = TCPStore("127.0.0.1", 0, count, is_master=True, wait_for_workers=False, timeout=START_TIMEOUT)
-    paths = [str(Path(ivl.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(count),
         "PYTHONPATH": os.pathsep.join(paths),
