@@ -58,9 +58,6 @@ class ServePlanOptions:
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print a JSON list instead of a table."""
 
-    def __post_init__(self) -> None:
-        check_ranges(self, tensor_parallel="[1, inf)", context="[1, inf)", batch="[1, inf)")
-
 
 def plan(args: list[str]) -> None:
     if not args or args[0] in ("-h", "--help"):
@@ -109,10 +106,8 @@ def _lora_of(name: str) -> dict[str, RunConfig]:
 
 
 def _plan_serving(args: list[str]) -> None:
-    try:
-        options = tyro.cli(ServePlanOptions, prog="ivl plan", args=args)
-    except ValueError as error:  # checks of the options
-        raise error if isinstance(error, InputError) else InputError(str(error)) from error
+    options = tyro.cli(ServePlanOptions, prog="ivl plan", args=args)
+    check_ranges(options, tensor_parallel="[1, inf)", context="[1, inf)", batch="[1, inf)")
     from ivl.serve.plan import describe_serving, plan_serving
 
     plans = plan_serving(

@@ -75,24 +75,15 @@ class Machines:
     """Cards of each machine."""
     card: str = "h100-80gb"
     """The card: a100-40gb, a100-80gb, h100-80gb, h200-141gb, b200-192gb, l40s-48gb or rtx4090-24gb."""
-    tensor_parallel: int = 1
-    """Neighboring ranks that share the decoder of a model, and the tiles of a pack."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, nodes="[1, inf)", gpus="[1, inf)", tensor_parallel="[1, inf)")
+        check_ranges(self, nodes="[1, inf)", gpus="[1, inf)")
         find_card(self.card)
-        if self.gpus % self.tensor_parallel:
-            raise InputError(f"tensor_parallel {self.tensor_parallel} does not divide the {self.gpus} GPUs of a machine")
 
     @property
     def ranks(self) -> int:
         """All of them."""
         return self.nodes * self.gpus
-
-    @property
-    def data_ranks(self) -> int:
-        """Those that have packs of their own: tensor ranks share theirs."""
-        return self.ranks // self.tensor_parallel
 
     def __str__(self) -> str:
         nodes = f"{self.nodes} x " if self.nodes > 1 else ""

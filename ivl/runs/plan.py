@@ -214,7 +214,8 @@ def plan_ranks(config: RunConfig, machines: Machines, *, tracked: Tracked | None
     if tracked is None:
         named = config.stage.vision_from_layer or (config.lora and any(c.isdigit() for c in "".join(config.lora.targets)))
         tracked = track(lambda part: build_empty(config, part), architecture, setup, whole=whole or bool(named))
-    packs, reference = config.train.packs_per_step // machines.data_ranks, config.objective.has_reference_copy
+    packs = config.train.packs_per_step // (machines.ranks // config.tensor_parallel)
+    reference = config.objective.has_reference_copy
     operations = count_operations(model, setup.tokens, setup.tiles, setup.sequences, reference=reference)
     card, total = find_card(machines.card), operations.model + operations.repeated
     beside, pack_waits, step_waits = _send_times(model, setup, machines, tracked)
@@ -242,12 +243,11 @@ def setup_of(config: RunConfig, machines: Machines, architecture: ModelConfig) -
     Raises:
         InputError: if the ranks cannot share out heads or packs.
     """
-    train, data, ranks = config.train, config.data, machines.data_ranks
-    if machines.tensor_parallel > 1:
-        local_config(architecture, machines.tensor_parallel)
-        for what, used in {"LoRA": config.lora, "muon": train.optim.name == "muon"}.items():
-            if used:
-                raise InputError(f"{what} needs whole matrices on each rank: leave --tensor-parallel out")
+    train, data, ranks = config.train, config.data, machines.ranks // config.tensor_parallel
+    if config.tensor_parallel > 1:
+        local_config(architecture, config.tensor_parallel)
+        if machines.gpus % config.tensor_parallel:
+            raise InputError(f"tensor_parallel {config.tensor_parallel} does not divide the {machines.gpus} GPUs of a machine")
     if ranks % config.replicate:
         raise InputError(f"replicate {config.replicate} does not divide the {ranks} ranks that have packs of their own")
     if train.packs_per_step % ranks:
@@ -262,7 +262,7 @@ def setup_of(config: RunConfig, machines: Machines, architecture: ModelConfig) -
         precision="bf16" if train.precision == "auto" else train.precision,
         shards=ranks // config.replicate if sharded else 1,
         replicas=config.replicate if sharded else ranks,
-        tensor_parallel=machines.tensor_parallel,
+        tensor_parallel=config.tensor_parallel,
         moments=lambda name, p: 1 if muon and is_hidden_matrix(name, p) else 2,
         accumulates=train.packs_per_step > ranks,
         tokens=data.max_tokens,
