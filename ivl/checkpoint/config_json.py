@@ -158,12 +158,12 @@ def family_of(section: Section) -> Family:
         InputError: if it is none that the decoder computes.
     """
     names, model_type = section.items("architectures", TEXT, []), section.values.get("model_type")
-    family = next((f for name, f in table.ARCHITECTURES.items() if name in names or (not names and model_type == f)), None)
     told = [key for key in EXPERT_COUNTS if section.values.get(key)] + ["model_type"] * ("moe" in str(model_type))
-    if family and told:
-        raise InputError(f"{section.place}: {told[0]} tells of a mixture of experts, which is not supported")
-    if family:
-        return family
+    for architecture, family in table.ARCHITECTURES.items():
+        if architecture in names or (not names and model_type == family):
+            if told:
+                raise InputError(f"{section.place}: {told[0]} tells of a mixture of experts, which is not supported")
+            return family
     known, given = ", ".join(table.ARCHITECTURES), str(names or model_type).lower().replace("_", "")
     kind = " (a mixture of experts)" if "moe" in given else " (gpt-oss)" if "gptoss" in given else ""
     raise InputError(f"{section.place}: language model {short(names or model_type)}{kind} is not one of {known}")

@@ -26,8 +26,7 @@ class CpuAttention(Sdpa):
         if trains and mask is None and max(q_SNLH.shape[2], k_SKLH.shape[2]) <= MAX_SPELLED_OUT:
             return _spelled_out(q_SNLH, k_SKLH, v_SKLH, causal)
         if q_SNLH.dtype is torch.bfloat16 and q_SNLH.is_cpu and not features.multiplies_bfloat16():
-            wide = (x.float() for x in (q_SNLH, k_SKLH, v_SKLH))
-            return super().rectangle(*wide, mask, causal).bfloat16()
+            return super().rectangle(q_SNLH.float(), k_SKLH.float(), v_SKLH.float(), mask, causal).bfloat16()
         return super().rectangle(q_SNLH, k_SKLH, v_SKLH, mask, causal)
 
     def packed(self, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor, layout: Layout) -> torch.Tensor:

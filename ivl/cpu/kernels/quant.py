@@ -313,7 +313,8 @@ def _half(e: Emitter, x: Value, part: int) -> Value:
 
 
 def _joined(e: Emitter, halves: list[Value]) -> Value:
-    return e.b.shuffle_vector(*halves, ir.Constant(I32S, list(range(LANES))))
+    low, high = halves
+    return e.b.shuffle_vector(low, high, ir.Constant(I32S, list(range(LANES))))
 
 
 def _int_total(e: Emitter, x: Value) -> Value:
