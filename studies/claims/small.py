@@ -25,11 +25,12 @@ from ivl.formats.rows import write_jsonl
 from ivl.model.vlm import VLM
 from ivl.processing.processor import Processor
 from ivl.recipes import nano
-from ivl.runs.build import adapt, build_model, build_processor
+from ivl.runs.build import build_model, build_processor
 from ivl.runs.config import RunConfig
 from ivl.runs.run import run
 from ivl.train.config import ObjectiveConfig, OptimConfig, Stage, TrainablePart, TrainConfig
 from ivl.train.objectives import forward_batch, next_token
+from ivl.train.world import World
 from studies.claims.study import PRECISION, Lab
 
 VISION_WORDS = "ivl.recipes.nano_objectives:flipped_caption_words"
@@ -178,8 +179,7 @@ def exact(model: Path, rows: Path) -> dict[str, float]:
 
 def flops_per_token(config: RunConfig) -> float:
     """Operations of a training step for each token of its first pack, images included, by torch's counter."""
-    model = build_model(config)
-    adapt(model, config)
+    model = build_model(config, None, World())
     loader = Loader(replace(config.data, cache_samples=0), build_processor(config, model), seed=0)
     batch = next(iter(loader))
     with FlopCounterMode(display=False) as counter:

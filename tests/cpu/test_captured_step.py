@@ -45,7 +45,6 @@ def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         tiny_config(family=request.param).decoder, width=128, mlp_width=256, num_heads=4, num_kv_heads=2, head_dim=64
     )
     made = Decoder(config).eval()
-    made.init_weights()
     for name, weight in made.named_parameters():
         weight.data.normal_(std=0.2, mean=float("norm" in name))
     return accelerate(made.to(torch.bfloat16))
