@@ -107,10 +107,12 @@ def train(args: list[str]) -> None:
         if check.problems:
             raise InputError(f"this run would stop: {'; '.join(check.problems)}")
         return
+    from ivl.runs.outcome import describe
     from ivl.runs.run import run
 
     final = run(config, resume=resume is not None, allow_changed=options.allow_changed)
     if _is_first():
+        print(describe(config), file=sys.stderr)
         print(final)
 
 

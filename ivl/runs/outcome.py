@@ -60,10 +60,12 @@ def draw(run_dir: Path, title: str) -> Path | None:
     return run_dir / "loss.png"
 
 
-def describe(config: RunConfig, picture: Path | None) -> str:
+def describe(config: RunConfig) -> str:
     """Return what a finished run has come to, and the commands that come next."""
     run_dir = Path(config.run_dir)
-    rows = read_metrics(run_dir)
+    rows, picture = read_metrics(run_dir), run_dir / "loss.png"
+    if not rows:
+        return "done: no step was left to do"
     steps, checked = [row for row in rows if "evaluation" not in row], validation_losses(rows)
     minutes, seconds = divmod(round(steps[-1]["seconds"]), 60)
     told = [f"done: {steps[-1]['step']:,} steps in {minutes:,} min {seconds} s; loss {steps[0]['loss']:.4f} at first, "
@@ -71,7 +73,7 @@ def describe(config: RunConfig, picture: Path | None) -> str:
     best = min(checked, key=lambda pair: pair[1], default=(0, 0.0))
     if checked:
         told.append(f"validation loss {checked[-1][1]:.4f} at the end, lowest {best[1]:.4f} after step {best[0]}")
-    told += [f"drawn in {picture}"] if picture else []
+    told += [f"drawn in {picture}"] if picture.exists() else []
     model, kept = str(run_dir / "model"), run_dir / "best"
     commands = [f"ivl chat {shlex.quote(model)}", *_evaluations(config, model), f"ivl serve {shlex.quote(model)} --web"]
     if kept.exists() and best[0] != steps[-1]["step"]:

@@ -38,7 +38,7 @@ from ivl.runs.directory import (
     write_best_model,
     write_final_model,
 )
-from ivl.runs.outcome import describe, draw, read_metrics, validation_losses
+from ivl.runs.outcome import draw, read_metrics, validation_losses
 from ivl.train.loop import Evaluator, StoppedError, train
 from ivl.train.objectives import StatefulObjective
 from ivl.train.recorder import Recorder
@@ -145,7 +145,7 @@ def _train_in(
     if history or not start.finished:
         write_final_model(model, processor, config, world)
     if world.is_main and read_metrics(run_dir):
-        print(describe(config, draw(run_dir, config.name)), file=sys.stderr)
+        draw(run_dir, config.name)
     world.barrier()
 
 

@@ -16,6 +16,7 @@ from ivl.config import LoraConfig
 from ivl.errors import InputError
 from ivl.model.vlm import VLM
 from ivl.runs.config import RunConfig
+from ivl.runs.outcome import describe
 from ivl.runs.run import run
 from ivl.train.config import Stage
 from ivl.train.loop import Evaluator
@@ -81,12 +82,12 @@ def _base(path: Path) -> None:
     save_processor(processor(), path)
 
 
-def test_a_run_ends_when_the_loss_no_longer_falls_and_stays_ended(checked, scripted, capfd) -> None:
+def test_a_run_ends_when_the_loss_no_longer_falls_and_stays_ended(checked, scripted) -> None:
     scripted += [3.0, 2.0, 2.5, 2.4, 1.0, 0.5]
     config = changed(checked, patience=2)
     run(config)
     assert [step for step, *_ in steps(config)] == list(range(1, 9)) and validations(config) == {2: 3.0, 4: 2.0, 6: 2.5, 8: 2.4}
-    assert "lowest 2.0000 after step 4" in capfd.readouterr().err
+    assert "lowest 2.0000 after step 4" in describe(config)
     before = Path(config.run_dir, "metrics.jsonl").read_bytes()
     run(config, resume=True)
     assert Path(config.run_dir, "metrics.jsonl").read_bytes() == before
@@ -125,9 +126,9 @@ def test_patience_needs_something_to_wait_for(config) -> None:
     assert not Path(config.run_dir).exists()
 
 
-def test_the_end_says_what_came_of_it_and_what_is_next(checked, capfd) -> None:
+def test_the_end_says_what_came_of_it_and_what_is_next(checked) -> None:
     run(checked)
-    said, place = capfd.readouterr().err, checked.run_dir
+    said, place = describe(checked), checked.run_dir
     losses = validations(checked)
     for part in (
         "done: 12 steps in 0 min",
