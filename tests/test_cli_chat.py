@@ -27,6 +27,19 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_directory(tmp_path_factory.mktemp("model"))
 
 
+def test_every_option_of_loading_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, object] = {}
+
+    def load(model: str, **options: object) -> None:
+        given.update(options)
+        raise InputError("seen")
+
+    monkeypatch.setattr("ivl.cli.chat.load", load)
+    with pytest.raises(InputError, match="seen"):
+        chat(["MODEL", "-p", "hi", "--tensor-parallel", "2", "--max-tiles", "3", "--device", "cpu", "--dtype", "float32"])
+    assert given == {"tensor_parallel": 2, "max_tiles": 3, "device": "cpu", "dtype": "float32", "adapter": None}
+
+
 def test_replies_have_the_form_that_was_asked_for(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("llguidance")
     schema = tmp_path / "schema.json"

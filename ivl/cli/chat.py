@@ -93,9 +93,9 @@ def chat(args: list[str]) -> None:
     if prompt is not None and not prompt and not media:
         raise InputError("the prompt is empty")
     started = time.perf_counter()
-    given = options.load.with_one_adapter()
-    adapter = next(iter(given.adapter), None)
-    model = load(options.model, dtype=given.dtype, device=given.device, max_tiles=given.max_tiles, adapter=adapter)
+    given = asdict(options.load.with_one_adapter())
+    given["adapter"] = next(iter(given["adapter"]), None)
+    model = load(options.model, **given)
     if options.stats:
         from ivl.cpu.kernels.features import level
 
