@@ -13,24 +13,12 @@ import time
 import torch
 
 from benchmarks.tasks import SIZE
+from benchmarks.wordless import TokenIds
 from ivl.config import published_config
 from ivl.cpu import accelerate
 from ivl.inference.engine import Engine
 from ivl.model.vlm import VLM
 from ivl.types import Conversation, Message, Prompt, SamplingParams, Text
-
-
-class Codes:
-    """A tokenizer of nothing: text is not what is measured."""
-
-    def stream(self) -> Codes:
-        return self
-
-    def push(self, token: int) -> str:
-        return " "
-
-    def flush(self) -> str:
-        return ""
 
 
 class Pictures:
@@ -39,7 +27,7 @@ class Pictures:
     def __init__(self, model: VLM, num_tiles: int) -> None:
         self.config = model.config
         self.num_tiles = num_tiles
-        self.tokenizer = Codes()
+        self.tokenizer = TokenIds()
 
     def prompt(self, conversation: Conversation) -> Prompt:
         image, question = (int(n) for n in conversation[0].text.split())

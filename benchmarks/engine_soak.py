@@ -18,7 +18,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from benchmarks.engine_prefix import Codes
+from benchmarks.wordless import TokenIds
 from ivl.cpu import accelerate
 from ivl.inference.engine import Engine, Request
 from ivl.model.vlm import VLM
@@ -36,7 +36,7 @@ class Mixed:
 
     def __init__(self) -> None:
         self.config = architecture()
-        self.tokenizer = Codes()
+        self.tokenizer = TokenIds()
 
     def prompt(self, conversation: Conversation) -> Prompt:
         numbers = torch.Generator().manual_seed(int(conversation[0].text))

@@ -29,6 +29,7 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.tasks import CONTEXT, SIZE, decode_bytes, tile_flops, tokens_flops
+from benchmarks.wordless import TokenIds
 from ivl import gpu
 from ivl.config import ModelConfig, published_config
 from ivl.inference.engine import Engine
@@ -96,28 +97,14 @@ def _built_on(config: ModelConfig, device: torch.device | str, dtype: torch.dtyp
     return model.to_empty(device=device)
 
 
-class Numbers:
-    """A processor without words: prompts are token ids, and so are replies."""
+class WithoutWords:
+    """A processor for prompts that are made beforehand."""
 
-    @property
-    def tokenizer(self) -> Any:
-        return self
-
-    def stream(self) -> Any:
-        return self
-
-    def push(self, token: int) -> str:
-        return f"{token} "
-
-    def flush(self) -> str:
-        return ""
-
-    def unused(self, vocab_size: int) -> list[int]:
-        return []
+    tokenizer = TokenIds()
 
 
 def engine_of(model: VLM, **options: int) -> Engine:
-    engine = Engine(model, Numbers(), **options)  # type: ignore[arg-type]
+    engine = Engine(model, WithoutWords(), **options)  # type: ignore[arg-type]
     return gpu.accelerate(engine) if model.device.type == "cuda" else engine
 
 

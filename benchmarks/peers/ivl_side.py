@@ -12,6 +12,7 @@ import torch
 import ivl
 from benchmarks.peers.inputs import tiles, tokens
 from benchmarks.peers.install import FILES
+from benchmarks.wordless import TokenIds
 from ivl.inference.engine import Engine, Request
 from ivl.types import Message, Prompt, SamplingParams, Text
 
@@ -19,18 +20,7 @@ from ivl.types import Message, Prompt, SamplingParams, Text
 class Ids:
     """Stands in for a processor: the text of a conversation is a seed and a length, the prompt random tokens."""
 
-    @property
-    def tokenizer(self) -> Ids:
-        return self
-
-    def stream(self) -> Ids:
-        return self
-
-    def push(self, token: int) -> str:
-        return ""
-
-    def flush(self) -> str:
-        return ""
+    tokenizer = TokenIds()
 
     def prompt(self, conversation: tuple[Message, ...]) -> Prompt:
         seed, number = map(int, conversation[0].text.split())
