@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shlex
 import statistics
 import subprocess
@@ -28,6 +27,7 @@ from benchmarks.peers.install import FILES, LEVELS, PYTHON, ROOT, install
 from benchmarks.tasks import CONTEXT, decoder_weights, tile_flops, tokens_flops
 from ivl.config import ModelConfig, published_config
 from ivl.cpu.kernels.features import machine_level
+from ivl.utils.machine import processor_name
 
 SIZE = "1B"
 PEERS = ("transformers", "llama", "openvino")
@@ -176,7 +176,7 @@ def report(found: list[dict[str, Any]], limits: dict[str, float], level: str) ->
         f"limits in this run: {limits['flops'] / 1e12:.2f} TFLOP/s, {limits['int8'] / 1e12:.2f} Top/s int8, "
         f"{limits['bytes'] / 1e9:.1f} GB/s read; shares of it in brackets; the memory ratio is ours to the leanest peer's"
     )
-    table = Table(title=f"InternVL2.5-{SIZE} shape, random weights; {processor()}, level {level}", caption=caption)
+    table = Table(title=f"InternVL2.5-{SIZE} shape, random weights; {processor_name()}, level {level}", caption=caption)
     for column in ("task", "width", *NAMES.values(), "unit", "ratio", "target"):
         table.add_column(column, justify="left" if column in ("task", "width", "unit") else "right")
     for row in found:
@@ -190,13 +190,6 @@ def report(found: list[dict[str, Any]], limits: dict[str, float], level: str) ->
         target = "-" if row["target"] is None else f"{row['target']:.1f}"
         table.add_row(row["task"], row["width"], *cells, row["unit"], ratio, target)
     return table
-
-
-def processor() -> str:
-    """Return the processor's name as the system tells it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or "unknown processor")
 
 
 def number(value: float) -> str:
@@ -221,7 +214,7 @@ def main() -> None:
     found = rows(tasks, times, limits)
     Console(width=140).print(report(found, limits, args.level))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    about = {"processor": processor(), "level": args.level, "limits": limits}
+    about = {"processor": processor_name(), "level": args.level, "limits": limits}
     args.out.write_text(json.dumps(about | {"times": times, "rows": found}, indent=2) + "\n")
     print(f"written to {args.out}")
 

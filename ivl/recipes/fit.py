@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from ivl.checkpoint.releases import count_parameters
 from ivl.config import ModelConfig
-from ivl.parallel.cards import Machines
+from ivl.parallel.cards import GIB, Machines
 from ivl.runs.build import with_precision
 from ivl.runs.config import RunConfig
 from ivl.runs.plan import plan_ranks
+from ivl.utils.machine import free_memory
 
-GIB = 2**30
 BESIDE = 1.5 * GIB
 """Memory of a process that no plan counts: libraries, allocators, rows that wait."""
 LEAST_TOKENS = 512
@@ -27,15 +25,8 @@ LEAST_TOKENS = 512
 def memory_at_hand() -> tuple[float, str]:
     """Return the bytes that this process may take, and where: of its card, or its share of the machine."""
     if torch.cuda.is_available():
-        return float(torch.cuda.mem_get_info()[0]), "the card"
-    free = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    with suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = 1024.0 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:")))
-    with suppress(OSError, ValueError):  # of a container; "max" is no number
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="ascii")) for name in ("max", "current"))
-        free = min(free, float(limit - used))
-    return free / int(os.environ.get("LOCAL_WORLD_SIZE", "1")), "this machine"
+        return float(free_memory("cuda")), "the card"
+    return free_memory("cpu") / int(os.environ.get("LOCAL_WORLD_SIZE", "1")), "this machine"
 
 
 def fit(config: RunConfig, architecture: ModelConfig) -> tuple[RunConfig, str]:

@@ -13,10 +13,12 @@ from ivl.cpu import accelerate
 from ivl.errors import InputError
 from ivl.lora.layers import merged_parameters
 from ivl.model.vlm import VLM
+from ivl.parallel.cards import GIB
 from ivl.parallel.shard import whole_parameters
 from ivl.train.shards import own_part
 from ivl.train.stage import trainable
 from ivl.train.world import World, is_sharded
+from ivl.utils.machine import free_memory
 
 ROOM = 1.1
 """Memory that a gathered model takes, as a multiple of its weights: the key/value cache of a few replies is small."""
@@ -56,20 +58,12 @@ def check_gathered_fits(model: VLM, run_dir: Path, world: World) -> None:
     to_come = 3 * sum(own_part(p.detach()).nbytes for p in trainable(model).values())  # gradients and two moments
 
     def check() -> None:
-        room = free_memory(model.device) - to_come
+        room = free_memory(str(model.device)) - to_come
         if ROOM * weights > room:
-            gib, left = ROOM * weights / 2**30, max(room, 0) / 2**30
+            gib, left = ROOM * weights / GIB, max(room, 0) / GIB
             raise InputError(
                 f"eval_tasks gather the sharded model on the first rank, which takes {gib:.1f} GiB, and {left:.1f} GiB will be "
                 f"left there: train without eval_tasks, and evaluate the checkpoints by `ivl eval {run_dir}/checkpoint-N`"
             )
 
     world.from_first(check)
-
-
-def free_memory(device: torch.device) -> int:
-    """Return the bytes that a device has left; those of the machine for a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024

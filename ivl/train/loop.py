@@ -24,7 +24,7 @@ from ivl.train.stage import set_modes, trainable
 from ivl.train.state import CheckpointWriter, Counters, SavedTrainer
 from ivl.train.world import RankFailedError, RankLostError, World, cuts_of, is_sharded, reshard, synchronized
 from ivl.types import Batch, Loss
-from ivl.utils.metrics import peak_memory_gb
+from ivl.utils.machine import peak_memory_gb
 
 TOTAL_LOSS = "total loss"
 """Name under which the ranks sum up their losses, beside the objective's figures."""

@@ -153,15 +153,3 @@ def _by_data_set(row: Mapping[str, Any]) -> str:
         return ""
     shown = ", ".join(f"{name} {value:.3f}" for name, value in list(losses.items())[:SETS_SHOWN])
     return f" ({shown}{f' and {len(losses) - SETS_SHOWN} more' if len(losses) > SETS_SHOWN else ''})"
-
-
-def peak_memory_gb(device: str) -> float:
-    """Peak memory of this process: GPU memory on a GPU, resident memory elsewhere."""
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated() / 1e9
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -8,7 +8,6 @@ from __future__ import annotations
 import fcntl
 import json
 import math
-import platform
 import shutil
 import statistics
 import subprocess
@@ -21,6 +20,7 @@ from typing import Any, Literal
 
 from ivl.train.config import Precision
 from ivl.utils.files import write_json
+from ivl.utils.machine import processor_name
 
 PRECISION: Precision = "fp32"
 """Every model of every study trains in it: small models gain little from bfloat16, and many processors only imitate that."""
@@ -234,12 +234,3 @@ def provenance() -> dict[str, str]:
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {"commit": commit, "date": datetime.now(UTC).strftime("%Y-%m-%d"), "processor": processor_name()}
-
-
-def processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)} x {names[0]}" if names else platform.machine()
