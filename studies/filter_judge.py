@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from examples.real_parts.parts import smollm2
 from ivl.api import Model, load
 from ivl.checkpoint import save_model
 from ivl.checkpoint.compose import compose
@@ -22,7 +23,6 @@ from ivl.generators import answers_of
 from ivl.types import Layout, Message, Record, SamplingParams, Text
 from studies.filter_clean import streams
 from tests.helpers.checkpoints import random_model, tiny_like
-from tests.helpers.packages import smollm2_gguf
 
 
 def off_topic(records: list[Record], seed: int) -> list[Record]:
@@ -52,7 +52,7 @@ def measure(count: int, split: str, seed: int) -> dict:
     rows = {"clean": clean, "off-topic": off_topic(clean, seed)}
     with tempfile.TemporaryDirectory() as folder:
         save_model(random_model(tiny_like("1B")), Path(folder) / "vit")
-        compose(Path(folder) / "vit", smollm2_gguf(), None, Path(folder) / "judge")
+        compose(Path(folder) / "vit", smollm2(), None, Path(folder) / "judge")
         model = load(Path(folder) / "judge")
         return {
             "rows": count,

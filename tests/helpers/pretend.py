@@ -8,12 +8,18 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib.util
+import json
 import os
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
 
 
 def torch_directory() -> Path:
@@ -34,6 +40,21 @@ def build(folder: Path) -> Path:
     made = library.with_suffix(f".{os.getpid()}")
     subprocess.run(["g++", "-std=c++20", "-O0", "-shared", "-fPIC", source, "-o", made, *includes, *links], check=True)
     return made.rename(library)
+
+
+def printed_by(module: str, tmp_path_factory: pytest.TempPathFactory, config: pytest.Config) -> dict[str, Any]:
+    """What a module prints last as JSON in a process of its own, given the library and a folder: torch must be imported after
+    the device. Skips the test where there is no g++."""
+    if shutil.which("g++") is None:
+        pytest.skip("the pretended card is compiled by g++, which is not here")
+    folder = tmp_path_factory.mktemp("card")
+    cache = getattr(config, "cache", None)  # none where the plugin is switched off
+    library = build(cache.mkdir("pretend") if cache else folder)
+    command = [sys.executable, "-m", module, str(library), str(folder / "work")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def start(library: Path) -> None:

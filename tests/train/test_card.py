@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +19,7 @@ RUNS = (
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> dict[str, Any]:
     """What tests.helpers.card_cases prints; one process does all cases, since torch must be imported after the device."""
-    if shutil.which("g++") is None:
-        pytest.skip("the pretended card is compiled by g++, which is not here")
-    folder = tmp_path_factory.mktemp("card")
-    cache = getattr(pytestconfig, "cache", None)  # none where the plugin is switched off
-    library = pretend.build(cache.mkdir("pretend") if cache else folder)
-    command = [sys.executable, "-m", "tests.helpers.card_cases", str(library), str(folder / "work")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return pretend.printed_by("tests.helpers.card_cases", tmp_path_factory, pytestconfig)
 
 
 @pytest.mark.parametrize("case", RUNS)
