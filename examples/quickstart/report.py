@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ivl.evaluation.tasks import easy_vqa
+from ivl.runs.outcome import read_metrics
 from ivl.utils import html as pages
 
 NUM_EXAMPLES = 24
@@ -87,8 +88,7 @@ LINES = "By step: the training loss on the left scale (blue), the share of right
 def curves(stages: list[dict[str, Any]]) -> str:
     plots = []
     for stage in stages:
-        lines = (Path(stage["run_dir"]) / "metrics.jsonl").read_text().splitlines()
-        rows = [row for row in map(json.loads, lines) if "evaluation" not in row]
+        rows = [row for row in read_metrics(Path(stage["run_dir"])) if "evaluation" not in row]
         steps = [row["step"] for row in rows]
         figure, axis = pages.pyplot().subplots(figsize=(3.9, 2.3), layout="constrained")
         axis.plot(steps, [max(row["loss"], 1e-5) for row in rows], color=LOSS, linewidth=0.9)

@@ -145,6 +145,7 @@ def train_stages(recipes: tuple[Recipe, ...]) -> None:
 
 def train_stage(config: RunConfig, is_main: bool) -> None:
     """Train one stage or go on with it, and write a record of its time and figures."""
+    from ivl.runs.outcome import read_metrics
     from ivl.runs.run import run
 
     began = time.monotonic()
@@ -152,7 +153,7 @@ def train_stage(config: RunConfig, is_main: bool) -> None:
         run(config, resume=True)
     if not is_main:
         return
-    last = json.loads((Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()[-1])
+    last = read_metrics(Path(config.run_dir))[-1]
     stage = {
         "name": config.name, "seconds": round(max(time.monotonic() - began, last["seconds"]), 1), "steps": last["step"],
         "tokens": last["total_tokens"], "samples": last["total_samples"], "loss": last["loss"], "run_dir": config.run_dir,

@@ -169,11 +169,9 @@ def _stop(processes: Processes) -> None:
 def _await_end(processes: Processes) -> None:
     """Wait for processes that were told to end, and end those that do not."""
     for process in processes.values():
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    _stop(processes)
     with suppress(RuntimeError, ValueError):
         dist.destroy_process_group()
 

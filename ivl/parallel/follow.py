@@ -31,7 +31,7 @@ from ivl.inference.scheduler import EngineStep, Scheduler
 from ivl.inference.text import TextStream
 from ivl.model.vlm import VLM
 from ivl.parallel.launch import START_TIMEOUT, set_timeout
-from ivl.train.world import GRACE, RankLostError, World
+from ivl.train.world import GRACE, RankLostError, World, is_of_group
 from ivl.types import SamplingParams
 
 PATIENCE = timedelta(seconds=20)
@@ -181,7 +181,7 @@ class LeadingEngine(Engine):
                 self.channel.send("step", events)
                 super().step()
             except RuntimeError as error:
-                if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                if not is_of_group(error):
                     raise
                 self._lose(error)
                 assert self.lost is not None

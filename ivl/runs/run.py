@@ -9,7 +9,6 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-import torch.distributed as dist
 from safetensors import SafetensorError
 
 from ivl.data.loader import Loader
@@ -43,7 +42,7 @@ from ivl.train.loop import Evaluator, StoppedError, train
 from ivl.train.objectives import StatefulObjective
 from ivl.train.recorder import Recorder
 from ivl.train.state import SavedTrainer, checkpoints, step_of
-from ivl.train.world import World
+from ivl.train.world import World, is_of_group
 from ivl.utils.metrics import TensorBoardLogger, TrackerLogger, import_tracker
 from ivl.utils.signals import Interruption
 
@@ -84,7 +83,7 @@ def run(
         place = getattr(error, "filename", None) or run_dir
         raise InputError(f"{place}: {getattr(error, 'strerror', None) or error}") from error
     except RuntimeError as error:
-        if world.size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):  # a rank did not answer
+        if world.size > 1 and is_of_group(error):
             raise world.lost(error) from error
         raise
     finally:
@@ -144,7 +143,7 @@ def _train_in(
     record_data(run_dir, loader, world)
     if history or not start.finished:
         write_final_model(model, processor, config, world)
-    if world.is_main and read_metrics(run_dir):
+    if world.is_main:
         draw(run_dir, config.name)
     world.barrier()
 

@@ -40,6 +40,11 @@ class RankLostError(RankFailedError):
     """Another rank has ended or does not answer, so that the ranks can do nothing together any more."""
 
 
+def is_of_group(error: RuntimeError) -> bool:
+    """Whether an error came from the process group: another rank has ended, or does not answer."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)  # gloo raises plain RuntimeErrors
+
+
 @dataclass(frozen=True)
 class ParameterCut:
     """How tensor ranks share one parameter: each has an equal piece of every part, one after another along `dim`."""

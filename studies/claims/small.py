@@ -27,6 +27,7 @@ from ivl.processing.processor import Processor
 from ivl.recipes import nano
 from ivl.runs.build import build_model, build_processor
 from ivl.runs.config import RunConfig
+from ivl.runs.outcome import read_metrics
 from ivl.runs.run import run
 from ivl.train.config import ObjectiveConfig, OptimConfig, Stage, TrainablePart, TrainConfig
 from ivl.train.objectives import forward_batch, next_token
@@ -189,8 +190,7 @@ def flops_per_token(config: RunConfig) -> float:
 
 def last_step(config: RunConfig) -> dict[str, float]:
     """The figures of a run's last step."""
-    rows = read(Path(config.run_dir) / "metrics.jsonl")
-    return [row for row in rows if "evaluation" not in row][-1]
+    return [row for row in read_metrics(Path(config.run_dir)) if "evaluation" not in row][-1]
 
 
 def or_else(pairs: Path, known: Iterable[dict[str, Any]]) -> None:
