@@ -14,7 +14,7 @@ import tyro
 from ivl.cli.foreign import answer_foreign
 from ivl.errors import InputError
 from ivl.evaluation.config import EvalConfig
-from ivl.evaluation.given import Given, given_task, model_of
+from ivl.evaluation.foreign import Given, given_task, model_of
 from ivl.evaluation.tasks import TASKS, task_of
 from ivl.generators import GeneratorConfig, LoadConfig, connect
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ivl.errors import InputError
-from ivl.evaluation.curve import draw
 from ivl.evaluation.figures import shown
+from ivl.evaluation.voting import draw
 from ivl.types import ImageRef, Text
 from ivl.utils import html as pages
 from ivl.utils.files import write_atomic, write_json

@@ -18,14 +18,24 @@ from typing import Any, Literal
 from ivl.errors import InputError
 from ivl.evaluation import fingerprint
 from ivl.evaluation.config import EvalConfig, Method
-from ivl.evaluation.curve import curve
 from ivl.evaluation.figures import rows_of
 from ivl.evaluation.grading import Grader, if_right
 from ivl.evaluation.predictions import Prediction, PredictionsFile, beside
 from ivl.evaluation.prompts import reasoned
 from ivl.evaluation.results import write_scores
 from ivl.evaluation.task import Example, Score, Scored, Task, limited, score_of
-from ivl.evaluation.voting import GUIDED_RATING, RATING, Candidate, Rater, RatingJudge, RewardModel, choose, rate, sample
+from ivl.evaluation.voting import (
+    GUIDED_RATING,
+    RATING,
+    Candidate,
+    Rater,
+    RatingJudge,
+    RewardModel,
+    choose,
+    curve,
+    rate,
+    sample,
+)
 from ivl.generators import Generator, LoadConfig, connect
 from ivl.parallel.follow import LeadingEngine
 from ivl.parallel.launch import start_world, stop_world
@@ -38,7 +48,11 @@ PACKAGES = ("ivl", "torch", "tokenizers", "pillow", "easy-vqa")
 """Packages whose versions a report notes."""
 FIRST_BATCH = 16
 """Batches grow from here, up to what is answered in a few seconds: a slow model too shows progress and saves often."""
-DEFAULT, ONE_REPLY = EvalConfig(), Method()
+DEFAULT, ONE_REPLY, ALONE = EvalConfig(), Method(), World()
+
+
+def _silent(*_: object, **__: object) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -74,7 +88,7 @@ def run(
         InputError: as `evaluate`; also for an unknown task, a model or judge that cannot be loaded, and foreign files.
     """
     from ivl.checkpoint import model_name, resolve
-    from ivl.evaluation.export import export, submit
+    from ivl.evaluation.foreign import export, submit
     from ivl.evaluation.report import check, write
     from ivl.evaluation.tasks import task_of
     from ivl.generators.local import load_engine
@@ -96,7 +110,8 @@ def run(
     generator = generator or load_engine(name, load)
     shares = [beside(predictions, f"rank{rank}.jsonl") for rank in range(world.size)] if world.size > 1 else []
     if shares:
-        answer_share(task, generator, config, model=model, predictions=shares[world.rank], judge=judge, world=world)
+        asking = _Asking(task, generator, config, model, judge)
+        asking.answered(asking.examples(world), shares[world.rank])
         world.barrier()
         stop_world(world)
         if not world.is_main:
@@ -161,7 +176,7 @@ def evaluate_all(
     predictions: Path,
     judge: Rater | None = None,
     grader: Grader | None = None,
-    on_progress: ShowProgress = lambda *_, **__: None,
+    on_progress: ShowProgress = _silent,
     shares: Sequence[Path] = (),
 ) -> Evaluated:
     """Answer a task's examples, score the replies, and write the scores beside the predictions.
@@ -185,9 +200,9 @@ def evaluate_all(
     """
     if (config.method.select == "judge") != (judge is not None):
         raise InputError(f"a judge is needed to select by judge, and then only; select is {config.method.select}")
-    examples = _examples(task, config)
-    asking = _Asking(task, generator, config.sampling_for(task.params), config.method, judge)
-    answered = asking.answered(examples, config, model, predictions, on_progress, shares)
+    asking = _Asking(task, generator, config, model, judge)
+    examples = asking.examples()
+    answered = asking.answered(examples, predictions, on_progress, shares)
     scores = [asking.scores[example.id] for example in examples]
     scored = list(map(Scored, examples, grader.decide(scores) if grader else scores))
     report = {
@@ -204,27 +219,6 @@ def evaluate_all(
         headline = next(iter(task.figures(scored).values()))
         write_scores(beside(predictions, "scores.jsonl"), {"task": task.name, "model": model}, headline, scored, answered)
     return Evaluated(report, scored, answered)
-
-
-def answer_share(
-    task: Task, generator: Generator, config: EvalConfig, *, model: str, predictions: Path, judge: Rater | None, world: World
-) -> None:
-    """Answer the part of the examples that falls to this rank, whole clusters of them."""
-    examples = _examples(task, config)
-    mine = set(list(dict.fromkeys(example.cluster or example.id for example in examples))[world.rank :: world.size])
-    asking = _Asking(task, generator, config.sampling_for(task.params), config.method, judge)
-    part = [example for example in examples if (example.cluster or example.id) in mine]
-    asking.answered(part, config, model, predictions, lambda *_, **__: None)
-
-
-def _examples(task: Task, config: EvalConfig) -> list[Example]:
-    examples = limited(task.examples(), config.limit)
-    if not examples:
-        raise InputError(f"task {task.name} gives no examples")
-    (name, times), *_ = Counter(example.id for example in examples).most_common(1)
-    if times > 1:
-        raise InputError(f"task {task.name} gives {times} examples of the same id {name!r}")
-    return examples
 
 
 def figures_of(task: Task, scored: list[Scored], undecided: Literal["range", "wrong"]) -> dict[str, Any]:
@@ -249,60 +243,68 @@ class _Asking:
 
     task: Task
     generator: Generator
-    params: SamplingParams
-    method: Method
+    config: EvalConfig
+    model: str
     judge: Rater | None
     scores: dict[str, Score] = field(default_factory=dict[str, Score])
     """Scores of the replies that count, by example."""
 
-    def about(self) -> dict[str, Any]:
-        """Return what predictions depend on beside their questions."""
-        settings = {"params": asdict(self.params), "method": asdict(self.method)}
-        return {
-            "task": self.task.name, **fingerprint.of_generator(self.generator), **settings,
-            "judge": fingerprint.of_judge(self.judge),
-        }  # fmt: skip
+    @property
+    def params(self) -> SamplingParams:
+        return self.config.sampling_for(self.task.params)
+
+    def examples(self, world: World = ALONE) -> list[Example]:
+        """Return the examples that fall to this rank, whole clusters of them."""
+        examples = limited(self.task.examples(), self.config.limit)
+        if not examples:
+            raise InputError(f"task {self.task.name} gives no examples")
+        (name, times), *_ = Counter(example.id for example in examples).most_common(1)
+        if times > 1:
+            raise InputError(f"task {self.task.name} gives {times} examples of the same id {name!r}")
+        mine = set(list(dict.fromkeys(example.unit for example in examples))[world.rank :: world.size])
+        return [example for example in examples if example.unit in mine]
 
     def question(self, example: Example) -> Conversation:
-        return reasoned(example.conversation, self.method.style) if self.method.instruct else example.conversation
+        method = self.config.method
+        return reasoned(example.conversation, method.style) if method.instruct else example.conversation
 
     def hash(self, example: Example) -> str:
         return fingerprint.of_question(self.question(example), example.answers)
 
     def answered(
-        self, examples: list[Example], config: EvalConfig, model: str, predictions: Path, on_progress: ShowProgress,
-        shares: Sequence[Path] = (),
-    ) -> list[Prediction]:  # fmt: skip
+        self, examples: list[Example], path: Path, show: ShowProgress = _silent, shares: Sequence[Path] = ()
+    ) -> list[Prediction]:
         """Return the predictions of examples: those that are saved, and of the others once they are saved."""
-        by_id, about = {example.id: example for example in examples}, {"model": model, **self.about()}
-        with PredictionsFile(predictions, about, fresh=config.fresh) as file:
+        by_id, config = {example.id: example for example in examples}, self.config
+        about = {
+            "model": self.model, "task": self.task.name, **fingerprint.of_generator(self.generator),
+            "params": asdict(self.params), "method": asdict(config.method), "judge": fingerprint.of_judge(self.judge),
+        }  # fmt: skip
+        with PredictionsFile(path, about, fresh=config.fresh) as file:
             done = self._same(file.saved, by_id)
             if file.saved:
-                print(
-                    f"{len(done):,} answers from {predictions}, {len(examples) - len(done):,} new", file=sys.stderr, flush=True
-                )
-            for path in shares:
-                with PredictionsFile(path, about) as share:
+                print(f"{len(done):,} answers from {path}, {len(examples) - len(done):,} new", file=sys.stderr, flush=True)
+            for each in shares:
+                with PredictionsFile(each, about) as share:
                     new = {key: p for key, p in self._same(share.saved, by_id).items() if key not in done}
                 file.append(list(new.values()))
                 done |= new
             todo = iter([example for example in examples if example.id not in done])
-            total, resumed, size = sum(p.score for p in done.values()), len(done), min(FIRST_BATCH, config.batch_size)
+            resumed, size = len(done), min(FIRST_BATCH, config.batch_size)
             while batch := list(islice(todo, size)):
                 started = time.monotonic()
                 try:
                     fresh = self.predictions(batch)
                 except InputError as error:
                     raise InputError(f"task {self.task.name}, examples {batch[0].id} to {batch[-1].id}: {error}") from error
-                done.update((p.id, p) for p in fresh)
+                done |= {p.id: p for p in fresh}
                 if self.judge is not None and all(c.rating is None for p in done.values() for c in p.samples):
                     raise InputError(f"the judge rated no reply to {len(done)} questions: it must write a number from 0 to 10")
                 file.append(fresh)
-                total += sum(p.score for p in fresh)
-                seconds = time.monotonic() - started
+                seconds, total = time.monotonic() - started, sum(p.score for p in done.values())
                 size = min(2 * size, config.batch_size) if seconds < 2 else max(1, size // 2) if seconds > 20 else size
                 form = ".2%" if total <= len(done) else ".2f"  # ratings go beyond 1
-                on_progress(len(done), len(examples), resumed=resumed, note=f"{total / len(done):{form}} so far")
+                show(len(done), len(examples), resumed=resumed, note=f"{total / len(done):{form}} so far")
         return [done[example.id] for example in examples]
 
     def _same(self, saved: list[Prediction], by_id: dict[str, Example]) -> dict[str, Prediction]:
@@ -311,17 +313,17 @@ class _Asking:
         return {p.id: self.prediction(by_id[p.id], p.prediction, p.samples) for p in same}
 
     def predictions(self, examples: list[Example]) -> list[Prediction]:
-        asked = [self.question(example) for example in examples]
-        params = [self.seeded(example) for example in examples]
-        likelihood = self.method.select == "likelihood" or self.method.likelihood
-        candidates = sample(self.generator, asked, params, self.method.samples, style=self.method.style, likelihood=likelihood)
+        asked, method = [self.question(example) for example in examples], self.config.method
+        candidates = sample(
+            self.generator, asked, [self.seeded(example) for example in examples], method.samples, style=method.style,
+            likelihood=method.select == "likelihood" or method.likelihood,
+        )  # fmt: skip
         if self.judge is not None:
             candidates = rate(self.judge, asked, candidates)
-        if self.method.select == "vote":  # replies that the task reads alike are one answer
+        if method.select == "vote":  # replies that the task reads alike are one answer
             candidates = [[self.read(c, e) for c in replies] for e, replies in zip(examples, candidates, strict=True)]
-        plain = self.method == ONE_REPLY
         return [
-            self.prediction(example, replies[0].text, () if plain else tuple(replies))
+            self.prediction(example, replies[0].text, () if method == ONE_REPLY else tuple(replies))
             for example, replies in zip(examples, candidates, strict=True)
         ]
 
@@ -332,14 +334,13 @@ class _Asking:
 
     def seeded(self, example: Example) -> SamplingParams:
         """Give every example other random numbers, the same on every run."""
-        if self.params.temperature == 0:
-            return self.params
-        digest = hashlib.sha256(f"{self.params.seed or 0} {example.id}".encode()).digest()
-        return replace(self.params, seed=int.from_bytes(digest[:4], "little") >> 2)
+        params = self.params
+        digest = hashlib.sha256(f"{params.seed or 0} {example.id}".encode()).digest()
+        return replace(params, seed=int.from_bytes(digest[:4], "little") >> 2) if params.temperature else params
 
     def prediction(self, example: Example, text: str, samples: tuple[Candidate, ...] = ()) -> Prediction:
         """Score a reply, or the one that counts of several, by the current rules."""
-        chosen = samples[choose(samples, self.method.select)] if samples else Candidate(text=text, answer=text)
+        chosen = samples[choose(samples, self.config.method.select)] if samples else Candidate(text=text, answer=text)
         score = self.scores[example.id] = score_of(self.task, chosen.answer, example)
         return Prediction(
             id=example.id, asked=self.hash(example), group=example.group, answers=example.answers, prediction=chosen.text,
@@ -348,20 +349,20 @@ class _Asking:
 
     def samples_report(self, examples: list[Example], predictions: list[Prediction], grader: Grader | None) -> dict[str, Any]:
         """Report the metric for fewer replies, and how many replies have no answer or rating."""
-        samples = [p.samples for p in predictions]
+        samples, method = [p.samples for p in predictions], self.config.method
         candidates = [candidate for replies in samples for candidate in replies]
         pairs = [(example, c.answer) for example, replies in zip(examples, samples, strict=True) for c in replies]
         graded = [score_of(self.task, answer, example) for example, answer in pairs]
         values = iter(score.value for score in (grader.decide(graded) if grader else graded))
         scores = [list(islice(values, len(replies))) for replies in samples]
         return {
-            "method": asdict(self.method),
+            "method": asdict(method),
             "judge": fingerprint.of_judge(self.judge),
             "samples": {
                 "replies": len(candidates),
                 "without_answer": sum(c.answer is None for c in candidates),
                 "without_rating": sum(c.rating is None for c in candidates) if self.judge is not None else None,
-                "curve": curve(samples, scores, self.method.select) if max(map(max, scores)) <= 1 else [],  # no ratings
+                "curve": curve(samples, scores, method.select) if max(map(max, scores)) <= 1 else [],  # no ratings
             },
         }
 

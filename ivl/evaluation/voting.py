@@ -1,4 +1,4 @@
-"""Several replies to a question, and the choice among them: majority voting, or the best by likelihood or by a judge.
+"""Several replies to a question, the choice among them by vote, likelihood or a judge, and the curve over their number.
 
     sample -> candidates of each question -> vote or best_of -> the index of the chosen one
 
@@ -14,10 +14,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
 
 from ivl.errors import InputError, short
-from ivl.evaluation.scoring import AnswerStyle, extract, normalize
+from ivl.evaluation.scoring import AnswerStyle, extract, normalize, summary
 from ivl.evaluation.scoring.spelling import wording
 from ivl.generators import Generator, ReplyLike, answers_of, replies_of
 from ivl.types import Conversation, Grammar, Message, SamplingParams, Text
@@ -26,6 +28,8 @@ Select = Literal["vote", "likelihood", "judge"]
 RATING = SamplingParams(max_new_tokens=8)
 GUIDED_RATING = replace(RATING, guide=Grammar("choice", json.dumps([str(n) for n in range(11)])))
 """For judges whose replies can be constrained: each reply is a rating."""
+MOST_SUBSETS, FEWEST_SUBSETS, CHOICES = 200, 10, 100_000
+"""Random subsets of the replies to a question; over all questions about so many choices."""
 _RATING = re.compile(r"(?<![\d.,])(?:10|\d)(?:\.\d+)?(?![\d%]|[.,]\d)")
 
 
@@ -215,3 +219,45 @@ def judged(conversation: Conversation, reply: str) -> Conversation:
 def rating_of(text: str) -> float | None:
     """Return the first number from 0 to 10 of a judge's reply."""
     return next((float(match[0]) for match in _RATING.finditer(text) if float(match[0]) <= 10), None)
+
+
+Candidates = Sequence[Sequence[Candidate]]
+"""The replies to each question."""
+
+
+def curve(samples: Candidates, scores: Sequence[Sequence[float]], select: Select | None) -> list[dict[str, Any]]:
+    """Return the summary of the reply that is selected from 1, 2, 4, ... and all replies."""
+    return [{"samples": size, **summary(means.tolist())} for size, means in by_size(samples, scores, select).items()]
+
+
+def by_size(samples: Candidates, scores: Sequence[Sequence[float]], select: Select | None) -> dict[int, np.ndarray]:
+    """Return, for 1, 2, 4, ... and all replies, each question's expected score [Q] over random subsets of its replies."""
+    most, subsets = min(map(len, samples)), min(MOST_SUBSETS, max(FEWEST_SUBSETS, CHOICES // len(samples)))
+    sizes = sorted({2**k for k in range(most.bit_length())} | {most})
+    questions = list(zip(samples, scores, strict=True))
+    return {size: np.array([_expected(*question, size, select, subsets) for question in questions]) for size in sizes}
+
+
+def _expected(
+    candidates: Sequence[Candidate], scores: Sequence[float], size: int, select: Select | None, subsets: int
+) -> float:
+    if size == 1:
+        return float(np.mean(scores))
+    if size == len(candidates) or min(scores) == max(scores):
+        return scores[choose(candidates, select)]
+    rng, total = np.random.default_rng(size), 0.0
+    for _ in range(subsets):
+        subset = rng.permutation(len(candidates))[:size]
+        total += scores[subset[choose([candidates[at] for at in subset], select)]]
+    return total / subsets
+
+
+def draw(axes: Any, points: Sequence[dict[str, Any]], label: str, color: str | None = None) -> None:
+    """Draw a line with its interval as a band on matplotlib axes."""
+    sizes, values = [p["samples"] for p in points], [100 * p["value"] for p in points]
+    (line,) = axes.plot(sizes, values, "o-", label=label, color=color)
+    low, high = ([100 * p["ci95"][side] for p in points] for side in (0, 1))
+    axes.fill_between(sizes, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.set(xlabel="replies to a question", ylabel="right, %")

@@ -13,8 +13,7 @@ from typing import Any
 import ivl
 from examples.quickstart import alignment
 from examples.quickstart.data import turns
-from ivl.evaluation.curve import by_size
-from ivl.evaluation.voting import Candidate, RewardModel, rate, sample
+from ivl.evaluation.voting import Candidate, RewardModel, by_size, rate, sample
 from ivl.formats.rows import write_jsonl
 from ivl.preference.config import PreferenceConfig
 from ivl.preference.questions import load_sources

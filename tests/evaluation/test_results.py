@@ -15,7 +15,7 @@ from ivl.evaluation.average import EIGHT, PUBLISHED, as_text, average, published
 from ivl.evaluation.benchmark import Benchmark
 from ivl.evaluation.config import EvalConfig
 from ivl.evaluation.data import read_rows
-from ivl.evaluation.export import export, submit, write_table
+from ivl.evaluation.foreign import export, submit, write_table
 from ivl.evaluation.results import compare, mcnemar
 from ivl.evaluation.task import Example
 from tests.evaluation.rows import always_a, benchmark, evaluated, perfect, write_tsv

@@ -13,11 +13,10 @@ import pytest
 from ivl.cli.eval import evaluate as command
 from ivl.errors import InputError
 from ivl.evaluation.config import EvalConfig, Method
-from ivl.evaluation.curve import by_size, curve
 from ivl.evaluation.run import evaluate
 from ivl.evaluation.scoring import exact_match
 from ivl.evaluation.task import Example, Task
-from ivl.evaluation.voting import Candidate
+from ivl.evaluation.voting import Candidate, by_size, curve
 from ivl.generators import PlainReply
 from ivl.types import Conversation, Message, SamplingParams, Text
 from tests.helpers.engines import tiny_directory

@@ -1,4 +1,4 @@
-"""Files that other tools read: VLMEvalKit's predictions and scores, lmms-eval's results and samples, submissions to servers."""
+"""Files of other tools, written and scored: VLMEvalKit's predictions, lmms-eval's samples; and submissions to servers."""
 
 from __future__ import annotations
 
@@ -8,19 +8,69 @@ import io
 import json
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ivl.errors import InputError
-from ivl.evaluation.config import Export
+from ivl.evaluation.benchmark import Benchmark
+from ivl.evaluation.config import EvalConfig, Export
+from ivl.evaluation.data import md5
 from ivl.evaluation.task import Scored, Task
+from ivl.evaluation.tasks import TASKS, task_of
+from ivl.types import Conversation, SamplingParams, TextDelta
 from ivl.utils.files import write_atomic
 from ivl.utils.jsonl import json_line
 
 LONGEST_CELL = 32_767
 """Characters of a cell of xlsx; Excel's own limit."""
+
+
+def given_task(path: Path, config: EvalConfig) -> Benchmark:
+    """Return the benchmark that takes questions and replies from a file.
+
+    It is the one that the configuration names, or else the one whose file's name ends the name of this file, `MODEL_NAME.tsv`
+    or `..._samples_TASK.jsonl`.
+
+    Raises:
+        InputError: if no task fits.
+    """
+    if config.data or config.metric:
+        raise InputError("--score takes questions and replies from its own file; leave out --data and --metric")
+    if not path.is_file():
+        raise InputError(f"{path}: no such file of predictions")
+    if not isinstance(TASKS.get(config.task), Benchmark):
+        fits = {
+            task.file: name for name, task in TASKS.items() if isinstance(task, Benchmark)
+            and path.stem.endswith((f"_{task.file}", f"_samples_{name}", f"_samples_{task.file.lower()}"))
+        }  # fmt: skip
+        if not fits:
+            raise InputError(f"{path}: its name tells no benchmark of `ivl eval --list`; name it with --task")
+        config = replace(config, task=fits[max(fits, key=len)])
+    task = task_of(replace(config, data=path))
+    assert isinstance(task, Benchmark), "it is one of the benchmarks"
+    return replace(task, given=True)
+
+
+def model_of(path: Path, task: Benchmark) -> str:
+    """Return the model's name: what stands before the benchmark in a name of VLMEvalKit, and the folder of samples."""
+    if "_samples_" in path.stem:
+        return path.absolute().parent.name.rpartition("__")[2]
+    return path.stem.removesuffix(f"_{task.file}")
+
+
+class Given:
+    """Gives the reply that comes as the last message."""
+
+    def __init__(self, path: Path) -> None:
+        self.fingerprint = f"replies of {md5(path)}"
+
+    def stream(self, prompt: Conversation, params: SamplingParams) -> Iterator[TextDelta]:
+        """Yield the last message."""
+        del params
+        yield TextDelta(prompt[-1].text, finish_reason="stop")
 
 
 def export(
