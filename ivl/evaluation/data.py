@@ -13,14 +13,16 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 from ivl.errors import InputError, short
-from ivl.formats.rows import open_rows
+from ivl.formats.rows import container_of, open_rows
 from ivl.utils.files import regular
+from ivl.utils.strict_json import read_json
 
 PICTURES = "<pictures>"
 """The key under which a row holds its pictures, as bytes or paths."""
@@ -61,13 +63,24 @@ def read_rows(path: Path, columns: Mapping[str, str], *, samples: bool = False) 
                 row[NO_PICTURE] = True
             yield place, row | {PICTURES: _pictures_of_cell(path, place, cells)}
         return
-    rows = open_rows(path)
-    for index in range(len(rows)):
-        place, row = rows.source(index), rows[index]
+    for place, row in _rows(path):
         if samples and "prediction" in row:  # VLMEvalKit's predictions as json, which have the columns of its TSV
             yield place, {key: value for key, value in row.items() if value is not None and value != ""} | {PICTURES: ()}
         else:
             yield place, _from_table(_of_sample(row, place) if samples else row, columns, path, place)
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows of a table or of jsonl, or those that a JSON object holds by name."""
+    if path.suffix == ".json" and container_of(path) == "jsonl":  # it is no list
+        with suppress(InputError):
+            whole = read_json(path)
+            if isinstance(whole, dict) and all(isinstance(row, dict) for row in whole.values()):
+                yield from ((f"{path}: {name}", {"index": name, **row}) for name, row in whole.items())
+                return
+    rows = open_rows(path)
+    for index in range(len(rows)):
+        yield rows.source(index), rows[index]
 
 
 def literal(cell: Any) -> list[Any]:
@@ -89,21 +102,26 @@ def options_of(row: Mapping[str, Any]) -> dict[str, str]:
     return {letter: str(row[letter]) for letter in LETTERS if row.get(letter) is not None}
 
 
-@lru_cache(64)
-def _md5(path: str, *_: int) -> str:
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()
-
-
 def md5(path: Path) -> str:
     """Return the MD5 of a file, computed once as long as it does not change; empty for a folder."""
     if path.is_dir():
         return ""
     try:
-        status = regular(path)
-        return _md5(str(path), status.st_size, status.st_mtime_ns)
+        return file_hash(path, "md5")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def file_hash(path: str | Path, kind: str) -> str:
+    """Return a hash of a file, computed once as long as the file does not change."""
+    status = regular(path)
+    return _file_hash(str(path), kind, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@lru_cache(1 << 16)
+def _file_hash(path: str, kind: str, *_: int) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, kind).hexdigest()
 
 
 def _with_shared_pictures(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
@@ -113,19 +131,19 @@ def _with_shared_pictures(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """
     shared: dict[str, str] = {}
     for place, row in _cells(path):
-        cell = row.get("image", "")
-        if 0 < len(cell) <= LONGEST_REFERENCE:
-            shared = shared or _shared(path)
+        if cell := _reference(row):
+            if not shared:
+                wanted = {_reference(other) for _, other in _cells(path)}
+                shared = {other["index"]: other["image"] for _, other in _cells(path) if other.get("index") in wanted}
             row["image"] = shared.get(cell, "")
             if len(row["image"]) <= LONGEST_REFERENCE:
                 raise InputError(f"{place}: its picture is that of row {short(cell)}, which has none")
         yield place, row
 
 
-def _shared(path: Path) -> dict[str, str]:
-    """Return the pictures that references mean, by the index of their rows."""
-    wanted = {cell for _, row in _cells(path) if 0 < len(cell := row.get("image", "")) <= LONGEST_REFERENCE}
-    return {row["index"]: row["image"] for _, row in _cells(path) if row.get("index") in wanted}
+def _reference(row: Mapping[str, str]) -> str:
+    """Return the index of the row whose picture is meant; empty for a row with its own."""
+    return cell if len(cell := row.get("image", "")) <= LONGEST_REFERENCE else ""
 
 
 def _cells(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
@@ -225,13 +243,12 @@ def _picture(value: Any, path: Path, place: str) -> bytes | str:
 
 
 def found(name: str, path: Path, *folders: str) -> str:
-    """Return the path of a picture, which may be relative to any folder above the rows; as it is where none has it."""
-    if not Path(name).is_absolute():
-        for parent in path.absolute().parents:
-            for folder in (*folders, ""):
-                if (place := parent / folder / name).is_file():
-                    return str(place)
-    return name
+    """Return the path of a picture or video, which may be relative to any folder above the rows; else beside them."""
+    for parent in path.absolute().parents:
+        for folder in (*folders, ""):
+            if (place := parent / folder / name).exists():  # the folders do not count if the name is absolute
+                return str(place)
+    return str(path.parent / name)
 
 
 def _of_sample(sample: Mapping[str, Any], place: str) -> dict[str, Any]:

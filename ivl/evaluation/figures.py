@@ -95,10 +95,9 @@ def ratio(scored: Sequence[Scored], top: Callable[[Scored], float], bottom: Call
     return Figure(((1.0, Ratio({cluster: (pair[0], pair[1]) for cluster, pair in sums.items()})),), len(scored))
 
 
-def mean(scored: Sequence[Scored], number: str = "value") -> Figure:
-    """Return the mean of a number of the scores."""
-    figure = ratio(scored, lambda s: s.number(number), lambda _: 1.0)
-    return _plain(figure, len(scored), (s.number(number) for s in scored))
+def mean(scored: Sequence[Scored], number: Callable[[Scored], float] = lambda s: s.score.value) -> Figure:
+    """Return the mean of the scores, or of another number of theirs."""
+    return _plain(ratio(scored, number, lambda _: 1.0), len(scored), map(number, scored))
 
 
 def all_right(scored: Sequence[Scored], key: Callable[[Scored], Hashable]) -> Figure:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ivl.evaluation.data import file_hash
 from ivl.evaluation.voting import Rater, RatingJudge, RewardModel
 from ivl.types import Conversation, Part, Text, VideoRef
-from ivl.utils.files import regular
 
 PIECE = 1 << 16
 """Words of a tensor that are summed at a time: they stay in a processor's cache."""
@@ -72,18 +71,11 @@ def _content(source: Any) -> str:
     if not isinstance(source, str | Path):
         return _hash(source.tobytes(), f"{source.mode} {source.size}".encode())
     try:
-        status = regular(source)
         if Path(source).is_dir():
             return _hash(*(f"{path.name} {_content(path)}".encode() for path in sorted(Path(source).iterdir())))
-        return _file(str(source), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        return file_hash(source, "sha256")[:16]
     except OSError:  # asking the question names what is wrong
         return str(source)
-
-
-@lru_cache(1 << 16)
-def _file(path: str, *_: int) -> str:
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _weights(model: torch.nn.Module) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from ivl.errors import InputError
 from ivl.evaluation.task import JudgeQuestion, Score
 from ivl.generators import Generator, Refused, answers_of
-from ivl.types import Conversation, Message, SamplingParams, Text
+from ivl.types import Message, SamplingParams, Text
 from ivl.utils.jsonl import AppendLog
 
 FORMAT = "judge replies 1"
@@ -64,28 +64,32 @@ class Grader:
         read: list[tuple[int, Score]] = []
         tried = 0
         while questions := [(at, question) for at, question in questions if tried < question.tries]:
-            replies = self._replies([question for _, question in questions], tried, log)
-            scores = [question.read(reply) for (_, question), reply in zip(questions, replies, strict=True)]
-            read += [(at, score) for (at, _), score in zip(questions, scores, strict=True) if score is not None]
-            questions = [pair for pair, score in zip(questions, scores, strict=True) if score is None]
+            replies, left = self._replies([question for _, question in questions], tried, log), questions
+            questions = []
+            for (at, question), reply in zip(left, replies, strict=True):
+                score = question.read(reply)
+                if score is None:
+                    questions.append((at, question))
+                else:
+                    read.append((at, score))
             tried += 1
         return read
 
     def _replies(self, questions: list[JudgeQuestion], tried: int, log: AppendLog) -> list[str]:
         keys = [self._key(question, tried) for question in questions]
-        new = {key: question for key, question in zip(keys, questions, strict=True) if key not in self.saved}
-        todo = list(new.items())
+        todo = [(key, q) for key, q in dict(zip(keys, questions, strict=True)).items() if key not in self.saved]
         for start in range(0, len(todo), ASKED_AT_A_TIME):
             batch = todo[start : start + ASKED_AT_A_TIME]
             replies = self._ask([question for _, question in batch], tried)
-            rows = [{"key": key, "reply": reply} for (key, _), reply in zip(batch, replies, strict=True)]
-            log.append(rows)
+            new = {key: reply for (key, _), reply in zip(batch, replies, strict=True)}
+            log.append({"key": key, "reply": reply} for key, reply in new.items())
             log.sync()
-            self.saved.update((row["key"], row["reply"]) for row in rows)
+            self.saved |= new
+            self.asked += len(batch)
         return [self.saved[key] for key in keys]
 
     def _ask(self, questions: list[JudgeQuestion], tried: int) -> list[str]:
-        self.asked += len(questions)
+        """Return the judge's replies, empty where it cannot take a question, which then stays undecided."""
         params = [
             SamplingParams(max_new_tokens=q.max_new_tokens, temperature=tried * q.warmer, seed=tried if tried else None)
             for q in questions
@@ -96,16 +100,7 @@ class Grader:
         except InputError as error:  # one of them is too long, or against the rules
             if hasattr(self.generator, "url") and not isinstance(error, Refused):
                 raise  # the endpoint does not answer
-            return [self._one(*pair) for pair in zip(prompts, params, strict=True)]
-
-    def _one(self, prompt: Conversation, params: SamplingParams) -> str:
-        """Return one reply, empty where the judge cannot take the question, which then stays undecided."""
-        try:
-            return answers_of(self.generator, [prompt], params)[0]
-        except InputError as error:
-            if hasattr(self.generator, "url") and not isinstance(error, Refused):
-                raise
-            return ""
+            return [""] if len(questions) == 1 else [reply for question in questions for reply in self._ask([question], tried)]
 
     def _key(self, question: JudgeQuestion, tried: int) -> str:
         parts = self.name, question.prompt, str(tried), str(question.max_new_tokens), str(question.warmer)

@@ -33,6 +33,16 @@ class Example:
     """Examples that depend on one another, such as the rotations of one question, have the same: a limit keeps them together
     and an interval draws them together. Empty stands for the example alone."""
 
+    @property
+    def unit(self) -> str:
+        """What a limit keeps together and an interval draws: the cluster, or the example alone."""
+        return self.cluster or self.id
+
+    @property
+    def truth(self) -> str:
+        """The first accepted answer; empty where it is hidden."""
+        return self.answers[0] if self.answers else ""
+
     def __post_init__(self) -> None:
         turns = isinstance(self.conversation, tuple) and all(isinstance(turn, Message) for turn in self.conversation)
         names = (self.id, self.group, self.cluster)
@@ -86,11 +96,7 @@ class Scored:
     @property
     def cluster(self) -> str:
         """The unit that an interval draws."""
-        return self.example.cluster or self.example.id
-
-    def number(self, name: str) -> float:
-        """Return a number of the score, `value` or one by name."""
-        return self.score.value if name == "value" else self.score.numbers[name]
+        return self.example.unit
 
 
 class Task:
@@ -143,8 +149,8 @@ def limited(examples: Iterable[Example], limit: int | None) -> list[Example]:
         return first
     every, total = [*first, *examples], 0
     kept: set[str] = set()
-    for cluster, size in Counter(example.cluster or example.id for example in every).items():
+    for unit, size in Counter(example.unit for example in every).items():
         if (total := total + size) > limit and kept:
             break
-        kept.add(cluster)
-    return [example for example in every if (example.cluster or example.id) in kept]
+        kept.add(unit)
+    return [example for example in every if example.unit in kept]

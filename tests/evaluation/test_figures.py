@@ -19,7 +19,7 @@ def scored(values: list[float], clusters: list[str] | None = None, **columns: li
     return [
         Scored(
             Example(id=str(at), conversation=ASKED, answers=("x",), row=rows[at], cluster=clusters[at] if clusters else ""),
-            Score(value=value, numbers={"half": value / 2}),
+            Score(value=value),
         )
         for at, value in enumerate(values)
     ]
@@ -28,7 +28,7 @@ def scored(values: list[float], clusters: list[str] | None = None, **columns: li
 def test_a_share_of_questions_that_stand_alone_has_wilsons_interval() -> None:
     figure = mean(scored([1.0] * 8 + [0.0] * 2))
     assert figure.value == 0.8 and figure.interval() == pytest.approx(wilson(8, 10))
-    assert mean(scored([1.0, 0.0]), "half").value == 0.25
+    assert mean(scored([1.0, 0.0]), lambda s: s.score.value / 2).value == 0.25
 
 
 def test_clusters_widen_an_interval() -> None:

@@ -14,9 +14,9 @@ from PIL import Image
 from ivl.errors import InputError
 from ivl.evaluation.benchmark import Benchmark
 from ivl.evaluation.data import PICTURES
-from ivl.evaluation.export import submit
+from ivl.evaluation.foreign import submit
 from ivl.evaluation.grading import Grader
-from ivl.evaluation.task import Example, Score
+from ivl.evaluation.task import Example, Score, Scored
 from ivl.evaluation.tasks import TASKS
 from ivl.evaluation.tasks.cgbench import INSTRUCTIONS, choice_right, clue_overlap
 from ivl.evaluation.tasks.crpe import names_answer
@@ -240,8 +240,19 @@ def test_mmhal(tmp_path: Path) -> None:
     report = evaluated(task, perfect, tmp_path).report
     assert report["range"] == [0, 6] and report["by_type"]["hallucination rate"]["range"] == [1, 0]
     scores = judged(task, "Rating: 9", "Good. Rating: 2", "Rating: 4", folder=tmp_path / "j")
-    assert [(each.value, each.numbers["hallucination"]) for each in scores] == [(4, 0), (2, 1)]
+    assert [each.value for each in scores] == [4, 2]
+    rated = [Scored(*pair) for pair in zip(task.examples(), scores, strict=True)]
+    assert task.figures(rated)["hallucination rate"].value == 0.5
     assert asked(task) == "<image>\nwhat attribute?"
+
+
+def test_mlvu_without_options(tmp_path: Path) -> None:
+    row = {"index": 1, "question": "What happens?", "answer": "A dog runs.", "video": "v.mp4", "task_type": "summary"}
+    task = benchmark("mlvu-open", write_tsv(tmp_path / "rows.tsv", [row]))
+    report = evaluated(task, perfect, tmp_path).report
+    assert report["range"] == [0, 10] and report["points"] and set(report["by_type"]) == {"summary"}
+    assert [each.value for each in judged(task, "4", "10, 3", "4, 3", folder=tmp_path / "j")] == [7]
+    assert "pay attention to every detail. Based on your observations, answer the given questions." in asked(task)
 
 
 def test_mmvet_v2_asks_for_what_stands_before_the_first_picture(tmp_path: Path) -> None:

@@ -15,13 +15,12 @@ from PIL import Image
 from ivl.evaluation.benchmark import Benchmark
 from ivl.evaluation.data import PICTURES
 from ivl.evaluation.tasks import TASKS
-from ivl.evaluation.tasks.video import VideoChoice
+from ivl.evaluation.tasks.video import VideoChoice, VideoRated
 from ivl.types import Conversation, ImageRef, Text, VideoRef
 from tests.evaluation.rows import png
 
 CASES = [json.loads(line) for line in Path(__file__).with_name("golden.jsonl").read_text().splitlines()]
 FILES = {task.file: task for task in TASKS.values() if isinstance(task, Benchmark)}
-ALIASES = {"MMBench_DEV_EN_V11": "MMBench_DEV_EN_V11", "Video-MME": "Video-MME"}
 
 
 def cases(scorer: str) -> list[Any]:
@@ -89,7 +88,7 @@ def test_video_prompts_of_the_adapter(asked: dict[str, Any], expected: dict[str,
     first, *_ = texts = [message["value"] for message in asked["messages"] if message["type"] == "text"]
     frames = sum(message["type"] == "image" for message in asked["messages"])
     task = FILES[asked["dataset"]]
-    assert isinstance(task, VideoChoice)
+    assert isinstance(task, VideoChoice | VideoRated)
     path = tmp_path / f"{task.file}.tsv"
     path.touch()
     options = {"A": "x", "B": "y"} if "x\n" in texts[1] else {}

@@ -34,19 +34,18 @@ def same_value(prediction: str, truth: str) -> bool:
         return True
     if max(len(given), len(expected)) > _MOST_CHARACTERS:
         return False
-    left, right = arithmetic(given), arithmetic(expected)
-    if left is not None and right is not None and _close(left, right):
+    if _close(arithmetic(given), arithmetic(expected)):
         return True
     if "%" in given + expected:  # the tool reads no percent signs
         return False
     read = [_Comparison().ask("value", text) for text in (given, expected)]
     left, right = (arithmetic(value[1]) if value else None for value in read)
-    return left is not None and right is not None and _close(left, right)
+    return _close(left, right)
 
 
-def _close(left: complex, right: complex, tolerance: float = _CLOSE) -> bool:
+def _close(left: complex | None, right: complex | None, tolerance: float = _CLOSE) -> bool:
     try:
-        return abs(left - right) < tolerance
+        return left is not None and right is not None and abs(left - right) < tolerance
     except OverflowError:
         return False
 
@@ -103,8 +102,7 @@ def same_answers(
     comparison = _Comparison(alike=expressions_differ)
     for at, item in enumerate(items):
         comparison.tolerance = tolerances[min(at, len(tolerances) - 1)] * 1.01
-        same = next((other for other in unused if comparison.same_item(item, other)), None)
-        if same is None:
+        if (same := next((other for other in unused if comparison.same_item(item, other)), None)) is None:
             return False
         unused.remove(same)
     return True
@@ -136,9 +134,7 @@ def _items(text: str) -> list[str]:
         else:
             items[-1] += character
     items = [item.strip() for item in (items if items[-1] else items[:-1])]
-    return [
-        signed for item in items for signed in ([item.replace("\\pm", sign) for sign in "+-"] if "\\pm" in item else [item])
-    ]
+    return [signed for item in items for signed in dict.fromkeys(item.replace("\\pm", sign) for sign in "+-")]
 
 
 @dataclass

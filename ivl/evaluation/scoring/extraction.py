@@ -18,6 +18,7 @@ _MARKER = re.compile(
     r"(?:final answer(?: is)?|(?:最终|最后|正确|^[ \t*_]{0,4})答案(?:是|为)?)\s{0,3}(?:\*\*|__)?\s{0,3}[:：]",
     re.IGNORECASE | re.MULTILINE,
 )
+_FIRST_MARK = re.compile(r"(?:Final answer:|Answer:)\s*(.*)", re.IGNORECASE)
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
@@ -71,6 +72,12 @@ def boxed(reply: str) -> Extracted:
 def last_box(text: str) -> str | None:
     """Return the content of the box that opens last among those that close."""
     return next((text[start:end] for start, end in reversed(box_spans(text)) if end), None)
+
+
+def marked_answer(reply: str) -> str:
+    """Return the rest of the line behind the first "Final answer:" or "Answer:", else the whole reply."""
+    match = _FIRST_MARK.search(reply)
+    return match[1] if match else reply
 
 
 def last_box_or_text(reply: str) -> str:

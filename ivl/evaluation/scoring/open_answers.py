@@ -10,7 +10,6 @@ from ivl.evaluation.scoring.metrics import edit_distance
 from ivl.evaluation.scoring.options import Options, Profile, infer_option
 
 AnswerKind = Literal["choice", "integer", "float", "list", "text"]
-_MARKED = re.compile(r"(?:Final answer:|Answer:)\s*(.*)", re.IGNORECASE)
 _INDICATORS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
 _NUMBERS = tuple(map(re.compile, (
     r"-?\b\d{1,3}(?:,\d{3})+\b",
@@ -18,12 +17,6 @@ _NUMBERS = tuple(map(re.compile, (
     r"-?(?:(?<!\d)\d+\.\d+|\.\d+|(?<!\d)\d+\b)(?![eE][+-]?\d+)(?![,\d])",
 )))  # fmt: skip
 """With commas, scientific, plain."""
-
-
-def marked_answer(reply: str) -> str:
-    """Return the rest of the line behind the first "Final answer:" or "Answer:", else the whole reply."""
-    match = _MARKED.search(reply)
-    return match[1] if match else reply
 
 
 def typed_answer(

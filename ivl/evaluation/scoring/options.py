@@ -1,4 +1,4 @@
-"""The option that a reply to a multiple-choice question names, by the rules of the tools that published figures come from.
+"""The option that a reply names, or its yes or no, by the rules of the tools that published figures come from.
 
 None stands for undecided. Where a tool draws a letter at random, nothing is drawn here.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
+
+from ivl.evaluation.scoring.metrics import without_punctuation
 
 Profile = Literal["2024-12", "2026-08"]
 """VLMEvalKit's rule for options of that month: the one behind the published figures of InternVL2.5, and the newest."""
@@ -27,6 +29,7 @@ _LEAD_INS = (
     "The best answer is", "The correct answer is", "The answer is", "The answer", "The best option is",
     "The correct option is", "Best answer:", "Best option:", "Answer:", "Option:",
 )  # fmt: skip
+_TRANSLATED = (("\n", ""), ("不是", "No"), ("是", "Yes"), ("否", "No"))
 _JOINED = ("The best option is", "The correct option is", "Best answer:", "Best option:")
 
 
@@ -118,3 +121,29 @@ def shares_option(reply: str, truth: str, *, empty_is_right: bool = False) -> bo
     if not empty_is_right and not re.search(r"\w", said):
         return False
     return said.replace(".", "") in meant or meant in said
+
+
+def yes_or_no(reply: str) -> Literal["Yes", "No"] | None:
+    """Return the one of the two words that a reply contains, None for both or neither: VLMEvalKit's rule."""
+    words = without_punctuation(reply.lower()).split()
+    if ("yes" in words) == ("no" in words):
+        return None
+    return "Yes" if "yes" in words else "No"
+
+
+def yes_unless_denied(reply: str) -> Literal["yes", "no"]:
+    """Return no for the words No, no and not before the first full stop, otherwise yes: InternVL's rule."""
+    words = reply.partition(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "not", "no"} & set(words) else "yes"
+
+
+def in_english(reply: str) -> str:
+    """Write the Chinese and logical words for yes and no in English, in lower case, and drop other Chinese characters."""
+    for word, english in _TRANSLATED:
+        reply = reply.replace(word, english)
+    return re.sub("[\u4e00-\u9fa5]", "", reply.lower().replace("true", "yes").replace("false", "no"))
+
+
+def leading_yes_or_no(reply: str) -> str:
+    """Return what the first four characters contain, yes before no, or else "other"."""
+    return next((word for word in ("yes", "no") if word in reply[:4]), "other")

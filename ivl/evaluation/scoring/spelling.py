@@ -10,11 +10,11 @@ _CARDINALS = (
     "nineteen"
 )
 CARDINALS = tuple(_CARDINALS.split())
-_ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth"
+ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 _SAME = {"&": "and", "grey": "gray", "colour": "color", "centre": "center", "none": "0", "cannot": "can not"}
 _SAME |= {"can't": "can not", "won't": "will not"}
 _SAME |= {word: str(n) for n, word in enumerate(CARDINALS)}
-_SAME |= {word: str(n) + {1: "st", 2: "nd", 3: "rd"}.get(n, "th") for n, word in enumerate(_ORDINALS.split(), 1)}
+_SAME |= {word: str(n) + {1: "st", 2: "nd", 3: "rd"}.get(n, "th") for n, word in enumerate(ORDINALS, 1)}
 ARTICLES = ("a", "an", "the")
 
 CJK = "\u2e80-\u9fff\uf900-\ufaff"

@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from ivl.errors import InputError
 from ivl.evaluation.scoring.choices import same_choice, same_text, split_option
@@ -106,12 +106,8 @@ def _named_option(prediction: str, truth: str, _: Sequence[str]) -> bool | None:
     return same_text(option[1], truth) or None if option and option[1] else None
 
 
-def _number(prediction: str, truth: str, _: Sequence[str]) -> bool | None:
-    return same_quantity(*both) if (both := quantities(prediction, truth)) else None
-
-
-def _relaxed(prediction: str, truth: str, _: Sequence[str]) -> bool | None:
-    return same_quantity(*both, tolerance=0.05, relaxed=True) if (both := quantities(prediction, truth)) else None
+def _numbers(**how: Any) -> _AnswerRule:
+    return lambda prediction, truth, _: same_quantity(*both, **how) if (both := quantities(prediction, truth)) else None
 
 
 def _words(prediction: str, truth: str, _: Sequence[str]) -> bool | None:
@@ -134,14 +130,15 @@ def _formula(prediction: str, truth: str, _: Sequence[str]) -> bool | None:
     return same_formula(prediction, truth)
 
 
-_TEXT: tuple[_AnswerRule, ...] = (_words, _yes_or_no)
+_number, _relaxed = _numbers(), _numbers(tolerance=0.05, relaxed=True)
+_ANY_KIND = (same_choice, _number, _words, _yes_or_no, _named_option, _formula)
 _RULES: dict[AnswerMode, tuple[_AnswerRule, ...]] = {
-    "choice": (same_choice, *_TEXT),
+    "choice": (same_choice, _words, _yes_or_no),
     "number": (_number, _words),
-    "relaxed": (_relaxed, *_TEXT),
+    "relaxed": (_relaxed, _words, _yes_or_no),
     "vqa": (_words,),
     "math": (_number, _words, _formula),
-    "geometry": (same_choice, _relaxed, *_TEXT, _named_option, _formula),
-    "mavis": (same_choice, _number, *_TEXT, _named_option, _formula),
-    "auto": (same_choice, _number, *_TEXT, _named_option, _formula),
+    "geometry": (same_choice, _relaxed, _words, _yes_or_no, _named_option, _formula),
+    "mavis": _ANY_KIND,
+    "auto": _ANY_KIND,
 }

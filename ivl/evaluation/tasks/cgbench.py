@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ivl.evaluation.benchmark import Benchmark
-from ivl.evaluation.data import LETTERS, found, literal
-from ivl.evaluation.figures import Figures, by, mean, ratio
+from ivl.evaluation.data import LETTERS, literal
+from ivl.evaluation.figures import Figures, mean, ratio
 from ivl.evaluation.scoring.boxes import interval_overlap
 from ivl.evaluation.task import Example, Score, Scored
-from ivl.types import Conversation, Message, Text, VideoRef
+from ivl.types import VideoRef
 
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)
 _SHOWN = (
@@ -42,9 +42,8 @@ INSTRUCTIONS = {
 class CgBench(Benchmark):
     """Shares of right choices and mean overlap of intervals. A question is asked in three ways, which count together."""
 
-    def conversation(self, row: Mapping[str, Any]) -> Conversation:
-        name = row["clue_video_path" if row["task_mode"] == "clue_acc" else "video"]
-        return (Message("user", (VideoRef(found(str(name), self.place()), self.frames), Text(f"\n{self.text(row)}"))),)
+    def video(self, row: Mapping[str, Any]) -> VideoRef:
+        return super().video({"video": row["clue_video_path" if row["task_mode"] == "clue_acc" else "video"]})
 
     def question(self, row: Mapping[str, Any]) -> str:
         options = "\n".join(f"{letter}:{text}" for letter, text in zip(LETTERS, literal(row["choices"]), strict=False))
@@ -53,12 +52,9 @@ class CgBench(Benchmark):
     def cluster(self, row: Mapping[str, Any]) -> str:
         return f"question {row['qid']}"
 
-    def answers(self, row: Mapping[str, Any]) -> tuple[str, ...]:
-        return (str(row["answer"]),)
-
-    def grade(self, text: str, example: Example) -> Score:
+    def read(self, text: str, example: Example, *, judged: bool = False) -> Score | None:
         """Read the JSON of the reply, or letters or numbers in it."""
-        row, (truth,) = example.row, example.answers
+        row, truth = example.row, example.truth
         if row["task_mode"] != "miou":
             right = choice_right(text, truth)
             return Score(value=float(right is True), answer="" if right is None else text.strip())
@@ -68,7 +64,7 @@ class CgBench(Benchmark):
 
     def figures(self, scored: Sequence[Scored]) -> Figures:
         """Return the shares, the mean overlap, and how both go together."""
-        modes = by(scored, lambda s: [str(s["task_mode"])])
+        modes = self.grouped(scored)
         figures = {mode: mean(modes[mode]) for mode in INSTRUCTIONS if mode in modes}
         if len(figures) < len(INSTRUCTIONS):
             return figures
@@ -81,7 +77,7 @@ class CgBench(Benchmark):
         return figures | {
             "CRR": ratio(scored, in_mode(lower), in_mode("clue_acc")),
             "acc@iou": ratio(modes["miou"], lambda s: s.score.numbers["recall"] * (s.cluster in right), lambda _: 1.0),
-            "rec@iou": mean(modes["miou"], "recall"),
+            "rec@iou": mean(modes["miou"], lambda s: s.score.numbers["recall"]),
         }
 
 
@@ -119,8 +115,7 @@ def clue_overlap(reply: str, truth: Sequence[Sequence[float]], duration: float) 
 
 TASKS = (
     CgBench(
-        name="cgbench", file="CG-Bench_MCQ_Grounding", about="long videos and the clues in them", rows=36387, categories=(),
-        frames=32, tiles=1,
-        md5="eaead3d978a689269fefce4ae29c86df",
+        name="cgbench", file="CG-Bench_MCQ_Grounding", about="long videos and the clues in them", rows=36387, frames=32,
+        tiles=1, categories=("task_mode",), md5="eaead3d978a689269fefce4ae29c86df",
     ),
 )  # fmt: skip

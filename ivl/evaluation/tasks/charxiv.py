@@ -20,28 +20,22 @@ REASONING = {"text-in-chart": (1,), "text-in-general": (2,), "number-in-chart": 
 class CharXiv(Benchmark):
     """The share of right replies."""
 
-    def suffix(self, row: Mapping[str, Any]) -> str:
-        return f"\n{SHORT}"
+    def categories_of(self, row: Mapping[str, Any]) -> list[list[str]]:
+        reasoning = row.get("inst_category") is not None
+        number = int(float(row["inst_category" if reasoning else "qid"]))
+        kinds = REASONING if reasoning else DESCRIPTIVE
+        return [[next((name for name, numbers in kinds.items() if number in numbers), "other")]]
 
-    def grade(self, text: str, example: Example) -> Score:
-        """Leave the score to the judge."""
+    def to_judge(self, text: str, example: Example) -> JudgeQuestion:
         prompt = str(example.row["grading_query"]).replace("{PREDICTION}", text)
-        question = JudgeQuestion(prompt=prompt, read=_read, best=Score(value=1.0), tries=10, warmer=0.0, max_new_tokens=256)
-        return Score(undecided=question)
-
-    def prepared(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {**row, "kind": _kind(row)}
+        return JudgeQuestion(
+            prompt=prompt, read=_verdict, best=Score(value=1.0), tries=10, warmer=0.0, max_new_tokens=256,
+        )  # fmt: skip
 
 
-def _kind(row: Mapping[str, Any]) -> str:
-    reasoning = row.get("inst_category") is not None
-    number = int(float(row["inst_category" if reasoning else "qid"]))
-    return next((name for name, numbers in (REASONING if reasoning else DESCRIPTIVE).items() if number in numbers), "other")
-
-
-def _read(reply: str) -> Score | None:
+def _verdict(said: str) -> Score | None:
     try:
-        found = json.loads(reply[reply.index("{") : reply.rindex("}") + 1])
+        found = json.loads(said[said.index("{") : said.rindex("}") + 1])
         return Score(value=float(found["score"] == 1), answer=str(found["extracted_answer"]))
     except KeyError:  # the tool counts such a reply as wrong at once
         return Score()
@@ -52,10 +46,10 @@ def _read(reply: str) -> Score | None:
 TASKS = (
     CharXiv(
         name="charxiv-descriptive", file="CharXiv_descriptive_val", about="four questions of 19 kinds about each chart",
-        rows=4000, md5="8507c3740f8ddaedcb6b5c1cfcb3fa06", judge="all", categories=("kind",),
+        rows=4000, md5="8507c3740f8ddaedcb6b5c1cfcb3fa06", judge="all", ending=f"\n{SHORT}",
     ),
     CharXiv(
         name="charxiv-reasoning", file="CharXiv_reasoning_val", about="a question that needs reasoning about each chart",
-        rows=1000, md5="6fc1a522ad32c2e3d72a89857b8cf10b", judge="all", categories=("kind",),
+        rows=1000, md5="6fc1a522ad32c2e3d72a89857b8cf10b", judge="all", ending=f"\n{SHORT}",
     ),
 )  # fmt: skip

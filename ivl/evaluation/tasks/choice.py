@@ -5,16 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ivl.evaluation.benchmark import Benchmark
 from ivl.evaluation.data import PLACE_OF_ANSWER, options_of
-from ivl.evaluation.figures import Figure, Figures, all_right, average, by, mean
-from ivl.evaluation.grading import judge_prompt
+from ivl.evaluation.figures import Figure, Figures, all_right, average, by
 from ivl.evaluation.prompts import CHINESE, COT_CHOICE, LETTER, LETTER_ZH
 from ivl.evaluation.scoring.open_answers import open_answer_right
 from ivl.evaluation.scoring.options import REFUSED, infer_option, leading_option
-from ivl.evaluation.task import Example, JudgeQuestion, Score, Scored
+from ivl.evaluation.task import Example, Score, Scored
 
 _LINE = re.compile(r"^([A-J])[.:] +(.*\S)", re.MULTILINE)
 ROTATION = 1_000_000
@@ -23,9 +22,14 @@ ROTATION = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Choice(Benchmark):
-    """A benchmark of choices, scored by the share of right letters."""
+    """A benchmark of choices, scored by the share of right letters. A judge matches a reply that names none or several."""
 
-    judge: str = "some"
+    judge: Literal["", "some", "all"] = "some"
+    template: str = "choice"
+    tries: int = 3
+    official: str = (
+        "draws a letter or Z at random after three such replies of its judge, and without a judge counts them as wrong"
+    )
     reduced: bool = True
     circular: bool = False
     """Every question comes with its options rotated, and counts only if all its rows are right."""
@@ -39,7 +43,7 @@ class Choice(Benchmark):
         options = "".join(f"\n{letter}. {text}" for letter, text in options_of(row).items())
         return f"{hint}{row['question']}{options}"
 
-    def suffix(self, row: Mapping[str, Any]) -> str:
+    def request(self, row: Mapping[str, Any]) -> str:
         chinese = CHINESE.search(self.question(row))
         if options_of(row):
             return "\n" + (LETTER_ZH if chinese else LETTER)
@@ -50,7 +54,7 @@ class Choice(Benchmark):
 
     def cluster(self, row: Mapping[str, Any]) -> str:
         if not self.circular:
-            return super().cluster(row)
+            return ""
         return f"question {row['g_index'] if row.get('g_index') is not None else int(row['index']) % ROTATION}"
 
     def prepared(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -71,61 +75,47 @@ class Choice(Benchmark):
             raise ValueError(f"its answer {answers[0]!r} is no letter of an option")
         return answers
 
-    def options(self, row: Mapping[str, Any]) -> dict[str, str]:
-        """Return the options; of an open question the answer as A and `Other Answers` as B."""
-        return options_of(row) or {"A": str(row.get("answer", "")), "B": "Other Answers"}
+    def options(self, example: Example) -> tuple[dict[str, str], str]:
+        """Return the options and the right letter; of an open question the answer as A and `Other Answers` as B."""
+        if options := options_of(example.row):
+            return options, example.truth
+        return {"A": example.truth, "B": "Other Answers"}, "A"
 
-    def truth(self, row: Mapping[str, Any]) -> str:
-        """Return the right letter."""
-        return str(row.get("answer", "")) if options_of(row) else "A"
+    def told(self, text: str, example: Example) -> dict[str, str]:
+        options, _ = self.options(example)
+        return super().told(text, example) | {"options": " ".join(f"{k}. {v}" for k, v in options.items())}
 
-    def grade(self, text: str, example: Example) -> Score:
-        """Compare the letter that the reply names; a judge matches a reply that names none or several.
+    def read(self, text: str, example: Example, *, judged: bool = False) -> Score | None:
+        """Compare the letter that the text names.
 
         Under the reference prompt, InternVL's own code counts: the first letter or text, or the parser of open answers.
         """
-        options, truth = self.options(example.row), self.truth(example.row)
-        right = Score(value=1.0, answer=truth)
+        options, truth = self.options(example)
         if self.prompt == "reference":
             opened = not options_of(example.row)
             said = text.strip() if opened else leading_option(text, options)
             return Score(value=float(open_answer_right(text, example.answers) if opened else said == truth), answer=said)
+        letter = infer_option(text, options, self.profile)
+        if letter is None or (judged and letter not in (*options, REFUSED)):
+            return None
+        return Score(value=float(letter == truth), answer=letter)
 
-        def read(reply: str, *, judged: bool = True) -> Score | None:
-            letter = infer_option(reply, options, self.profile)
-            if letter is None or (judged and letter not in (*options, REFUSED)):
-                return None
-            return right if letter == truth else Score(answer=letter)
-
-        if decided := read(text, judged=False):
-            return decided
-        prompt = judge_prompt(
-            "choice", question=example.row["question"], options=" ".join(f"{k}. {v}" for k, v in options.items()), reply=text
-        )
-        draws = "draws a letter or Z at random after three such replies of its judge, and without a judge counts them as wrong"
-        question = JudgeQuestion(prompt=prompt, read=read, best=right, tries=3, official=draws)
-        return Score(undecided=question)
+    def figure(self, scored: Sequence[Scored]) -> Figure:
+        return all_right(scored, lambda s: s.cluster) if self.circular else super().figure(scored)
 
     def figures(self, scored: Sequence[Scored]) -> Figures:
         splits = by(scored, lambda s: [str(s["split"])])
         if len(splits) == 1 or (self.headline and self.headline not in splits):
             return self._table(scored)
-        first = {"": scored} if not self.headline else {}
-        order = first | dict(sorted(splits.items(), key=lambda item: item[0] != self.headline))
-        return {
-            f"{split} {name}".strip(): figure for split, rows in order.items() for name, figure in self._table(rows).items()
-        }
+        parts = ({"": scored} if not self.headline else {}) | dict(sorted(splits.items(), key=lambda x: x[0] != self.headline))
+        return {f"{split} {name}".strip(): each for split, rows in parts.items() for name, each in self._table(rows).items()}
 
     def _table(self, scored: Sequence[Scored]) -> Figures:
-        table = {"Overall": self._accuracy(scored)}
-        for name, rows in self.grouped(scored).items():
-            fine = by(rows, lambda s: [str(s["category"])])
-            coarse = self.means_of_categories and rows[0]["l2-category"] == name
-            table[name] = average(map(self._accuracy, fine.values())) if coarse else self._accuracy(rows)
+        table = super().figures(scored)
+        if self.means_of_categories:
+            for name, rows in by([s for s in scored if s["l2-category"]], lambda s: [str(s["l2-category"])]).items():
+                table[name] = average(map(self.figure, by(rows, lambda s: [str(s["category"])]).values()))
         return table
-
-    def _accuracy(self, scored: Sequence[Scored]) -> Figure:
-        return all_right(scored, lambda s: s.cluster) if self.circular else mean(scored)
 
 
 def _mmbench(split: str, language: str, version: str, **more: Any) -> Choice:
@@ -151,8 +141,7 @@ TASKS = (
     _mmbench("dev", "cn", "v11", md5="593f9b5f6bea453d870a798b34ae4f37"),
     _mmbench("test", "en", "v11", md5="8d1a704e791df6f5d9fb3ef782b65365"),
     _mmbench("test", "cn", "v11", md5="156e6569f9547afb16603eca16e85373"),
-    _mmbench("dev", "en", "", rows=4329), _mmbench("dev", "cn", "", rows=4329),
-    _mmbench("test", "en", "", rows=6666), _mmbench("test", "cn", "", rows=6666),
+    *(_mmbench(s, language, "", rows=n) for s, n in (("dev", 4329), ("test", 6666)) for language in ("en", "cn")),
     Choice(name="ccbench", file="CCBench", about="culture of China", rows=2040, circular=True, hub="lmms-lab/MMBench"),
     Choice(
         name="mmstar", file="MMStar", about="questions that need the picture", rows=1500, hub="Lin-Chen/MMStar",
@@ -173,10 +162,6 @@ TASKS = (
         name="blink", file="BLINK", about="14 tasks of visual perception, up to four pictures", rows=1901,
         hub="BLINK-Benchmark/BLINK", columns={"idx": "index", "sub_task": "category", "prompt": "full_prompt"},
     ),
-    Choice(
-        name="mmt-bench", file="MMT-Bench_VAL", about="162 kinds of tasks", rows=3127, means_of_categories=True,
-    ),
-    Choice(
-        name="mmt-bench-all", file="MMT-Bench_ALL", about="the whole set, answers are hidden", rows=31325, submission="table",
-    ),
+    Choice(name="mmt-bench", file="MMT-Bench_VAL", about="162 kinds of tasks", rows=3127, means_of_categories=True),
+    Choice(name="mmt-bench-all", file="MMT-Bench_ALL", about="all of it, answers are hidden", rows=31325, submission="table"),
 )  # fmt: skip

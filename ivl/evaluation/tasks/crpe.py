@@ -6,29 +6,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ivl.evaluation.benchmark import Benchmark
-from ivl.evaluation.figures import Figures, all_right
+from ivl.evaluation.figures import Figure, all_right
 from ivl.evaluation.task import Example, Score, Scored
-
-ROTATIONS = 4
 
 
 class Crpe(Benchmark):
-    """The share of questions whose rotations are all right."""
+    """The share of questions whose four rotations are all right."""
 
     def cluster(self, row: Mapping[str, Any]) -> str:
-        return f"question {int(row['index']) // ROTATIONS}"
+        return f"question {int(row['index']) // 4}"
 
-    def answers(self, row: Mapping[str, Any]) -> tuple[str, ...]:
-        return (str(row["answer"]),)
-
-    def grade(self, text: str, example: Example) -> Score:
+    def read(self, text: str, example: Example, *, judged: bool = False) -> Score | None:
         """Compare the letter, or look for the text of the answer."""
-        return Score(value=float(names_answer(text, example.answers[0], cut=4 if self.defects else 3)), answer=text.strip())
+        return Score(value=float(names_answer(text, example.truth, cut=4 if self.defects else 3)), answer=text.strip())
 
-    def figures(self, scored: Sequence[Scored]) -> Figures:
-        """Return all questions and each category."""
-        groups = {"total": scored, **self.grouped(scored)}
-        return {name: all_right(rows, lambda s: s.cluster) for name, rows in groups.items()}
+    def figure(self, scored: Sequence[Scored]) -> Figure:
+        return all_right(scored, lambda s: s.cluster)
 
 
 def names_answer(reply: str, answer: str, *, cut: int = 3) -> bool:
@@ -42,12 +35,13 @@ def names_answer(reply: str, answer: str, *, cut: int = 3) -> bool:
     return bool(reply) and answer[cut:].lower() in reply.lower()
 
 
-TASKS = tuple(
+TASKS = (
     Crpe(
-        name=f"crpe-{kind}", file=f"CRPE_{kind.upper()}", about=about, md5=md5, categories=("category",), reduced=True,
-    )
-    for kind, about, md5 in (
-        ("exist", "whether objects are there", "315584e23ac1ff7f8719ed3b7ad90f08"),
-        ("relation", "subjects, predicates and objects of relations", "bad7094cde0b572288f4b119c2d0c656"),
-    )
+        name="crpe-exist", file="CRPE_EXIST", about="whether objects are there", md5="315584e23ac1ff7f8719ed3b7ad90f08",
+        categories=("category",), reduced=True,
+    ),
+    Crpe(
+        name="crpe-relation", file="CRPE_RELATION", about="subjects, predicates and objects of relations",
+        md5="bad7094cde0b572288f4b119c2d0c656", categories=("category",), reduced=True,
+    ),
 )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 
 from ivl.evaluation.benchmark import Benchmark
 from ivl.evaluation.data import literal
-from ivl.evaluation.figures import Figures, average, by, mean
+from ivl.evaluation.figures import Figures, average, mean
 from ivl.evaluation.scoring.boxes import Corners, box_in, in_pixels, overlap, reference_box
 from ivl.evaluation.task import Example, Score, Scored
 
@@ -26,17 +26,16 @@ class RefCoco(Benchmark):
 
     def answers(self, row: Mapping[str, Any]) -> tuple[str, ...]:
         size = float(row["width"]), float(row["height"])
-        if all(corner in row for corner in COLUMNS):
-            return (str([float(row[corner]) for corner in COLUMNS]),)
-        if "bbox" in row:
-            return (str([float(value) for value in literal(row["bbox"])]),)
+        corners = [row[name] for name in COLUMNS] if all(name in row for name in COLUMNS) else literal(row.get("bbox", []))
+        if corners:
+            return (str([float(value) for value in corners]),)
         box = box_in(str(row["answer"]))
         fractions = box is not None and max(map(abs, box)) <= 1.5
         return (str(list(in_pixels(box, *size) if fractions else box)),) if box else ()
 
-    def grade(self, text: str, example: Example) -> Score:
+    def read(self, text: str, example: Example, *, judged: bool = False) -> Score | None:
         """Measure the overlap; by the reference code's rule for its own rows and prompt."""
-        row, truth = example.row, box_in(example.answers[0])
+        row, truth = example.row, box_in(example.truth)
         size = float(row["width"]), float(row["height"])
         box: Corners | None = reference_box(text, *size)
         if "sent" not in row and self.prompt != "reference":
@@ -47,13 +46,14 @@ class RefCoco(Benchmark):
 
     def figures(self, scored: Sequence[Scored]) -> Figures:
         """Return the mean of the splits, each split, and the mean overlap."""
-        splits = {split: mean(rows) for split, rows in by(scored, lambda s: [str(s["split"])]).items()}
-        return {"Average": average(splits.values(), n=len(scored)), **splits, "mean IoU": mean(scored, "iou")}
+        splits = {split: mean(rows) for split, rows in self.grouped(scored).items()}
+        average_iou = mean(scored, lambda s: s.score.numbers["iou"])
+        return {"Average": average(splits.values(), n=len(scored)), **splits, "mean IoU": average_iou}
 
 
 TASKS = (
     RefCoco(
         name="refcoco", file="RefCOCO", about="boxes for descriptions, eight splits", metric="precision at IoU 0.5",
-        md5="f50ca356638ddac89b309311fd876a5d", by_file="split", categories=(),
+        md5="f50ca356638ddac89b309311fd876a5d", by_file="split", categories=("split",),
     ),
 )  # fmt: skip

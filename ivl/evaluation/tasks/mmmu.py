@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 
-from ivl.evaluation.benchmark import twice_as_large
+from ivl.errors import InputError, short
 from ivl.evaluation.data import options_of
 from ivl.evaluation.prompts import LETTER, SHORT
 from ivl.evaluation.scoring.options import last_option, option_behind
@@ -20,16 +21,19 @@ FORMAT = (
     "of options."
 )
 DIRECT = "Answer with the option letter from the given choices directly."
-STEPS = "Think step by step before answering."
 
 
-@dataclass(frozen=True, kw_only=True)
 class Mmmu(Choice):
-    """The first picture is enlarged twice."""
+    """The first picture is enlarged twice in both directions."""
 
     def pictures(self, row: Mapping[str, Any]) -> Sequence[str | bytes | Image.Image]:
-        first, *others = super().pictures(row) or (None,)
-        return () if first is None else (twice_as_large(first), *others)
+        pictures = super().pictures(row)
+        try:
+            files = (io.BytesIO(each) if isinstance(each, bytes) else each for each in pictures[:1])
+            first = [(file if isinstance(file, Image.Image) else Image.open(file)).convert("RGB") for file in files]
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise InputError(f"a picture cannot be decoded ({short(str(error))})") from None
+        return (*(each.resize((2 * each.width, 2 * each.height), Image.Resampling.BILINEAR) for each in first), *pictures[1:])
 
     def answers(self, row: Mapping[str, Any]) -> tuple[str, ...]:
         return () if self.submission and row.get("answer") == "?" else super().answers(row)  # as the hub's table hides them
@@ -38,8 +42,8 @@ class Mmmu(Choice):
         """Give the first picture all tiles and the others one, in the reference prompt."""
         return [self.tiles, *[1] * (pictures - 1)] if self.prompt == "reference" and pictures else super().budgets(pictures)
 
-    def reference_suffix(self, row: Mapping[str, Any]) -> str:
-        return "\n" + (LETTER if options_of(row) else SHORT)
+    def request(self, row: Mapping[str, Any]) -> str:
+        return "\n" + (LETTER if options_of(row) else SHORT) if self.prompt == "reference" else super().request(row)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,28 +61,24 @@ class MmmuPro(Mmmu):
             return str(row["question"])
         return "" if self.vision else super().question(row) + "\n"
 
-    def suffix(self, row: Mapping[str, Any]) -> str:
-        if self.defects:
-            return ""
-        return f"{DIRECT} {FORMAT}" if self.vision else DIRECT
-
-    def reference_suffix(self, row: Mapping[str, Any]) -> str:
-        return self.suffix(row)
+    def request(self, row: Mapping[str, Any]) -> str:
+        return "" if self.defects else f"{DIRECT} {FORMAT}" if self.vision else DIRECT
 
     def cot(self, published: str) -> str:
         first = "Answer the preceding multiple choice question."
         if self.vision:
             first = "Write out the multiple-choice question in the image and then solve it."
-        return f"{published.replace(DIRECT, '').replace(FORMAT, '').rstrip(' ')}{first} {FORMAT} {STEPS}"
+        asked = published.replace(DIRECT, "").replace(FORMAT, "").rstrip(" ")
+        return f"{asked}{first} {FORMAT} Think step by step before answering."
 
     def answer_of(self, reply: str) -> str:
         return reply
 
-    def grade(self, text: str, example: Example) -> Score:
+    def read(self, text: str, example: Example, *, judged: bool = False) -> Score | None:
         """Read the letter behind the last `Answer:`, else by the parser of MMMU's authors."""
-        options, truth = self.options(example.row), self.truth(example.row)
-        letter = option_behind(text, "Answer:", options) or last_option(text, options, ("{} ", "{}."))
-        return super().grade(text, example) if letter is None else Score(value=float(letter == truth), answer=letter)
+        options, truth = self.options(example)
+        letter = None if judged else option_behind(text, "Answer:", options) or last_option(text, options, ("{} ", "{}."))
+        return Score(value=float(letter == truth), answer=letter) if letter else super().read(text, example, judged=judged)
 
 
 TASKS = (
@@ -89,8 +89,7 @@ TASKS = (
     ),
     Mmmu(
         name="mmmu-test", file="MMMU_TEST", about="the same, answers are hidden: makes a submission", rows=10500, tiles=12,
-        submission="map",
-        hub="MMMU/MMMU", columns={"subfield": "category"},
+        submission="map", hub="MMMU/MMMU", columns={"subfield": "category"},
     ),
     MmmuPro(
         name="mmmu-pro", file="MMMU_Pro_10c", about="the same with ten options", rows=1730,

@@ -5,19 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ivl.evaluation.data import PICTURES
 from ivl.evaluation.tasks.choice import Choice
+from ivl.evaluation.tasks.several_pictures import with_numbers
 
 
 class MuirBench(Choice):
     """Pictures come first, and each mark in the text becomes the number of its picture."""
 
     def question(self, row: Mapping[str, Any]) -> str:
-        text, pictures = super().question(row), len(row.get(PICTURES, ()))
-        text = text.replace(" ".join(["<image>"] * pictures), "")  # marks of all pictures in a row say nothing
-        for number in range(1, pictures + 1):
-            text = text.replace("<image>", f"<Image-{number}>", 1)
-        return text
+        return with_numbers(super().question(row), row, "<Image-{}>")
 
 
 TASKS = (

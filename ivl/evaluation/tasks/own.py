@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from ivl.data.records import read_record
 from ivl.errors import InputError, short
@@ -14,14 +15,29 @@ from ivl.evaluation.figures import Figures, mean
 from ivl.evaluation.grading import judge_prompt
 from ivl.evaluation.scoring import anls, compare, exact_match
 from ivl.evaluation.scoring.boxes import Corners, box_in, overlap
+from ivl.evaluation.scoring.metrics import relaxed, vqa_accuracy, vqa_form
 from ivl.evaluation.scoring.options import infer_option
 from ivl.evaluation.scoring.verification import FEWEST_PEOPLE
-from ivl.evaluation.scoring.vqa import relaxed, vqa_accuracy, vqa_form
 from ivl.evaluation.task import Example, JudgeQuestion, Score, Scored, Task
 from ivl.formats.rows import open_rows
 from ivl.formats.split import part_of
 
 _OPTION = re.compile(r"^[(（]?([A-Z])[.):．）：、]\s*(.+?)\s*$", re.MULTILINE)
+
+
+def _vqa(text: str, answers: Sequence[str]) -> float:
+    alternatives = len(answers) < FEWEST_PEOPLE
+    return float(vqa_form(text) in map(vqa_form, answers)) if alternatives else vqa_accuracy(text, answers)
+
+
+TEXT_METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "exact": exact_match,
+    "relaxed": lambda text, answers: any(relaxed(text, answer) for answer in answers),
+    "anls": anls,
+    "vqa": _vqa,
+    "math": lambda text, answers: compare(text, answers, mode="math").score,
+}
+"""Metrics that compare a reply with the answers alone."""
 
 
 class OwnData(Task):
@@ -42,6 +58,7 @@ class OwnData(Task):
         """
         rows = part_of(open_rows(self.path), self.val_share, validation=True)
         root = self.path if self.path.is_dir() else self.path.parent
+        unusable = {"choice": "names none of the options", "iou": "has no box"}.get(self.metric, "")
         for index in range(len(rows)):
             record, listed = read_record(rows, index, root=root), rows[index].get("answers")
             conversations = record.conversations[:1] if record.is_pair else record.conversations
@@ -52,7 +69,6 @@ class OwnData(Task):
                     answers=tuple(map(str, listed)) if isinstance(listed, list) and listed else (last.text.strip(),),
                     cluster=f"row {index}" if several else "", row={"question": asked[-1].text, "id": record.id},
                 )  # fmt: skip
-                unusable = {"choice": "names none of the options", "iou": "has no box"}.get(self.metric, "")
                 if unusable and not all(self._read(answer, example) for answer in example.answers):
                     raise InputError(f"{record.source}: the answer {short(example.answers)} {unusable}")
                 yield example
@@ -65,9 +81,9 @@ class OwnData(Task):
 
     def score(self, reply: str, example: Example) -> Score:
         """Score by the metric. Options are read in the question, boxes are compared in their own unit."""
-        question, answers, text = str(example.row["question"]), example.answers, reply.strip()
+        answers, text = example.answers, reply.strip()
         if self.metric == "judge":
-            prompt = judge_prompt("own", question=question, truth=" or ".join(answers), reply=text)
+            prompt = judge_prompt("own", question=str(example.row["question"]), truth=" or ".join(answers), reply=text)
             return Score(answer=text, undecided=JudgeQuestion(prompt=prompt, read=_verdict, best=Score(value=1.0, answer=text)))
         if self.metric == "choice":
             letter = self._read(text, example)
@@ -75,23 +91,14 @@ class OwnData(Task):
         if self.metric == "iou":
             boxes, said = [box for answer in answers if (box := box_in(answer))], box_in(text)
             value = max((overlap(said, box) for box in boxes), default=0.0) if said else 0.0
-            return Score(value=value, answer=str(list(said or ())), numbers={"hit": float(value >= 0.5)})
-        if self.metric == "vqa" and len(answers) < FEWEST_PEOPLE:
-            return Score(value=float(vqa_form(text) in map(vqa_form, answers)), answer=text)
-        score = {
-            "exact": lambda: exact_match(text, answers),
-            "relaxed": lambda: float(any(relaxed(text, answer) for answer in answers)),
-            "anls": lambda: anls(text, answers),
-            "vqa": lambda: vqa_accuracy(text, answers),
-            "math": lambda: compare(text, answers, mode="math").score,
-        }
-        return Score(value=float(score[self.metric]()), answer=text)
+            return Score(value=value, answer=str(list(said or ())))
+        return Score(value=float(TEXT_METRICS[self.metric](text, answers)), answer=text)
 
     def figures(self, scored: Sequence[Scored]) -> Figures:
-        hits: Figures = {"IoU >= 0.5": mean(scored, "hit")} if self.metric == "iou" else {}
+        hits: Figures = {"IoU >= 0.5": mean(scored, lambda s: s.score.value >= 0.5)} if self.metric == "iou" else {}
         return {"all": mean(scored), **hits}
 
-    def settings(self) -> dict[str, object]:
+    def settings(self) -> dict[str, Any]:
         share = {"val_share": self.val_share} if self.val_share else {}
         return {"data": {"file": str(self.path), "md5": md5(self.path), **share}}
 

@@ -4,48 +4,44 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from ivl.evaluation.benchmark import Benchmark
 from ivl.evaluation.data import LETTERS, PICTURES, found, options_of
-from ivl.evaluation.figures import Figures, average, by, mean
+from ivl.evaluation.figures import Figures, average
 from ivl.evaluation.prompts import LETTER, SHORT
 from ivl.evaluation.scoring.options import leading_option
+from ivl.evaluation.scoring.spelling import CARDINALS, ORDINALS
 from ivl.evaluation.task import Example, Score, Scored
 from ivl.types import SamplingParams
 
 
-@dataclass(frozen=True, kw_only=True)
-class SeveralPictures(Benchmark):
-    """All pictures of a question share its tiles."""
-
-    def budgets(self, pictures: int) -> list[int]:
-        return [max(1, self.tiles // max(1, pictures))] * pictures
-
-
-class Mantis(SeveralPictures):
+class Mantis(Benchmark):
     """The share of right replies; choices and short answers."""
 
     def question(self, row: Mapping[str, Any]) -> str:
-        count = len(row.get(PICTURES, ()))
-        text = str(row["question"]).replace(" ".join(["<image>"] * count), "").strip() if count else str(row["question"])
-        for number in range(1, count + 1):
-            text = text.replace("<image>", f"Image-{number}", 1)
-        return "\n".join([text, *_bracketed(row)])
+        return "\n".join([with_numbers(str(row["question"]), row, "Image-{}").strip(), *_bracketed(row)])
 
-    def suffix(self, row: Mapping[str, Any]) -> str:
+    def request(self, row: Mapping[str, Any]) -> str:
         return "\n" + (LETTER if row["question_type"] == "multi-choice" else SHORT)
 
-    def grade(self, text: str, example: Example) -> Score:
+    def read(self, text: str, example: Example, *, judged: bool = False) -> Score | None:
         """Compare the letter or the whole option, or the words."""
-        truth, options = example.answers[0], _bracketed(example.row)
-        if example.row["question_type"] == "multi-choice":
-            said = text[1:2] if re.fullmatch(r"\((?:.|\n)\)", text) else text
-            right = said == truth or said in [option for option in options if option.startswith(f"({truth})")]
-        else:
-            said, right = text, text.lower() == truth.lower()
+        truth, options = example.truth, _bracketed(example.row)
+        if example.row["question_type"] != "multi-choice":
+            return Score(value=float(text.lower() == truth.lower()), answer=text)
+        said = text[1:2] if re.fullmatch(r"\((?:.|\n)\)", text) else text
+        right = said == truth or said in [option for option in options if option.startswith(f"({truth})")]
         return Score(value=float(right), answer=said)
+
+
+def with_numbers(text: str, row: Mapping[str, Any], form: str) -> str:
+    """Write the number of its picture for each mark in a text; marks of all pictures in a row say nothing."""
+    count = len(row.get(PICTURES, ()))
+    text = text.replace(" ".join(["<image>"] * count), "") if count else text
+    for number in range(1, count + 1):
+        text = text.replace("<image>", form.format(number), 1)
+    return text
 
 
 def _bracketed(row: Mapping[str, Any]) -> list[str]:
@@ -64,34 +60,29 @@ GROUPS: dict[str, dict[str, str]] = {
 }  # fmt: skip
 """What is asked for in each task."""
 REQUESTS = {task: request for tasks in GROUPS.values() for task, request in tasks.items()}
-_CARDINAL = "zero one two three four five six seven eight nine ten"
-_ORDINAL = "first second third fourth fifth sixth seventh eighth ninth tenth"
-_NUMBERS = {word: str(n) for first, words in enumerate((_CARDINAL, _ORDINAL)) for n, word in enumerate(words.split(), first)}
+_NUMBERS = {word: str(n) for first, words in ((0, CARDINALS[:11]), (1, ORDINALS)) for n, word in enumerate(words, first)}
 
 
-class Mirb(SeveralPictures):
+class Mirb(Benchmark):
     """The mean of four groups, each the mean of its tasks."""
 
     def keep(self, row: Mapping[str, Any]) -> bool:
         return row["task"] in REQUESTS
 
-    def suffix(self, row: Mapping[str, Any]) -> str:
+    def request(self, row: Mapping[str, Any]) -> str:
         return "\n" + REQUESTS[row["task"]]
 
-    def answers(self, row: Mapping[str, Any]) -> tuple[str, ...]:
-        return (str(row["answer"]),)
-
-    def grade(self, text: str, example: Example) -> Score:
+    def read(self, text: str, example: Example, *, judged: bool = False) -> Score | None:
         """Compare the first line or sentence."""
-        right, said = matches(text, example.answers[0], example.row["task"])
+        right, said = matches(text, example.truth, example.row["task"])
         return Score(value=float(right), answer=said)
 
     def figures(self, scored: Sequence[Scored]) -> Figures:
         """Return the mean of the groups, the groups and the tasks."""
-        tasks = {task: mean(rows) for task, rows in by(scored, lambda s: [s["task"]]).items()}
-        groups = {name: [tasks[task] for task in members if task in tasks] for name, members in GROUPS.items()}
+        _, *tasks = super().figures(scored).items()
+        groups = {name: [figure for task, figure in tasks if task in members] for name, members in GROUPS.items()}
         means = {name: average(figures) for name, figures in groups.items() if figures}
-        return {"Overall": average(means.values(), n=len(scored)), **means, **tasks}
+        return {"Overall": average(means.values(), n=len(scored)), **means, **dict(tasks)}
 
 
 def matches(reply: str, answer: str, task: str) -> tuple[bool, str]:
@@ -121,7 +112,7 @@ SPATIAL = frozenset(_SPATIAL.split())
 """The tasks that the official code averages over, of 52."""
 
 
-class Mmiu(SeveralPictures):
+class Mmiu(Benchmark):
     """The mean of the tasks. The official code, from which the published scores come, leaves out all but 20 of them."""
 
     def prepared(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -135,32 +126,33 @@ class Mmiu(SeveralPictures):
     def question(self, row: Mapping[str, Any]) -> str:
         return f"{row['question']}\n{row['context']}"
 
-    def suffix(self, row: Mapping[str, Any]) -> str:
-        return f"\n{LETTER}"
-
-    def grade(self, text: str, example: Example) -> Score:
+    def read(self, text: str, example: Example, *, judged: bool = False) -> Score | None:
         """Compare the letter that the reply begins with or whose text it contains."""
         said = leading_option(text, options_of(example.row))
-        return Score(value=float(said == example.answers[0]), answer=said)
+        return Score(value=float(said == example.truth), answer=said)
 
     def figures(self, scored: Sequence[Scored]) -> Figures:
         """Return the mean of the tasks, that of the spatial ones and every task."""
-        tasks = {task: mean(rows) for task, rows in by(scored, lambda s: [str(s["task"])]).items()}
+        _, *tasks = super().figures(scored).items()
         means = {
-            "Overall": average(tasks.values(), n=len(scored)),
-            "spatial": average([figure for task, figure in tasks.items() if task in SPATIAL]),
+            "Overall": average([figure for _, figure in tasks], n=len(scored)),
+            "spatial": average([figure for task, figure in tasks if task in SPATIAL]),
         }
-        return (dict(reversed(means.items())) if self.defects else means) | tasks
+        return (dict(reversed(means.items())) if self.defects else means) | dict(tasks)
 
 
 TASKS = (
     Mantis(
         name="mantis", file="Mantis-Eval", about="choices and short answers", rows=217, hub="TIGER-Lab/Mantis-Eval", tiles=12,
-        columns={"id": "index"}, categories=("question_type",), params=SamplingParams(max_new_tokens=50),
+        all_tiles=12, columns={"id": "index"}, categories=("question_type",), params=SamplingParams(max_new_tokens=50),
     ),
     Mirb(
-        name="mirb", file="MIRB", about="eleven tasks in four groups", rows=925, hub="VLLMs/MIRB", by_file="task",
-        columns={"questions": "question", "answers": "answer", "subset": "task"}, params=SamplingParams(max_new_tokens=512),
+        name="mirb", file="MIRB", about="eleven tasks in four groups", rows=925, hub="VLLMs/MIRB", by_file="task", all_tiles=6,
+        columns={"questions": "question", "answers": "answer", "subset": "task"}, categories=("task",),
+        params=SamplingParams(max_new_tokens=512),
     ),
-    Mmiu(name="mmiu", file="mmiu", about="52 tasks", rows=11698, tiles=12, params=SamplingParams(max_new_tokens=100)),
+    Mmiu(
+        name="mmiu", file="mmiu", about="52 tasks", rows=11698, tiles=12, all_tiles=12, ending=f"\n{LETTER}",
+        categories=("task",), params=SamplingParams(max_new_tokens=100),
+    ),
 )  # fmt: skip

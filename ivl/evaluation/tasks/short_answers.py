@@ -1,17 +1,18 @@
-"""Short answers: ChartQA, DocVQA, InfographicVQA, TextVQA, OCR-VQA and GQA."""
+"""Short answers: ChartQA, DocVQA, InfographicVQA, TextVQA, OCR-VQA, GQA and OCRBench."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 from ivl.evaluation.benchmark import Benchmark
+from ivl.evaluation.figures import Figure, Figures, mean, points
 from ivl.evaluation.prompts import SHORT
-from ivl.evaluation.scoring import anls
-from ivl.evaluation.scoring.vqa import equals_any, relaxed, vqa_accuracy
-from ivl.evaluation.task import Example, Score
+from ivl.evaluation.scoring.metrics import anls, contains_any, equals_any, relaxed, vqa_accuracy
+from ivl.evaluation.task import Example, Score, Scored
 
+FORMULAS = "Handwritten Mathematical Expression Recognition"
 _ScoreAnswers = Callable[[str, Sequence[str]], float]
 
 
@@ -22,53 +23,55 @@ class ShortAnswer(Benchmark):
     rule: _ScoreAnswers
     reference_rule: _ScoreAnswers | None = None
     """The rule under the reference prompt; None takes the same."""
+    several_answers: bool = True
+    ending: str = f"\n{SHORT}"
+    reference_ending: str | None = f" {SHORT}"
 
-    def suffix(self, row: Mapping[str, Any]) -> str:
-        return f"\n{SHORT}"
-
-    def reference_suffix(self, row: Mapping[str, Any]) -> str:
-        return f" {SHORT}"
-
-    def grade(self, text: str, example: Example) -> Score:
+    def read(self, text: str, example: Example, *, judged: bool = False) -> Score | None:
         """Score the reply by the rule."""
         rule = (self.reference_rule if self.prompt == "reference" else None) or self.rule
         return Score(value=float(rule(text, example.answers)) if example.answers else 0.0, answer=text.strip())
 
 
-def _relaxed(reply: str, answers: Sequence[str]) -> float:
-    return float(any(relaxed(reply, answer) for answer in answers))
+class OcrBench(ShortAnswer):
+    """The number of right replies, of 1,000 in all. A reply is right if it contains an answer."""
 
+    def read(self, text: str, example: Example, *, judged: bool = False) -> Score | None:
+        """Look for an answer in the reply; in formulas spaces do not count, and case does."""
+        formula, empty = example.row["category"] == FORMULAS, "nan" if self.defects else ""
+        return Score(value=float(contains_any(text, example.answers, formula=formula, empty_as=empty)), answer=text.strip())
 
-def _relaxed_of_reply(reply: str, answers: Sequence[str]) -> float:
-    return float(any(relaxed(answer, reply.strip()) for answer in answers))
+    def figure(self, scored: Sequence[Scored]) -> Figure:
+        return points(mean(scored), len(scored))
 
-
-def _vqa_reference(reply: str, answers: Sequence[str]) -> float:
-    return vqa_accuracy(reply, answers, reference=True)
-
-
-def _documents(name: str, file: str, about: str, tiles: int, rows: int, split: str) -> ShortAnswer:
-    about += ": answers are hidden, makes a submission" * (split == "test")
-    return ShortAnswer(
-        name=f"{name}-{split}", file=f"{file}_{split.upper()}", about=about, metric="ANLS",
-        submission="list" if split == "test" else "", rule=anls, tiles=tiles, rows=rows,
-        hub="lmms-lab/DocVQA", columns={"questionId": "index", "question_id": "index", "answers": "answer"}, categories=(),
-    )  # fmt: skip
+    def figures(self, scored: Sequence[Scored]) -> Figures:
+        overall, *kinds = super().figures(scored).items()
+        text = [s for s in scored if s["category"].endswith("Recognition") and s["category"] != FORMULAS]
+        return dict([overall, *([("Text Recognition", self.figure(text))] if text else []), *kinds])
 
 
 TASKS = (
     ShortAnswer(
         name="chartqa", file="ChartQA_TEST", about="charts; half of the questions are written by people", rows=2500, tiles=12,
-        metric="relaxed accuracy", rule=_relaxed, reference_rule=_relaxed_of_reply, hub="lmms-lab/ChartQA",
-        columns={"question_id": "index", "type": "split"}, by_file="split", categories=("split",),
+        metric="relaxed accuracy", rule=lambda reply, answers: any(relaxed(reply, answer) for answer in answers),
+        reference_rule=lambda reply, answers: any(relaxed(answer, reply.strip()) for answer in answers),
+        hub="lmms-lab/ChartQA", columns={"question_id": "index", "type": "split"}, by_file="split", categories=("split",),
     ),
-    _documents("docvqa", "DocVQA", "scanned documents", 18, 5349, "val"),
-    _documents("docvqa", "DocVQA", "scanned documents", 18, 5188, "test"),
-    _documents("infovqa", "InfoVQA", "infographics", 24, 2801, "val"),
-    _documents("infovqa", "InfoVQA", "infographics", 24, 3288, "test"),
+    *(
+        ShortAnswer(
+            name=f"{file.lower()}-{split}", file=f"{file}_{split.upper()}", tiles=tiles, rows=rows, rule=anls, metric="ANLS",
+            about=about + ": answers are hidden, makes a submission" * (split == "test"), hub="lmms-lab/DocVQA", categories=(),
+            columns={"questionId": "index", "question_id": "index", "answers": "answer"},
+            submission="list" if split == "test" else "",
+        )
+        for file, about, tiles, sizes in (
+            ("DocVQA", "scanned documents", 18, (5349, 5188)), ("InfoVQA", "infographics", 24, (2801, 3288)),
+        )
+        for split, rows in zip(("val", "test"), sizes, strict=True)
+    ),
     ShortAnswer(
         name="textvqa", file="TextVQA_VAL", about="text in photographs; ten people answered", rows=5000, metric="VQA accuracy",
-        rule=vqa_accuracy, reference_rule=_vqa_reference, hub="lmms-lab/textvqa", categories=(),
+        rule=vqa_accuracy, reference_rule=partial(vqa_accuracy, reference=True), hub="lmms-lab/textvqa", categories=(),
         columns={"question_id": "index", "answers": "answer"},
     ),
     ShortAnswer(
@@ -78,5 +81,10 @@ TASKS = (
     ShortAnswer(
         name="gqa", file="GQA_TestDev_Balanced", about="scenes, their objects and relations", rows=12578, rule=equals_any,
         columns={"question_id": "index"}, categories=(),
+    ),
+    OcrBench(
+        name="ocrbench", file="OCRBench", about="text, documents, key information and formulas in pictures", rows=1000,
+        metric="hits, of 1000", md5="e953d98a987cc6e26ef717b61260b778", hub="echo840/OCRBench", tiles=24, rule=contains_any,
+        reference_ending=None, columns={"question_type": "category"},
     ),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Questions about videos: choices, ratings by a judge, and moments to find.
+"""Questions about videos: choices, and open ones that a judge rates.
 
 Frames lie at the middle of equal parts of a video, as in training; VLMEvalKit's lie at the ends of one part more.
 """
@@ -8,17 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ivl.evaluation.data import literal, options_of
-from ivl.evaluation.figures import Figures, by, mean, points, ratio
-from ivl.evaluation.grading import judge_prompt
+from ivl.evaluation.figures import Figures, points, ratio
 from ivl.evaluation.prompts import LETTER
 from ivl.evaluation.scoring.options import first_capital, infer_option, shares_option
-from ivl.evaluation.task import Example, JudgeQuestion, Score, Scored
+from ivl.evaluation.task import Example, Score, Scored
 from ivl.evaluation.tasks.choice import Choice
-from ivl.types import Conversation, Message, Text, VideoRef
+from ivl.evaluation.tasks.rated import Rated
 
 FRAMES = (
     "\nThese are the frames of a video. Select the best answer to the following multiple-choice question based on the video. "
@@ -29,10 +27,7 @@ CAREFULLY = (
     "the action and pose of persons. Based on your observations, select the best option that accurately addresses the "
     "question.\n"
 )
-EVERY_DETAIL = (
-    "Carefully watch this video and pay attention to every detail. Based on your observations, select the best option that "
-    "accurately addresses the question."
-)
+EVERY_DETAIL = "Carefully watch this video and pay attention to every detail. Based on your observations, "
 SEPARATE_FRAMES = (
     "\nYou will be provided with {frames} separate frames uniformly sampled from a video, the frames are provided in "
     "chronological order of the video.\nPlease analyze these images and provide the answer to the question about the video "
@@ -49,14 +44,13 @@ class VideoChoice(Choice):
     tiles: int = 1
     before: str = ""
     """Text before the question."""
-    after: str = f"\n{LETTER}"
+    ending: str = f"\n{LETTER}"
     rule: str = "capital"
     """How a reply is read: `capital` takes the first capital letter, `share` a first word that is part of the right option, and
     `bracket` what stands before the first closing parenthesis."""
 
     def prepared(self, row: dict[str, Any]) -> dict[str, Any]:
-        options: dict[str, Any] = {key: value for key in ("candidates", "options") if (value := row.get(key))}
-        texts = next((literal(value) for value in options.values()), [])
+        texts = literal(row.get("candidates") or row.get("options") or [])
         row = row | {letter: re.sub(rf"^\(?{letter}[).]\s*", "", str(t)) for letter, t in zip("ABCDEFGH", texts, strict=False)}
         found = options_of(row)
         if not found:
@@ -67,17 +61,6 @@ class VideoChoice(Choice):
             answer = list(found)[int(answer)] if answer.isdigit() and int(answer) < len(found) else answer
         return row | {"answer": answer}
 
-    def conversation(self, row: Mapping[str, Any]) -> Conversation:
-        return (Message("user", (self.video(row), Text(f"\n{self.text(row)}"))),)
-
-    def video(self, row: Mapping[str, Any]) -> VideoRef:
-        """Return the video, which lies beside the rows, or in a folder `video` or of the benchmark's name there."""
-        name = str(row.get("video_path") or row["video"]).removeprefix("./")
-        root = self.place().parent
-        places = [root / folder / f"{name}{suffix}" for folder in ("", "video", "videos", self.file) for suffix in ("", ".mp4")]
-        clip = (float(row["start"]), float(row["end"])) if row.get("start") and row.get("end") else None
-        return VideoRef(str(next(filter(Path.exists, places), root / name)), self.frames, clip)
-
     def question(self, row: Mapping[str, Any]) -> str:
         options = options_of(row)
         if self.rule == "capital":
@@ -85,53 +68,51 @@ class VideoChoice(Choice):
             return f"{self.before}Question: {row['question']}{lines} " if self.before else f"{row['question']}{lines}"
         return f"{self.before}Question: {row['question']}\nOptions:" + "".join(f"\n({k}) {v}" for k, v in options.items())
 
-    def suffix(self, row: Mapping[str, Any]) -> str:
-        return self.after
+    def request(self, row: Mapping[str, Any]) -> str:
+        return self.ending
 
-    def grade(self, text: str, example: Example) -> Score:
+    def read(self, text: str, example: Example, *, judged: bool = False) -> Score | None:
         """Read the reply by the benchmark's own rule; what it cannot read is matched with the options, by a judge at last."""
-        options, truth = options_of(example.row), self.truth(example.row)
+        options, truth = self.options(example)
         letter = None
+        if judged:
+            return super().read(text, example, judged=True)
         if self.rule == "capital" and (len(text.split()) <= 10 or re.search("[ABCDE]", text)):
             letter = first_capital(text, "".join(options), lead_ins_stay=self.defects)
-        elif self.rule == "share":
-            right = f"({truth}) {options.get(truth, '')}"
-            if shares_option(text, right, empty_is_right=self.defects):
-                return Score(value=1.0, answer=truth)
+        elif self.rule == "share" and shares_option(text, f"({truth}) {options.get(truth, '')}", empty_is_right=self.defects):
+            letter = truth
         elif self.rule == "bracket" and ")" in text:
             letter = text.partition(")")[0][-1:]
             letter = letter if letter == truth else infer_option(text, options, self.profile)
-        return super().grade(text, example) if letter is None else Score(value=float(letter == truth), answer=letter)
+        return Score(value=float(letter == truth), answer=letter) if letter else super().read(text, example)
 
 
-class VideoRating(VideoChoice):
-    """Open questions, which a judge rates from 0 to 3. Skills count for the coarse ones that they belong to."""
+@dataclass(frozen=True, kw_only=True)
+class VideoRated(Rated):
+    """Open questions, which a judge rates. Skills count for the coarse ones that they belong to."""
+
+    frames: int = 16
+    tiles: int = 1
+    before: str = ""
+    """Text before the question."""
 
     def question(self, row: Mapping[str, Any]) -> str:
         return f"{self.before.format(frames=self.frames)}Question: {row['question']} "
 
-    def grade(self, text: str, example: Example) -> Score:
-        """Leave the rating to the judge."""
 
-        def read(reply: str) -> Score | None:
-            match = re.search(r"\b[0-3]\b", reply)
-            return Score(value=float(match[0]), answer=text, numbers={"rated": 1.0}) if match else None
+class MmBenchVideo(VideoRated):
+    """The mean rating of all replies and of those that have one, of each skill and of the coarse ones that it belongs to."""
 
-        prompt = judge_prompt("video", question=str(example.row["question"]), truth=example.answers[0], reply=text)
-        best = Score(value=3.0, numbers={"rated": 1.0})
-        return Score(answer=text, numbers={"rated": 0.0}, undecided=JudgeQuestion(prompt=prompt, read=read, best=best))
-
-    def prepared(self, row: dict[str, Any]) -> dict[str, Any]:
-        return row
+    def categories_of(self, row: Mapping[str, Any]) -> list[list[str]]:
+        return [list(dict.fromkeys(each for fine in literal(row["dimensions"]) for each in _skills(str(fine))))]
 
     def figures(self, scored: Sequence[Scored]) -> Figures:
-        """Return the mean rating of all and of each skill, and those of the replies that have a rating."""
-        parts = by(
-            scored, lambda s: list(dict.fromkeys(each for fine in literal(s["dimensions"]) for each in _skills(str(fine))))
-        )
-        order = sorted(parts, key=lambda name: name != "Overall")
-        rated = {f"{k}, rated": ratio(parts[k], lambda s: s.score.value, lambda s: s.number("rated")) for k in order}
-        return {name: points(figure) for name, figure in ({k: mean(parts[k]) for k in order} | rated).items()}
+        parts = {"Overall": scored, **self.grouped(scored)}
+        rated = {
+            f"{name}, rated": points(ratio(rows, lambda s: s.score.value, lambda s: float(s.score.undecided is None)))
+            for name, rows in parts.items()
+        }
+        return super().figures(scored) | rated
 
 
 COARSE = {
@@ -151,8 +132,17 @@ PERCEPTION = ("CP", "FP-S", "FP-C", "HL")
 def _skills(fine: str) -> tuple[str, ...]:
     """Return a fine skill and all that it belongs to."""
     coarse = next((name for name, members in COARSE.items() if fine in members), "")
-    above = (coarse, "Perception" if coarse in PERCEPTION else "Reasoning") if coarse else ()
-    return ("Overall", *above, fine)
+    return (*((coarse, "Perception" if coarse in PERCEPTION else "Reasoning") if coarse else ()), fine)
+
+
+def _digit(said: str) -> float | None:
+    match = re.search(r"\b[0-3]\b", said)
+    return match and float(match[0])
+
+
+def _two_ratings(said: str) -> float | None:
+    ratings = re.findall(r"(?<![\d.])[1-5](?![\d.])", said)
+    return sum(map(float, ratings)) if len(ratings) == 2 else None
 
 
 TASKS = (
@@ -163,19 +153,25 @@ TASKS = (
     ),
     VideoChoice(
         name="mvbench", file="MVBench", about="20 tasks about short videos", rows=4000, hub="OpenGVLab/MVBench",
-        before=CAREFULLY, after=BEST, rule="share", by_file="task_type", categories=("task_type",),
+        before=CAREFULLY, ending=BEST, rule="share", by_file="task_type", categories=("task_type",),
     ),
     VideoChoice(
-        name="mlvu", file="MLVU_MCQ", about="long videos, the tasks with options", rows=2174, before=EVERY_DETAIL, after=BEST,
-        rule="bracket", categories=("task_type",), hub="MLVU/MVLU",
+        name="mlvu", file="MLVU_MCQ", about="long videos, the tasks with options", rows=2174, hub="MLVU/MVLU", ending=BEST,
+        before=f"{EVERY_DETAIL}select the best option that accurately addresses the question.", rule="bracket",
+        categories=("task_type",),
+    ),
+    VideoRated(
+        name="mlvu-open", file="MLVU_OpenEnded", about="long videos, the tasks without options, rated twice 1 to 5",
+        metric="mean rating, 2 to 10", hub="MLVU/MVLU", before=f"{EVERY_DETAIL}answer the given questions.",
+        rule=_two_ratings, template="mlvu", most=10, categories=("task_type",),
     ),
     VideoChoice(
         name="longvideobench", file="LongVideoBench", about="videos up to an hour", rows=1337,
         hub="longvideobench/LongVideoBench", categories=("duration_group", "question_category"),
     ),
-    VideoRating(
-        name="mmbench-video", file="MMBench-Video", about="open questions about videos, rated 0 to 3", rows=1998, judge="all",
-        metric="mean rating, 0 to 3", hub="opencompass/MMBench-Video", before=SEPARATE_FRAMES, after="",
-        md5="98f7df3eb1007fc375ea6fe88a98e2ff",
+    MmBenchVideo(
+        name="mmbench-video", file="MMBench-Video", about="open questions about videos, rated 0 to 3", rows=1998,
+        metric="mean rating, 0 to 3", hub="opencompass/MMBench-Video", before=SEPARATE_FRAMES, rule=_digit, template="video",
+        most=3, md5="98f7df3eb1007fc375ea6fe88a98e2ff",
     ),
 )  # fmt: skip

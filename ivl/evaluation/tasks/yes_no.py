@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ivl.evaluation.benchmark import Benchmark
 from ivl.evaluation.data import PICTURES
 from ivl.evaluation.figures import Figure, Figures, all_right, average, by, combined, mean, points, ratio
-from ivl.evaluation.grading import judge_prompt
 from ivl.evaluation.prompts import SHORT
-from ivl.evaluation.scoring.yes_no import in_english, leading_yes_or_no, yes_or_no, yes_unless_denied
-from ivl.evaluation.task import Example, JudgeQuestion, Score, Scored
+from ivl.evaluation.scoring.options import in_english, leading_yes_or_no, yes_or_no, yes_unless_denied
+from ivl.evaluation.task import Example, Score, Scored
 
-PERCEPTION = (
-    "OCR", "artwork", "celebrity", "color", "count", "existence", "landmark", "position", "posters", "scene",
-)  # fmt: skip
+PERCEPTION = ("OCR", "artwork", "celebrity", "color", "count", "existence", "landmark", "position", "posters", "scene")
 COGNITION = ("code_reasoning", "commonsense_reasoning", "numerical_calculation", "text_translation")
 
 
@@ -24,17 +21,13 @@ COGNITION = ("code_reasoning", "commonsense_reasoning", "numerical_calculation",
 class YesNo(Benchmark):
     """A benchmark of such questions. The word that stands alone in a reply counts; a judge sorts the other replies."""
 
-    judge: str = "some"
+    judge: Literal["", "some", "all"] = "some"
+    template: str = "yes_no"
     reduced: bool = True
     table: Literal["acc", "score"] = "score"
-    ending: str = ""
-    """What the published prompt adds."""
-
-    def suffix(self, row: Mapping[str, Any]) -> str:
-        return self.ending
-
-    def reference_suffix(self, row: Mapping[str, Any]) -> str:
-        return f" {SHORT}"
+    reference_ending: str | None = f" {SHORT}"
+    reference_word: Callable[[str], str] | None = None
+    """What the reference code reads in a reply; None for the same."""
 
     def answers(self, row: Mapping[str, Any]) -> tuple[str, ...]:
         return (str(row["answer"]).strip().capitalize(),)
@@ -42,23 +35,13 @@ class YesNo(Benchmark):
     def cot(self, published: str) -> str:
         return published
 
-    def word(self, reply: str) -> str | None:
-        """Return what a reply says; None where that cannot be read."""
-        return yes_or_no(reply)
-
-    def grade(self, text: str, example: Example) -> Score:
-        """Compare the word of the reply with the answer."""
-        (truth,) = example.answers
-
-        def scored(word: str | None) -> Score | None:
-            return Score(value=float(word == truth), answer=word) if word else None
-
-        def read(reply: str) -> Score | None:
-            return Score(answer="Unknown") if "unknown" in reply.lower() else scored(yes_or_no(reply))
-
-        prompt = judge_prompt("yes_no", question=example.row["question"], reply=text)
-        question = JudgeQuestion(prompt=prompt, read=read, best=Score(value=1.0, answer=truth))
-        return scored(self.word(text)) or Score(undecided=question)
+    def read(self, text: str, example: Example, *, judged: bool = False) -> Score | None:
+        """Compare the word of the text with the answer."""
+        if judged and "unknown" in text.lower():
+            return Score(answer="Unknown")
+        reference = self.reference_word if self.prompt == "reference" and not judged else None
+        word = reference(text).capitalize() if reference else yes_or_no(text)
+        return Score(value=float(word == example.truth), answer=word) if word else None
 
 
 class HallusionBench(YesNo):
@@ -86,22 +69,16 @@ class HallusionBench(YesNo):
 
 
 def _shares(scored: Sequence[Scored]) -> Figures:
-    def place(each: Scored, *parts: int) -> tuple[str, ...]:
-        numbers = str(each["index"]).split("_")
-        return (str(each["l2-category"]), *(numbers[part] for part in parts))
+    def share(part: int) -> Figure:
+        """Return the share of the figures (4) or the questions (5) of a set that are right throughout."""
+        numbers = {s.example.id: str(s["index"]).split("_") for s in scored}
+        return all_right(scored, lambda s: (s["l2-category"], numbers[s.example.id][3], numbers[s.example.id][part]))
 
-    return {
-        "aAcc": mean(scored),
-        "fAcc": all_right(scored, lambda s: place(s, 3, 4)),
-        "qAcc": all_right(scored, lambda s: place(s, 3, 5)),
-    }
+    return {"aAcc": mean(scored), "fAcc": share(4), "qAcc": share(5)}
 
 
 class Mme(YesNo):
     """The sum over subtasks of the share of right questions and of pictures whose two questions are right, times 100."""
-
-    def word(self, reply: str) -> str | None:
-        return leading_yes_or_no(in_english(reply)).capitalize() if self.prompt == "reference" else super().word(reply)
 
     def cluster(self, row: Mapping[str, Any]) -> str:
         return f"{row['category']} {row['image_path']}"
@@ -112,8 +89,8 @@ class Mme(YesNo):
             for name, rows in by(scored, lambda s: [str(s["category"])]).items()
         }
         sums = {
-            "perception": combined([tasks[name] for name in PERCEPTION if name in tasks], points=True),
-            "reasoning": combined([tasks[name] for name in COGNITION if name in tasks], points=True),
+            name: combined([tasks[task] for task in members if task in tasks], points=True)
+            for name, members in (("perception", PERCEPTION), ("reasoning", COGNITION))
         }
         return {"Overall": combined(sums.values(), points=True), **sums, **dict(sorted(tasks.items()))}
 
@@ -121,33 +98,28 @@ class Mme(YesNo):
 class Pope(YesNo):
     """F1 of yes. A question that belongs to several categories counts once in each."""
 
-    def word(self, reply: str) -> str | None:
-        return yes_unless_denied(reply).capitalize() if self.prompt == "reference" else super().word(reply)
+    def categories_of(self, row: Mapping[str, Any]) -> list[list[str]]:
+        return [str(row["category"]).split(",")]
 
     def figures(self, scored: Sequence[Scored]) -> Figures:
-        parts = by(scored, lambda s: str(s["category"]).split(","))
-        every = [each for rows in parts.values() for each in rows]
+        parts = self.grouped(scored)
+        first = _yes_figures([each for rows in parts.values() for each in rows])
         kinds = {f"{part} {name}": each for part, rows in parts.items() for name, each in _yes_figures(rows).items()}
-        first = _yes_figures(every)
-        mean_f1 = average([kinds[f"{part} F1"] for part in parts])
-        return {"Overall": first.pop("F1"), **first, "mean F1": mean_f1, **kinds}
+        return {"Overall": first.pop("F1"), **first, "mean F1": average([kinds[f"{part} F1"] for part in parts]), **kinds}
 
 
 def _yes_figures(scored: Sequence[Scored]) -> Figures:
-    def said(each: Scored) -> bool:
-        return each.score.answer == "Yes"
+    def share(top: Callable[[bool, bool], float], bottom: Callable[[bool, bool], float]) -> Figure:
+        def of(rule: Callable[[bool, bool], float]) -> Callable[[Scored], float]:
+            return lambda s: float(rule(s.score.answer == "Yes", s.example.truth == "Yes"))
 
-    def meant(each: Scored) -> bool:
-        return each.example.answers == ("Yes",)
-
-    def share(top: Any, bottom: Any) -> Figure:
-        return ratio(scored, lambda s: float(top(s)), lambda s: float(bottom(s)))
+        return ratio(scored, of(top), of(bottom))
 
     return {
-        "F1": share(lambda s: 2 * (said(s) and meant(s)), lambda s: said(s) + meant(s)),
+        "F1": share(lambda said, meant: 2 * (said and meant), lambda said, meant: said + meant),
         "acc": mean(scored),
-        "precision": share(lambda s: said(s) and meant(s), said),
-        "recall": share(lambda s: said(s) and meant(s), meant),
+        "precision": share(lambda said, meant: said and meant, lambda said, _: said),
+        "recall": share(lambda said, meant: said and meant, lambda _, meant: meant),
     }
 
 
@@ -160,9 +132,11 @@ TASKS = (
     Mme(
         name="mme", file="MME", about="14 subtasks, two questions about each picture", rows=2374, metric="sum, of 2800",
         hub="lmms-lab/MME", ending=f" {SHORT}", columns={"question_id": "image_path"},
+        reference_word=lambda reply: leading_yes_or_no(in_english(reply)),
     ),
     Pope(
         name="pope", file="POPE", about="objects that are in a picture or not", rows=5127, metric="F1 of yes",
         hub="lmms-lab/POPE",  # whose question_id counts anew in every category
+        reference_word=yes_unless_denied,
     ),
 )  # fmt: skip

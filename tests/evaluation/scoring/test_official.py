@@ -21,27 +21,24 @@ import pytest
 from ivl.evaluation.scoring import algebra, anls
 from ivl.evaluation.scoring.algebra import arithmetic, same_answers, same_value
 from ivl.evaluation.scoring.boxes import box_in, in_pixels, interval_overlap, overlap, reference_box
-from ivl.evaluation.scoring.extraction import extract, last_box_or_text
-from ivl.evaluation.scoring.open_answers import (
-    marked_answer,
-    normalized_answer,
-    open_answer_right,
-    open_answers,
-    typed_answer,
-)
+from ivl.evaluation.scoring.extraction import extract, last_box_or_text, marked_answer
+from ivl.evaluation.scoring.metrics import contains_any, equals_any, relaxed, vqa_accuracy, vqa_form
+from ivl.evaluation.scoring.open_answers import normalized_answer, open_answer_right, open_answers, typed_answer
 from ivl.evaluation.scoring.options import (
     REFUSED,
     Profile,
     first_capital,
+    in_english,
     infer_option,
     last_option,
     leading_option,
+    leading_yes_or_no,
     option_behind,
     shares_option,
+    yes_or_no,
+    yes_unless_denied,
 )
 from ivl.evaluation.scoring.verification import compare
-from ivl.evaluation.scoring.vqa import contains_any, equals_any, relaxed, vqa_accuracy, vqa_form
-from ivl.evaluation.scoring.yes_no import in_english, leading_yes_or_no, yes_or_no, yes_unless_denied
 from ivl.utils.killable import CallStopped
 
 Case = dict[str, Any]
