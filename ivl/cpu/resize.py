@@ -2,7 +2,7 @@
 
 Pillow resizes 8-bit images in two passes, rows and then columns. A pixel is a weighted sum in integers: weights are
 fractions of 2^22, the sum is rounded and clipped to 0..255 after each pass. Two kernels with vector instructions do the same
-(pixel_kernels.py). Once per process their pixels are compared with Pillow's: the comparison tells the order of the passes,
+(kernels/pixels.py). Once per process their pixels are compared with Pillow's: the comparison tells the order of the passes,
 which differs between versions; and where the pixels differ, or this process uses no kernels (IVL_CPU=any, no llvmlite),
 Pillow resizes.
 """
@@ -19,11 +19,11 @@ import numpy as np
 from PIL import Image
 
 from ivl.cpu.kernels import features
+from ivl.cpu.kernels.launch import NOW
 from ivl.processing.image import Pixels, resize
 
 SUPPORT = 2.0
 """Reach of the bicubic filter, in pixels of the smaller of both images."""
-SHIFT, DIGIT = 22, 8
 MAX_TAPS = 500
 """With more source pixels to a sum than this, its digits could leave the 24 bits of a float32."""
 MIN_WIDTH = 6
@@ -31,7 +31,6 @@ MIN_WIDTH = 6
 KEPT_BYTES = 64 << 20
 """Scratch memory above this is replaced at the next image."""
 
-_Kernel = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _memory = threading.local()
 
 
@@ -98,7 +97,7 @@ def _across_then_down(image_YXC: np.ndarray, grids: list[tuple[int, int]], out: 
     wide = _rows_resized(image_YXC.ctypes.data, image_YXC.strides[0], width, height, [c * size for c, _ in grids])
     for (c, r), stride, source, tiles_GSSC in zip(grids, strides, wide, out, strict=False):
         table = weights(height, r * size)
-        call(_kernels()[1], source, stride, tiles_GSSC.ctypes.data, r * size, c, size, 3 * size, *table.pointers())
+        NOW.run("down", (), 0, source, stride, tiles_GSSC.ctypes.data, r * size, c, size, 3 * size, *table.pointers())
 
 
 def _down_then_across(image_YXC: np.ndarray, grid: tuple[int, int], out_GSSC: np.ndarray) -> None:
@@ -110,7 +109,7 @@ def _down_then_across(image_YXC: np.ndarray, grid: tuple[int, int], out_GSSC: np
         source_YB = np.pad(source_YB, ((0, 0), (0, room - 3 * width)))
     low_YB = np.empty((r * size, room), np.uint8)
     table = weights(height, r * size)
-    call(_kernels()[1], source_YB.ctypes.data, room, low_YB.ctypes.data, r * size, 1, r * size, room, *table.pointers())
+    NOW.run("down", (), 0, source_YB.ctypes.data, room, low_YB.ctypes.data, r * size, 1, r * size, room, *table.pointers())
     (address,) = _rows_resized(low_YB.ctypes.data, room, width, r * size, [c * size])
     resized = np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_uint8)), (r, size, c, size, 3))
     out_GSSC[:] = resized.swapaxes(1, 2).reshape(out_GSSC.shape)
@@ -125,7 +124,7 @@ def _rows_resized(address: int, stride: int, width: int, num_rows: int, new_widt
     tables = [weights(width, w) for w in new_widths]  # kept here: the kernel has bare addresses
     for w, table, to, by in zip(new_widths, tables, wide, laid, strict=True):
         arguments += [to, 3 * w, w, by, *table.pointers()]
-    call(_kernels()[0][len(new_widths) - 1], *arguments)
+    NOW.run("across", (len(new_widths),), 0, *arguments)
     return wide
 
 
@@ -146,6 +145,8 @@ class Weights(NamedTuple):
 @lru_cache(maxsize=256)
 def weights(length: int, new_length: int) -> Weights:
     """Bicubic weights (a = -0.5), wider than the filter's own reach when shrinking; computed in float64 as Pillow does."""
+    from ivl.cpu.kernels.pixels import DIGIT, SHIFT
+
     scale = length / new_length
     wide = max(scale, 1.0)
     reach = SUPPORT * wide
@@ -169,21 +170,6 @@ def _bicubic(x: np.ndarray) -> np.ndarray:
     near = (1.5 * x - 2.5) * x * x + 1
     far = (((x - 5) * x + 8) * x - 4) * -0.5
     return np.where(x < 1, near, np.where(x < 2, far, 0.0))
-
-
-@cache
-def _kernels() -> tuple[tuple[int, int], int]:
-    """Addresses of the horizontal kernels for one and two targets, and of the vertical one."""
-    from ivl.cpu import pixel_kernels as k
-
-    assert (k.SHIFT, k.DIGIT) == (SHIFT, DIGIT)
-    return (k.build("across_1", k.across, 1), k.build("across_2", k.across, 2)), k.build("down", k.down)
-
-
-def call(address: int, *arguments: int) -> None:
-    """Call a kernel, without the interpreter's lock."""
-    packed = (ctypes.c_int64 * (1 + len(arguments)))(0, *arguments)  # named, to live through the call
-    _Kernel(address)(ctypes.addressof(packed))
 
 
 def scratch(sizes: list[int]) -> list[int]:

@@ -5,5 +5,6 @@ and rotary positions are chains of passes in torch and one pass here. The kernel
 instructions, compiled by llvmlite in milliseconds at first use, and run on torch's own OpenMP threads. Sums are float32.
 
 features: what the processor has. ops: the kernels as functions of tensors. launch: how kernels are started. build: the
-kernels by name, and how one is compiled. emitter: the assembler that they are written in. All other files hold kernels.
+kernels by name, and how one is compiled. emitter and values: the assembler that they are written in, and its numbers, whose
+operators emit instructions. All other files hold kernels.
 """

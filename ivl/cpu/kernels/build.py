@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import llvmlite.binding as llvm
 
-from ivl.cpu.kernels import attention_amx, decode, dense, quant, quant_amx
+from ivl.cpu.kernels import attention_amx, decode, dense, pixels, quant, quant_amx
 from ivl.cpu.kernels.emitter import Emitter
 from ivl.cpu.kernels.features import target_features
 
@@ -18,7 +18,7 @@ KERNELS: dict[str, Callable[..., None]] = {
         attention_amx.attention, decode.decode_attention,
         quant.quantize_inputs, quant.quant_gemv, quant.dequantize,
         quant_amx.quant_small_batch8, quant_amx.quant_small_batch4, quant_amx.quant_gemm,
-        quant_amx.w8a8_round, quant_amx.w8a8_gemm,
+        quant_amx.w8a8_round, quant_amx.w8a8_gemm, pixels.across, pixels.down,
     )
 }  # fmt: skip
 _compiling = threading.Lock()
@@ -29,15 +29,10 @@ def compile_kernel(name: str, *shape: int | str) -> int:
     """Compile a kernel, specialized to a shape. Returns its machine address."""
     emitter = Emitter(name)
     KERNELS[name](emitter, *shape)
-    return finish(emitter)
-
-
-def finish(emitter: Emitter) -> int:
-    """Compile what was emitted. Returns its machine address."""
+    emitter.b.ret_void()
     with _compiling:
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
-        emitter.b.ret_void()
         module = llvm.parse_assembly(str(emitter.module))
         module.verify()
         target = llvm.Target.from_default_triple()

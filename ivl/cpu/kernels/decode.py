@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from functools import partial
 
-from llvmlite import ir
-
 from ivl.cpu.kernels import decode_amx
 from ivl.cpu.kernels.emitter import F32, F32S, I16, I64, LANES, Emitter, Pair, Value
 
@@ -27,92 +25,87 @@ def scratch_bytes(group: int, head_size: int, longest: int) -> int:
 def decode_attention(e: Emitter, head_size: int, group: int, block_size: int, amx: int) -> None:
     """out[s, n] = softmax(q . k / sqrt(H)) v of sequence s and query head n, with the new key and value in the cache.
     With AMX, which wants blocks of a multiple of 16, keys and values meet all heads at once."""
-    scratch = e.thread_scratch(1, 2, 3)
+    scratch = e.thread_scratch()
     qkv, cos, sin, keys, values, outs = (e.pointer(i, kind) for i, kind in zip(range(4, 10), _KINDS, strict=True))
     tables, pasts = e.pointer(10, I64), e.pointer(11, I64)
     num_seqs, num_kv_heads, row_size, table_size = (e.argument(i) for i in (12, 13, 14, 15))
-    num_heads = e.b.mul(num_kv_heads, e.int(group))
-    slot_size = e.b.mul(num_kv_heads, e.int(head_size))
+    num_heads = num_kv_heads * group
+    slot_size = num_kv_heads * head_size
     if amx:
         decode_amx.amx_shapes(e, group)
-    with e.claimed(e.b.mul(num_seqs, num_kv_heads), 1) as (start, stop), e.loop(start, stop, 1) as item:
-        seq, head = e.b.udiv(item.index, num_kv_heads), e.b.urem(item.index, num_kv_heads)
-        past = e.b.load(e.at(pasts, I64, seq), typ=I64)
-        table = e.at(tables, I64, e.b.mul(seq, table_size))
-        row = e.at(qkv, I16, e.b.mul(seq, row_size))
-        turn = [e.at(factors, F32, e.b.mul(seq, e.int(head_size))) for factors in (cos, sin)]
+    with e.claimed(num_seqs * num_kv_heads, 1) as (start, stop), e.loop(start, stop, 1) as item:
+        seq, head = item.index // num_kv_heads, item.index % num_kv_heads
+        past = e.element(pasts, I64, seq)
+        table = e.at(tables, I64, seq * table_size)
+        row = e.at(qkv, I16, seq * row_size)
+        turn = [e.at(factors, F32, seq * head_size) for factors in (cos, sin)]
 
         def head_at(index: Value, row: Value = row) -> Value:
-            return e.at(row, I16, e.b.mul(index, e.int(head_size)))
+            return e.at(row, I16, index * head_size)
 
         def slot(pages: Value, position: Value, table: Value = table, head: Value = head) -> Value:
-            block = e.b.load(e.at(table, I64, e.b.udiv(position, e.int(block_size))), typ=I64)
-            place = e.b.add(e.b.mul(block, e.int(block_size)), e.b.urem(position, e.int(block_size)))
-            return e.at(pages, I16, e.b.add(e.b.mul(place, slot_size), e.b.mul(head, e.int(head_size))))
+            block = e.element(table, I64, position // block_size)
+            place = block * block_size + position % block_size
+            return e.at(pages, I16, place * slot_size + head * head_size)
 
         new_key, new_value = slot(keys, past), slot(values, past)
-        for part, pair in enumerate(_rotated(e, head_at(e.b.add(num_heads, head)), turn, head_size)):
-            e.store(new_key, e.int(part * 2 * LANES), pair)
-        v = head_at(e.b.add(e.b.add(num_heads, num_kv_heads), head))
+        for part, pair in enumerate(_rotated(e, head_at(num_heads + head), turn, head_size)):
+            e.store(new_key, part * 2 * LANES, pair)
+        v = head_at(num_heads + num_kv_heads + head)
         for at in range(0, head_size, 2 * LANES):
-            e.store(new_value, e.int(at), e.load(v, e.int(at)))
-        queries = [head_at(e.b.add(e.b.mul(head, e.int(group)), e.int(member))) for member in range(group)]
+            e.store(new_value, at, e.load(v, at))
+        queries = [head_at(head * group + member) for member in range(group)]
         pairs = [_rotated(e, q, turn, head_size) for q in queries]
-        out = e.at(outs, I16, e.b.mul(e.b.add(e.b.mul(seq, num_heads), e.b.mul(head, e.int(group))), e.int(head_size)))
+        out = e.at(outs, I16, (seq * num_heads + head * group) * head_size)
         attend = decode_amx.attend if amx else _attend
-        stored = decode_amx.Stored(partial(slot, keys), partial(slot, values), slot_size, e.b.add(past, e.int(1)))
+        stored = decode_amx.Stored(partial(slot, keys), partial(slot, values), slot_size, past + 1)
         attend(e, scratch, pairs, stored, head_size, out)
     if amx:
         e.amx_release()
 
 
 def _attend(
-    e: Emitter,
-    scratch: Value,
-    queries: list[list[Pair]],
-    stored: decode_amx.Stored,
-    head_size: int,
-    out: Value,
+    e: Emitter, scratch: Value, queries: list[list[Pair]], stored: decode_amx.Stored, head_size: int, out: Value
 ) -> None:
     """Do what decode_amx.attend does, with vectors."""
     key_at, value_at, _, length = stored
     group = len(queries)
     for member, q in enumerate(queries):
         for part, vector in enumerate(vector for pair in q for vector in pair):
-            scaled = e.b.fmul(vector, e.splat(head_size**-0.5))
-            e.write(scaled, scratch, F32, e.int(member * head_size + part * LANES))
-    scores = e.at(scratch, F32, e.int(group * head_size))
-    room = e.b.and_(e.b.add(length, e.int(LANES - 1)), e.int(-LANES))
-    rows = [e.at(scores, F32, e.b.mul(room, e.int(member))) for member in range(group)]
+            scaled = vector * e.splat(head_size**-0.5)
+            e.write(scaled, scratch, F32, member * head_size + part * LANES)
+    scores = e.at(scratch, F32, group * head_size)
+    room = (length + (LANES - 1)) & -LANES
+    rows = [e.at(scores, F32, room * member) for member in range(group)]
     for scores_row in rows:
-        e.write(e.splat(HIDDEN), scores_row, F32, e.b.sub(room, e.int(LANES)))
-    with e.loop(e.int(0), length, 1) as position:
+        e.write(e.splat(HIDDEN), scores_row, F32, room - LANES)
+    with e.loop(0, length, 1) as position:
         key = key_at(position.index)
-        pairs = [e.load(key, e.int(at)) for at in range(0, head_size, 2 * LANES)]
+        pairs = [e.load(key, at) for at in range(0, head_size, 2 * LANES)]
         for member, scores_row in enumerate(rows):
             total = e.splat(0.0)
             for part, vector in enumerate(vector for pair in pairs for vector in pair):
-                total = e.fma(e.read(F32S, scratch, F32, e.int(member * head_size + part * LANES)), vector, total)
+                total = e.fma(e.read(F32S, scratch, F32, member * head_size + part * LANES), vector, total)
             e.b.store(e.total(total), e.at(scores_row, F32, position.index))
     scales = [_softmax(e, scores_row, room) for scores_row in rows]
     for first in range(0, group, HEADS_AT_ONCE):
         members = range(first, min(first + HEADS_AT_ONCE, group))
         for half in range(0, head_size, 64):
             zeros = [e.splat(0.0) for _ in members for _ in range(64 // LANES)]
-            with e.loop(e.int(0), length, 1, *zeros) as position:
+            with e.loop(0, length, 1, *zeros) as position:
                 value = value_at(position.index)
-                vectors = [v for at in (0, 2 * LANES) for v in e.load(value, e.int(half + at))]
+                vectors = [v for at in (0, 2 * LANES) for v in e.load(value, half + at)]
                 sums = iter(position.values)
                 added = []
                 for member in members:
-                    weight = e.splat(e.b.load(e.at(rows[member], F32, position.index), typ=F32))
+                    weight = e.splat(e.element(rows[member], F32, position.index))
                     added += [e.fma(weight, vector, next(sums)) for vector in vectors]
                 position.carry(added)
             sums = iter(position.values)
             for member in members:
                 for at in (0, 2 * LANES):
-                    even, odd = (e.b.fmul(next(sums), scales[member]) for _ in range(2))
-                    e.store(out, e.int(member * head_size + half + at), (even, odd))
+                    even, odd = (next(sums) * scales[member] for _ in range(2))
+                    e.store(out, member * head_size + half + at, (even, odd))
 
 
 _KINDS = (I16, F32, F32, I16, I16, I16)
@@ -122,21 +115,21 @@ def _rotated(e: Emitter, row: Value, turn: list[Value], head_size: int) -> list[
     """Rotate a head to its position. Returns even and odd elements of each 32; the halves of cos and of sin are equal."""
     first_half, second_half = [], []
     for at in range(0, head_size // 2, 2 * LANES):
-        firsts, seconds = e.load(row, e.int(at)), e.load(row, e.int(at + head_size // 2))
-        coss, sins = (e.deinterleaved(factors, e.int(at)) for factors in turn)
+        firsts, seconds = e.load(row, at), e.load(row, at + head_size // 2)
+        coss, sins = (e.deinterleaved(factors, at) for factors in turn)
         parts = list(zip(firsts, seconds, coss, sins, strict=True))
-        first_half.append(tuple(e.fma(a, c, e.b.fneg(e.b.fmul(b, s))) for a, b, c, s in parts))
-        second_half.append(tuple(e.fma(b, c, e.b.fmul(a, s)) for a, b, c, s in parts))
+        first_half.append(tuple(e.fma(a, c, -(b * s)) for a, b, c, s in parts))
+        second_half.append(tuple(e.fma(b, c, a * s) for a, b, c, s in parts))
     return first_half + second_half
 
 
 def _softmax(e: Emitter, row: Value, room: Value) -> Value:
     """Replace scores by exp(score - maximum). Returns one over their sum, in every lane."""
-    with e.loop(e.int(0), room, LANES, e.splat(HIDDEN)) as block:
+    with e.loop(0, room, LANES, e.splat(HIDDEN)) as block:
         block.carry([e.larger(e.read(F32S, row, F32, block.index), block.values[0])])
     top = e.splat(e.greatest(block.values[0]))
-    with e.loop(e.int(0), room, LANES, e.splat(0.0)) as block:
-        weights = e.exp(e.b.fsub(e.read(F32S, row, F32, block.index), top))
+    with e.loop(0, room, LANES, e.splat(0.0)) as block:
+        weights = e.exp(e.read(F32S, row, F32, block.index) - top)
         e.write(weights, row, F32, block.index)
-        block.carry([e.b.fadd(block.values[0], weights)])
-    return e.splat(e.b.fdiv(ir.Constant(F32, 1.0), e.total(block.values[0])))
+        block.carry([block.values[0] + weights])
+    return e.splat(1.0 / e.total(block.values[0]))

@@ -9,20 +9,23 @@ elements, masked they are the odd ones, both as float32. Elements come in pairs 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
 
 import llvmlite.binding as llvm
 from llvmlite import ir
+
+from ivl.cpu.kernels.values import Builder, Value
 
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 LANES = 16
 AMX_ROWS = 16
 """Rows of an AMX register; each has up to 64 bytes."""
 F32S, I32S, I16S = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(I16, LANES)
-Value = Any
 Pair = tuple[Value, Value]
+StepBody = Callable[[Value, int, list[Value]], list[Value] | None]
+"""Emits a step of a row, given its number, its size and what is carried; returns what is carried on."""
 
 
 class _BFloat(ir.Type):
@@ -46,36 +49,45 @@ class Emitter:
         self.module.triple = llvm.get_process_triple()
         kind = ir.FunctionType(ir.VoidType(), [I64.as_pointer()])
         self.function = ir.Function(self.module, kind, "kernel")
-        self.b = ir.IRBuilder(self.function.append_basic_block())
+        self.b = Builder(ir.IRBuilder(self.function.append_basic_block()))
 
     # Scalars
     def int(self, value: int) -> Value:
-        return ir.Constant(I64, value)
+        return Value(self.b, ir.Constant(I64, value))
+
+    def index(self, value: Value | int) -> Value:
+        """Return a number as a value."""
+        return self.int(value) if isinstance(value, int) else value
 
     def argument(self, index: int) -> Value:
-        return self.b.load(self.at(self.function.args[0], I64, self.int(index)))
+        return self.b.load(self.at(self.function.args[0], I64, index))
 
     def pointer(self, index: int, kind: ir.Type = I16) -> Value:
         return self.b.inttoptr(self.argument(index), kind.as_pointer())
 
-    def thread_scratch(self, counter: int, memory: int, size: int) -> Value:
-        """Return this thread's part of the scratch memory. The arguments are indices of arguments; a thread draws its number
-        from the counter."""
-        number = self.b.atomic_rmw("add", self.at(self.function.args[0], I64, self.int(counter)), self.int(1), "monotonic")
-        return self.b.gep(self.pointer(memory, I8), [self.b.mul(number, self.argument(size))], source_etype=I8)
+    def thread_scratch(self) -> Value:
+        """Return this thread's part of the scratch memory. Arguments: 1 a counter, from which a thread draws its number, 2 the
+        memory, 3 the bytes of a part."""
+        number = self.b.atomic_rmw("add", self.at(self.function.args[0], I64, 1), self.int(1), "monotonic")
+        return self.b.gep(self.pointer(2, I8), [number * self.argument(3)], source_etype=I8)
 
     def memory(self, kind: ir.Type, size: int) -> Value:
         """Return memory of this call for so many elements, which begins at a cache line."""
         place = self.b.alloca(kind, size=self.int(size))
-        place.align = 64  # type: ignore[misc]
+        place.raw.align = 64
         return place
 
-    def at(self, pointer: Value, kind: ir.Type, index: Value) -> Value:
+    def at(self, pointer: Value, kind: ir.Type, index: Value | int) -> Value:
         """Return a pointer to element `index` of elements of the given kind."""
-        return self.b.gep(self.b.bitcast(pointer, kind.as_pointer()), [index], source_etype=kind)
+        return self.b.gep(self.b.bitcast(pointer, kind.as_pointer()), [self.index(index)], source_etype=kind)
 
-    def smaller(self, a: Value, c: Value) -> Value:
-        return self.b.select(self.b.icmp_signed("<", a, c), a, c)
+    def element(self, pointer: Value, kind: ir.Type, index: Value | int) -> Value:
+        """Read element `index` of elements of the given kind."""
+        return self.b.load(self.at(pointer, kind, index), typ=kind)
+
+    def smaller(self, a: Value | int, c: Value | int) -> Value:
+        a, c = self.index(a), self.index(c)
+        return self.b.select(a < c, a, c)
 
     def call(self, name: str, result: ir.Type, *args: Value) -> Value:
         function = self.module.globals.get(name)
@@ -104,11 +116,13 @@ class Emitter:
     def amx_zero(self, register: int) -> None:
         self.call("llvm.x86.tilezero", ir.VoidType(), ir.Constant(I8, register))
 
-    def amx_load(self, register: int, pointer: Value, row_bytes: Value) -> None:
-        self.call("llvm.x86.tileloadd64", ir.VoidType(), ir.Constant(I8, register), self.bytes(pointer), row_bytes)
+    def amx_load(self, register: int, pointer: Value, row_bytes: Value | int) -> None:
+        operands = ir.Constant(I8, register), self.bytes(pointer), self.index(row_bytes)
+        self.call("llvm.x86.tileloadd64", ir.VoidType(), *operands)
 
-    def amx_store(self, register: int, pointer: Value, row_bytes: Value) -> None:
-        self.call("llvm.x86.tilestored64", ir.VoidType(), ir.Constant(I8, register), self.bytes(pointer), row_bytes)
+    def amx_store(self, register: int, pointer: Value, row_bytes: Value | int) -> None:
+        operands = ir.Constant(I8, register), self.bytes(pointer), self.index(row_bytes)
+        self.call("llvm.x86.tilestored64", ir.VoidType(), *operands)
 
     def amx_dot(self, instruction: str, total: int, left: int, right: int) -> None:
         """total += left @ right. tdpbf16ps multiplies pairs of bfloat16 to float32 sums; tdpbusd and tdpbsud multiply fours
@@ -124,17 +138,15 @@ class Emitter:
 
     # Vectors
     def splat(self, value: Value | float) -> Value:
+        """Return a number in every lane."""
         if isinstance(value, float):
-            return ir.Constant(F32S, [value] * LANES)
-        single = self.b.insert_element(ir.Constant(F32S, ir.Undefined), value, ir.Constant(I32, 0))
-        return self.b.shuffle_vector(single, ir.Constant(F32S, ir.Undefined), ir.Constant(I32S, [0] * LANES))
+            return Value(self.b, ir.Constant(F32S, [value] * LANES))
+        nothing = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
+        single = self.b.insert_element(nothing, value, ir.Constant(I32, 0))
+        return self.b.shuffle_vector(single, nothing, ir.Constant(I32S, [0] * LANES))
 
     def ints(self, value: int) -> Value:
-        return ir.Constant(I32S, [value] * LANES)
-
-    def int_splat(self, value: Value) -> Value:
-        single = self.b.insert_element(ir.Constant(I32S, ir.Undefined), value, ir.Constant(I32, 0))
-        return self.b.shuffle_vector(single, ir.Constant(I32S, ir.Undefined), ir.Constant(I32S, [0] * LANES))
+        return Value(self.b, ir.Constant(I32S, [value] * LANES))
 
     def fma(self, x: Value, y: Value, z: Value) -> Value:
         return self.call("llvm.fma.v16f32", F32S, x, y, z)
@@ -145,75 +157,76 @@ class Emitter:
         return self.b.call(self.module.globals[function], [ir.Constant(F32, -0.0), x], fastmath=("reassoc",))
 
     def larger(self, x: Value, y: Value) -> Value:
-        return self.b.select(self.b.fcmp_ordered(">", x, y), x, y)
+        return self.b.select(x > y, x, y)
 
     def greatest(self, x: Value) -> Value:
         return self.call("llvm.vector.reduce.fmax.v16f32", F32, x)
 
-    def read(self, kind: ir.Type, pointer: Value, element: ir.Type, index: Value) -> Value:
+    def read(self, kind: ir.Type, pointer: Value, element: ir.Type, index: Value | int) -> Value:
         """Read a vector of the given kind from pointer[index] on; no alignment is needed."""
-        return self.b.load(self.b.bitcast(self.at(pointer, element, index), kind.as_pointer()), typ=kind, align=2)
+        return self.b.load(self.b.bitcast(self.at(pointer, element, index), kind.as_pointer()), typ=kind, align=1)
 
-    def write(self, value: Value, pointer: Value, element: ir.Type, index: Value) -> None:
-        self.b.store(value, self.b.bitcast(self.at(pointer, element, index), value.type.as_pointer()), align=2)
+    def write(self, value: Value, pointer: Value, element: ir.Type, index: Value | int) -> None:
+        self.b.store(value, self.b.bitcast(self.at(pointer, element, index), value.type.as_pointer()), align=1)
 
-    def load(self, pointer: Value, index: Value) -> Pair:
+    def load(self, pointer: Value, index: Value | int) -> Pair:
         """Read 32 bfloat16 as their even and odd elements."""
         pairs = self.read(I32S, pointer, I16, index)
-        even = self.b.shl(pairs, self.ints(16))
-        odd = self.b.and_(pairs, self.ints(-65536))
+        even, odd = pairs << 16, pairs & -65536
         return self.b.bitcast(even, F32S), self.b.bitcast(odd, F32S)
 
-    def store(self, pointer: Value, index: Value, value: Pair) -> None:
-        even = self.b.lshr(self.rounded(value[0]), self.ints(16))
-        odd = self.b.and_(self.rounded(value[1]), self.ints(-65536))
-        self.write(self.b.or_(even, odd), pointer, I16, index)
+    def store(self, pointer: Value, index: Value | int, value: Pair) -> None:
+        self.write(self.rounded_words(value), pointer, I16, index)
 
-    def floats(self, pointer: Value, index: Value) -> Value:
+    def words(self, even: Value, odd: Value) -> Value:
+        """Return words of two bfloat16: the upper halves of the even bits, and above them those of the odd ones."""
+        return (even >> 16) | (odd & -65536)
+
+    def rounded_words(self, pair: Pair) -> Value:
+        """Return two vectors of float32 as bfloat16, the first in the lower halves of words."""
+        return self.words(self.rounded(pair[0]), self.rounded(pair[1]))
+
+    def floats(self, pointer: Value, index: Value | int) -> Value:
         """Read 16 bfloat16 in their order."""
-        return self.b.bitcast(self.b.shl(self.b.zext(self.read(I16S, pointer, I16, index), I32S), self.ints(16)), F32S)
+        return self.b.bitcast(self.b.zext(self.read(I16S, pointer, I16, index), I32S) << 16, F32S)
 
     def store_one(self, pointer: Value, value: Value) -> None:
-        bits = self.b.lshr(self.rounded(value), ir.Constant(I32, 16))
-        self.b.store(self.b.trunc(bits, I16), pointer)
+        self.b.store(self.b.trunc(self.rounded(value) >> 16, I16), pointer)
 
     def load_one(self, pointer: Value) -> Value:
         """Read one bfloat16."""
-        return self.b.bitcast(self.b.shl(self.b.zext(self.b.load(pointer, typ=I16), I32), ir.Constant(I32, 16)), F32)
+        return self.b.bitcast(self.b.zext(self.b.load(pointer, typ=I16), I32) << 16, F32)
 
-    def deinterleaved(self, pointer: Value, index: Value) -> Pair:
+    def deinterleaved(self, pointer: Value, index: Value | int) -> Pair:
         """Read 32 float32 as their even and odd elements."""
-        low, high = (self.read(F32S, pointer, F32, self.b.add(index, self.int(part))) for part in (0, LANES))
+        low, high = (self.read(F32S, pointer, F32, self.index(index) + part) for part in (0, LANES))
         evens, odds = (ir.Constant(I32S, list(range(part, 2 * LANES, 2))) for part in (0, 1))
         return self.b.shuffle_vector(low, high, evens), self.b.shuffle_vector(low, high, odds)
 
     def rounded(self, x: Value) -> Value:
         """Return the bits of float32 (a vector or one), rounded to nearest even in the upper half. NaN stays NaN."""
-        kind = I32S if x.type == F32S else I32
-        constant = self.ints if kind is I32S else lambda value: ir.Constant(I32, value)
-        bits = self.b.bitcast(x, kind)
-        tie = self.b.and_(self.b.lshr(bits, constant(16)), constant(1))
-        up = self.b.add(bits, self.b.add(tie, constant(0x7FFF)))
-        return self.b.select(self.b.fcmp_unordered("uno", x, x), constant(0x7FC00000), up)
+        bits = self.b.bitcast(x, I32S if x.type == F32S else I32)
+        up = bits + (((bits >> 16) & 1) + 0x7FFF)
+        return self.b.select(self.b.fcmp_unordered("uno", x, x), bits.like(0x7FC00000), up)
 
     def exp(self, x: Value) -> Value:
         """Return e^x to about 1e-7: 2^n times a polynomial of the remainder. Infinite above 88.4, at least e^-87 below."""
         # Comparisons with NaN are false, so NaN goes through.
         for limit, beyond in ((89.0, ">"), (-87.0, "<")):
             x = self.b.select(self.b.fcmp_ordered(beyond, x, self.splat(limit)), self.splat(limit), x)
-        n = self.call("llvm.rint.v16f32", F32S, self.b.fmul(x, self.splat(1.4426950408889634)))
+        n = self.call("llvm.rint.v16f32", F32S, x * 1.4426950408889634)
         r = self.fma(n, self.splat(-0.693145751953125), x)
         r = self.fma(n, self.splat(-1.428606765330187e-06), r)
         y = self.splat(1 / 720)
         for coefficient in (1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
             y = self.fma(y, r, self.splat(coefficient))
-        power = self.b.shl(self.b.add(self.b.fptosi(n, I32S), self.ints(127)), self.ints(23))
-        return self.b.fmul(y, self.b.bitcast(power, F32S))
+        power = (self.b.fptosi(n, I32S) + 127) << 23
+        return y * self.b.bitcast(power, F32S)
 
-    def store_small(self, pointer: Value, index: Value, value: Pair) -> None:
+    def store_small(self, pointer: Value, index: Value | int, value: Pair) -> None:
         """Store numbers that are not near overflow: ties are rounded up."""
-        even, odd = (self.b.add(self.b.bitcast(x, I32S), self.ints(0x8000)) for x in value)
-        self.write(self.b.or_(self.b.lshr(even, self.ints(16)), self.b.and_(odd, self.ints(-65536))), pointer, I16, index)
+        even, odd = (self.b.bitcast(x, I32S) + 0x8000 for x in value)
+        self.write(self.words(even, odd), pointer, I16, index)
 
     # Processors with AMX have these instructions of AVX-512
     def small_exp2(self, x: Value) -> Value:
@@ -225,7 +238,7 @@ class Emitter:
             y = self.fma(y, r, self.splat(coefficient))
         return self.call("llvm.x86.avx512.mask.scalef.ps.512", F32S, y, x, y, every, as_set)
 
-    def store_floats(self, pointer: Value, index: Value, value: Value) -> None:
+    def store_floats(self, pointer: Value, index: Value | int, value: Value) -> None:
         """Store 16 float32 as bfloat16, in their order."""
         short = self.call("llvm.x86.avx512bf16.cvtneps2bf16.512", ir.VectorType(_BFloat(), LANES), value)
         self.write(self.b.bitcast(short, I16S), pointer, I16, index)
@@ -237,39 +250,44 @@ class Emitter:
 
     # Control flow
     @contextmanager
-    def loop(self, start: Value, stop: Value, step: int, *carried: Value) -> Iterator[KernelLoop]:
+    def loop(self, start: Value | int, stop: Value | int, step: int, *carried: Value) -> Iterator[KernelLoop]:
         """Emit `for i in range(start, stop, step)`, run at least once; KernelLoop.carry sets the carried values anew."""
         before = self.b.block
         body = self.function.append_basic_block()
         self.b.branch(body)
         self.b.position_at_end(body)
-        i = self.b.phi(I64)
-        i.add_incoming(start, before)
-        phis = [self.b.phi(value.type) for value in carried]
-        for phi, value in zip(phis, carried, strict=True):
-            phi.add_incoming(value, before)
-        state = KernelLoop(i, phis)
+        phis = [self.b.phi(value.type) for value in (self.int(0), *carried)]
+        for phi, value in zip(phis, (self.index(start), *carried), strict=True):
+            phi.raw.add_incoming(value.raw, before)
+        state = KernelLoop(phis[0], phis[1:])
         yield state
-        following = self.b.add(i, self.int(step))
-        i.add_incoming(following, self.b.block)
-        for phi, value in zip(phis, state.values, strict=True):
-            phi.add_incoming(value, self.b.block)
+        following = state.index + step
+        for phi, value in zip(phis, (following, *state.values), strict=True):
+            phi.raw.add_incoming(value.raw, self.b.block)
         after = self.function.append_basic_block()
-        self.b.cbranch(self.b.icmp_signed("<", following, stop), body, after)
+        self.b.cbranch(following < self.index(stop), body, after)
         self.b.position_at_end(after)
+
+    def in_steps(self, width: int, size: int, body: StepBody, *carried: Value) -> list[Value]:
+        """Emit `carried = body(number, size, carried)` for every step of a row, and for what is left behind the last one."""
+        values = list(carried)
+        if width >= size:
+            with self.loop(0, width // size, 1, *values) as step:
+                step.carry(body(step.index, size, step.values) or [])
+            values = step.values
+        return body(self.int(width // size), width % size, values) or [] if width % size else values
 
     @contextmanager
     def claimed(self, count: Value, grain: int) -> Iterator[Pair]:
         """Split range(count) into about 16 chunks (start, stop) of a multiple of grain; threads claim them one by one."""
-        grains = self.b.add(self.b.udiv(count, self.int(16 * grain)), self.int(1))
-        chunk = self.b.mul(grains, self.int(grain))
+        chunk = (count // (16 * grain) + 1) * grain
         head, body, after = (self.function.append_basic_block() for _ in range(3))
         self.b.branch(head)
         self.b.position_at_end(head)
         start = self.b.atomic_rmw("add", self.function.args[0], chunk, "monotonic")
-        self.b.cbranch(self.b.icmp_signed("<", start, count), body, after)
+        self.b.cbranch(start < count, body, after)
         self.b.position_at_end(body)
-        yield start, self.smaller(self.b.add(start, chunk), count)
+        yield start, self.smaller(start + chunk, count)
         self.b.branch(head)
         self.b.position_at_end(after)
 
@@ -280,15 +298,15 @@ class Emitter:
         The last block moves back to end with the last row. Rows that are met twice get the same value twice.
         """
         with self.claimed(rows, size) as (start, stop), self.loop(start, stop, size) as outer:
-            yield self.smaller(outer.index, self.b.sub(rows, self.int(size)))
+            yield self.smaller(outer.index, rows - size)
 
 
+@dataclass
 class KernelLoop:
     """A loop under construction: its index, and the values that it carries from one pass to the next."""
 
-    def __init__(self, index: Value, values: list[Value]) -> None:
-        self.index = index
-        self.values = values
+    index: Value
+    values: list[Value]
 
     def carry(self, values: list[Value]) -> None:
         self.values = values

@@ -33,34 +33,30 @@ class Launch:
         """Return a tensor without content."""
         return torch.empty(shape, dtype=dtype)
 
-    def scratch(self, room: int) -> torch.Tensor:
-        """Return `room` bytes for each thread, which begin at a cache line."""
-        memory = self.empty(torch.get_num_threads() * room + CACHE_LINE, dtype=torch.uint8)
-        return memory[-memory.data_ptr() % CACHE_LINE :]
-
-    def run(self, name: str, shape: tuple[int | str, ...], work: int, *arguments: int) -> None:
+    def run(self, name: str, shape: tuple[int | str, ...], work: int, *arguments: int, scratch: int = 0) -> None:
         """Call a kernel with 64-bit arguments.
 
         Args:
             name: The kernel's name in build.py.
             shape: What the kernel is specialized to.
             work: Elements of work, which decide whether more than one thread pays.
-            arguments: The kernel's arguments from number 1. Number 0 is the counter from which threads claim their rows. A
-                kernel with scratch memory has a counter of threads as number 1; it is passed as 0.
+            arguments: The kernel's arguments from number 1. Number 0 is the counter from which threads claim their rows.
+            scratch: Bytes of scratch memory for each thread. A kernel with such memory has a counter of threads, the memory,
+                which begins at a cache line, and these bytes as its first arguments.
         """
-        address, packed, threads = self._prepared(name, shape, work, arguments)
+        memory = self.empty(torch.get_num_threads() * scratch + CACHE_LINE, dtype=torch.uint8) if scratch else None
+        if memory is not None:
+            arguments = (0, -(-memory.data_ptr() // CACHE_LINE) * CACHE_LINE, scratch, *arguments)
+        packed = (ctypes.c_int64 * (1 + len(arguments)))(0, *arguments)
+        threads = torch.get_num_threads() if work > GRAIN else 1
+        self._start(address_of(name, *shape), packed, threads, counts_threads=memory is not None)
+
+    def _start(self, address: int, packed: _Packed, threads: int, *, counts_threads: bool) -> None:  # noqa: ARG002
         team = features.openmp() if threads > 1 else None
         if team is not None:
             team(address, ctypes.addressof(packed), threads, 0)
         else:
             _KernelPointer(address)(ctypes.addressof(packed))
-
-    def _prepared(
-        self, name: str, shape: tuple[int | str, ...], work: int, arguments: tuple[int, ...]
-    ) -> tuple[int, _Packed, int]:
-        """Return the kernel's address, its arguments in memory, and the number of threads."""
-        packed = (ctypes.c_int64 * (1 + len(arguments)))(0, *arguments)
-        return address_of(name, *shape), packed, torch.get_num_threads() if work > GRAIN else 1
 
 
 NOW = Launch()
@@ -81,10 +77,9 @@ class CallRecorder(Launch):
         size = torch.Size(shape).numel() * dtype.itemsize
         return self.workspace.take(size)[:size].view(dtype).view(shape)
 
-    def run(self, name: str, shape: tuple[int | str, ...], work: int, *arguments: int) -> None:
-        address, packed, threads = self._prepared(name, shape, work, arguments)
+    def _start(self, address: int, packed: _Packed, threads: int, *, counts_threads: bool) -> None:
         self.arguments.append(packed)
-        self.entries += [address, ctypes.addressof(packed), threads, int(arguments[0] == 0)]
+        self.entries += [address, ctypes.addressof(packed), threads, int(counts_threads)]
 
     def repeat(self) -> None:
         """Make the recorded calls."""

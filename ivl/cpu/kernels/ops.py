@@ -36,13 +36,8 @@ def takes(x: torch.Tensor) -> bool:
 
 def fits(weight: torch.Tensor) -> bool:
     """Whether kernels take this weight: bfloat16 on a CPU, in one piece, with rows of whole vectors of 32."""
-    return (
-        features.available()
-        and weight.dtype is torch.bfloat16
-        and weight.is_cpu
-        and weight.is_contiguous()
-        and weight.shape[-1] % 32 == 0
-    )
+    in_order = weight.is_cpu and weight.is_contiguous() and weight.shape[-1] % 32 == 0
+    return in_order and weight.dtype is torch.bfloat16 and features.available()
 
 
 class Fusion(NamedTuple):
@@ -84,8 +79,7 @@ def linear(
     if rows > 1 and features.has_amx():
         columns = 8 if rows <= 8 else MAX_ROWS
         room = 2 * (2 * width * columns + 32)  # the rows in pairs, and normalized
-        scratch = launch.scratch(room).data_ptr()
-        launch.run("linear_amx", (columns, *shape), out * width, 0, scratch, room, *pointers, *fusion.arguments(), rows)
+        launch.run("linear_amx", (columns, *shape), out * width, *pointers, *fusion.arguments(), rows, scratch=room)
     else:
         launch.run("linear", (rows, *shape), out * width, *pointers, *fusion.arguments())
     return y_TO.view(*x.shape[:-1], out)
@@ -122,15 +116,9 @@ class QuantizedWeight(NamedTuple):
 
 def quant_fits(scale_OG: torch.Tensor, width: int, group: int) -> bool:
     """Whether kernels take a quantized weight with these scales, each for a group of so many of a row's elements."""
-    return (
-        features.available()
-        and scale_OG.dtype is torch.bfloat16
-        and scale_OG.is_cpu
-        and scale_OG.is_contiguous()
-        and len(scale_OG) >= MIN_OUT
-        and width % 32 == 0
-        and (scale_OG.shape[1] == 1 or (group in (32, 64, 128) and width % group == 0))
-    )
+    in_order = scale_OG.is_cpu and scale_OG.is_contiguous() and len(scale_OG) >= MIN_OUT and width % 32 == 0
+    in_groups = scale_OG.shape[1] == 1 or (group in (32, 64, 128) and width % group == 0)
+    return in_order and in_groups and scale_OG.dtype is torch.bfloat16 and features.available()
 
 
 def quant_gemv(x_TI: torch.Tensor, q: QuantizedWeight, fusion: Fusion = ALONE, launch: Launch = NOW) -> torch.Tensor:
@@ -164,12 +152,10 @@ def quant_small_batch(x_TI: torch.Tensor, q: QuantizedWeight, fusion: Fusion = A
     out, (bits, groups, zero, width) = len(q.scale_OG), q.kind(x_TI.shape[1])
     tokens = quantize_inputs(x_TI, bits, zero, launch=launch)
     y_TO = launch.empty(len(x_TI), out)
-    room = 16 * tokens.shape[1]
-    scratch = launch.scratch(room).data_ptr()
     name, shape = ("quant_small_batch8", (width,)) if bits == 8 else ("quant_small_batch4", (groups, zero, width))
     launch.run(
-        name, (*shape, int(fusion.residual is not None)), out * width, 0, scratch, room, tokens.data_ptr(), *q.pointers(),
-        _pointer(q.bias_O), y_TO.data_ptr(), out, _pointer(fusion.residual), len(x_TI),
+        name, (*shape, int(fusion.residual is not None)), out * width, tokens.data_ptr(), *q.pointers(), _pointer(q.bias_O),
+        y_TO.data_ptr(), out, _pointer(fusion.residual), len(x_TI), scratch=16 * tokens.shape[1],
     )  # fmt: skip
     return y_TO
 
@@ -180,11 +166,9 @@ def quant_gemm(x_TI: torch.Tensor, q: QuantizedWeight) -> torch.Tensor:
 
     tokens, out, kind = len(x_TI), len(q.scale_OG), q.kind(x_TI.shape[1])
     y_TO, bias = x_TI.new_empty(tokens, out), q.float_bias()
-    room = scratch_bytes(kind[3])
-    scratch = NOW.scratch(room)
     NOW.run(
-        "quant_gemm", (*kind, min(tokens, 16), 2 if tokens >= 32 else 1), out * kind[3], 0, scratch.data_ptr(), room,
-        x_TI.data_ptr(), *q.pointers(), bias.data_ptr(), y_TO.data_ptr(), out, tokens, x_TI.stride(0),
+        "quant_gemm", (*kind, min(tokens, 16), 2 if tokens >= 32 else 1), out * kind[3], x_TI.data_ptr(), *q.pointers(),
+        bias.data_ptr(), y_TO.data_ptr(), out, tokens, x_TI.stride(0), scratch=scratch_bytes(kind[3]),
     )  # fmt: skip
     return y_TO
 
@@ -205,8 +189,6 @@ def w8a8_linear(
     rounded = torch.empty(tokens, width + 64, dtype=torch.uint8)
     NOW.run("w8a8_round", (width,), x_TI.numel(), x_TI.data_ptr(), rounded.data_ptr(), tokens, x_TI.stride(0))
     y_TO, bias = x_TI.new_empty(tokens, out), q.float_bias()
-    room = scratch_bytes(width + 32)
-    scratch = NOW.scratch(room)
     after = "gelu" if gelu else "" if residual_TO is None else "add"
     residual = y_TO if residual_TO is None else residual_TO.contiguous()
     panels = -(-rounded.numel() // PANEL_BYTES)
@@ -214,7 +196,7 @@ def w8a8_linear(
         kind = (width, min(len(part), 16), 2 if len(part) >= 32 else 1, after)
         pointers = (part.data_ptr(), *q.pointers()[:2], bias.data_ptr(), y_part.data_ptr())
         sizes = (out, len(part), plus.data_ptr(), _pointer(factor_O))
-        NOW.run("w8a8_gemm", kind, out * width, 0, scratch.data_ptr(), room, *pointers, *sizes)
+        NOW.run("w8a8_gemm", kind, out * width, *pointers, *sizes, scratch=scratch_bytes(width + 32))
     return y_TO
 
 
@@ -275,13 +257,8 @@ def rotate_(x_TNH: torch.Tensor, cos_TH: torch.Tensor, sin_TH: torch.Tensor) -> 
 
 def attention_takes(q_TNH: torch.Tensor, num_keys: int) -> bool:
     """Whether `attention` takes these queries: with AMX, heads of 64 or 128, and scores that fit into the caches."""
-    return (
-        q_TNH.shape[0] >= MIN_QUERIES
-        and num_keys <= MAX_KEYS
-        and q_TNH.shape[-1] in (64, 128)
-        and takes(q_TNH)
-        and features.has_amx()
-    )
+    pays = q_TNH.shape[0] >= MIN_QUERIES and num_keys <= MAX_KEYS and q_TNH.shape[-1] in (64, 128)
+    return pays and takes(q_TNH) and features.has_amx()
 
 
 def attention(q_TNH: torch.Tensor, k_LKH: torch.Tensor, v_LKH: torch.Tensor, *, causal: bool) -> torch.Tensor:
@@ -290,12 +267,11 @@ def attention(q_TNH: torch.Tensor, k_LKH: torch.Tensor, v_LKH: torch.Tensor, *, 
 
     (num_queries, num_heads, size), num_keys = q_TNH.shape, len(k_LKH)
     out_TNH = q_TNH.new_empty(q_TNH.shape)
-    room = scratch_bytes(num_keys, size)
-    scratch = NOW.scratch(room)
     tensors = (q_TNH, k_LKH, v_LKH, out_TNH)
     NOW.run(
-        "attention", (size, int(causal)), out_TNH.numel() * num_keys, 0, *(x.data_ptr() for x in tensors), scratch.data_ptr(),
-        room, num_queries, num_keys, num_heads, num_heads // k_LKH.shape[1], *(s for x in tensors for s in x.stride()[:2]),
+        "attention", (size, int(causal)), out_TNH.numel() * num_keys, *(x.data_ptr() for x in tensors), num_queries, num_keys,
+        num_heads, num_heads // k_LKH.shape[1], *(s for x in tensors for s in x.stride()[:2]),
+        scratch=scratch_bytes(num_keys, size),
     )  # fmt: skip
     return out_TNH
 
@@ -329,12 +305,10 @@ def decode_attention(
     num_heads = num_all - 2 * num_kv_heads
     group = num_heads // num_kv_heads
     out_SNH = launch.empty(num_seqs, num_heads, size)
-    room = scratch_bytes(group, size, longest)
-    scratch = launch.scratch(room)
     tensors = (qkv_SXH, *factors, keys_LKH, values_LKH, out_SNH, table_SB, past_S)
     kind = (size, group, block_size, int(features.has_amx() and block_size % 16 == 0))
     launch.run(
-        "decode_attention", kind, num_seqs * num_all * longest * size, 0, scratch.data_ptr(), room,
-        *(x.data_ptr() for x in tensors), num_seqs, num_kv_heads, qkv_SXH.stride(0), table_SB.stride(0),
+        "decode_attention", kind, num_seqs * num_all * longest * size, *(x.data_ptr() for x in tensors), num_seqs,
+        num_kv_heads, qkv_SXH.stride(0), table_SB.stride(0), scratch=scratch_bytes(group, size, longest),
     )  # fmt: skip
     return out_SNH

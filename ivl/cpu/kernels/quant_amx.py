@@ -30,40 +30,40 @@ def scratch_bytes(width: int) -> int:
 
 def quant_gemm(e: Emitter, bits: int, groups: int, zero: int, width: int, height: int, together: int) -> None:
     """y[t, r] = sum_i x[t, i] w[r, i] + bias[r] for tokens t in registers of `height` rows, `together` (1 or 2) at a time."""
-    scratch = e.thread_scratch(1, 2, 3)
+    scratch = e.thread_scratch()
     x, w, scales, zeros = e.pointer(4), e.pointer(5, I8), e.pointer(6), e.pointer(7, I8)
     biases, y = e.pointer(8, F32), e.pointer(9)
     rows, tokens, x_stride = e.argument(10), e.argument(11), e.argument(12)
-    row_bytes, x_bytes = width * bits // 8, e.b.mul(x_stride, e.int(2))
+    row_bytes, x_bytes = width * bits // 8, x_stride * 2
     e.amx_configure([(height, 64)] * 6 + [(AMX_ROWS, 64)] * 2)
     block = together * height
     corner = e.memory(F32, block * ROWS)
     with e.blocks(rows, ROWS) as first:
         for part in range(2):
-            row_ids = [e.b.add(first, e.int(part * AMX_ROWS + r)) for r in range(AMX_ROWS)]
-            w_rows = [e.at(w, I8, e.b.mul(row, e.int(row_bytes))) for row in row_ids]
-            places = [e.b.mul(row, e.int(groups)) for row in row_ids]
-            _unpack(e, e.at(scratch, I8, e.int(part * AMX_BYTES)), w_rows, scales, zeros if zero else None, places, bits,
+            row_ids = [first + (part * AMX_ROWS + r) for r in range(AMX_ROWS)]
+            w_rows = [e.at(w, I8, row * row_bytes) for row in row_ids]
+            places = [row * groups for row in row_ids]
+            _unpack(e, e.at(scratch, I8, part * AMX_BYTES), w_rows, scales, zeros if zero else None, places, bits,
                     groups, width)  # fmt: skip
-        offsets = [e.read(F32S, biases, F32, e.b.add(first, e.int(part * AMX_ROWS))) for part in range(2)]
+        offsets = [e.read(F32S, biases, F32, first + part * AMX_ROWS) for part in range(2)]
         factors = None
         if bits == 8:
-            factors = [e.floats(scales, e.b.add(first, e.int(part * AMX_ROWS))) for part in range(2)]
-        with e.loop(e.int(0), tokens, block) as column:
-            token = e.smaller(column.index, e.b.sub(tokens, e.int(block)))
-            x_blocks = [e.at(x, I16, e.b.mul(e.b.add(token, e.int(n * height)), x_stride)) for n in range(together)]
+            factors = [e.floats(scales, first + part * AMX_ROWS) for part in range(2)]
+        with e.loop(0, tokens, block) as column:
+            token = e.smaller(column.index, tokens - block)
+            x_blocks = [e.at(x, I16, (token + n * height) * x_stride) for n in range(together)]
             _zero_sums(e, 2 * together)
-            with e.loop(e.int(0), e.int(width), 32) as inner:
-                place = e.at(scratch, I8, e.b.mul(inner.index, e.int(AMX_BYTES // AMX_ROWS)))
+            with e.loop(0, width, 32) as inner:
+                place = e.at(scratch, I8, inner.index * (AMX_BYTES // AMX_ROWS))
                 _multiply(e, "tdpbf16ps", together, (e.at(x_block, I16, inner.index) for x_block in x_blocks), x_bytes, place)
             _store_block(e, together, height, corner, F32)
-            with e.loop(e.int(0), e.int(block), 1) as line:
-                out = e.b.add(e.b.mul(e.b.add(token, line.index), rows), first)
+            with e.loop(0, block, 1) as line:
+                out = (token + line.index) * rows + first
                 for part in range(2):
-                    at = e.b.add(e.b.mul(line.index, e.int(ROWS)), e.int(part * AMX_ROWS))
+                    at = line.index * ROWS + part * AMX_ROWS
                     total = e.read(F32S, corner, F32, at)
-                    total = e.fma(total, factors[part], offsets[part]) if factors else e.b.fadd(total, offsets[part])
-                    e.store_floats(y, e.b.add(out, e.int(part * AMX_ROWS)), total)
+                    total = e.fma(total, factors[part], offsets[part]) if factors else total + offsets[part]
+                    e.store_floats(y, out + part * AMX_ROWS, total)
     e.amx_release()
 
 
@@ -71,20 +71,19 @@ def w8a8_round(e: Emitter, width: int) -> None:
     """Round rows of bfloat16 to 8 bits: int8 [width], then scale (float32) and -128 times the sum (int32) in 64 bytes."""
     x, out, rows, x_stride = e.pointer(1), e.pointer(2, I8), e.argument(3), e.argument(4)
     with e.claimed(rows, 1) as (start, stop), e.loop(start, stop, 1) as row:
-        source, target = e.at(x, I16, e.b.mul(row.index, x_stride)), e.at(out, I8, e.b.mul(row.index, e.int(width + 64)))
+        source, target = e.at(x, I16, row.index * x_stride), e.at(out, I8, row.index * (width + 64))
         scale, factor = row_scale(e, source, width, 127)
-        with e.loop(e.int(0), e.int(width), 2 * LANES, e.ints(0)) as column:
+        with e.loop(0, width, 2 * LANES, e.ints(0)) as column:
             even, odd = (
-                e.b.fptosi(e.call("llvm.rint.v16f32", F32S, e.b.fmul(half, factor)), I32S)
-                for half in e.load(source, column.index)
+                e.b.fptosi(e.call("llvm.rint.v16f32", F32S, half * factor), I32S) for half in e.load(source, column.index)
             )
-            both = e.b.or_(e.b.and_(even, e.ints(255)), e.b.shl(odd, e.ints(8)))
+            both = (even & 255) | (odd << 8)
             e.write(e.b.trunc(both, I16S), target, I8, column.index)
-            column.carry([e.b.add(column.values[0], e.b.add(even, odd))])
+            column.carry([column.values[0] + (even + odd)])
         total = e.call("llvm.vector.reduce.add.v16i32", I32, column.values[0])
-        end = e.at(target, I8, e.int(width))
-        e.b.store(scale, e.at(end, F32, e.int(0)))
-        e.b.store(e.b.mul(total, ir.Constant(I32, -128)), e.at(end, I32, e.int(1)))
+        end = e.at(target, I8, width)
+        e.b.store(scale, e.at(end, F32, 0))
+        e.b.store(total * -128, e.at(end, I32, 1))
 
 
 def w8a8_gemm(e: Emitter, width: int, height: int, together: int, after: str) -> None:
@@ -92,7 +91,7 @@ def w8a8_gemm(e: Emitter, width: int, height: int, together: int, after: str) ->
 
     after: "gelu" applies GELU to y, "add" gives plus[t, r] + factor[r] * y, "" is y itself.
     """
-    scratch = e.thread_scratch(1, 2, 3)
+    scratch = e.thread_scratch()
     x, w, scales, biases, y = e.pointer(4, I8), e.pointer(5, I8), e.pointer(6), e.pointer(7, F32), e.pointer(8)
     rows, tokens = e.argument(9), e.argument(10)
     plus, factor = (e.pointer(11), e.pointer(12)) if after == "add" else (None, None)
@@ -101,46 +100,42 @@ def w8a8_gemm(e: Emitter, width: int, height: int, together: int, after: str) ->
     corner = e.memory(I32, block * ROWS)
     with e.blocks(rows, ROWS) as first:
         for part in range(2):
-            w_rows = [e.at(w, I8, e.b.mul(e.b.add(first, e.int(part * AMX_ROWS + r)), e.int(width))) for r in range(AMX_ROWS)]
+            w_rows = [e.at(w, I8, (first + (part * AMX_ROWS + r)) * width) for r in range(AMX_ROWS)]
 
-            def some(number: Value, count: int, w_rows: list[Value] = w_rows, part: int = part) -> None:
-                at = e.b.mul(number, e.int(64))
+            def laid_out(number: Value, count: int, _: list[Value], w_rows: list[Value] = w_rows, part: int = part) -> None:
+                at = number * 64
                 words = transposed(e, [e.b.bitcast(weight_bytes(e, row, at, count), I32S) for row in w_rows])
                 for j, word in enumerate(words):
-                    place = e.b.add(e.b.mul(number, e.int(2 * AMX_BYTES)), e.int(part * AMX_BYTES + j * 64))
+                    place = number * (2 * AMX_BYTES) + (part * AMX_BYTES + j * 64)
                     e.write(word, scratch, I8, place)
 
-            if width >= 64:
-                with e.loop(e.int(0), e.int(width // 64), 1) as number:
-                    some(number.index, 64)
-            if width % 64:
-                some(e.int(width // 64), width % 64)
-        offsets = [e.read(F32S, biases, F32, e.b.add(first, e.int(part * AMX_ROWS))) for part in range(2)]
-        factors = [e.floats(scales, e.b.add(first, e.int(part * AMX_ROWS))) for part in range(2)]
-        with e.loop(e.int(0), tokens, block) as column:
-            token = e.smaller(column.index, e.b.sub(tokens, e.int(block)))
-            x_blocks = [e.at(x, I8, e.b.mul(e.b.add(token, e.int(n * height)), e.int(size))) for n in range(together)]
+            e.in_steps(width, 64, laid_out)
+        offsets = [e.read(F32S, biases, F32, first + part * AMX_ROWS) for part in range(2)]
+        factors = [e.floats(scales, first + part * AMX_ROWS) for part in range(2)]
+        with e.loop(0, tokens, block) as column:
+            token = e.smaller(column.index, tokens - block)
+            x_blocks = [e.at(x, I8, (token + n * height) * size) for n in range(together)]
             _zero_sums(e, 2 * together)
-            with e.loop(e.int(0), e.int(steps), 1) as inner:
-                place = e.at(scratch, I8, e.b.mul(inner.index, e.int(2 * AMX_BYTES)))
-                x_steps = (e.at(x_block, I8, e.b.mul(inner.index, e.int(64))) for x_block in x_blocks)
+            with e.loop(0, steps, 1) as inner:
+                place = e.at(scratch, I8, inner.index * (2 * AMX_BYTES))
+                x_steps = (e.at(x_block, I8, inner.index * 64) for x_block in x_blocks)
                 _multiply(e, "tdpbsud", together, x_steps, e.int(size), place)
             _store_block(e, together, height, corner, I32)
-            with e.loop(e.int(0), e.int(block), 1) as line:
-                number = e.b.add(token, line.index)
-                end = e.at(x, I8, e.b.add(e.b.mul(number, e.int(size)), e.int(width)))
-                scale = e.splat(e.b.load(e.at(end, F32, e.int(0)), typ=F32))
-                offset = e.int_splat(e.b.load(e.at(end, I32, e.int(1)), typ=I32))
-                out = e.b.add(e.b.mul(number, rows), first)
+            with e.loop(0, block, 1) as line:
+                number = token + line.index
+                end = e.at(x, I8, number * size + width)
+                scale = e.splat(e.element(end, F32, 0))
+                offset = e.splat(e.element(end, I32, 1))
+                out = number * rows + first
                 for part in range(2):
-                    at = e.b.add(e.b.mul(line.index, e.int(ROWS)), e.int(part * AMX_ROWS))
-                    total = e.b.sitofp(e.b.add(e.read(I32S, corner, I32, at), offset), F32S)
-                    total = e.fma(e.b.fmul(total, scale), factors[part], offsets[part])
-                    place = e.b.add(out, e.int(part * AMX_ROWS))
+                    at = line.index * ROWS + part * AMX_ROWS
+                    total = e.b.sitofp(e.read(I32S, corner, I32, at) + offset, F32S)
+                    total = e.fma(total * scale, factors[part], offsets[part])
+                    place = out + part * AMX_ROWS
                     if after == "gelu":
                         total = gelu(e, total)
                     elif plus is not None:
-                        scaled = e.floats(factor, e.b.add(first, e.int(part * AMX_ROWS)))
+                        scaled = e.floats(factor, first + part * AMX_ROWS)
                         total = e.fma(total, scaled, e.floats(plus, place))
                     e.store_floats(y, place, total)
     e.amx_release()
@@ -160,7 +155,7 @@ def _multiply(e: Emitter, dot: str, together: int, inputs: Iterable[Value], row_
     for register, place in enumerate(inputs, 4):
         e.amx_load(register, place, row_bytes)
     for part in range(2):
-        e.amx_load(6 + part, e.at(weights, I8, e.int(part * AMX_BYTES)), e.int(64))
+        e.amx_load(6 + part, e.at(weights, I8, part * AMX_BYTES), 64)
     for n in range(2 * together):
         e.amx_dot(dot, n, 4 + n // 2, 6 + n % 2)
 
@@ -168,8 +163,8 @@ def _multiply(e: Emitter, dot: str, together: int, inputs: Iterable[Value], row_
 def _store_block(e: Emitter, together: int, height: int, corner: Value, kind: ir.Type) -> None:
     """Store the sums as corner[token, 32 rows]."""
     for n in range(2 * together):
-        place = e.at(corner, kind, e.int(n // 2 * height * ROWS + n % 2 * AMX_ROWS))
-        e.amx_store(n, place, e.int(4 * ROWS))
+        place = e.at(corner, kind, n // 2 * height * ROWS + n % 2 * AMX_ROWS)
+        e.amx_store(n, place, 4 * ROWS)
 
 
 def _unpack(
@@ -183,53 +178,48 @@ def _unpack(
     step = step_of(bits)
     per_lane, group = step // LANES, width // groups
 
-    def some(number: Value, size: int) -> None:
-        words = [e.b.bitcast(weight_bytes(e, row, e.b.mul(number, e.int(64)), size * bits // 8), I32S) for row in w_rows]
+    def unpacked(number: Value, size: int, _: list[Value]) -> None:
+        ahead = e.int(len(w_rows) * 2 * width * bits // 8)
+        for row in w_rows if size == step else ():
+            e.prefetch(e.at(row, I8, number * 64 + ahead))
+        words = [e.b.bitcast(weight_bytes(e, row, number * 64, size * bits // 8), I32S) for row in w_rows]
         words = transposed(e, words)
         factor = offset = None
         for j in range(size // per_lane):
             if bits == 4 and j % (group // 8) == 0:
-                part = e.b.add(e.b.mul(number, e.int(step // group)), e.int(j * 8 // group))
-                factor, offset = _affine(e, scales, zeros, [e.b.add(place, part) for place in places])
+                part = number * (step // group) + j * 8 // group
+                factor, offset = _affine(e, scales, zeros, [place + part for place in places])
             for h in range(per_lane // 2):
                 digits = []
                 for odd in range(2):
                     shift = (2 * h + odd) * bits
-                    digit = e.b.lshr(words[j], e.ints(shift)) if shift else words[j]
-                    digits.append(e.b.sitofp(e.b.and_(digit, e.ints(2**bits - 1)), F32S))
+                    digit = words[j] >> shift if shift else words[j]
+                    digits.append(e.b.sitofp(digit & (2**bits - 1), F32S))
                 if bits == 8:  # whole numbers up to 128 fit bfloat16
-                    even, odd = (e.b.bitcast(e.b.fsub(digit, e.splat(128.0)), I32S) for digit in digits)
+                    even, odd = (e.b.bitcast(digit - 128.0, I32S) for digit in digits)
                 else:
                     assert factor is not None and offset is not None
                     even, odd = (e.b.bitcast(e.fma(digit, factor, offset), I32S) for digit in digits)
-                    even, odd = (e.b.add(bit, e.ints(0x8000)) for bit in (even, odd))
-                pair = e.b.or_(e.b.lshr(even, e.ints(16)), e.b.and_(odd, e.ints(-65536)))
+                    even, odd = (bit + 0x8000 for bit in (even, odd))
                 index = j * per_lane // 2 + h  # of the pair within the step
                 at = index // 16 * 2 * AMX_BYTES + index % 16 * 64
-                e.write(pair, out, I8, e.b.add(e.b.mul(number, e.int(step // 32 * 2 * AMX_BYTES)), e.int(at)))
+                e.write(e.words(even, odd), out, I8, number * (step // 32 * 2 * AMX_BYTES) + at)
 
-    if width >= step:
-        with e.loop(e.int(0), e.int(width // step), 1) as number:
-            ahead = e.int(len(w_rows) * 2 * width * bits // 8)
-            for row in w_rows:
-                e.prefetch(e.at(row, I8, e.b.add(e.b.mul(number.index, e.int(64)), ahead)))
-            some(number.index, step)
-    if width % step:
-        some(e.int(width // step), width % step)
+    e.in_steps(width, step, unpacked)
 
 
 def _affine(e: Emitter, scales: Value, zeros: Value | None, places: list[Value]) -> tuple[Value, Value]:
     """Return scale and -scale * zero of one group of every row, in the lanes of the rows."""
     factor = offset = ir.Constant(I32S, ir.Undefined)
     for r, place in enumerate(places):
-        bits = e.b.zext(e.b.load(e.at(scales, I16, place), typ=I16), I32)
+        bits = e.b.zext(e.element(scales, I16, place), I32)
         factor = e.b.insert_element(factor, bits, ir.Constant(I32, r))
         if zeros is not None:
-            zero = e.b.zext(e.b.load(e.at(zeros, I8, place), typ=I8), I32)
+            zero = e.b.zext(e.element(zeros, I8, place), I32)
             offset = e.b.insert_element(offset, zero, ir.Constant(I32, r))
-    factor = e.b.bitcast(e.b.shl(factor, e.ints(16)), F32S)
+    factor = e.b.bitcast(factor << 16, F32S)
     middle = e.splat(8.0) if zeros is None else e.b.sitofp(offset, F32S)
-    return factor, e.b.fneg(e.b.fmul(factor, middle))
+    return factor, -(factor * middle)
 
 
 class _SmallBatch(NamedTuple):
@@ -256,7 +246,7 @@ class _SmallBatch(NamedTuple):
 
     def word(self, e: Emitter, row: Value) -> Value:
         """Return where a word of every token is."""
-        return e.at(self.x, I32, e.b.mul(row, e.int(AMX_ROWS)))
+        return e.at(self.x, I32, row * AMX_ROWS)
 
 
 # Integer products of a small batch use all 8 AMX registers: sums of h (0, 2) and of l (1, 3) for rows 0-15 and 16-31 of a
@@ -267,17 +257,17 @@ SUMS, LEFT, RIGHT = ((0, 1), (2, 3)), (4, 5), (6, 7)
 
 def _begin_batch(e: Emitter, bits: int, width: int, step: int, plus: int) -> _SmallBatch:
     """Read the arguments, transpose the tokens, and describe the registers. step: bytes of a weight row in a register."""
-    x = e.b.bitcast(e.thread_scratch(1, 2, 3), I32.as_pointer())
+    x = e.b.bitcast(e.thread_scratch(), I32.as_pointer())
     tokens, w, scales, zeros = e.pointer(4, I32), e.pointer(5, I8), e.pointer(6), e.pointer(7, I8)
     bias_address, y, rows = e.argument(8), e.pointer(9), e.argument(10)
     residual, given = e.pointer(11) if plus else None, e.argument(12)
     words = token_bytes(bits, width) // 4
-    starts = [e.b.mul(e.smaller(e.int(t), e.b.sub(given, e.int(1))), e.int(words)) for t in range(LANES)]
-    with e.loop(e.int(0), e.int(words), LANES) as column:
-        lines = [e.read(I32S, tokens, I32, e.b.add(column.index, start)) for start in starts]
+    starts = [e.smaller(t, given - 1) * words for t in range(LANES)]
+    with e.loop(0, words, LANES) as column:
+        lines = [e.read(I32S, tokens, I32, column.index + start) for start in starts]
         for n, line in enumerate(transposed(e, lines)):
-            e.write(line, x, I32, e.b.mul(e.b.add(column.index, e.int(n)), e.int(AMX_ROWS)))
-    token_scales = e.read(F32S, x, I32, e.int(32 * AMX_ROWS))
+            e.write(line, x, I32, (column.index + n) * AMX_ROWS)
+    token_scales = e.read(F32S, x, I32, 32 * AMX_ROWS)
     e.amx_configure([(AMX_ROWS, 64)] * 4 + [(AMX_ROWS, step)] * 2 + [(step // 4, 64)] * 2)
     memory = (e.memory(I32, 4 * AMX_ROWS * AMX_ROWS), e.memory(I8, 4 * AMX_BYTES), e.memory(F32, ROWS * AMX_ROWS))
     return _SmallBatch(x, w, scales, zeros, bias_address, y, rows, residual, given, token_scales, *memory)
@@ -286,23 +276,23 @@ def _begin_batch(e: Emitter, bits: int, width: int, step: int, plus: int) -> _Sm
 def _multiply_integers(e: Emitter, left: list[Value], stride: int, right: list[Value]) -> None:
     """Add the products of unsigned weight bytes and the tokens' signed bytes to the sum registers."""
     for register, place in zip(RIGHT, right, strict=True):
-        e.amx_load(register, place, e.int(64))
+        e.amx_load(register, place, 64)
     for part, place in enumerate(left):
-        e.amx_load(LEFT[part], place, e.int(stride))
+        e.amx_load(LEFT[part], place, stride)
         for total, register in zip(SUMS[part], RIGHT, strict=True):
             e.amx_dot("tdpbusd", total, LEFT[part], register)
 
 
 def _store_sums(e: Emitter, batch: _SmallBatch) -> None:
     for register in range(4):
-        e.amx_store(register, e.at(batch.sums, I32, e.int(register * AMX_ROWS * AMX_ROWS)), e.int(64))
+        e.amx_store(register, e.at(batch.sums, I32, register * AMX_ROWS * AMX_ROWS), 64)
 
 
 def _row_sums(e: Emitter, batch: _SmallBatch, part: int, r: int, offsets: list[Value]) -> list[Value]:
     """Return sums of h and of l for a weight row, by token."""
     both = []
     for register, offset in zip(SUMS[part], offsets, strict=True):
-        both.append(e.b.add(e.read(I32S, batch.sums, I32, e.int((register * AMX_ROWS + r) * AMX_ROWS)), offset))
+        both.append(e.read(I32S, batch.sums, I32, (register * AMX_ROWS + r) * AMX_ROWS) + offset)
     return both
 
 
@@ -310,22 +300,22 @@ def _offset(e: Emitter, batch: _SmallBatch, zero: Value, first: int, count: int,
     """Return what the weights' offset adds, by token: the sum of `count` words of the tokens, and of `zero`."""
     total = zero
     for n in range(first, first + count):
-        term = e.read(zero.type, batch.word(e, e.b.add(base, e.int(n))), I32, e.int(0))
-        total = e.b.fadd(total, term) if zero.type == F32S else e.b.add(total, term)
+        term = e.read(zero.type, batch.word(e, base + n), I32, 0)
+        total = total + term
     return total
 
 
 def _store_batch(e: Emitter, batch: _SmallBatch, first: Value, totals: list[Value]) -> None:
     """y[t, first + r] = totals[r][t] * scale of the token + bias + residual."""
     for part in range(2):
-        bias = bias_vector(e, batch.bias_address, e.b.add(first, e.int(part * AMX_ROWS)))
-        outs = [e.b.fmul(total, batch.token_scales) for total in totals[part * AMX_ROWS : (part + 1) * AMX_ROWS]]
+        bias = bias_vector(e, batch.bias_address, first + part * AMX_ROWS)
+        outs = [total * batch.token_scales for total in totals[part * AMX_ROWS : (part + 1) * AMX_ROWS]]
         for t, total in enumerate(transposed(e, outs)):
-            with e.b.if_then(e.b.icmp_signed(">", batch.given, e.int(t))):
-                place = e.b.add(e.b.mul(batch.rows, e.int(t)), e.b.add(first, e.int(part * AMX_ROWS)))
-                total = e.b.fadd(total, bias)
+            with e.b.if_then(batch.given > t):
+                place = batch.rows * t + (first + part * AMX_ROWS)
+                total = total + bias
                 added = batch.residual
-                e.store_floats(batch.y, place, total if added is None else e.b.fadd(total, e.floats(added, place)))
+                e.store_floats(batch.y, place, total if added is None else total + e.floats(added, place))
 
 
 def quant_small_batch8(e: Emitter, width: int, plus: int) -> None:
@@ -335,24 +325,24 @@ def quant_small_batch8(e: Emitter, width: int, plus: int) -> None:
     """
     batch = _begin_batch(e, 8, width, 64, plus)
     with e.blocks(batch.rows, ROWS) as first:
-        row_ids = [e.b.add(first, e.int(r)) for r in range(ROWS)]
+        row_ids = [first + r for r in range(ROWS)]
         totals: list[Value] = []
         _zero_sums(e, 4)
-        with e.loop(e.int(0), e.int(width // 64), 1) as inner:
-            at = e.b.mul(inner.index, e.int(64))
-            left = [e.at(batch.w, I8, e.b.add(e.b.mul(row_ids[part * AMX_ROWS], e.int(width)), at)) for part in range(2)]
-            base = e.b.add(e.b.mul(inner.index, e.int(32)), e.int(HEAD // 4))
+        with e.loop(0, width // 64, 1) as inner:
+            at = inner.index * 64
+            left = [e.at(batch.w, I8, row_ids[part * AMX_ROWS] * width + at) for part in range(2)]
+            base = inner.index * 32 + HEAD // 4
             for row in row_ids:
-                e.prefetch(e.at(batch.w, I8, e.b.add(e.b.mul(row, e.int(width)), e.b.add(at, e.int(AHEAD)))))
-            _multiply_integers(e, left, width, [batch.word(e, base), batch.word(e, e.b.add(base, e.int(AMX_ROWS)))])
+                e.prefetch(e.at(batch.w, I8, row * width + (at + AHEAD)))
+            _multiply_integers(e, left, width, [batch.word(e, base), batch.word(e, base + AMX_ROWS)])
         _store_sums(e, batch)
         offsets = [_offset(e, batch, e.ints(0), part * AMX_ROWS, AMX_ROWS, e.int(0)) for part in range(2)]
         for part in range(2):
             for r in range(AMX_ROWS):
                 high, low = (e.b.sitofp(total, F32S) for total in _row_sums(e, batch, part, r, offsets))
-                total = e.b.fadd(e.b.fmul(high, e.splat(256.0)), low)
+                total = high * 256.0 + low
                 scale = e.load_one(e.at(batch.scales, I16, row_ids[part * AMX_ROWS + r]))
-                totals.append(e.b.fmul(total, e.splat(scale)))
+                totals.append(total * e.splat(scale))
         _store_batch(e, batch, first, totals)
     e.amx_release()
 
@@ -367,27 +357,27 @@ def quant_small_batch4(e: Emitter, groups: int, zero: int, width: int, plus: int
     step = group // 2
     batch = _begin_batch(e, 4, width, step, plus)
     with e.blocks(batch.rows, ROWS) as first:
-        row_ids = [e.b.add(first, e.int(r)) for r in range(ROWS)]
+        row_ids = [first + r for r in range(ROWS)]
         for r in range(ROWS):
-            e.write(e.splat(0.0), batch.totals, F32, e.int(r * AMX_ROWS))
-        w_rows = [e.at(batch.w, I8, e.b.mul(row, e.int(width // 2))) for row in row_ids]
-        scale_rows = [e.at(batch.scales, I16, e.b.mul(row, e.int(groups))) for row in row_ids]
-        zero_rows = [e.at(batch.zeros, I8, e.b.mul(row, e.int(groups))) for row in row_ids]
-        with e.loop(e.int(0), e.int(width // 128), 1) as inner:
+            e.write(e.splat(0.0), batch.totals, F32, r * AMX_ROWS)
+        w_rows = [e.at(batch.w, I8, row * (width // 2)) for row in row_ids]
+        scale_rows = [e.at(batch.scales, I16, row * groups) for row in row_ids]
+        zero_rows = [e.at(batch.zeros, I8, row * groups) for row in row_ids]
+        with e.loop(0, width // 128, 1) as inner:
             _unpack_digits(e, batch, w_rows, inner.index)
-            base = e.b.add(e.b.mul(inner.index, e.int(step_bytes(4) // 4)), e.int(HEAD // 4))
+            base = inner.index * (step_bytes(4) // 4) + HEAD // 4
             for g in range(128 // group):
                 _zero_sums(e, 4)
                 within = g * step
                 for odd in range(2):
-                    left = [e.at(batch.digits, I8, e.int((odd * 2 + part) * AMX_BYTES + within)) for part in range(2)]
+                    left = [e.at(batch.digits, I8, (odd * 2 + part) * AMX_BYTES + within) for part in range(2)]
                     words = [(2 * low + odd) * AMX_ROWS + within // 4 for low in range(2)]
-                    _multiply_integers(e, left, 64, [batch.word(e, e.b.add(base, e.int(word))) for word in words])
+                    _multiply_integers(e, left, 64, [batch.word(e, base + word) for word in words])
                 _store_sums(e, batch)
                 offset = _offset(e, batch, e.splat(0.0) if zero else e.ints(0), 4 * AMX_ROWS + within // 4, step // 4, base)
-                place = e.b.add(e.b.mul(inner.index, e.int(128 // group)), e.int(g))
+                place = inner.index * (128 // group) + g
                 _add_group(e, batch, scale_rows, zero_rows if zero else None, place, offset)
-        totals = [e.read(F32S, batch.totals, F32, e.int(r * AMX_ROWS)) for r in range(ROWS)]
+        totals = [e.read(F32S, batch.totals, F32, r * AMX_ROWS) for r in range(ROWS)]
         _store_batch(e, batch, first, totals)
     e.amx_release()
 
@@ -396,11 +386,11 @@ def _unpack_digits(e: Emitter, batch: _SmallBatch, w_rows: list[Value], number: 
     """Write 128 elements of 32 rows to batch.digits."""
     mask = ir.Constant(BYTES, [15] * 64)
     for r, row in enumerate(w_rows):
-        e.prefetch(e.at(row, I8, e.b.add(e.b.mul(number, e.int(64)), e.int(AHEAD))))
-        both = e.read(BYTES, row, I8, e.b.mul(number, e.int(64)))
-        shifted = e.b.bitcast(e.b.lshr(e.b.bitcast(both, I32S), e.ints(4)), BYTES)
-        e.write(e.b.and_(both, mask), batch.digits, I8, e.int(r * 64))
-        e.write(e.b.and_(shifted, mask), batch.digits, I8, e.int(2 * AMX_BYTES + r * 64))
+        e.prefetch(e.at(row, I8, number * 64 + AHEAD))
+        both = e.read(BYTES, row, I8, number * 64)
+        shifted = e.b.bitcast(e.b.bitcast(both, I32S) >> 4, BYTES)
+        e.write(both & mask, batch.digits, I8, r * 64)
+        e.write(shifted & mask, batch.digits, I8, 2 * AMX_BYTES + r * 64)
 
 
 def _add_group(
@@ -409,10 +399,10 @@ def _add_group(
     """totals[r, t] += scale[r] * the sum of a group. offset: -8 times the inputs' sum, or minus that sum with zero points."""
     for r in range(ROWS):
         high, low = _row_sums(e, batch, r // AMX_ROWS, r % AMX_ROWS, [e.ints(0), e.ints(0) if zero_rows else offset])
-        term = e.b.sitofp(e.b.add(e.b.shl(high, e.ints(8)), low), F32S)
+        term = e.b.sitofp((high << 8) + low, F32S)
         if zero_rows:
-            middle = e.b.uitofp(e.b.load(e.at(zero_rows[r], I8, place), typ=I8), F32)
+            middle = e.b.uitofp(e.element(zero_rows[r], I8, place), F32)
             term = e.fma(e.splat(middle), offset, term)
-        total = e.read(F32S, batch.totals, F32, e.int(r * AMX_ROWS))
+        total = e.read(F32S, batch.totals, F32, r * AMX_ROWS)
         scale = e.splat(e.load_one(e.at(scale_rows[r], I16, place)))
-        e.write(e.fma(term, scale, total), batch.totals, F32, e.int(r * AMX_ROWS))
+        e.write(e.fma(term, scale, total), batch.totals, F32, r * AMX_ROWS)
