@@ -10,7 +10,7 @@ import pytest
 
 from ivl.cli import COMMANDS, GROUPS, main
 from ivl.cli.completion import flags, script, second_words
-from ivl.cli.foreign import OPTIONS, answer_foreign
+from ivl.cli.options import OPTIONS, answer_foreign
 from ivl.errors import InputError
 
 

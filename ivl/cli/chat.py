@@ -10,11 +10,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
-import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, Suppress, arg
 
 from ivl.api import Chat, Model, load, medium
-from ivl.cli.foreign import answer_foreign
+from ivl.cli.options import parse
 from ivl.errors import InputError
 from ivl.generators import LoadConfig
 from ivl.types import FramesBy, Grammar, ImageRef, SamplingParams, VideoRef
@@ -80,12 +79,8 @@ class ChatOptions:
 
 def chat(args: list[str]) -> None:
     """Run `ivl chat`."""
-    answer_foreign("chat", args)
-    try:
-        options = tyro.cli(ChatOptions, prog="ivl chat", args=args)
-        params = options.reply.params()
-    except ValueError as error:
-        raise error if isinstance(error, InputError) else InputError(str(error)) from error
+    options = parse(ChatOptions, "chat", args)
+    params = options.reply.params()
     if options.frames < 1:
         raise InputError(f"--frames must be at least 1, got {options.frames}")
     media = tuple(_open(path, options) for path in options.media)  # before loading a model, which takes its time

@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ivl.cli.options import parse
+
 SCRIPT = """_ivl() {{
     local current="${{COMP_WORDS[COMP_CWORD]}}" words=""
     if [ "$COMP_CWORD" -eq 1 ]; then
@@ -43,7 +45,7 @@ class CompletionOptions:
 
 def completion(args: list[str]) -> None:
     """Run the command."""
-    options = tyro.cli(CompletionOptions, prog="ivl completion", args=args)
+    options = parse(CompletionOptions, "completion", args)
     print(f"{ZSH}\n{script()}" if options.shell == "zsh" else script())
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from ivl.checkpoint.config_table import Dialect, StoredDtype
+from ivl.cli.options import parse
 from ivl.errors import InputError
 from ivl.utils.progress import reporting
 
@@ -105,7 +106,7 @@ class MergeOptions:
 
 
 def convert(args: list[str]) -> None:
-    options = tyro.cli(ConvertOptions, prog="ivl convert", args=args)
+    options = parse(ConvertOptions, "convert", args)
     schemes = options.quantization.schemes()
     if not 0 < options.max_shard_gb <= 1e6:
         raise InputError(f"--max-shard-gb is {options.max_shard_gb}, must be above 0 and at most 1000000")
@@ -125,7 +126,7 @@ def convert(args: list[str]) -> None:
 
 
 def compose(args: list[str]) -> None:
-    options = tyro.cli(ComposeOptions, prog="ivl compose", args=args)
+    options = parse(ComposeOptions, "compose", args)
     from ivl.checkpoint.compose import compose as compose_model
 
     with reporting(f"writing {options.out}", "MB") as progress:
@@ -134,7 +135,7 @@ def compose(args: list[str]) -> None:
 
 
 def merge(args: list[str]) -> None:
-    options = tyro.cli(MergeOptions, prog="ivl merge", args=args)
+    options = parse(MergeOptions, "merge", args)
     from ivl.checkpoint.adapter import merge as merge_adapter
 
     if len(options.paths) not in (2, 3):

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import tyro
 
+from ivl.cli.options import parse
+
 
 @dataclass(frozen=True, kw_only=True)
 class DemoDataOptions:
@@ -23,7 +25,7 @@ class DemoDataOptions:
 def demo_data(args: list[str]) -> None:
     from ivl.datasets.demo import PARQUET, write_demo
 
-    folder = tyro.cli(DemoDataOptions, prog="ivl demo-data", args=args).folder
+    folder = parse(DemoDataOptions, "demo-data", args).folder
     paths = write_demo(folder)
     for path in sorted(path for path in paths if path.parent.name not in ("frames", "pictures")):
         print(path)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from ivl.cli.foreign import answer_foreign
+from ivl.cli.options import answer_foreign, parse
 from ivl.errors import InputError
 from ivl.evaluation.config import EvalConfig
 from ivl.evaluation.foreign import Given, given_task, model_of
@@ -56,11 +56,8 @@ def evaluate(args: list[str]) -> None:
     first, _ = tyro.cli(EvalOptions, args=without_help, return_unknown_args=True, config=(tyro.conf.AvoidSubcommands,))
     task = given_task(first.score, first.config) if first.score else task_of(first.config)
     sampling = first.config.sampling_for(task.params)
-    try:
-        default = EvalOptions(config=EvalConfig(sampling=sampling))
-        options = tyro.cli(EvalOptions, prog="ivl eval", args=args, default=default, config=(tyro.conf.AvoidSubcommands,))
-    except ValueError as error:
-        raise error if isinstance(error, InputError) else InputError(str(error)) from error
+    default = EvalOptions(config=EvalConfig(sampling=sampling))
+    options = parse(EvalOptions, "eval", args, default=default, config=(tyro.conf.AvoidSubcommands,))
     if options.list_tasks:
         print(listing())
     elif options.compare:

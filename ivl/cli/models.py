@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from ivl.checkpoint.releases import MODELS, PublishedModel, count_parameters
+from ivl.cli.options import parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,7 @@ class ModelsOptions:
 
 
 def models(args: list[str]) -> None:
-    options = tyro.cli(ModelsOptions, prog="ivl models", args=args)
+    options = parse(ModelsOptions, "models", args)
     groups = [(versions, list(group)) for versions, group in groupby(MODELS.values(), key=lambda model: model.versions)]
     if options.json:
         repositories = [(f"{model.hub_id}{end}", model) for ends, group in groups for end in ends for model in group]

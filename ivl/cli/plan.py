@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from ivl.cli.train import parse, starting_point, take
+from ivl.cli.options import parse
+from ivl.cli.train import parse_run, starting_point, take
 from ivl.errors import InputError
 from ivl.parallel.cards import Machines
 from ivl.runs.config import RunConfig
@@ -71,12 +72,12 @@ def plan(args: list[str]) -> None:
 
 def _plan_training(args: list[str]) -> None:
     name, start, args = starting_point(args)
-    options = parse(PlanOptions, f"ivl plan {name}", start, args)
-    from ivl.runs.plan import make_plan, plan_ranks, proposals
+    options = parse_run(PlanOptions, f"plan {name}", start, args)
+    from ivl.runs.plan import describe_run, plan_ranks, proposals
 
     plan = plan_ranks(options.config, options.machines)
     if not options.json:
-        print(f"{make_plan(options.config).describe(options.config)}\n\n{plan.describe()}", flush=True)
+        print(f"{describe_run(options.config)}\n\n{plan.describe()}", flush=True)
     found = [] if plan.fits else list(islice(proposals(plan, _lora_of(name)), MOST_PROPOSALS))
     if options.json:
         changes = [{"change": change, "peak": other.peak, "tokens_per_second": other.tokens_per_second}
@@ -106,7 +107,7 @@ def _lora_of(name: str) -> dict[str, RunConfig]:
 
 
 def _plan_serving(args: list[str]) -> None:
-    options = tyro.cli(ServePlanOptions, prog="ivl plan", args=args)
+    options = parse(ServePlanOptions, "plan", args)
     check_ranges(options, tensor_parallel="[1, inf)", context="[1, inf)", batch="[1, inf)")
     from ivl.serve.plan import describe_serving, plan_serving
 

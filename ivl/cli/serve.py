@@ -7,11 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
-import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from ivl.checkpoint import model_name, resolve
-from ivl.cli.foreign import answer_foreign
+from ivl.cli.options import parse
 from ivl.errors import InputError
 from ivl.generators import LoadConfig
 from ivl.serve.auth import load_keys
@@ -40,11 +39,7 @@ class ServeOptions:
 
 def serve(args: list[str]) -> None:
     """Run `ivl serve`."""
-    answer_foreign("serve", args)
-    try:
-        options = tyro.cli(ServeOptions, prog="ivl serve", args=args)
-    except ValueError as error:  # a limit that makes no sense
-        raise error if isinstance(error, InputError) else InputError(str(error)) from error
+    options = parse(ServeOptions, "serve", args)
     try:
         from ivl.serve.log import set_up_log
         from ivl.serve.run import open_socket, run

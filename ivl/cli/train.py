@@ -8,11 +8,11 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from ivl.cli.foreign import answer_foreign
+from ivl.cli.options import answer_foreign, parse
 from ivl.cli.options_file import as_arguments, read_options, run_of
 from ivl.config import LoraConfig
 from ivl.errors import InputError
@@ -96,14 +96,14 @@ def train(args: list[str]) -> None:
         raise InputError("name a recipe, or finetune, lora or mpo, before the options; in a file of --config, as `recipe`")
     else:
         name, start, args = starting_point(args, at_hand=True)
-    options = parse(TrainOptions, f"ivl train {name}", _with_adapters(start, args), args)
+    options = parse_run(TrainOptions, f"train {name}", _with_adapters(start, args), args)
     config = options.run_config()
     if options.dry_run:
         from ivl.runs.check import Check
-        from ivl.runs.plan import describe_alone, make_plan
+        from ivl.runs.plan import describe_alone, describe_run
 
         check = Check(config, ranks=int(os.environ.get("WORLD_SIZE", "1")))
-        print(f"{make_plan(config).describe(config)}\n\n{describe_alone(config)}\n\n{check.describe()}")
+        print(f"{describe_run(config)}\n\n{describe_alone(config)}\n\n{check.describe()}")
         if check.problems:
             raise InputError(f"this run would stop: {'; '.join(check.problems)}")
         return
@@ -129,29 +129,21 @@ def starting_point(args: list[str], *, at_hand: bool = False) -> tuple[str, RunC
     return name, config, args
 
 
-def parse(kind: type[OptionsOfRun], prog: str, start: RunConfig, args: list[str]) -> OptionsOfRun:
+def parse_run(kind: type[OptionsOfRun], command: str, start: RunConfig, args: list[str]) -> OptionsOfRun:
     """The options of a command, whose field `config` has a recipe's configuration with the options of the command line.
 
     Raises:
-        InputError: for values that the options refuse.
+        InputError: as `parse` does.
     """
     args = [re.sub("^--data(=|$)", r"--data.mixture\1", re.sub("^--preference[.]", "--objective.", arg)) for arg in args]
     expected = start.architecture if start.model and not any(arg.startswith("--architecture.") for arg in args) else None
     if expected is not None:  # forty options of a model that is there already
         start = dataclasses.replace(start, architecture=None)
-    try:
-        options = tyro.cli(
-            kind, prog=prog, description=start.name, default=kind(config=start), args=args,  # type: ignore[call-arg]
-            config=(tyro.conf.AvoidSubcommands,),
-        )  # fmt: skip
-        if expected is None:
-            return options
-        config = dataclasses.replace(options.config, architecture=expected)  # type: ignore[attr-defined]
-        return dataclasses.replace(options, config=config)  # type: ignore[type-var]
-    except InputError:
-        raise
-    except (ValueError, ArithmeticError) as error:  # checks of the configuration
-        raise InputError(str(error)) from error
+    default: Any = kind(config=start)  # type: ignore[call-arg]
+    options: Any = parse(kind, command, args, description=start.name, default=default, config=(tyro.conf.AvoidSubcommands,))
+    if expected is not None:
+        options = dataclasses.replace(options, config=dataclasses.replace(options.config, architecture=expected))
+    return options
 
 
 def _any_model(stage: str, args: list[str], *, at_hand: bool) -> tuple[RunConfig, list[str]]:

@@ -32,46 +32,30 @@ PACK_STEP = 1024
 """Proposed packs have a multiple of this many tokens."""
 
 
-@dataclass(frozen=True)
-class RunPlan:
-    """Parameters by part as (trained, frozen), and the length of the run."""
-
-    parameters: dict[str, tuple[int, int]]
-    num_steps: int | None
-    tokens_per_step: int
-    tiles_per_step: int
-
-    def describe(self, config: RunConfig) -> str:
-        """Format the plan as a page of text."""
-        rows = [f"{config.name}: {config.run_dir}", f"start      {config.model or 'random weights'}", ""]
-        rows.append(f"{'part':11}{'trained':>18}{'frozen':>18}")
-        total = (sum(t for t, _ in self.parameters.values()), sum(f for _, f in self.parameters.values()))
-        rows += [f"{part:11}{t:18,}{f:18,}" for part, (t, f) in {**self.parameters, "all": total}.items()]
-        train, optim = config.train, config.train.optim
-        steps = f"{self.num_steps:,}" if self.num_steps else f"until {config.data.epochs} epoch(s) end"
-        return "\n".join([
-            *rows,
-            "",
-            f"steps      {steps}, {train.packs_per_step:,} packs each",
-            f"step       at most {self.tokens_per_step:,} tokens and {self.tiles_per_step:,} tiles",
-            f"optimizer  {optim.name}, lr {optim.lr:g}, weight decay {optim.weight_decay:g}, "
-            f"{optim.schedule} with warm-up {optim.warmup_steps or f'{optim.warmup_ratio:.0%}'}",
-            f"precision  {train.precision}{', activations recomputed' if train.checkpointing else ''}",
-        ])  # fmt: skip
-
-
-def make_plan(config: RunConfig) -> RunPlan:
-    """Count parameters and steps.
+def describe_run(config: RunConfig) -> str:
+    """Format what trains and how long the run is as a page of text.
 
     Raises:
         InputError: if the model's configuration cannot be read, or the stage does not fit it.
     """
-    return RunPlan(
-        parameters=count_by_part(build_empty(config)),
-        num_steps=config.train.num_steps,
-        tokens_per_step=config.train.packs_per_step * config.data.max_tokens,
-        tiles_per_step=config.train.packs_per_step * config.data.max_tiles,
-    )
+    train, optim, data = config.train, config.train.optim, config.data
+    parts = count_by_part(build_empty(config))
+    counts = parts | {"all": (sum(t for t, _ in parts.values()), sum(f for _, f in parts.values()))}
+    steps = f"{train.num_steps:,}" if train.num_steps else f"until {data.epochs} epoch(s) end"
+    tokens, tiles = train.packs_per_step * data.max_tokens, train.packs_per_step * data.max_tiles
+    return "\n".join([
+        f"{config.name}: {config.run_dir}",
+        f"start      {config.model or 'random weights'}",
+        "",
+        f"{'part':11}{'trained':>18}{'frozen':>18}",
+        *(f"{part:11}{trained:18,}{frozen:18,}" for part, (trained, frozen) in counts.items()),
+        "",
+        f"steps      {steps}, {train.packs_per_step:,} packs each",
+        f"step       at most {tokens:,} tokens and {tiles:,} tiles",
+        f"optimizer  {optim.name}, lr {optim.lr:g}, weight decay {optim.weight_decay:g}, "
+        f"{optim.schedule} with warm-up {optim.warmup_steps or f'{optim.warmup_ratio:.0%}'}",
+        f"precision  {train.precision}{', activations recomputed' if train.checkpointing else ''}",
+    ])  # fmt: skip
 
 
 def build_empty(config: RunConfig, architecture: ModelConfig | None = None) -> VLM:

@@ -9,7 +9,7 @@ from ivl.config import SIZES
 from ivl.errors import InputError
 from ivl.recipes import find
 from ivl.recipes.published import RECIPES, STAGES
-from ivl.runs.plan import make_plan
+from ivl.runs.plan import build_empty, count_by_part
 
 PARTS = {
     "stage1": ("projector",),
@@ -30,13 +30,13 @@ TABLE = {
 @pytest.mark.parametrize("size", SIZES)
 def test_builds_and_trains_what_it_says(size):
     for stage in STAGES:
-        plan = make_plan(find(f"{size}-{stage}"))
-        for part, (trained, frozen) in plan.parameters.items():
+        parts = count_by_part(build_empty(find(f"{size}-{stage}")))
+        for part, (trained, frozen) in parts.items():
             assert bool(trained) == (part in PARTS[stage] or (stage == "lora" and part == "decoder"))
             assert bool(frozen) == (part not in PARTS[stage])
-        total = sum(t + f for t, f in plan.parameters.values())
-        adapters = plan.parameters["decoder"][0] if stage == "lora" else 0
-        assert total - adapters == sum(t + f for t, f in make_plan(find(f"{size}-stage1")).parameters.values())
+        total = sum(t + f for t, f in parts.values())
+        adapters = parts["decoder"][0] if stage == "lora" else 0
+        assert total - adapters == sum(t + f for t, f in count_by_part(build_empty(find(f"{size}-stage1"))).values())
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -97,7 +97,7 @@ def test_later_releases_have_fine_tuning_and_mpo(name):
     assert (mpo.train.optim.lr, mpo.data.max_tokens, mpo.train.packs_per_step) == (2e-7, 2 * mpo_tokens, pairs)
     assert mpo.stage.trainable == PARTS["mpo"]
     if name != "3-9B":  # its rows are not known, so its directory says what it is
-        assert set(make_plan(lora).parameters) == {"vision", "projector", "decoder"}
+        assert set(count_by_part(build_empty(lora))) == {"vision", "projector", "decoder"}
     with pytest.raises(InputError, match="unknown recipe"):
         find(f"{name}-stage2")
 

@@ -1,0 +1,55 @@
+"""The options of a command, and what those of other tools are here."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from ivl.errors import InputError
+
+T = TypeVar("T")
+OPTIONS: dict[str, dict[str, str]] = {
+    command: {name: ours for ours, names in answers.items() for name in names}
+    for command, answers in tomllib.loads(Path(__file__).with_name("foreign.toml").read_text("utf-8")).items()
+}
+"""By command: the name of an option elsewhere, with hyphens, and what it is here."""
+
+
+def parse(kind: type[T], command: str, args: Sequence[str], **settings: Any) -> T:
+    """Return the options of a command.
+
+    Args:
+        kind: A dataclass of the options.
+        command: As it is called, such as `chat`.
+        args: What follows it.
+        settings: Further arguments of tyro.cli.
+
+    Raises:
+        InputError: for options of other tools, and for values that the dataclass refuses.
+    """
+    answer_foreign(command, args)
+    try:
+        return tyro.cli(kind, prog=f"ivl {command}", args=args, **settings)
+    except InputError:
+        raise
+    except (ValueError, ArithmeticError) as error:  # the dataclass's own checks
+        raise InputError(str(error)) from error
+
+
+def answer_foreign(command: str, args: Sequence[str]) -> None:
+    """Name our options for those of other tools among the arguments.
+
+    Raises:
+        InputError: if there are any.
+    """
+    known, found = OPTIONS.get(command.partition(" ")[0], {}), dict[str, str]()
+    for arg in args:
+        name = arg.partition("=")[0]
+        if name.startswith("--") and (ours := known.get(name[2:].lower().replace("_", "-"))):
+            found[name] = ours
+    if found:
+        raise InputError("; ".join(f"{name} is {ours}" for name, ours in found.items()) + f" (`ivl {command} --help`)")
