@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from ivl.datasets.stats import PERCENTILES, DatasetStats, Histogram, total
 from ivl.errors import InputError
 from ivl.utils import html as pages
 from ivl.utils.files import write_atomic, write_json
+from ivl.utils.progress import print_table
 
 MAX_SOURCES = 12
 """Data sets that a plot tells apart; the smaller ones are drawn as one. The tables name them all."""
@@ -33,9 +33,10 @@ def check(out: str | Path) -> None:
     pages.check_places(Path(out) / "stats.json", KEYS, Path(out) / "stats.html", TITLE, "ivl data stats")
 
 
-def tables(datasets: Sequence[DatasetStats]) -> list[Table]:
-    """Counts of each data set and of all, then percentiles of lengths."""
-    return [_table(*_counts(datasets)), *(_table(*part) for part in _lengths(datasets))]
+def print_tables(datasets: Sequence[DatasetStats]) -> None:
+    """Print counts of each data set and of all, then percentiles of lengths."""
+    for title, head, rows in [_counts(datasets), *_lengths(datasets)]:
+        print_table(head, rows, title=f"\n{title}" if title else None, words={"format"})
 
 
 def write_report(out: str | Path, datasets: Sequence[DatasetStats], *, mixture: str, model: str | None) -> Path:
@@ -68,14 +69,10 @@ def _counts(datasets: Sequence[DatasetStats]) -> Cells:
     columns = ["rows", "bad", "conversations", "turns", "images", "videos", *sizes]
     every = [*datasets, total(datasets)] if len(datasets) > 1 else datasets
     whole = sum(getattr(each, sizes[0]) for each in datasets) or 1
+    shares = [f"{getattr(each, sizes[0]) / whole:.1%}" for each in every]
     rows = [
-        [
-            each.name,
-            each.format,
-            *(f"{getattr(each, column):,}" for column in columns),
-            f"{getattr(each, sizes[0]) / whole:.1%}",
-        ]
-        for each in every
+        [each.name, each.format, *(f"{getattr(each, column):,}" for column in columns), share]
+        for each, share in zip(every, shares, strict=True)
     ]
     return "", ["dataset", "format", *columns, f"of {sizes[0]}"], rows
 
@@ -102,15 +99,6 @@ def _histograms(datasets: Sequence[DatasetStats]) -> list[tuple[str, str]]:
         ("characters per answer", "characters_per_answer"),
         ("turns per conversation", "turns_per_conversation"),
     ]
-
-
-def _table(title: str, head: list[str], rows: list[list[str]]) -> Table:
-    table = Table(box=None, header_style="bold", title=f"\n{title}" if title else None, title_justify="left")
-    for number, name in enumerate(head):
-        table.add_column(name, justify="right" if number and name != "format" else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def _page(datasets: Sequence[DatasetStats], whole: DatasetStats, mixture: str, model: str | None) -> str:

@@ -134,15 +134,10 @@ class FilterReport:
             for s in stages
         ]  # fmt: skip
         dataset_rows = [
-            [
-                name,
-                f"{d['rows']:,}",
-                f"{d['kept']:,}",
-                _share(d["kept"], d["rows"]),
-                *(d["dropped"][s["name"]] for s in dropping),
-            ]
+            [name, f"{d['rows']:,}", f"{d['kept']:,}", _share(d["kept"], d["rows"]),
+             *(d["dropped"][stage["name"]] for stage in dropping)]
             for name, d in figures["datasets"].items()
-        ]
+        ]  # fmt: skip
         names = [f"dropped by {stage['name']}" for stage in dropping]
         configuration = json.dumps(figures["chain"], indent=2, ensure_ascii=False)
         return html.page(

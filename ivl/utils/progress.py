@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
-    from rich.table import Table
+
+FITS = 100
+"""Columns of text that every terminal is taken to have."""
 
 
 def counting(*, on: bool | None = None, lasting: bool = False) -> Progress:
@@ -65,21 +67,33 @@ def wide_console(width: int = 200) -> Console:
     return Console(width=max(Console().width, width))
 
 
-def print_table(table: Table, fits: int = 100) -> None:
-    """Print a table; one that is wider than the terminal, or than `fits` columns, as columns for as many rows as fit."""
+def print_table(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None, words: Set[str] = frozenset()
+) -> None:
+    """Print a table; one that is wider than the terminal, or than FITS columns, as columns for as many rows as fit.
+
+    Args:
+        heads: Names of the columns.
+        rows: Cells of each row.
+        title: Stands above the table.
+        words: Columns of words, which are set flush left, as the first one is.
+    """
     from rich.console import Console
     from rich.table import Table
 
-    wide, room = wide_console(), max(Console().width, fits)
-    heads = [str(column.header) for column in table.columns]
-    rows = list(zip(*(map(str, column.cells) for column in table.columns), strict=True))
+    wide, room = wide_console(), max(Console().width, FITS)
+    table = Table(box=None, header_style="bold", title=title, title_justify="left")
+    for number, name in enumerate(heads):
+        table.add_column(name, justify="right" if number and name not in words else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
     if wide.measure(table).maximum <= room:
         wide.print(table)
         return
     widths, first = [max(map(len, row)) + 2 for row in rows], max(map(len, heads)) + 2
     while rows:
         count = next((n for n in range(len(rows), 1, -1) if first + sum(widths[:n]) <= room), 1)
-        turned = Table(box=None, show_header=False, title=table.title, title_justify="left")
+        turned = Table(box=None, show_header=False, title=title, title_justify="left")
         turned.add_column(no_wrap=True)
         for _ in range(count):
             turned.add_column(justify="right", no_wrap=True)

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from rich.table import Table
 
 from ivl.utils.progress import print_table
 
 
-def table(columns: int, rows: int) -> Table:
-    made = Table(box=None, title="a title")
-    for n in range(columns):
-        made.add_column(f"column{n}", no_wrap=True)
-    for row in range(rows):
-        made.add_row(*(f"{row}-{n}-value" for n in range(columns)))
-    return made
+def show(columns: int, rows: int) -> None:
+    cells = [[f"{row}-{n}-value" for n in range(columns)] for row in range(rows)]
+    print_table([f"column{n}" for n in range(columns)], cells, title="a title")
 
 
 @pytest.mark.parametrize(("columns", "rows"), [(4, 3), (12, 1), (12, 3), (12, 40)])
@@ -22,7 +17,7 @@ def test_every_cell_is_shown_within_100_columns(
     columns: int, rows: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "60")
-    print_table(table(columns, rows))
+    show(columns, rows)
     said = capsys.readouterr().out
     lines = [line.rstrip() for line in said.splitlines()]
     assert max(map(len, lines)) <= 100 and "a title" in said
@@ -31,5 +26,5 @@ def test_every_cell_is_shown_within_100_columns(
 
 def test_a_wide_terminal_shows_a_table_as_it_is(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "180")
-    print_table(table(12, 2))
+    show(12, 2)
     assert len(capsys.readouterr().out.splitlines()) == 4
