@@ -21,41 +21,7 @@ from ivl.utils.files import regular
 from ivl.utils.pictures import open_image, upright
 from ivl.utils.strict_json import read_json
 
-STYLE = """
-:root { color-scheme: light dark; --text: #1f2328; --soft: #59636e; --line: #d1d9e0; --back: #fff; --card: #f6f8fa;
-  --good: #116329; --bad: #b3261e; --link: #0a58ca }
-@media (prefers-color-scheme: dark) { :root { --text: #e6edf3; --soft: #9198a1; --line: #3d444d; --back: #0d1117;
-  --card: #161b22; --good: #56d364; --bad: #ff7b72; --link: #6cb0ff } }
-* { box-sizing: border-box }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 0 auto; padding: 1.5rem 1rem 4rem;
-  color: var(--text); background: var(--back); overflow-wrap: break-word }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .5rem } h2 { font-size: 1.2rem; margin: 2.5rem 0 .7rem }
-h3 { font-size: 1rem; margin: 1.5rem 0 .5rem } p, li { max-width: 46rem } a { color: var(--link) } .soft { color: var(--soft) }
-.good { color: var(--good) } .bad { color: var(--bad) } img { max-width: 100% }
-.facts { display: flex; flex-wrap: wrap; gap: .5rem 2.5rem; margin: 1rem 0 } .facts b { display: block; font-size: 1.5rem }
-.facts span { color: var(--soft); font-size: .9rem }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; max-width: 100% }
-th, td { padding: .3rem 0 .3rem 1rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line) }
-th { font-weight: 600; color: var(--soft); vertical-align: bottom } td { overflow-wrap: anywhere }
-th:first-child, td:first-child { padding-left: 0; text-align: left }
-.words { text-align: left !important } td.words { min-width: 12rem }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)); gap: 1rem }
-.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .7rem; overflow-wrap: anywhere }
-.card img { height: 5rem; margin-right: .3rem; border-radius: .2rem } .pixels { image-rendering: pixelated }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); gap: 1rem; margin-bottom: 1rem }
-figure.plot { margin: 0 } figure.plot svg { display: block; width: 100%; height: auto; color: var(--text) }
-pre, code { font: .85rem/1.45 ui-monospace, monospace } pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0 }
-.next pre { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .6rem .8rem }
-summary { cursor: pointer } summary pre { display: inline }
-@media (max-width: 40rem) {
-  table.wide, .wide tbody, .wide tr, .wide td { display: block } .wide thead { display: none }
-  .wide tr { border-bottom: 1px solid var(--line); padding: .5rem 0 }
-  .wide td { display: flex; justify-content: space-between; gap: 1rem; border: 0; padding: .1rem 0 }
-  .wide td::before { content: attr(data-head); color: var(--soft); text-align: left; flex: none; max-width: 55% }
-  .wide td:first-child { font-weight: 600 } .wide td:first-child::before { content: none }
-}
-"""
+STYLE = Path(__file__).with_name("page.css").read_text("utf-8")
 INK = "#1f2328"
 """Color of text and axes in plots; a page draws it in the color of its own text."""
 COLORS = ("#4e8fd0", "#e07b39", "#3f9f5b", "#c14f8a", "#8a75d1", "#a08a2c", "#4fa3a5", "#98694f")

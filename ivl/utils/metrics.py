@@ -33,9 +33,8 @@ class TensorBoardLogger:
     def write(self, row: Mapping[str, Any], prefix: str = "train") -> None:
         """Add every number of a row as a scalar PREFIX/NAME."""
         if self.writer is not None:
-            for name, value in row.items():
-                if name != "step" and isinstance(value, (int, float)):
-                    self.writer.add_scalar(f"{prefix}/{name}", value, row["step"])
+            for name, value in _numbers(row, prefix).items():
+                self.writer.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
         """Flush and close the events file."""
@@ -61,12 +60,15 @@ class TrackerLogger:
 
     def write(self, row: Mapping[str, Any], prefix: str = "train") -> None:
         """Log every number of a row as PREFIX/NAME."""
-        numbers = {name: value for name, value in row.items() if isinstance(value, (int, float)) and name != "step"}
-        self.tracker.log({f"{prefix}/{name}": value for name, value in numbers.items()}, step=row["step"])
+        self.tracker.log(_numbers(row, prefix), step=row["step"])
 
     def close(self) -> None:
         """End the run at the tracker."""
         self.tracker.finish()
+
+
+def _numbers(row: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    return {f"{prefix}/{name}": n for name, n in row.items() if isinstance(n, (int, float)) and name != "step"}
 
 
 def import_tracker(package: str) -> Any:

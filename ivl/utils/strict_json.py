@@ -9,6 +9,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -108,53 +109,42 @@ def from_json(kind: type[T], values: Any, where: str, extra: Iterable[str] = ())
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
             raise InputError(f"{where}: {name} is missing")
-    arguments = {name: _value(hints[name], value, f"{where}: {name}") for name, value in values.items() if name in fields}
+    arguments = {}
+    for name, value in values.items():
+        try:
+            arguments |= {name: _value(hints[name], value, f"{where}: {name}")} if name in fields else {}
+        except _Misfit:
+            raise InputError(f"{where}: {name} must be {_describe(hints[name])}, got {short(value)}") from None
     try:
         return kind(**arguments)
     except (TypeError, ValueError) as error:  # the dataclass's own checks, which do not know the place
         raise InputError(f"{where}: {error}") from error
 
 
+class _Misfit(Exception):
+    """Raised for a value of another type than its hint."""
+
+
 def _value(hint: Any, value: Any, where: str) -> Any:
     """The value as its field holds it: lists as tuples, objects as dataclasses where the hint names one."""
-    if not _fits(value, hint):
-        raise InputError(f"{where} must be {_describe(hint)}, got {short(value)}")
-    choices = typing.get_args(hint) if _is_union(hint) else (hint,)
-    if isinstance(value, dict):
-        for choice in choices:
-            if dataclasses.is_dataclass(choice):
-                return from_json(typing.cast(type, choice), value, where)
-    if isinstance(value, list):
-        for choice in choices:
-            if typing.get_origin(choice) is tuple:
-                inner = typing.get_args(choice)
-                return tuple(_value(inner[min(n, len(inner) - 1)] if inner[-1] is not ... else inner[0], each, f"{where}[{n}]")
-                             for n, each in enumerate(value))  # fmt: skip
-    return value
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return True
+    origin, inner, kind = typing.get_origin(hint), typing.get_args(hint), int | float if hint is float else hint
     if _is_union(hint):
-        return any(_fits(value, choice) for choice in inner)
-    if origin is typing.Literal:
-        return value in inner
-    if origin is tuple or origin is list:
-        elements = value if isinstance(value, list | tuple) else None
-        if elements is None:
-            return False
-        if origin is tuple and inner[-1] is not ...:
-            return len(elements) == len(inner) and all(map(_fits, elements, inner))
-        return all(_fits(each, inner[0]) for each in elements)
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(each, inner[1]) for each in value.values())
-    if dataclasses.is_dataclass(hint):
-        return isinstance(value, dict)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+        for choice in inner:
+            with suppress(_Misfit):
+                return _value(choice, value, where)
+    elif hint is Any or (origin is typing.Literal and value in inner):
+        return value
+    elif origin in (tuple, list) and isinstance(value, list | tuple):
+        kinds = inner if origin is tuple and inner[-1] is not ... else inner[:1] * len(value)
+        if len(kinds) == len(value):
+            return origin(_value(kind, each, f"{where}[{n}]") for n, (kind, each) in enumerate(zip(kinds, value, strict=True)))
+    elif origin is dict and isinstance(value, dict):
+        return {key: _value(inner[1], each, f"{where}[{key!r}]") for key, each in value.items()}
+    elif dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return from_json(typing.cast(type, hint), value, where)
+    elif origin is None and isinstance(value, kind) and (hint is bool or not isinstance(value, bool)):
+        return value
+    raise _Misfit
 
 
 def _describe(hint: Any) -> str:
