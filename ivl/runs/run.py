@@ -50,11 +50,7 @@ MakeEvaluators = Callable[[Processor], tuple[Evaluator, ...]]
 
 
 def run(
-    config: RunConfig,
-    *,
-    evaluators: MakeEvaluators | None = None,
-    resume: bool = False,
-    allow_changed: bool = False,
+    config: RunConfig, *, evaluators: MakeEvaluators | None = None, resume: bool = False, allow_changed: bool = False
 ) -> Path:
     """Train and return the directory of the final model, run_dir/model.
 

@@ -8,13 +8,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from ivl.errors import InputError
 from ivl.serve.auth import Keys
 from ivl.serve.config import ServeConfig
-from ivl.serve.errors import APIError, to_api_error
+from ivl.serve.errors import to_api_error
 from ivl.serve.guard import OPEN, Guard, RequestContext, log
 from ivl.serve.media import MediaGateway
 from ivl.serve.metrics import Metrics
@@ -78,8 +78,4 @@ def create_app(
 
 
 async def _error_response(_: Request, error: Exception) -> Response:
-    if isinstance(error, HTTPException) and not isinstance(error, APIError):
-        api_error = APIError(error.status_code, str(error.detail))
-        return JSONResponse(api_error.content, api_error.status_code, {**(error.headers or {}), **(api_error.headers or {})})
-    api_error = to_api_error(error)
-    return JSONResponse(api_error.content, api_error.status_code, api_error.headers)
+    return to_api_error(error).response()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
 
 from ivl.errors import InputError
 
@@ -29,15 +29,15 @@ class APIError(HTTPException):
         self.message, self.param, self.code = message, param, code
 
     @property
-    def content(self) -> dict[str, Any]:
-        """The body as {"error": {message, type, param, code}}."""
-        kind = TYPES.get(self.status_code, "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
-
-    @property
     def body(self) -> bytes:
-        """The body as JSON."""
-        return json.dumps(self.content, ensure_ascii=False).encode(errors="backslashreplace")
+        """The body: {"error": {message, type, param, code}} as JSON."""
+        kind = TYPES.get(self.status_code, "invalid_request_error")
+        content = {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        return json.dumps(content, ensure_ascii=False).encode(errors="backslashreplace")
+
+    def response(self) -> Response:
+        """Return the error as a response."""
+        return Response(self.body, self.status_code, self.headers, "application/json")
 
 
 class MediaRefusal(InputError):
@@ -67,4 +67,8 @@ def to_api_error(error: Exception) -> APIError:
         return error
     if isinstance(error, InputError):
         return APIError(getattr(error, "status", 400), str(error), code="invalid_value")
+    if isinstance(error, HTTPException):  # of a route that is not there
+        shown = APIError(error.status_code, str(error.detail))
+        shown.headers = {**(error.headers or {}), **(shown.headers or {})}
+        return shown
     return internal_error()

@@ -33,7 +33,7 @@ class ClientGone(Exception):
 
 @dataclass
 class RequestContext:
-    """Facts about a request for its route, the log and metrics. It never holds what a user wrote."""
+    """Facts about a request for its route, the log and metrics, as `ivl` in its scope. It never holds what a user wrote."""
 
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     arrived: float = field(default_factory=time.perf_counter)
@@ -52,11 +52,6 @@ class RequestContext:
     """Counts bytes that the request holds in memory. Raises APIError 429 if all requests together hold too much."""
     release: Callable[[], None] = lambda: None
     """Ends that count: the request is prepared, and other limits bound what it has become."""
-
-    @staticmethod
-    def of(scope: Scope) -> RequestContext:
-        """Return the context that Guard has put into the scope of a request."""
-        return scope["ivl"]
 
 
 class Guard:
@@ -92,7 +87,7 @@ class Guard:
             if refusal is None and not is_preflight:  # browsers send a preflight without the key
                 refusal = self._key_refusal(scope, headers, context) or self._size_refusal(headers)
             if refusal is not None:
-                await response.refuse(refusal)
+                await refusal.response()(scope, receive, response.send)
             elif is_preflight:
                 await response.send({"type": "http.response.start", "status": 204, "headers": _permissions(headers)})
                 await response.send({"type": "http.response.body"})
@@ -107,7 +102,7 @@ class Guard:
             refusal = error if isinstance(error, APIError) else internal_error()
             if refusal.status_code == 500:
                 log.error("request failed", exc_info=error, extra={"fields": {"id": context.id}})
-            await response.refuse(refusal)
+            await refusal.response()(scope, receive, response.send)
         finally:
             body.release()
             context.media.clear()
@@ -218,13 +213,6 @@ class _MarkedResponse:
                 headers.append((b"connection", b"close"))
             message = {**message, "headers": headers}
         await self._send(message)
-
-    async def refuse(self, error: APIError) -> None:
-        body = error.body
-        headers = {"content-type": "application/json", "content-length": str(len(body)), **dict(error.headers or {})}
-        pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-        await self.send({"type": "http.response.start", "status": error.status_code, "headers": pairs})
-        await self.send({"type": "http.response.body", "body": body})
 
 
 def _host_name(host: str) -> str:

@@ -16,7 +16,7 @@ from ivl.serve.config import MediaConfig
 from ivl.serve.errors import MediaRefusal
 from ivl.serve.fetch import Fetcher, too_large
 from ivl.serve.sniff import MediaHeader, check_image, check_video
-from ivl.serve.turns import Turns
+from ivl.serve.turns import Turns, after
 from ivl.types import ImageRef, VideoRef
 
 __all__ = ["MediaConfig", "MediaGateway", "MediaRefusal"]
@@ -84,15 +84,9 @@ class MediaGateway:
 
     async def _in_thread(self, work: Callable[[], T], group: str) -> T:
         """Return the result of work, which is done in a thread at a turn of its group."""
-        loop = asyncio.get_running_loop()
         await self._turns.acquire(group)
-        try:
-            job = self._threads.submit(work)
-        except BaseException:
-            self._turns.release(group)
-            raise
-        # The turn ends with the work, not with the caller.
-        job.add_done_callback(lambda _: None if loop.is_closed() else loop.call_soon_threadsafe(self._turns.release, group))
+        job = self._threads.submit(work)
+        after(job, partial(self._turns.release, group))
         return await asyncio.wrap_future(job)
 
 

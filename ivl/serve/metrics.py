@@ -55,7 +55,7 @@ class _EngineCollector(Collector):
         self.service = service
 
     def collect(self) -> Iterator[Metric]:
-        service, stats = self.service, self.service.stats()
+        service, stats = self.service, self.service.engine.stats()
         for name, text, value in (
             ("ivl_ready", "1 if the server takes requests", service.ready),
             ("ivl_replies_open", "Replies accepted and not finished", service.num_open),

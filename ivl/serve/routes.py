@@ -60,7 +60,7 @@ class RouteContext:
         self.metrics: Metrics = state.metrics
         self.created: int = state.created
         self.request = request
-        self.context = RequestContext.of(request.scope)
+        self.context: RequestContext = request.scope["ivl"]
 
     @property
     def deadline(self) -> float:

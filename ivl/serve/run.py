@@ -194,7 +194,8 @@ class _Connection(H11Protocol):
             transport.max_size = MAX_READ
         if len(self.connections) > self.limits.max_connections:
             self.refused = True
-            transport.write(_too_many())
+            busy = APIError(503, "too many connections", code="busy", retry_after=5)
+            transport.write(_raw("503 Service Unavailable", busy))
             transport.write_eof()
             self.loop.call_later(1.0, transport.abort)  # not at once: unread data would reset the connection
             return
@@ -230,8 +231,7 @@ class _Connection(H11Protocol):
         """Log nothing: anybody may ask for a WebSocket."""
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002, uvicorn's signature
-        body = APIError(400, "this is not valid HTTP", code="invalid_http").body
-        self.transport.write(_raw(400, "Bad Request", body))
+        self.transport.write(_raw("400 Bad Request", APIError(400, "this is not valid HTTP", code="invalid_http")))
         self.transport.close()
 
     def _await_headers(self) -> None:
@@ -260,10 +260,7 @@ def _detect_lost_client(connected: socket.socket, seconds: float) -> None:
             connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def _too_many() -> bytes:
-    return _raw(503, "Service Unavailable", APIError(503, "too many connections", code="busy").body, b"retry-after: 5\r\n")
-
-
-def _raw(status: int, phrase: str, body: bytes, more: bytes = b"") -> bytes:
-    head = f"HTTP/1.1 {status} {phrase}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-    return head.encode() + more + b"connection: close\r\n\r\n" + body
+def _raw(status: str, error: APIError) -> bytes:
+    """Return the bytes of a response, for where there is no application yet."""
+    headers = [*error.response().raw_headers, (b"connection", b"close")]
+    return b"\r\n".join([f"HTTP/1.1 {status}".encode(), *(b": ".join(pair) for pair in headers), b"", error.body])

@@ -193,11 +193,7 @@ class ResponseFormat(RequestPart):
 
 SchemaOrText = Annotated[
     Annotated[dict[str, Any], Tag("<object>")] | AnyText,
-    Discriminator(
-        lambda value: "<object>" if isinstance(value, dict) else _text_or_list(value),
-        custom_error_type="wrong_type",
-        custom_error_message="a JSON schema is an object, or one as text",
-    ),
+    _choice(lambda value: {dict: "<object>", str: "<text>"}.get(type(value)), "a JSON schema is an object, or one as text"),
 ]
 
 

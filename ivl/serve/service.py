@@ -16,15 +16,16 @@ import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
-from ivl.inference.engine import Engine, EngineStats
+from ivl.inference.engine import Engine
 from ivl.inference.request import Request
 from ivl.processing.processor import Processor
 from ivl.processing.tokenizer import Tokenizer
 from ivl.serve.config import ServeConfig
 from ivl.serve.errors import APIError, internal_error, stopping_error
-from ivl.serve.turns import Turns
+from ivl.serve.turns import Turns, after
 from ivl.types import Conversation, Prompt, SamplingParams, Text, TextDelta
 
 T = TypeVar("T")
@@ -147,7 +148,7 @@ async def merge(
 
 
 class Service:
-    """Replies to many clients at once, as `async with service:`. Only `stats` may be called outside that event loop."""
+    """Replies to many clients at once, as `async with service:`. Of it, only `end` may be called outside that loop."""
 
     def __init__(self, engine: Engine, config: ServeConfig | None = None) -> None:
         assert isinstance(engine.processor, Processor)
@@ -224,10 +225,6 @@ class Service:
         """Number of replies that are promised and not finished."""
         return len(self._streams) + self._coming
 
-    def stats(self) -> EngineStats:
-        """Return the engine's counts."""
-        return self.engine.stats()
-
     # Requests
 
     def check(self, count: int = 1) -> None:
@@ -236,25 +233,19 @@ class Service:
         Raises:
             APIError: 503 if none can be taken at all, 429 if not so many at this time, 400 if never.
         """
+        if self.draining:
+            raise stopping_error()
         if not self.ready:
-            raise (
-                stopping_error() if self.draining else APIError(503, "the engine has failed", code="not_ready", retry_after=30)
-            )
+            raise APIError(503, "the engine has failed", code="not_ready", retry_after=30)
         if count > self.capacity:
             raise APIError(400, f"{count} replies at once, but there is room for {self.capacity}", param="n")
         if self.num_open + count > self.capacity:
             wait = self._seconds_per_reply * self.config.max_queue / self.engine.scheduler.max_sequences
-            raise APIError(
-                429, "too many requests at this time: try again later", code="queue_full", retry_after=min(60, max(1, wait))
-            )
+            message = "too many requests at this time: try again later"
+            raise APIError(429, message, code="queue_full", retry_after=min(60, max(1, wait)))
 
     async def submit(self, conversation: Conversation | Prompt, params: SamplingParams) -> ReplyStream:
-        """Return the stream of one reply.
-
-        Raises:
-            APIError: if there is no room, or the service ends.
-            InputError: if the conversation cannot be prepared.
-        """
+        """Return the stream of one reply. Raises as `submit_all`."""
         return (await self.submit_all(conversation, [params]))[0]
 
     async def submit_all(
@@ -267,13 +258,18 @@ class Service:
         heavy: bool = False,
         variant: str = "",
     ) -> list[ReplyStream]:
-        """Return streams of several replies to one conversation, which is prepared once. Raises as `submit`.
+        """Return streams of replies to one conversation, which is prepared once.
 
         Args:
+            params: Those of each reply.
             ready: The event of other streams that are merged with these.
             group: Only requests of one group share cached prompts.
             heavy: Whether preparing takes long, see `in_pool`.
             variant: Which of the engine's models replies.
+
+        Raises:
+            APIError: if there is no room, or the service ends.
+            InputError: if the conversation cannot be prepared.
         """
 
         def prepare() -> list[Request]:
@@ -331,7 +327,7 @@ class Service:
             task.cancel()
 
     async def _in_pool(self, work: Callable[[], T], group: str, heavy: bool) -> T:
-        loop, stop, releases = asyncio.get_running_loop(), threading.Event(), list[Callable[[], None]]()
+        stop = threading.Event()
 
         def run() -> T:
             self._stop.event = stop
@@ -342,25 +338,17 @@ class Service:
             except BaseException as error:  # the panic of a library in Rust
                 raise RuntimeError("a library failed") from error
 
-        def release() -> None:
-            for each in releases:
-                each()
-
-        try:
+        with ExitStack() as turns:
             for turn in (self._heavy_turns[group], self._heavy) if heavy else ():
                 await turn.acquire()
-                releases.append(turn.release)
+                turns.callback(turn.release)
             await self._preparing.acquire(group)
-            releases.append(lambda: self._preparing.release(group))
+            turns.callback(self._preparing.release, group)
             while self._tiles_ahead >= TILES_AHEAD:
                 self._room.clear()
                 await self._room.wait()
             job = self._pool.submit(run)
-        except BaseException:
-            release()
-            raise
-        # The turn ends with the work, not with the caller.
-        job.add_done_callback(lambda _: None if loop.is_closed() else loop.call_soon_threadsafe(release))
+            after(job, turns.pop_all().close)
         try:
             return await asyncio.wrap_future(job)
         finally:
