@@ -7,28 +7,15 @@ import importlib
 import io
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from ivl.cli.options import parse
 
-SCRIPT = """_ivl() {{
-    local current="${{COMP_WORDS[COMP_CWORD]}}" words=""
-    if [ "$COMP_CWORD" -eq 1 ]; then
-        words="{commands} --help --version"
-    elif [[ "$current" == -* ]]; then
-        case "${{COMP_WORDS[1]}} ${{COMP_WORDS[2]}}" in
-{options}
-        esac
-    elif [ "$COMP_CWORD" -eq 2 ]; then
-        case "${{COMP_WORDS[1]}}" in
-{seconds}
-        esac
-    fi
-    COMPREPLY=($(compgen -W "$words" -- "$current"))
-}}
-complete -o bashdefault -o default -F _ivl ivl"""
+SCRIPT = Path(__file__).with_name("completion.bash").read_text("utf-8").rstrip()
+"""With @commands@, @options@ and @seconds@ where the words of each go."""
 ZSH = "autoload -U +X compinit && compinit\nautoload -U +X bashcompinit && bashcompinit"
 
 
@@ -60,11 +47,10 @@ def script() -> str:
     options = {f'"{name} {word}"' if word else f'"{name} "*': flags(name, word) for name, word in pages}
     options['"train "*'] = flags("train", "nano-mpo") | flags("train", "nano-language") | {"--resume", "--config"}
     indent = " " * 12
-    return SCRIPT.format(
-        commands=" ".join(COMMANDS),
-        options="\n".join(f'{indent}{case}) words="{" ".join(sorted(names))}";;' for case, names in options.items()),
-        seconds="\n".join(f'{indent}{name}) words="{" ".join(words)}";;' for name, words in seconds.items()),
-    )
+    cases = [f'{indent}{case}) words="{" ".join(sorted(names))}";;' for case, names in options.items()]
+    words = [f'{indent}{name}) words="{" ".join(words)}";;' for name, words in seconds.items()]
+    text = SCRIPT.replace("@commands@", " ".join(COMMANDS)).replace("@options@", "\n".join(cases))
+    return text.replace("@seconds@", "\n".join(words))
 
 
 def second_words() -> dict[str, tuple[str, ...]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -10,29 +12,7 @@ from pydantic.json_schema import models_json_schema
 
 from ivl.serve.schemas import ChatRequest, CompletionRequest, TokenizeRequest
 
-_USAGE = {
-    "prompt_tokens": 270, "completion_tokens": 3, "total_tokens": 273, "prompt_tokens_details": {"cached_tokens": 256},
-}  # fmt: skip
-_TOKEN = {"token": "red", "logprob": -0.25, "bytes": [114, 101, 100]}
-_MODEL = {"id": "model", "object": "model", "created": 1764460800, "owned_by": "ivl", "max_model_len": 32768}
-_HEAD = {"created": 1764460800, "model": "model", "usage": _USAGE}
-_MESSAGE = {"role": "assistant", "content": "red", "refusal": None}
-_CHOICE = {"index": 0, "finish_reason": "stop"}
-EXAMPLES: dict[str, Any] = {
-    "error": {"error": {"message": "n: must be at least 1", "type": "invalid_request_error", "param": "n", "code": None}},
-    "status": {"status": "ok"},
-    "model": _MODEL,
-    "models": {"object": "list", "data": [_MODEL]},
-    "tokens": {"count": 2, "max_model_len": 32768, "tokens": [17, 4]},
-    "chat": {
-        "id": "chatcmpl-1", "object": "chat.completion", **_HEAD,
-        "choices": [_CHOICE | {"message": _MESSAGE, "logprobs": {"content": [_TOKEN | {"top_logprobs": [_TOKEN]}]}}],
-    },
-    "completion": {
-        "id": "cmpl-1", "object": "text_completion", **_HEAD,
-        "choices": [_CHOICE | {"text": "red", "logprobs": {"tokens": ["red"], "token_logprobs": [-0.25], "text_offset": [0]}}],
-    },
-}  # fmt: skip
+EXAMPLES: dict[str, Any] = json.loads(Path(__file__).with_name("responses.json").read_text("utf-8"))
 """A response of each kind. Fields that may be null, such as logprobs, are null or have this shape."""
 _TYPES = {str: "string", int: "integer", float: "number"}
 _NULLABLE = ("param", "code", "logprobs", "refusal")
