@@ -14,7 +14,6 @@ from ivl.errors import InputError
 from ivl.filters.chain import UNREADABLE, FilterStage
 from ivl.filters.rows import RowChecker, RowEntry
 from ivl.filters.text import shown_text
-from ivl.processing.image import load_image
 from ivl.types import ImageRef, Record
 from ivl.utils import html
 
@@ -223,6 +222,8 @@ def _turn(role: str, text: str) -> str:
 
 
 def _thumbnail(ref: ImageRef) -> str:
+    from ivl.processing.image import load_image  # here, since it imports torch, which other commands for data do without
+
     try:
         return html.picture(load_image(ref))
     except InputError as error:
