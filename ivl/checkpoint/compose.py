@@ -20,7 +20,7 @@ from ivl.checkpoint.gguf.reader import GgufModel
 from ivl.checkpoint.gguf.tokenizer import tokenizer_from_gguf
 from ivl.checkpoint.hub import resolve
 from ivl.checkpoint.keymaps import TensorEntry, decoder_map, vision_map
-from ivl.checkpoint.model_dir import empty_model, open_weights, read, save_model, tensors_of, untie
+from ivl.checkpoint.model_dir import empty_model, open_weights, read_finite, save_model, tensors_of, untie
 from ivl.checkpoint.processor_files import save_processor
 from ivl.checkpoint.sections import TOKEN_ID, open_section
 from ivl.checkpoint.vocabulary import check_spelling, load_tokenizer, refusing_damage
@@ -56,7 +56,7 @@ class SourcePart:
 
     def readers(self, prefix: str) -> TensorReaders:
         """Return readers of the parameters whose name starts with the prefix."""
-        return {e.ours: lambda e=e: read(e, self.weights) for e in self.entries if e.ours.startswith(prefix)}
+        return {e.ours: lambda e=e: read_finite(e, self.weights) for e in self.entries if e.ours.startswith(prefix)}
 
 
 def compose(

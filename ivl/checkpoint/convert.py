@@ -16,7 +16,7 @@ from ivl.checkpoint.files import new_directory
 from ivl.checkpoint.gguf.tokenizer import gguf_vocabulary
 from ivl.checkpoint.gguf.writer import STORAGE, ReadParameter, Storage, write_language, write_vision
 from ivl.checkpoint.hub import resolve
-from ivl.checkpoint.model_dir import empty_model, open_weights, read, save_model
+from ivl.checkpoint.model_dir import empty_model, open_weights, read_finite, save_model
 from ivl.checkpoint.processor_files import jinja, load_processor, save_processor
 from ivl.checkpoint.weights import MAX_SHARD_BYTES, OnMegabytes
 from ivl.errors import InputError
@@ -54,8 +54,8 @@ def convert(
         weights_only: neither read nor write tokenizer and preprocessor files.
 
     Raises:
-        InputError: if the source is not one complete model, the target exists, or the format cannot express the model; the
-            target is then untouched.
+        InputError: if the source is not one complete model or has weights that are not finite, the target exists, or the
+            format cannot express the model; the target is then untouched.
     """
     schemes = schemes or QuantPlan()
     if to == "gguf" and schemes.by_part():
@@ -71,7 +71,7 @@ def convert(
     stored = {entry.ours: entry for entry in entries}
 
     def original(name: str) -> torch.Tensor:
-        return read(stored[name], weights)
+        return read_finite(stored[name], weights)
 
     written = str(weights.main_dtype).removeprefix("torch.") if dtype == "keep" else dtype
     if to == "gguf" and processor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from ivl.checkpoint.weights import (
     StoredWeights,
     TensorSource,
     check_entries,
+    check_finite,
+    is_finite,
     write_shards,
 )
 from ivl.config import ModelConfig
@@ -229,16 +232,28 @@ def untie(entries: Sequence[TensorEntry], weights: StoredWeights, top: Section) 
 def fill(
     parameters: Mapping[str, torch.Tensor], entries: Sequence[TensorEntry], weights: TensorSource, cuts: ModelCuts = NO_CUTS
 ) -> None:
-    """Copy the weights of every entry into our parameters, or this rank's share of them, converting dtype and device."""
-    for entry in entries:
-        ours = parameters[entry.ours]
-        if entry.ours in cuts.cuts:
-            ours.copy_(cuts.share(entry.ours, read(entry, weights)))
-        elif entry.rows and entry.form == "same" and entry.groups is None:
-            for part, name in zip(ours.split(entry.rows), entry.theirs, strict=True):  # joins without a copy of the whole
-                part.copy_(weights.get(name))
-        else:
-            ours.copy_(read(entry, weights))
+    """Copy the weights of every entry into our parameters, or this rank's share of them, converting dtype and device.
+
+    The copies are checked while the next ones are made: that takes no time of its own, and files are read once.
+
+    Raises:
+        InputError: naming the tensor, if it holds NaN or an infinity, or numbers that our dtype cannot express.
+    """
+    with ThreadPoolExecutor(1) as checker:
+        finite: list[Future[bool]] = []
+        for entry in entries:
+            ours = parameters[entry.ours]
+            if entry.ours in cuts.cuts:
+                ours.copy_(cuts.share(entry.ours, read(entry, weights)))
+            elif entry.rows and entry.form == "same" and entry.groups is None:
+                for part, name in zip(ours.split(entry.rows), entry.theirs, strict=True):  # joins without a copy of the whole
+                    part.copy_(weights.get(name))
+            else:
+                ours.copy_(read(entry, weights))
+            finite.append(checker.submit(is_finite, ours.detach()))
+    for entry, found in zip(entries, finite, strict=True):
+        if not found.result():
+            raise _not_finite(entry, weights, parameters[entry.ours].dtype)
 
 
 def open_rows(directory: Path, model: VLM) -> EntryRows:
@@ -259,7 +274,7 @@ class EntryRows:
 
     def get(self, name: str) -> torch.Tensor:
         """Read a parameter."""
-        return read(self.entries[name], self.weights)
+        return read_finite(self.entries[name], self.weights)
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
         """Read rows [first, last) of a parameter."""
@@ -268,6 +283,8 @@ class EntryRows:
             low, high = max(first, at), min(last, at + count)
             if low < high:
                 parts.append(self.weights.rows(theirs, begin + low - at, begin + high - at))
+                if not is_finite(parts[-1]):
+                    check_finite(self.weights, [theirs])
             at += count
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -275,3 +292,24 @@ class EntryRows:
 def read(entry: TensorEntry, weights: TensorSource) -> torch.Tensor:
     """Read our parameter for an entry, as stored."""
     return entry.join([weights.get(name) for name in entry.theirs])
+
+
+def read_finite(entry: TensorEntry, weights: TensorSource) -> torch.Tensor:
+    """Read our parameter for an entry into memory of its own.
+
+    Raises:
+        InputError: naming the tensor, if it holds NaN or an infinity.
+    """
+    tensors = [weights.get(name) for name in entry.theirs]
+    ours = entry.join(tensors)
+    ours = ours.clone() if ours is tensors[0] else ours  # else the file would be read here and by whoever copies
+    if not is_finite(ours):
+        raise _not_finite(entry, weights, ours.dtype)
+    return ours
+
+
+def _not_finite(entry: TensorEntry, weights: TensorSource, dtype: torch.dtype) -> InputError:
+    """Return the error for what was read for an entry, or raise that for one of its tensors."""
+    check_finite(weights, entry.theirs)
+    places = " or ".join(map(weights.place, entry.theirs))
+    return InputError(f"{places} holds numbers that {dtype} cannot express; take bfloat16 or float32")

@@ -20,7 +20,7 @@ from ivl.checkpoint.files import listing
 from ivl.checkpoint.keymaps import IGNORED, TensorEntry, key_map, known_name
 from ivl.checkpoint.model_dir import empty_model
 from ivl.checkpoint.sections import FLAG, TEXT, Section, Values
-from ivl.checkpoint.weights import ADAPTER, StoredWeights
+from ivl.checkpoint.weights import ADAPTER, StoredWeights, check_finite
 from ivl.config import LoraConfig
 from ivl.errors import InputError, short
 from ivl.lora.layers import LoraLinear
@@ -166,7 +166,7 @@ class AdapterFile:
         directory: has adapter_model.safetensors.
 
     Raises:
-        InputError: if the file cannot be read, has no low-rank matrices, or holds what does not fit the model.
+        InputError: if the file cannot be read, has no low-rank matrices, or holds what does not fit the model or is not finite.
     """
 
     def __init__(self, directory: Path, model: VLM, ranks: AdapterRanks) -> None:
@@ -203,6 +203,7 @@ class AdapterFile:
                 raise InputError(f"{directory}: {self._stored.get(name, name)} should be {shape} but the file has {stored}")
         if extra := sorted(name for name in self.weights.shapes if name not in shapes and not IGNORED.fullmatch(name)):
             raise InputError(f"{directory}: {listing(extra)} belong to no adapter")
+        check_finite(self.weights, shapes)
 
     def _low_rank(self, empty: VLM, ranks: AdapterRanks) -> Iterator[LowRank]:
         strangers: list[str] = []

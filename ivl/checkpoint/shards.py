@@ -98,6 +98,10 @@ class ShardedWeights:
         shape = self.shapes[name]
         return self.rows(name, 0, shape[0]) if shape else self._file(self._parts[name][0][2]).get(name)
 
+    def place(self, name: str) -> str:
+        """Return the folder of a tensor and its name, for messages."""
+        return f"{self.directory / FOLDER}: tensor {name!r}"
+
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
         """Read rows [first, last) of a tensor."""
         if name in self._shares:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,6 +51,10 @@ class TensorSource(Protocol):
 
     def get(self, name: str) -> torch.Tensor: ...
 
+    def place(self, name: str) -> str:
+        """Return the file of a tensor and its name in there, for messages."""
+        ...
+
 
 class RowSource(TensorSource, Protocol):
     """Tensors of which rows [first, last) can be read without the others."""
@@ -63,7 +68,7 @@ class RowSource(TensorSource, Protocol):
 class StoredWeights:
     """The tensors of a directory: names, shapes and dtypes at once, data mapped from the file when asked for.
 
-    One shard is open at a time, so that reading everything holds at most one shard in memory.
+    One shard stays open at a time, so that reading everything holds at most one shard in memory.
 
     Args:
         directory: holds `model.safetensors`, or shards and their index.
@@ -85,8 +90,7 @@ class StoredWeights:
         self._known = DTYPES | INTEGERS if integers else DTYPES
         self._places: dict[str, tuple[Path, str]] = {}
         self._low_rank: dict[str, tuple[str, str, float]] = {}
-        self._open: tuple[Path, Any] | None = None
-        self._read: TensorFile | None = None
+        self._mapped, self._file = lru_cache(1)(_mapped), lru_cache(1)(TensorFile)
         index = directory / INDEX
         listed = _read_index(index) if index.exists() and not files else None
         for file_name in files or (_shards(directory) if listed is None else sorted(set(listed.values()))):
@@ -103,7 +107,7 @@ class StoredWeights:
             danger = "may run code when opened and is never read: convert it to safetensors where you trust it"
             hint = f"{listing(pickles, 3)} {danger}" if pickles else f"a directory has {WEIGHTS}, or shards, or {ADAPTER}"
             raise InputError(f"{path}: no such weights file; {hint}")
-        handle = self._handle(path)
+        handle = self._mapped(path)
         for stored in handle.keys():  # noqa: SIM118 (a handle is no dict)
             name = rename(stored)
             if name in self._places:
@@ -116,24 +120,10 @@ class StoredWeights:
             self.shapes[name] = tuple(header.get_shape())
             self.dtypes[name] = self._known[header.get_dtype()]
 
-    def _handle(self, path: Path) -> Any:
-        if self._open is None or self._open[0] != path:
-            self._open = None
-            try:
-                regular(path)
-                with path.open("rb") as file:
-                    length = int.from_bytes(file.read(8), "little")
-                if MAX_HEADER_BYTES < length < path.stat().st_size:
-                    raise SafetensorError(f"its header has {length:,} bytes, at most {MAX_HEADER_BYTES:,} are read")
-                self._open = (path, safe_open(path, framework="pt", device="cpu"))
-            except (SafetensorError, OSError, UnicodeError) as error:
-                raise InputError(f"{path}: not a readable safetensors file: {str(error)[:300]}; fetch it again") from None
-        return self._open[1]
-
     def get(self, name: str) -> torch.Tensor:
         """Map a tensor from its file; the caller copies it before the file changes."""
         path, stored = self._places[name]
-        tensor = self._handle(path).get_tensor(stored)
+        tensor = self._mapped(path).get_tensor(stored)
         if name not in self._low_rank:
             return tensor
         A, B, scale = self._low_rank[name]
@@ -142,13 +132,16 @@ class StoredWeights:
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
         """Read rows [first, last) of a tensor; only these are in memory."""
         path, stored = self._places[name]
-        if self._read is None or self._read.path != path:
-            self._read = TensorFile(path)
-        rows = self._read.rows(stored, first, last)
-        if name not in self._low_rank:
-            return rows
-        A, B, scale = self._low_rank[name]
-        return (rows.float() + self.get(B)[first:last].float() @ self.get(A).float() * scale).to(rows.dtype)
+        rows = self._file(path).rows(stored, first, last)
+        if name in self._low_rank:
+            A, B, scale = self._low_rank[name]
+            rows = (rows.float() + self.get(B)[first:last].float() @ self.get(A).float() * scale).to(rows.dtype)
+        return rows
+
+    def place(self, name: str) -> str:
+        """Return the file of a tensor and its name in there, for messages."""
+        path, stored = self._places[name]
+        return f"{path}: tensor {stored!r}"
 
     def fold(self, scale: float) -> dict[str, int]:
         """Let `MODULE.weight` be read with the low-rank matrices added that are stored beside it, and hide those.
@@ -188,6 +181,36 @@ class StoredWeights:
         if not counts:
             raise InputError(f"{self.directory}: has no tensor of {', '.join(DTYPES)}")
         return counts.most_common(1)[0][0]
+
+
+def _mapped(path: Path) -> Any:
+    """Open a safetensors file as a memory map."""
+    try:
+        regular(path)
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if MAX_HEADER_BYTES < length < path.stat().st_size:
+            raise SafetensorError(f"its header has {length:,} bytes, at most {MAX_HEADER_BYTES:,} are read")
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError, UnicodeError) as error:
+        raise InputError(f"{path}: not a readable safetensors file: {str(error)[:300]}; fetch it again") from None
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor holds neither NaN nor an infinity, which its sum says at the speed of memory.
+
+    A sum that is not finite may have overflowed, so only then each element is looked at.
+    """
+    return not tensor.is_floating_point() or bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+def check_finite(weights: TensorSource, names: Iterable[str]) -> None:
+    """Raise InputError for the first of these tensors that holds NaN or an infinity."""
+    for name in names:
+        if not is_finite(weights.get(name)):
+            raise InputError(
+                f"{weights.place(name)} holds NaN or infinite numbers; fetch it again, or take an earlier checkpoint"
+            )
 
 
 def check_entries(entries: Sequence[TensorEntry], shapes: Mapping[str, Sequence[int]], weights: TensorSource) -> None:
@@ -241,7 +264,7 @@ def write_shards(
         extra: a few small tensors to write as well, by their names in the file.
 
     Raises:
-        InputError: if a file cannot be written (disk full, no permission).
+        InputError: if a file cannot be written (disk full, no permission), or float16 cannot express a number.
     """
     from huggingface_hub import split_state_dict_into_shards_factory
 
@@ -262,6 +285,10 @@ def write_shards(
                 # A copy of its own: parts of a fused weight share storage, which safetensors refuses.
                 kind = dtype if tensor.is_floating_point() else tensor.dtype
                 tensors[name] = torch.empty(tensor.shape, dtype=kind).copy_(tensor)
+                if kind is torch.float16 and not is_finite(tensors[name]):
+                    raise InputError(
+                        f"tensor {name!r} holds {tensor.abs().max():g}, which float16 cannot express; take bfloat16"
+                    )
                 done += tensors[name].nbytes
             if progress:
                 progress(done // 10**6, total // 10**6)

@@ -132,4 +132,4 @@ def sample(logits_SV: torch.Tensor, samplers: list[Sampler]) -> list[SampledToke
 
 def not_finite(dtype: torch.dtype) -> InputError:
     """Return the error for scores of a damaged checkpoint, or of a dtype that overflows."""
-    return InputError(f"the model's scores are not finite in {dtype}: check the checkpoint, or use float32")
+    return InputError(f"the model's scores are not finite in {dtype}: use float32, or find the fault by `ivl convert`")

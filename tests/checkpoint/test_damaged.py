@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import struct
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from ivl.checkpoint.adapter import load_adapter, merge, save_adapter
 from ivl.checkpoint.compose import compose
 from ivl.checkpoint.convert import convert
 from ivl.checkpoint.files import fingerprint
+from ivl.checkpoint.model_dir import empty_model, open_rows
 from ivl.checkpoint.weights import INDEX, WEIGHTS
 from ivl.config import LoraConfig
 from ivl.errors import InputError
@@ -56,6 +58,59 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     values = json.loads(path.read_text())
     change(values)
     path.write_text(json.dumps(values))
+
+
+# -- numbers
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("mlp1.1.weight", float("nan")),
+        ("vision_model.encoder.layers.0.attn.qkv.bias", float("inf")),
+        ("language_model.model.layers.1.mlp.up_proj.weight", -float("inf")),
+    ],
+)
+def test_weights_that_are_not_finite_are_named(model: Path, tmp_path: Path, name: str, number: float) -> None:
+    save_model(load_model(model), model, max_shard_bytes=40_000)
+    shard = model / json.loads((model / INDEX).read_text())["weight_map"][name]
+    tensors = load_file(shard)
+    tensors[name].view(-1)[-1] = number
+    save_file(tensors, shard)
+    out, int8 = tmp_path / "out", QuantPlan(language=QuantConfig(bits=8, group=16), vision=QuantConfig(bits=8, group=16))
+    rows = open_rows(model, empty_model(load_config(model)))
+    ways: list[Callable[[], object]] = [
+        lambda: load_model(model), lambda: convert(model, out), lambda: convert(model, out, to="gguf"),
+        lambda: convert(model, out, schemes=int8), lambda: compose(model, model, model, out),
+        lambda: [rows.get(ours) for ours in rows.shapes],
+        lambda: [rows.rows(ours, 0, size) for ours, (size, *_) in rows.shapes.items()],
+    ]  # fmt: skip
+    for way in ways:
+        with pytest.raises(InputError, match=rf"{shard.name}: tensor '{re.escape(name)}' holds NaN or infinite numbers"):
+            way()
+    assert not out.exists()
+
+
+def test_large_numbers_are_fine_and_named_where_a_type_cannot_hold_them(model: Path, tmp_path: Path) -> None:
+    """Their sum overflows, though none of them does."""
+    changed = load_model(model)
+    changed.projector.fc1.weight.data[0, :2] = 3e38
+    save_model(changed, tmp_path / "large")
+    assert same_weights(load_model(tmp_path / "large"), changed)
+    with pytest.raises(InputError, match=r"tensor 'mlp1\.1\.weight' holds numbers that torch\.float16 cannot express"):
+        load_model(tmp_path / "large", dtype=torch.float16)
+    with pytest.raises(InputError, match=r"tensor 'mlp1\.1\.weight' holds 3e\+38, which float16 cannot express; take bfloat16"):
+        convert(tmp_path / "large", tmp_path / "out", dtype="float16", weights_only=True)
+
+
+def test_a_damaged_table_that_stays_in_its_file_is_named_by_convert(model: Path, tmp_path: Path) -> None:
+    name = "language_model.model.embed_tokens.weight"
+    tensors = load_file(model / WEIGHTS)
+    tensors[name][5] = float("nan")
+    save_file(tensors, model / WEIGHTS)
+    load_model(model, map_embeddings=True)  # rows that no prompt uses are never read
+    with pytest.raises(InputError, match=rf"tensor '{re.escape(name)}' holds NaN"):
+        convert(model, tmp_path / "out")
 
 
 # -- special files, headers, shards

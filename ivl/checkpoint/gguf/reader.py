@@ -115,6 +115,10 @@ class GgufModel:
             tensor = tensor.unflatten(0, (-1, self.config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
         return tensor
 
+    def place(self, name: str) -> str:
+        """Return the file and the name of a tensor, for messages."""
+        return f"{self.directory}: tensor {name!r}"
+
     def key_map(self, decoder: Decoder) -> list[TensorEntry]:
         """Entries of the decoder; without an output matrix the head is the embedding matrix (tied models)."""
         names = NAMES if "output.weight" in self.shapes else {**NAMES, "head": NAMES["embeddings"]}
