@@ -169,8 +169,17 @@ class ToolFunction(RequestPart):
 
 
 class Tool(RequestPart):
+    """A tool that may be called, or the choice of one. The Responses API has the function's keys beside the type."""
+
     type: Literal["function"]
     function: ToolFunction
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nested(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get("type") != "function" or "name" not in data or data.get("function"):
+            return data
+        return {"type": "function", "function": {key: data[key] for key in data if key not in ("type", "function")}}
 
 
 class JSONSchema(RequestPart):

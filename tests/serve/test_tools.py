@@ -89,6 +89,17 @@ def test_the_system_turn_lists_the_tools(tool_engine: Engine) -> None:
     assert weather == len(tokens(tool_engine, messages=ASK["messages"])), "a reply that may call none reads of none"
 
 
+def test_tools_of_the_responses_api_are_read(tool_engine: Engine) -> None:
+    """The keys of a function beside the type, in a tool and in a choice."""
+    flat, user = {"type": "function", **WEATHER["function"]}, ASK["messages"]
+    assert tokens(tool_engine, messages=user, tools=[flat]) == tokens(tool_engine, messages=user, tools=[WEATHER])
+    choice = {"type": "function", "name": "now"}
+    said = post(tool_engine, ASK | {"tools": [flat, {**choice, "description": None}], "tool_choice": choice}).json()
+    assert [call["function"]["name"] for call in said["choices"][0]["message"]["tool_calls"]] == ["now"]
+    wrong = error_of(post(tool_engine, ASK | {"tools": [{**choice, "parameters": "x"}]}))
+    assert wrong["param"] == "tools[0].function.parameters"
+
+
 def test_a_model_with_a_system_message_of_its_own_keeps_it(tool_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(tool_engine.processor, Processor)
     config = replace(tool_engine.processor.config, system_message="I am tiny.")
