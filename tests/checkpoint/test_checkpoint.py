@@ -18,11 +18,13 @@ from ivl.checkpoint.config_json import generation_json, to_json
 from ivl.checkpoint.config_table import Dialect
 from ivl.checkpoint.keymaps import TensorEntry, key_map
 from ivl.checkpoint.model_dir import empty_model
+from ivl.checkpoint.releases import MODELS
 from ivl.checkpoint.weights import StoredWeights
-from ivl.config import SIZES, ModelConfig, TilingConfig, published_config
+from ivl.config import SIZES, TilingConfig, published_config
 from ivl.errors import InputError
 from ivl.model.vlm import VLM
 from ivl.utils.files import write_json
+from tests.checkpoint.test_hand_over import chat_shapes
 from tests.helpers.checkpoints import random_model, remove_head, same_weights, tiny_like
 
 DIALECTS: tuple[Dialect, ...] = ("internvl_chat", "transformers")
@@ -37,65 +39,23 @@ def names_and_shapes(model: VLM, dialect: Dialect) -> dict[str, tuple[int, ...]]
     return dict(pairs)
 
 
-def expected_internvl_chat(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of the published checkpoints, written out."""
-    v, d = config.vision, config.decoder
-    h, m, w, i = v.width, v.mlp_width, d.width, d.mlp_width
-    q, kv = d.num_heads * d.head_dim, d.num_kv_heads * d.head_dim
-    e = "vision_model.embeddings."
-    found: dict[str, tuple[int, ...]] = {
-        f"{e}class_embedding": (1, 1, h), f"{e}position_embedding": (1, 1025, h), f"{e}patch_embedding.weight": (h, 3, 14, 14),
-        f"{e}patch_embedding.bias": (h,), "mlp1.0.weight": (4 * h,), "mlp1.0.bias": (4 * h,), "mlp1.1.weight": (w, 4 * h),
-        "mlp1.1.bias": (w,), "mlp1.3.weight": (w, w), "mlp1.3.bias": (w,), "language_model.model.norm.weight": (w,),
-    }  # fmt: skip
-    for n in range(v.num_layers):
-        p = f"vision_model.encoder.layers.{n}."
-        found |= {
-            f"{p}attn.qkv.weight": (3 * h, h), f"{p}attn.proj.weight": (h, h), f"{p}attn.proj.bias": (h,), f"{p}ls1": (h,),
-            f"{p}ls2": (h,), f"{p}mlp.fc1.weight": (m, h), f"{p}mlp.fc1.bias": (m,), f"{p}mlp.fc2.weight": (h, m),
-            f"{p}mlp.fc2.bias": (h,), f"{p}norm1.weight": (h,), f"{p}norm2.weight": (h,),
-        }  # fmt: skip
-        if v.qk_norm:
-            found |= {f"{p}attn.q_norm.weight": (h,), f"{p}attn.k_norm.weight": (h,)}
-        else:
-            found |= {f"{p}attn.qkv.bias": (3 * h,), f"{p}norm1.bias": (h,), f"{p}norm2.bias": (h,)}
-    internlm2 = d.family == "internlm2"
-    found[f"language_model.{'output' if internlm2 else 'lm_head'}.weight"] = (d.vocab_size, w)
-    found[f"language_model.model.{'tok_embeddings' if internlm2 else 'embed_tokens'}.weight"] = (d.vocab_size, w)
-    for n in range(d.num_layers):
-        p = f"language_model.model.layers.{n}."
-        if internlm2:
-            found |= {
-                f"{p}attention.wqkv.weight": (q + 2 * kv, w), f"{p}attention.wo.weight": (w, q),
-                f"{p}feed_forward.w1.weight": (i, w), f"{p}feed_forward.w3.weight": (i, w),
-                f"{p}feed_forward.w2.weight": (w, i), f"{p}attention_norm.weight": (w,), f"{p}ffn_norm.weight": (w,),
-            }  # fmt: skip
-            continue
-        a = f"{p}self_attn."
-        found |= {
-            f"{a}q_proj.weight": (q, w), f"{a}k_proj.weight": (kv, w), f"{a}v_proj.weight": (kv, w), f"{a}q_proj.bias": (q,),
-            f"{a}k_proj.bias": (kv,), f"{a}v_proj.bias": (kv,), f"{a}o_proj.weight": (w, q), f"{p}mlp.gate_proj.weight": (i, w),
-            f"{p}mlp.up_proj.weight": (i, w), f"{p}mlp.down_proj.weight": (w, i), f"{p}input_layernorm.weight": (w,),
-            f"{p}post_attention_layernorm.weight": (w,),
-        }  # fmt: skip
-    return found
-
-
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", MODELS)
 def test_internvl_chat_names_and_shapes_are_the_published_ones(size: str) -> None:
-    config = published_config(size)
-    assert names_and_shapes(empty_model(config), "internvl_chat") == expected_internvl_chat(config)
+    config = MODELS[size].config
+    assert names_and_shapes(empty_model(config), "internvl_chat") == chat_shapes(config)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", MODELS)
 def test_transformers_names_and_shapes_are_those_of_the_library(size: str) -> None:
+    """At full width. All layers but the first are like the second."""
     from transformers import InternVLConfig, InternVLForConditionalGeneration
 
-    config = published_config(size)
+    config = MODELS[size].config
+    few = replace(config, **{part: replace(getattr(config, part), num_layers=2) for part in ("vision", "decoder")})
     with torch.device("meta"):
-        library = InternVLForConditionalGeneration(InternVLConfig(**to_json(config, "transformers", "bfloat16")))
+        library = InternVLForConditionalGeneration(InternVLConfig(**to_json(few, "transformers", "bfloat16")))
     expected = {name: tuple(tensor.shape) for name, tensor in library.state_dict().items()}
-    assert names_and_shapes(empty_model(config), "transformers") == expected
+    assert names_and_shapes(empty_model(few), "transformers") == expected
 
 
 def test_wqkv_rows_are_queries_key_value_by_group() -> None:
@@ -112,9 +72,9 @@ def test_wqkv_rows_are_queries_key_value_by_group() -> None:
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", MODELS)
 def test_published_configurations_survive_both_dialects(size: str, dialect: Dialect, tmp_path: Path) -> None:
-    config = published_config(size)
+    config = MODELS[size].config
     write_json(tmp_path / "config.json", to_json(config, dialect, "bfloat16"))
     write_json(tmp_path / "generation_config.json", generation_json(config))
     assert load_config(tmp_path) == config
@@ -161,7 +121,7 @@ def test_published_files_are_understood_without_keys_of_ours(tmp_path: Path) -> 
         assert load_config(tmp_path) == config
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", (*SIZES, "3-2B", "3-9B", "3.5-4B", "3.5-38B"))
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_weights_survive_bit_for_bit(size: str, dialect: Dialect, tmp_path: Path) -> None:
     model = random_model(tiny_like(size))

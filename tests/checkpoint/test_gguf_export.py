@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from ivl.checkpoint import load_tokenizer, save_model, save_processor
 from ivl.checkpoint.convert import convert
@@ -32,6 +33,7 @@ from ivl.model.vlm import VLM
 from ivl.processing.processor import Processor
 from ivl.processing.tokenizer import Tokenizer, train_tokenizer
 from ivl.types import ImageRef, Layout, Message, Text
+from tests.checkpoint.test_gguf import interleave
 from tests.helpers.checkpoints import random_model, tiny_like
 
 TEXTS = [
@@ -58,10 +60,11 @@ def tiny(size: str, tokenizer: Tokenizer) -> ModelConfig:
     )
 
 
-def written(directory: Path, size: str) -> tuple[VLM, Processor]:
+def written(directory: Path, size: str, **decoder: int) -> tuple[VLM, Processor]:
     """A complete model directory."""
     tokenizer = train_tokenizer([*TEXTS, "what shape is this", "a red circle"] * 5, 420)
     config = tiny(size, tokenizer)
+    config = replace(config, decoder=replace(config.decoder, **decoder))
     model, processor = random_model(config), Processor(config, tokenizer)
     save_model(model, directory)
     save_processor(processor, directory)
@@ -141,13 +144,59 @@ def test_the_mmproj_file_says_what_clip_reads(tmp_path: Path) -> None:
     assert np.array_equal(stored["v.blk.1.attn_k.weight"], model.vision.layers[1].attention.qkv.weight[64:128].detach())
 
 
-def test_storage_types(tmp_path: Path) -> None:
+TRANSFORMERS_NAMES = {
+    "model.language_model.": "model.", "model.multi_modal_projector.layer_norm": "mlp1.0",
+    "model.multi_modal_projector.linear_1": "mlp1.1", "model.multi_modal_projector.linear_2": "mlp1.3",
+}  # fmt: skip
+"""What the names of transformers' class begin with, and the beginnings that the gguf package knows."""
+
+
+@pytest.mark.parametrize(
+    ("size", "storage", "error"),
+    [("1B", "float16", 2**-11), ("8B", "bfloat16", 2**-8), ("3.5-8B", "q8_0", 0.0045), ("3-9B", "float32", 0)],
+)
+def test_the_gguf_package_reads_what_was_stored(tmp_path: Path, size: str, storage: str, error: float) -> None:
+    """Every tensor of both files, by the package's names and dequantization. error is a share of a row's largest number."""
+    model, _ = written(tmp_path / "m", size)
+    save_model(model, tmp_path / "hf", dialect="transformers")
+    convert(tmp_path / "m", tmp_path / "g", to="gguf", dtype=storage)
+    architecture, heads = fields(tmp_path / "g" / "model.gguf")["general.architecture"], model.config.decoder
+    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    tables = [gguf.get_tensor_name_map(each, 8) for each in (arch, gguf.MODEL_ARCH.MMPROJ)]
+    found = tensors(tmp_path / "g" / "model.gguf") | tensors(tmp_path / "g" / "mmproj.gguf")
+    for name, tensor in load_file(tmp_path / "hf" / "model.safetensors").items():
+        lead = next((lead for lead in TRANSFORMERS_NAMES if name.startswith(lead)), "")
+        known = TRANSFORMERS_NAMES.get(lead, "") + name.removeprefix(lead)
+        place = next(place for table in tables if (place := table.get_name(known, (".weight", ".bias"))))
+        got, want = found.pop(place if place in found else f"{place}.weight"), tensor.numpy()
+        if architecture in ("llama", "internlm2") and re.search(r"language_model.*[qk]_proj", name):
+            want = interleave(want, heads.num_heads if "q_proj" in name else heads.num_kv_heads)
+        if name.endswith("position_embeddings"):
+            want = np.roll(want, -1, axis=1)  # clip.cpp's class token is the last
+        want = want.reshape(got.shape)
+        assert np.all(np.abs(got - want) <= (got.ndim > 1) * error * np.abs(want).max(-1, keepdims=True)), name
+    assert not found
+
+
+@pytest.mark.parametrize("size", ["1B", "3.5-8B", "3-9B"])
+def test_transformers_reads_the_language_file(tmp_path: Path, size: str) -> None:
+    """Its own names, rotary order and tokenizer. It has no InternLM2, and takes 128 for the size of Qwen3's heads."""
+    transformers = pytest.importorskip("transformers")
+    model, processor = written(tmp_path / "m", size, **({"head_dim": 128} if size == "3.5-8B" else {}))
+    convert(tmp_path / "m", tmp_path / "g", to="gguf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "g", gguf_file="model.gguf", dtype=torch.float32)
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path / "g", gguf_file="model.gguf")
+    for text in (text for text in TEXTS if "<|" not in text):  # control tokens that somebody types are tokens there
+        assert words(text, add_special_tokens=False).input_ids == processor.tokenizer.encode(text), text
+    ids = torch.tensor(processor.tokenizer.encode("".join(TEXTS)))
+    with torch.no_grad():
+        want = model.head(model(ids, Layout.packed((len(ids),))))
+        got = theirs.eval()(input_ids=ids[None]).logits[0]
+    assert want.std() > 0.3 and (got - want).abs().max() <= 1e-4
+
+
+def test_what_float16_cannot_express_is_refused(tmp_path: Path) -> None:
     model, _ = written(tmp_path / "m", "1B")
-    weight = model.decoder.layers[0].out.weight.detach()
-    for storage, error in (("float16", 1e-3), ("bfloat16", 4e-3), ("q8_0", 1e-2)):
-        convert(tmp_path / "m", tmp_path / storage, to="gguf", dtype=storage)
-        got = torch.from_numpy(tensors(tmp_path / storage / "model.gguf")["blk.0.attn_output.weight"].astype(np.float32))
-        assert 0 < (got - weight).norm() <= error * weight.norm()
     model.decoder.layers[0].out.weight.data[0, 0] = 1e6
     save_model(model, tmp_path / "m")
     with pytest.raises(InputError, match=r"blk\.0\.attn_output\.weight holds 1e\+06, which float16 cannot express"):

@@ -116,6 +116,8 @@ def llama_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"{block}.self_attn.{name}.weight"] = (count, d.width)
             if d.qkv_bias:
                 shapes[f"{block}.self_attn.{name}.bias"] = (count,)
+        if d.qk_norm:
+            shapes |= {f"{block}.self_attn.{x}_norm.weight": (d.head_dim,) for x in "qk"}
         shapes[f"{block}.self_attn.o_proj.weight"] = (d.width, rows["q_proj"])
         shapes |= {f"{block}.mlp.{x}.weight": (d.mlp_width, d.width) for x in ("gate_proj", "up_proj")}
         shapes[f"{block}.mlp.down_proj.weight"] = (d.width, d.mlp_width)
@@ -177,7 +179,7 @@ def stored(directory: Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
-@pytest.mark.parametrize("size", ["1B", "8B", "26B", "38B"])  # both language families, both ViTs
+@pytest.mark.parametrize("size", ["1B", "8B", "26B", "38B", "3.5-8B"])  # all language families of names, both ViTs
 @pytest.mark.parametrize("dialect", ["internvl_chat", "transformers"])
 def test_every_name_and_shape_is_there(tmp_path: Path, size: str, dialect: str) -> None:
     config = written(tmp_path, size, dialect)
