@@ -44,7 +44,7 @@ def test_the_table_and_the_json_have_every_id_and_count(
     assert max(map(len, table.splitlines())) <= 100
     for size, total in zip(SIZES, TOTALS, strict=True):
         assert next(line for line in table.splitlines() if line.startswith(f"InternVL2_5-{size} ")).endswith(f" {total:,}")
-    assert "InternVL3_5-SIZE-MPO, -Instruct" in table
+    assert "InternVL3_5-SIZE-MPO, -Instruct" in table and "InternLM3's 128,512 rows; how many its image tokens add" in table
 
 
 @pytest.mark.parametrize("config", [*(model.config for model in MODELS.values()), tiny_config(family="qwen3", qk_norm=True)])

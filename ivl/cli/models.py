@@ -41,6 +41,7 @@ def models(args: list[str]) -> None:
     print("\nParameters of each part. On the hub as OpenGVLab/NAME, and with other endings:")
     for ends, group in groups:
         print(f"  {group[0].hub_id.split('/')[1].rpartition('-')[0]}-SIZE{', '.join(end for end in ends if end)}")
+    print("The 9B is counted with InternLM3's 128,512 rows; how many its image tokens add is not known here.")
 
 
 def describe(model: PublishedModel) -> dict[str, str | int]:

@@ -105,7 +105,7 @@ def _read_meta(path: Path) -> dict[str, Any] | None:
             kinds = "JSON lines, a JSON array, Parquet, Arrow or tar"
             raise InputError(f"{path}: is neither a meta JSON nor rows, which are {kinds}") from None
         raise
-    is_meta = isinstance(meta, dict) and not any(key in meta for key in ROW_KEYS)
+    is_meta = isinstance(meta, dict) and not any(isinstance(meta.get(key), str | list) for key in ROW_KEYS)
     return cast(dict[str, Any], meta) if is_meta else None
 
 

@@ -24,7 +24,7 @@ from ivl.utils.budgets import MAX_ROW_CHARS
 from ivl.utils.files import is_bare_base64
 
 ROLES: dict[str, Role] = {
-    "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+    "system": "system", "developer": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
 }  # fmt: skip
 REFUSED = {
     "audio": "audio is not supported", "audios": "audio is not supported", "tools": "tool calls are not supported",

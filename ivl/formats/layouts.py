@@ -30,8 +30,8 @@ QUESTION_KEYS: dict[RowLayout | None, tuple[str, ...]] = {
 }
 """Key of the question of a row of one question, and of its answers: one of these says that the row is one. The last are of
 TRL, and have no layout of their own."""
-ROW_KEYS = ("conversations", "messages", "texts", "instruction", "query")
-"""Keys of which a row has one, and of which a meta JSON has none."""
+ROW_KEYS = ("conversations", "messages", "texts", "instruction", "query", "chosen", "completion", "response")
+"""Keys of which a row has one, with a text or a list. A data set of that name in a meta JSON is an object."""
 PAIR_KEYS = ("question", "prompt", "conversations", "messages")
 """Keys that may hold the prompt of a preference pair, the first that is there."""
 _SHOWN = re.compile(r"<img>([^<>]+)</img>")
@@ -51,6 +51,9 @@ def with_turns(row: dict[str, Any], layout: RowLayout | None, source: str) -> tu
             if isinstance(row.get(question), str) and any(row.get(answer) is not None for answer in answers):
                 row, layout = _asked_once(row, source), None
                 break
+        if layout is None and is_list(prompt := row.get("prompt")) and not is_empty(row.get("completion")):  # TRL's turns
+            rest = {key: value for key, value in row.items() if key not in ("prompt", "completion")}
+            row = rest | {"conversations": [*prompt, *_reply(row["completion"], "completion", source)]}
     if "messages" in TURN_KEYS[layout]:
         row = _last_turn_chosen(row)
     if row.get("chosen") is None or row.get("rejected") is None:

@@ -268,6 +268,8 @@ def test_pictures_in_the_text_of_older_ms_swift():
         ({"instruction": "what?", "input": "A", "response": "that"}, "what?\nA"),
         ({"prompt": "what?", "completion": "that", "label": True}, "what?"),
         ({"prompt": "what?", "response": "that"}, "what?"),
+        ({"prompt": turns("what?", "")[:1], "completion": turns("", "that")[1:]}, "what?"),
+        ({"prompt": turns("what?", "")[:1], "completion": "that", "messages": None}, "what?"),
     ],
 )
 def test_variants_of_rows_of_one_question(row, asked):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,10 +54,13 @@ def test_a_folder_may_mix_lines_and_arrays(tmp_path: Path) -> None:
 
 
 def test_one_indented_row_is_no_meta_file(tmp_path: Path) -> None:
-    for row in (ROWS[0], {"instruction": "q", "output": "a"}, {"query": "q", "response": "a"}):
+    pairs: list[dict[str, Any]] = [{"question": "q", "chosen": "a", "rejected": "b"}, {"prompt": [{}], "completion": [{}]}]
+    for row in (ROWS[0], {"instruction": "q", "output": "a"}, {"query": "q", "response": "a"}, *pairs):
         (tmp_path / "one.json").write_text(json.dumps(row, indent=1))
         [spec] = load_mixture(tmp_path / "one.json")
         assert open_rows(spec.annotation)[0] == row
+    (tmp_path / "one.json").write_text(json.dumps({"query": {"annotation": "rows.jsonl"}}))  # a data set of that name
+    assert load_mixture(tmp_path / "one.json")[0].name == "query"
 
 
 def test_an_indented_row_that_is_broken_is_one_problem(tmp_path: Path) -> None:
