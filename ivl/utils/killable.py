@@ -11,10 +11,12 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
+from mmap import mmap
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ivl.utils.imports import import_object
 from ivl.utils.workers import picklable
@@ -33,7 +35,8 @@ class Killable:
     Safe in threads, which wait for one another, and after a fork. The worker ends with this object and with its process.
 
     Args:
-        maker: `package.module:name` of a function that returns the function to call. A worker runs it once, without limits.
+        maker: `package.module:name` of a function that returns the function to call. It runs once, without limits; calls are
+            answered by a fork of the process that it ran in, and a fork that a limit ends is followed by another.
         setup: Arguments of the maker. They, the arguments of calls and the results are pickled.
         cpu_seconds: Processor time of one call. It ends most calls first, so that the end hardly depends on other processes.
         wall_seconds: Time of one call.
@@ -89,11 +92,7 @@ class Killable:
             answered = self._pipe.poll(seconds)
             succeeded, result = self._pipe.recv() if answered else (False, CallStopped(f"more than {seconds:g} s"))
         except (EOFError, ConnectionError):
-            assert self._process is not None
-            reasons = {-signal.SIGPROF: f"more than {self.cpu_seconds:g} s of processor time"}
-            reasons |= dict.fromkeys((-signal.SIGSEGV, _TOO_DEEP), "more levels than its stack holds")
-            stopped = reasons.get(self._process.wait(), f"more than {self.megabytes:g} MB of memory")
-            raise CallStopped(stopped) from None
+            raise CallStopped(f"more than {self.megabytes:g} MB of memory") from None
         finally:
             if not answered:  # the answer may still come, and is not that of the next call
                 self._end()
@@ -103,16 +102,19 @@ class Killable:
 
 
 def _end(process: subprocess.Popen[bytes], owner: int) -> None:
-    """End a worker, unless this process is a fork of its owner."""
+    """End a worker and its fork, unless this process is a fork of its owner."""
     if os.getpid() == owner:
-        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
 def work(descriptor: int) -> None:
-    """Answer the calls that come through a pipe until it closes; a worker runs this."""
-    pipe = Connection(descriptor)
+    """Make the function, and let forks answer the calls that come through a pipe until it closes; a worker runs this."""
+    pipe, busy = Connection(descriptor), mmap(-1, 1)
     maker, setup, cpu_seconds, megabytes = pipe.recv()
+    reasons = {-signal.SIGPROF: f"more than {cpu_seconds:g} s of processor time"}
+    reasons |= dict.fromkeys((-signal.SIGSEGV, _TOO_DEEP), "more levels than its stack holds")
     functions: list[Callable[..., Any]] = []
 
     def make() -> None:
@@ -121,14 +123,31 @@ def work(descriptor: int) -> None:
 
     pipe.send_bytes(_answer(make, ()))
     while functions:
+        child = os.fork()
+        if not child:
+            _serve(pipe, busy, functions[0], cpu_seconds)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if busy[0]:
+            busy[0] = 0
+            stopped = CallStopped(reasons.get(status, f"more than {megabytes:g} MB of memory"))
+            pipe.send_bytes(pickle.dumps((False, stopped)))
+        elif status == 0:
+            return
+
+
+def _serve(pipe: Connection, busy: mmap, function: Callable[..., Any], cpu_seconds: float) -> NoReturn:
+    """Answer calls until the pipe closes. A process that ends while it is busy has met a limit."""
+    while True:
         try:
             arguments = pipe.recv()
         except EOFError:
-            return
+            os._exit(0)
+        busy[0] = 1
         # The kernel ends the process: an operation inside a library may never return to Python.
         signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
-        answer = _answer(functions[0], arguments)
+        answer = _answer(function, arguments)
         signal.setitimer(signal.ITIMER_PROF, 0)
+        busy[0] = 0
         pipe.send_bytes(answer)
 
 

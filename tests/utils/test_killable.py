@@ -85,8 +85,18 @@ def test_a_fork_has_a_worker_of_its_own(killable: Killable) -> None:
 
 def test_a_lost_worker_is_replaced(killable: Killable) -> None:
     os.kill(killable("pid", 0), signal.SIGKILL)
+    assert [killable("add", n) for n in range(3)] == [100, 101, 102]
+    killable._process.kill()  # the one that it was forked from
     killable._process.wait()
     assert killable("add", 1) == 101
+
+
+def test_a_limit_does_not_make_the_function_anew(killable: Killable) -> None:
+    killable("add", 0)
+    maker = killable._process.pid
+    with pytest.raises(CallStopped):
+        killable("memory", 300)
+    assert killable("add", 0) == 100 and killable._process.pid == maker
 
 
 def gone(process_id: int) -> bool:
