@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from ivl.errors import InputError
+from ivl.evaluation.prompts import texts_of
 from ivl.evaluation.task import JudgeQuestion, Score
 from ivl.generators import Generator, Refused, answers_of
 from ivl.types import Message, SamplingParams, Text
 from ivl.utils.jsonl import AppendLog
 
 FORMAT = "judge replies 1"
-_PROMPTS = {path.stem: path.read_text("utf-8").rstrip("\n") for path in Path(__file__).with_name("judges").glob("*.txt")}
+_PROMPTS = texts_of("judges")
 ASKED_AT_A_TIME = 64
 """Questions between two savings."""
 MOST_STEPS = 4

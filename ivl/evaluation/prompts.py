@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 from ivl.evaluation.scoring import AnswerStyle
@@ -15,6 +16,14 @@ VLMEvalKit's request to reason (USE_COT), and as it asks the models trained by M
 PromptLanguage = Literal["en", "zh"]
 Domain = Literal["science", "visual", "grounded"]
 
+
+def texts_of(folder: str) -> dict[str, str]:
+    """Return the texts of a folder beside this file by name, without the line break that ends each file."""
+    return {path.stem: path.read_text("utf-8").removesuffix("\n") for path in Path(__file__).with_name(folder).glob("*.txt")}
+
+
+QUESTIONS = texts_of("questions")
+"""Prompts of official tools, word for word."""
 SHORT_ANSWER = re.compile(
     r"\s*(?:Answer the question (?:using|with) a single word or phrase\.?"
     r"|Answer with the option's letter from the given choices directly\.?"
@@ -41,24 +50,7 @@ REASON: dict[tuple[AnswerStyle, PromptLanguage], str] = {
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
 LETTER_ZH = "请直接回答选项字母。"
-_GUESS = (
-    "If you are uncertain or the problem is too complex, make a reasoned guess based on the information provided. Avoid "
-    "repeating steps indefinitely—provide your best guess even if unsure. Think step by step logically, considering all "
-    "relevant information before answering."
-)
-COT_CHOICE = (
-    "Answer the preceding multiple choice question. The last line of your response should follow this format: "
-    f"'Answer: \\boxed{{$LETTER}}' (without quotes), where LETTER is one of the options. {_GUESS}"
-)
-COT_OPEN = (
-    "Answer the preceding question. The last line of your response should follow this format: "
-    "'Answer: \\boxed{$FINAL_ANSWER}' (without quotes), where 'FINAL_ANSWER' is your conclusion based on the reasoning "
-    f"provided. {_GUESS}"
-)
-MPO = (
-    "Your task is to answer the question below. Give step by step reasoning before you answer, and when you're ready to "
-    'answer, please use the format "Final answer: .."\n\nQuestion:\n\n'
-)
+COT_CHOICE, COT_OPEN, MPO = QUESTIONS["cot-choice"], QUESTIONS["cot-open"], QUESTIONS["mpo"]
 
 CHINESE = re.compile("[\u4e00-\u9fff]")
 

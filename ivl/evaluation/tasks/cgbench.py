@@ -10,33 +10,13 @@ from typing import Any
 from ivl.evaluation.benchmark import Benchmark
 from ivl.evaluation.data import LETTERS, literal
 from ivl.evaluation.figures import Figures, mean, ratio
+from ivl.evaluation.prompts import QUESTIONS
 from ivl.evaluation.scoring.boxes import interval_overlap
 from ivl.evaluation.task import Example, Score, Scored
 from ivl.types import VideoRef
 
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)
-_SHOWN = (
-    "You will be provided with {}sampled frames from a video, along with a multiple-choice question that includes a question "
-    "and several answer options.\nYour task is to "
-)
-_FORM = "Only output the answer in the following format:\n\n```json\n{}\n```\n\n"
-_CHOOSE = (
-    _SHOWN.format("")
-    + "analyze the provided frames, infer the most plausible answer based on the visual information.\nIf the video does not "
-    "provide enough information, infer the answer based on the options available and still provide a result. Therefore, In all "
-    "cases, an answer must be given.\n" + _FORM.format('{"result": "option"}')
-)
-INSTRUCTIONS = {
-    "long_acc": _CHOOSE + 'The "option" is the uppercase letter corresponding to your answer.\n\n',
-    "clue_acc": _CHOOSE + "The 'option' is the uppercase letter corresponding to your answer.\n\n",
-    "miou": _SHOWN.format("uniformly ")
-    + "determine in which intervals the 'clue intervals' exist that contain visual information needed to answer the question.\n"
-    + _FORM.format('{"result": [[start1, end1], [start2, end2], ...]}')
-    + 'In this output format, each "start" and "end" represents the start and end of the video where the relevant clue can be '
-    "found in the form of a floating point number between 0 and 1, where 0 represents the start time of the video and 1 "
-    "represents the end time of the video.\nYou must provide at least one interval and at most five intervals. Intervals "
-    "exceeding five will NOT be considered valid.\n",
-}
+INSTRUCTIONS = {mode: QUESTIONS[f"cgbench-{mode}"] for mode in ("long_acc", "clue_acc", "miou")}
 
 
 class CgBench(Benchmark):

@@ -12,27 +12,13 @@ from typing import Any
 
 from ivl.evaluation.data import literal, options_of
 from ivl.evaluation.figures import Figures, points, ratio
-from ivl.evaluation.prompts import LETTER
+from ivl.evaluation.prompts import LETTER, QUESTIONS
 from ivl.evaluation.scoring.options import first_capital, infer_option, shares_option
 from ivl.evaluation.task import Example, Score, Scored
 from ivl.evaluation.tasks.choice import Choice
 from ivl.evaluation.tasks.rated import Rated
 
-FRAMES = (
-    "\nThese are the frames of a video. Select the best answer to the following multiple-choice question based on the video. "
-    "Respond with only the letter (A, B, C, or D) of the correct option.\n"
-)
-CAREFULLY = (
-    "Carefully watch the video and pay attention to the cause and sequence of events, the detail and movement of objects, and "
-    "the action and pose of persons. Based on your observations, select the best option that accurately addresses the "
-    "question.\n"
-)
 EVERY_DETAIL = "Carefully watch this video and pay attention to every detail. Based on your observations, "
-SEPARATE_FRAMES = (
-    "\nYou will be provided with {frames} separate frames uniformly sampled from a video, the frames are provided in "
-    "chronological order of the video.\nPlease analyze these images and provide the answer to the question about the video "
-    "content.\nPlease directly reply with your response to the only question.\n"
-)
 BEST = "\nOnly give the best option."
 
 
@@ -148,12 +134,12 @@ def _two_ratings(said: str) -> float | None:
 TASKS = (
     VideoChoice(
         name="video-mme", file="Video-MME", about="900 videos from seconds to an hour", rows=2700, hub="lmms-lab/Video-MME",
-        before=FRAMES, categories=("duration", "domain", "sub_category", "task_type"),
+        before=QUESTIONS["video-mme"], categories=("duration", "domain", "sub_category", "task_type"),
         columns={"videoID": "video", "question_id": "index"},
     ),
     VideoChoice(
         name="mvbench", file="MVBench", about="20 tasks about short videos", rows=4000, hub="OpenGVLab/MVBench",
-        before=CAREFULLY, ending=BEST, rule="share", by_file="task_type", categories=("task_type",),
+        before=QUESTIONS["mvbench"], ending=BEST, rule="share", by_file="task_type", categories=("task_type",),
     ),
     VideoChoice(
         name="mlvu", file="MLVU_MCQ", about="long videos, the tasks with options", rows=2174, hub="MLVU/MVLU", ending=BEST,
@@ -171,7 +157,7 @@ TASKS = (
     ),
     MmBenchVideo(
         name="mmbench-video", file="MMBench-Video", about="open questions about videos, rated 0 to 3", rows=1998,
-        metric="mean rating, 0 to 3", hub="opencompass/MMBench-Video", before=SEPARATE_FRAMES, rule=_digit, template="video",
-        most=3, md5="98f7df3eb1007fc375ea6fe88a98e2ff",
+        metric="mean rating, 0 to 3", hub="opencompass/MMBench-Video", md5="98f7df3eb1007fc375ea6fe88a98e2ff",
+        before=QUESTIONS["mmbench-video"], rule=_digit, template="video", most=3,
     ),
 )  # fmt: skip
