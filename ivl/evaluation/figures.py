@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -87,17 +87,12 @@ def _draws(count: int) -> np.ndarray:
 
 def ratio(scored: Sequence[Scored], top: Callable[[Scored], float], bottom: Callable[[Scored], float]) -> Figure:
     """Return the sum of `top` over the sum of `bottom`, such as F1."""
-    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for each in scored:
-        pair = sums[each.cluster]
-        pair[0] += top(each)
-        pair[1] += bottom(each)
-    return Figure(((1.0, Ratio({cluster: (pair[0], pair[1]) for cluster, pair in sums.items()})),), len(scored))
+    return _ratio((each.cluster, top(each), bottom(each)) for each in scored)
 
 
 def mean(scored: Sequence[Scored], number: Callable[[Scored], float] = lambda s: s.score.value) -> Figure:
     """Return the mean of the scores, or of another number of theirs."""
-    return _plain(ratio(scored, number, lambda _: 1.0), len(scored), map(number, scored))
+    return _ratio((each.cluster, number(each), 1.0) for each in scored)
 
 
 def all_right(scored: Sequence[Scored], key: Callable[[Scored], Hashable]) -> Figure:
@@ -105,17 +100,17 @@ def all_right(scored: Sequence[Scored], key: Callable[[Scored], Hashable]) -> Fi
     groups: dict[Hashable, list[Scored]] = defaultdict(list)
     for each in scored:
         groups[key(each)].append(each)
-    sums: dict[str, tuple[float, float]] = {}
-    for members in groups.values():
-        right, total = sums.get(members[0].cluster, (0.0, 0.0))
-        sums[members[0].cluster] = right + all(s.score.value == 1 for s in members), total + 1
-    return _plain(Figure(((1.0, Ratio(sums)),), len(groups)), len(groups), ())
+    return _ratio((rows[0].cluster, float(all(s.score.value == 1 for s in rows)), 1.0) for rows in groups.values())
 
 
-def _plain(figure: Figure, units: int, numbers: Iterable[float]) -> Figure:
-    (weight, only), *_ = figure.terms
-    plain = len(only.sums) == units and all(0 <= number <= 1 for number in numbers)
-    return replace(figure, terms=((weight, replace(only, plain=plain)),))
+def _ratio(units: Iterable[tuple[str, float, float]]) -> Figure:
+    """Return the ratio of units, each a cluster, a numerator and a denominator."""
+    units, sums = list(units), dict[str, tuple[float, float]]()
+    for cluster, top, bottom in units:
+        tops, bottoms = sums.get(cluster, (0.0, 0.0))
+        sums[cluster] = tops + top, bottoms + bottom
+    plain = len(sums) == len(units) and all(bottom == 1 and 0 <= top <= 1 for _, top, bottom in units)
+    return Figure(((1.0, Ratio(sums, plain)),), len(units))
 
 
 def combined(figures: Iterable[Figure], weight: float = 1.0, *, points: bool = False, n: int | None = None) -> Figure:

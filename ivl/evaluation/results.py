@@ -1,22 +1,110 @@
-"""The scores of a run by question, beside its predictions, and the comparison of two runs on the same questions."""
+"""The files of a run: predictions, saved as they come, and the scores by question beside them; two runs compared."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ivl.errors import InputError
+from ivl.errors import InputError, short
 from ivl.evaluation.figures import Figure, Ratio
-from ivl.evaluation.predictions import Prediction, beside
 from ivl.evaluation.task import Scored
+from ivl.evaluation.voting import Candidate
 from ivl.utils.files import write_atomic
-from ivl.utils.jsonl import json_line, reading_line
+from ivl.utils.jsonl import AppendLog, json_line, reading_line
+from ivl.utils.strict_json import from_json
 
-FORMAT = "scores 1"
+PREDICTIONS, SCORES = "predictions 2", "scores 1"
+"""The first value of every file; a file of predictions without it is never changed."""
+OPTIONAL = frozenset(("samples", "read", "cluster"))
+"""Keys that are left out of a line where they hold nothing."""
+REMEDY = "--fresh forgets them, --predictions names another file"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One line of a predictions file."""
+
+    id: str
+    asked: str
+    """Hash of the question and of its answers."""
+    group: str
+    answers: tuple[str, ...]
+    prediction: str
+    """The reply that counts."""
+    score: float
+    samples: tuple[Candidate, ...] = ()
+    """All replies, where the method notes more than the text of one."""
+    read: str = ""
+    """What the extractor read in the answer."""
+    cluster: str = ""
+
+
+def beside(predictions: Path, kind: str) -> Path:
+    """Return the path of another file of the same run, such as `NAME.scores.jsonl`."""
+    return predictions.with_name(predictions.name.removesuffix(".jsonl").removesuffix(".predictions") + f".{kind}")
+
+
+class PredictionsFile:
+    """A file of predictions that belongs to one process at a time, and that a later run continues.
+
+    Args:
+        about: What the predictions depend on; objects may be nested.
+        fresh: Forget what the file holds.
+
+    Raises:
+        InputError: if another process writes the file, it is no predictions file, or it holds predictions of something else.
+    """
+
+    def __init__(self, path: Path, about: dict[str, Any], *, fresh: bool = False) -> None:
+        self.saved: list[Prediction] = []
+        header = {"ivl": PREDICTIONS, **about}
+
+        def take(number: int, row: dict[str, Any]) -> bool:
+            if number == 1:
+                _check_header(path, row, header, fresh=fresh)
+            else:
+                self.saved.append(from_json(Prediction, row, f"{path}:{number}"))
+            return not fresh
+
+        self._log = AppendLog(path)
+        if not self._log.resume(f'{{"ivl": "{PREDICTIONS}"'.encode(), take, REMEDY):
+            self._log.append([header])
+            self._log.sync()
+
+    def append(self, predictions: list[Prediction]) -> None:
+        """Save predictions; they are on disk when this returns."""
+        rows = (asdict(prediction) for prediction in predictions)
+        self._log.append({key: value for key, value in row.items() if key not in OPTIONAL or value} for row in rows)
+        self._log.sync()
+
+    def __enter__(self) -> PredictionsFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._log.close()
+
+
+def _check_header(path: Path, row: dict[str, Any], header: dict[str, Any], *, fresh: bool) -> None:
+    if row.get("ivl") != PREDICTIONS:
+        raise InputError(f"{path}: is no file of predictions, or one of an older ivl; name another with --predictions")
+    saved, expected = dict(_flat(row)), dict(_flat(header))
+    for key in {**expected, **saved}:
+        if not fresh and saved.get(key) != expected.get(key):
+            values = f"{short(saved.get(key))}, this run has {short(expected.get(key))}"
+            raise InputError(f"{path}: holds predictions with {key} {values}; {REMEDY}")
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested objects with their keys, as `params.temperature`."""
+    for key, inner in value.items():
+        if isinstance(inner, dict):
+            yield from _flat(inner, f"{prefix}{key}.")
+        else:
+            yield prefix + key, list(inner) if isinstance(inner, tuple) else inner
 
 
 @dataclass(frozen=True)
@@ -35,7 +123,7 @@ def write_scores(
 ) -> None:
     """Write a line that says what was scored, with the headline's sums by cluster, and a line for each question."""
     terms = [[weight, [[cluster, *pair] for cluster, pair in part.sums.items()]] for weight, part in headline.terms]
-    rows = [{"ivl": FORMAT, **about, "n": headline.n, "points": headline.points, "headline": terms}]
+    rows = [{"ivl": SCORES, **about, "n": headline.n, "points": headline.points, "headline": terms}]
     rows += [
         {
             "id": s.example.id, "cluster": s.cluster, "group": s.example.group, "value": s.score.value,
@@ -65,7 +153,7 @@ def read_scores(path: Path) -> ScoredRun:
             rows.append(dict(json.loads(line)))
     with reading_line(path, 1, "name a file of scores, or the predictions or the report beside it"):
         first, *rest = rows
-        if first["ivl"] != FORMAT:
+        if first["ivl"] != SCORES:
             raise ValueError(first["ivl"])
         terms = tuple((w, Ratio({name: (top, bottom) for name, top, bottom in sums})) for w, sums in first["headline"])
         figure = Figure(terms, first["n"], first["points"])

@@ -16,26 +16,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ivl.errors import InputError
-from ivl.evaluation import fingerprint
+from ivl.evaluation import fingerprint, voting
 from ivl.evaluation.config import EvalConfig, Method
 from ivl.evaluation.figures import rows_of
 from ivl.evaluation.grading import Grader, if_right
-from ivl.evaluation.predictions import Prediction, PredictionsFile, beside
 from ivl.evaluation.prompts import reasoned
-from ivl.evaluation.results import write_scores
+from ivl.evaluation.results import Prediction, PredictionsFile, beside, write_scores
 from ivl.evaluation.task import Example, Score, Scored, Task, limited, score_of
-from ivl.evaluation.voting import (
-    GUIDED_RATING,
-    RATING,
-    Candidate,
-    Rater,
-    RatingJudge,
-    RewardModel,
-    choose,
-    curve,
-    rate,
-    sample,
-)
+from ivl.evaluation.voting import Candidate, Rater, choose
 from ivl.generators import Generator, LoadConfig, connect
 from ivl.parallel.follow import LeadingEngine
 from ivl.parallel.launch import start_world, stop_world
@@ -156,8 +144,8 @@ def connect_judge(config: EvalConfig, predictions: Path) -> tuple[Rater | None, 
         return None, grader
     shown = judge.model or f"{judge.url} {judge.url_model}"
     if judge.by == "likelihood":
-        return RewardModel(generator, shown), None
-    return RatingJudge(generator, GUIDED_RATING if judge.model else RATING, shown), grader
+        return voting.RewardModel(generator, shown), None
+    return voting.RatingJudge(generator, voting.GUIDED_RATING if judge.model else voting.RATING, shown), grader
 
 
 def evaluate(
@@ -314,23 +302,21 @@ class _Asking:
 
     def predictions(self, examples: list[Example]) -> list[Prediction]:
         asked, method = [self.question(example) for example in examples], self.config.method
-        candidates = sample(
+        candidates = voting.sample(
             self.generator, asked, [self.seeded(example) for example in examples], method.samples, style=method.style,
             likelihood=method.select == "likelihood" or method.likelihood,
         )  # fmt: skip
         if self.judge is not None:
-            candidates = rate(self.judge, asked, candidates)
+            candidates = voting.rate(self.judge, asked, candidates)
         if method.select == "vote":  # replies that the task reads alike are one answer
-            candidates = [[self.read(c, e) for c in replies] for e, replies in zip(examples, candidates, strict=True)]
+            candidates = [
+                [replace(c, answer=score_of(self.task, c.answer, example).answer or c.answer) for c in replies]
+                for example, replies in zip(examples, candidates, strict=True)
+            ]
         return [
             self.prediction(example, replies[0].text, () if method == ONE_REPLY else tuple(replies))
             for example, replies in zip(examples, candidates, strict=True)
         ]
-
-    def read(self, candidate: Candidate, example: Example) -> Candidate:
-        """Put what the task's extractor reads in place of the answer, where it reads something."""
-        read = score_of(self.task, candidate.answer, example).answer
-        return replace(candidate, answer=read) if read else candidate
 
     def seeded(self, example: Example) -> SamplingParams:
         """Give every example other random numbers, the same on every run."""
@@ -362,7 +348,7 @@ class _Asking:
                 "replies": len(candidates),
                 "without_answer": sum(c.answer is None for c in candidates),
                 "without_rating": sum(c.rating is None for c in candidates) if self.judge is not None else None,
-                "curve": curve(samples, scores, method.select) if max(map(max, scores)) <= 1 else [],  # no ratings
+                "curve": voting.curve(samples, scores, method.select) if max(map(max, scores)) <= 1 else [],  # no ratings
             },
         }
 

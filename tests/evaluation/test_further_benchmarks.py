@@ -19,7 +19,7 @@ from ivl.evaluation.grading import Grader
 from ivl.evaluation.task import Example, Score, Scored
 from ivl.evaluation.tasks import TASKS
 from ivl.evaluation.tasks.cgbench import INSTRUCTIONS, choice_right, clue_overlap
-from ivl.evaluation.tasks.crpe import names_answer
+from ivl.evaluation.tasks.choice import names_answer
 from ivl.evaluation.tasks.several_pictures import matches
 from ivl.types import ImageRef, VideoRef
 from tests.evaluation.rows import PICTURE, always_a, base64_of, benchmark, empty, evaluated, figures, perfect, png, write_tsv

@@ -8,15 +8,6 @@ from ivl.evaluation.scoring.metrics import anls, exact_match, normalize, summary
 from ivl.evaluation.scoring.verification import AnswerMode, compare, mode_for
 
 __all__ = [
-    "AnswerMode",
-    "AnswerStyle",
-    "anls",
-    "compare",
-    "exact_match",
-    "extract",
-    "fix_answer",
-    "mode_for",
-    "normalize",
-    "summary",
+    "AnswerMode", "AnswerStyle", "anls", "compare", "exact_match", "extract", "fix_answer", "mode_for", "normalize", "summary",
     "wilson",
-]
+]  # fmt: skip
