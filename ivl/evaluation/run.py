@@ -180,7 +180,7 @@ def evaluate_all(
         judge: Rates replies, if the method selects by judge.
         grader: Decides about replies that the task's rule leaves undecided. What stays undecided makes the value a range.
         on_progress: Gets the predictions so far, all that are asked for, those of an earlier run, and the metric so far.
-        shares: Files of `answer_share`, whose predictions are taken over.
+        shares: Files of the ranks, whose predictions are taken over.
 
     Raises:
         InputError: if the file holds predictions of something else or belongs to another process, or an example cannot be
