@@ -30,7 +30,7 @@ from ivl.generators.local import load_parts
 from ivl.inference.engine import Engine
 from ivl.parallel.follow import Channel, LeadingEngine, follow
 from ivl.parallel.launch import START_TIMEOUT, join_world, start_world
-from ivl.parallel.tensor import local_config, split
+from ivl.parallel.tensor import TensorVLM, local_config, split
 from ivl.train.world import World
 
 Processes = dict[int, subprocess.Popen[bytes]]
@@ -113,11 +113,12 @@ def start_ranks(directory: Path, config: LoadConfig) -> tuple[World, Processes]:
 def _load(directory: Path, config: LoadConfig, world: World) -> tuple[Any, Any, Channel]:
     """Load this rank's share, and open the channel between the ranks."""
     world = world.arranged(tensor=config.tensor_parallel)
-    channel = Channel(world)
     if world.device.type == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // world.size))
     models, processor = load_parts(directory, config, str(world.device), partial(split, world=world))
-    return models[""], processor, channel
+    model = models[""]
+    assert isinstance(model, TensorVLM)
+    return model, processor, Channel(world, model)
 
 
 def _follow(model: Any, processor: Any, channel: Channel) -> None:

@@ -5,6 +5,9 @@
 
 A scheduler decides by what it was told alone, so all ranks put the same tokens into the same blocks of their caches. Tokens are
 sampled on rank 0, for grammars and unseeded samplers are not repeated; their texts and clocks are nobody else's matter.
+
+A step may fail on one rank, which then closes its connections to the ranks that wait for it inside the model. Rank 0 asks the
+others what has failed, gives up the requests that ran, and all start over with empty caches and new connections.
 """
 
 from __future__ import annotations
@@ -29,12 +32,14 @@ from ivl.inference.request import CacheState, HashedPrompt, Request, RequestTime
 from ivl.inference.sampling import SampledToken, Sampler
 from ivl.inference.scheduler import EngineStep, Scheduler
 from ivl.inference.text import TextStream
+from ivl.model.cache import BlockPool
 from ivl.model.vlm import VLM
 from ivl.parallel.launch import START_TIMEOUT, set_timeout
+from ivl.parallel.tensor import TensorVLM
 from ivl.train.world import GRACE, RankLostError, World, is_of_group
 from ivl.types import SamplingParams
 
-PATIENCE = timedelta(seconds=20)
+PATIENCE = timedelta(seconds=15)
 """How long ranks that answer wait for one another."""
 BEAT = 5.0
 """Seconds between two questions of an idle rank 0 whether the others are alive."""
@@ -82,16 +87,23 @@ class _Silent:
 
 
 class Channel:
-    """Messages from rank 0 to the other ranks, over the CPU: a step, a question whether they are alive, or the end."""
+    """Messages from rank 0 to the other ranks, over the CPU: a step, a question whether they are alive, or the end.
 
-    def __init__(self, world: World) -> None:
+    It also holds the connections over which the ranks add up what their heads make of a step.
+    """
+
+    def __init__(self, world: World, model: TensorVLM) -> None:
         """Open the channel; all ranks do this together."""
-        self.world = world
+        assert world.store is not None
+        self.world, self.store, self.ranks = world, world.store, model.ranks
         self.group: Any = dist.new_group(backend="gloo", timeout=START_TIMEOUT)
+        self.ranks.group = dist.new_group(timeout=START_TIMEOUT)
+        self.failures = 0
+        """How often the ranks have started over."""
 
     def start(self) -> None:
         """Expect the others to keep pace, from now on."""
-        set_timeout(PATIENCE, self.group, self.world.group("tensor"))
+        set_timeout(PATIENCE, self.group, self.ranks.group)
 
     def send(self, kind: str, events: Sequence[SchedulerEvent] = ()) -> None:
         """Tell all other ranks; for "alive" they must answer."""
@@ -99,15 +111,54 @@ class Channel:
         if kind == "alive":
             dist.barrier(self.group)
 
-    def receive(self) -> list[SchedulerEvent] | None:
-        """Return what happened before the next step; None at the end."""
+    def receive(self) -> tuple[str, list[SchedulerEvent]] | None:
+        """Return "step" or "over", what to do after these events; None at the end."""
         while True:
             message: list[Any] = [None, None]
             dist.broadcast_object_list(message, src=0, group=self.group)
             if message[0] == "alive":
                 dist.barrier(self.group)
             else:
-                return None if message[0] == "end" else message[1]
+                return None if message[0] == "end" else (message[0], message[1])
+
+    def hang_up(self, error: BaseException | None) -> None:
+        """Close this rank's connections inside the model, so that nobody waits for it there; an error is noted for rank 0."""
+        if error is not None:
+            self.store.set(f"failure {self.failures} of {self.world.rank}", "" if is_lost(error) else repr(error))
+        if self.ranks.group is not None:
+            group, self.ranks.group = self.ranks.group, None
+            dist.destroy_process_group(group)
+
+    def reasons(self, ended: Callable[[], str | None]) -> list[str]:
+        """Return what has failed on other ranks, which tell so when they hang up; nothing where it was the network.
+
+        Args:
+            ended: names a process that has ended.
+
+        Raises:
+            RankLostError: if a rank has ended, or does not tell within GRACE seconds.
+        """
+        keys = {f"failure {self.failures} of {rank}": rank for rank in range(1, self.world.size)}
+        until = time.monotonic() + GRACE
+        while silent := [self._name(rank) for key, rank in keys.items() if not self.store.check([key])]:
+            if (name := ended()) is not None:
+                raise RankLostError(name)
+            if time.monotonic() > until:
+                raise RankLostError(f"{', '.join(silent)} ended, or stopped responding")
+            time.sleep(0.02)
+        told = {rank: self.store.get(key).decode() for key, rank in keys.items()}
+        return [f"{self._name(rank)}: {reason}" for rank, reason in told.items() if reason]
+
+    def _name(self, rank: int) -> str:
+        return f"rank {rank} on {self.store.get(f'host of {rank}').decode()}"
+
+    def start_over(self, engine: Engine) -> None:
+        """Connect the ranks anew, and empty the caches, in which they may differ; all ranks do this together."""
+        self.failures += 1
+        self.ranks.group = dist.new_group(timeout=PATIENCE)
+        engine.cache.pool = BlockPool(engine.cache.num_blocks)
+        engine.vision.cached.clear()
+        engine.vision.num_bytes = 0
 
 
 class TellingScheduler(Scheduler):
@@ -177,17 +228,38 @@ class LeadingEngine(Engine):
                     self.cancel(request)
                 raise self.lost
             try:
-                events, self.telling.events = self.telling.events, []
-                self.channel.send("step", events)
+                self._tell("step")
                 super().step()
-            except RuntimeError as error:
-                if not is_of_group(error):
-                    raise
-                self._lose(error)
-                assert self.lost is not None
-                raise self.lost from error
+            except BaseException as error:
+                self._start_over(error)
+                raise
             finally:
                 self._spoke = time.monotonic()
+
+    def _tell(self, kind: str) -> None:
+        events, self.telling.events = self.telling.events, []
+        self.channel.send(kind, events)
+
+    def _start_over(self, error: BaseException) -> None:
+        """Bring all ranks to the same state again, without the requests that ran.
+
+        Raises:
+            RuntimeError: naming the rank on which the step failed, if that was another one.
+            RankLostError: if a rank has ended or does not take part.
+        """
+        for request in list(self.scheduler.running):
+            self.cancel(request)
+        try:
+            self.channel.hang_up(error)
+            reasons = self.channel.reasons(self.ended) if is_lost(error) else []
+            self._tell("over")
+            self.channel.start_over(self)
+        except RankLostError as lost:
+            raise self._lose(lost) from error
+        except RuntimeError as again:
+            raise self._lose(self._lost_by(again)) from error
+        if reasons:
+            raise RuntimeError("; ".join(reasons)) from error
 
     def _deliver(self, step: EngineStep, tokens: list[SampledToken | Exception]) -> None:
         sampling = [piece.request for piece in step.pieces if piece.samples]
@@ -213,21 +285,19 @@ class LeadingEngine(Engine):
         """Ask the other ranks whether they are alive, as long as nothing else is told them."""
         while not self._closed.wait(min(BEAT, 1.0)) and self.lost is None:
             if (name := self.ended()) is not None:
-                self._lose(name)
+                self._lose(RankLostError(name))
             elif time.monotonic() - self._spoke > BEAT and self._lock.acquire(blocking=False):
                 try:
                     if not self._closed.is_set():
                         self.channel.send("alive")
                         self._spoke = time.monotonic()
                 except RuntimeError as error:
-                    self._lose(error)
+                    self._lose(self._lost_by(error))
                 finally:
                     self._lock.release()
 
-    def _lose(self, reason: str | Exception) -> None:
-        """Note that a rank is lost. Where a step waits for it and gets no error, end the process."""
-        name = reason if isinstance(reason, str) else self._name_of_ended()
-        error = self.channel.world.lost(reason) if isinstance(reason, Exception) and name is None else RankLostError(name)
+    def _lose(self, error: RankLostError) -> RankLostError:
+        """Note that a rank is lost, and return the first such error. Where a step waits for it without one, end the process."""
         if self.lost is None:
             self.lost = error
             self.on_lost(error)
@@ -235,13 +305,19 @@ class LeadingEngine(Engine):
             print(error, file=sys.stderr, flush=True)
             os._exit(1)
         self._lock.release()
+        return self.lost
 
-    def _name_of_ended(self) -> str | None:
-        """Name a process that has just died, where it can be seen from here."""
+    def _lost_by(self, error: RuntimeError) -> RankLostError:
+        """Name a process that has just died, where it can be seen from here, or else the ranks that do not answer."""
         until = time.monotonic() + 1
         while (name := self.ended()) is None and time.monotonic() < until:
             time.sleep(0.05)
-        return name
+        return self.channel.world.lost(error) if name is None else RankLostError(name)
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether a step failed because another rank did not take part in it."""
+    return isinstance(error, RuntimeError) and is_of_group(error)
 
 
 def _sample_nothing(logits_SV: torch.Tensor, samplers: list[Sampler]) -> list[SampledToken | Exception]:  # noqa: ARG001
@@ -257,18 +333,28 @@ def follow(engine: Engine, channel: Channel) -> None:
     """
     channel.start()
     engine.runner.sample = _sample_nothing
-    scheduler, requests, step = engine.scheduler, dict[int, Request](), EngineStep(0)
-    while (events := channel.receive()) is not None:
-        for kind, *about in events:
-            if kind == "add":
+    scheduler, requests, step, failed = engine.scheduler, dict[int, Request](), EngineStep(0), False
+    while (message := channel.receive()) is not None:
+        kind, events = message
+        for event, *about in events:
+            if event == "add":
                 requests[about[0]] = about[1].request()
                 scheduler.add(requests[about[0]])
-            elif kind == "remove":
+            elif event == "remove":
                 scheduler.remove(requests.pop(about[0]))
-            else:
+            elif not failed:
                 scheduler.finish(step)
                 for number, token in about[0].items():
                     requests[number].tokens.append(token)
-        step = scheduler.schedule()
-        if step.requests:
-            engine.runner.run(step)
+        if kind == "over":
+            channel.hang_up(None)
+            channel.start_over(engine)
+            failed = False
+        elif not failed:
+            try:
+                step = scheduler.schedule()
+                if step.requests:
+                    engine.runner.run(step)
+            except Exception as error:
+                failed = True
+                channel.hang_up(error)

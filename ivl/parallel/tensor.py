@@ -25,11 +25,12 @@ from ivl.train.losses import HeadShare
 from ivl.train.world import ModelCuts, ParameterCut, World
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class TensorRanks:
     """The ranks that share a model; this process is `rank` of `count`."""
 
     group: dist.ProcessGroup | None
+    """Who speaks in the layers; ranks that answer get another one after a failed step."""
     rank: int
     count: int
 

@@ -14,6 +14,7 @@ import ivl
 from ivl.errors import InputError
 from ivl.inference.engine import Engine
 from ivl.inference.request import Request
+from ivl.parallel import follow
 from ivl.parallel.follow import LeadingEngine
 from ivl.train.world import RankLostError
 from ivl.types import Grammar, ImageRef, SamplingParams
@@ -78,13 +79,26 @@ def test_tokens_are_those_of_one_process(directory, count):
         several.close()
 
 
-def test_a_rank_that_dies_is_named(directory):
+def test_a_failed_step_ends_its_replies_and_a_rank_that_dies_the_engine(directory):
     engine = ivl.load(directory, tensor_parallel=2, **OPTIONS).engine
-    lost = []
+    lost, params = [], SamplingParams(max_new_tokens=20, ignore_eos=True)
     engine.on_lost = lost.append
+    question, whole = ask("red?", ImageRef(picture(1), max_tiles=4)), follow.NewRequest.of
     try:
-        [reply] = engine.generate([ask("red?")], SamplingParams(max_new_tokens=4, ignore_eos=True))
-        assert len(reply.tokens) == 4
+        [expected] = engine.generate([question], params)
+        engine.generate([ask("is it red? " * 4)], params)
+        for words in ("spoiled here", r"rank 1 on .*: RuntimeError.*shape"):
+            waiting = engine.submit(ask("blue?"), params)
+            with pytest.MonkeyPatch.context() as patch:
+                if words == "spoiled here":
+                    patch.setattr(engine.runner, "run", spoil)
+                else:
+                    patch.setattr(follow.NewRequest, "of", lambda r: replace(whole(r), tiles_GSSC=whole(r).tiles_GSSC[:, 1:]))
+                with pytest.raises(RuntimeError, match=words):
+                    engine.generate([ask("red?", ImageRef(picture(2), max_tiles=4))], params)
+            assert waiting.cancelled and not lost
+            assert_idle(engine)
+            assert engine.generate([question], params)[0].tokens == expected.tokens
         process = engine.ended.args[0][1]
         process.kill()
         began = time.monotonic()
@@ -94,6 +108,10 @@ def test_a_rank_that_dies_is_named(directory):
         assert len(lost) == 1 and engine.stats().running == 0
     finally:
         engine.close()
+
+
+def spoil(step):
+    raise RuntimeError("spoiled here")
 
 
 def test_what_does_not_fit_is_refused_before_anything_starts(directory):
