@@ -20,7 +20,7 @@ from ivl.model.linear import Linear
 from ivl.model.vit import VisionTransformer
 from ivl.model.vlm import VLM
 
-Form = Literal["same", "words", "signed", "zeros"]
+Form = Literal["same", "table", "words", "signed", "zeros"]
 Names = dict[str, str]
 """Our names of modules and parameters, and a checkpoint's; names of tensors that ours joins have spaces between them."""
 Table = dict[str, tuple[str, str, str]]
@@ -41,8 +41,8 @@ class TensorEntry:
     groups: tuple[int, int, int] | None = None
     """InternLM2 wqkv: key/value groups, query heads per group, head size. A group's rows are its queries, key, value."""
     form: Form = "same"
-    """How the integers of a quantized weight are stored: our bytes as int32 words, as int8 less 128, or, for zero points,
-    8 rows of 4 bits to an int32 word, the first row lowest."""
+    """A table is stored with a dimension of 1 in front. The others are how the integers of a quantized weight are stored: our
+    bytes as int32 words, as int8 less 128, or, for zero points, 8 rows of 4 bits to an int32 word, the first row lowest."""
 
     def join(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Checkpoint tensors to our parameter."""
@@ -81,6 +81,8 @@ class TensorEntry:
     def shapes(self, ours: Iterable[int]) -> tuple[tuple[int, ...], ...]:
         """Shapes of the checkpoint tensors, from the shape of our parameter."""
         shape = tuple(ours)
+        if self.form == "table":
+            return ((1, *shape),)
         if self.form == "words":
             shape = (shape[0], shape[1] // 4)
         shapes = tuple((rows, *shape[1:]) for rows in self.rows) if self.rows else (shape,)
@@ -88,6 +90,8 @@ class TensorEntry:
 
 
 def _to_form(ours: torch.Tensor, form: Form) -> torch.Tensor:
+    if form == "table":
+        return ours.unsqueeze(0)
     if form == "words":
         return ours.contiguous().view(torch.int32)
     if form == "signed":
@@ -98,6 +102,8 @@ def _to_form(ours: torch.Tensor, form: Form) -> torch.Tensor:
 
 
 def _from_form(theirs: torch.Tensor, form: Form, rows: int) -> torch.Tensor:
+    if form == "table":
+        return theirs[0]
     if form == "words":
         return theirs.contiguous().view(torch.uint8)
     if form == "signed":
@@ -147,7 +153,8 @@ _PREFIXES: dict[Dialect, tuple[str, str, str, str]] = {
 
 def vision_map(vision: VisionTransformer, dialect: Dialect, prefix: str = "") -> list[TensorEntry]:
     """Entries of InternViT. `prefix` leads the checkpoint's names; for a ViT alone it is empty."""
-    return build_entries(vision, names_in(VISION, dialect), prefix, "vision.")
+    entries = build_entries(vision, names_in(VISION, dialect), prefix, "vision.")
+    return [replace(e, form="table") if e.ours == "vision.embeddings.positions" else e for e in entries]
 
 
 def decoder_map(decoder: Decoder, *, internlm2: bool, body: str = "model.", head: str = "") -> list[TensorEntry]:

@@ -269,8 +269,9 @@ class EntryRows:
         self.entries, self.weights = {entry.ours: entry for entry in entries}, weights
         self.shapes = {
             name: (sum(weights.shapes[theirs][0] for theirs in entry.theirs), *weights.shapes[entry.theirs[0]][1:])
+            if entry.form == "same" else weights.shapes[entry.theirs[0]][1:]
             for name, entry in self.entries.items()
-        }
+        }  # fmt: skip
 
     def get(self, name: str) -> torch.Tensor:
         """Read a parameter."""
@@ -278,6 +279,8 @@ class EntryRows:
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
         """Read rows [first, last) of a parameter."""
+        if self.entries[name].form != "same":
+            return self.get(name)[first:last]
         parts, at = [], 0
         for theirs, begin, count in self.entries[name].runs(self.shapes[name][0]):
             low, high = max(first, at), min(last, at + count)

@@ -27,7 +27,7 @@ class VisionEmbeddings(nn.Module):
         super().__init__()
         self.config = config
         self.class_token = nn.Parameter(torch.empty(1, 1, config.width))
-        self.positions = nn.Parameter(torch.empty(1, 1 + config.grid**2, config.width))
+        self.positions = nn.Parameter(torch.empty(1 + config.grid**2, config.width))
         self.patch = nn.Conv2d(3, config.width, config.patch_size, config.patch_size)
 
     def forward(self, pixels_GCYX: torch.Tensor) -> torch.Tensor:
@@ -45,13 +45,13 @@ class VisionEmbeddings(nn.Module):
         return F.linear(patches_GPE, self.patch.weight.flatten(1), self.patch.bias)
 
     def positions_for(self, rows: int, cols: int) -> torch.Tensor:
-        """Return the position table [1, 1 + rows * cols, D], bicubically interpolated unless the grid is the stored one."""
+        """Return the position table [1 + rows * cols, D], bicubically interpolated unless the grid is the stored one."""
         grid = self.config.grid
         if (rows, cols) == (grid, grid):
             return self.positions
-        table = self.positions[:, 1:].float().view(1, grid, grid, -1).permute(0, 3, 1, 2)
+        table = self.positions[1:].float().view(1, grid, grid, -1).permute(0, 3, 1, 2)
         table = F.interpolate(table, size=(rows, cols), mode="bicubic", align_corners=False)
-        return torch.cat([self.positions[:, :1], table.flatten(2).transpose(1, 2).to(self.positions.dtype)], dim=1)
+        return torch.cat([self.positions[:1], table[0].flatten(1).T.to(self.positions.dtype)])
 
 
 class VisionAttention(nn.Module):

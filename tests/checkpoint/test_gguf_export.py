@@ -139,7 +139,7 @@ def test_the_mmproj_file_says_what_clip_reads(tmp_path: Path) -> None:
     names += [f"mm.model.mlp.{n}.{leaf}" for n in (0, 1, 3) for leaf in ("weight", "bias")]
     stored = tensors(path)
     assert sorted(stored) == sorted(names)
-    table = model.vision.embeddings.positions[0].detach().numpy()
+    table = model.vision.embeddings.positions.detach().numpy()
     assert np.array_equal(stored["v.position_embd.weight"], np.concatenate([table[1:], table[:1]]))  # class token last
     assert np.array_equal(stored["v.blk.1.attn_k.weight"], model.vision.layers[1].attention.qkv.weight[64:128].detach())
 

@@ -73,7 +73,7 @@ def load(vit: VisionTransformer, tensors: dict[str, torch.Tensor]) -> None:
     assert {theirs for entry in entries for theirs in entry.theirs} == tensors.keys()
     with torch.no_grad():
         for entry in entries:
-            own[entry.ours.removeprefix("vision.")].copy_(tensors[entry.theirs[0]])
+            own[entry.ours.removeprefix("vision.")].copy_(entry.join([tensors[entry.theirs[0]]]))
 
 
 @pytest.fixture

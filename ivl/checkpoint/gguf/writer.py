@@ -151,7 +151,7 @@ def _write(
 def _layout(name: str, shape: tuple[int, ...], storage: Storage) -> tuple[tuple[int, ...], Storage]:
     """The shape and the type that a tensor has in the file."""
     if name == "v.position_embd.weight":
-        return shape[1:], "F32"
+        return shape, "F32"
     if name == "v.class_embd":
         return shape[2:], "F32"
     if name == "v.patch_embd.weight":  # a convolution, which llama.cpp has in these two types
