@@ -15,7 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future as SavedFuture
 from concurrent.futures import TimeoutError as LateError
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 
 from ivl.checkpoint.shards import FOLDER
 from ivl.errors import InputError
-from ivl.parallel.launch import START_TIMEOUT
+from ivl.parallel import launch
 from ivl.train.loop import StoppedError
 from ivl.train.state import CheckpointWriter
 from ivl.train.world import GRACE, NO_CUTS, ModelCuts, RankLostError, World
@@ -56,8 +56,8 @@ class ShardedCheckpoints(CheckpointWriter):
     ) -> None:  # fmt: skip
         super().__init__(run_dir, write_model, world, keep_last)
         self.parameters, self.cuts = parameters, cuts
-        self.group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=START_TIMEOUT))
-        """The thread's own: its messages must not mix with those of training."""
+        self.group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=launch.STEP_TIMEOUT))
+        """The thread's own: its messages must not mix with those of training. A rank is waited for as long as in a step."""
         self.pending: tuple[int, SavedFuture[Any]] | None = None
 
     def save(self, step: int, *, optimizer: dict[str, torch.Tensor], state: dict[str, Any], data: dict[str, Any]) -> None:
@@ -104,9 +104,6 @@ class ShardedCheckpoints(CheckpointWriter):
             raise InputError(f"{place}: another rank did not finish its part") from None
         except RuntimeError as error:  # of the process group
             raise self.world.lost(error) from None
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None or issubclass(kind, StoppedError):

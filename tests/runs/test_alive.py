@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ivl.errors import InputError
-from ivl.parallel import launch
+from ivl.parallel import launch, saving
 from ivl.parallel.launch import first_host, start_world
 from ivl.runs.run import run
 from ivl.train import world as world_module
@@ -57,9 +57,11 @@ def test_a_batch_script_without_srun_is_one_process(monkeypatch):
 
 
 def stops(config, rank: int, log: Path) -> None:
+    """Train; rank 1 stops after the third step or, of shards, in the thread that writes the fourth checkpoint."""
     redirect_errors(log)
     launch.STEP_TIMEOUT, world_module.GRACE = timedelta(seconds=4), 2.0
     os.environ |= {"RANK": str(rank)}
+    save, saves = saving.save_file, []
 
     def stop(model):
         if rank == 1:
@@ -67,14 +69,20 @@ def stops(config, rank: int, log: Path) -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
         return {}
 
+    def stop_in_save(*args, **options):
+        saves.append(args)
+        return stop(None) if len(saves) == 2 else save(*args, **options)
+
+    if config.shard and rank == 1:
+        saving.save_file = stop_in_save
     try:
-        run(config, evaluators=lambda _: (Evaluator("stop", 3, stop),))
+        run(config, evaluators=None if config.shard else lambda _: (Evaluator("stop", 3, stop),))
     except InputError as error:
         print(error, file=sys.stderr)
         raise SystemExit(1) from None
 
 
-@pytest.mark.parametrize("shard", [False, True], ids=["replicas", "shards"])
+@pytest.mark.parametrize("shard", [False, True], ids=["in a step", "in a save of shards"])
 def test_a_rank_that_stops_responding_ends_the_run_with_its_name(config, tmp_path, monkeypatch, shard):
     config = changed(config, shard=shard, save_every=2)
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}.items():
