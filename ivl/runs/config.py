@@ -90,9 +90,13 @@ class RunConfig:
         )  # fmt: skip
         if self.replicate > 1 and not self.shard:
             raise InputError(f"replicate {self.replicate} makes copies of a sharded model: give shard = True, too")
-        whole = {"LoRA": self.lora is not None, "muon": self.train.optim.name == "muon", "compile": self.train.compile}
-        if self.tensor_parallel > 1 and (names := [name for name, used in whole.items() if used]):
-            raise InputError(f"{names[0]} needs whole layers on each rank: tensor_parallel = 1, with shard = True")
+        whole = {
+            "LoRA": (self.lora is not None, "tensor_parallel = 1, with shard = True"),
+            "muon": (self.train.optim.name == "muon", "adamw, or tensor_parallel = 1 without shard"),
+            "compile": (self.train.compile, "compile = False, or tensor_parallel = 1 with shard = True"),
+        }
+        if self.tensor_parallel > 1 and (names := [name for name, (used, _) in whole.items() if used]):
+            raise InputError(f"{names[0]} needs whole layers on each rank: take {whole[names[0]][1]}")
         self.objective.check(self.data, self.stage, self.lora)
 
     @property

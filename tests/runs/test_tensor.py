@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 from ivl.checkpoint import load_model
+from ivl.config import LoraConfig
 from ivl.errors import InputError
 from ivl.preference.config import PreferenceConfig
 from ivl.runs.config import RunConfig
 from ivl.runs.run import run
-from ivl.train.config import OptimConfig
+from ivl.train.config import OptimConfig, Stage
 from ivl.train.loop import Evaluator
+from ivl.utils.jsonl import read_journal
 from tests.helpers.pairs import make_pairs, pair_data
 from tests.helpers.ranks import on_ranks
 from tests.helpers.training import changed
@@ -75,12 +77,21 @@ def test_preference_training_with_a_file_on_tensor_ranks(config, tmp_path):
     run(one)
     two = short(config, tmp_path / "two", tensor_parallel=2, **options)
     on_ranks(2, go_on, two)
-    assert [path.name for path in (tmp_path / "two" / "reference").iterdir()] == ["rank-0.jsonl"]
+    journals = [list((tmp_path / name / "reference").iterdir()) for name in ("one", "two")]
+    assert [[path.name for path in paths] for paths in journals] == [["rank-0.jsonl"]] * 2
+    assert len({read_journal(path)[0]["weights"] for (path,) in journals}) == 1
     assert difference(one, two) <= 1e-5
 
 
 def test_what_needs_whole_layers_is_refused(config):
-    with pytest.raises(InputError, match="muon needs whole layers on each rank: tensor_parallel = 1"):
-        changed(config, tensor_parallel=2, optim=OptimConfig(name="muon"))
+    remedies = {
+        r"muon .*: take adamw, or tensor_parallel = 1 without shard": {"optim": OptimConfig(name="muon")},
+        r"LoRA .*: take tensor_parallel = 1, with shard = True": {"lora": LoraConfig(rank=2), "stage": Stage(trainable=())},
+        r"compile .*: take compile = False, or tensor_parallel = 1": {"compile": True},
+    }
+    for message, options in remedies.items():
+        changed(config, **options)
+        with pytest.raises(InputError, match=message):
+            changed(config, tensor_parallel=2, **options)
     with pytest.raises(InputError, match="replicate 2 makes copies of a sharded model: give shard = True"):
         changed(config, replicate=2)
