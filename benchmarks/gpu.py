@@ -286,6 +286,26 @@ def inference(check: Check) -> None:
         check.add(f"{batch} replies: tokens/s, share of the copy's rate", f"{rate:,.0f}, {share:.0%}")
 
 
+def serving_plan(check: Check) -> None:
+    """What `ivl plan --serve` says of this card, beside an engine that holds the model."""
+    from ivl.parallel.cards import CARDS
+    from ivl.serve.plan import plan_serving
+
+    config, batch, context = check.config, 4 if check.size == "tiny" else 8, 512
+    called, total = torch.cuda.get_device_name(CARD).lower().replace(" ", ""), torch.cuda.mem_get_info(CARD)[1]
+    alike = [name for name in CARDS if name.partition("-")[0] in called] or list(CARDS)
+    card = min(alike, key=lambda name: abs(CARDS[name].size - total))
+    plan = plan_serving(config, card, context=context, batch=batch, parallel=1)[0]
+    engine = engine_of(model_of(config, CARD, torch.bfloat16), max_cache_tokens=batch * context)
+    weights, cache = sum(p.nbytes for p in engine.model.parameters()), 2 * engine.cache.keys.nbytes
+    for name, held, planned in (("weights", weights, plan.weights), ("cache", cache, plan.cache)):
+        shown = f"{held / 2**30:.4f}, {planned / 2**30:.4f}"
+        check.add(f"GiB of {name}, planned for {card}", shown, 0.99 < held / planned < 1.02)
+    if is_real():
+        rate = decode_rate(engine, config, batch, context - 64, 48)
+        check.add(f"{batch} replies: tokens/s, planned", f"{rate:,.0f}, {plan.tokens_per_second:,.0f}")
+
+
 def beside_transformers(check: Check) -> None:
     """Decoding and training of transformers' InternVL with the same shapes."""
     if check.size != SIZE:
@@ -551,6 +571,7 @@ SECTIONS: tuple[tuple[str, Needs, Callable[[Check], None]], ...] = (
     ("attention", "a card", attention),
     ("products", "a card", products),
     ("graphs", "a card", graphs),
+    ("serving plan", "a card", serving_plan),
     ("limits", "a real card", limits),
     ("inference", "a real card", inference),
     ("training", "a real card", training),

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.helpers import pretend
+from tests.helpers.card_check import TIMED
 
 ROOT = Path(__file__).parent.parent.parent
 REAL = ("limits", "inference", "training", "transformers", "compile")
@@ -38,7 +39,7 @@ def library(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Confi
 
 def test_without_a_card_every_section_says_so(tmp_path: Path) -> None:
     code, rows = report_of(tmp_path / "gpu.json", "benchmarks.gpu", "--size", "tiny", "--out", str(tmp_path / "gpu.json"))
-    assert code == 0 and len(rows) == 11
+    assert code == 0 and len(rows) == 12
     assert {(row["name"], row["value"]) for row in rows} == {("left out", "this machine has no card")}
 
 
@@ -47,11 +48,11 @@ def test_a_pretended_card_is_compared_with_the_cpu(tmp_path: Path, library: str)
     assert code == 0 and not [row for row in rows if row["good"] is False], rows
     left_out = {row["section"] for row in rows if row["name"] == "left out"}
     assert left_out == {*REAL, "cards"}
-    assert {row["section"] for row in rows if row["good"]} == {"correctness", "attention", "products", "graphs"}
+    assert {row["section"] for row in rows if row["good"]} == {"correctness", "attention", "products", "graphs", "serving plan"}
 
 
 def test_what_is_timed_on_a_real_card_runs(tmp_path: Path, library: str) -> None:
     _, rows = report_of(tmp_path / "gpu.json", "tests.helpers.card_check", library, str(tmp_path / "gpu.json"), "timed")
     assert not [row for row in rows if row["name"] == "failed"], rows
-    assert {row["section"] for row in rows} == {"limits", "inference", "training", "cards"}
+    assert {row["section"] for row in rows} == set(TIMED)
     assert [row["value"] for row in rows if row["name"] == "left out"] == ["it needs several cards, and this machine has one"]

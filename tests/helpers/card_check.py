@@ -1,6 +1,7 @@
 """Run benchmarks.gpu on the pretended card: `python -m tests.helpers.card_check LIBRARY OUT [timed]`.
 
-timed: the sections that need a real card run, too, as far as they need no compiler for it; their rates mean nothing.
+timed: the sections that need a real card run, too, compiled graphs as plain calls, for there is no compiler for it; their
+rates mean nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from pathlib import Path
 
 from tests.helpers import pretend
 
+TIMED = ("serving plan", "limits", "inference", "training", "compile", "cards")
+
 
 def main(library: Path, out: str, *, timed: bool) -> None:
     pretend.start(library)
@@ -17,10 +20,13 @@ def main(library: Path, out: str, *, timed: bool) -> None:
 
     torch.set_num_threads(1)
     from benchmarks import gpu
+    from ivl.parallel import compile as compiling
 
     if timed:
         gpu.is_real = lambda: True
-        gpu.SECTIONS = tuple(each for each in gpu.SECTIONS if each[0] in ("limits", "inference", "training", "cards"))
+        gpu.SECTIONS = tuple(each for each in gpu.SECTIONS if each[0] in TIMED)
+        plain = compiling.compile_layers
+        compiling.compile_layers = lambda model: plain(model, "eager")
     sys.exit(gpu.main(["--size", "tiny", "--out", out]))
 
 
