@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -97,7 +97,7 @@ class Channel:
         assert world.store is not None
         self.world, self.store, self.ranks = world, world.store, model.ranks
         self.group: Any = dist.new_group(backend="gloo", timeout=START_TIMEOUT)
-        self.ranks.group = dist.new_group(timeout=START_TIMEOUT)
+        self.ranks.group = cast(dist.ProcessGroup, dist.new_group(timeout=START_TIMEOUT))
         self.failures = 0
         """How often the ranks have started over."""
 
@@ -155,7 +155,7 @@ class Channel:
     def start_over(self, engine: Engine) -> None:
         """Connect the ranks anew, and empty the caches, in which they may differ; all ranks do this together."""
         self.failures += 1
-        self.ranks.group = dist.new_group(timeout=PATIENCE)
+        self.ranks.group = cast(dist.ProcessGroup, dist.new_group(timeout=PATIENCE))
         engine.cache.pool = BlockPool(engine.cache.num_blocks)
         engine.vision.cached.clear()
         engine.vision.num_bytes = 0
