@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -22,9 +22,10 @@ from ivl.preference.replies import check_pairs, reply_log_probs
 from ivl.train.config import Precision
 from ivl.train.objectives import ObjectiveContext
 from ivl.train.precision import computing
+from ivl.train.shards import own_part, own_rows
 from ivl.train.stage import set_modes
-from ivl.train.world import World, cuts_of, is_sharded, reshard
-from ivl.types import IGNORE, Batch, Layout, VideoRef
+from ivl.train.world import World, cuts_of, in_step, is_sharded, reshard
+from ivl.types import Batch, VideoRef
 from ivl.utils.jsonl import Journal, read_journal, reading_line
 from ivl.utils.progress import reporting
 
@@ -73,12 +74,14 @@ def frozen(model: VLM) -> Reference:
 
 def adapters_off(model: VLM, batch: Batch) -> torch.Tensor:
     """Ask the model without its LoRA adapters, in eval mode."""
+    training = model.training
     model.eval()
     try:
         with adapters_disabled(model):
             return reply_log_probs(model, batch).log_probs_S
     finally:
-        set_modes(model)
+        if training:
+            set_modes(model)
 
 
 class FileReference:
@@ -173,11 +176,10 @@ def _ask(model: VLM, data: Loader, journal: Journal | None, done: int, world: Wo
     rows: list[dict[str, Any]] = []
     total, resumed = -(-len(data.mixture) // world.data_size), done
     with reporting("reference log-probabilities", "pairs") if world.is_main else nullcontext(lambda *_, **__: None) as show:
-        for batch in _until_all_end(model, iter(data), world):
-            if batch is not None:
-                check_pairs(batch)
-            sums_S = reply_log_probs(model, batch or _empty_batch(model)).log_probs_S
-            if batch is None:
+        for batch, counts in in_step(data, world if is_sharded(model) else World()):
+            check_pairs(batch)
+            sums_S = reply_log_probs(model, batch).log_probs_S
+            if not counts:
                 continue
             names = zip(batch.datasets, batch.sources, batch.ids, sums_S.view(-1, 2).tolist(), strict=True)
             rows += [{"dataset": d, "source": s, "id": i, "chosen": c, "rejected": r} for d, s, i, (c, r) in names]
@@ -208,37 +210,35 @@ def _is_finished(directory: Path, about: dict[str, Any]) -> bool:
     return {**written, "ranks": None} == {**json.loads(json.dumps(about)), "ranks": None}
 
 
-def _until_all_end(model: VLM, batches: Iterator[Batch], world: World) -> Iterator[Batch | None]:
-    """Yield the batches; where ranks share shards, then None while another rank has batches, for they run together."""
-    if not is_sharded(model):
-        yield from batches
-        return
-    while True:
-        batch = next(batches, None)
-        if world.all(batch is None):
-            return
-        yield batch
-
-
-def _empty_batch(model: VLM) -> Batch:
-    """Make a batch of one token that trains nothing."""
-    size = model.config.vision.image_size
-    token = torch.tensor(model.config.eos_token_ids[:1])
-    tiles = torch.zeros(0, size, size, 3, dtype=torch.uint8)
-    no_tiles = torch.zeros(0, dtype=torch.int64)
-    return Batch(token, torch.tensor([IGNORE]), torch.zeros(1), tiles, no_tiles, Layout.packed((1,)))
-
-
 def weights_hash(model: VLM, world: World) -> str:
-    """Hash every parameter but LoRA adapters, by name and content. All ranks that share a model call this together."""
-    digest, adapters, cuts = hashlib.blake2b(digest_size=16), lora_parameters(model), cuts_of(model).cuts
-    for name, parameter in model.named_parameters():
+    """Hash every parameter but LoRA adapters. Ranks that share the model hash what they hold of it, and call this together.
+
+    The hashes of all rows, each with its name and number, are added up: whoever holds a row, the sum is the same.
+    """
+    total, adapters, cuts = 0, lora_parameters(model), cuts_of(model)
+    is_copy = world.rank >= world.size // world.replicate if is_sharded(model) else world.data_rank > 0
+    for name, parameter in () if is_copy else model.named_parameters():
+        cut, (first, last) = cuts.cuts.get(name), own_rows(parameter)
         if name in adapters:
             continue
-        value = world.whole(parameter.detach(), cuts.get(name)).cpu().contiguous()
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        own, shape, numbers = own_part(parameter.detach()), list(parameter.shape), torch.arange(1, len(parameter) + 1)
+        if cut is not None:
+            shape[cut.dim] = sum(cut.parts)
+            if cut.dim:  # tensor ranks have columns of the same rows
+                own = world.whole(own, cut)
+            else:
+                numbers = cut.share(torch.arange(1, shape[0] + 1), cuts.rank, cuts.count)
+        if first == last or (world.tensor_rank and (cut is None or cut.dim)):
+            continue
+        head = hashlib.blake2b(f"{name} {shape} {own.dtype}".encode(), digest_size=16)
+        rows = own.reshape(last - first, -1).cpu().contiguous().view(torch.uint8).numpy()
+        for number, row in zip(numbers[first:last].tolist(), rows, strict=True):
+            if number:  # others fill up a share
+                digest = head.copy()
+                digest.update(number.to_bytes(8, "little"))
+                digest.update(row.data)
+                total += int.from_bytes(digest.digest(), "little")
+    return f"{sum(world.gather(total)) % 2**128:032x}"
 
 
 def _check_fixed(data: Loader) -> None:

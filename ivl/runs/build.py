@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,8 +32,7 @@ from ivl.train.loop import Evaluator
 from ivl.train.objectives import Objective, ObjectiveContext, StatefulObjective
 from ivl.train.shards import keep, own_part
 from ivl.train.stage import apply_stage, trainable
-from ivl.train.world import World, is_sharded
-from ivl.types import Batch
+from ivl.train.world import World, in_step, is_sharded
 from ivl.utils.imports import import_object
 
 TRAINABLE = "trainer/trainable.safetensors"
@@ -258,7 +256,7 @@ def build_validation(config: RunConfig, processor: Processor, objective: Objecti
     def loss(model: VLM) -> dict[str, float]:
         total = torch.zeros(2, dtype=torch.float64)
         loader = build_loader(data, processor, config, world)
-        for number, (batch, counts) in enumerate(_in_step(iter(loader), world) if is_sharded(model) else _counted(loader)):
+        for number, (batch, counts) in enumerate(in_step(loader, world if is_sharded(model) else World())):
             if config.val_packs and number * world.data_size >= config.val_packs:
                 break
             value = objective(model, batch)
@@ -270,27 +268,6 @@ def build_validation(config: RunConfig, processor: Processor, objective: Objecti
         return {"loss": loss_sum / weight}
 
     return Evaluator("validation", config.val_every, loss)
-
-
-def _counted(batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
-    return ((batch, True) for batch in batches)
-
-
-def _in_step(batches: Iterator[Batch], world: World) -> Iterator[tuple[Batch, bool]]:
-    """Yield batches and that they count, then the last one again, which does not, while another rank has one.
-
-    Raises:
-        InputError: if a rank has no batch at all.
-    """
-    last = None
-    while not world.all((batch := next(batches, None)) is None):
-        if last is None and not world.all(batch is not None):
-            raise InputError(
-                f"the validation data have fewer packs than the {world.data_size} ranks: give more, or fewer ranks"
-            )
-        last = batch or last
-        assert last is not None
-        yield last, batch is not None
 
 
 def build_curves(config: RunConfig, processor: Processor, model: VLM, world: World) -> tuple[Evaluator, ...]:

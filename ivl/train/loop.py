@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ from ivl.train.precision import computing
 from ivl.train.recorder import Recorder, StepResult
 from ivl.train.stage import set_modes, trainable
 from ivl.train.state import CheckpointWriter, Counters, SavedTrainer
-from ivl.train.world import RankFailedError, RankLostError, World, cuts_of, is_sharded, reshard, synchronized
+from ivl.train.world import RankFailedError, RankLostError, World, cuts_of, in_step, is_sharded, reshard
 from ivl.types import Batch, Loss
 from ivl.utils.machine import peak_memory_gb
 
@@ -94,9 +94,9 @@ def train(
     trainer = Trainer(model, objective, config, world, num_samples, data, checkpoints, records)
     if resume is not None:
         trainer.restore(resume)
-    batches = synchronized(iter(data), world) if is_sharded(model) else iter(data)
+    batches = in_step(data, world if is_sharded(model) else World())
     history: list[dict[str, Any]] = []
-    with records, trainer.saving_on_errors():
+    with closing(records), trainer.saving_on_errors():
         while not trainer.is_done and (result := trainer.step(batches, stop=stop, watch=watch)):
             history.append(records.write(result))
             if trainer.stopped:
@@ -249,39 +249,47 @@ class Trainer:
             raise InputError(f"{saved.checkpoint}: does not fit the run ({type(error).__name__}: {error})") from error
 
     def step(
-        self, batches: Iterator[Batch], *, stop: Callable[[], bool] = bool,
+        self, batches: Iterator[tuple[Batch, bool]], *, stop: Callable[[], bool] = bool,
         watch: AbstractContextManager[object] = nullcontext(),  # noqa: B008 (it has no state)
     ) -> StepResult | None:  # fmt: skip
-        """Do one optimizer step over the next packs; None when every rank is out of data. Arguments as `train`."""
+        """Do one optimizer step over the next packs of `in_step`; None when every rank is out of data. Others as `train`."""
         began = time.monotonic()
         with watch:
-            sums = self.forward_backward(batches)
+            with self.computing:
+                sums = self.forward_backward(batches)
             told = {"stop": torch.ones(1, dtype=torch.float64)} if stop() else {}
             total = self.world.all_reduce({"counts": sums.counts} | told)
             self.stopped = "stop" in total
             counts = total["counts"].tolist()
             return self.apply(counts, sums, began) if counts[-1] else None
 
-    def forward_backward(self, batches: Iterator[Batch]) -> StepSums:
+    def forward_backward(self, batches: Iterator[tuple[Batch, bool]]) -> StepSums:
         """Add the gradients of this rank's packs to the parameters, without waiting for them; returns their sums."""
-        with self.computing:
-            return self._forward_backward(batches)
-
-    def _forward_backward(self, batches: Iterator[Batch]) -> StepSums:
         sums, world = StepSums(), self.world
         for micro in range(self.config.packs_per_step // world.data_size):
-            batch = next(batches, None)
+            batch, counts = next(batches, (None, False))
             if batch is None:
                 self.stateful.idle()
                 continue
             torch.manual_seed(_seed_of_pack(self.config.seed, self.counters.step, micro * world.data_size + world.data_rank))
             place = f"step {self.counters.step + 1}, {name_samples(batch)}"
             self.is_in_model = self.shares_model
-            loss, weight = self._loss(batch, place)
-            loss.total.backward()
+            if counts:
+                loss, weight = self._loss(batch, place)
+                loss.total.backward()
+                sums.add(batch, loss, place, weight)
+            else:
+                self._take_part(batch)
             self.is_in_model = False
-            sums.add(batch, loss, place, weight)
         return sums
+
+    def _take_part(self, batch: Batch) -> None:
+        """Run the model, as ranks that share shards must together, on a pack that counts on another rank."""
+        self.model.eval()  # a stateful objective learns nothing then
+        loss = self.objective(self.model, batch)
+        self.stateful.idle()
+        (0 * loss.total).backward()
+        set_modes(self.model)
 
     def apply(self, counts: list[float], sums: StepSums, began: float) -> StepResult:
         """Divide the gradients by the global weight, clip them and update the parameters.

@@ -58,7 +58,7 @@ class StatefulObjective:
         """Do what must be done before the first step, such as a pass over the data with the model as it starts."""
 
     def idle(self) -> None:
-        """Take part in what ranks do together, on a rank that has no batch while others have one."""
+        """Take part in what ranks do together, on a rank that has no batch of its own while others have one."""
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint saves, as JSON values."""
@@ -90,7 +90,8 @@ def next_token(model: VLM, batch: Batch) -> Loss:
     loss = linear_cross_entropy(
         hidden_TD[send(at_M, device)], head.matrix(), labels_M, send(weights_M, device), share=share_of(head)
     )
-    metrics = {"accuracy": _sum_and_count(loss.correct_M), **_by_dataset(batch, at_M, loss.ce_M)}
+    correct = torch.stack([loss.correct_M.sum().float(), loss.correct_M.new_full((), len(at_M), dtype=torch.float32)])
+    metrics = {"accuracy": correct, **_by_dataset(batch, at_M, loss.ce_M)}
     return Loss(loss.total, weights_M.sum(), metrics)
 
 
@@ -162,7 +163,3 @@ def _by_dataset(batch: Batch, at_M: torch.Tensor, ce_M: torch.Tensor) -> dict[st
     counts_N = send(numbers_M.bincount(minlength=len(names)).double(), ce_M.device)
     sums_N = torch.zeros_like(counts_N).index_add(0, send(numbers_M, ce_M.device), ce_M.double())
     return {f"loss/{name}": pair for name, pair in zip(names, torch.stack([sums_N, counts_N], dim=1), strict=True)}
-
-
-def _sum_and_count(values: torch.Tensor) -> torch.Tensor:
-    return torch.stack([values.sum().float(), values.new_full((), len(values), dtype=torch.float32)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from ivl.train.config import TrainConfig
 from ivl.utils.jsonl import AppendLog
@@ -27,7 +27,7 @@ class StepResult:
 
 
 class Recorder:
-    """Writes the figures of steps and evaluations, on the first rank only. Close it, or use it in a `with`."""
+    """Writes the figures of steps and evaluations, on the first rank only, until it is closed."""
 
     def __init__(
         self,
@@ -89,12 +89,6 @@ class Recorder:
         for log in (self.log, *self.boards):
             if log is not None:
                 log.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _log(self, row: dict[str, Any], prefix: str) -> None:
         if self.log is not None:

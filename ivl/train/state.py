@@ -17,10 +17,10 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -47,7 +47,7 @@ class Counters:
 
 
 @dataclass
-class CheckpointWriter:
+class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
     """Writes run_dir/checkpoint-STEP; all ranks call save together. A context: at its end everything is on disk."""
 
     run_dir: Path
@@ -111,9 +111,6 @@ class CheckpointWriter:
             for old in [path for path in checkpoints(run_dir) if step_of(path) <= step][: -self.keep_last]:
                 # Renamed first: a half-deleted directory must never look like a checkpoint.
                 shutil.rmtree(old.rename(run_dir / f".tmp-{old.name}-gone"))
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Wait for what `save` has begun; nothing, where save itself waits."""

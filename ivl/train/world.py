@@ -9,7 +9,7 @@ ranks, each with packs of its own. Tested on CPU processes over gloo; GPUs and n
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -228,10 +228,6 @@ class World:
         names = ", ".join(silent) or "another rank of the run"
         return RankLostError(f"{names} ended, or stopped responding ({error})")
 
-    def all(self, condition: bool) -> bool:
-        """Whether the condition holds on every rank."""
-        return all(self.gather(condition))
-
     def all_reduce_gradients(self, parameters: Mapping[str, nn.Parameter], cuts: ModelCuts = NO_CUTS) -> None:
         """Sum gradients over ranks, in place.
 
@@ -307,11 +303,16 @@ def full_tensor(tensor: Any) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def synchronized(items: Iterator[WorldItem], world: World) -> Iterator[WorldItem]:
-    """Yield items while every rank has one, since ranks that share shards must run the model together."""
-    while True:
-        item = next(items, None)
-        if not world.all(item is not None):
-            return
-        assert item is not None
-        yield item
+def in_step(items: Iterable[WorldItem], world: World) -> Iterator[tuple[WorldItem, bool]]:
+    """Yield items, and that they count, until they end on all ranks, as those that share shards must run the model together.
+
+    A rank whose items have ended before gets one of another rank, which does not count.
+    """
+    own = iter(items)
+    while any(ranks := world.gather((item := next(own, None)) is not None)):
+        lent = [item]
+        if not all(ranks):
+            dist.broadcast_object_list(lent, src=ranks.index(True))
+        given = lent[0] if item is None else item
+        assert given is not None
+        yield given, item is not None

@@ -164,7 +164,7 @@ def counted(folder: Path, case: str) -> dict[str, dict[str, int]]:
     from ivl.train.loop import Trainer
     from ivl.train.objectives import next_token
     from ivl.train.recorder import Recorder
-    from ivl.train.world import World
+    from ivl.train.world import World, in_step
     from tests.helpers.mixtures import processor
     from tests.helpers.pairs import new_model
     from tests.helpers.training import BatchList
@@ -184,7 +184,7 @@ def counted(folder: Path, case: str) -> dict[str, dict[str, int]]:
         )
         source = BatchList(batches)
         trainer = Trainer(model, objective, train, World(device=card), None, source, None, Recorder("card", train, on=False))
-        stream = iter(source)
+        stream = in_step(source, World())
         trainer.step(stream)
         with Waits() as seen:
             trainer.step(stream)

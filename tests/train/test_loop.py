@@ -1,14 +1,10 @@
 """The laws of the loop: one update, however its work is split; and it stops at once when something is wrong."""
 
 import json
-import multiprocessing
-import os
-import socket
 from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from ivl.config import LoraConfig
 from ivl.errors import InputError
@@ -17,7 +13,6 @@ from ivl.train.loop import Evaluator, train
 from ivl.train.objectives import next_token
 from ivl.train.optim import Optimizer
 from ivl.train.recorder import Recorder
-from ivl.train.world import World
 from ivl.types import IGNORE, Batch, Layout, Loss
 from tests.helpers.training import EVERYTHING, BatchList, staged, tiny_batch, tiny_train
 
@@ -42,13 +37,10 @@ class NotingOptimizer(Optimizer):
         super().step(factor)
 
 
-def one_step(
-    batches: list[Batch], world: World | None = None, stage=EVERYTHING, **changes
-) -> tuple[dict, dict[str, torch.Tensor]]:
-    world = world or World()
+def one_step(batches: list[Batch], stage=EVERYTHING, **changes) -> tuple[dict, dict[str, torch.Tensor]]:
     config = tiny_train(num_steps=1, packs_per_step=len(batches), **changes)
     model = staged(stage, checkpointing=config.checkpointing, seed=0)
-    (row,) = train(model, BatchList(batches, rank=world.rank, world_size=world.size), config, world=world)
+    (row,) = train(model, BatchList(batches), config)
     return row, NotingOptimizer.gradients
 
 
@@ -69,35 +61,6 @@ def test_update_is_invariant_to_the_split_into_micro_batches(recorder, averaging
     whole = one_step([merge(parts)])
     assert_same_step(whole, one_step([merge(parts[:1]), merge(parts[1:])]))
     assert_same_step(whole, one_step(parts))
-
-
-def _on_rank(rank: int, port: int, averaging: str, results) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    parts = [tiny_batch(i, lens=(8 + 3 * i,), tiles=i % 2, averaging=averaging) for i in range(4)]
-    row, gradients = one_step(parts, World(rank, 2))
-    if rank == 1:
-        results.put((row, {n: g.tolist() for n, g in gradients.items()}))
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("averaging", ["token", "sample", "square"])
-def test_update_is_invariant_to_the_number_of_ranks(recorder, averaging):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    ranks = [context.Process(target=_on_rank, args=(r, port, averaging, results)) for r in range(2)]
-    for rank in ranks:
-        rank.start()
-    row, gradients = results.get(timeout=60)
-    for rank in ranks:
-        rank.join(60)
-        assert rank.exitcode == 0
-    parts = [tiny_batch(i, lens=(8 + 3 * i,), tiles=i % 2, averaging=averaging) for i in range(4)]
-    assert_same_step(one_step(parts), (row, {n: torch.tensor(g) for n, g in gradients.items()}))
 
 
 @pytest.mark.parametrize(

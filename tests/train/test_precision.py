@@ -84,7 +84,7 @@ def losses_on_rank(rank: int, data: dict[str, list[Batch]], out: Path) -> None:
             objective = objective or PreferenceObjective(
                 PreferenceConfig(), frozen(start if sharded else start.bfloat16()), world
             )  # fmt: skip
-            batches = BatchList(data["pairs" if kind == "preference" else "rows"], rank=rank, world_size=2)
+            batches = BatchList(data["pairs" if kind == "preference" else "rows"], epochs=1, rank=rank, world_size=2)
             config = tiny_train(precision="bf16", num_steps=3, packs_per_step=2, log_every=1000)
             seen: list[float] = []
 
@@ -104,8 +104,9 @@ def losses_on_rank(rank: int, data: dict[str, list[Batch]], out: Path) -> None:
 
 
 def test_shards_compute_in_bf16_as_replicas_do(tmp_path: Path) -> None:
-    rows = [tiny_batch_of(tmp_path), tiny_batch_of(tmp_path, seed=1)]
-    data = {"rows": rows, "pairs": pair_batches(make_pairs(tmp_path / "pairs", 6), max_samples=2)[:2]}
+    """Of three packs the second rank has none in the second step."""
+    rows = [tiny_batch_of(tmp_path, seed) for seed in range(3)]
+    data = {"rows": rows, "pairs": pair_batches(make_pairs(tmp_path / "pairs", 6), max_samples=2)[:3]}
     on_ranks(2, losses_on_rank, data, tmp_path)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     for kind in ("next_token", "captions", "preference"):

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -180,6 +181,6 @@ def test_batches_in_memory_are_shared_by_another_number_of_ranks():
 def test_metrics_log_drops_what_a_resumed_run_writes_again(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "evaluation": "x"}\n{"step": 3}\n{"ste')
-    with Recorder("test", tiny_train(), directory=tmp_path, step=2) as recorder:
+    with closing(Recorder("test", tiny_train(), directory=tmp_path, step=2)) as recorder:
         recorder.write_evaluation(3, "y", {"again": True})
     assert [json.loads(line).get("again", False) for line in path.read_text().splitlines()] == [False, False, False, True]

@@ -72,7 +72,7 @@ def step(model: VLM, data: list[Batch], pairs: bool, world: World, *, checkpoint
         reference = frozen(new(1, qwen3=False))
         objective = PreferenceObjective(TERMS, reference, world, max_stalled_calls=100)
     model.vision.checkpointing = model.decoder.checkpointing = checkpointing
-    options = tiny_train(num_steps=1, packs_per_step=len(data), optim=OptimConfig(clip=0), log_every=1000)
+    options = tiny_train(num_steps=1, packs_per_step=4, optim=OptimConfig(clip=0), log_every=1000)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Optimizer, "step", note)
         source = BatchList(data, epochs=1, rank=world.data_rank, world_size=world.data_size)
@@ -101,16 +101,17 @@ def on_mesh(rank: int, size: int, cases: dict[str, dict], data: dict[bool, list[
 
 def packs(folder: Path, pairs: bool) -> list[Batch]:
     if pairs:
-        return pair_batches(make_pairs(folder / "pairs", 12), max_samples=2)[:4]
+        return pair_batches(make_pairs(folder / "pairs", 12), max_samples=2)[:3]
     rows = DataConfig(
         mixture=str(make_file(folder / "rows", 12)), max_tokens=300, max_samples=2, max_tiles=30, num_workers=0, epochs=1
     )  # fmt: skip
-    return list(Loader(rows, processor(), seed=0))[:4]
+    return list(Loader(rows, processor(), seed=0))[:3]
 
 
 def test_loss_and_gradients_are_those_of_one_process(tmp_path):
+    """Of three packs a data rank has none, where there are two or four."""
     data = {pairs: packs(tmp_path, pairs) for pairs in (False, True)}
-    assert {len(batches) for batches in data.values()} == {4}
+    assert {len(batches) for batches in data.values()} == {3}
     assert any(not len(batch.tiles_GSSC) for batches in data.values() for batch in batches), "a pack of text alone"
     on_ranks(4, on_mesh, 4, FOUR_RANKS, data, tmp_path)
     whole = {
