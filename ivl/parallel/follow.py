@@ -124,7 +124,7 @@ class Channel:
     def hang_up(self, error: BaseException | None) -> None:
         """Close this rank's connections inside the model, so that nobody waits for it there; an error is noted for rank 0."""
         if error is not None:
-            self.store.set(f"failure {self.failures} of {self.world.rank}", "" if is_lost(error) else repr(error))
+            self.store.set(f"failure {self.failures} of {self.world.rank}", "" if is_of_group(error) else repr(error))
         if self.ranks.group is not None:
             group, self.ranks.group = self.ranks.group, None
             dist.destroy_process_group(group)
@@ -251,7 +251,7 @@ class LeadingEngine(Engine):
             self.cancel(request)
         try:
             self.channel.hang_up(error)
-            reasons = self.channel.reasons(self.ended) if is_lost(error) else []
+            reasons = self.channel.reasons(self.ended) if is_of_group(error) else []
             self._tell("over")
             self.channel.start_over(self)
         except RankLostError as lost:
@@ -313,11 +313,6 @@ class LeadingEngine(Engine):
         while (name := self.ended()) is None and time.monotonic() < until:
             time.sleep(0.05)
         return self.channel.world.lost(error) if name is None else RankLostError(name)
-
-
-def is_lost(error: BaseException) -> bool:
-    """Whether a step failed because another rank did not take part in it."""
-    return isinstance(error, RuntimeError) and is_of_group(error)
 
 
 def _sample_nothing(logits_SV: torch.Tensor, samplers: list[Sampler]) -> list[SampledToken | Exception]:  # noqa: ARG001

@@ -142,7 +142,7 @@ def precompute(
         InputError: for data whose samples have random parts (JPEG degradation, video), which have no fixed log-probability;
             for a directory that belongs to something else.
     """
-    _check_fixed(data)
+    world.from_first(lambda: _check_fixed(data))
     about = {
         "kind": "reference", "weights": weights, "data": data.mixture.fingerprint(), "precision": precision,
         "options": {k: v for k, v in asdict(data.config).items() if k not in NOT_DATA},

@@ -40,9 +40,10 @@ class RankLostError(RankFailedError):
     """Another rank has ended or does not answer, so that the ranks can do nothing together any more."""
 
 
-def is_of_group(error: RuntimeError) -> bool:
+def is_of_group(error: BaseException) -> bool:
     """Whether an error came from the process group: another rank has ended, or does not answer."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)  # gloo raises plain RuntimeErrors
+    # gloo raises plain RuntimeErrors.
+    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Run benchmarks.gpu on the pretended card: `python -m tests.helpers.card_check LIBRARY OUT [timed]`.
+"""Run benchmarks.gpu on the pretended card twice: `python -m tests.helpers.card_check LIBRARY FOLDER`.
 
-timed: the sections that need a real card run, too, compiled graphs as plain calls, for there is no compiler for it; their
-rates mean nothing.
+FOLDER/gpu.json is what it finds there. For FOLDER/timed.json the sections that need a real card run, too, compiled graphs as
+plain calls, for there is no compiler for it; their rates mean nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tests.helpers import pretend
 TIMED = ("serving plan", "limits", "inference", "training", "compile", "cards")
 
 
-def main(library: Path, out: str, *, timed: bool) -> None:
+def main(library: Path, folder: Path) -> None:
     pretend.start(library)
     import torch
 
@@ -22,13 +22,14 @@ def main(library: Path, out: str, *, timed: bool) -> None:
     from benchmarks import gpu
     from ivl.parallel import compile as compiling
 
-    if timed:
-        gpu.is_real = lambda: True
-        gpu.SECTIONS = tuple(each for each in gpu.SECTIONS if each[0] in TIMED)
-        plain = compiling.compile_layers
-        compiling.compile_layers = lambda model: plain(model, "eager")
-    sys.exit(gpu.main(["--size", "tiny", "--out", out]))
+    code = gpu.main(["--size", "tiny", "--out", str(folder / "gpu.json")])
+    gpu.is_real = lambda: True
+    gpu.SECTIONS = tuple(each for each in gpu.SECTIONS if each[0] in TIMED)
+    plain = compiling.compile_layers
+    compiling.compile_layers = lambda model: plain(model, "eager")
+    gpu.main(["--size", "tiny", "--out", str(folder / "timed.json")])
+    sys.exit(code)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], timed="timed" in sys.argv[3:])
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
