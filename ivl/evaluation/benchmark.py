@@ -64,6 +64,7 @@ class Benchmark(Task):
     template: str = ""
     """The file in judges/ with the judge's prompt."""
     tries: int = 5
+    judge_tokens: int = 2048
     official: str = ""
     """What the official tool does after the judge's last try, where that is not to count the reply as wrong."""
     most: float = 1.0
@@ -243,6 +244,7 @@ class Benchmark(Task):
             read=lambda said: self.read(said, example, judged=True),
             best=Score(value=self.most, answer=example.truth),
             tries=self.tries,
+            max_new_tokens=self.judge_tokens,
             official=self.official,
         )
 

@@ -202,6 +202,7 @@ def test_olympiadbench(tmp_path: Path) -> None:
         {"index": 2, "question": "Find y.", "final_answer": "['3,5']", "error": "0.2,1e-8", "source": "OE_TO_physics_en_COMP"},
     ]  # fmt: skip
     task = benchmark("olympiadbench", write_tsv(tmp_path / "rows.tsv", rows))
+    assert [each.row.get("error") for each in task.examples()] == [None, "0.2,1e-8"], "exports have the columns that were read"
     assert figures(task, perfect, tmp_path)["headline"] == 1
     replies = {"1": "So the final answer is \\boxed{0.5}.", "2": "So the final answer is 3.1, 5."}
     assert figures(task, lambda e: replies[e.id], tmp_path)["headline"] == 1

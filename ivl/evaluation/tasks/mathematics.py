@@ -124,7 +124,8 @@ class Olympiad(Benchmark):
     """The share of replies whose answers are all right, in any order."""
 
     def prepared(self, row: dict[str, Any]) -> dict[str, Any]:
-        return row | {"error": [float(each) for each in str(row.get("error") or "1e-8").split(",")]}
+        _precisions(row)
+        return row
 
     def answers(self, row: Mapping[str, Any]) -> tuple[str, ...]:
         return (str(literal(row["final_answer"])[0]),)
@@ -134,8 +135,12 @@ class Olympiad(Benchmark):
         chinese = "zh" in str(example.row.get("source", ""))
         found = re.findall("所以最终答案是(.*)" if chinese else "So the final answer is (.*)", text)
         answer = found[-1].strip() if found else text
-        right = same_answers(answer, example.truth, example.row["error"], expressions_differ=self.defects)
+        right = same_answers(answer, example.truth, _precisions(example.row), expressions_differ=self.defects)
         return Score(value=float(right), answer=answer.strip())
+
+
+def _precisions(row: Mapping[str, Any]) -> list[float]:
+    return [float(each) for each in str(row.get("error") or "1e-8").split(",")]
 
 
 def _mathvision(name: str, file: str, rows: int) -> MathVision:
@@ -147,7 +152,7 @@ def _mathvision(name: str, file: str, rows: int) -> MathVision:
 
 TASKS = (
     MathVista(
-        name="mathvista", file="MathVista_MINI", about="mathematics in pictures", rows=1000, table="score",
+        name="mathvista", file="MathVista_MINI", about="mathematics in pictures", rows=1000, table="score", judge_tokens=128,
         md5="f199b98e178e5a2a20e7048f5dcb0464", hub="AI4Math/MathVista", categories=("skills", "task"),
         columns={"pid": "index", "query": "question", "question": "bare_question"},
     ),
