@@ -218,7 +218,7 @@ class _VideoFile:
         try:
             with open_container() as container:
                 if not container.streams.video:
-                    raise self.error("no video stream in this file")
+                    raise self.error("no video stream in this file" if container.streams else ValueError("no streams"))
                 stream = container.streams.video[0]
                 size = stream.width, stream.height
                 check_size(size, self.name, self.max_pixels)

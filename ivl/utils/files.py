@@ -48,6 +48,10 @@ def not_itself(head: bytes) -> str:
         return "a git-LFS pointer, not the file itself; run 'git lfs pull' where it was cloned"
     if re.match(rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?<(!doctype html|html|error>)", head, re.IGNORECASE):
         return "a web page, not the file itself; download it again"
+    if head.startswith((b"PK\3\4", b"\x1f\x8b")):
+        return "an archive, not the file itself; unpack it"
+    if is_bare_base64(head[:100].decode("latin-1")):
+        return "base64, not the file itself; decode it"
     return ""
 
 

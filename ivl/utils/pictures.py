@@ -24,11 +24,14 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
 """What may be opened; the decoders of other formats are never started."""
 FOREIGN = {
     rb"\0\0\0\x0cJXL |\xff\x0a": "JPEG XL",
-    rb".{4}ftyp(avif|avis|heic|heix|hevc|mif1|msf1)": "AVIF or HEIF",
+    rb".{4}ftyp(avi[fs]|he[iv][cmsx]|mif1|msf1)": "AVIF or HEIF",
+    rb".{128}DICM": "DICOM",
+    rb".{4}ftypcrx |II\*\0\x10\0\0\0CR|II[RU]|FUJIFILMCCD-RAW": "the raw file of a camera",
+    rb"v/1\x01|#\?(RADIANCE|RGBE)": "a picture of high dynamic range",
     rb"\s*%PDF": "PDF",
     rb"\s*%!|\xc5\xd0\xd3\xc6": "PostScript",
     rb"8BPS": "Photoshop",
-    rb"\0\0[\1\2]\0": "an icon",
+    rb"\0\0\x01\0": "an icon",
     rb"(\xef\xbb\xbf)?\s*(<\?xml|<!--|<svg)": "SVG",
     rb".{4}ftyp|\x1a\x45\xdf\xa3|RIFF.{4}AVI ": "a video",
 }
@@ -107,21 +110,25 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _deep_colors(image: Image.Image) -> Image.Image:
-    """Scale the colors of a PNG of 16 bits that hold fewer, as gray is; another image stays.
+    """Scale the colors of a PNG or TIFF of 16 bits that hold fewer, as gray is; another image stays.
 
     Pillow keeps the upper byte of each color, which shows 12 bits nearly black. Read as if the other byte came first, it keeps
     the lower one.
     """
     tiles, stream = (getattr(image, name, None) for name in ("tile", "fp"))
-    if image.format != "PNG" or not tiles or tiles[0][3] not in ("RGB;16B", "RGBA;16B") or not isinstance(stream, io.BytesIO):
+    options = tiles[0][3] if tiles else ""
+    raw = options if isinstance(options, str) else str(options[0])
+    if image.format not in ("PNG", "TIFF") or not re.fullmatch("RGBA?;16[BLN]", raw) or stream is None:
         return image
-    data = io.BytesIO(stream.getvalue())
+    stream.seek(0)
+    data = io.BytesIO(stream.read(MAX_FILE_BYTES))
     image.load()
     most = max(high for _, high in image.getextrema()[:3])  # type: ignore[misc]
     if most >= 1 << DEPTHS[-2] - 8:
         return image
-    lower = Image.open(data, formats=["PNG"])
-    lower.tile = [(*tile[:3], tile[3].replace("16B", "16L")) for tile in lower.tile]  # type: ignore[attr-defined]
+    lower = Image.open(data, formats=[image.format])
+    other = raw[:-1] + ("L" if raw[-1] == "B" else "B")  # N is this machine's, which is little-endian
+    lower.tile = [(*tile[:3], other if isinstance(options, str) else (other, *tile[3][1:])) for tile in lower.tile]  # type: ignore[attr-defined]
     lower.load()
     bits = next(bits for bits in DEPTHS if most < 1 << max(0, bits - 8))
     scaled = Image.new(image.mode, image.size)
@@ -187,8 +194,8 @@ def problem_of(error: Exception, head: bytes, noun: str = "image", *, quote: boo
         )
     elif noun == "video" and head[4:8] == b"ftyp":
         why = "damaged, or cut short before the index at its end; get the file again"
-    elif noun == "video" and head.startswith((b"\xff\xd8\xff", b"\x89PNG")):
-        why = "it is an image; name it .jpg or .png"
+    elif noun == "video" and (head.startswith((b"\xff\xd8\xff", b"\x89PNG")) or head[8:12] == b"WEBP"):
+        why = "it is an image; give it as one"
     elif isinstance(error, UnidentifiedImageError):
         why = "unknown format"  # Pillow's own words would print an object with its address
     else:

@@ -284,6 +284,15 @@ FOREIGN = {
     b"\0\0\0\x1cftypavif\0\0\0\0mif1avif": "it is AVIF or HEIF; save it as PNG or JPEG",
     b"<svg xmlns='http://www.w3.org/2000/svg'></svg>": "it is SVG; save it as PNG or JPEG",
     b"%PDF-1.7\n": "it is PDF; save it as PNG or JPEG",
+    b"\0\0\0\x1cftyphevx\0\0\0\0": "it is AVIF or HEIF; save it as PNG or JPEG",
+    bytes(128) + b"DICM\2\0": "it is DICOM; save it as PNG or JPEG",
+    b"II*\0\x10\0\0\0CR\2\0" + bytes(60): "it is the raw file of a camera; save it as PNG or JPEG",
+    b"\0\0\0\x18ftypcrx \0\0\0\1crx isom": "it is the raw file of a camera; save it as PNG or JPEG",
+    b"v/1\x01\2\0\0\0": "it is a picture of high dynamic range; save it as PNG or JPEG",
+    b"\0\0\1\0\1\0": "it is an icon; save it as PNG or JPEG",
+    b"\0\0\2\0\0\0\0\0": "unknown format",  # TGA
+    b"PK\3\4\x14\0\6\0": "it is an archive, not the file itself; unpack it",
+    b"/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAAIBAQEBAQIBAQECAgICAgQDAgIC": "it is base64, not the file itself; decode it",
     b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41": "it is a video; name it .mp4",
     b"": "it is empty",
     b"some words": "unknown format",
@@ -326,6 +335,25 @@ def deep_png(colors: np.ndarray) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
+def deep_tiff(colors: np.ndarray, order: str) -> bytes:
+    """A TIFF of 16 bits a color, which Pillow does not write: width, height, three times 16 bits, RGB, one strip."""
+    height, width, _ = colors.shape
+    tags = (
+        (256, width),
+        (257, height),
+        (258, 128),
+        (259, 1),
+        (262, 2),
+        (273, 134),
+        (277, 3),
+        (278, height),
+        (279, colors.size * 2),
+    )
+    lines = [struct.pack(f"{order}HHII", tag, 4 - (tag == 258), 1 + 2 * (tag == 258), value) for tag, value in tags]
+    head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}IH", 8, len(tags)) + b"".join(lines) + bytes(4)
+    return head.ljust(128, b"\0") + struct.pack(f"{order}HHH", 16, 16, 16) + colors.astype(f"{order}u2").tobytes()
+
+
 @pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
 def test_scans_of_deep_colors_keep_their_contrast(bits, monkeypatch):
     monkeypatch.setattr(pictures, "STRIP_PIXELS", 100)
@@ -334,5 +362,7 @@ def test_scans_of_deep_colors_keep_their_contrast(bits, monkeypatch):
     colors[0, 0] = [0, most, most // 2 + 1]
     shown = np.asarray(load_image(ImageRef(deep_png(colors)))).astype(int)
     assert abs(shown - colors * 255 / most).max() <= (1 if bits == 16 else 0.5)  # of 16 bits Pillow keeps the upper byte
+    for order in "<>":
+        assert (np.asarray(load_image(ImageRef(deep_tiff(colors, order)))) == shown).all()
     clear = np.concatenate([colors, np.full((30, 40, 1), 65535)], axis=2)
     assert (np.asarray(load_image(ImageRef(deep_png(clear)))) == shown).all()

@@ -245,7 +245,9 @@ def test_what_is_no_video_is_named(tmp_path, name):
         (pointer, "git lfs pull"),
         (b"<html></html>", "a web page"),
         (b"", "empty"),
-        (b"\xff\xd8\xff\xe0", "an image; name"),
+        (b"\xff\xd8\xff\xe0", "an image; give it as one"),
+        (b"RIFF\0\0\0\0WEBPVP8X", "an image; give it as one"),
+        (b"\0\0\0\x14ftypisom\0\0\2\0isom" + b"\0\0\0\x08free", "damaged, or cut short before the index"),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match=words):
