@@ -111,10 +111,12 @@ def _read_meta(path: Path) -> dict[str, Any] | None:
 
 def _read_spec(path: Path, name: str, entry: Any) -> DatasetSpec:
     where = f"{path}: dataset {name!r}"
+    if isinstance(entry, list):
+        raise InputError(f"{where}: is a list of {len(entry)} rows; write that list alone, as `jq .{name}` does")
     if isinstance(entry, dict):
         if "name" in entry:
             raise InputError(f"{where}: unknown key 'name'; the entry's own key is its name")
-        entry = {**cast(dict[str, Any], entry), "name": name}
+        entry = {key: value for key, value in cast(dict[str, Any], entry).items() if value is not None} | {"name": name}
     spec = from_json(DatasetSpec, entry, where)
     return replace(
         spec, annotation=_resolve(path, spec.annotation), root=_resolve(path, spec.root) if spec.root else str(path.parent)
@@ -122,8 +124,8 @@ def _read_spec(path: Path, name: str, entry: Any) -> DatasetSpec:
 
 
 def _resolve(meta: Path, ref: str) -> str:
-    beside = meta.parent / ref
-    return str(beside if beside.exists() or not Path(ref).exists() else ref)
+    places = [place for name in (ref, ref.replace("\\", "/")) for place in (meta.parent / name, Path(name)) if place.exists()]
+    return str(places[0] if places else meta.parent / ref)
 
 
 class Draw(NamedTuple):

@@ -7,13 +7,13 @@ with `chosen` and `rejected` replies (TRL, LLaMA-Factory).
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from ivl.errors import DataError, DataFault, short
 from ivl.formats.base import RowLayout, Rows
@@ -27,10 +27,12 @@ ROLES: dict[str, Role] = {
     "system": "system", "developer": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
 }  # fmt: skip
 REFUSED = {
-    "audio": "audio is not supported", "audios": "audio is not supported", "tools": "tool calls are not supported",
+    "audio": "audio is not supported", "audios": "audio is not supported",
+    **dict.fromkeys(("tools", "tool_calls", "function_call"), "tool calls are not supported"),
+    "reasoning_content": "no template writes it; write <think>...</think> before the answer",
     "objects": "boxes are not put into the text; write <ref>name</ref><box>[[x1, y1, x2, y2]]</box> there, 0 to 1000",
 }  # fmt: skip
-"""Keys whose content a Record cannot hold; empty values are fine."""
+"""Keys of a row or a turn whose content a Record cannot hold; empty values are fine."""
 PART_KINDS = ("text", "image_url", "image", "video_url", "video")
 
 
@@ -83,9 +85,7 @@ class _RowReader:
         for key in ("kto_tag", "label"):
             if self.row.get(key) is False:
                 raise self._bad(f"`{key}` is false: the reply is one not to learn from; drop the row")
-        for key, why in REFUSED.items():
-            if not is_empty(self.row.get(key)):
-                raise self._bad(f"`{key}`: {why}")
+        self._check_keys(self.row)
         self.row, layout, is_pair = with_turns(self.row, layout, self.source)
         key, conversations = find_turns(self.row, layout, self.source)
         self._read_media()
@@ -98,6 +98,11 @@ class _RowReader:
         if is_pair and len({conversation[-1].text.strip() for conversation in read}) == 1:
             raise self._bad(f"chosen and rejected are the same but for white space: {short(read[0][-1].text)}")
         return Record(id=self._id(), conversations=read, source=self.source, dataset=dataset, is_pair=is_pair)
+
+    def _check_keys(self, values: dict[str, Any]) -> None:
+        for key, why in REFUSED.items():
+            if not is_empty(values.get(key)):
+                raise self._bad(f"`{key}`: {why}")
 
     def _bad(self, problem: str, kind: DataFault = "bad_row") -> DataError:
         return DataError(self.source, kind, problem)
@@ -154,6 +159,7 @@ class _RowReader:
         return ROLES[name]
 
     def _content(self, turn: dict[str, Any]) -> Any:
+        self._check_keys(turn)
         for key in ("loss", "weight"):
             if turn.get(key) not in (None, True, 1):
                 raise self._bad(f"a turn has {key} {short(turn[key])}; every answer of a row is trained alike")
@@ -182,7 +188,7 @@ class _RowReader:
         kind = part.get("type") if is_object(part) else None
         if not isinstance(kind, str) or kind not in PART_KINDS:
             raise self._bad(f"a content part must be text, image_url or video_url, got {short(part)}")
-        value = part.get(kind)
+        value = next((part[key] for key in (kind, "path", "url") if part.get(key) is not None), None)
         if kind == "text":
             if not isinstance(value, str):
                 raise self._bad(f"the text of a content part must be a string, got {short(part)}")
@@ -244,13 +250,10 @@ class _RowReader:
         """[start, end] in seconds."""
         if is_empty(clip):
             return None
-        try:
-            start, end = (_number(value) for value in clip)
-        except (TypeError, ValueError, OverflowError):
-            raise self._bad(f"`clip` must be [start, end] in seconds, got {short(clip)}") from None
-        if not 0 <= start < end:
-            raise self._bad(f"`clip` must be [start, end] with 0 <= start < end, got {short(clip)}")
-        return start, end
+        numbers = is_list(clip) and len(clip) == 2 and all(type(value) in (int, float) for value in clip)
+        if not numbers or not 0 <= clip[0] < clip[1] < 1e9:
+            raise self._bad(f"`clip` must be [start, end] in seconds with 0 <= start < end, got {short(clip)}")
+        return float(clip[0]), float(clip[1])
 
     def _image(self, ref: Any) -> ImageRef:
         """A path, a data URL, encoded bytes, or an object with one of them under `bytes`, `path` or `url`."""
@@ -271,7 +274,8 @@ class _RowReader:
 
     def _path(self, ref: str) -> str:
         if ref.startswith("file://"):
-            ref = ref.removeprefix("file://")
+            ref = ref.removeprefix("file://").removeprefix("localhost")
+            ref = ref if os.path.exists(self.root / ref) else unquote(ref)  # noqa: PTH110, never raises
         elif "://" in ref:
             raise self._bad(f"remote media are not fetched: {short(ref)}; download it first", "missing_media")
         if "\0" in ref:
@@ -297,9 +301,3 @@ def _joined(parts: Iterator[Part]) -> tuple[Part, ...]:
         elif part.text:
             joined.append(part)
     return tuple(joined)
-
-
-def _number(value: Any) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError
-    return float(value)

@@ -133,6 +133,8 @@ def test_the_clip_of_a_row_is_that_of_its_openai_videos():
         ({"conversations": []}, "bad_row", "must be a list of turns"),
         ({"image": 3, "conversations": turns("q", "a")}, "bad_row", "`image` must be a path"),
         ({"video": "v", "clip": [1], "conversations": turns("q", "a")}, "bad_row", "`clip` must be"),
+        ({"messages": [turns("q", "a")[0], turns("q", "a")[1] | {"reasoning_content": "hm"}]}, "bad_row", "write <think>"),
+        ({"messages": [turns("q", "a")[0], turns("q", "a")[1] | {"tool_calls": [{}]}]}, "bad_row", "tool calls are not"),
         ({"conversations": turns("q", "a")[::-1]}, "bad_roles", "got assistant, user"),
         ({"conversations": turns("q", "a")[:1]}, "bad_roles", "got user"),
         ({"conversations": [{"from": "robot", "value": "x"}]}, "bad_roles", "unknown role 'robot'"),
@@ -295,6 +297,23 @@ def test_alpaca_input_follows_the_instruction_and_pairs_are_pairs():
 def test_a_history_is_pairs(history):
     with pytest.raises(DataError, match="`history` a list of"):
         read({"query": "q", "response": "a", "history": history})
+
+
+@pytest.mark.parametrize("key", ["image", "path", "url"])
+def test_parts_that_name_their_picture(key):
+    content = [{"type": "image", key: "a.png"}, {"type": "text", "text": "what?"}]
+    record = read({"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "that"}]})
+    assert record.conversations[0][0].content == (ImageRef("/media/a.png"), Text("\nwhat?"))
+
+
+def test_file_urls(tmp_path):
+    (tmp_path / "b%20c.png").touch()
+    for ref, path in (
+        (f"file://{tmp_path}/b%20c.png", f"{tmp_path}/b%20c.png"),  # a name that is there
+        (f"file://{tmp_path}/d%20e.png", f"{tmp_path}/d e.png"),
+        (f"file://localhost{tmp_path}/a.png", f"{tmp_path}/a.png"),
+    ):
+        assert read({"image": ref, "conversations": turns("q", "a")}).conversations[0][0].content[0] == ImageRef(path)
 
 
 def test_windows_paths(tmp_path):

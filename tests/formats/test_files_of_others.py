@@ -59,8 +59,21 @@ def test_one_indented_row_is_no_meta_file(tmp_path: Path) -> None:
         (tmp_path / "one.json").write_text(json.dumps(row, indent=1))
         [spec] = load_mixture(tmp_path / "one.json")
         assert open_rows(spec.annotation)[0] == row
-    (tmp_path / "one.json").write_text(json.dumps({"query": {"annotation": "rows.jsonl"}}))  # a data set of that name
-    assert load_mixture(tmp_path / "one.json")[0].name == "query"
+
+
+def test_meta_files_of_others(tmp_path: Path) -> None:
+    """A data set named as a key of rows, nulls, paths as Windows writes them; rows under a key are named."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "rows.jsonl").write_text(json.dumps(ROWS[0]))
+    meta = tmp_path / "meta.json"
+    meta.write_text(json.dumps({"query": {"annotation": "sub\\rows.jsonl", "root": None, "repeat_time": 1}}))
+    [spec] = load_mixture(meta)
+    assert (spec.name, Path(spec.annotation), spec.root) == ("query", tmp_path / "sub" / "rows.jsonl", str(tmp_path))
+    meta.write_text(json.dumps({"data": ROWS}))
+    with pytest.raises(
+        InputError, match=r"meta\.json: dataset 'data': is a list of 3 rows; write that list alone, as `jq \.data`"
+    ):
+        load_mixture(meta)
 
 
 def test_an_indented_row_that_is_broken_is_one_problem(tmp_path: Path) -> None:
@@ -98,7 +111,12 @@ def test_utf_16_is_named(tmp_path: Path, encoding: str, form: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [(POINTER, "git-LFS pointer.*git lfs pull"), (PAGE, "web page.*download it again")]
+    ("content", "words"),
+    [
+        (POINTER, "git-LFS pointer.*git lfs pull"),
+        (PAGE, "web page.*download it again"),
+        (b"PK\3\4\x14\0", "archive.*unpack it"),
+    ],
 )
 def test_pointers_and_web_pages_are_named(tmp_path: Path, content: bytes, words: str) -> None:
     for name in ("a.jsonl", "a.json", "a.parquet", "a.arrow", "a.tar"):
