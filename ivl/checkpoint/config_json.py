@@ -69,10 +69,20 @@ def load_config(directory: Path | str) -> ModelConfig:
         InputError: naming file and key, if something is missing, out of bounds or not supported.
     """
     directory = Path(directory)
-    if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
-        raise InputError(f"{directory}: is a LoRA adapter, not a model; 'ivl merge MODEL {directory} OUT' makes one")
+    if not (directory / "config.json").exists():
+        _name_another(directory)
     generation = open_section(directory / "generation_config.json", optional=True)
     return model_config(open_section(directory / "config.json"), generation, directory)
+
+
+def _name_another(directory: Path) -> None:
+    """Raise InputError for a directory that is known to be something else than a model."""
+    if (directory / "adapter_config.json").exists():
+        raise InputError(f"{directory}: is a LoRA adapter, not a model; 'ivl merge MODEL {directory} OUT' makes one")
+    if any(directory.glob("*.gguf")):
+        raise InputError(f"{directory}: has GGUF files; 'ivl compose' makes a model with the language model of one")
+    if inside := sorted(directory.glob("*/config.json")):
+        raise InputError(f"{directory}: has no config.json; {inside[-1].parent} has one")
 
 
 def model_config(top: Section, generation: Section, directory: Path) -> ModelConfig:

@@ -200,11 +200,11 @@ def current_name(name: str) -> str:
 
 
 _WRAPPER = re.compile(
-    r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_model\.model|base_layer"
-    r"|modules_to_save\.\w+)\."
+    r"(?<![^.])(module|_forward_module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_model\.model|base_layer"
+    r"|modules_to_save\.[^.]+)\."
 )
-"""What DDP, torch.compile, FSDP, checkpointing and PEFT write into names of tensors."""
-_ADAPTER_NAME = re.compile(r"(\.lora_[AB])\.\w+(?=\.(?:weight|bias)$)|(\.lora_embedding_[AB])\.\w+$")
+"""What DDP, DeepSpeed, torch.compile, FSDP, checkpointing and PEFT write into names of tensors."""
+_ADAPTER_NAME = re.compile(r"(\.lora_[AB])\.[^.]+(?=\.(?:weight|bias)$)|(\.lora_embedding_[AB])\.[^.]+$")
 _ALONE = ("", "language_model.", "language_model.model.", "vision_model.", "vision_tower.")
 
 

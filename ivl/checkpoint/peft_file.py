@@ -60,6 +60,9 @@ class AdapterRanks:
             if value is not None and not any(value is known or value == known for known in values):
                 known = " or ".join(map(repr, values))
                 raise described.refusal(key, value, f"{known}; only plain LoRA is supported, so let PEFT merge this one")
+        for key, value in described.values.items():
+            if key.startswith("use_") and key not in (*_PLAIN, "use_rslora") and value not in (False, None):
+                raise described.refusal(key, value, "false: it is not known here, so let PEFT merge this one")
         described.items("modules_to_save", TEXT, [])
         self._stabilized = described.read("use_rslora", FLAG, False)
         self._dropout = described.read("lora_dropout", Values(float, 0, 0.9999), 0.0)

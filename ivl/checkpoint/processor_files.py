@@ -7,10 +7,10 @@ from typing import Any
 
 from ivl.checkpoint.config_json import load_config
 from ivl.checkpoint.config_table import CODE_REPOS, MODEL_TYPE
-from ivl.checkpoint.sections import open_section
+from ivl.checkpoint.sections import Values, open_section
 from ivl.checkpoint.vocabulary import load_tokenizer, save_tokenizer
 from ivl.model.vlm import PIXEL_MEAN, PIXEL_STD
-from ivl.processing.chat import Template, template_of
+from ivl.processing.chat import TEMPLATES, Template, template_of
 from ivl.processing.processor import Processor
 from ivl.processing.tokenizer import IMAGE_END, IMAGE_START, PLACEHOLDER
 from ivl.utils.files import write_json
@@ -21,7 +21,9 @@ VIDEO_TOKEN = "<video>"
 
 def load_processor(directory: str | Path) -> Processor:
     """Read config.json and the tokenizer of a model directory of either dialect."""
-    return Processor(load_config(directory), load_tokenizer(directory))
+    config = load_config(directory)
+    open_section(Path(directory) / "config.json").read("template", Values(str, choices=tuple(TEMPLATES)), "")
+    return Processor(config, load_tokenizer(directory))
 
 
 def save_processor(processor: Processor, directory: str | Path) -> None:

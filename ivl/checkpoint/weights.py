@@ -22,7 +22,7 @@ from ivl.checkpoint.keymaps import IGNORED, TensorEntry, foreign_names
 from ivl.checkpoint.sections import open_section
 from ivl.checkpoint.tensor_file import DTYPES, TensorFile
 from ivl.errors import InputError, short
-from ivl.utils.files import regular, write_json
+from ivl.utils.files import not_itself, regular, write_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -188,7 +188,10 @@ def _mapped(path: Path) -> Any:
     try:
         regular(path)
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            head = file.read(512)
+        if problem := not_itself(head):
+            raise InputError(f"{path}: is {problem}")
+        length = int.from_bytes(head[:8], "little")
         if MAX_HEADER_BYTES < length < path.stat().st_size:
             raise SafetensorError(f"its header has {length:,} bytes, at most {MAX_HEADER_BYTES:,} are read")
         return safe_open(path, framework="pt", device="cpu")
@@ -240,6 +243,12 @@ def check_entries(entries: Sequence[TensorEntry], shapes: Mapping[str, Sequence[
             f"{weights.directory}: is half converted: {len(foreign)} of {len(weights.shapes)} tensors have names of another "
             f"dialect than config.json's, first {foreign[0]}; convert the original directory again"
         )
+    for lead in {
+        name.removesuffix(want) for want in kinds["missing"][:1] for name in kinds["unexpected"] if name.endswith(want)
+    }:
+        if lead.endswith(".") and {lead + name for name in kinds["missing"]} <= weights.shapes.keys():
+            count = len(kinds["missing"])
+            raise InputError(f"{weights.directory}: {count} tensors have {lead!r} before their names; rename them without it")
     if problems:
         raise InputError(f"{weights.directory}: weights do not fit config.json; " + "; ".join(problems))
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ivl.checkpoint import load_config, load_model, save_model
+from ivl.checkpoint import load_config, load_model, load_processor, save_model
 from ivl.checkpoint.config_json import generation_json, to_json
 from ivl.checkpoint.config_table import Dialect
 from ivl.checkpoint.keymaps import TensorEntry, key_map
@@ -242,6 +242,7 @@ def test_a_head_that_contradicts_the_tied_flag_is_named(tmp_path: Path, capsys: 
         "module.",
         "base_model.model.",
         "module.base_model.model.",
+        "_forward_module.",
         "_orig_mod.",
         "_fsdp_wrapped_module.",
         "model.",
@@ -254,6 +255,30 @@ def test_names_behind_a_wrapper_are_recognized(dialect: Dialect, wrapper: str, t
     file = tmp_path / "model.safetensors"
     save_file({wrapper + name: tensor for name, tensor in load_file(file).items()}, file)
     assert same_weights(model, load_model(tmp_path))
+
+
+def test_a_lead_that_is_not_known_is_named(tmp_path: Path) -> None:
+    save_model(random_model(tiny_like("1B")), tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({"ema_model." + name: tensor for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(InputError, match=r"65 tensors have 'ema_model\.' before their names; rename them without it"):
+        load_model(tmp_path)
+
+
+def test_what_is_no_model_directory_is_named(tmp_path: Path) -> None:
+    save_model(random_model(tiny_like("1B")), tmp_path / "run" / "checkpoint-500")
+    with pytest.raises(InputError, match=r"run: has no config\.json; .*checkpoint-500 has one"):
+        load_model(tmp_path / "run")
+    (tmp_path / "run" / "model.gguf").touch()
+    with pytest.raises(InputError, match=r"run: has GGUF files; 'ivl compose' makes a model"):
+        load_model(tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-500" / "model.safetensors").write_bytes(b"<!DOCTYPE html><html></html>")
+    with pytest.raises(InputError, match=r"model\.safetensors: is a web page, not the file itself; download it again"):
+        load_model(tmp_path / "run" / "checkpoint-500")
+    edited = json.loads((tmp_path / "run" / "checkpoint-500" / "config.json").read_text()) | {"template": "internvl_zh"}
+    write_json(tmp_path / "run" / "checkpoint-500" / "config.json", edited)
+    with pytest.raises(InputError, match=r"config\.json: template is 'internvl_zh', expected 'internvl2_5' or"):
+        load_processor(tmp_path / "run" / "checkpoint-500")
 
 
 def test_what_peft_kept_beside_the_trained_copies_is_left_out(tmp_path: Path) -> None:

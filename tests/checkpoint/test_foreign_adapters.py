@@ -91,7 +91,7 @@ CASES = [
     Case("patches", {"target_modules": ["patch_embeddings.projection", "fc2"]}),
     Case("projector", {"target_modules": ["linear_1", "linear_2"]}),
     Case("6B vit", {"target_modules": ["q_proj", "fc1"]}, size="26B"),
-    Case("another name", {"target_modules": QWEN}, rename={".weight": ".mine.weight"}),
+    Case("another name", {"target_modules": QWEN}, rename={".weight": ".mine-2.weight"}),
     Case("behind DDP", {"target_modules": QWEN}, rename={"base_model.model.": "module.base_model.model."}),
     Case("compiled", {"target_modules": QWEN}, rename={"base_model.model.": "base_model.model._orig_mod."}),
     Case("before 4.52", {"target_modules": [*QWEN, "fc1", "linear_1", "lm_head", "embed_tokens"]}, spelling="before 4.52"),
@@ -301,6 +301,7 @@ def test_an_adapter_with_ranks_of_its_own_is_saved_with_them(bases, tmp_path: Pa
     ("change", "message"),
     [
         ({"use_dora": True}, "use_dora is True.*only plain LoRA"),
+        ({"use_what_comes_next": True}, "use_what_comes_next is True, expected false: it is not known here"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
         ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'"),
         ({"lora_bias": True}, "lora_bias"),
