@@ -177,7 +177,7 @@ class Tool(RequestPart):
     @model_validator(mode="before")
     @classmethod
     def _nested(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or data.get("type") != "function" or data.get("function"):
+        if not isinstance(data, dict) or data.get("type") != "function" or data.get("function") or len(data) < 2:
             return data
         return {"type": "function", "function": {key: data[key] for key in data if key not in ("type", "function")}}
 
