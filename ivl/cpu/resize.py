@@ -78,16 +78,10 @@ def tiles(image_YXC: np.ndarray, size: int, columns: int, rows: int, *, thumbnai
 
 PassOrder = Callable[[int, int, int, int], bool]
 """Whether Pillow resizes columns first, given the old and the new width and height."""
-
-
-def columns_first_where_it_saves(width: int, height: int, new_width: int, new_height: int) -> bool:
-    """The order of Pillow 13 and later."""
-    return height > new_height and height - new_height > 2 * (width - new_width)
-
-
-def columns_first_of_strips(width: int, height: int, _: int, new_height: int) -> bool:
-    """The order before Pillow 13."""
-    return height > 100 * width and height > new_height
+ORDERS: tuple[PassOrder, ...] = (
+    lambda width, height, w, h: height > h and height - h > 2 * (width - w),  # where it saves work: Pillow 13 and later
+    lambda width, height, _, h: height > 100 * width and height > h,  # of strips: before Pillow 13
+)
 
 
 def _across_then_down(image_YXC: np.ndarray, grids: list[tuple[int, int]], out: list[np.ndarray]) -> None:
@@ -193,7 +187,7 @@ def _pass_order() -> PassOrder | None:
     """
     if not features.available():
         return None
-    orders = [columns_first_where_it_saves, columns_first_of_strips]
+    orders = [*ORDERS]
     # Width, height, grid: enlarged, shrunk, and on both sides of the lines where columns begin to go first.
     shapes = ((61, 75, 1, 1), (20, 25, 2, 2), (61, 75, 3, 1), (84, 57, 2, 1), (84, 86, 2, 1), (84, 84, 2, 1))
     for width, height, c, r in (*shapes, (6, 600, 1, 1), (6, 601, 1, 1)):

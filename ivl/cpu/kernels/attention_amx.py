@@ -120,8 +120,7 @@ def _scores(
     q_blocks = [e.at(q, I16, q_stride * (part * AMX_ROWS)) for part in range(2)]
     with e.loop(0, limit, BLOCK) as block:
         k_blocks = e.at(packed_k, I32, block.index * (head_size // 2))
-        for register in range(4):
-            e.amx_zero(register)
+        e.amx_zero(range(4))
         for step in range(steps):
             for part in range(2):
                 e.amx_load(4 + part, e.at(q_blocks[part], I16, 2 * LANES * step), q_bytes)
@@ -174,8 +173,7 @@ def _weighted_values(
     row_bytes, out_bytes = row_size * 2, e.int(4 * head_size)
     p_blocks = [e.at(probs, I16, row_size * (part * AMX_ROWS)) for part in range(2)]
     for pair in range(0, head_size // AMX_ROWS, 2):
-        for register in range(4):
-            e.amx_zero(register)
+        e.amx_zero(range(4))
         with e.loop(0, limit, BLOCK) as block:
             v_blocks = e.at(packed_v, I32, block.index * (head_size // 2))
             for part in range(2):

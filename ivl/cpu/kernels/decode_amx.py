@@ -60,8 +60,7 @@ def attend(e: Emitter, scratch: Value, queries: list[list[Pair]], stored: Stored
     _probabilities(e, scores, probs, sums_at, length, room, group, head_size)
     last = length - 1
     for half in range(0, head_size, 64):
-        for register in SUMS:
-            e.amx_zero(register)
+        e.amx_zero(SUMS)
         with e.loop(0, room, CHUNK) as chunk:
             with e.loop(0, AMX_ROWS, 1) as i:
                 both = [chunk.index + i.index + part * AMX_ROWS for part in range(2)]
@@ -93,7 +92,7 @@ def _scores(
     """Write scores[position, member]. Those beyond the length, of the last 16, come from whatever lies there."""
     with e.loop(0, length, AMX_ROWS) as block:
         keys = key_at(block.index)
-        e.amx_zero(SCORES)
+        e.amx_zero([SCORES])
         for step in range(steps):
             e.amx_load(MEMORY, e.at(keys, I16, step * 2 * LANES), slot_size * 2)
             e.amx_load(QUERIES, e.at(queries, I32, step * AMX_WORDS), 64)

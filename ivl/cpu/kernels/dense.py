@@ -84,8 +84,7 @@ def linear_amx(e: Emitter, num_columns: int, before: str = "", plus: bool = Fals
     corner = e.b.alloca(F32, size=block * num_columns + LANES)  # the last rows are read beyond their end
     with e.blocks(rows, block) as first:
         w_block = e.at(w, I16, first * width)
-        for register in sums:
-            e.amx_zero(register)
+        e.amx_zero(sums)
         with e.loop(0, width, 2 * LANES) as inner:
             e.amx_load(inputs, e.at(pairs, I32, (inner.index >> 1) * num_columns), pair_bytes)
             for part, (target, weight) in enumerate(zip(sums, weights, strict=True)):

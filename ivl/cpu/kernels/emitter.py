@@ -9,7 +9,7 @@ elements, masked they are the odd ones, both as float32. Elements come in pairs 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -113,8 +113,9 @@ class Emitter:
         self.b.store(ir.Constant(kind, bytearray(layout)), place, align=1)
         self.call("llvm.x86.ldtilecfg", ir.VoidType(), self.bytes(place))
 
-    def amx_zero(self, register: int) -> None:
-        self.call("llvm.x86.tilezero", ir.VoidType(), ir.Constant(I8, register))
+    def amx_zero(self, registers: Iterable[int]) -> None:
+        for register in registers:
+            self.call("llvm.x86.tilezero", ir.VoidType(), ir.Constant(I8, register))
 
     def amx_load(self, register: int, pointer: Value, row_bytes: Value | int) -> None:
         operands = ir.Constant(I8, register), self.bytes(pointer), self.index(row_bytes)

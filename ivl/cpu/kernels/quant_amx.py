@@ -46,13 +46,11 @@ def quant_gemm(e: Emitter, bits: int, groups: int, zero: int, width: int, height
             _unpack(e, e.at(scratch, I8, part * AMX_BYTES), w_rows, scales, zeros if zero else None, places, bits,
                     groups, width)  # fmt: skip
         offsets = [e.read(F32S, biases, F32, first + part * AMX_ROWS) for part in range(2)]
-        factors = None
-        if bits == 8:
-            factors = [e.floats(scales, first + part * AMX_ROWS) for part in range(2)]
+        factors = [e.floats(scales, first + part * AMX_ROWS) for part in range(2)] if bits == 8 else None
         with e.loop(0, tokens, block) as column:
             token = e.smaller(column.index, tokens - block)
             x_blocks = [e.at(x, I16, (token + n * height) * x_stride) for n in range(together)]
-            _zero_sums(e, 2 * together)
+            e.amx_zero(range(2 * together))
             with e.loop(0, width, 32) as inner:
                 place = e.at(scratch, I8, inner.index * (AMX_BYTES // AMX_ROWS))
                 _multiply(e, "tdpbf16ps", together, (e.at(x_block, I16, inner.index) for x_block in x_blocks), x_bytes, place)
@@ -60,8 +58,7 @@ def quant_gemm(e: Emitter, bits: int, groups: int, zero: int, width: int, height
             with e.loop(0, block, 1) as line:
                 out = (token + line.index) * rows + first
                 for part in range(2):
-                    at = line.index * ROWS + part * AMX_ROWS
-                    total = e.read(F32S, corner, F32, at)
+                    total = e.read(F32S, corner, F32, line.index * ROWS + part * AMX_ROWS)
                     total = e.fma(total, factors[part], offsets[part]) if factors else total + offsets[part]
                     e.store_floats(y, out + part * AMX_ROWS, total)
     e.amx_release()
@@ -103,11 +100,9 @@ def w8a8_gemm(e: Emitter, width: int, height: int, together: int, after: str) ->
             w_rows = [e.at(w, I8, (first + (part * AMX_ROWS + r)) * width) for r in range(AMX_ROWS)]
 
             def laid_out(number: Value, count: int, _: list[Value], w_rows: list[Value] = w_rows, part: int = part) -> None:
-                at = number * 64
-                words = transposed(e, [e.b.bitcast(weight_bytes(e, row, at, count), I32S) for row in w_rows])
-                for j, word in enumerate(words):
-                    place = number * (2 * AMX_BYTES) + (part * AMX_BYTES + j * 64)
-                    e.write(word, scratch, I8, place)
+                words = (e.b.bitcast(weight_bytes(e, row, number * 64, count), I32S) for row in w_rows)
+                for j, word in enumerate(transposed(e, list(words))):
+                    e.write(word, scratch, I8, number * (2 * AMX_BYTES) + (part * AMX_BYTES + j * 64))
 
             e.in_steps(width, 64, laid_out)
         offsets = [e.read(F32S, biases, F32, first + part * AMX_ROWS) for part in range(2)]
@@ -115,7 +110,7 @@ def w8a8_gemm(e: Emitter, width: int, height: int, together: int, after: str) ->
         with e.loop(0, tokens, block) as column:
             token = e.smaller(column.index, tokens - block)
             x_blocks = [e.at(x, I8, (token + n * height) * size) for n in range(together)]
-            _zero_sums(e, 2 * together)
+            e.amx_zero(range(2 * together))
             with e.loop(0, steps, 1) as inner:
                 place = e.at(scratch, I8, inner.index * (2 * AMX_BYTES))
                 x_steps = (e.at(x_block, I8, inner.index * 64) for x_block in x_blocks)
@@ -124,14 +119,12 @@ def w8a8_gemm(e: Emitter, width: int, height: int, together: int, after: str) ->
             with e.loop(0, block, 1) as line:
                 number = token + line.index
                 end = e.at(x, I8, number * size + width)
-                scale = e.splat(e.element(end, F32, 0))
-                offset = e.splat(e.element(end, I32, 1))
+                scale, offset = e.splat(e.element(end, F32, 0)), e.splat(e.element(end, I32, 1))
                 out = number * rows + first
                 for part in range(2):
-                    at = line.index * ROWS + part * AMX_ROWS
+                    place, at = out + part * AMX_ROWS, line.index * ROWS + part * AMX_ROWS
                     total = e.b.sitofp(e.read(I32S, corner, I32, at) + offset, F32S)
                     total = e.fma(total * scale, factors[part], offsets[part])
-                    place = out + part * AMX_ROWS
                     if after == "gelu":
                         total = gelu(e, total)
                     elif plus is not None:
@@ -139,11 +132,6 @@ def w8a8_gemm(e: Emitter, width: int, height: int, together: int, after: str) ->
                         total = e.fma(total, scaled, e.floats(plus, place))
                     e.store_floats(y, place, total)
     e.amx_release()
-
-
-def _zero_sums(e: Emitter, count: int) -> None:
-    for register in range(count):
-        e.amx_zero(register)
 
 
 def _multiply(e: Emitter, dot: str, together: int, inputs: Iterable[Value], row_bytes: Value, weights: Value) -> None:
@@ -182,25 +170,20 @@ def _unpack(
         ahead = e.int(len(w_rows) * 2 * width * bits // 8)
         for row in w_rows if size == step else ():
             e.prefetch(e.at(row, I8, number * 64 + ahead))
-        words = [e.b.bitcast(weight_bytes(e, row, number * 64, size * bits // 8), I32S) for row in w_rows]
-        words = transposed(e, words)
+        words = transposed(e, [e.b.bitcast(weight_bytes(e, row, number * 64, size * bits // 8), I32S) for row in w_rows])
         factor = offset = None
         for j in range(size // per_lane):
             if bits == 4 and j % (group // 8) == 0:
                 part = number * (step // group) + j * 8 // group
                 factor, offset = _affine(e, scales, zeros, [place + part for place in places])
             for h in range(per_lane // 2):
-                digits = []
-                for odd in range(2):
-                    shift = (2 * h + odd) * bits
-                    digit = words[j] >> shift if shift else words[j]
-                    digits.append(e.b.sitofp(digit & (2**bits - 1), F32S))
+                shifted = (words[j] >> shift if shift else words[j] for shift in (2 * h * bits, (2 * h + 1) * bits))
+                digits = [e.b.sitofp(digit & (2**bits - 1), F32S) for digit in shifted]
                 if bits == 8:  # whole numbers up to 128 fit bfloat16
                     even, odd = (e.b.bitcast(digit - 128.0, I32S) for digit in digits)
                 else:
                     assert factor is not None and offset is not None
-                    even, odd = (e.b.bitcast(e.fma(digit, factor, offset), I32S) for digit in digits)
-                    even, odd = (bit + 0x8000 for bit in (even, odd))
+                    even, odd = (e.b.bitcast(e.fma(digit, factor, offset), I32S) + 0x8000 for digit in digits)
                 index = j * per_lane // 2 + h  # of the pair within the step
                 at = index // 16 * 2 * AMX_BYTES + index % 16 * 64
                 e.write(e.words(even, odd), out, I8, number * (step // 32 * 2 * AMX_BYTES) + at)
@@ -290,18 +273,15 @@ def _store_sums(e: Emitter, batch: _SmallBatch) -> None:
 
 def _row_sums(e: Emitter, batch: _SmallBatch, part: int, r: int, offsets: list[Value]) -> list[Value]:
     """Return sums of h and of l for a weight row, by token."""
-    both = []
-    for register, offset in zip(SUMS[part], offsets, strict=True):
-        both.append(e.read(I32S, batch.sums, I32, (register * AMX_ROWS + r) * AMX_ROWS) + offset)
-    return both
+    places = ((register * AMX_ROWS + r) * AMX_ROWS for register in SUMS[part])
+    return [e.read(I32S, batch.sums, I32, place) + offset for place, offset in zip(places, offsets, strict=True)]
 
 
 def _offset(e: Emitter, batch: _SmallBatch, zero: Value, first: int, count: int, base: Value) -> Value:
     """Return what the weights' offset adds, by token: the sum of `count` words of the tokens, and of `zero`."""
     total = zero
     for n in range(first, first + count):
-        term = e.read(zero.type, batch.word(e, base + n), I32, 0)
-        total = total + term
+        total = total + e.read(zero.type, batch.word(e, base + n), I32, 0)
     return total
 
 
@@ -327,7 +307,7 @@ def quant_small_batch8(e: Emitter, width: int, plus: int) -> None:
     with e.blocks(batch.rows, ROWS) as first:
         row_ids = [first + r for r in range(ROWS)]
         totals: list[Value] = []
-        _zero_sums(e, 4)
+        e.amx_zero(range(4))
         with e.loop(0, width // 64, 1) as inner:
             at = inner.index * 64
             left = [e.at(batch.w, I8, row_ids[part * AMX_ROWS] * width + at) for part in range(2)]
@@ -367,7 +347,7 @@ def quant_small_batch4(e: Emitter, groups: int, zero: int, width: int, plus: int
             _unpack_digits(e, batch, w_rows, inner.index)
             base = inner.index * (step_bytes(4) // 4) + HEAD // 4
             for g in range(128 // group):
-                _zero_sums(e, 4)
+                e.amx_zero(range(4))
                 within = g * step
                 for odd in range(2):
                     left = [e.at(batch.digits, I8, (odd * 2 + part) * AMX_BYTES + within) for part in range(2)]
