@@ -7,6 +7,7 @@ import importlib
 import io
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -62,12 +63,13 @@ def second_words() -> dict[str, tuple[str, ...]]:
     return {"train": (*STAGES, *recipes()), "data": tuple(DATA), "prefer": tuple(PREFER), "completion": ("bash", "zsh")}
 
 
-def flags(command: str, word: str) -> set[str]:
-    """Return the options on a page of help."""
+@cache
+def flags(command: str, word: str) -> frozenset[str]:
+    """Return the options on a page of help, which takes a second or two to make."""
     from ivl.cli import COMMANDS
 
     module, _, function = COMMANDS[command][0].partition(":")
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         getattr(importlib.import_module(module), function)([*filter(None, [word]), "--help"])
-    return set(re.findall(r"(?<![\w-])--[a-z][\w.-]*\b", out.getvalue()))
+    return frozenset(re.findall(r"(?<![\w-])--[a-z][\w.-]*\b", out.getvalue()))
