@@ -198,7 +198,7 @@ def _sums8(e: Emitter, w_rows: list[Value], tokens: list[Value], width: int, *, 
 
 
 def _sums4(
-    e: Emitter, w_rows: list[Value], scale_rows: list[Value], zero_rows: list[Value], tokens: list[Value], width: int,
+    e: Emitter, w_rows: list[Value], scale_rows: list[Value], zero_rows: list[Value | None], tokens: list[Value], width: int,
     groups: int, *, fetch: bool,
 ) -> list[list[Value]]:  # fmt: skip
     """Return sums of 16-bit inputs times 4-bit weights and their scales, by row and token."""
@@ -214,13 +214,13 @@ def _sums4(
         offsets = [e.read(F32S if zero_rows[0] else I32S, t, I8, place + 256) for t in tokens]
         first_group = number * (128 // group)
         old, new = iter(sums), []
-        for r, row in enumerate(w_rows):
+        for row, scale_row, zero_row in zip(w_rows, scale_rows, zero_rows, strict=True):
             both = weight_bytes(e, row, number * 64, size // 2)
             shifted = e.b.bitcast(both, I32S) >> 4
             halves = (both & low_half, e.b.bitcast(shifted, BYTES) & low_half)
-            scale = _by_group(e, scale_rows[r], I16, first_group, size // group, group)
+            scale = _by_group(e, scale_row, I16, first_group, size // group, group)
             scale = e.b.bitcast(scale << 16, F32S)
-            zero = zero_rows[r] and e.b.sitofp(_by_group(e, zero_rows[r], I8, first_group, size // group, group), F32S)
+            zero = zero_row and e.b.sitofp(_by_group(e, zero_row, I8, first_group, size // group, group), F32S)
             for c in range(len(tokens)):
                 high, low = e.ints(0), e.ints(0) if zero else offsets[c]
                 for half, part in zip(halves, inputs[c][:2], strict=True):
