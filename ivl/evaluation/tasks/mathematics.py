@@ -19,7 +19,7 @@ from ivl.evaluation.task import Example, JudgeQuestion, Score, Scored
 
 
 @dataclass(frozen=True, kw_only=True)
-class Extracted(Benchmark):
+class AnswerByJudge(Benchmark):
     """The share of right answers. A bare answer is taken as it is, and a judge extracts it from any other reply."""
 
     judge: Literal["", "some", "all"] = "some"
@@ -30,7 +30,7 @@ class Extracted(Benchmark):
         return super().told(text, example) | {"question": str(example.row.get("question_for_eval") or example.row["question"])}
 
 
-class MathVista(Extracted):
+class MathVista(AnswerByJudge):
     """The share of right answers by skill and task, and the share of replies that need no judge."""
 
     def prepared(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def _options(row: Mapping[str, Any]) -> dict[str, str]:
     return dict(zip(LETTERS, map(str, literal(row.get("choices", []))), strict=False)) or options_of(row)
 
 
-class _Reasoned(Extracted):
+class _Reasoned(AnswerByJudge):
     """Under the prompt for MPO, a question loses the instruction before it and the line that announces its choices."""
 
     def text(self, row: Mapping[str, Any]) -> str:
