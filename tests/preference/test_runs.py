@@ -123,9 +123,11 @@ def train_in_packs_of_another_size(rank: int, config: RunConfig) -> None:
     run(replace(config, data=replace(config.data, max_samples=1 + 2 * rank)))
 
 
-def test_no_pair_is_lost_where_the_data_of_ranks_end_apart(path, start, tmp_path):
-    """Six pairs a rank: one by one and three a pack, so that one rank is idle at the last step and shares the shift."""
-    config = mpo(path, start, tmp_path / "run", save_every=100)
+@pytest.mark.parametrize("shard", [False, True], ids=["replicas", "shards"])
+def test_no_pair_is_lost_where_the_data_of_ranks_end_apart(path, start, tmp_path, shard):
+    """Six pairs a rank: one by one and three a pack, so that one rank is idle at the last step and shares the shift. Of shards
+    it takes part in the other's pack, whose pairs count once."""
+    config = mpo(path, start, tmp_path / "run", save_every=100, shard=shard)
     on_ranks(2, train_in_packs_of_another_size, config)
     last = rows(tmp_path / "run")[-1]
     assert last["total_samples"] == 12 and last["packs"] == 1 < rows(tmp_path / "run")[0]["packs"]
