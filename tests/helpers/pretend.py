@@ -67,16 +67,15 @@ def start(library: Path) -> None:
     import torch.nn.attention.varlen
 
     cuda: Any = torch.cuda
-    cuda._lazy_init = cuda.synchronize = cuda.set_device = cuda.set_rng_state = lambda *_: None
-    cuda.manual_seed = cuda.manual_seed_all = lambda *_: None
-    cuda.is_available = cuda.is_bf16_supported = lambda *_, **__: True
-    cuda.is_initialized = cuda.is_current_stream_capturing = lambda: False
-    cuda.device_count, cuda.current_device = lambda: 1, lambda: 0
-    cuda.get_device_capability, cuda.mem_get_info = lambda *_: (9, 0), lambda *_: (80 << 30, 80 << 30)
-    cuda.max_memory_allocated = lambda *_: 0
+    answers = {
+        **dict.fromkeys(("_lazy_init", "synchronize", "set_device", "set_rng_state", "manual_seed", "manual_seed_all")),
+        "is_available": True, "is_bf16_supported": True, "is_initialized": False, "is_current_stream_capturing": False,
+        "device_count": 1, "current_device": 0, "get_device_capability": (9, 0), "mem_get_info": (80 << 30, 80 << 30),
+        "max_memory_allocated": 0, "reset_peak_memory_stats": None, "get_device_name": "a pretended card",
+    }  # fmt: skip
+    for name, answer in answers.items():  # a function for each, for dynamo tells them by identity
+        setattr(cuda, name, lambda *_, answer=answer, **__: answer)
     cuda.get_rng_state = lambda *_: torch.get_rng_state()
-    cuda.reset_peak_memory_stats = lambda *_: None
-    cuda.get_device_name = lambda *_: "a pretended card"
     torch.nn.attention.varlen.varlen_attn = varlen_attn  # type: ignore[assignment]
     from tests.helpers import card_graphs
 
