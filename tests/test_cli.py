@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -128,6 +131,29 @@ def test_completion_knows_every_word(completed: str, capsys: pytest.CaptureFixtu
     completion(["zsh"])
     said = capsys.readouterr().out
     assert "bashcompinit" in said and completed in said
+
+
+FORGED = "a\x1b]52;c;aGk=\x07\x1b[2J\nforged: 0 problems\u202e.png"
+
+
+def test_a_strangers_names_neither_rule_the_terminal_nor_forge_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = [{"from": "human", "value": "<image> x"}, {"from": "gpt", "value": "y"}]
+    rows = [{"id": FORGED, "image": FORGED, "conversations": turns}, {"id": FORGED, "conversations": turns}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[1]]))
+    meta = {
+        FORGED: {"annotation": "rows.jsonl"},
+        "[/red]": {"annotation": "rows.jsonl"},
+        "a$\\frac{": {"annotation": "rows.jsonl"},
+    }
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    assert ivl("data", "validate", str(tmp_path / "meta.json"), monkeypatch=monkeypatch) == 1
+    assert ivl("data", "stats", str(tmp_path / "meta.json"), "--out", str(tmp_path / "out"), monkeypatch=monkeypatch) == 0
+    assert ivl("train", "lora", "--model", FORGED, "--data", "x", monkeypatch=monkeypatch) == 1
+    told = capsys.readouterr()
+    assert "\x1b" not in told.out + told.err and not re.search("^forged", told.out + told.err, re.MULTILINE)
+    assert r"\x1b[2J\nforged: 0 problems\u202e.png" in told.out and "[/red]" in told.out and r"\x1b[2J\n" in told.err
 
 
 def test_help_is_quick_to_import() -> None:

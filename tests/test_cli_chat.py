@@ -110,8 +110,9 @@ def test_a_question_without_its_option_is_recognized() -> None:
     ("options", "message"),
     [
         (["--json", "--choice", "a"], "give one of --json, --json-schema, --choice and --regex"),
-        (["--json-schema", "nowhere.json"], r"nowhere\.json: not a schema that can be read"),
-        (["--json-schema", __file__], r"test_cli_chat\.py: not a schema that can be read"),
+        (["--json-schema", "nowhere.json"], r"nowhere\.json: cannot be read"),
+        (["--json-schema", "/dev/zero"], r"/dev/zero: is a device"),
+        (["--json-schema", __file__], r"test_cli_chat\.py: not valid JSON"),
         (["--min-p", "2"], r"min_p must be a number in \[0, 1\], got 2"),
         (["--presence-penalty", "3"], "presence_penalty must be a number in"),
         (["--regex", ""], "a grammar of kind regex needs a value"),

@@ -48,6 +48,7 @@ def usage() -> str:
 def main() -> None:
     """Entry point of the `ivl` command."""
     from ivl.errors import InputError, nearest
+    from ivl.utils.terminal import printable
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files and rows may hold what no encoding has
@@ -71,7 +72,7 @@ def main() -> None:
         getattr(importlib.import_module(module), function)(args[1:])
         sys.stdout.flush()
     except InputError as error:
-        print(f"ivl {args[0]}: {error}", file=sys.stderr)
+        print(f"ivl {args[0]}: {printable(error)}", file=sys.stderr)
         raise SystemExit(1) from None
     except BrokenPipeError:  # a reader such as head has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -81,5 +82,5 @@ def main() -> None:
     except OSError as error:  # a full disk, a name that is too long, a folder that cannot be read
         if error.errno is None:
             raise
-        print(f"ivl {args[0]}: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        print(f"ivl {args[0]}: {printable(error.filename or 'a file')}: {error.strerror}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -17,6 +17,8 @@ from ivl.cli.options import parse
 from ivl.errors import InputError
 from ivl.generators import LoadConfig
 from ivl.types import FramesBy, Grammar, ImageRef, SamplingParams, VideoRef
+from ivl.utils.strict_json import read_json
+from ivl.utils.terminal import printable
 
 HELP = "/image PATH adds an image or video to the next question, /clear starts anew, /quit ends; Ctrl-C stops a reply"
 Media = tuple[ImageRef | VideoRef, ...]
@@ -46,11 +48,7 @@ class ReplyOptions(SamplingParams):
             raise InputError("give one of --json, --json-schema, --choice and --regex: a reply has one form")
         value = json.dumps(self.choice) if self.choice else self.regex or ""
         if self.json_schema is not None:
-            try:
-                value = self.json_schema.read_text(encoding="utf-8")
-                json.loads(value)
-            except (OSError, ValueError) as error:
-                raise InputError(f"{self.json_schema}: not a schema that can be read ({error})") from error
+            value = json.dumps(read_json(self.json_schema))
         options = {name: value for name, value in asdict(self).items() if name not in forms}
         return SamplingParams(**options | {"guide": Grammar(kinds[0], value) if kinds else None})  # type: ignore[arg-type]
 
@@ -116,7 +114,7 @@ def _answer(conversation: Chat, text: str, media: Media, params: SamplingParams,
     """Print the reply to a question as it is generated."""
     try:
         for piece in conversation.stream(text, *media, **vars(params)):
-            print(piece, end="", flush=True)
+            print(_shown(piece) if sys.stdout.isatty() else piece, end="", flush=True)
     finally:
         print(flush=True)
     if stats:
@@ -124,6 +122,11 @@ def _answer(conversation: Chat, text: str, media: Media, params: SamplingParams,
     request = conversation.request
     if request and request.finish_reason == "length":
         print(f"[cut after {len(request.tokens)} tokens: see --max-new-tokens]", file=sys.stderr)
+
+
+def _shown(piece: str) -> str:
+    """Return a piece of a reply, or a name, without what would rule the terminal, but with its lines."""
+    return "\n".join("\t".join(map(printable, line.split("\t"))) for line in piece.split("\n"))
 
 
 def _describe(conversation: Chat) -> str:
@@ -176,4 +179,4 @@ def _interact(model: Model, params: SamplingParams, media: Media, options: ChatO
             media = ()
             print("[stopped]", file=sys.stderr)
         except InputError as error:
-            print(f"{error}", file=sys.stderr)
+            print(printable(error), file=sys.stderr)

@@ -23,6 +23,7 @@ from ivl.filters.run import FilterOptions, run
 from ivl.formats.rows import RowFormat
 from ivl.generators import GeneratorConfig, connect
 from ivl.utils.progress import counting, print_table, reporting, wide_console
+from ivl.utils.terminal import printable
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -74,14 +75,15 @@ def validate(options: Annotated[ValidateOptions, tyro.conf.arg(name="")]) -> Non
         if isinstance(finding, DatasetStats):
             done.append(finding)
             if not options.as_json:
-                print(f"{finding.name}: {finding.rows:,} rows ({finding.format}), {_problems(finding)}")
-                print("".join(f"{finding.name}: note: {note}\n" for note in finding.notes), end="")
+                name = printable(finding.name)
+                print(f"{name}: {finding.rows:,} rows ({finding.format}), {_problems(finding)}")
+                print("".join(f"{name}: note: {printable(note)}\n" for note in finding.notes), end="")
         elif options.as_json:
             source, problem = getattr(finding, "source", None), getattr(finding, "problem", str(finding))
             print(json.dumps({"source": source, "kind": kind_of(finding), "problem": problem}))
         elif options.show_all or shown[kind_of(finding)] < SHOWN:
             shown[kind_of(finding)] += 1
-            print(f"{finding} [{kind_of(finding)}]")
+            print(f"{printable(finding)} [{kind_of(finding)}]")
     whole = total(done)
     if options.as_json:
         names = ("rows", "bad", "format", "repeated_ids", "letters")
@@ -165,13 +167,13 @@ def convert(
     def on_bad(error: DataError) -> None:
         shown[error.kind] += 1
         if options.show_all or shown[error.kind] <= SHOWN:
-            print(f"{error} [{error.kind}]", file=sys.stderr)
+            print(f"{printable(error)} [{error.kind}]", file=sys.stderr)
 
     with reporting(options.target.name, "rows") as show:
         report = convert_rows(options, on_bad=on_bad, on_progress=show)
     print(f"{options.target}: {report.rows:,} rows from {report.format}")
     for key, count in report.dropped.items():
-        print(f"`{key}` of {count:,} rows is not carried over")
+        print(f"`{printable(key)}` of {count:,} rows is not carried over")
     if report.bad:
         print(f"{sum(report.bad.values()):,} rows left out: {_kinds(report.bad)}")
 
@@ -236,7 +238,7 @@ def filter_data(command: Annotated[FilterConfig, tyro.conf.arg(name=""), tyro.co
             unjudged = f"; {stage['unjudged']:,} unjudged" if stage["unjudged"] else ""
             print(f"{stage['name']}: {stage['dropped']:,} dropped of {stage['reached']:,} ({reasons}){unjudged}")
     if empty := [name for name, each in result["datasets"].items() if not each["kept"]]:
-        print(f"left out of meta.json, since no row was kept: {', '.join(empty)}")
+        print(f"left out of meta.json, since no row was kept: {printable(', '.join(empty))}")
     print(f"{result['kept']:,} of {result['rows']:,} rows kept: {out / 'meta.json'}; look at {out / 'report.html'}")
     if not result["kept"]:
         raise InputError(f"no row was kept; see {out / 'report.html'}")

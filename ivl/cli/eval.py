@@ -17,6 +17,7 @@ from ivl.evaluation.config import EvalConfig
 from ivl.evaluation.foreign import Given, given_task, model_of
 from ivl.evaluation.tasks import TASKS, task_of
 from ivl.generators import GeneratorConfig, LoadConfig, connect
+from ivl.utils.terminal import printable
 
 _Flag = tyro.conf.FlagCreatePairsOff
 COLUMNS = 100
@@ -128,7 +129,7 @@ def show(name: str, config: EvalConfig, load: LoadConfig, source: GeneratorConfi
     width, wide = (max((len(row[column]) for row in rows), default=0) for column in (0, 1))
     for group, what, row in rows:
         value, interval = shown(row)
-        print(f"  {group:{width}}  {what:{wide}} {value:>7}  95% interval {interval}  n {row['n']:,}")
+        print(f"  {printable(group):{width}}  {what:{wide}} {value:>7}  95% interval {interval}  n {row['n']:,}")
     if left := report.get("undecided"):
         print("; ".join([f"undecided: {left['replies']:,} replies, counted as {left['count_as']}", *left["notes"]]))
     for kind, file in files:

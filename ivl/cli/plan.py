@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as json_format
-from collections.abc import Iterator
+import sys
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated
@@ -84,18 +84,20 @@ def _plan_training(args: list[str]) -> None:
                    for change, other in found]  # fmt: skip
         print(json_format.dumps(plan.to_json() | {"proposals": changes}, indent=2))
     if not plan.fits:
-        raise InputError("\n".join(_refusal(plan, found)))
+        raise _refusal(plan, found)
 
 
-def _refusal(plan: RankPlan, found: list[tuple[str, RankPlan]]) -> Iterator[str]:
+def _refusal(plan: RankPlan, found: list[tuple[str, RankPlan]]) -> InputError:
+    """Return the error for a plan that does not fit, and print the changes that do."""
     from ivl.parallel.cards import BUFFERS, GIB
 
-    yield (
-        f"does not fit: {plan.peak / GIB:.1f} GiB and {BUFFERS // GIB} for buffers, a {plan.machines.card} has "
-        f"{plan.card.size / GIB:.1f}; " + ("these fit:" if found else "nor does a smaller pack, more machines or a larger card")
-    )
     for change, other in found:
-        yield f"  {change:46}{other.peak / GIB:6.1f} GiB{other.tokens_per_second:12,.0f} tokens/s"
+        print(f"fits: {change:46}{other.peak / GIB:6.1f} GiB{other.tokens_per_second:12,.0f} tokens/s", file=sys.stderr)
+    return InputError(
+        f"does not fit: {plan.peak / GIB:.1f} GiB and {BUFFERS // GIB} for buffers, a {plan.machines.card} has "
+        f"{plan.card.size / GIB:.1f}; "
+        + ("the changes above do" if found else "nor does a smaller pack, more machines or a larger card")
+    )
 
 
 def _lora_of(name: str) -> dict[str, RunConfig]:

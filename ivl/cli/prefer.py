@@ -17,6 +17,7 @@ from ivl.preference.report import write_report
 from ivl.preference.sampling import DropoutConfig, SamplingConfig, continue_without_images, sample
 from ivl.utils.jsonl import read_journal
 from ivl.utils.progress import reporting
+from ivl.utils.terminal import printable
 
 Input = tyro.conf.Positional[Path]
 
@@ -96,7 +97,7 @@ class PairsOptions:
         for name, tally in tallies.items():
             pairs = ", ".join(f"{count:,} {kind} pairs" for kind, count in sorted(tally.pairs.items()))
             pairs = pairs or f"no pairs: {why_none(tally)}"
-            print(f"{name}: {tally.questions:,} questions, {tally.accuracy:.1%} of replies correct, {pairs}")
+            print(f"{printable(name)}: {tally.questions:,} questions, {tally.accuracy:.1%} of replies correct, {pairs}")
             for reason, count in (tally.malformed + tally.left_out).most_common() if tally.pairs else ():
                 print(f"  not used: {count:,} {reason}")
         print(f"report: {self.out / 'report.html'}")

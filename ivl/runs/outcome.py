@@ -54,7 +54,7 @@ def draw(run_dir: Path, title: str) -> Path | None:
         axis.set(ylabel=label)
         axis.grid(alpha=0.25)
         axis.legend(frameon=False, fontsize=8)
-    axes[0].set_title(title)
+    axes[0].set_title(title, parse_math=False)
     axes[-1].set_xlabel("step")
     figure.savefig(run_dir / "loss.png", dpi=120)
     return run_dir / "loss.png"

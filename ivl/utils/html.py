@@ -10,6 +10,7 @@ import base64
 import html
 import io
 import os
+import warnings
 from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,11 @@ def next_steps(*steps: tuple[str, str]) -> str:
 def plot(figure: Any, alt: str) -> str:
     """A matplotlib figure as SVG in the colors of the page; the figure is closed."""
     buffer = io.StringIO()
-    with pyplot().rc_context({"svg.hashsalt": "ivl"}):  # the same names in every run, so that a page is the same, too
+    with (
+        warnings.catch_warnings(),
+        pyplot().rc_context({"svg.hashsalt": "ivl"}),
+    ):  # the same names in every run, so that a page is the same, too
+        warnings.filterwarnings("ignore", "Glyph")  # of a data set's name that the font cannot write
         figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     pyplot().close(figure)
     drawn = buffer.getvalue()
@@ -172,5 +177,6 @@ def pyplot() -> Any:
     matplotlib.rcParams |= {
         "axes.prop_cycle": cycler(color=COLORS), "axes.spines.top": False, "axes.spines.right": False,
         "axes.titlesize": "medium", "axes.titleweight": "bold", "font.size": 9, "legend.frameon": False,
+        "text.parse_math": False,
     }  # fmt: skip
     return matplotlib.pyplot

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
+from ivl.utils.terminal import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
@@ -27,7 +29,8 @@ def counting(*, on: bool | None = None, lasting: bool = False) -> Progress:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
         TimeRemainingColumn(),
     )  # fmt: skip
     shown = sys.stderr.isatty() if on is None else on
@@ -64,7 +67,7 @@ def wide_console(width: int = 200) -> Console:
     """A console of at least this width, since tables with cut names and counts would be useless."""
     from rich.console import Console
 
-    return Console(width=max(Console().width, width))
+    return Console(width=max(Console().width, width), markup=False)  # names of data sets are a stranger's
 
 
 def print_table(
@@ -81,7 +84,7 @@ def print_table(
     from rich.console import Console
     from rich.table import Table
 
-    wide, room = wide_console(), max(Console().width, FITS)
+    wide, room, rows = wide_console(), max(Console().width, FITS), [list(map(printable, row)) for row in rows]
     table = Table(box=None, header_style="bold", title=title, title_justify="left")
     for number, name in enumerate(heads):
         table.add_column(name, justify="right" if number and name not in words else "left", no_wrap=True)

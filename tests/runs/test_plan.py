@@ -71,7 +71,7 @@ def test_what_does_not_fit_is_refused_with_what_does(
     change, other = next(proposals(replace(plan, machines=Machines(card="small-8gb")), {}))
     assert other.fits and other.setup.tokens == 2048 and change == "--data.max-tokens 2048 --data.max-tiles 32"
     monkeypatch.setitem(CARDS, "tiny-8gb", Card(8.6, 100, 1000, 32, 3))
-    with pytest.raises(InputError, match=r"does not fit: .* these fit:\n  --card small-8gb"):
+    with pytest.raises(InputError, match=r"does not fit: .* the changes above do$"):
         cli(["nano-language", "--gpus", "1", "--card", "tiny-8gb", "--data.max-tokens", "64"])
     assert "memory of a rank" in capsys.readouterr().out
 
