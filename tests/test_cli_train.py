@@ -70,6 +70,10 @@ def test_options_come_from_a_file_and_the_command_line_goes_before_it(here: Path
     [
         ("[1, 2]", "expected options by name"),
         ("a: [", "not valid YAML"),
+        ("[" * 5000, "more than 20 levels"),
+        ("a: &a [1]\nb: [" + "*a, " * 21 + "]", "or 20 aliases"),
+        ("recipe: lora\nmodel: tiny\na: &a {b: *a}", "nested without end"),
+        ("a: " + "x" * 300_000, "more than 262,144 bytes"),
         ("model: tiny", "name a recipe, or finetune, lora or mpo"),
         ("recipe: finetune\nmodel: tiny", "needs --model and --data"),
         ("recipe: lora\nmodel: tiny\ndata: data/rows.jsonl\nlora_rank: 3", "--lora-rank is --lora.rank"),

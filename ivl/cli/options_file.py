@@ -11,6 +11,8 @@ from ivl.runs.config import RunConfig, run_config
 from ivl.utils.files import regular
 from ivl.utils.strict_json import read_json
 
+MAX_BYTES, MAX_DEPTH, MAX_ALIASES = 1 << 18, 20, 20
+"""Of a YAML file. Deep levels take quadratic time, and aliases of aliases stand for billions of values."""
 FLAGS = ("dry-run", "allow-changed")
 """Options that can only be given, not taken back."""
 
@@ -27,9 +29,19 @@ def read_options(path: Path) -> dict[str, Any]:
         import yaml
 
         try:
-            regular(path)
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
+            if regular(path).st_size > MAX_BYTES:
+                raise InputError(f"{path}: more than {MAX_BYTES:,} bytes, which no file of options has")
+            text = path.read_bytes()[: MAX_BYTES + 1].decode("utf-8-sig")
+            depth = aliases = 0
+            for event in yaml.parse(text, yaml.SafeLoader):
+                depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+                aliases += isinstance(event, yaml.AliasEvent)
+                if depth > MAX_DEPTH or aliases > MAX_ALIASES:
+                    raise InputError(f"{path}: has more than {MAX_DEPTH} levels, or {MAX_ALIASES} aliases (*name)")
+            values = yaml.safe_load(text)
+        except InputError:
+            raise
+        except (yaml.YAMLError, RecursionError) as error:
             raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())[:200]})") from None
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
@@ -52,7 +64,10 @@ def as_arguments(values: dict[str, Any], given: Sequence[str]) -> list[str]:
         given: the arguments of the command line.
     """
     names = {_name(arg) for arg in given if arg.startswith("--")}
-    return [part for option in _options(values) if _name(option[0]) not in names for part in option]
+    try:
+        return [part for option in _options(values) if _name(option[0]) not in names for part in option]
+    except RecursionError:  # an alias of YAML may name what it lies in
+        raise InputError("the options of the file are nested without end") from None
 
 
 def _name(option: str) -> str:
@@ -63,7 +78,7 @@ def _name(option: str) -> str:
 
 def _options(values: dict[str, Any], prefix: str = "") -> Iterator[list[str]]:
     for key, value in values.items():
-        name = f"{prefix}{key.replace('_', '-')}"
+        name = f"{prefix}{str(key).replace('_', '-')}"
         if isinstance(value, dict):
             yield from _options(value, f"{name}.")
         elif isinstance(value, bool):
