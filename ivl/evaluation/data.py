@@ -21,6 +21,7 @@ from zipfile import BadZipFile
 
 from ivl.errors import InputError, short
 from ivl.formats.rows import container_of, open_rows
+from ivl.utils.budgets import MAX_ROW_MEDIA_BYTES
 from ivl.utils.files import regular
 from ivl.utils.strict_json import read_json
 
@@ -33,6 +34,9 @@ PLACE_OF_ANSWER = "<place of the answer>"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LONGEST_REFERENCE = 64
 """A picture cell of at most so many characters is the index of the row whose picture is meant."""
+MOST_OUTSIDE = 100_000
+"""Characters outside of strings in the text of a list. Parsing takes hundreds of bytes for each; lists of pictures have few."""
+_STRING = re.compile(r"'[^'\\]*+(?:\\.[^'\\]*+)*+'|\"[^\"\\]*+(?:\\.[^\"\\]*+)*+\"", re.DOTALL)
 _PICTURE = re.compile(r"image(?:s|_list|_\d+)?|decoded_image")
 _OPTIONS, _OPTION = ("options", "choices", "candidates"), re.compile(r"(?:choice_|option_?)([a-z]|\d)")
 
@@ -88,7 +92,7 @@ def literal(cell: Any) -> list[Any]:
     if isinstance(cell, list | tuple):
         return list(cell)
     text = str(cell).strip()
-    if text.startswith("[") and text.endswith("]"):
+    if text.startswith("[") and text.endswith("]") and len(_STRING.sub("", text)) <= MOST_OUTSIDE:
         try:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
@@ -150,7 +154,7 @@ def _cells(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     if path.suffix == ".xlsx":
         yield from _sheet(path)
         return
-    csv.field_size_limit(2**31 - 1)  # a cell holds megabytes of base64
+    csv.field_size_limit(MAX_ROW_MEDIA_BYTES * 4 // 3)  # a cell holds megabytes of base64
     try:
         regular(path)
         with path.open(newline="", encoding="utf-8-sig") as file:

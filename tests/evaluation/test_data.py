@@ -65,6 +65,8 @@ def test_a_line_with_too_few_cells_is_named(tmp_path: Path) -> None:
 
 
 def test_lists_are_read_as_literals_and_nothing_is_executed() -> None:
+    assert literal("[" + "1," * 60_000 + "1]") == ["[" + "1," * 60_000 + "1]"]  # a syntax tree of gigabytes, had it megabytes
+    assert literal(f"['{'[' * 200_000}', \"it's\", 'a\\'b']") == ["[" * 200_000, "it's", "a'b"]
     assert literal("['a', 'b']") == ["a", "b"] and literal("[__import__('os')]") == ["[__import__('os')]"]
     assert literal("a") == ["a"] and literal(["x"]) == ["x"] and literal("[broken") == ["[broken"]
 
