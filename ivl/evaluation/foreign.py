@@ -21,8 +21,9 @@ from ivl.evaluation.data import md5
 from ivl.evaluation.task import Scored, Task
 from ivl.evaluation.tasks import TASKS, task_of
 from ivl.types import Conversation, SamplingParams, TextDelta
-from ivl.utils.files import write_atomic
+from ivl.utils.files import new_file, write_atomic
 from ivl.utils.jsonl import json_line
+from ivl.utils.sealed import put_in_place
 
 LONGEST_CELL = 32_767
 """Characters of a cell of xlsx; Excel's own limit."""
@@ -107,16 +108,23 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     cells = [[row.get(column, "") for column in columns] for row in rows]
     if path.suffix == ".xlsx":
-        _write_sheet(path, columns, cells)
-        return path
+        return _put(path, _sheet(path, columns, cells))
     text = io.StringIO()
     writer = csv.writer(text, delimiter="," if path.suffix == ".csv" else "\t", lineterminator="\n")
     writer.writerows([columns, *cells])
-    write_atomic(path, text.getvalue())
+    return _put(path, text.getvalue().encode("utf-8", "backslashreplace"))
+
+
+def _put(path: Path, content: bytes) -> Path:
+    """Write a file. One of other content, perhaps of the tool that names its files so, is renamed to NAME.old, never lost."""
+    if not path.is_file() or path.read_bytes() != content:
+        with new_file(path) as file:
+            file.write(content)
+        put_in_place(Path(file.name), path)
     return path
 
 
-def _write_sheet(path: Path, columns: list[str], cells: Iterable[list[Any]]) -> None:
+def _sheet(path: Path, columns: list[str], cells: Iterable[list[Any]]) -> bytes:
     try:
         import openpyxl
     except ImportError:
@@ -129,7 +137,9 @@ def _write_sheet(path: Path, columns: list[str], cells: Iterable[list[Any]]) -> 
         if any(isinstance(cell, str) and len(cell) > LONGEST_CELL for cell in texts):
             raise InputError(f"{path}:{number}: a cell of xlsx holds {LONGEST_CELL:,} characters at most; export as tsv")
         sheet.append(texts)
-    book.save(path)
+    with io.BytesIO() as file:
+        book.save(file)
+        return file.getvalue()
 
 
 def _lmms_eval(
@@ -173,5 +183,4 @@ def submit(path: Path, task: Task, scored: Sequence[Scored], replies: Sequence[s
     if form == "list":
         answers = [{"questionId": int(key) if key.isdigit() else key, "answer": text} for key, text in texts.items()]
     path = Path(f"{path}.json")
-    write_atomic(path, json.dumps(answers, ensure_ascii=False, indent=2))
-    return path
+    return _put(path, json.dumps(answers, ensure_ascii=False, indent=2).encode("utf-8", "backslashreplace"))

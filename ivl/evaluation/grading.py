@@ -56,6 +56,8 @@ class Grader:
         return decided
 
     def _take(self, number: int, row: dict[str, Any]) -> bool:
+        if number == 1 and row.get("ivl") != FORMAT:
+            raise InputError(f"{self.path}: is no file of a judge's replies; name another --out or --predictions")
         if number > 1:
             self.saved[row["key"]] = row["reply"]
         return True

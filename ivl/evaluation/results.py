@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from ivl.errors import InputError, short
 from ivl.evaluation.figures import Figure, Ratio
 from ivl.evaluation.task import Scored
 from ivl.evaluation.voting import Candidate
-from ivl.utils.files import write_atomic
+from ivl.utils.files import regular, write_atomic
 from ivl.utils.jsonl import AppendLog, json_line, reading_line
 from ivl.utils.strict_json import from_json
 
@@ -116,6 +117,17 @@ class ScoredRun:
     model: str
     headline: Figure
     rows: dict[str, dict[str, Any]]
+
+
+def check_scores(path: Path) -> None:
+    """Refuse a file in the place of scores that holds something else."""
+    begins = b'{"ivl": "scores'
+    try:
+        held = path.read_bytes()[: len(begins)] if os.path.lexists(path) and regular(path).st_size else b""
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+    if held not in (b"", begins):
+        raise InputError(f"{path}: exists and is no file of scores; name another --out or --predictions")
 
 
 def write_scores(

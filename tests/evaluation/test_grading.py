@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from ivl.errors import InputError
 from ivl.evaluation.config import EvalConfig
 from ivl.evaluation.grading import Grader
 from ivl.evaluation.run import evaluate
@@ -48,6 +49,9 @@ def test_decisions_are_kept_and_asked_once(tmp_path: Path) -> None:
     assert [s.value for s in Grader(judge, "j", path).decide(scores)] == [0.5, 1, 0.5, 1.0], "equal questions are asked once"
     again = Grader(Scripted(), "j", path)
     assert [s.value for s in again.decide(scores)] == [0.5, 1, 0.5, 1.0] and again.asked == 0
+    (tmp_path / "mine").write_text('{"mine": 1}\n')
+    with pytest.raises(InputError, match="mine: is no file of a judge's replies"):
+        Grader(Scripted(), "j", tmp_path / "mine").decide(scores)
     other = Grader(Scripted("0.0", "0.0"), "k", path)
     assert [s.value for s in other.decide(scores)] == [0, 1, 0, 0], "another judge is asked anew"
 

@@ -109,6 +109,10 @@ def test_predictions_of_vlmevalkit_are_written_and_scored_again(task: Benchmark,
     head = files[0].read_text().splitlines()[0].split("\t")
     assert head == ["index", "question", "A", "B", "C", "D", "answer", "category", "prediction"]
     assert files[1].read_text().splitlines()[:2] == ["split,Overall,c0,c1", "none,0.25,0.25,0.25"]
+    files[1].write_text("of VLMEvalKit itself")
+    export("tsv", tmp_path / "out", task, {**result.report, "model": "org/My Model"}, result.scored, replies)
+    assert files[1].with_name("My_Model_MMStar_acc.csv.old").read_text() == "of VLMEvalKit itself"
+    assert len([*files[0].parent.iterdir()]) == 3, "what is the same is not written anew"
     command(["--score", str(files[0]), "--out", str(tmp_path / "again.json")])
     again = json.loads((tmp_path / "again.json").read_text())
     assert (again["value"], again["range"], again["n"]) == (result.report["value"], result.report["range"], 40)
