@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from ivl.config import LoraConfig, ModelConfig
 from ivl.data.config import DataConfig
-from ivl.errors import InputError
+from ivl.errors import InputError, short
 from ivl.train.config import ObjectiveConfig, Stage, TrainConfig
 from ivl.utils.checks import check_choices, check_ranges
 from ivl.utils.imports import import_object
@@ -110,6 +112,38 @@ def to_json(config: RunConfig) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+PATHS = (
+    "model", "tokenizer", "data.mixture", "data.root", "val_data.mixture", "val_data.root", "objective.path",
+    "objective.reference_dir", "eval_tasks",
+)  # fmt: skip
+"""Options that may name files."""
+
+
+def _as_reached(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """The values of a run.json with `folder`, that of the run's start as it is reached from the run's directory, taken out.
+
+    Where that is another folder than the present one, relative paths that lie in it are rewritten.
+    """
+    rest = dict(values)
+    told = rest.pop("folder", str(Path.cwd()))
+    if not isinstance(told, str) or "\0" in told:
+        raise InputError(f"{where}: folder must be a path, got {short(told)}")
+    folder = Path(where).parent / told
+
+    def reached(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [reached(each) for each in value]
+        is_path = isinstance(value, str) and value and os.path.exists(folder / value.partition(".py:")[0])  # noqa: PTH110
+        return os.path.normpath(folder / value) if is_path else value
+
+    for group, _, name in (path.rpartition(".") for path in PATHS if os.path.realpath(folder) != str(Path.cwd())):
+        part = rest.get(group) if group else rest
+        if isinstance(part, dict) and name in part:
+            changed = {**part, name: reached(part[name])}
+            rest = {**rest, group: changed} if group else changed
+    return rest
+
+
 def run_config(values: Any, where: str) -> RunConfig:
     """The configuration from JSON values, the inverse of to_json. The objective's import path says which settings it has.
 
@@ -122,7 +156,7 @@ def run_config(values: Any, where: str) -> RunConfig:
     """
     if not isinstance(values, dict):
         raise InputError(f"{where}: must be an object, got {type(values).__name__}")
-    rest = dict(values)
+    rest = _as_reached(values, where)
     named = rest.pop("objective", {})
     path = named.get("path", ObjectiveConfig.path) if isinstance(named, dict) else ObjectiveConfig.path
     settings = getattr(import_object(str(path), "objective"), "Settings", ObjectiveConfig)

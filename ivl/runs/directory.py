@@ -41,6 +41,7 @@ from ivl.train.world import World, cuts_of
 from ivl.utils.files import locked, write_json
 from ivl.utils.sealed import check_sealed, put_in_place
 from ivl.utils.strict_json import read_json
+from ivl.utils.terminal import printable
 
 CONFIG = "run.json"
 RESULTS = (
@@ -133,7 +134,7 @@ def begin(config: RunConfig, start: RunStart, world: World) -> None:
             shutil.rmtree(path, ignore_errors=True)
     if start.checkpoint is None:
         (run_dir / "metrics.jsonl").unlink(missing_ok=True)
-    write_json(run_dir / CONFIG, to_json(config))
+    write_json(run_dir / CONFIG, {"folder": os.path.relpath(Path.cwd(), run_dir), **to_json(config)})
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
@@ -152,7 +153,7 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
             read_trainer(path)
         except InputError as error:
             damaged.append(error)
-            print(f"{path} is damaged and left alone: {error}", file=sys.stderr)
+            print(f"{path} is damaged and left alone: {printable(error)}", file=sys.stderr)
         else:
             return path
     if damaged:

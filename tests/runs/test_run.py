@@ -98,6 +98,25 @@ def test_a_finished_run_without_checkpoints_is_left_alone(config):
     assert rows(config) == before
 
 
+def test_relative_paths_are_those_of_the_folder_where_the_run_began(config, tmp_path, monkeypatch):
+    (tmp_path / "one/data").mkdir(parents=True)
+    for folder in ("two", "runs/mine"):
+        (tmp_path / folder).mkdir(parents=True)
+    for place in ("one/data/rows.jsonl", "one/own.py", "two/data.jsonl"):
+        (tmp_path / place).write_text("")
+    values = json.loads(json.dumps(to_json(changed(config, model="org/name", eval_tasks=("own.py:Task", "easy-vqa")))))
+    values["data"]["mixture"] = ["data/rows.jsonl", "data.jsonl", "/absolute.jsonl"]
+    values["folder"] = "../../one"  # as it is reached from the run's directory
+    monkeypatch.chdir(tmp_path / "two")
+    here = read_config(values, "../runs/mine/run.json")
+    assert here.data.mixture == ("../one/data/rows.jsonl", "data.jsonl", "/absolute.jsonl")
+    assert here.eval_tasks == ("../one/own.py:Task", "easy-vqa") and here.model == "org/name"
+    monkeypatch.chdir(tmp_path / "one")
+    assert read_config(values, "../runs/mine/run.json").data.mixture == tuple(values["data"]["mixture"])
+    with pytest.raises(InputError, match="folder must be a path"):
+        read_config(values | {"folder": "a\0"}, "run.json")
+
+
 def test_another_architecture_is_refused(config, tmp_path):
     base = run(changed(config, num_steps=1))
     other = dataclasses.replace(processor().config, decoder=dataclasses.replace(processor().config.decoder, num_layers=5))
