@@ -108,7 +108,10 @@ def parse_row(text: bytes, *, source: str) -> dict[str, Any]:
         # Half of a surrogate pair, written as an escape, is valid JSON but no text.
         if b"\\ud" in text or b"\\uD" in text:
             json.dumps(row, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8
+    except UnicodeDecodeError as error:
+        remedy = "save the file as UTF-8, as `iconv -f LATIN1 -t UTF-8` does"
+        raise DataError(source, "broken_json", f"not UTF-8 (byte 0x{text[error.start]:02x}); {remedy}") from None
+    except (ValueError, RecursionError) as error:
         raise DataError(source, "broken_json", f"not valid JSON ({error})") from None
     if not isinstance(row, dict):
         raise DataError(source, "bad_row", f"expected an object, got {type(row).__name__}")
