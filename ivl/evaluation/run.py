@@ -21,7 +21,7 @@ from ivl.evaluation.config import EvalConfig, Method
 from ivl.evaluation.figures import rows_of
 from ivl.evaluation.grading import Grader, if_right
 from ivl.evaluation.prompts import reasoned
-from ivl.evaluation.results import Prediction, PredictionsFile, beside, write_scores
+from ivl.evaluation.results import Prediction, PredictionsFile, beside, check_scores, write_scores
 from ivl.evaluation.task import Example, Score, Scored, Task, limited, score_of
 from ivl.evaluation.voting import Candidate, Rater, choose
 from ivl.generators import Generator, LoadConfig, connect
@@ -188,6 +188,7 @@ def evaluate_all(
     """
     if (config.method.select == "judge") != (judge is not None):
         raise InputError(f"a judge is needed to select by judge, and then only; select is {config.method.select}")
+    check_scores(beside(predictions, "scores.jsonl"))
     asking = _Asking(task, generator, config, model, judge)
     examples = asking.examples()
     answered = asking.answered(examples, predictions, on_progress, shares)

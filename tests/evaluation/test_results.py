@@ -42,6 +42,9 @@ def test_two_runs_are_compared_on_the_same_questions(task: Benchmark, tmp_path: 
     assert found["headline"]["difference"] == pytest.approx(0.5) and found["headline"]["ci95"] == pytest.approx(found["ci95"])
     same = compare(tmp_path / "a.json", tmp_path / "a.json")
     assert same["difference"] == 0 and same["ci95"] == [0, 0] and same["mcnemar_p"] == 1
+    (tmp_path / "c.scores.jsonl").write_text("mine\n")
+    with pytest.raises(InputError, match=r"c\.scores\.jsonl: exists and is no file of scores"):
+        evaluated(task, mostly(10), tmp_path, name="c")
 
 
 def test_the_headline_of_groups_is_compared_by_its_own_rule(tmp_path: Path) -> None:
