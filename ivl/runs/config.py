@@ -133,8 +133,10 @@ def _as_reached(values: dict[str, Any], where: str) -> dict[str, Any]:
     def reached(value: Any) -> Any:
         if isinstance(value, list | tuple):
             return [reached(each) for each in value]
-        is_path = isinstance(value, str) and value and os.path.exists(folder / value.partition(".py:")[0])  # noqa: PTH110
-        return os.path.normpath(folder / value) if is_path else value
+        if not isinstance(value, str) or not value:
+            return value
+        path = value.rpartition(":")[0] if ".py:" in value else value  # FILE.py:NAME
+        return os.path.normpath(folder / value) if os.path.exists(folder / path) else value  # noqa: PTH110, never raises
 
     for group, _, name in (path.rpartition(".") for path in PATHS if os.path.realpath(folder) != str(Path.cwd())):
         part = rest.get(group) if group else rest
