@@ -111,7 +111,7 @@ def _read_meta(path: Path) -> dict[str, Any] | None:
 
 def _read_spec(path: Path, name: str, entry: Any) -> DatasetSpec:
     where = f"{path}: dataset {name!r}"
-    if isinstance(entry, list):
+    if isinstance(entry, list) and entry and isinstance(entry[0], dict):
         raise InputError(f"{where}: is a list of {len(entry)} rows; write that list alone, as `jq .{name}` does")
     if isinstance(entry, dict):
         if "name" in entry:
