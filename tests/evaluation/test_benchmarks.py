@@ -96,6 +96,26 @@ def test_plain_choices(name: str, tmp_path: Path) -> None:
     assert (report["value"], report["range"]) == (0.0, [0.0, 1.0]) and report["undecided"]["replies"] == 8
 
 
+@pytest.mark.parametrize("name", ["video-mme", "mvbench", "mlvu", "longvideobench"])
+def test_choices_about_videos(name: str, tmp_path: Path) -> None:
+    rows = [{key: value for key, value in row.items() if key != "image"} | {"video": "v"} for row in choice_rows(4)]
+    task = benchmark(name, write_tsv(tmp_path / "rows.tsv", rows))
+    assert [figures(task, reply, tmp_path)["headline"] for reply in (perfect, always_a)] == [1, 0.25]
+    assert evaluated(task, empty, tmp_path).report["range"] == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["ocrvqa", "gqa"])
+def test_answers_that_are_equal_or_not(name: str, tmp_path: Path) -> None:
+    rows = [{"index": n, "question": "what?", "answer": answer, "image": PICTURE} for n, answer in enumerate(("Cat", "two"))]
+    task = benchmark(name, write_tsv(tmp_path / "rows.tsv", rows))
+    assert [figures(task, reply, tmp_path)["headline"] for reply in (perfect, lambda _: "cat ", always_a, empty)] == [
+        1,
+        0.5,
+        0,
+        0,
+    ]
+
+
 @pytest.mark.parametrize("name", ["mmbench-dev-en-v11", "mmbench-dev-cn", "ccbench"])
 def test_circular_choices(name: str, tmp_path: Path) -> None:
     task = benchmark(name, write_tsv(tmp_path / "rows.tsv", circular_rows()))
