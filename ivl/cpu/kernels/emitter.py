@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-from ivl.cpu.kernels.values import Builder, Value
+from ivl.cpu.kernels.values import Builder, Operand, Value
 
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 LANES = 16
@@ -50,6 +50,7 @@ class Emitter:
         kind = ir.FunctionType(ir.VoidType(), [I64.as_pointer()])
         self.function = ir.Function(self.module, kind, "kernel")
         self.b = Builder(ir.IRBuilder(self.function.append_basic_block()))
+        self.arguments = Value(self.b, self.function.args[0])
 
     # Scalars
     def int(self, value: int) -> Value:
@@ -60,7 +61,7 @@ class Emitter:
         return self.int(value) if isinstance(value, int) else value
 
     def argument(self, index: int) -> Value:
-        return self.b.load(self.at(self.function.args[0], I64, index))
+        return self.b.load(self.at(self.arguments, I64, index))
 
     def pointer(self, index: int, kind: ir.Type = I16) -> Value:
         return self.b.inttoptr(self.argument(index), kind.as_pointer())
@@ -68,7 +69,7 @@ class Emitter:
     def thread_scratch(self) -> Value:
         """Return this thread's part of the scratch memory. Arguments: 1 a counter, from which a thread draws its number, 2 the
         memory, 3 the bytes of a part."""
-        number = self.b.atomic_rmw("add", self.at(self.function.args[0], I64, 1), self.int(1), "monotonic")
+        number = self.b.atomic_rmw("add", self.at(self.arguments, I64, 1), self.int(1), "monotonic")
         return self.b.gep(self.pointer(2, I8), [number * self.argument(3)], source_etype=I8)
 
     def memory(self, kind: ir.Type, size: int) -> Value:
@@ -89,7 +90,7 @@ class Emitter:
         a, c = self.index(a), self.index(c)
         return self.b.select(a < c, a, c)
 
-    def call(self, name: str, result: ir.Type, *args: Value) -> Value:
+    def call(self, name: str, result: ir.Type, *args: Operand) -> Value:
         function = self.module.globals.get(name)
         if function is None:
             function = ir.Function(self.module, ir.FunctionType(result, [a.type for a in args]), name)
@@ -140,7 +141,7 @@ class Emitter:
     # Vectors
     def splat(self, value: Value | float) -> Value:
         """Return a number in every lane."""
-        if isinstance(value, float):
+        if isinstance(value, int | float):
             return Value(self.b, ir.Constant(F32S, [value] * LANES))
         nothing = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
         single = self.b.insert_element(nothing, value, ir.Constant(I32, 0))
@@ -167,7 +168,7 @@ class Emitter:
         """Read a vector of the given kind from pointer[index] on; no alignment is needed."""
         return self.b.load(self.b.bitcast(self.at(pointer, element, index), kind.as_pointer()), typ=kind, align=1)
 
-    def write(self, value: Value, pointer: Value, element: ir.Type, index: Value | int) -> None:
+    def write(self, value: Operand, pointer: Value, element: ir.Type, index: Value | int) -> None:
         self.b.store(value, self.b.bitcast(self.at(pointer, element, index), value.type.as_pointer()), align=1)
 
     def load(self, pointer: Value, index: Value | int) -> Pair:
@@ -285,7 +286,7 @@ class Emitter:
         head, body, after = (self.function.append_basic_block() for _ in range(3))
         self.b.branch(head)
         self.b.position_at_end(head)
-        start = self.b.atomic_rmw("add", self.function.args[0], chunk, "monotonic")
+        start = self.b.atomic_rmw("add", self.arguments, chunk, "monotonic")
         self.b.cbranch(start < count, body, after)
         self.b.position_at_end(body)
         yield start, self.smaller(start + chunk, count)

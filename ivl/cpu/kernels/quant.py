@@ -16,6 +16,7 @@ from llvmlite import ir
 from ivl.cpu.kernels import features
 from ivl.cpu.kernels.emitter import F32, F32S, I8, I16, I32, I32S, LANES, Emitter, Value
 from ivl.cpu.kernels.rows import bias_at, prepared_row
+from ivl.cpu.kernels.values import Operand
 
 BYTES, WORDS = ir.VectorType(I8, 64), ir.VectorType(I16, 32)
 HEAD = 3 * 64
@@ -259,7 +260,7 @@ def _filled(e: Emitter, values: Value, order: list[int], size: int) -> Value:
     return e.b.shuffle_vector(values, ir.Constant(ir.VectorType(element, count), [0] * count), index)
 
 
-def _dot(e: Emitter, total: Value, weights: Value, inputs: Value, *, small: bool) -> Value:
+def _dot(e: Emitter, total: Value, weights: Operand, inputs: Value, *, small: bool) -> Value:
     """Return total + the sum of 4 unsigned weights times signed inputs, by lane. small: weights have 4 bits."""
     if features.has_vnni():
         return e.call("llvm.x86.avx512.vpdpbusd.512", I32S, total, *(e.b.bitcast(x, I32S) for x in (weights, inputs)))
@@ -280,7 +281,7 @@ def _dot(e: Emitter, total: Value, weights: Value, inputs: Value, *, small: bool
     return total
 
 
-def _half(e: Emitter, x: Value, part: int) -> Value:
+def _half(e: Emitter, x: Operand, part: int) -> Value:
     """Return the lower or the upper half of a vector."""
     size = x.type.count // 2
     return e.b.shuffle_vector(x, x, ir.Constant(ir.VectorType(I32, size), list(range(part * size, (part + 1) * size))))

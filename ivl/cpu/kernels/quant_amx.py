@@ -127,7 +127,7 @@ def w8a8_gemm(e: Emitter, width: int, height: int, together: int, after: str) ->
                     total = e.fma(total * scale, factors[part], offsets[part])
                     if after == "gelu":
                         total = gelu(e, total)
-                    elif plus is not None:
+                    elif plus is not None and factor is not None:
                         scaled = e.floats(factor, first + part * AMX_ROWS)
                         total = e.fma(total, scaled, e.floats(plus, place))
                     e.store_floats(y, place, total)
@@ -193,7 +193,7 @@ def _unpack(
 
 def _affine(e: Emitter, scales: Value, zeros: Value | None, places: list[Value]) -> tuple[Value, Value]:
     """Return scale and -scale * zero of one group of every row, in the lanes of the rows."""
-    factor = offset = ir.Constant(I32S, ir.Undefined)
+    factor = offset = Value(e.b, ir.Constant(I32S, ir.Undefined))
     for r, place in enumerate(places):
         bits = e.b.zext(e.element(scales, I16, place), I32)
         factor = e.b.insert_element(factor, bits, ir.Constant(I32, r))

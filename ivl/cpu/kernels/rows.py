@@ -22,7 +22,7 @@ def bias_vector(e: Emitter, address: Value, row: Value) -> Value:
 def _bias_pointer(e: Emitter, address: Value, row: Value) -> tuple[Value, Value]:
     """Return whether there is a bias, and where to read: without a bias, from the arguments, which are always there."""
     given = e.b.icmp_signed("!=", address, e.int(0))
-    source = e.b.select(given, address + row * 2, e.b.ptrtoint(e.function.args[0], I64))
+    source = e.b.select(given, address + row * 2, e.b.ptrtoint(e.arguments, I64))
     return given, e.b.inttoptr(source, I16.as_pointer())
 
 

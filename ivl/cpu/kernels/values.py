@@ -26,7 +26,7 @@ class Value:
     constant of its type, in every lane. Integers have no sign for `//`, `%` and `>>`, and one for `<` and `>`.
     """
 
-    def __init__(self, b: Builder, raw: ir.Value) -> None:
+    def __init__(self, b: Builder, raw: Any) -> None:
         self.b, self.raw = b, raw
 
     @property
@@ -50,6 +50,10 @@ class Value:
 
     def __neg__(self) -> Value:
         return self.b.fneg(self)
+
+
+Operand = Value | ir.Constant
+"""What an instruction takes. A constant of llvmlite's has no operators."""
 
 
 class Builder:
