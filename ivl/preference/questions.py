@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ivl.errors import InputError
+from ivl.errors import InputError, short
 from ivl.evaluation.prompts import Domain, PromptLanguage, ask
 from ivl.evaluation.scoring import AnswerMode, AnswerStyle, mode_for
+from ivl.formats.base import check_items
 from ivl.processing.chat import user
 from ivl.types import Conversation, ImageRef, Message, Text
 from ivl.utils.strict_json import from_json, read_json
@@ -145,6 +147,7 @@ def read_questions(sources: tuple[QuestionSource, ...]) -> Iterator[Question]:
 
 
 def _question(source: QuestionSource, line: bytes, where: str, number: int) -> Question:
+    check_items(line, where)
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -162,8 +165,8 @@ def _question(source: QuestionSource, line: bytes, where: str, number: int) -> Q
     root = (Path(source.root) if source.root else Path(source.questions).parent).absolute()
     paths = [str(root / image) for image in images]
     for image in paths:
-        if not Path(image).is_file():
-            raise InputError(f"{where}: no such image: {image}")
+        if not os.path.isfile(image):  # noqa: PTH113, never raises
+            raise InputError(f"{where}: no such image: {short(image, 300)}")
     answers = [] if answer is None else answer if isinstance(answer, list) else [answer]
     if not all(isinstance(accepted, str | int | float) and str(accepted).strip() for accepted in answers):
         raise InputError(f"{where}: `answer` must be text or a list of texts, got {answer!r}")

@@ -128,6 +128,8 @@ def test_a_request_to_reason_replaces_one_for_a_bare_answer() -> None:
         ('{"id": 1}', "neither `question`"),
         ("{", "not valid JSON"),
         ('{"question": "q", "image": "none.png"}', "no such image"),
+        (f'{{"question": "q", "image": "{"a" * 300}"}}', "no such image"),
+        (f'{{"question": "q", "more": [{"1, " * 1_000_001}1]}}', "the limit of a row is 1,000,000"),
         ('{"question": "<image> <image> q", "image": "a.png"}', "2 <image> marks but 1 images"),
         ('{"question": "q", "answer": {"a": 1}}', "`answer` must be"),
         ('{"id": 0, "question": "again"}', "used before"),
