@@ -43,7 +43,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 """Keys of adapter_config.json with the only values that the layers compute; null is always one."""
 _RANK, _ALPHA = Values(int, 1, 1 << 12), Values(float, 1e-6, 1e6)
-_MAX_EXPRESSIONS = 64
+_MAX_EXPRESSIONS = 16
 
 
 class AdapterRanks:
