@@ -17,7 +17,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from ivl.errors import InputError
-from ivl.train.world import World
+from ivl.train.world import RankLostError, World
 
 START_TIMEOUT, STEP_TIMEOUT = timedelta(minutes=30), timedelta(minutes=5)
 """How long ranks wait for one another: while they load, save and evaluate, and within a training step after the first."""
@@ -31,7 +31,7 @@ def start_world(device: str, directory: Path | None = None) -> World:
         directory: of the run, where NCCL's flight recorder writes what it was doing when a rank did not answer.
 
     Raises:
-        InputError: if a GPU is asked for and there is none.
+        InputError: if a GPU is asked for and there is none, or another rank does not come.
     """
     gpu = torch.cuda.is_available() and device != "cpu"
     if device == "cuda" and not gpu:
@@ -50,7 +50,10 @@ def start_world(device: str, directory: Path | None = None) -> World:
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
         os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(directory / "nccl-rank-"))
-    store, rank, size = next(rendezvous("env://", rank, size, timeout=START_TIMEOUT))
+    try:
+        store, rank, size = next(rendezvous("env://", rank, size, timeout=START_TIMEOUT))
+    except dist.DistError as error:
+        raise RankLostError(f"the {size} ranks did not meet: another one ended, or never started ({error})") from None
     return join_world(store, rank, size, where)
 
 

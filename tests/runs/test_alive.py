@@ -56,6 +56,14 @@ def test_a_batch_script_without_srun_is_one_process(monkeypatch):
     assert start_world("cpu").size == 1
 
 
+def test_a_rank_that_never_comes_is_one_line(monkeypatch):
+    monkeypatch.setattr(launch, "START_TIMEOUT", timedelta(seconds=1))
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=r"the 2 ranks did not meet: .* never started \(.*1/2 clients joined"):
+        start_world("cpu")
+
+
 def stops(config, rank: int, log: Path) -> None:
     """Train; rank 1 stops after the third step or, of shards, in the thread that writes the fourth checkpoint."""
     redirect_errors(log)
