@@ -11,6 +11,8 @@ offset adds in this step. In 4 bits a step has 128 elements, 8 to a lane, so tha
 
 from __future__ import annotations
 
+from typing import Any
+
 from llvmlite import ir
 
 from ivl.cpu.kernels import features
@@ -281,7 +283,7 @@ def _dot(e: Emitter, total: Value, weights: Operand, inputs: Value, *, small: bo
     return total
 
 
-def _half(e: Emitter, x: Operand, part: int) -> Value:
+def _half(e: Emitter, x: Any, part: int) -> Value:
     """Return the lower or the upper half of a vector."""
     size = x.type.count // 2
     return e.b.shuffle_vector(x, x, ir.Constant(ir.VectorType(I32, size), list(range(part * size, (part + 1) * size))))
