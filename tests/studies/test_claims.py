@@ -13,7 +13,7 @@ import pytest
 import ivl
 from ivl.formats.rows import write_jsonl
 from studies.claims import STUDIES, compression, descriptions, filtering, pictures, preference, report, scaling, small, voting
-from studies.claims.__main__ import run_arm, run_study
+from studies.claims.run import run_arm, run_study
 from studies.claims.study import Estimate, Lab, Results, Study, Verdict, sign
 
 ROOT = Path(__file__).parents[2]
