@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,6 +72,16 @@ def test_one_pass_tells_what_greedy_decoding_says(lab: Lab, tmp_path: Path) -> N
     assert small.exact(model, rows)["accuracy"] == 1.0
     talks[0][1]["value"] = "yes"
     assert small.exact(model, write_jsonl([row], tmp_path / "wrong.jsonl"))["accuracy"] == 0.5
+
+
+def test_the_command_names_the_arms_that_fail(tmp_path: Path) -> None:
+    (tmp_path / "runs/claims/quick").mkdir(parents=True)
+    (tmp_path / "runs/claims/quick/packing").write_text("a file where the study's logs would lie")
+    command = [sys.executable, "-m", "studies.claims", "--quick", "--only", "packing", "--seeds", "1"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "failed: packing/" in done.stderr
+    assert all("File exists" in line for line in done.stdout.splitlines() if " failed: " in line)
 
 
 def test_every_study_is_tried() -> None:
