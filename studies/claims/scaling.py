@@ -161,6 +161,8 @@ def judge(results: Results) -> Verdict:
         against = ratios(results, "warmed", "rows").mean
         shown = f"{against:.0%} of the rows" if math.isfinite(against) else "no number of rows that was tried"
         said += f"; that of a ViT that was warmed up on its own with {shown}"
+    ends, blind = results.of("random", "accuracy"), results.of("moved", "shuffled")
+    said += f". From nothing it ends at {ends.shown('.1%')}; features of other pictures give the moved ViT's {blind.shown('.1%')}"
     return Verdict(holds, f"{said}.")
 
 

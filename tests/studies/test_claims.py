@@ -97,7 +97,7 @@ def test_needed_rows_lie_between_points_by_their_logarithms() -> None:
 def figures_of(rows: float, accuracy: float) -> dict[str, object]:
     axes = ("rows", "seconds", "flops")
     points = [{**dict.fromkeys(axes, share * rows), "accuracy": accuracy} for share in (0.1, 1.0)]
-    return {"curve": points, "accuracy": accuracy}
+    return {"curve": points, "accuracy": accuracy, "shuffled": 0.5}
 
 
 def fake(lab: Lab, study: Study, figures: dict[str, list[dict[str, object]]]) -> Results:
@@ -113,6 +113,7 @@ def test_scaling_holds_where_the_moved_vit_needs_a_tenth(tmp_path: Path) -> None
     good, poor = [figures_of(100, 0.9)] * 3, [figures_of(100, 0.8)] * 3
     results = fake(lab, scaling.STUDY, {"moved": good, "random": poor})
     assert results.verdict().holds == "holds" and "10.0% ± 0.0% of its rows" in results.verdict().sentence
+    assert "From nothing it ends at 80.0% ± 0.0%; features of other pictures give" in results.verdict().sentence
     results = fake(lab, scaling.STUDY, {"moved": poor, "random": good})
     assert results.verdict().holds == "does not hold here"
     report.save_plot(results, tmp_path)
