@@ -93,6 +93,7 @@ def curves(stages: list[dict[str, Any]]) -> str:
         figure, axis = pages.pyplot().subplots(figsize=(3.9, 2.3), layout="constrained")
         axis.plot(steps, [max(row["loss"], 1e-5) for row in rows], color=LOSS, linewidth=0.9)
         axis.set(title=stage["name"], yscale="log")
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.tick_params(axis="y", which="minor", labelleft=False)
         right = axis.twinx()
         right.plot(steps, [100 * row["accuracy"] for row in rows], color=ACCURACY, linewidth=0.9)

@@ -239,6 +239,7 @@ def _plot(figures: dict[str, Any]) -> str:
     if figures["limit"] is not None:
         axis.axvline(figures["limit"], color=html.INK, linestyle="--", linewidth=1, label=f"limit {figures['limit']:g}")
     axis.set_yscale("symlog", linthresh=10)
+    axis.yaxis.set_major_formatter("{x:,.0f}")
     axis.set(xlabel="score; the last bar holds all above", ylabel="rows", ylim=(0, 2 * (kept + dropped).max()))
     axis.legend(fontsize=8, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
     return html.plot(figure, f"scores of {figures['name']}")

@@ -177,6 +177,6 @@ def pyplot() -> Any:
     matplotlib.rcParams |= {
         "axes.prop_cycle": cycler(color=COLORS), "axes.spines.top": False, "axes.spines.right": False,
         "axes.titlesize": "medium", "axes.titleweight": "bold", "font.size": 9, "legend.frameon": False,
-        "text.parse_math": False,
+        "text.parse_math": False,  # names may hold "$"; an axis in logarithms needs a formatter without mathtext
     }  # fmt: skip
     return matplotlib.pyplot

@@ -162,7 +162,8 @@ def judge(results: Results) -> Verdict:
         shown = f"{against:.0%} of the rows" if math.isfinite(against) else "no number of rows that was tried"
         said += f"; that of a ViT that was warmed up on its own with {shown}"
     ends, blind = results.of("random", "accuracy"), results.of("moved", "shuffled")
-    said += f". From nothing it ends at {ends.shown('.1%')}; features of other pictures give the moved ViT's {blind.shown('.1%')}"
+    guessed = blind.shown(".1%")
+    said += f". From nothing it ends at {ends.shown('.1%')}; features of other pictures give the moved ViT's {guessed}"
     return Verdict(holds, f"{said}.")
 
 
@@ -177,6 +178,7 @@ def draw(results: Results, axes: Any) -> None:
                 values = [point["accuracy"] for point in points]
                 panel.plot([point[axis] for point in points], values, "o-", color=color, markersize=3, label=label)
         panel.set(xscale="log", xlabel=title)
+        panel.xaxis.set_major_formatter("{x:g}")
     axes[0].set_ylabel("test questions right")
     axes[0].legend(fontsize=7)
 

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from matplotlib.ticker import NullFormatter
+
 import ivl
 from examples.quickstart import alignment
 from examples.quickstart.data import turns
@@ -160,6 +162,8 @@ def draw(results: Results, axes: Any) -> None:
     for figures in results.figures("greedy"):
         axes.axhline(figures["accuracy"], color="#333", linestyle="--", linewidth=0.8)
     axes.set(xscale="log", xlabel="replies to a question (dashed: greedy)", ylabel="right")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.legend(fontsize=7)
 
 

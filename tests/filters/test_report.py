@@ -56,6 +56,7 @@ def test_figures(out: Path) -> None:
 
 def test_page(out: Path) -> None:
     page = (out / "report.html").read_text()
+    assert "mathdefault" not in page  # plots read no mathtext
     assert "<about>" not in page and "&lt;about&gt;" in page and "&lt;judge&gt;" in page and "<b>&</" not in page
     assert not re.search(r"(?:src|href)=['\"](?!data:|#)", page)
     assert page.count("class='plot'") == 3 and page.count("data:image/jpeg;base64,") >= 3
