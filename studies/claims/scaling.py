@@ -174,13 +174,17 @@ def draw(results: Results, axes: Any) -> None:
         for arm, color in (colors | {"real-moved": "#d62728", "real-random": "#ff9896"}).items():
             for number, figures in enumerate(results.figures(arm)):
                 points = figures["curve"]
-                label = results.study.arms[arm].about.partition(",")[0] if number == 0 else None
+                label = (
+                    results.study.arms[arm].about.removesuffix(", projector only, 1/16 of the rows") if number == 0 else None
+                )
                 values = [point["accuracy"] for point in points]
                 panel.plot([point[axis] for point in points], values, "o-", color=color, markersize=3, label=label)
         panel.set(xscale="log", xlabel=title)
         panel.xaxis.set_major_formatter("{x:g}")
-    axes[0].set_ylabel("test questions right")
-    axes[0].legend(fontsize=7)
+        for figures in results.figures("moved"):
+            panel.axhline(figures["shuffled"], color="#333", linestyle=":", linewidth=0.8)
+    axes[0].set_ylabel("test questions right (dotted: of other pictures)")
+    axes[0].legend(fontsize=6)
 
 
 STUDY = Study(
