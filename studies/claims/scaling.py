@@ -174,9 +174,7 @@ def draw(results: Results, axes: Any) -> None:
         for arm, color in (colors | {"real-moved": "#d62728", "real-random": "#ff9896"}).items():
             for number, figures in enumerate(results.figures(arm)):
                 points = figures["curve"]
-                label = (
-                    results.study.arms[arm].about.removesuffix(", projector only, 1/16 of the rows") if number == 0 else None
-                )
+                label = None if number else results.study.arms[arm].about.removesuffix(", projector only, 1/16 of the rows")
                 values = [point["accuracy"] for point in points]
                 panel.plot([point[axis] for point in points], values, "o-", color=color, markersize=3, label=label)
         panel.set(xscale="log", xlabel=title)
