@@ -142,24 +142,31 @@ def needed(points: Sequence[dict[str, float]], accuracy: float, axis: str) -> fl
 
 
 def ratios(results: Results, base: str, axis: str) -> Estimate:
-    """Of every seed, what the moved ViT needs for the base's final accuracy, as a share of what the base needed."""
+    """Of every seed, what the moved ViT needs for the base's final accuracy, as a share of what the base needed: its logarithm,
+    whose mean and interval suit a ratio."""
     pairs = zip(results.figures("moved"), results.figures(base), strict=True)
-    return Estimate(tuple(needed(m["curve"], b["accuracy"], axis) / b["curve"][-1][axis] for m, b in pairs))
+    return Estimate(tuple(math.log(needed(m["curve"], b["accuracy"], axis) / b["curve"][-1][axis]) for m, b in pairs))
+
+
+def share(logs: Estimate) -> str:
+    """Format a ratio and its interval, which is not known of a single seed."""
+    mean, low, high = (math.exp(logs.mean + part) for part in (0, -logs.half, logs.half))
+    return f"{mean:.1%}" if math.isnan(logs.half) else f"{mean:.1%} ({low:.1%} to {high:.1%})"
 
 
 def judge(results: Results) -> Verdict:
     rows, seconds, flops = (ratios(results, "random", axis) for axis in ("rows", "seconds", "flops"))
     if math.inf in rows.values:
         return Verdict("does not hold here", "In some seed the moved ViT stays below the accuracy of training from nothing.")
-    holds = "holds" if rows.mean <= 0.1 and seconds.mean <= 0.2 else "holds in part" if rows.mean < 1 else "does not hold here"
+    few = rows.mean <= math.log(0.1) and seconds.mean <= math.log(0.2)
+    holds = "holds" if few else "holds in part" if rows.mean < 0 else "does not hold here"
     said = (
         "With the moved ViT the larger model reaches the final accuracy of training everything from nothing with "
-        f"{rows.shown('.1%')} of its rows, {seconds.shown('.1%')} of its processor time and {flops.shown('.1%')} of its "
-        "operations"
+        f"{share(rows)} of its rows, {share(seconds)} of its processor time and {share(flops)} of its operations"
     )
     if len(results.rows["warmed"]) == len(results.rows["moved"]):
         against = ratios(results, "warmed", "rows").mean
-        shown = f"{against:.0%} of the rows" if math.isfinite(against) else "no number of rows that was tried"
+        shown = f"{math.exp(against):.0%} of the rows" if math.isfinite(against) else "no number of rows that was tried"
         said += f"; that of a ViT that was warmed up on its own with {shown}"
     ends, blind = results.of("random", "accuracy"), results.of("moved", "shuffled")
     guessed = blind.shown(".1%")

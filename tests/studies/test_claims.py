@@ -112,7 +112,7 @@ def test_scaling_holds_where_the_moved_vit_needs_a_tenth(tmp_path: Path) -> None
     assert Results(scaling.STUDY, lab).verdict() == Verdict("not measured yet", "Not measured yet: moved, random.")
     good, poor = [figures_of(100, 0.9)] * 3, [figures_of(100, 0.8)] * 3
     results = fake(lab, scaling.STUDY, {"moved": good, "random": poor})
-    assert results.verdict().holds == "holds" and "10.0% ± 0.0% of its rows" in results.verdict().sentence
+    assert results.verdict().holds == "holds" and "10.0% (10.0% to 10.0%) of its rows" in results.verdict().sentence
     assert "From nothing it ends at 80.0% ± 0.0%; features of other pictures give" in results.verdict().sentence
     results = fake(lab, scaling.STUDY, {"moved": poor, "random": good})
     assert results.verdict().holds == "does not hold here"
