@@ -393,7 +393,7 @@ def test_s3_nothing_is_unpacked() -> None:
         refused(serve, 400)
     head = reply(content_length=str(len(bomb)), content_type="image/png")
     error, _ = fetched(serve)
-    assert "unknown format" in str(error)
+    assert "is an archive" in str(error)
 
 
 def test_s3_nonsense_is_a_clean_400() -> None:
