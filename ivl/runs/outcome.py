@@ -10,16 +10,28 @@ from typing import Any
 
 from ivl.data.mixture import load_mixture
 from ivl.runs.config import RunConfig
+from ivl.utils.jsonl import reading_line
 
 SMOOTHED = 20
 """The picture's second line is the mean over one part in this many of the steps."""
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the rows of metrics.jsonl; a last line that was cut off is left out."""
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """Return the rows of metrics.jsonl; a last line that was cut off is left out.
+
+    Raises:
+        InputError: naming the line, for one that no run wrote.
+    """
+    path, rows = run_dir / "metrics.jsonl", []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else (), 1):
+        if line.endswith(b"\n"):
+            with reading_line(path, number, "remove the line"):
+                row = json.loads(line)
+                int(row["step"])
+                if row.get("evaluation", "validation") == "validation":
+                    float(row["loss"])
+                rows.append(row)
+    return rows
 
 
 def validation_losses(rows: Sequence[dict[str, Any]], last_step: int | None = None) -> list[tuple[int, float]]:

@@ -13,6 +13,7 @@ import pytest
 
 from ivl.errors import InputError
 from ivl.runs.directory import latest_checkpoint
+from ivl.runs.outcome import read_metrics
 from ivl.runs.run import run
 from ivl.train.loop import Evaluator
 from ivl.train.state import MARKER
@@ -257,3 +258,21 @@ def test_a_link_to_nothing_is_not_replaced(short_run, name):
     with pytest.raises(InputError, match=rf"{name}: is a link to nothing"):
         run(short_run)
     assert [path.name for path in folder.iterdir()] == [name] and (folder / name).is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b"{broken\n", "not valid JSON"),
+        (b'{"step": 1, "loss": "\xe9"}\n', "not valid JSON"),
+        (b"[]\n", "not a line that ivl wrote"),
+        (b'{"step": 1}\n', "not a line that ivl wrote"),
+    ],
+)
+def test_a_damaged_line_of_metrics_is_named(tmp_path, line, problem):
+    good = b'{"step": 1, "loss": 2.0}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(good + line + good + b'{"step"')
+    with pytest.raises(InputError, match=f"metrics.jsonl:2: {problem}"):
+        read_metrics(tmp_path)
+    (tmp_path / "metrics.jsonl").write_bytes(good + b'{"step"')  # the end was cut off: the run was killed
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
