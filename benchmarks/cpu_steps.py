@@ -7,8 +7,6 @@ better of two runs each. `--rows` times products of few rows instead, with one a
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -16,6 +14,7 @@ import torch
 import tyro
 
 import ivl
+from benchmarks.against_commit import best
 from ivl.cpu.kernels import dense, features, ops
 from ivl.cpu.kernels.launch import address_of
 from ivl.generators import Dtype
@@ -35,16 +34,6 @@ class Options:
     threads: int = 2
     rows: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Time products of few rows, without a model."""
-
-
-def best(run: Callable[[], object], times: int = 2) -> float:
-    run()
-    taken = []
-    for _ in range(times):
-        started = time.perf_counter()
-        run()
-        taken.append(time.perf_counter() - started)
-    return min(taken)
 
 
 @torch.inference_mode()
@@ -71,9 +60,9 @@ def steps(options: Options) -> None:
             step = cache.step(sequences[:count], (1,) * count)
             model.head(model(prompt[:count], step.layout, cache=step))
 
-    one, eight = (1e3 * best(lambda n=n: decode(n)) / STEPS for n in (1, 8))
+    one, eight = (1e3 * best(lambda n=n: decode(n), 2) / STEPS for n in (1, 8))
     print(
-        f"vision {best(lambda: model.encode_tiles(tile)):.2f} s, prefill {PROMPT} {best(read):.2f} s, "
+        f"vision {best(lambda: model.encode_tiles(tile), 2):.2f} s, prefill {PROMPT} {best(read, 2):.2f} s, "
         f"decode 1 {one:.0f} ms, decode 8 {eight:.0f} ms, peak {peak_memory_gb('cpu'):.2f} GB"
     )
 
