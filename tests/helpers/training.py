@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import os
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +17,7 @@ from ivl.lora.layers import add_lora, lora_parameters
 from ivl.model.vlm import VLM
 from ivl.runs.config import RunConfig
 from ivl.train.config import OptimConfig, Stage, TrainConfig
+from ivl.train.loop import Evaluator
 from ivl.train.stage import apply_stage
 from ivl.types import IGNORE, Batch, Layout
 from tests.conftest import tiny_config
@@ -104,3 +108,24 @@ class BatchList:
         # Ranks take turns, so together they have taken the first so many; the next turn may begin with any of the new ranks.
         self.next, more = divmod(sum(each["next"] for each in state), self.world_size)
         self.next += self.rank < more
+
+
+def wait_for(path: Path) -> None:
+    """Wait for at most a minute until something is there."""
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} never came"
+        time.sleep(0.01)
+
+
+def crash_at(step: int, run_dir: str, *, saved: int) -> Callable[[Any], tuple[Evaluator, ...]]:
+    """Return evaluators that end the process without a word after a step, once the checkpoint before it is on disk.
+
+    A sharded run writes its checkpoints while it trains: without the wait, the crash would end the save, too.
+    """
+
+    def crash(model: VLM) -> dict[str, float]:
+        wait_for(Path(run_dir) / f"checkpoint-{saved}")
+        os._exit(3)
+
+    return lambda _: (Evaluator("crash", step, crash),)

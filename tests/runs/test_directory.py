@@ -5,7 +5,6 @@ import os
 import resource
 import shutil
 import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from ivl.runs.run import run
 from ivl.train.loop import Evaluator
 from ivl.train.state import MARKER
 from ivl.utils.jsonl import AppendLog
-from tests.helpers.training import changed
+from tests.helpers.training import changed, wait_for
 from tests.runs.helpers import rows, same_weights, snapshot, start, steps
 
 
@@ -121,13 +120,6 @@ def test_a_killed_run_leaves_no_lock(short_run, tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.join(20)
     run(changed(config, num_steps=4), resume=True, allow_changed=True)
-
-
-def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not path.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(short_run, tmp_path, capsys):

@@ -32,7 +32,6 @@ from ivl.runs.config import RunConfig
 from ivl.runs.directory import checkpoint_writer, latest_checkpoint, read_trainer
 from ivl.runs.run import run
 from ivl.train.config import OptimConfig, Stage
-from ivl.train.loop import Evaluator
 from ivl.train.optim import Optimizer
 from ivl.train.shards import own_part, own_rows
 from ivl.train.stage import trainable
@@ -41,7 +40,7 @@ from ivl.train.world import World
 from tests.helpers.checkpoints import random_model, tiny_like
 from tests.helpers.mixtures import make_file, processor
 from tests.helpers.ranks import free_port, on_ranks
-from tests.helpers.training import changed
+from tests.helpers.training import changed, crash_at
 from tests.runs.helpers import redirect_errors, rows, same_weights, steps
 from tests.runs.test_curves import TASK
 
@@ -157,11 +156,7 @@ def train(rank: int, config: RunConfig) -> None:
 
 def train_until(rank: int, config: RunConfig, step: int) -> None:
     """Train, and end without a word after a step."""
-
-    def crash(model):
-        os._exit(3)
-
-    run(config, resume=True, evaluators=lambda _: (Evaluator("crash", step, crash),))
+    run(config, resume=True, evaluators=crash_at(step, config.run_dir, saved=step - 1))
 
 
 def test_runs_go_on_sharded_and_whole(sharded, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +14,10 @@ from ivl.preference.config import PreferenceConfig
 from ivl.runs.config import RunConfig
 from ivl.runs.run import run
 from ivl.train.config import OptimConfig, Stage
-from ivl.train.loop import Evaluator
 from ivl.utils.jsonl import read_journal
 from tests.helpers.pairs import make_pairs, pair_data
 from tests.helpers.ranks import on_ranks
-from tests.helpers.training import changed
+from tests.helpers.training import changed, crash_at
 from tests.runs.helpers import rows, same_weights, steps
 
 
@@ -31,10 +29,7 @@ def short(config: RunConfig, out: Path, **changes) -> RunConfig:
 
 
 def go_on(rank: int, config: RunConfig, crash: bool = False) -> None:
-    def stop(model):
-        os._exit(3)
-
-    run(config, resume=True, evaluators=(lambda _: (Evaluator("crash", 5, stop),)) if crash else None)
+    run(config, resume=True, evaluators=crash_at(5, config.run_dir, saved=4) if crash else None)
 
 
 def difference(a: RunConfig, b: RunConfig) -> float:

@@ -1,7 +1,6 @@
 """run() stopped and gone on with by another number of gloo ranks: every sample of every epoch is trained on exactly once."""
 
 import json
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -13,15 +12,15 @@ from ivl.data.config import DataConfig
 from ivl.runs.config import RunConfig
 from ivl.runs.run import run
 from ivl.train.config import OptimConfig, Stage
-from ivl.train.loop import Evaluator, Trainer
+from ivl.train.loop import Trainer
 from tests.helpers.mixtures import make_file, processor
 from tests.helpers.ranks import on_ranks
-from tests.helpers.training import run_config
+from tests.helpers.training import crash_at, run_config
 
 ROWS, EPOCHS = 40, 2
 
 
-def train_and_note(rank: int, world_size: int, config: RunConfig, crash_at: int, seen: Path) -> None:
+def train_and_note(rank: int, world_size: int, config: RunConfig, crash: int, seen: Path) -> None:
     original = Trainer._loss
 
     def noting(self, batch, place):
@@ -31,17 +30,14 @@ def train_and_note(rank: int, world_size: int, config: RunConfig, crash_at: int,
 
     Trainer._loss = noting
 
-    def crash(model):
-        os._exit(3)
-
-    run(config, resume=True, evaluators=(lambda _: (Evaluator("crash", crash_at, crash),)) if crash_at else None)
+    run(config, resume=True, evaluators=crash_at(crash, config.run_dir, saved=crash - 1) if crash else None)
 
 
-def run_on(world_size: int, config: RunConfig, seen: Path, *, crash_at: int = 0) -> Counter:
+def run_on(world_size: int, config: RunConfig, seen: Path, *, crash: int = 0) -> Counter:
     """What was trained on up to the last checkpoint before the crash, or to the end."""
-    on_ranks(world_size, train_and_note, world_size, config, crash_at, seen, exitcode=3 if crash_at else 0)
+    on_ranks(world_size, train_and_note, world_size, config, crash, seen, exitcode=3 if crash else 0)
     lines = [json.loads(line) for path in seen.glob(f"{world_size}-*") for line in path.read_text().splitlines()]
-    return Counter(i for step, ids in lines if not crash_at or step < crash_at - 1 for i in ids)
+    return Counter(i for step, ids in lines if not crash or step < crash - 1 for i in ids)
 
 
 @pytest.mark.parametrize(("shard", "phases"), [(False, (4, 2, 1)), (True, (2, 1))])
@@ -61,7 +57,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_epoch(tmp_path, shard, ph
     trained: Counter = Counter()
     for n, world_size in enumerate(phases):
         last = n == len(phases) - 1
-        trained += run_on(world_size, config, tmp_path / "seen", crash_at=0 if last else 2 * n + 3)  # 2 steps last, 1 is lost
+        trained += run_on(world_size, config, tmp_path / "seen", crash=0 if last else 2 * n + 3)  # 2 steps last, 1 is lost
     assert trained == {f"r{n}": EPOCHS for n in range(ROWS)}
     rows = [json.loads(line) for line in Path(config.run_dir, "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)) and rows[-1]["total_samples"] == EPOCHS * ROWS
