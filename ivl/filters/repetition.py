@@ -21,6 +21,8 @@ _TOKEN = re.compile(rf"[{_EAST}]|(?:(?![{_EAST}])[^\W_]){{1,40}}|[^\w\s]|_")
 """A word, a character of a script without spaces, or a punctuation mark."""
 _NO_WORDS = re.compile(r"https?://\S+|<box>[^<]*</box>")
 _TABLE_ROW = re.compile(r"^[ \t]*\|[^\n]*\|[ \t]*$", re.MULTILINE)
+_LONG = re.compile(rf"[^\s{_EAST}\u2500-\u259f]{{40,}}")
+"""A long stretch without a space."""
 _PERIODS = 6
 """Number of the commonest distances between equal n-grams that are tried as the period of a loop."""
 _MISMATCH = 1.6
@@ -71,7 +73,8 @@ class Repetition:
         if len(untabled) < len(plain):
             ids, weights = _numbered(_TOKEN.findall(untabled.casefold()))
         found.append((self._loop(ids, weights), "loop of words"))
-        found.append((self._loop(*_characters(plain)), "loop of characters"))
+        if long := _LONG.findall(plain):
+            found.append((self._loop(*_characters(long)), "loop of characters"))
         data = text.encode("utf-8", "replace")
         if len(data) >= 400:
             found.append((len(data) / len(zlib.compress(data, 6)) / self.max_compression, "compresses too well"))
@@ -97,9 +100,8 @@ class Repetition:
         return best
 
 
-def _characters(text: str) -> tuple[np.ndarray, np.ndarray]:
-    """Number the characters of long stretches without a space. A unique number ends each stretch."""
-    long = re.findall(rf"[^\s{_EAST}\u2500-\u259f]{{40,}}", text)
+def _characters(long: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Number the characters of stretches. A unique number ends each."""
     ids, weights = _numbered([char for stretch in long for char in stretch])
     ends = np.cumsum([len(stretch) for stretch in long], dtype=np.int64)
     return np.insert(ids, ends, -1 - np.arange(len(long))), np.insert(weights * 0.4, ends, 10.0)
@@ -137,6 +139,8 @@ def _periods(ids: np.ndarray) -> list[int]:
         grams = _ngrams(ids, n)
         order = np.argsort(grams, kind="stable")
         again = grams[order[1:]] == grams[order[:-1]]
+        if not again.any():  # so that no longer one comes again
+            break
         distances, counts = np.unique((order[1:] - order[:-1])[again], return_counts=True)
         ranked = np.lexsort((distances, -counts))[:_PERIODS]
         found += [int(d) for d in distances[ranked] if d not in found]
