@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import signal
-import subprocess
-import sys
 import time
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import pytest
+import torch
 
-from ivl.checkpoint import load_config, load_model, save_model
+from ivl.checkpoint import load_config, load_model, save_model, weights
 from ivl.checkpoint.convert import convert
 from ivl.checkpoint.files import new_directory
 from ivl.errors import InputError
@@ -122,30 +123,28 @@ def test_a_model_replaces_itself_on_request_only(source: Path, tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
-CHILD = """
-import sys, time
-from pathlib import Path
-from ivl.checkpoint import weights
-from ivl.checkpoint.convert import convert
-from ivl.errors import InputError
-slow = float(sys.argv[4])
-write = weights.write_tensors
-def write_slowly(path, tensors):
-    print("begun", flush=True)
-    time.sleep(slow)
-    write(path, tensors)
-weights.write_tensors = write_slowly
-try:
-    convert(Path(sys.argv[1]), Path(sys.argv[2]), to="transformers", weights_only=True, force=sys.argv[3] == "force")
-    print("done")
-except InputError as error:
-    print(f"refused: {error}")
-"""
+def convert_slowly(says: Connection, source: Path, target: Path, force: bool, seconds: float) -> None:
+    """Convert, and tell when the weights are begun and when all is done."""
+    torch.set_num_threads(1)
+    write = weights.write_tensors
+
+    def write_slowly(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        says.send("begun")
+        time.sleep(seconds)
+        write(path, tensors)
+
+    weights.write_tensors = write_slowly
+    convert(source, target, to="transformers", weights_only=True, force=force)
+    says.send("done")
 
 
-def child(source: Path, target: Path, force: bool, slow: float) -> subprocess.Popen[str]:
-    arguments = [str(source), str(target), "force" if force else "no", str(slow)]
-    return subprocess.Popen([sys.executable, "-c", CHILD, *arguments], stdout=subprocess.PIPE, text=True)
+def child(source: Path, target: Path, force: bool, seconds: float) -> tuple[ForkProcess, Connection]:
+    """Start `convert_slowly` in another process; returns when it has begun."""
+    said, says = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=convert_slowly, args=(says, source, target, force, seconds))
+    process.start()
+    assert said.recv() == "begun"
+    return process, said
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -153,11 +152,11 @@ def test_of_two_converts_into_one_place_one_wins(source: Path, tmp_path: Path, f
     target = tmp_path / "target"
     if force:
         save_model(random_model(tiny_like("1B"), seed=3), target)
-    first = child(source, target, force, 4)
-    assert first.stdout and first.stdout.readline() == "begun\n"
+    first, said = child(source, target, force, 2)
     with pytest.raises(InputError, match=r"target: another process is writing this directory"):
         rewrite(source, target, force=force)
-    assert first.communicate()[0] == "done\n"
+    assert said.recv() == "done"
+    first.join()
     assert same_weights(load_model(target), load_model(source))
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
@@ -169,10 +168,9 @@ def test_a_kill_leaves_the_old_model_or_the_new_one(source: Path, tmp_path: Path
     if force:
         save_model(random_model(tiny_like("1B"), seed=3), target)
     before = tree(target)
-    run = child(source, target, force, 60)
-    assert run.stdout and run.stdout.readline() == "begun\n"
-    run.send_signal(signal.SIGKILL)
-    run.wait()
+    run, _ = child(source, target, force, 60)
+    run.kill()
+    run.join()
     assert tree(target) == before and (tmp_path / ".target.ivl-part").exists()
     rewrite(source, target, force=force)
     assert json.loads((target / "config.json").read_text())["model_type"] == "internvl"
@@ -186,11 +184,10 @@ def test_kills_at_many_moments(source: Path, tmp_path: Path) -> None:
     models = [random_model(tiny_like("1B"), seed=3), load_model(source)]
     for step in range(8):
         save_model(models[0], target)
-        run = child(source, target, True, 0)
-        assert run.stdout and run.stdout.readline() == "begun\n"
+        run, _ = child(source, target, True, 0)
         time.sleep(step * 0.01)
-        run.send_signal(signal.SIGKILL)
-        run.wait()
+        run.kill()
+        run.join()
         assert any(same_weights(load_model(target), model) for model in models)
 
 
