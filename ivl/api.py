@@ -52,7 +52,7 @@ def load(
     Args:
         dtype: "auto" keeps the type the weights are stored in, but on a CPU takes float32 for float16 weights, and for
             bfloat16 weights where neither torch nor our kernels multiply them (no AVX2, no Arm BF16).
-        device: "auto" is the GPU if there is one.
+        device: "auto" is the GPU if there is one; "cuda:0,cuda:1" shares out the decoder's layers over these.
         max_tiles: Tiles an image may be cut into; None takes the checkpoint's.
         adapter: Directory of a LoRA adapter to reply with, which is not merged.
         tensor_parallel: Processes, each on a GPU of its own, that share the model. The others are started here, and end with

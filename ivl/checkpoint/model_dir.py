@@ -62,7 +62,8 @@ def load_model(
         dtype: of the parameters; None keeps that of most of the stored weights.
         quantized: accept a quantized model; pass False where weights will be changed.
         map_embeddings: leave the embedding table in its file where that is possible: only rows that are used take memory.
-        split: leaves this rank its share of the empty model (`ivl.parallel.tensor`), for which alone there is memory then.
+        split: changes the empty model before it gets memory: leaves this rank its share (`ivl.parallel.tensor`), or gives
+            layers memory on other cards (`ivl.gpu.spread`).
 
     Raises:
         InputError: if the model cannot be found, or its files do not describe exactly one model; nothing is allocated then.
@@ -72,8 +73,6 @@ def load_model(
     weights, entries = open_weights(directory, model, quantized=quantized)
     model = model.to(dtype or weights.main_dtype)
     if split is not None:
-        if quantized_layers(model):
-            raise InputError(f"{directory}: tensor_parallel needs weights that are not quantized")
         split(model)
     table = model.decoder.embeddings
     (name,) = next(entry.theirs for entry in entries if entry.ours == "decoder.embeddings.weight")

@@ -91,6 +91,8 @@ def run(
     task.settings()  # a missing file of rows is told before a model is loaded
     world = World() if load.tensor_parallel > 1 else start_world(load.device.partition(":")[0])
     if world.size > 1:
+        if "," in load.device:
+            raise InputError(f"--device {load.device} is for one process: torchrun gives each of {world.size} a card")
         load = replace(load, device=str(world.device))
     judge, grader = connect_judge(config, predictions)
     model = " + ".join([str(resolve(name)) if generator is None and Path(name).is_dir() else name, *load.adapter])

@@ -63,7 +63,8 @@ class LoadConfig:
     """Type of the weights; auto is the stored type where the processor computes in it well (bfloat16 needs AVX512-BF16, AMX
     or Arm BF16), else float32."""
     device: str = "auto"
-    """cpu, cuda, or auto: the GPU if there is one."""
+    """cpu, cuda, or auto: the GPU if there is one. Several share the layers of a model that is too large for one, in this
+    process: cuda:0,cuda:1."""
     max_tiles: int | None = None
     """Tiles an image may be cut into (more show finer detail and take longer); by default what the checkpoint says."""
     adapter: tuple[str, ...] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from ivl.checkpoint.adapter import adapted
 from ivl.cpu import accelerate, answers_in_bfloat16
 from ivl.errors import InputError, nearest, short
 from ivl.generators import LoadConfig
+from ivl.gpu.spread import SpreadEngine, spread
 from ivl.inference.engine import Engine
 from ivl.model.vlm import VLM
 from ivl.processing.processor import Processor
@@ -41,8 +43,11 @@ def load_engine(name: str | Path, config: LoadConfig | None = None, **engine_opt
         from ivl.generators.ranks import load_shared
 
         return load_shared(directory, config, engine_options)
-    models, processor = load_parts(directory, config, _device(config.device))
-    engine = Engine(models.pop(""), processor, variants=models, **engine_options)
+    cards = _devices(config.device)
+    put = partial(spread, cards=cards) if len(cards) > 1 else None
+    models, processor = load_parts(directory, config, str(cards[0]), put)
+    kind = Engine if put is None else SpreadEngine
+    engine = kind(models.pop(""), processor, variants=models, **engine_options)
     return gpu.accelerate(engine) if engine.model.device.type == "cuda" else engine
 
 
@@ -52,7 +57,7 @@ def load_parts(
     """Load the model and its variants by name, and the processor of a directory.
 
     Args:
-        split: leaves this process its share of the empty model.
+        split: see `load_model`.
     """
     dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
     model = load_model(directory, dtype=dtype, device=device, map_embeddings=True, split=split)
@@ -70,18 +75,26 @@ def load_parts(
     return models, processor
 
 
-def _device(name: str) -> str:
-    """Return the device to load to. Raises InputError if this machine does not have it."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError):
-        device = None
+def _devices(names: str) -> list[torch.device]:
+    """Return the device to load to, or several cards. Raises InputError if this machine does not have them."""
+    if names == "auto":
+        return [torch.device("cuda" if torch.cuda.is_available() else "cpu")]
+    devices: list[torch.device] = []
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device is None or not (device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < count)):
-        raise InputError(f"device must be auto, cpu or one of {count} cuda devices of this machine, got {short(name)}")
-    return name
+    for name in map(str.strip, str(names).split(",")):
+        try:
+            device = torch.device(name)
+        except RuntimeError:
+            device = None
+        if device is None or not (device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < count)):
+            raise InputError(f"device must be auto, cpu or one of {count} cuda devices of this machine, got {short(name)}")
+        devices.append(device)
+    several = f"device {names}: several devices are different cards by their numbers, as in cuda:0,cuda:1"
+    if len(devices) > 1 and (wrong := [device for device in devices if device.index is None or device.type != "cuda"]):
+        raise InputError(f"{several}, which {wrong[0]} is not")
+    if twice := [device for device in devices if devices.count(device) > 1]:
+        raise InputError(f"{several}, but {twice[0]} is named twice")
+    return devices
 
 
 def _efficient(stored: torch.dtype, device: str) -> torch.dtype:

@@ -21,6 +21,7 @@ from ivl.errors import InputError
 from ivl.model.decoder import DecoderLayer
 from ivl.model.linear import Linear
 from ivl.model.vlm import VLM
+from ivl.quant.layers import quantized_layers
 from ivl.train.losses import HeadShare
 from ivl.train.world import ModelCuts, ParameterCut, World
 
@@ -171,7 +172,13 @@ def split(model: VLM, world: World) -> None:
     """Leave this rank its share of a whole model, in place; on the meta device, its shapes.
 
     `model.config` stays that of the whole model, `model.decoder.config` becomes that of the layers here.
+
+    Raises:
+        InputError: if weights are quantized.
     """
+    if quantized_layers(model):
+        remedy = "take the original model, or share out its layers by device, as in cuda:0,cuda:1"
+        raise InputError(f"tensor_parallel needs weights that are not quantized: {remedy}")
     ranks = TensorRanks(world.group("tensor"), world.tensor_rank, world.tensor)
     local, decoder = local_config(model.config, ranks.count), model.decoder
     cuts: dict[str, ParameterCut] = {}

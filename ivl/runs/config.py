@@ -64,13 +64,16 @@ class RunConfig:
     all. One node may hold a copy."""
     tensor_parallel: int = 1
     """Neighboring ranks that share the heads, MLPs and vocabulary of one decoder, and the tiles of a pack."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the run computes; auto takes a GPU when there is one."""
+    device: str = "auto"
+    """Where the run computes: cpu, cuda, or auto, a GPU when there is one. Several GPUs take a process each, by torchrun."""
     save_dtype: Literal["float32", "bfloat16"] | None = None
     """Type of the final model's weights; None keeps that of the parameters."""
 
     def __post_init__(self) -> None:
         check_choices(self)
+        if self.device not in ("auto", "cpu", "cuda"):
+            remedy = "torchrun --nproc-per-node N trains on N cards, CUDA_VISIBLE_DEVICES says on which"
+            raise InputError(f"device must be auto, cpu or cuda, got {self.device!r}; {remedy}")
         if self.val_data is None and self.data.val_share:
             kept = dataclasses.replace(self.data, validation=True, epochs=1)
             object.__setattr__(self, "val_data", kept)

@@ -1,6 +1,6 @@
-"""The engine on the CPU and on the pretended card: `python -m tests.helpers.card_engine LIBRARY FOLDER` prints both as JSON.
+"""The engine on the CPU, on a pretended card and on two: `python -m tests.helpers.card_engine LIBRARY FOLDER` prints JSON.
 
-{"replies": {case: {device: ...}}, "waits": {case: ...}, "graphs": ..., "products": ..., "failed": {case: why}}
+{"replies": {case: {device: ...}}, "waits": {case: ...}, "graphs": ..., "products": ..., "spread": ..., "failed": {case: why}}
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from typing import Any
 from tests.helpers import pretend
 from tests.helpers.card_cases import DEVICES, attempt
 
+TWO_CARDS = "cuda:1,cuda:0"
+"""The first of them is not the current device."""
+SIZES = {"block_size": 256, "max_cache_tokens": 16384}
 SAMPLED = (
     {"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.9}, {"temperature": 1.3, "top_k": 7, "min_p": 0.02},
     {"temperature": 0.9, "top_k": 40, "top_p": 0.8, "repetition_penalty": 1.3},
@@ -24,17 +27,20 @@ SAMPLED = (
 
 
 def main(library: Path, folder: Path) -> None:
-    pretend.start(library)
+    pretend.start(library, cards=4)
     import torch
 
     torch.set_num_threads(1)
     folder.mkdir(parents=True)
     make(folder)
-    result: dict[str, dict[str, Any]] = {name: {} for name in ("replies", "waits", "graphs", "products", "failed")}
+    result: dict[str, dict[str, Any]] = {name: {} for name in ("replies", "waits", "graphs", "products", "spread", "failed")}
     for case, (dtype, answer) in CASES.items():
         attempt(result, "replies", case, partial(on_both, folder, dtype, answer))
     for case, options in {"greedy": {}, "sampled": SAMPLED[1], "penalties": SAMPLED[3], "logprobs": {"logprobs": 2}}.items():
-        attempt(result, "waits", case, partial(waits, folder, options))
+        attempt(result, "waits", case, partial(waits, folder, "cuda", options))
+    attempt(result, "waits", "two cards", partial(waits, folder, TWO_CARDS, SAMPLED[1]))
+    for name, function in {"places": places, "adapter": adapters, "refused": refused, "mixed": mixed}.items():
+        attempt(result, "spread", name, partial(function, folder))
     attempt(result, "graphs", "two steps of a bucket", partial(two_steps, folder))
     attempt(result, "graphs", "small blocks", partial(small_blocks, folder))
     for case in ("int8", "int4", "int4 zero point", "W8A8"):
@@ -57,8 +63,9 @@ def make(folder: Path) -> None:
 
     tokenizer = train_tokenizer(["what colour is the shape? red green blue yes no circle"] * 3, 304)
     decoder = replace(
-        tiny_config().decoder, vocab_size=len(tokenizer), width=64, mlp_width=128, head_dim=16, max_positions=2048
-    )
+        tiny_config().decoder, vocab_size=len(tokenizer), width=64, num_layers=3, mlp_width=128, head_dim=16,
+        max_positions=2048,
+    )  # fmt: skip
     config = replace(
         tiny_config(), decoder=decoder, image_token_id=tokenizer.id("<IMG_CONTEXT>"),
         eos_token_ids=(tokenizer.id("<|im_end|>"),), system_message="",
@@ -79,12 +86,13 @@ def engine_of(folder: Path, device: str, dtype: str, model: str = "plain") -> An
     from ivl.generators.local import load_engine
 
     options = LoadConfig(device=device, dtype=dtype)  # type: ignore[arg-type]
-    return load_engine(folder / model, options, block_size=256, max_cache_tokens=16384)
+    return load_engine(folder / model, options, **SIZES)
 
 
 def on_both(folder: Path, dtype: str, answer: Callable[[Any, Path], Any]) -> dict[str, Any]:
     model, _, dtype = dtype.rpartition(" ")
-    return {device: answer(engine_of(folder, device, dtype, model or "plain"), folder) for device in DEVICES}
+    devices = (*DEVICES, TWO_CARDS)
+    return {device: answer(engine_of(folder, device, dtype, model or "plain"), folder) for device in devices}
 
 
 def texts() -> list[Any]:
@@ -179,7 +187,7 @@ def evaluated(engine: Any, folder: Path) -> Any:
     from ivl.evaluation.run import evaluate
     from tests.evaluation.test_run import Sums
 
-    predictions = folder / f"{engine.model.device.type}.jsonl"
+    predictions = folder / f"{engine.model.device}.jsonl"
     report = evaluate(Sums(), engine, EvalConfig(batch_size=8, limit=12), model="m", predictions=predictions)
     rows = [json.loads(line) for line in predictions.read_text().splitlines()]
     return [report["value"], report["n"], [row.get("reply") for row in rows]]
@@ -196,12 +204,12 @@ CASES: dict[str, tuple[str, Callable[[Any, Path], Any]]] = {
 """The dtype, behind the model where it is not the plain one, and what is asked."""
 
 
-def waits(folder: Path, options: dict[str, Any]) -> dict[str, int]:
+def waits(folder: Path, device: str, options: dict[str, Any]) -> dict[str, int]:
     """What the host waits for in a step that decodes four replies."""
     from ivl import SamplingParams
     from tests.helpers.waits import Waits
 
-    engine = engine_of(folder, "cuda", "float16")
+    engine = engine_of(folder, device, "float16")
     params = [SamplingParams(max_new_tokens=20, ignore_eos=True, seed=n, **options) for n in range(4)]
     requests = [engine.submit(each, one) for each, one in zip(texts(), params, strict=False)]
     for _ in range(4):
@@ -230,6 +238,80 @@ def two_steps(folder: Path) -> dict[str, Any]:
         "graphs": len(card_graphs.graphs), "replays": card_graphs.graphs[0].replays, "operations": len(traces[0]),
         "equal": all(trace == traces[0] for trace in traces), "traces": len(traces),
     }  # fmt: skip
+
+
+def places(folder: Path) -> dict[str, Any]:
+    """Where layers, their cache and the rest lie, and the copies between cards in a step that decodes four replies."""
+    from ivl import SamplingParams
+    from tests.helpers.waits import Moves
+
+    engine = engine_of(folder, TWO_CARDS, "float16")
+    layers = [{str(p.device) for p in layer.parameters()} for layer in engine.model.decoder.layers]
+    others = {str(p.device) for name, p in engine.model.named_parameters() if not name.startswith("decoder.layers.")}
+    for each in texts()[:4]:
+        engine.submit(each, SamplingParams(max_new_tokens=20, ignore_eos=True))
+    for _ in range(4):
+        engine.step()
+    with Moves() as moves:
+        engine.step()
+    return {
+        "layers": [*map(list, layers)], "others": list(others), "moves": moves.found,
+        "cache": [[str(store.keys.device), len(store.keys)] for store in engine.cache.stores],
+    }  # fmt: skip
+
+
+def adapters(folder: Path) -> list[Any]:
+    """Replies with an adapter, by device."""
+    import torch
+
+    from ivl.checkpoint import load_model
+    from ivl.checkpoint.adapter import save_adapter
+    from ivl.config import LoraConfig
+    from ivl.generators import LoadConfig
+    from ivl.generators.local import load_engine
+    from ivl.lora.layers import add_lora
+
+    model = load_model(folder / "plain")
+    add_lora(model, LoraConfig(rank=4, targets=("decoder.layers", "decoder.head")))
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data.normal_(std=0.3, generator=generator)
+    save_adapter(model, folder / "adapter")
+    options = [LoadConfig(device=device, dtype="float32", adapter=(str(folder / "adapter"),)) for device in ("cpu", TWO_CARDS)]
+    return [greedy(load_engine(folder / "plain", each, **SIZES), folder) for each in options]
+
+
+def refused(folder: Path) -> dict[str, str]:
+    """What is said of devices that cannot be had, by what was asked for."""
+    from ivl.errors import InputError
+    from ivl.generators import LoadConfig
+    from ivl.generators.local import load_engine
+
+    said = {}
+    for device in ("cuda:0,cpu", "cuda,cuda:1", "cuda:1,cuda:1", "cuda:0,cuda:4", "cuda:0,", "cuda:0,cuda:1,cuda:2,cuda:3"):
+        try:
+            load_engine(folder / "plain", LoadConfig(device=device))
+        except InputError as error:
+            said[device] = str(error)
+    for options in ({"tensor_parallel": 2}, {"max_cache_tokens": 1 << 30}):
+        try:
+            config = LoadConfig(device=TWO_CARDS, tensor_parallel=options.pop("tensor_parallel", 1))
+            load_engine(folder / "plain", config, **options)
+        except InputError as error:
+            said["tensor ranks" if config.tensor_parallel > 1 else "cache"] = str(error)
+    return said
+
+
+def mixed(folder: Path) -> str:
+    """What the devices say of two cards in one call, without which nothing here could fail."""
+    import torch
+
+    try:
+        torch.ones(2, device="cuda:0") + torch.ones(2, device="cuda:1")
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return ""
 
 
 def small_blocks(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""A device cuda:0 on the host's memory for a torch without CUDA (see pretend.cpp).
+"""Devices cuda:0, cuda:1, ... on the host's memory for a torch without CUDA (see pretend.cpp).
 
 `start` must come before torch is imported, so a test runs what needs the device in a process of its own.
 """
@@ -57,9 +57,10 @@ def printed_by(module: str, tmp_path_factory: pytest.TempPathFactory, config: py
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def start(library: Path) -> None:
-    """Load the device and import torch, whose CUDA functions then answer as on a machine with one card."""
+def start(library: Path, cards: int = 1) -> None:
+    """Load the devices and import torch, whose CUDA functions then answer as on a machine with so many cards."""
     assert "torch" not in sys.modules
+    os.environ["PRETEND_CARDS"] = str(cards)
     names = ("libtorch_global_deps.so", "libc10.so", "libtorch_cpu.so")
     for path in (*(torch_directory() / "lib" / name for name in names), library):
         ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
@@ -70,7 +71,7 @@ def start(library: Path) -> None:
     answers = {
         **dict.fromkeys(("_lazy_init", "synchronize", "set_device", "set_rng_state", "manual_seed", "manual_seed_all")),
         "is_available": True, "is_bf16_supported": True, "is_initialized": False, "is_current_stream_capturing": False,
-        "device_count": 1, "current_device": 0, "get_device_capability": (9, 0), "mem_get_info": (80 << 30, 80 << 30),
+        "device_count": cards, "current_device": 0, "get_device_capability": (9, 0), "mem_get_info": (80 << 30, 80 << 30),
         "max_memory_allocated": 0, "reset_peak_memory_stats": None, "get_device_name": "a pretended card",
     }  # fmt: skip
     for name, answer in answers.items():  # a function for each, for dynamo tells them by identity

@@ -80,6 +80,21 @@ class Waits(TorchDispatchMode):
         super().__exit__(*error)
 
 
+class Moves(TorchDispatchMode):
+    """Counts copies from one card to another within a `with`, as [from, to, shape]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[list[Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        to, source = args[:2] if func._schema.name == "aten::copy_" else (out, args[0] if args else None)
+        if on_card(to) and on_card(source) and to.device != source.device:
+            self.found.append([str(source.device), str(to.device), list(to.shape)])
+        return out
+
+
 def on_card(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_cuda
 
