@@ -77,6 +77,7 @@ def test_options_come_from_a_file_and_the_command_line_goes_before_it(here: Path
         ("model: tiny", "name a recipe, or finetune, lora or mpo"),
         ("recipe: finetune\nmodel: tiny", "needs --model and --data"),
         ("recipe: lora\nmodel: tiny\ndata: data/rows.jsonl\nlora_rank: 3", "--lora-rank is --lora.rank"),
+        ("recipe: lora\nmodel: tiny\ndata: data/rows.jsonl\ndevice: cuda:0,cuda:1", "torchrun --nproc-per-node N trains on N"),
     ],
 )
 def test_mistakes_in_a_file_are_named(text: str, message: str) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from ivl.checkpoint.model_dir import allocate
 from ivl.errors import InputError
 from ivl.inference.engine import CACHE_SHARE_OF_MEMORY, DEFAULT_CACHE_TOKENS, Engine, ProcessorLike
-from ivl.model.cache import CachedSequence, CacheStep, PagedCache
+from ivl.model.cache import PAGE_ON_CARDS, CachedSequence, CacheStep, PagedCache
 from ivl.model.decoder import Decoder
 from ivl.model.devices import send
 from ivl.model.vlm import VLM
@@ -81,17 +81,15 @@ class SpreadEngine(Engine):
         room = min(torch.cuda.mem_get_info(card)[0] // (bytes_per_layer * count) for card, count in decoder.cards)
         default = max(1, min(DEFAULT_CACHE_TOKENS, room // CACHE_SHARE_OF_MEMORY))
         tokens = default if max_cache_tokens is None else max_cache_tokens
+        if isinstance(tokens, int) and tokens + PAGE_ON_CARDS > room:
+            memory = f"the memory of the fullest card has room for {room} at most"
+            raise InputError(f"max_cache_tokens is {tokens}, {memory}: lower it")
         super().__init__(model, processor, max_cache_tokens=tokens, **options)
-        cache, num_tokens = self.cache, self.cache.num_blocks * self.cache.block_size
-        if num_tokens > room:
-            raise InputError(f"max_cache_tokens is {tokens}, the fullest card has room for {room} at most: lower it")
+        cache, sizes = self.cache, {"num_tokens": tokens, "block_size": self.cache.block_size}
         others = [
-            PagedCache(
-                replace(config, num_layers=count), num_tokens=num_tokens, block_size=cache.block_size, dtype=model.dtype,
-                device=card,
-            )
+            PagedCache(replace(config, num_layers=count), dtype=model.dtype, device=card, **sizes)
             for card, count in decoder.cards[1:]
-        ]  # fmt: skip
+        ]
         cache.__class__ = SpreadCache
         assert isinstance(cache, SpreadCache)
         cache.stores = (cache, *others)

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from ivl.cli.eval import evaluate
+from ivl.errors import InputError
+from ivl.evaluation import run
+from ivl.train.world import World
 from tests.helpers.engines import tiny_directory
 from tests.helpers.ranks import on_ranks
 
@@ -29,3 +32,9 @@ def test_ranks_share_the_questions(tmp_path: Path) -> None:
     assert sorted(lines[0]) == sorted(lines[1])
     on_ranks(2, _rank, [*command, str(tmp_path / "two.json")])
     assert (tmp_path / "two.predictions.jsonl").read_text().splitlines() == lines[1]
+
+
+def test_a_model_on_several_cards_is_for_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "start_world", lambda _: World(0, 2))
+    with pytest.raises(InputError, match="--device cuda:0,cuda:1 is for one process: torchrun gives each of 2 a card"):
+        evaluate(["tiny", "--device", "cuda:0,cuda:1", "--out", str(tmp_path / "report.json")])

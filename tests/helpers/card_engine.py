@@ -35,7 +35,8 @@ def main(library: Path, folder: Path) -> None:
     make(folder)
     result: dict[str, dict[str, Any]] = {name: {} for name in ("replies", "waits", "graphs", "products", "spread", "failed")}
     for case, (dtype, answer) in CASES.items():
-        attempt(result, "replies", case, partial(on_both, folder, dtype, answer))
+        devices = (*DEVICES, TWO_CARDS) if case in SPREAD else DEVICES
+        attempt(result, "replies", case, partial(on_each, folder, devices, dtype, answer))
     for case, options in {"greedy": {}, "sampled": SAMPLED[1], "penalties": SAMPLED[3], "logprobs": {"logprobs": 2}}.items():
         attempt(result, "waits", case, partial(waits, folder, "cuda", options))
     attempt(result, "waits", "two cards", partial(waits, folder, TWO_CARDS, SAMPLED[1]))
@@ -49,7 +50,7 @@ def main(library: Path, folder: Path) -> None:
 
 
 def make(folder: Path) -> None:
-    """Save a tiny model whose layers every quantized product takes, and quantized copies."""
+    """Save a tiny model whose layers every quantized product takes, quantized copies, and a model with a third layer."""
     import torch
 
     from ivl.checkpoint import save_model, save_processor
@@ -63,19 +64,20 @@ def make(folder: Path) -> None:
 
     tokenizer = train_tokenizer(["what colour is the shape? red green blue yes no circle"] * 3, 304)
     decoder = replace(
-        tiny_config().decoder, vocab_size=len(tokenizer), width=64, num_layers=3, mlp_width=128, head_dim=16,
-        max_positions=2048,
-    )  # fmt: skip
+        tiny_config().decoder, vocab_size=len(tokenizer), width=64, mlp_width=128, head_dim=16, max_positions=2048
+    )
     config = replace(
         tiny_config(), decoder=decoder, image_token_id=tokenizer.id("<IMG_CONTEXT>"),
         eos_token_ids=(tokenizer.id("<|im_end|>"),), system_message="",
     )  # fmt: skip
-    torch.manual_seed(1)
-    model = VLM(config).eval()
-    model.init_weights()
-    enliven(model)
-    save_model(model, folder / "plain")
-    save_processor(Processor(config, tokenizer), folder / "plain")
+    for name, layers in (("plain", 2), ("deep", 3)):
+        config = replace(config, decoder=replace(decoder, num_layers=layers))
+        torch.manual_seed(1)
+        model = VLM(config).eval()
+        model.init_weights()
+        enliven(model)
+        save_model(model, folder / name)
+        save_processor(Processor(config, tokenizer), folder / name)
     int8, int4 = QuantConfig(bits=8), QuantConfig(bits=4, group=32)
     for name, scheme in {"int8": int8, "int4": int4, "W8A8": QuantConfig(bits=8, activations=True)}.items():
         convert(folder / "plain", folder / name, schemes=QuantPlan(language=scheme))
@@ -89,9 +91,8 @@ def engine_of(folder: Path, device: str, dtype: str, model: str = "plain") -> An
     return load_engine(folder / model, options, **SIZES)
 
 
-def on_both(folder: Path, dtype: str, answer: Callable[[Any, Path], Any]) -> dict[str, Any]:
+def on_each(folder: Path, devices: tuple[str, ...], dtype: str, answer: Callable[[Any, Path], Any]) -> dict[str, Any]:
     model, _, dtype = dtype.rpartition(" ")
-    devices = (*DEVICES, TWO_CARDS)
     return {device: answer(engine_of(folder, device, dtype, model or "plain"), folder) for device in devices}
 
 
@@ -199,9 +200,11 @@ CASES: dict[str, tuple[str, Callable[[Any, Path], Any]]] = {
     "prefixes half": ("float16", prefixes), "pictures": ("float32", pictures), "pictures half": ("float16", pictures),
     "video": ("float16", video), "cancelled": ("float16", cancelled), "guided": ("float32", guided),
     "evaluated": ("float16", evaluated), "int8": ("int8 float32", greedy), "int4": ("int4 float32", greedy),
-    "W8A8": ("W8A8 float32", greedy),
+    "W8A8": ("W8A8 float32", greedy), "deep": ("deep float32", prefixes),
 }  # fmt: skip
 """The dtype, behind the model where it is not the plain one, and what is asked."""
+SPREAD = ("greedy half", "sampled", "prefixes half", "pictures half", "cancelled", "int8", "int4", "W8A8", "deep")
+"""The cases that two cards answer, too."""
 
 
 def waits(folder: Path, device: str, options: dict[str, Any]) -> dict[str, int]:
@@ -245,7 +248,7 @@ def places(folder: Path) -> dict[str, Any]:
     from ivl import SamplingParams
     from tests.helpers.waits import Moves
 
-    engine = engine_of(folder, TWO_CARDS, "float16")
+    engine = engine_of(folder, TWO_CARDS, "float16", "deep")
     layers = [{str(p.device) for p in layer.parameters()} for layer in engine.model.decoder.layers]
     others = {str(p.device) for name, p in engine.model.named_parameters() if not name.startswith("decoder.layers.")}
     for each in texts()[:4]:
@@ -291,13 +294,13 @@ def refused(folder: Path) -> dict[str, str]:
     said = {}
     for device in ("cuda:0,cpu", "cuda,cuda:1", "cuda:1,cuda:1", "cuda:0,cuda:4", "cuda:0,", "cuda:0,cuda:1,cuda:2,cuda:3"):
         try:
-            load_engine(folder / "plain", LoadConfig(device=device))
+            load_engine(folder / "deep", LoadConfig(device=device))
         except InputError as error:
             said[device] = str(error)
-    for options in ({"tensor_parallel": 2}, {"max_cache_tokens": 1 << 30}):
+    for options in ({"tensor_parallel": 2}, {"max_cache_tokens": 1 << 28}):
         try:
             config = LoadConfig(device=TWO_CARDS, tensor_parallel=options.pop("tensor_parallel", 1))
-            load_engine(folder / "plain", config, **options)
+            load_engine(folder / "deep", config, **options)
         except InputError as error:
             said["tensor ranks" if config.tensor_parallel > 1 else "cache"] = str(error)
     return said
