@@ -60,6 +60,7 @@ def main(options: Options) -> None:
         for task in options.tasks:
             sides = [("before", options.tree), ("now", HERE)]
             for side, tree in sides if number % 2 == 0 else reversed(sides):
+                print(f"round {number + 1} of {options.rounds}: {task}, {side}", file=sys.stderr, flush=True)
                 for name, seconds in run_side(tree, task, models, options).items():
                     figures.setdefault(name, Times()).seconds[side].append(seconds)
         report(figures, number + 1)
