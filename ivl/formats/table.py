@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -175,20 +176,20 @@ class ParquetRows(TableRows):
 
 
 class ArrowRows(TableRows):
-    """An Arrow file or stream, memory-mapped: a row costs its own bytes."""
+    """An Arrow file or stream, memory-mapped: a row costs its own bytes. Compressed batches are all unpacked at once."""
 
     container = "arrow"
 
     def _open(self) -> list[pa.RecordBatch]:
         if self._file is None:
             source = pa.memory_map(str(self.path))
-            is_file = source.read(6) == b"ARROW1"
-            source.seek(0)
-            if is_file:
-                reader = pa.ipc.open_file(source)
-                self._file = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-            else:
-                self._file = list(pa.ipc.open_stream(source))
+            start = 8 if source.read(6) == b"ARROW1" else 0  # a file is a stream, and a list of its batches that is not read
+            source.seek(start)
+            if (size := _unpacked_bytes(source)) > MAX_GROUP_BYTES:
+                problem = f"its batches are compressed and take {size:,} bytes in memory, the limit is {MAX_GROUP_BYTES:,}"
+                raise InputError(f"{self.path}: {problem}; write it without compression, or as parquet")
+            source.seek(start)
+            self._file = list(pa.ipc.open_stream(source))
         return self._file
 
     def _block_sizes(self) -> list[int]:
@@ -198,6 +199,45 @@ class ArrowRows(TableRows):
         row = self._open()[block].slice(at, 1)
         row.validate(full=True)
         return row
+
+
+def _unpacked_bytes(source: pa.NativeFile) -> int:
+    """What the compressed buffers of a stream's batches take in memory, by the number before each.
+
+    The numbers of Arrow's Message.fbs are those of its fields: a message has its kind (1) and its batch (2), a batch of a
+    dictionary its values (1), and a batch its buffers (2), each with place and length, and its compression (3).
+    """
+    total, messages = 0, pa.ipc.MessageReader.open_stream(source)
+    while True:
+        try:
+            message = messages.read_next_message()
+        except StopIteration:
+            return total
+        data, body = message.metadata.to_pybytes(), message.body
+        header = _field(data, _target(data, 0), 2)
+        if message.type == "dictionary":
+            header = _field(data, _target(data, header), 1)
+        elif message.type != "record batch":
+            continue
+        batch = _target(data, header)
+        if _field(data, batch, 3) and (buffers := _field(data, batch, 2)):
+            at = _target(data, buffers)
+            (count,) = struct.unpack_from("<I", data, at)
+            for place, length in struct.iter_unpack("<qq", data[at + 4 : at + 4 + 16 * count]):
+                total += max(length, int.from_bytes(body[place : place + 8], "little", signed=True)) if length else 0
+
+
+def _target(data: bytes, at: int) -> int:
+    """Where the reference at a place of a flatbuffer leads."""
+    return at + struct.unpack_from("<I", data, at)[0]
+
+
+def _field(data: bytes, table: int, number: int) -> int:
+    """Where a table of a flatbuffer has a field, 0 if it lacks it."""
+    fields = table - struct.unpack_from("<i", data, table)[0]
+    entry = 4 + 2 * number
+    offset = struct.unpack_from("<H", data, fields + entry)[0] if entry < struct.unpack_from("<H", data, fields)[0] else 0
+    return offset and table + offset
 
 
 def saved_files(folder: Path) -> list[Path]:

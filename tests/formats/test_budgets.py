@@ -124,6 +124,25 @@ def test_a_value_of_a_dictionary_counts_as_often_as_it_is_shown(tmp_path: Path) 
     assert len(errors) == 1 and errors[0].startswith(f"{tmp_path}/a.arrow:row 1: a row of some 41,9") and used < 150
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_compressed_batches_are_weighed_before_they_are_unpacked(
+    tmp_path: Path, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    letters = ["a" * 10_000, "b" * 10_000]
+    table = pa.table({"text": pa.chunked_array([letters, letters]), "kind": pa.array(letters * 2).dictionary_encode()})
+    path, options = tmp_path / "a.arrow", pa.ipc.IpcWriteOptions(compression="zstd")
+    with (pa.ipc.new_stream if stream else pa.ipc.new_file)(str(path), table.schema, options=options) as writer:
+        writer.write_table(table)
+    assert path.stat().st_size < 4000
+    assert open_rows(path)[3] == {"text": letters[1], "kind": letters[1]}
+    monkeypatch.setattr("ivl.formats.table.MAX_GROUP_BYTES", 60_000)  # 40,000 of the texts, and 20,000 of the dictionary
+    with pytest.raises(InputError, match=r"compressed and take 60,\d+ bytes in memory, the limit is 60,000; write it without"):
+        open_rows(path)
+    with pa.ipc.new_file(str(path), table.schema) as writer:
+        writer.write_table(table)
+    assert open_rows(path)[0]["text"] == letters[0]  # not compressed: it is mapped
+
+
 def test_honest_tables_are_read_as_before(tmp_path: Path) -> None:
     rows = [{"id": n, "images": [{"bytes": bytes([n % 256]) * 9, "path": None}] * (n % 3), "text": "é" * n, "clip": [0.5, n]}
             for n in range(300)]  # fmt: skip
