@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -37,11 +38,12 @@ def write_demo(folder: Path) -> list[Path]:
     """
     files = {folder / name: content for name, content in _files()}
     try:
-        if changed := [path for path, content in files.items() if path.exists() and path.read_bytes() != content]:
+        there = [path for path in files if os.path.lexists(path)]
+        if changed := [path for path in there if not _holds(path, files[path])]:
             raise InputError(f"{changed[0]}: exists and is another file; choose another folder")
-        for path, content in files.items():
+        for path in files.keys() - there:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
+            path.write_bytes(files[path])
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
     parquet = folder / PARQUET
@@ -53,6 +55,11 @@ def write_demo(folder: Path) -> list[Path]:
             raise
         return [*files]
     return [*files, parquet]
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    """Whether a path is a file of this content, which is read only where its kind and size are right."""
+    return path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content
 
 
 def _files() -> Iterator[tuple[str, bytes]]:

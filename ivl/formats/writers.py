@@ -16,8 +16,10 @@ import tarfile
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from ivl.errors import DataError
+from ivl.errors import DataError, InputError
 from ivl.types import ImageRef, VideoRef
+from ivl.utils.budgets import MAX_ROW_MEDIA_BYTES
+from ivl.utils.files import regular
 
 WrittenLayout = Literal["reference", "openai", "sharegpt", "swift"]
 """Layouts that rows are written in."""
@@ -178,7 +180,13 @@ def _embedded(ref: ImageRef | VideoRef, source: str, layout: str) -> dict[str, A
         return {"bytes": ref.source, "path": None}
     path = Path(str(ref.source))
     try:
+        if (size := regular(path).st_size) > MAX_ROW_MEDIA_BYTES:
+            raise DataError(source, "too_long", f"{path} has {size:,} bytes, the limit of a row is {MAX_ROW_MEDIA_BYTES:,}")
         data = path.read_bytes()
+    except DataError:
+        raise
+    except InputError as error:  # a pipe or a device
+        raise DataError(source, "undecodable_media", str(error)) from None
     except (OSError, ValueError) as error:
         raise DataError(source, "missing_media", f"no such file: {path} ({error})") from None
     if not data:

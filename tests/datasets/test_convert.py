@@ -192,6 +192,20 @@ def test_bad_rows_stop_or_are_counted(tmp_path):
     assert sorted(each.name for each in tmp_path.iterdir()) == ["a.jsonl", "b.tar"]
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "a.tar"])
+def test_special_and_huge_files_are_not_taken_in(tmp_path, name):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(1 << 40)
+    path, seen = tmp_path / "rows.jsonl", []
+    media = ("pipe.png", "zero.png", "huge.png", None)
+    path.write_text("\n".join(json.dumps({"image": image, "conversations": turns("q", "a")}) for image in media))
+    assert convert(path, tmp_path / name, on_error="skip", on_bad=seen.append).rows == 1
+    words = ("is a pipe", "is a device", "1,099,511,627,776 bytes, the limit of a row is 100,000,000")
+    assert all(each in str(error) for each, error in zip(words, seen, strict=True))
+
+
 def test_replies_of_pairs_are_carried_over(tmp_path):
     rows = [{"query": "q", "response": "a", "rejected_response": "b"}, {"prompt": "q", "chosen": "a", "rejected": "b"}]
     for number, row in enumerate(rows):

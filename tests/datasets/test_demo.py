@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -60,6 +61,15 @@ def test_same_at_every_call_and_own_files_stay(folder: Path, tmp_path: Path) -> 
     with pytest.raises(InputError, match=r"data/train.jsonl: exists and is another file"):
         write_demo(tmp_path)
     assert (tmp_path / "data/train.jsonl").read_text() == "mine\n" and not (tmp_path / "picture.png").exists()
+    (tmp_path / "data/train.jsonl").write_bytes((folder / "data/train.jsonl").read_bytes())
+    (tmp_path / "picture.png").symlink_to("elsewhere.png")
+    with pytest.raises(InputError, match=r"picture.png: exists and is another file"):
+        write_demo(tmp_path)
+    assert not (tmp_path / "elsewhere.png").exists()
+    (tmp_path / "picture.png").unlink()
+    os.mkfifo(tmp_path / "picture.png")
+    with pytest.raises(InputError, match=r"picture.png: exists and is another file"):
+        write_demo(tmp_path)
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
