@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import re
 import struct
-import unicodedata
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from ivl.filters.buckets import MapInOrder, earliest_alike, words_of, write_item
 from ivl.processing.image import load_image
 from ivl.types import ImageRef, Record, Text
 from ivl.utils.shuffles import mix
+from ivl.utils.unicode import normal_form
 
 BANDS, NUM_HASHES = 16, 64
 """Bands of 4 hashes: two texts that share 80% of their shingles meet in one with probability 0.9997, 60% with 0.89."""
@@ -218,7 +218,7 @@ class _Sketches:
 
 def normalized(text: str) -> str:
     """Fold case, replace compatibility forms, drop punctuation and leave one space between words."""
-    return " ".join(re.sub(r"[.,!?;:…'\"“”‘’。，！？；：、()\s]+", " ", unicodedata.normalize("NFKC", text).casefold()).split())
+    return " ".join(re.sub(r"[.,!?;:…'\"“”‘’。，！？；：、()\s]+", " ", normal_form("NFKC", text).casefold()).split())
 
 
 def _minhash(plain: str) -> bytes:

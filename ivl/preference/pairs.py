@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from ivl.preference.questions import QuestionSource
 from ivl.utils.files import NewFiles, write_json
 from ivl.utils.jsonl import Journal, json_line, read_journal, reading_line, whole_text
 from ivl.utils.strict_json import from_json
+from ivl.utils.unicode import normal_form
 
 FILES = ("pairs.jsonl", "format_pairs.jsonl", "grades.jsonl")
 ABOUT = ("meta.json", "report.json", "report.html")
@@ -257,7 +257,7 @@ def _trainable(pairs: list[dict[str, Any]], tally: Tally, max_chars: int) -> lis
     """Leave out and count the pairs that training refuses: asked of the reader of its rows, and of the files of images."""
     kept = []
     for pair in pairs:
-        texts = [unicodedata.normalize("NFC", pair[side]) for side in ("chosen", "rejected")]
+        texts = [normal_form("NFC", pair[side]) for side in ("chosen", "rejected")]
         images = [pair["image"]] if isinstance(pair.get("image"), str) else pair.get("image", [])
         reason = ""
         if texts[0] == texts[1]:

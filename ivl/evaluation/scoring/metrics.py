@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 import re
-import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 from ivl.errors import InputError
 from ivl.evaluation.scoring.spelling import ARTICLES, CARDINALS
+from ivl.utils.unicode import normal_form
 
 _MARKS = ';/[]"{}()=+\\_-><@`,?!'
 _NUMBERS = {"none": "0"} | {word: str(n) for n, word in enumerate(CARDINALS[:11])}
@@ -33,7 +33,7 @@ _SPELLED["somebody'd"] = "somebodyd"
 
 def normalize(text: str) -> str:
     """Compose letters with their accents, lower the case, join words with single spaces, and drop a full stop at the end."""
-    text = " ".join(unicodedata.normalize("NFC", text).lower().split())
+    text = " ".join(normal_form("NFC", text).lower().split())
     return text.removesuffix(".").removesuffix("。").rstrip()
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import unicodedata
 
+from ivl.utils.unicode import normal_form
+
 _CARDINALS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
     "nineteen"
@@ -45,7 +47,7 @@ def plain(text: str) -> str:
     """
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+", lambda match: "^" + match[0].translate(_RAISED), text)
     text = re.sub("[¼½¾⅐-⅞]", lambda match: " " + unicodedata.normalize("NFKC", match[0]), text)
-    text = unicodedata.normalize("NFKC", text).translate(_SIGNS)
+    text = normal_form("NFKC", text).translate(_SIGNS)
     if "\\" in text or "$" in text or "{,}" in text:
         text = _without_latex(text)
     text = re.sub(r"\*\*|__|`", "", text)

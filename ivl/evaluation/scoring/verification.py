@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -15,6 +14,7 @@ from ivl.evaluation.scoring.metrics import agreement, anls, exact_match, normali
 from ivl.evaluation.scoring.numbers import quantities, same_quantity
 from ivl.evaluation.scoring.spelling import bare, wording
 from ivl.utils.killable import CallStopped
+from ivl.utils.unicode import normal_form
 
 AnswerMode = Literal["exact", "choice", "number", "relaxed", "anls", "vqa", "math", "geometry", "mavis", "auto"]
 ACCEPT = 0.9
@@ -92,7 +92,7 @@ def _verdict(prediction: str, truth: str, choices: Sequence[str], mode: AnswerMo
     if max(len(prediction), len(truth)) > MOST_CHARACTERS:
         return AnswerVerdict(float(normalize(prediction) == normalize(truth)))
     if mode == "anls":
-        return AnswerVerdict(anls(unicodedata.normalize("NFC", prediction), [unicodedata.normalize("NFC", truth)]))
+        return AnswerVerdict(anls(normal_form("NFC", prediction), [normal_form("NFC", truth)]))
     try:
         decisions = (rule(prediction, truth, choices) for rule in _RULES[mode])
         return AnswerVerdict(float(next((decision for decision in decisions if decision is not None), False)))
