@@ -46,7 +46,7 @@ class DataError(InputError):
 def nearest(word: object, known: Iterable[str], kind: str) -> str:
     """The remedy for an unknown word: `did you mean 'x'?`, or all known words, as in `keys are a, b`."""
     known = list(known)
-    near = difflib.get_close_matches(str(word), known, n=1)
+    near = difflib.get_close_matches(str(word)[:100], known, n=1)
     return f"did you mean {near[0]!r}?" if near else f"{kind} are {', '.join(known)}"
 
 

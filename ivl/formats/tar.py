@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -82,9 +83,10 @@ class TarRows(IndexedRows):
         members = self._members_of(index)
         source = self.source(index)
         kinds = [member.kind for member in members]
+        if len(set(kinds)) < len(kinds):
+            twice = Counter(kinds).most_common(1)[0][0]
+            raise DataError(source, "bad_row", f"two members end in .{twice}")
         for kind in kinds:
-            if kinds.count(kind) > 1:
-                raise DataError(source, "bad_row", f"two members end in .{kind}")
             if kind.rpartition(".")[2] in UNREADABLE:
                 raise DataError(
                     source, "missing_media", f"a .{kind} inside a tar cannot be played; keep it as a file beside jsonl rows"

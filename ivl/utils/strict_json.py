@@ -8,6 +8,7 @@ import math
 import re
 import types
 import typing
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,9 @@ from ivl.utils.files import not_itself, regular
 T = TypeVar("T")
 MAX_JSON_BYTES = 64 << 20
 """Parsing a larger file would take minutes, and gigabytes."""
+MAX_JSON_ITEMS = 5_000_000
+"""Commas and opening brackets, which bound the values; one of two bytes takes up to 70 in memory. A tokenizer of 256,000 words
+has 2,000,000."""
 MAX_JSON_DEPTH = 100
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -49,6 +53,8 @@ def read_json(path: Path, *, limit: int = MAX_JSON_BYTES, surrogates: bool = Tru
         raise InputError(f"{path}: more than {limit:,} bytes of JSON, which are not read")
     if problem := not_itself(data[:512]):
         raise InputError(f"{path}: is {problem}")
+    if (count := sum(map(data.count, (b"[", b"{", b",")))) > MAX_JSON_ITEMS:
+        raise InputError(f"{path}: up to {count:,} values of JSON, of which {MAX_JSON_ITEMS:,} are read")
     try:
         return _parse(data.decode("utf-8-sig"), surrogates=surrogates)
     except RecursionError:
@@ -75,8 +81,8 @@ def _items(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"an object has the key {next(key for key in keys if keys.count(key) > 1)!r} twice")
+        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"an object has the key {key!r} twice")
     return value
 
 
@@ -104,7 +110,7 @@ def from_json(kind: type[T], values: Any, where: str, extra: Iterable[str] = ())
         raise InputError(f"{where}: must be an object, got {short(values)}")
     for key in values:
         if key not in fields and key not in extra:
-            raise InputError(f"{where}: unknown key {key!r}; {nearest(key, [*fields, *extra], 'keys')}")
+            raise InputError(f"{where}: unknown key {short(key)}; {nearest(key, [*fields, *extra], 'keys')}")
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from ivl.errors import InputError
-from ivl.utils.strict_json import read_json
+from ivl.utils.strict_json import from_json, read_json
 
 BAD = {
     "empty": (b"", "not valid JSON"),
@@ -22,6 +23,8 @@ BAD = {
     "twice": (b'{"b": {"a": 1, "a": 2}}', "key 'a' twice"),
     "deep": (b"[" * 150 + b"]" * 150, "more than 100 levels"),
     "very deep": (b'{"a":' * 500_000, "nested too deep"),
+    "twice among many": (b'{"%s":0,"a":0}' % b'":0,"'.join([b"a", *(b"%d" % n for n in range(200_000))]), "key 'a' twice"),
+    "many values": (b"[" + b"[]," * 2_500_001 + b"1]", "5,000,003 values of JSON, of which 5,000,000 are read"),
     "raw surrogate": (b'{"a": "\xed\xa0\xbd"}', "utf-8"),
 }
 
@@ -63,3 +66,14 @@ def test_links_marks_of_order_and_escapes_of_bytes_in_names_are_read(tmp_path: P
         read_json(tmp_path / "link.json", surrogates=False)
     (tmp_path / "pair.json").write_text('"\\ud83d\\ude00"')
     assert read_json(tmp_path / "pair.json", surrogates=False) == "\U0001f600"
+
+
+@dataclass
+class Known:
+    name: int = 0
+
+
+def test_a_key_of_a_million_letters_is_a_short_line() -> None:
+    with pytest.raises(InputError, match=r"unknown key .xxx.*; keys are name") as refused:
+        from_json(Known, {"x" * 1_000_000: 1}, "file")
+    assert len(str(refused.value)) < 200
