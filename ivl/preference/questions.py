@@ -17,6 +17,7 @@ from ivl.evaluation.scoring import AnswerMode, AnswerStyle, mode_for
 from ivl.formats.base import check_items
 from ivl.processing.chat import user
 from ivl.types import Conversation, ImageRef, Message, Text
+from ivl.utils.jsonl import lines_of
 from ivl.utils.strict_json import from_json, read_json
 
 
@@ -119,7 +120,8 @@ def fingerprint(sources: tuple[QuestionSource, ...]) -> str:
     """Return a hash of the sources and of their files."""
     digest = hashlib.sha256(json.dumps([dataclasses.asdict(source) for source in sources]).encode())
     for source in sources:
-        digest.update(hashlib.sha256(Path(source.questions).read_bytes()).digest())
+        with Path(source.questions).open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
 
 
@@ -135,7 +137,7 @@ def read_questions(sources: tuple[QuestionSource, ...]) -> Iterator[Question]:
         if not path.is_file():
             raise InputError(f"source {source.name!r}: no such file: {path}")
         with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(lines_of(file), 1):
                 if line.strip():
                     question = _question(source, line, f"{path}:{number}", number)
                     if question.id in seen:

@@ -103,8 +103,10 @@ def continue_without_images(
     """
     config = config or DropoutConfig()
     about_replies, rows = read_journal(replies)
+    with replies.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     about = {
-        "kind": "dropout", "replies": hashlib.sha256(replies.read_bytes()).hexdigest()[:16], "model": model,
+        "kind": "dropout", "replies": digest, "model": model,
         "ratio": config.ratio, "per_question": config.per_question, **_settings(config.params), "chunk": config.chunk,
         "sources": about_replies["sources"],
     }  # fmt: skip

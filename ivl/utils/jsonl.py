@@ -9,11 +9,12 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import IO, Any, Self
 
 from ivl.errors import InputError, short
+from ivl.utils.budgets import MAX_ROW_BYTES
 from ivl.utils.files import hold, regular
 
 CHOOSE = "choose another output or remove the file"
@@ -69,7 +70,7 @@ class AppendLog:
             with self._writing(), self.path.open("rb") as file:
                 start = file.read(len(begins))
                 file.seek(0)
-                for number, line in enumerate(file, 1):
+                for number, line in enumerate(lines_of(file), 1):
                     if line.endswith(b"\n"):
                         position += len(line)
                         with reading_line(self.path, number, CHOOSE if number == 1 else remedy):
@@ -122,6 +123,11 @@ def _wait_for(file: IO[bytes]) -> bool:
             return True
         time.sleep(0.1)
     return False
+
+
+def lines_of(file: IO[bytes]) -> Iterator[bytes]:
+    """Yield the lines of a file. One of more than MAX_ROW_BYTES, which no row has, comes in pieces."""
+    return iter(partial(file.readline, MAX_ROW_BYTES + 1), b"")
 
 
 def json_line(row: dict[str, Any]) -> bytes:
@@ -195,7 +201,7 @@ def read_journal(path: Path) -> tuple[dict[str, Any], Iterator[tuple[int, dict[s
     try:
         regular(path)
         with path.open("rb") as file:
-            line = file.readline()
+            line = next(lines_of(file), b"")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     with reading_line(path, 1, "give a journal, such as `ivl prefer sample` writes"):
@@ -206,7 +212,7 @@ def read_journal(path: Path) -> tuple[dict[str, Any], Iterator[tuple[int, dict[s
 def _journal_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     chunk: list[tuple[int, dict[str, Any]]] = []
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(lines_of(file), 1):
             with reading_line(path, number, "run the command that writes it again, which goes on from its last whole chunk"):
                 row = _object(line)
             if "end_of_chunk" in row:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ivl.errors import InputError
-from ivl.utils.jsonl import AppendLog, Journal, read_journal
+from ivl.utils.jsonl import AppendLog, Journal, lines_of, read_journal
 
 ABOUT = {"kind": "test", "n": 1}
 FOREIGN = {
@@ -123,3 +123,12 @@ def test_places_that_cannot_be_written_are_one_line(tmp_path: Path) -> None:
     full = pytest.raises(InputError, match=r"log\.jsonl.*No space left.*goes on")
     with Path("/dev/full").open("ab", buffering=0) as log._file, full:
         log.append([{"row": 1}])
+
+
+def test_a_line_without_end_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ivl.utils.jsonl.MAX_ROW_BYTES", 99)
+    (tmp_path / "a").write_bytes(b"a" * 250 + b"\n" + b"b\n")
+    with (tmp_path / "a").open("rb") as file:
+        assert list(map(len, lines_of(file))) == [100, 100, 51, 2]
+    with pytest.raises(InputError, match="a:1: not valid JSON"):
+        read_journal(tmp_path / "a")
