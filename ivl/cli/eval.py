@@ -153,9 +153,9 @@ def show_comparison(first: Path, second: Path) -> None:
 
     found = compare(first, second)
     low, high = found["ci95"]
-    print(f"{found['task']}: {found['n']:,} questions of both runs, {found['left_out']:,} of one alone left out")
+    print(f"{printable(found['task'])}: {found['n']:,} questions of both runs, {found['left_out']:,} of one alone left out")
     for model, mean in zip(found["models"], found["means"], strict=True):
-        print(f"  mean score {mean:.4f}  {model}")
+        print(f"  mean score {mean:.4f}  {printable(model)}")
     print(f"  difference {found['difference']:+.4f}  95% interval {low:+.4f} to {high:+.4f}")
     print("  right in one run alone: {:,} and {:,}, McNemar's p {:.3g}".format(*found["only_right"], found["mcnemar_p"]))
     if headline := found.get("headline"):

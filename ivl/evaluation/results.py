@@ -121,12 +121,14 @@ class ScoredRun:
 
 def check_scores(path: Path) -> None:
     """Refuse a file in the place of scores that holds something else."""
-    begins = b'{"ivl": "scores'
+    begins = held = b'{"ivl": "scores'
     try:
-        held = path.read_bytes()[: len(begins)] if os.path.lexists(path) and regular(path).st_size else b""
+        if os.path.lexists(path) and regular(path).st_size:
+            with path.open("rb") as file:
+                held = file.read(len(begins))
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from None
-    if held not in (b"", begins):
+    if held != begins:
         raise InputError(f"{path}: exists and is no file of scores; name another --out or --predictions")
 
 
@@ -156,19 +158,27 @@ def read_scores(path: Path) -> ScoredRun:
     if not path.name.endswith(".scores.jsonl"):
         path = beside(path.with_suffix("") if path.suffix == ".json" else path, "scores.jsonl")
     try:
+        regular(path)
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); `ivl eval` writes it when a run is complete") from None
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         with reading_line(path, number, "run ivl eval again, which writes the file anew from its predictions"):
-            rows.append(dict(json.loads(line)))
+            row = dict(json.loads(line))
+            if number > 1:
+                row |= {"id": str(row["id"]), "cluster": str(row["cluster"]), "value": float(row["value"])}
+                row["answers"] = list(row["answers"])
+            rows.append(row)
     with reading_line(path, 1, "name a file of scores, or the predictions or the report beside it"):
         first, *rest = rows
         if first["ivl"] != SCORES:
             raise ValueError(first["ivl"])
-        terms = tuple((w, Ratio({name: (top, bottom) for name, top, bottom in sums})) for w, sums in first["headline"])
-        figure = Figure(terms, first["n"], first["points"])
+        terms = tuple(
+            (float(w), Ratio({str(name): (float(top), float(bottom)) for name, top, bottom in sums}))
+            for w, sums in first["headline"]
+        )
+        figure = Figure(terms, int(first["n"]), first["points"])
         return ScoredRun(path, first["task"], first["model"], figure, {row["id"]: row for row in rest})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,25 @@ def test_two_runs_are_compared_on_the_same_questions(task: Benchmark, tmp_path: 
     (tmp_path / "c.scores.jsonl").write_text("mine\n")
     with pytest.raises(InputError, match=r"c\.scores\.jsonl: exists and is no file of scores"):
         evaluated(task, mostly(10), tmp_path, name="c")
+
+
+@pytest.mark.parametrize(
+    ("line", "broken"),
+    [(0, {"n": "a"}), (0, {"headline": [["a", []]]}), (0, {"headline": [[1, [["x", "y", 1]]]]}), (1, {"value": "x"}),
+     (2, {"answers": 1}), (2, {"value": None})],
+)  # fmt: skip
+def test_damaged_scores_are_named(task: Benchmark, tmp_path: Path, line: int, broken: dict[str, Any]) -> None:
+    evaluated(task, mostly(3), tmp_path, name="a")
+    path = tmp_path / "a.scores.jsonl"
+    rows = list(map(json.loads, path.read_text().splitlines()))
+    rows[line] |= broken
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(InputError, match=rf"a\.scores\.jsonl:{line + 1}: not "):
+        compare(tmp_path / "a.json", tmp_path / "a.json")
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(InputError, match="is a pipe"):
+        compare(tmp_path / "a.json", tmp_path / "a.json")
 
 
 def test_the_headline_of_groups_is_compared_by_its_own_rule(tmp_path: Path) -> None:
