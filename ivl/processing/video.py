@@ -11,6 +11,7 @@ import random
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
@@ -22,7 +23,7 @@ from PIL import Image
 from ivl.errors import InputError, MediaError
 from ivl.processing.image import PixelBudget, check_size, check_source, load_image
 from ivl.types import ImageRef, VideoRef
-from ivl.utils.budgets import MAX_FRAME_PIXELS, MAX_PIXELS, MAX_TILES
+from ivl.utils.budgets import MAX_FRAME_PIXELS, MAX_PIXELS, MAX_TILES, MIN_FRAME_PIXELS
 from ivl.utils.files import regular
 from ivl.utils.pictures import problem_of, to_rgb
 
@@ -188,15 +189,14 @@ class _VideoFile:
         try:
             with Image.open(self.open(), formats=["GIF"]) as gif:
                 check_size(gif.size, self.name, self.max_pixels)
-                total = getattr(gif, "n_frames", 1)
-                self.budget.spend(total * gif.width * gif.height, self.name)
-                starts: list[float] = []
-                now = 0
-                for n in range(total):
-                    gif.seek(n)
-                    starts.append(now / 1000)
-                    now += gif.info.get("duration", 100)
-                picked = self.pick(starts, 1000 * total / now if now else 10.0)
+                now, starts = 0, list[float]()
+                with suppress(EOFError):  # behind the last frame
+                    while True:
+                        self.budget.spend(max(MIN_FRAME_PIXELS, gif.width * gif.height), self.name)
+                        gif.seek(len(starts))
+                        starts.append(now / 1000)
+                        now += gif.info.get("duration", 100)
+                picked = self.pick(starts, 1000 * len(starts) / now if now else 10.0)
                 frames = {}
                 for n in sorted(set(picked)):
                     gif.seek(n)

@@ -27,6 +27,8 @@ MAX_PIXELS_PER_REQUEST = 20_000_000_000
 """Pixels that are decoded for one sample or prompt, frames between the wanted ones included: about a minute of one core."""
 MAX_FRAME_PIXELS = 1 << 24
 """A frame of a video is halved until it has no more pixels, which is 85 times what its tile shows."""
+MIN_FRAME_PIXELS = 50_000
+"""What a frame of a GIF counts at least: a file of 20 MB may hold a million, each of which takes time."""
 MAX_METADATA_BYTES = 1 << 16
 """EXIF of an image; more of it is not read, and the image counts as upright."""
 MAX_PARTS = 100_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import sys
 from fractions import Fraction
@@ -85,13 +86,25 @@ def test_frames_are_used_as_they_are_decoded(videos: Path) -> None:  # noqa: F81
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.avi", "a.ts", "a.gif", "folder"])
-def test_all_decoded_frames_count(videos: Path, name: str) -> None:  # noqa: F811
+def test_all_decoded_frames_count(videos: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(video, "MIN_FRAME_PIXELS", 1)
     pixels = 64 * 48
     with pytest.raises(MediaError, match=r"max_pixels_per_request"):
         load_frames(VideoRef(name), 8, root=str(videos), budget=PixelBudget(7 * pixels))
     budget = PixelBudget(1000 * pixels)
     load_frames(VideoRef(name), 8, root=str(videos), budget=budget)
     assert 8 * pixels <= budget.limit - budget.left <= 2 * NUM * pixels
+
+
+def test_a_gif_of_a_million_tiny_frames_is_refused(tmp_path: Path) -> None:
+    frame = b"\x2c" + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\2\2\x44\1\0"
+    header = b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff"
+    path = tmp_path / "a.gif"
+    path.write_bytes(header + frame * 1_000_000 + b";")
+    with pytest.raises(MediaError, match=r"a\.gif: 50,000 pixels to decode, of which 0 are left"):
+        load_frames(VideoRef(str(path)), 2, budget=PixelBudget(50_000 * 1000))
+    path.write_bytes(header + frame * 3 + b";")
+    assert len(load_frames(VideoRef(str(path)), 2)) == 2
 
 
 def test_skipped_frames_are_counted_before_they_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
