@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,9 +66,9 @@ def check_sealed(directory: Path, marker: str, *, content: bool = True) -> set[s
 
 def put_in_place(new: Path, place: Path) -> None:
     """Rename a directory to its place. What is there already is renamed to PLACE.old and named on stderr, never deleted."""
-    if place.exists() or place.is_symlink():
+    if os.path.lexists(place):
         numbers = (f"-{number}" if number > 1 else "" for number in itertools.count(1))
-        old = next(path for n in numbers if not (path := place.with_name(f"{place.name}.old{n}")).exists())
+        old = next(path for n in numbers if not os.path.lexists(path := place.with_name(f"{place.name}.old{n}")))
         place.rename(old)
         print(f"{place} was there already and is now {old}", file=sys.stderr)
     new.rename(place)

@@ -14,6 +14,7 @@ import pytest
 from ivl.errors import InputError
 from ivl.utils import files
 from ivl.utils.files import locked, regular, write_atomic
+from ivl.utils.sealed import put_in_place
 
 HOLD = """
 import sys, time
@@ -69,6 +70,16 @@ def test_a_lock_leaves_no_file_behind_and_takes_away_none(tmp_path: Path) -> Non
     with locked(tmp_path):
         pass
     assert (tmp_path / ".lock").read_text() == "somebody's notes"
+
+
+def test_what_is_in_the_place_is_renamed_also_beside_links_to_nothing(tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "place").mkdir()
+    (tmp_path / "place" / "notes").write_text("mine")
+    (tmp_path / "place.old").symlink_to("nowhere")
+    put_in_place(tmp_path / "new", tmp_path / "place")
+    assert (tmp_path / "place.old-2" / "notes").read_text() == "mine" and (tmp_path / "place.old").is_symlink()
+    assert list((tmp_path / "place").iterdir()) == []
 
 
 def test_a_digest_is_of_content_and_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
