@@ -118,29 +118,29 @@ def _train_in(
         boards=open_boards(config, step) if world.is_main else (), on=world.is_main,
     )  # fmt: skip
     interruption = Interruption("stops after this step; a second signal ends it at once")
-    try:
-        with (
-            interruption, closing(Watchdog(world, run_dir)) as watch,
-            checkpoint_writer(model, processor, config, world) as writer,
-        ):  # fmt: skip
-            history = [] if best.is_over else train(
-                model, loader, config.train, objective=objective, evaluators=own, recorder=recorder, resume=saved,
-                num_samples=loader.num_samples, world=world, checkpoints=writer, stop=interruption, watch=watch,
-            )  # fmt: skip
-        if best.is_over and not history:
-            recorder.close()
-    except BaseException as error:
+    with interruption:  # it does not keep the final model from being written
+        try:
+            with (
+                closing(Watchdog(world, run_dir)) as watch, checkpoint_writer(model, processor, config, world) as writer,
+            ):  # fmt: skip
+                history = [] if best.is_over else train(
+                    model, loader, config.train, objective=objective, evaluators=own, recorder=recorder, resume=saved,
+                    num_samples=loader.num_samples, world=world, checkpoints=writer, stop=interruption, watch=watch,
+                )  # fmt: skip
+            if best.is_over and not history:
+                recorder.close()
+        except BaseException as error:
+            if world.is_main:
+                say_how_to_go_on(run_dir, error)
+            if isinstance(error, StoppedError):
+                number = interruption.signal or signal.SIGTERM  # of this rank, or of another
+                raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number) from None
+            raise
+        record_data(run_dir, loader, world)
+        if history or not start.finished:
+            write_final_model(model, processor, config, world)
         if world.is_main:
-            say_how_to_go_on(run_dir, error)
-        if isinstance(error, StoppedError):
-            number = interruption.signal or signal.SIGTERM  # of this rank, or of another
-            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number) from None
-        raise
-    record_data(run_dir, loader, world)
-    if history or not start.finished:
-        write_final_model(model, processor, config, world)
-    if world.is_main:
-        draw(run_dir, config.name)
+            draw(run_dir, config.name)
     world.barrier()
 
 

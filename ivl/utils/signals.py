@@ -8,9 +8,10 @@ from typing import Any, Self
 
 
 class Interruption:
-    """In a `with`, the first SIGINT or SIGTERM is noted, for the computation to stop where it is safe; the second ends it.
+    """In a `with`, the first SIGINT, SIGTERM or SIGHUP is noted, for the computation to stop where it is safe.
 
-    Signals that are ignored stay ignored, and outside the main thread nothing is noted.
+    A second one ends it at once. Signals that are ignored stay ignored, as under nohup, and outside the main
+    thread nothing is noted.
     """
 
     def __init__(self, note: str) -> None:
@@ -21,7 +22,7 @@ class Interruption:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
             if (before := signal.getsignal(number)) not in (signal.SIG_IGN, None):
                 try:
                     signal.signal(number, self._note)

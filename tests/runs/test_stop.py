@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ivl.errors import InputError
+from ivl.runs import run as runs
 from ivl.runs.run import run
 from ivl.train.loop import Evaluator
 from tests.helpers.ranks import on_ranks
@@ -57,6 +58,12 @@ def test_a_signal_saves_first_and_the_run_goes_on_exactly(config, whole, tmp_pat
     final = run(config, resume=True)
     assert "goes on from step 6" in capfd.readouterr().err
     assert same_weights(final, whole) and [s for s, *_ in steps(config)] == list(range(1, 13))
+
+
+def test_a_signal_does_not_keep_the_final_model_from_being_written(config, monkeypatch):
+    write = runs.write_final_model
+    monkeypatch.setattr(runs, "write_final_model", lambda *args: (os.kill(os.getpid(), signal.SIGTERM), write(*args)))
+    assert (run(changed(config, num_steps=1, save_every=0)) / "config.json").is_file()
 
 
 def test_a_second_signal_ends_at_once(config, tmp_path):
