@@ -13,7 +13,7 @@ import numpy as np
 
 from ivl.errors import DataError, InputError
 from ivl.formats.base import KEPT_BYTES, GroupCache, Rows, Stamp
-from ivl.utils.budgets import MAX_GROUP_BYTES, MAX_ROW_ITEMS, MAX_ROW_MEDIA_BYTES
+from ivl.utils.budgets import MAX_GROUP_BYTES, MAX_ROW_ITEMS, MAX_ROW_MEDIA_BYTES, MAX_ROWS, MAX_ROWS_A_BYTE
 from ivl.utils.strict_json import read_json
 
 try:
@@ -39,6 +39,9 @@ class TableRows(Rows):
         self.close()
         if not len(self):
             raise InputError(f"{path}: has no rows")
+        if len(self) > min(MAX_ROWS, MAX_ROWS_A_BYTE * self._stamp.size):  # of nulls alone, a few bytes hold billions
+            limits = f"the limits are {MAX_ROWS:,}, and {MAX_ROWS_A_BYTE} a byte; split it into several files of one folder"
+            raise InputError(f"{path}: {len(self):,} rows in {self._stamp.size:,} bytes, {limits}")
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0

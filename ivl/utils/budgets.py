@@ -16,7 +16,9 @@ MAX_ROW_MEDIA_BYTES = 100_000_000
 MAX_GROUP_BYTES = 1 << 28
 """A row group of parquet, unpacked; less where it has fewer than three rows."""
 MAX_ROWS = 1 << 26
-"""Rows of one file of JSON, members of a tar; each takes 8 to 32 bytes of an index."""
+"""Rows of one file, members of a tar; each takes 8 to 32 bytes of an index."""
+MAX_ROWS_A_BYTE = 100
+"""Rows of a table for each byte of its file."""
 MAX_META_BYTES = 1 << 24
 """A meta JSON that names data sets."""
 MAX_FILE_BYTES = 1 << 30

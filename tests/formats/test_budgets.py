@@ -124,6 +124,18 @@ def test_a_value_of_a_dictionary_counts_as_often_as_it_is_shown(tmp_path: Path) 
     assert len(errors) == 1 and errors[0].startswith(f"{tmp_path}/a.arrow:row 1: a row of some 41,9") and used < 150
 
 
+@pytest.mark.parametrize("name", ["a.arrow", "a.parquet"])
+def test_a_table_of_billions_of_nulls_is_refused(tmp_path: Path, name: str) -> None:
+    table = pa.table({"text": pa.nulls(1_000_000)})
+    if name == "a.parquet":
+        pq.write_table(table, tmp_path / name)
+    else:
+        with pa.ipc.new_file(str(tmp_path / name), table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(InputError, match=rf"{name}: 1,000,000 rows in \d,?\d* bytes, the limits are .* a byte; split it"):
+        open_rows(tmp_path / name)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_compressed_batches_are_weighed_before_they_are_unpacked(
     tmp_path: Path, stream: bool, monkeypatch: pytest.MonkeyPatch
