@@ -15,7 +15,7 @@ from pathlib import Path
 from ivl.checkpoint.config_json import dialect_of
 from ivl.checkpoint.shards import FOLDER
 from ivl.errors import InputError, short
-from ivl.utils.files import hold
+from ivl.utils.files import hold, real
 
 _OWN = re.compile(
     r"(config|generation_config|model\.safetensors\.index|tokenizer|tokenizer_config|special_tokens_map|preprocessor_config"
@@ -97,7 +97,7 @@ def new_directory(target: str | Path, *, force: bool = False, sources: Sequence[
 def _check_target(target: Path, force: bool, sources: Sequence[str | Path]) -> bool:
     """Return whether a model directory is there, which will be replaced."""
     for source in map(Path, sources):
-        if source.is_dir() and source.resolve() in target.resolve().parents:
+        if source.is_dir() and real(source) in real(target).parents:
             raise InputError(f"{target}: lies inside {source}, which is read; name another directory")
     if target.is_symlink():
         raise InputError(f"{target}: is a symbolic link; name the directory itself")

@@ -17,7 +17,7 @@ from ivl.errors import DataError, InputError
 from ivl.formats.base import Rows
 from ivl.formats.rows import RowFormat, open_rows, row_files
 from ivl.formats.writers import ParquetRowWriter, TarWriter, TextWriter, Writer, WrittenLayout
-from ivl.utils.files import hold
+from ivl.utils.files import hold, not_utf8
 
 ConvertTarget = WrittenLayout | Literal["parquet", "webdataset"]
 TARGETS: tuple[ConvertTarget, ...] = (*get_args(WrittenLayout), "parquet", "webdataset")
@@ -166,6 +166,8 @@ def _checked_target(path: Path, to: ConvertTarget | None) -> ConvertTarget:
     if to not in TARGETS:
         raise InputError(f"{path}: the target must be one of {', '.join(TARGETS)}, got {to!r}")
     # With such a suffix the file is recognized when it is read.
+    if to == "parquet" and not_utf8(path):
+        raise InputError(f"{str(path)!r}: this name is not UTF-8, which pyarrow needs; choose another one")
     suffixes = {"parquet": (".parquet",), "webdataset": (".tar",)}.get(to, (".jsonl", ".json"))
     if path.suffix not in suffixes:
         raise InputError(f"{path}: a file of {to} rows must end in {' or '.join(suffixes)}")

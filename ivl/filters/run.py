@@ -31,7 +31,7 @@ from ivl.filters.outputs import OUTPUTS, PARTS, finished_report, join_parts, rem
 from ivl.filters.passes import PartPass, cut_passes
 from ivl.filters.rows import RowChecker, RowPart
 from ivl.formats.rows import RowFormat, hash_rows, row_files
-from ivl.utils.files import NewFiles
+from ivl.utils.files import NewFiles, real
 from ivl.utils.jsonl import Journal
 from ivl.utils.progress import ShowProgress
 from ivl.utils.workers import in_order
@@ -171,9 +171,9 @@ def _compare(step: PartPass, folder: Path, mapped: MapInOrder) -> None:
 
 def _check_folder(out: Path, inputs: Sequence[str]) -> None:
     """Refuse a folder of results that holds the input, or files that no filter run wrote."""
-    real = out.resolve()
+    folder = real(out)
     for place in inputs:
-        if real == (path := Path(place).resolve()) or real in path.parents:
+        if folder == (path := real(place)) or folder in path.parents:
             raise InputError(f"{out}: holds the input {place}; choose another folder for the results")
     journal = out / "progress.jsonl"
     if not (os.path.lexists(journal) and journal.stat().st_size):

@@ -20,7 +20,7 @@ import numpy as np
 
 from ivl.errors import InputError
 from ivl.formats.base import Rows, Stamp
-from ivl.utils.files import hold, regular
+from ivl.utils.files import hold, real, regular
 
 VERSION = 3
 MIN_BYTES = 1 << 25
@@ -159,7 +159,7 @@ class IndexedRows(Rows):
 
 def _places(path: Path) -> tuple[Path, ...]:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ivl" / "rows"
-    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
+    name = hashlib.sha256(os.fsencode(real(path))).hexdigest()[:32]
     return path.with_name(f".{path.name}.ivl-rows"), cache / f"{name}.ivl-rows"
 
 

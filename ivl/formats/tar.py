@@ -15,6 +15,7 @@ from ivl.formats.base import parse_row
 from ivl.formats.layouts import ROW_KEYS
 from ivl.formats.offsets import Arrays, IndexedRows
 from ivl.utils.budgets import MAX_ROW_BYTES, MAX_ROW_MEDIA_BYTES, MAX_ROWS
+from ivl.utils.files import not_utf8
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jp2", "ppm")
 UNREADABLE = ("mp4", "mkv", "webm", "avi", "mov", "mp3", "wav", "flac")
@@ -162,11 +163,6 @@ class _Info(tarfile.TarInfo):
         return super()._proc_member(tarfile)  # type: ignore[misc]
 
 
-def _is_text(name: str) -> bool:
-    """tarfile keeps bytes that are not UTF-8 as half surrogates."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in name)
-
-
 def _members(path: Path, size: int) -> Iterator[tuple[str, int, int]]:
     """Name, start and size of every file of a tar.
 
@@ -185,7 +181,7 @@ def _members(path: Path, size: int) -> Iterator[tuple[str, int, int]]:
                 if not info.isreg() or info.issparse():
                     raise InputError(f"{path}: member {info.name!r} is no plain file")
                 name = PurePosixPath(info.name)
-                if not _is_text(info.name):
+                if not_utf8(info.name):  # tarfile keeps such bytes as half surrogates
                     raise InputError(f"{path}: member {info.name!r}: its name is not UTF-8")
                 if name.is_absolute() or ".." in name.parts or "\0" in info.name or not name.parts:
                     raise InputError(f"{path}: member {info.name!r} has a name that leads out of a folder")

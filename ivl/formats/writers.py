@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 from ivl.errors import DataError, InputError
 from ivl.types import ImageRef, VideoRef
 from ivl.utils.budgets import MAX_ROW_MEDIA_BYTES
-from ivl.utils.files import regular
+from ivl.utils.files import real, regular
 
 WrittenLayout = Literal["reference", "openai", "sharegpt", "swift"]
 """Layouts that rows are written in."""
@@ -78,11 +78,14 @@ class TextWriter:
         if isinstance(ref.source, bytes):
             return self._save(ref.source).relative_to(self.target.parent).as_posix()
         path = os.path.abspath(str(ref.source))  # noqa: PTH100, a symbolic link stays one
-        below = os.path.relpath(path, self.target.parent.resolve())
+        below = os.path.relpath(path, real(self.target.parent))
         return (path if below.startswith("..") else below) + ("/" if str(ref.source).endswith("/") else "")
 
-    def write(self, row: dict[str, Any], source: str) -> None:  # noqa: ARG002, a Writer's method
-        self._file.write(self._between + json.dumps(row, ensure_ascii=False))
+    def write(self, row: dict[str, Any], source: str) -> None:
+        try:
+            self._file.write(self._between + json.dumps(row, ensure_ascii=False))
+        except UnicodeEncodeError:
+            raise refused(source, "a path that is not UTF-8; rename the file or its folder", self.layout) from None
         self._between = ",\n" if self.array else "\n"
 
     def close(self) -> None:

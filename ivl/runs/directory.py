@@ -38,7 +38,7 @@ from ivl.runs.config import RunConfig, differences, run_config, to_json
 from ivl.train.stage import trainable
 from ivl.train.state import MARKER, OPTIMIZER, CheckpointWriter, SavedTrainer, load_trainer, places, step_of
 from ivl.train.world import World, cuts_of
-from ivl.utils.files import locked, write_json
+from ivl.utils.files import locked, not_utf8, real, write_json
 from ivl.utils.sealed import check_sealed, put_in_place
 from ivl.utils.strict_json import read_json
 from ivl.utils.terminal import printable
@@ -72,6 +72,8 @@ def open_directory(config: RunConfig, world: World, *, resume: bool, allow_chang
 
 
 def _open(run_dir: Path, config: RunConfig, stack: ExitStack, *, resume: bool, allow_changed: bool) -> RunStart:
+    if not_utf8(run_dir):
+        raise InputError(f"{str(run_dir)!r}: this name is not UTF-8, which weights files need; choose another --out-dir")
     try:
         stack.callback(_remove_empty, [path for path in (run_dir, *run_dir.parents) if not path.exists()])
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -85,7 +87,7 @@ def _open(run_dir: Path, config: RunConfig, stack: ExitStack, *, resume: bool, a
         if os.path.lexists(path) and not path.exists():
             raise InputError(f"{path}: is a link to nothing; choose another --out-dir")
     begun = load_run_config(run_dir) if (run_dir / CONFIG).exists() else None
-    if begun is None and (others := [name for name in RESULTS if (run_dir / name).exists()]):
+    if begun is None and (others := [name for name in RESULTS if (run_dir / name).exists()] + _unfinished(run_dir)):
         raise InputError(
             f"{run_dir} holds {', '.join(others)}, but no {CONFIG} of the run that wrote it: choose another --out-dir"
         )
@@ -109,12 +111,12 @@ def _open(run_dir: Path, config: RunConfig, stack: ExitStack, *, resume: bool, a
 
 def _check_rows_apart(run_dir: Path, config: RunConfig) -> None:
     """Refuse a directory inside a folder of rows, for metrics.jsonl would be one of its files of rows; and rows inside it."""
-    real = run_dir.resolve()
+    place = real(run_dir)
     for data in filter(None, (config.data, config.val_data)):
         for spec in load_mixture(data.mixture, root=data.root, format=data.format):
             rows = Path(spec.annotation)
-            inside = rows.is_dir() and rows.resolve() in (real, *real.parents)
-            if inside or any(real in file.resolve().parents for file in row_files(rows)):
+            inside = rows.is_dir() and real(rows) in (place, *place.parents)
+            if inside or any(place in real(file).parents for file in row_files(rows)):
                 raise InputError(f"{run_dir}: the run's files would lie among the rows of {rows}; choose another --out-dir")
 
 
@@ -129,12 +131,17 @@ def begin(config: RunConfig, start: RunStart, world: World) -> None:
     if not world.is_main:
         return
     run_dir = Path(config.run_dir)
-    for path in run_dir.glob(".tmp-*"):
-        if re.fullmatch(r"[.]tmp-(model|adapter|best(-gone)?|checkpoint-[0-9]+(-gone)?)", path.name) and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
+    for name in _unfinished(run_dir):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
     if start.checkpoint is None:
         (run_dir / "metrics.jsonl").unlink(missing_ok=True)
     write_json(run_dir / CONFIG, {"folder": os.path.relpath(Path.cwd(), run_dir), **to_json(config)})
+
+
+def _unfinished(run_dir: Path) -> list[str]:
+    """List the names of the folders that a run writes into before it renames them."""
+    form = re.compile(r"[.]tmp-(model|adapter|best(-gone)?|checkpoint-[0-9]+(-gone)?)")
+    return [path.name for path in run_dir.glob(".tmp-*") if form.fullmatch(path.name) and not path.is_symlink()]
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:

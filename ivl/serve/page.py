@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ivl.errors import InputError
-from ivl.utils.files import write_json
+from ivl.utils.files import real, write_json
 from ivl.utils.strict_json import from_json, read_json
 
 if TYPE_CHECKING:
@@ -63,8 +63,8 @@ def read_examples(directory: Path) -> list[PageExample]:
 
 def _is_inside(directory: Path, name: str) -> bool:
     try:
-        path = (directory / name).resolve()
-        return path.is_relative_to(directory.resolve()) and path.is_file()
+        path = real(directory / name)
+        return path.is_relative_to(real(directory)) and path.is_file()
     except (OSError, ValueError):  # no name of a file
         return False
 

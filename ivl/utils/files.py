@@ -60,6 +60,16 @@ def is_bare_base64(text: str) -> bool:
     return re.match(r"\s*(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR)[\w+/=\s]{40}", text) is not None
 
 
+def real(path: str | Path) -> Path:
+    """Return a path without links, as Path.resolve does, which fails at links that lead to one another."""
+    return Path(os.path.realpath(path))
+
+
+def not_utf8(path: str | Path) -> bool:
+    """Whether a name holds bytes that are not UTF-8, with which most libraries cannot open a file."""
+    return any("\ud800" <= letter <= "\udfff" for letter in str(path))
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Write a text file so that a reader, also after a crash, sees the old file or the new one, never a part."""
     with new_file(path) as file:

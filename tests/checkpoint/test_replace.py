@@ -89,12 +89,15 @@ def test_weights_of_other_names_stay_when_a_model_is_saved_over_another(source: 
 
 
 @pytest.mark.parametrize("force", [False, True])
-@pytest.mark.parametrize("kind", ["link", "dangling", "long", "bytes", "file", "inside", "under-file", "null", "new-parents"])
+@pytest.mark.parametrize(
+    "kind", ["link", "dangling", "loop", "long", "bytes", "file", "inside", "under-file", "null", "new-parents"]
+)
 def test_strange_targets_are_one_line_and_leave_nothing(source: Path, tmp_path: Path, kind: str, force: bool) -> None:
     (tmp_path / "file").write_text("mine")
     save_model(load_model(source), tmp_path / "other")
     (tmp_path / "link").symlink_to("other")
     (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
     copy = tmp_path / "copy"
     save_model(load_model(source), copy)
     targets = {

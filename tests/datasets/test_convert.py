@@ -206,6 +206,19 @@ def test_special_and_huge_files_are_not_taken_in(tmp_path, name):
     assert all(each in str(error) for each, error in zip(words, seen, strict=True))
 
 
+def test_names_that_are_not_utf8_are_told(tmp_path):
+    folder = tmp_path / "\udcff"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(png(1))
+    (folder / "rows.jsonl").write_text(json.dumps({"image": "a.png", "conversations": turns("q", "a")}))
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: a row of reference layout cannot hold a path that is not UTF-8"):
+        convert(folder / "rows.jsonl", tmp_path / "a.jsonl")
+    assert convert(folder / "rows.jsonl", tmp_path / "a.parquet").rows == 1
+    with pytest.raises(InputError, match="not UTF-8"):
+        convert(folder / "rows.jsonl", folder / "a.parquet")
+    assert sorted(path.name for path in folder.iterdir()) == ["a.png", "rows.jsonl"]
+
+
 def test_replies_of_pairs_are_carried_over(tmp_path):
     rows = [{"query": "q", "response": "a", "rejected_response": "b"}, {"prompt": "q", "chosen": "a", "rejected": "b"}]
     for number, row in enumerate(rows):

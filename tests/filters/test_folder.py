@@ -56,6 +56,9 @@ def test_a_folder_that_holds_its_input_is_refused_before_anything_is_touched(tmp
                     run(chain(1), mixture, target, options)
     with pytest.raises(InputError, match="holds the input"):
         run(chain(), rows, tmp_path, FRESH)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(InputError, match=r"loop/progress\.jsonl: cannot be written"):
+        run(chain(), rows, tmp_path / "loop")
     assert content(tmp_path) == before
 
 

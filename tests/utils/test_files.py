@@ -13,7 +13,7 @@ import pytest
 
 from ivl.errors import InputError
 from ivl.utils import files
-from ivl.utils.files import locked, regular, write_atomic
+from ivl.utils.files import locked, real, regular, write_atomic
 from ivl.utils.sealed import put_in_place
 
 HOLD = """
@@ -80,6 +80,14 @@ def test_what_is_in_the_place_is_renamed_also_beside_links_to_nothing(tmp_path: 
     put_in_place(tmp_path / "new", tmp_path / "place")
     assert (tmp_path / "place.old-2" / "notes").read_text() == "mine" and (tmp_path / "place.old").is_symlink()
     assert list((tmp_path / "place").iterdir()) == []
+
+
+def test_a_path_is_real_also_through_links_that_lead_to_one_another(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "loop").symlink_to("loop")
+    assert real(tmp_path / "link") == real(tmp_path) / "file"
+    assert real(tmp_path / "loop" / "a").name == "a"
 
 
 def test_a_digest_is_of_content_and_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
