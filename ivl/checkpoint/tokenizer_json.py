@@ -22,7 +22,7 @@ PATTERNS = {
 }  # fmt: skip
 """Regular expressions of published tokenizers (Qwen, Llama 3, GPT-2 and their kin), which are known to end on any text; of
 another one, nobody can tell."""
-MAX_STEP_CHARS, MAX_GROWTH, MAX_ADDED_CHARS, MAX_MAPPED_BYTES = 4096, 8, 1 << 18, 64
+MAX_STEPS, MAX_STEP_CHARS, MAX_GROWTH, MAX_ADDED_CHARS, MAX_MAPPED_BYTES = 32, 4096, 8, 1 << 18, 64
 _INSIDE = {
     "normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "post_processor": "processors", "decoder": "decoders",
 }  # fmt: skip
@@ -54,8 +54,10 @@ def check_tokenizer(tokenizer: Section) -> None:
     """
     check_model(tokenizer.section("model"))
     for part in _STEPS:
-        growth = 1.0
-        for step in _steps(tokenizer, part):
+        growth, steps = 1.0, _steps(tokenizer, part)
+        if len(steps) > MAX_STEPS:
+            raise InputError(f"{tokenizer.place}: its {part} has {len(steps)} steps, at most {MAX_STEPS} are read")
+        for step in steps:
             if step.values.get("type") != "Precompiled" and len(json.dumps(step.values)) > MAX_STEP_CHARS:
                 raise InputError(f"{step.place}: is longer than {MAX_STEP_CHARS} characters")
             growth *= _check_step(step, part)
@@ -118,6 +120,8 @@ def _check_step(step: Section, part: str) -> float:
             check_charsmap(step, step.read(key, Values(str, high=1 << 20)))
         elif key != "type":
             raise step.refusal(key, value, "no such key")
+    if (kind, part) == ("ByteLevel", "pre_tokenizer"):
+        return 2  # each byte above 127 becomes two, and the next such step doubles them again
     if kind != "Replace":
         return MAX_GROWTH if kind == "Precompiled" else 1  # two of them could do what two replacements can
     pattern = step.section("pattern").values.get("String", " ")

@@ -255,6 +255,8 @@ TEMPLATE = {
         with_step("decoder", "decoders", {"type": "Strip", "content": " ", "start": 2**40, "stop": 0}),
         put("pre_tokenizer", {"type": "Split", "pattern": {"Regex": EXPLODING}, "behavior": "Isolated", "invert": False}),
         put("pre_tokenizer", {"type": "FixedLength", "length": 0}),
+        with_step("pre_tokenizer", "pretokenizers", {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}, 4),
+        with_step("normalizer", "normalizers", {"type": "NFC"}, 40),
         put("decoder", {"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": "|", "cleanup": True}),
         lambda data: data["model"].update(continuing_subword_prefix="##"),
         lambda data: data["model"].update(dropout=0.5),
