@@ -9,6 +9,7 @@ from ivl.errors import InputError
 from ivl.formats.rows import RowFormat
 from ivl.processing.augment import Augmentation
 from ivl.types import Averaging, FramesBy
+from ivl.utils.budgets import MAX_PROCESSES
 from ivl.utils.checks import check_choices
 from ivl.utils.workers import StartMethod
 
@@ -78,12 +79,11 @@ class DataConfig:
             "max_tokens", "max_tiles", "max_samples", "max_buffer", "max_tiles_per_image", "min_frames", "prefetch", "epochs",
         )  # fmt: skip
         for name in at_least_one:
-            value = getattr(self, name)
-            if value is not None and value < 1:
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"data.{name} must be >= 1, got {value}")
-        for name in ("num_workers", "cache_samples"):
-            if getattr(self, name) < 0:
-                raise InputError(f"data.{name} must be >= 0, got {getattr(self, name)}")
+        for name, most in (("num_workers", MAX_PROCESSES), ("cache_samples", 1 << 62)):
+            if not 0 <= getattr(self, name) <= most:
+                raise InputError(f"data.{name} must be >= 0 and at most {most:,}, got {getattr(self, name)}")
         if self.max_frames < self.min_frames:
             raise InputError(f"data.max_frames {self.max_frames} is below data.min_frames {self.min_frames}")
         if not 0 <= self.val_share < 1 or (self.validation and not self.val_share):

@@ -31,6 +31,7 @@ from ivl.filters.outputs import OUTPUTS, PARTS, finished_report, join_parts, rem
 from ivl.filters.passes import PartPass, cut_passes
 from ivl.filters.rows import RowChecker, RowPart
 from ivl.formats.rows import RowFormat, hash_rows, row_files
+from ivl.utils.budgets import MAX_PROCESSES
 from ivl.utils.files import NewFiles, real
 from ivl.utils.jsonl import Journal
 from ivl.utils.progress import ShowProgress
@@ -56,8 +57,8 @@ class FilterOptions:
     """Forget an earlier run in the same folder, but not the judge's replies."""
 
     def __post_init__(self) -> None:
-        if self.workers < 0:
-            raise InputError(f"need workers >= 0, got {self.workers}")
+        if not 0 <= self.workers <= MAX_PROCESSES:
+            raise InputError(f"need workers >= 0 and at most {MAX_PROCESSES:,}, got {self.workers}")
 
 
 def run(

@@ -39,3 +39,5 @@ MAX_HEADER_PARTS = 1_000
 """Segments of a JPEG and chunks of a PNG that a reader looks into, beside those of pixels."""
 MAX_TILES = 1_000
 """Tiles that one image may be cut into."""
+MAX_PROCESSES = 1_000
+"""Worker processes of one command; a configuration that names a million would stop the machine."""

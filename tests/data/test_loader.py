@@ -424,7 +424,15 @@ def _runs(pid: int) -> bool:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("max_tokens", 0), ("num_workers", -1), ("epochs", 0), ("max_skip_share", 1.5), ("on_error", "ignore"), ("max_frames", 1)],
+    [
+        ("max_tokens", 0),
+        ("num_workers", -1),
+        ("num_workers", 1_000_000),
+        ("epochs", 0),
+        ("max_skip_share", 1.5),
+        ("on_error", "ignore"),
+        ("max_frames", 1),
+    ],
 )
 def test_config_refuses_with_the_value(field, value):
     with pytest.raises(ValueError, match=rf"data\.{field}.*{value}"):

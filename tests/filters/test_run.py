@@ -257,6 +257,8 @@ def test_processes_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(run_module, "BLOCK", 8)
     one = run(chain(judged=False), meta, tmp_path / "one")
     assert run(chain(judged=False), meta, tmp_path / "two", FilterOptions(workers=2)) == one
+    with pytest.raises(InputError, match=r"at most 1,000, got 1000000"):
+        FilterOptions(workers=1_000_000)
     assert outputs(tmp_path / "one") == outputs(tmp_path / "two")
 
 
