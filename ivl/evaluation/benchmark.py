@@ -112,6 +112,10 @@ class Benchmark(Task):
         """Return what rows that depend on one another have in common."""
         return ""
 
+    def rows_of(self, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield the rows of a file or folder, each with its place."""
+        return data.read_rows(path, self.columns, samples=self.given)
+
     def keep(self, row: Mapping[str, Any]) -> bool:
         """Return whether a row is asked."""
         return True
@@ -146,7 +150,7 @@ class Benchmark(Task):
             for file in files:
                 yield from replace(self, path=file).examples()
             return
-        for number, (place, row) in enumerate(data.read_rows(path, self.columns, samples=self.given)):
+        for number, (place, row) in enumerate(self.rows_of(path)):
             pictured = not row.pop(data.NO_PICTURE, False)
             if self.by_file and self.by_file not in row and path.suffix in (".json", ".jsonl"):
                 row |= {self.by_file: path.stem, "index": f"{path.stem} {row.get('index', number)}"}

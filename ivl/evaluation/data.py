@@ -240,7 +240,7 @@ def _picture(value: Any, path: Path, place: str) -> bytes | str:
         except (binascii.Error, ValueError):
             value = None
     if isinstance(value, str) and value:
-        return found(value, path)
+        return found(value, path, "images")
     if not isinstance(value, bytes) or not value:
         raise InputError(f"{place}: a picture must be bytes, base64 or a path, got {short(value)}")
     return value

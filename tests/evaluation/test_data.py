@@ -11,6 +11,7 @@ import pytest
 from ivl.errors import InputError
 from ivl.evaluation.data import PICTURES, literal, options_of, read_rows
 from ivl.evaluation.tasks import TASKS
+from ivl.types import ImageRef
 from tests.evaluation.rows import PICTURE, base64_of, benchmark, png, write_tsv
 
 
@@ -111,6 +112,62 @@ def test_tables_of_the_hub_become_the_rows_of_a_tsv(name: str, tmp_path: Path) -
 def test_questions_of_pope_are_counted_anew_in_every_category(tmp_path: Path) -> None:
     rows = [{"question_id": "1", "question": "q", "answer": "yes", "category": kind} for kind in ("random", "popular")]
     assert [e.id for e in benchmark("pope", write_parquet(tmp_path / "rows.parquet", rows)).examples()] == ["0", "1"]
+
+
+def test_the_release_of_mme_has_a_text_file_for_each_subtask(tmp_path: Path) -> None:
+    texts, pictures = tmp_path / "Your_Results", tmp_path / "MME_Benchmark_release_version" / "OCR" / "images"
+    texts.mkdir(), pictures.mkdir(parents=True)
+    (pictures / "1.jpg").write_bytes(png())
+    ask = "Please answer yes or no."
+    (texts / "OCR.txt").write_text(f"1.jpg\tIs it red? {ask}\tYes\n1.jpg\tIs it blue? {ask}\tNo\n")
+    (texts / "count.txt").write_text(f"2.jpg\tIs there one? {ask}\tNo\n")
+    red, blue, one = benchmark("mme", texts).examples()
+    assert (red.id, red.truth, red.cluster, red.group) == ("OCR 1", "Yes", "OCR 1.jpg", "OCR") and blue.cluster == red.cluster
+    assert red.conversation[0].content[0] == ImageRef(str(pictures / "1.jpg"), 6)
+    assert (one.truth, one.group, one.row["image_path"]) == ("No", "count", "2.jpg")
+    (texts / "scene.txt").write_text("3.jpg\tIs it?\n")
+    with pytest.raises(InputError, match=r"scene\.txt:1: needs picture, question, answer with tabs between"):
+        list(benchmark("mme", texts).examples())
+
+
+def test_questions_of_pope_find_their_answers_in_files_beside(tmp_path: Path) -> None:
+    rows = [
+        {"question_id": n, "image": "COCO_1.jpg", "text": f"Is there a {what}?", "category": kind}
+        for n, what, kind in ((1, "cat", "random"), (1, "dog", "popular"))
+    ]
+    path = tmp_path / "llava_pope_test.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    with pytest.raises(InputError, match=r"coco_pope_random\.json"):
+        list(benchmark("pope", path).examples())
+    (tmp_path / "coco").mkdir(), (tmp_path / "val2014").mkdir()
+    (tmp_path / "val2014" / "COCO_1.jpg").write_bytes(png())
+    for kind, label in (("random", "yes"), ("popular", "no")):
+        (tmp_path / "coco" / f"coco_pope_{kind}.json").write_text(json.dumps({"question_id": 1, "label": label}) + "\n")
+    cat, dog = benchmark("pope", path).examples()
+    assert [(e.id, e.truth, e.group) for e in (cat, dog)] == [("random 1", "Yes", "random"), ("popular 1", "No", "popular")]
+    assert cat.conversation[0].content[0].source == str(tmp_path / "val2014" / "COCO_1.jpg")
+    assert "Is there a cat?" in cat.conversation[0].text
+    path.write_text(json.dumps(rows[0] | {"question_id": 2}))
+    with pytest.raises(InputError, match=r"question 2 of random has no answer in .*coco_pope_random\.json"):
+        list(benchmark("pope", path).examples())
+
+
+def test_the_release_of_mm_vet(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "v1_0.png").write_bytes(png())
+    row = {
+        "imagename": "v1_0.png",
+        "question": "What is x?",
+        "answer": "-1<AND>-5",
+        "imagesource": "",
+        "capability": ["ocr", "math"],
+    }
+    path = tmp_path / "mm-vet.json"
+    path.write_text(json.dumps({"v1_0": row, "v1_1": row}))
+    first, _ = benchmark("mmvet", path).examples()
+    assert first.id == "v1_0" and first.truth == "-1<AND>-5"
+    assert first.conversation[0].content[0].source == str(tmp_path / "images" / "v1_0.png")
+    assert benchmark("mmvet", path).categories_of(first.row) == [["ocr", "math", "only ocr_math"]]
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,9 @@ class Rated(Benchmark):
 class MmVet(Rated):
     """A question counts for each of its capabilities, and for their combination."""
 
+    def prepared(self, row: dict[str, Any]) -> dict[str, Any]:
+        return row | {"category": ",".join(map(str, literal(row.get("category", []))))}  # the releases have a list
+
     def text(self, row: Mapping[str, Any]) -> str:
         return self.question(row) if self.prompt == "mpo" else super().text(row)
 
@@ -56,8 +59,7 @@ class MmVet2(MmVet):
     def prepared(self, row: dict[str, Any]) -> dict[str, Any]:
         text, *pictures = str(row["question"]).split("<IMG>")
         shown = tuple(found(picture.strip(), self.place(), "images") for picture in pictures[:1])
-        kinds = ",".join(map(str, literal(row.get("category", []))))
-        return row | {"category": kinds, "question": text.strip(), PICTURES: row[PICTURES] or shown}
+        return super().prepared(row) | {"question": text.strip(), PICTURES: row[PICTURES] or shown}
 
 
 class MmHal(Rated):
@@ -121,7 +123,7 @@ TASKS = (
     MmVet(
         name="mmvet", file="MMVet", about="open questions that combine capabilities", rows=218, rule=_share, template="mmvet",
         md5="748aa6d4aa9d4de798306a63718455e3", hub="lmms-lab/MMVet",
-        columns={"capability": "category", "question_id": "index"},
+        columns={"capability": "category", "question_id": "index", "imagename": "image"},
         official="counts replies that its judge gave no number as 0",
     ),
     MmVet2(

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
+from ivl.errors import InputError, short
 from ivl.evaluation.benchmark import Benchmark
-from ivl.evaluation.data import PICTURES
+from ivl.evaluation.data import PICTURES, found
 from ivl.evaluation.figures import Figure, Figures, all_right, average, by, combined, mean, points, ratio
 from ivl.evaluation.prompts import SHORT
 from ivl.evaluation.scoring.options import in_english, leading_yes_or_no, yes_or_no, yes_unless_denied
 from ivl.evaluation.task import Example, Score, Scored
+from ivl.formats.rows import open_rows
+from ivl.utils.files import regular
 
 PERCEPTION = ("OCR", "artwork", "celebrity", "color", "count", "existence", "landmark", "position", "posters", "scene")
 COGNITION = ("code_reasoning", "commonsense_reasoning", "numerical_calculation", "text_translation")
@@ -78,7 +83,14 @@ def _shares(scored: Sequence[Scored]) -> Figures:
 
 
 class Mme(YesNo):
-    """The sum over subtasks of the share of right questions and of pictures whose two questions are right, times 100."""
+    """The sum over subtasks of the share of right questions and of pictures whose two questions are right, times 100.
+
+    The release has a text file for each subtask, whose lines are picture, question and answer with tabs between.
+    """
+
+    def rows_of(self, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+        files = sorted(path.glob("*.txt")) if path.is_dir() else []
+        return (row for file in files for row in _lines_of(file)) if files else super().rows_of(path)
 
     def cluster(self, row: Mapping[str, Any]) -> str:
         return f"{row['category']} {row['image_path']}"
@@ -95,8 +107,38 @@ class Mme(YesNo):
         return {"Overall": combined(sums.values(), points=True), **sums, **dict(sorted(tasks.items()))}
 
 
+def _lines_of(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    task, release = file.stem, "MME_Benchmark_release_version"
+    folders = [f"{root}{task}{images}" for root in ("", f"{release}/") for images in ("", "/images")]
+    try:
+        regular(file)
+        lines = file.read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read ({error})") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            picture, question, answer = line.split("\t")
+        except ValueError:
+            raise InputError(f"{file}:{number}: needs picture, question, answer with tabs between, got {short(line)}") from None
+        row = {"index": f"{task} {number}", "category": task, "image_path": picture, "question": question, "answer": answer}
+        yield f"{file}:{number}", row | {PICTURES: (found(picture, file, *folders),)}
+
+
 class Pope(YesNo):
-    """F1 of yes. A question that belongs to several categories counts once in each."""
+    """F1 of yes. A question that belongs to several categories counts once in each.
+
+    The questions of the reference code have their answers in other files, one for each category.
+    """
+
+    def prepared(self, row: dict[str, Any]) -> dict[str, Any]:
+        if "answer" in row or "category" not in row:
+            return row
+        kind, number, place = str(row["category"]), str(row["question_id"]), self.place()
+        labels = Path(found(f"coco_pope_{kind}.json", place, "coco"))
+        if number not in _labels(labels):
+            raise InputError(f"{place}: question {number} of {kind} has no answer in {labels}")
+        pictures = (found(Path(each).name, place, "val2014") if isinstance(each, str) else each for each in row[PICTURES])
+        return row | {"index": f"{kind} {number}", "answer": _labels(labels)[number], PICTURES: tuple(pictures)}
 
     def categories_of(self, row: Mapping[str, Any]) -> list[list[str]]:
         return [str(row["category"]).split(",")]
@@ -106,6 +148,13 @@ class Pope(YesNo):
         first = _yes_figures([each for rows in parts.values() for each in rows])
         kinds = {f"{part} {name}": each for part, rows in parts.items() for name, each in _yes_figures(rows).items()}
         return {"Overall": first.pop("F1"), **first, "mean F1": average([kinds[f"{part} F1"] for part in parts]), **kinds}
+
+
+@lru_cache(8)
+def _labels(path: Path) -> dict[str, str]:
+    """Return the answers of a file of POPE's by question."""
+    rows = open_rows(path)
+    return {str(row["question_id"]): str(row["label"]) for row in (rows[index] for index in range(len(rows)))}
 
 
 def _yes_figures(scored: Sequence[Scored]) -> Figures:
@@ -137,6 +186,7 @@ TASKS = (
     Pope(
         name="pope", file="POPE", about="objects that are in a picture or not", rows=5127, metric="F1 of yes",
         hub="lmms-lab/POPE",  # whose question_id counts anew in every category
+        columns={"text": "question"},
         reference_word=yes_unless_denied,
     ),
 )  # fmt: skip
