@@ -110,7 +110,7 @@ def dry_run(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[str, s
 
 def test_a_dry_run_counts_and_checks(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, error = dry_run("finetune", *START, "--val-share", "0.2", "--packs-per-step", "3", capsys=capsys)
-    assert error == "" and "length     6 steps in 1 epoch" in out
+    assert error == "" and "steps      6 for 1 epoch, 3 rows a step" in out
     assert "16 rows of 1 data set" in out and "4 rows of 1 data set" in out
     out, error = dry_run("1B-finetune", "--model", "tiny", "--data.mixture", "data/rows.jsonl", capsys=capsys)
     assert "the run was written for" in error
@@ -131,6 +131,6 @@ def test_help_shows_no_architecture_of_a_model_that_is_there(capsys: pytest.Capt
 
 
 def test_the_first_line_says_whether_the_memory_suffices(capsys: pytest.CaptureFixture[str]) -> None:
-    cli(["lora", *START, "--dry-run"])
+    cli(["lora", *START, "--num_steps", "40", "--optim.lr=2e-3", "--dry-run"])
     said = capsys.readouterr().err
-    assert "; fits the " in said and said.rstrip().endswith(("GiB of this machine", "GiB of the card"))
+    assert "lr 0.002; fits the " in said and said.rstrip().endswith(("GiB of this machine", "GiB of the card"))

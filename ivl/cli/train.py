@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -32,6 +33,11 @@ USAGE = """usage: ivl train finetune|lora|mpo --model DIR_OR_HUB_ID --data ROWS 
        ivl train RECIPE --help                   every option of the recipe, with its value
 """
 OptionsOfRun = TypeVar("OptionsOfRun")
+FITTED = {
+    "--data.format": str, "--val-share": float, "--data.epochs": int, "--num-steps": int, "--packs-per-step": int,
+    "--optim.lr": float,
+}  # fmt: skip
+"""Options that the settings of any model go by, and that its first line tells."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +109,7 @@ def train(args: list[str]) -> None:
         from ivl.runs.plan import describe_alone, describe_run
 
         check = Check(config, ranks=int(os.environ.get("WORLD_SIZE", "1")))
-        print(f"{describe_run(config)}\n\n{describe_alone(config)}\n\n{check.describe()}")
+        print(f"{describe_run(config, check.length)}\n\n{describe_alone(config)}\n\n{check.describe()}")
         if check.problems:
             raise InputError(f"this run would stop: {'; '.join(check.problems)}")
         return
@@ -156,14 +162,12 @@ def _any_model(stage: str, args: list[str], *, at_hand: bool) -> tuple[RunConfig
         return unknown_model(stage), args
     if not model or not data:
         raise InputError(f"ivl train {stage} needs --model and --data, as in --model runs/quickstart/model --data rows.jsonl")
-    forced, share = (take(args, name)[0] for name in ("--data.format", "--val-share"))
-    try:
-        val_share = float(share[-1]) if share else 0.0
-    except ValueError:
-        val_share = 0.0  # the parser refuses it
-    config, chosen = any_model(
-        stage, model[-1], tuple(data), format=forced[-1] if forced else None, val_share=val_share, at_hand=at_hand
-    )  # fmt: skip
+    given: dict[str, Any] = {}
+    for name, kind in FITTED.items():
+        with contextlib.suppress(ValueError, IndexError):  # the parser refuses it
+            if (values := take(args, name)[0]) is not None:
+                given[re.sub("^data[.]|^optim[.]", "", name[2:]).replace("-", "_")] = kind(values[-1])
+    config, chosen = any_model(stage, model[-1], tuple(data), at_hand=at_hand, **given)
     if _is_first():
         print(chosen, file=sys.stderr)
     return config, args
@@ -206,7 +210,7 @@ def take(args: list[str], *names: str) -> tuple[list[str] | None, list[str]]:
     values, rest, inside = None, [], False
     for arg in args:
         name, equals, value = arg.partition("=")
-        if name in names:
+        if name.replace("_", "-") in names:
             inside = not equals
             values = [*(values or []), *([value] if equals else [])]
         elif inside and not arg.startswith("--") and values is not None:

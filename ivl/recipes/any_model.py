@@ -11,7 +11,7 @@ from typing import cast
 
 from ivl.checkpoint import load_config, resolve
 from ivl.checkpoint.releases import MODELS
-from ivl.config import SIZES
+from ivl.config import SIZES, ModelConfig
 from ivl.data.mixture import Mixture, load_mixture
 from ivl.formats.rows import RowFormat
 from ivl.recipes import published
@@ -20,8 +20,8 @@ from ivl.runs.config import RunConfig
 MIN_STEPS = 32
 """Steps that an epoch has at least: of few rows the published batch would leave fewer, and a step takes fewer rows instead."""
 
-LINES, VALIDATIONS = 50, 10
-"""Lines on the console, and validation losses if there are rows for them, in an epoch."""
+LINES, VALIDATIONS, STEPS_BETWEEN = 20, 10, 10
+"""Lines on the console of a run, validation losses if there are rows for them, and the fewest steps between two of these."""
 
 
 def unknown_model(stage: str) -> RunConfig:
@@ -37,9 +37,19 @@ def unknown_model(stage: str) -> RunConfig:
 
 
 def any_model(
-    stage: str, model: str, data: tuple[str, ...], *, format: str | None = None, val_share: float = 0.0, at_hand: bool = False
+    stage: str,
+    model: str,
+    data: tuple[str, ...],
+    *,
+    format: str | None = None,
+    val_share: float = 0.0,
+    epochs: int = 1,
+    num_steps: int | None = None,
+    packs_per_step: int | None = None,
+    lr: float | None = None,
+    at_hand: bool = False,
 ) -> tuple[RunConfig, str]:
-    """Make the configuration of a run of one epoch, and say what was chosen.
+    """Make the configuration of a run, and say what was chosen.
 
     Args:
         stage: `finetune`, `lora`, or `mpo` whose rows are preference pairs.
@@ -47,30 +57,29 @@ def any_model(
         data: files and folders of rows, and mixtures.
         format: the format of all rows; None looks.
         val_share: share of the rows that is not trained on. The caller sets it in the configuration.
+        epochs: passes over the rows.
+        num_steps: steps of the run in place of epochs.
+        packs_per_step: rows of a step; None takes the published number, or fewer where an epoch would have too few steps.
+        lr: learning rate; None takes the published one.
         at_hand: make rows shorter, with fewer tiles, where the memory of this machine or its card does not suffice.
 
     Raises:
         InputError: if the model's configuration cannot be read, or a file of rows.
     """
     architecture = load_config(resolve(model))
-    # Layers hold about num_layers * width^2 parameters, up to a factor that is much the same in all sizes.
-    decoder = architecture.decoder
-    others = {size: model.config.decoder for size, model in MODELS.items()}
-    kind = (decoder.family, decoder.rope_dynamic_factor)  # what tells the decoders of a later release
-    later = [s for s, other in others.items() if s not in SIZES and (other.family, other.rope_dynamic_factor) == kind]
-    scales = {size: others[size].num_layers * others[size].width ** 2 for size in later or SIZES}
-    own = decoder.num_layers * decoder.width**2
-    size = min(scales, key=lambda size: abs(math.log(scales[size] / own)))
+    size = _nearest(architecture)
     base = published.RECIPES[f"{size}-{stage}"]()
     specs = load_mixture(data, format=cast(RowFormat | None, format))
     num_rows = len(Mixture(specs, seed=0))
     rows = len(Mixture(specs, seed=0, val_share=val_share)) if val_share else num_rows
     published_packs, ranks = base.train.packs_per_step, int(os.environ.get("WORLD_SIZE", "1"))
     packs = min(published_packs, 2 ** int(math.log2(max(1, rows / MIN_STEPS))))
-    packs = -(-packs // ranks) * ranks
+    packs = packs_per_step or -(-packs // ranks) * ranks
     sequences = 2 if stage == "mpo" else 1
     max_tokens = sequences * min(base.data.max_tokens // sequences, architecture.decoder.max_positions)
     steps = -(-rows // packs)
+    total = num_steps or steps * epochs
+    optim = replace(base.train.optim, lr=lr) if lr else base.train.optim
     config = replace(
         base,
         name=f"{_name(model)}-{stage}",
@@ -79,11 +88,14 @@ def any_model(
         data=replace(
             base.data, mixture=data[0] if len(data) == 1 else data, max_tokens=max_tokens,
             max_tiles=max(base.data.max_tiles, max_tokens // architecture.tokens_per_tile),
-            over_budget="refuse" if stage == "mpo" else "truncate",
+            over_budget="refuse" if stage == "mpo" else "truncate", epochs=epochs,
         ),
-        train=replace(base.train, packs_per_step=packs, precision="auto", log_every=max(1, steps // LINES)),
+        train=replace(
+            base.train, optim=optim, num_steps=num_steps, packs_per_step=packs, precision="auto",
+            log_every=max(1, -(-total // LINES)),
+        ),
         keep_best=True,
-        val_every=max(1, steps // VALIDATIONS),
+        val_every=max(STEPS_BETWEEN, -(-total // VALIDATIONS)),
     )  # fmt: skip
     fitted = ""
     if at_hand:
@@ -94,9 +106,21 @@ def any_model(
     chosen = (
         f"{config.name}: published settings of {size}; {rows:,} rows{kept}, {packs} a step (published {published_packs}), "
         f"{steps:,} steps an epoch; at most {config.data.max_tokens:,} tokens a {'pair' if sequences > 1 else 'row'}; "
-        f"lr {base.train.optim.lr:g}{'; ' if fitted else ''}{fitted}"
+        f"lr {optim.lr:g}{'; ' if fitted else ''}{fitted}"
     )
     return config, chosen
+
+
+def _nearest(architecture: ModelConfig) -> str:
+    """Return the published size, of the same release if there is one, whose decoder is nearest in the number of parameters."""
+    # Layers hold about num_layers * width^2 parameters, up to a factor that is much the same in all sizes.
+    decoder = architecture.decoder
+    others = {size: model.config.decoder for size, model in MODELS.items()}
+    kind = (decoder.family, decoder.rope_dynamic_factor)  # what tells the decoders of a later release
+    later = [s for s, other in others.items() if s not in SIZES and (other.family, other.rope_dynamic_factor) == kind]
+    scales = {size: others[size].num_layers * others[size].width ** 2 for size in later or SIZES}
+    own = decoder.num_layers * decoder.width**2
+    return min(scales, key=lambda size: abs(math.log(scales[size] / own)))
 
 
 def _name(model: str) -> str:

@@ -21,11 +21,12 @@ SAMPLED = 200
 
 
 class Check:
-    """What is known of a run before it starts: `facts` by name, and `problems` that would stop it."""
+    """What is known of a run before it starts: `facts` by name, its `length`, and `problems` that would stop it."""
 
     def __init__(self, config: RunConfig, *, ranks: int = 1) -> None:
         self.config, self.ranks = config, ranks
         self.facts: dict[str, str] = {}
+        self.length = ""
         self.problems: list[str] = []
         processor = self._processor()
         for name, data in (("data", config.data), ("validation", config.val_data)):
@@ -78,17 +79,17 @@ class Check:
                 f"{name}: {estimate.over_budget} of {estimate.sampled} rows are larger than a pack; see --data.over-budget"
             )
         if name == "data":
-            self.facts["length"] = self._length(estimate, len(mixture))
+            self.length = self._length(estimate, len(mixture))
 
     def _length(self, estimate: PackEstimate, draws: int) -> str:
         train, data = self.config.train, self.config.data
         if train.num_steps is not None:
             packs = train.num_steps * train.packs_per_step
-            return f"{train.num_steps:,} steps, about {packs / (estimate.packs * self.ranks):.2f} epochs"
+            return f"{train.num_steps:,}, about {packs / (estimate.packs * self.ranks):.2f} epochs"
         epochs = data.epochs or 1
         packs = draws if data.max_samples == 1 and not estimate.dropped else estimate.packs * self.ranks
         about = "" if packs == draws else "about "
-        return f"{about}{-(-packs * epochs // train.packs_per_step):,} steps in {epochs} epoch{'s' * (epochs > 1)}"
+        return f"{about}{-(-packs * epochs // train.packs_per_step):,} for {epochs} epoch{'s' * (epochs > 1)}"
 
 
 def _about_rows(estimate: PackEstimate) -> Iterator[str]:

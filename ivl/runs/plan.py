@@ -32,8 +32,12 @@ PACK_STEP = 1024
 """Proposed packs have a multiple of this many tokens."""
 
 
-def describe_run(config: RunConfig) -> str:
+def describe_run(config: RunConfig, length: str = "") -> str:
     """Format what trains and how long the run is as a page of text.
+
+    Args:
+        config: the run.
+        length: how many steps it has, where the rows were counted.
 
     Raises:
         InputError: if the model's configuration cannot be read, or the stage does not fit it.
@@ -41,7 +45,7 @@ def describe_run(config: RunConfig) -> str:
     train, optim, data = config.train, config.train.optim, config.data
     parts = count_by_part(build_empty(config))
     counts = parts | {"all": (sum(t for t, _ in parts.values()), sum(f for _, f in parts.values()))}
-    steps = f"{train.num_steps:,}" if train.num_steps else f"until {data.epochs} epoch(s) end"
+    unit = "pack" if data.max_samples != 1 else "pair" if config.objective.pairs else "row"
     tokens, tiles = train.packs_per_step * data.max_tokens, train.packs_per_step * data.max_tiles
     return "\n".join([
         f"{config.name}: {config.run_dir}",
@@ -50,12 +54,17 @@ def describe_run(config: RunConfig) -> str:
         f"{'part':11}{'trained':>18}{'frozen':>18}",
         *(f"{part:11}{trained:18,}{frozen:18,}" for part, (trained, frozen) in counts.items()),
         "",
-        f"steps      {steps}, {train.packs_per_step:,} packs each",
+        f"steps      {length or _schedule(config)}, {train.packs_per_step:,} {unit}{'s' * (train.packs_per_step > 1)} a step",
         f"step       at most {tokens:,} tokens and {tiles:,} tiles",
         f"optimizer  {optim.name}, lr {optim.lr:g}, weight decay {optim.weight_decay:g}, "
         f"{optim.schedule} with warm-up {optim.warmup_steps or f'{optim.warmup_ratio:.0%}'}",
         f"precision  {train.precision}{', activations recomputed' if train.checkpointing else ''}",
     ])  # fmt: skip
+
+
+def _schedule(config: RunConfig) -> str:
+    """Say how long a run is whose rows are not counted."""
+    return f"{config.train.num_steps:,}" if config.train.num_steps else f"to the end of epoch {config.data.epochs}"
 
 
 def build_empty(config: RunConfig, architecture: ModelConfig | None = None) -> VLM:
@@ -173,7 +182,7 @@ class RankPlan:
             "step": f"{self.step_seconds:,.1f} s, {self.packs_per_rank} packs a rank: computes {self.compute_seconds:,.1f} s, "
             f"sends {self.link_seconds:,.1f} s beside it, waits {self.wait_seconds:,.1f} s",
             "tokens/s": f"{self.tokens_per_second:,.0f}, at {self.peak_share:.0%} of the cards' peak",
-            "schedule": hours or f"until {self.config.data.epochs} epoch(s) end",
+            "schedule": hours or _schedule(self.config),
             "checkpoint": f"{self.checkpoint / 1e9:,.1f} GB, {self.checkpoint_seconds:,.0f} s at {NODE_WRITES / 1e9:g} GB/s a "
             "machine",
             "host memory": f"{self.host / 1e9:,.0f} GB of each machine",

@@ -43,7 +43,7 @@ def test_fine_tuning_lora_merge_and_mpo(model, rows, tmp_path, monkeypatch, caps
     data = [str(rows / "a" / "rows.jsonl"), str(rows / "b.json")]
     cli(["finetune", "--model", str(model), "--data", *data, "--data.num-workers", "0", "--dry-run"])
     plan = capsys.readouterr()
-    assert "steps      until 1 epoch(s) end, 1 packs each" in plan.out and not list(tmp_path.iterdir())
+    assert "steps      15 for 1 epoch, 1 row a step" in plan.out and not list(tmp_path.iterdir())
     assert "tiny-finetune: published settings of 1B; 15 rows, 1 a step (published 128), 15 steps an epoch" in plan.err
     cli(["finetune", "--model", str(model), "--data", *data, "--data.num-workers", "0"])
     config = load_run_config(Path("runs/tiny-finetune"))
@@ -63,6 +63,10 @@ def test_settings_fit_the_data_and_the_ranks(model, tmp_path, monkeypatch):
     many = write_jsonl(make_rows(tmp_path, 3) * 200, tmp_path / "many.jsonl")
     config, _ = any_model("finetune", str(model), (str(many),))
     assert (config.train.packs_per_step, config.data.epochs, config.train.optim.lr) == (16, 1, 4e-5)
+    assert (config.train.log_every, config.val_every) == (2, 10)  # of 38 steps
+    config, chosen = any_model("finetune", str(model), (str(many),), epochs=8, packs_per_step=10, lr=1e-3)
+    assert (config.train.log_every, config.val_every, config.data.epochs) == (24, 48, 8)
+    assert "600 rows, 10 a step (published 128), 60 steps an epoch" in chosen and "lr 0.001" in chosen
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert any_model("lora", str(model), (str(many),))[0].train.packs_per_step == 18
     assert any_model("lora", f"{model}/", (str(many),))[0].run_dir == "runs/tiny-lora"
