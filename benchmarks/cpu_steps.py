@@ -41,7 +41,7 @@ def steps(options: Options) -> None:
     model = ivl.load(options.model, dtype=options.dtype, device="cpu").engine.model
     size = model.config.tiling.tile_size
     tile = torch.randint(0, 256, (1, size, size, 3), dtype=torch.uint8)
-    prompt = torch.randint(0, 1000, (PROMPT,))
+    prompt = torch.randint(0, min(1000, model.config.decoder.vocab_size), (PROMPT,))  # ids of texts
     cache = PagedCache(model.config.decoder, num_tokens=4096, block_size=64, dtype=model.dtype)
 
     def read() -> torch.Tensor:
