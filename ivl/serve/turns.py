@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -12,7 +13,12 @@ from typing import Any
 def after(job: Future[Any], release: Callable[[], None]) -> None:
     """Have the event loop end a turn when the work is done, which may be after its caller has gone."""
     loop = asyncio.get_running_loop()
-    job.add_done_callback(lambda _: None if loop.is_closed() else loop.call_soon_threadsafe(release))
+
+    def done(_: Future[Any]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has closed, and with it went all turns
+            loop.call_soon_threadsafe(release)
+
+    job.add_done_callback(done)
 
 
 class Turns:
