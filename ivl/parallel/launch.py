@@ -6,6 +6,7 @@ import faulthandler
 import os
 import re
 import socket
+import time
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import IO, Self
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed.rendezvous import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from ivl.errors import InputError
 from ivl.train.world import RankLostError, World
@@ -50,23 +51,48 @@ def start_world(device: str, directory: Path | None = None) -> World:
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
         os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(directory / "nccl-rank-"))
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        raise InputError(f"rank {rank} of {size} needs {' and '.join(missing)} in its environment, as torchrun sets them")
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    holds = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun holds the store
     try:
-        store, rank, size = next(rendezvous("env://", rank, size, timeout=START_TIMEOUT))
+        store = TCPStore(host, port, size, holds, START_TIMEOUT, wait_for_workers=False, multi_tenant=True)
     except dist.DistError as error:
-        raise RankLostError(f"the {size} ranks did not meet: another one ended, or never started ({error})") from None
+        raise RankLostError(f"rank 0 ended, or never started: {host}:{port} does not answer ({error})") from None
     return join_world(store, rank, size, where)
 
 
 def join_world(store: Store, rank: int, size: int, where: torch.device) -> World:
-    """Join the ranks that meet at a store."""
+    """Join the ranks that meet at a store.
+
+    Raises:
+        RankLostError: naming the ranks that do not come, or end before all have joined.
+    """
     # torchrun keeps its store when it starts the ranks again: the addresses of those that died must not be found there.
     store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    dist.init_process_group(
-        "nccl" if where.type == "cuda" else "gloo", store=store, rank=rank, world_size=size, timeout=START_TIMEOUT,
-        device_id=where if where.type == "cuda" else None,
-    )  # fmt: skip
-    store.set(f"host of {rank}", socket.gethostname())
-    return World(rank, size, where, owns_group=True, store=store)
+    world = World(rank, size, where, owns_group=True, store=store)
+    try:
+        store.set(f"host of {rank}", socket.gethostname())
+        _await_all(world, store)
+        dist.init_process_group(
+            "nccl" if where.type == "cuda" else "gloo", store=store, rank=rank, world_size=size, timeout=START_TIMEOUT,
+            device_id=where if where.type == "cuda" else None,
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise world.lost(error) from None
+    return world
+
+
+def _await_all(world: World, store: Store) -> None:
+    """Wait until all ranks have come, and name those that do not."""
+    until = time.monotonic() + START_TIMEOUT.total_seconds()
+    for rank in range(world.size):
+        while not store.check([f"host of {rank}"]):
+            if time.monotonic() > until:
+                late = [str(rank) for rank in range(world.size) if not store.check([f"host of {rank}"])]
+                names = f"rank {late[0]}" if len(late) == 1 else f"ranks {', '.join(late)}"
+                raise RankLostError(f"{names} of {world.size} ended before the ranks met, or never started")
+            time.sleep(0.1)
 
 
 def _find_address() -> None:
