@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -34,6 +35,22 @@ def test_help_and_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     for option in ("-V", "--version"):
         assert ivl(option, monkeypatch=monkeypatch) == 0 and capsys.readouterr().out.strip() == version("ivl")
     assert ivl("help", "models", monkeypatch=monkeypatch) == 0 and "usage: ivl models" in capsys.readouterr().out
+
+
+def test_closed_streams_are_not_taken_by_files(tmp_path: Path) -> None:
+    code = """if True:
+        import os, sys
+        from ivl.cli import main
+        sys.argv = ["ivl", "--version"]
+        main()
+        with open("journal", "w") as file:
+            print("words")
+            print("words", file=sys.stderr)
+            os.write(2, b"words")
+    """
+    command = ["bash", "-c", '"$@" <&- >&- 2>&-', "bash", sys.executable, "-c", code]
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(Path.cwd())}, check=True)
+    assert (tmp_path / "journal").read_text() == ""
 
 
 @pytest.mark.parametrize(

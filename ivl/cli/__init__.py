@@ -45,11 +45,24 @@ def usage() -> str:
     )
 
 
+def _open_closed_streams() -> None:
+    """Lead standard streams that are closed to nowhere: the first files that are opened would take their places and get what
+    is written to them, such as a warning in the middle of a journal."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the least free number
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r"))
+
+
 def main() -> None:
     """Entry point of the `ivl` command."""
     from ivl.errors import InputError, nearest
     from ivl.utils.terminal import printable
 
+    _open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files and rows may hold what no encoding has
     args = sys.argv[1:]
