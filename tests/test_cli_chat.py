@@ -97,7 +97,7 @@ def test_words_of_a_conversation(
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     chat([str(directory)])
     said = capsys.readouterr().err
-    assert f"1 with the next question: {tmp_path}/a.png" in said and said.count("/clear starts anew") == 3
+    assert f"{tmp_path}/a.png goes with the next question (1 in all)" in said and said.count("/clear starts anew") == 3
     assert "unknown command /hlep" in said
 
 

@@ -13,9 +13,8 @@ from typing import Annotated
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, Suppress, arg
 
 from ivl.api import Chat, Model, load, medium
-from ivl.cli.options import parse
+from ivl.cli.options import ReplyLoadConfig, parse
 from ivl.errors import InputError
-from ivl.generators import LoadConfig
 from ivl.types import FramesBy, Grammar, ImageRef, SamplingParams, VideoRef
 from ivl.utils.strict_json import read_json
 from ivl.utils.terminal import printable
@@ -72,7 +71,7 @@ class ChatOptions:
     stats: FlagCreatePairsOff[bool] = False
     """Print times and speeds to standard error."""
     reply: OmitArgPrefixes[ReplyOptions] = field(default_factory=ReplyOptions)
-    load: OmitArgPrefixes[LoadConfig] = field(default_factory=LoadConfig)
+    load: OmitArgPrefixes[ReplyLoadConfig] = field(default_factory=ReplyLoadConfig)
 
 
 def chat(args: list[str]) -> None:
@@ -167,7 +166,7 @@ def _interact(model: Model, params: SamplingParams, media: Media, options: ChatO
                 conversation, media = model.start(system=options.system), ()
             elif command in ("/image", "/video"):
                 media = (*media, _open(rest.strip(), options))
-                print(f"{len(media)} with the next question: {rest.strip()}", file=sys.stderr)
+                print(f"{rest.strip()} goes with the next question ({len(media)} in all)", file=sys.stderr)
             elif command == "/help":
                 print(HELP, file=sys.stderr)
             elif command.startswith("/"):

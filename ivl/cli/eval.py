@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from ivl.cli.options import answer_foreign, parse
+from ivl.cli.options import ReplyLoadConfig, answer_foreign, parse
 from ivl.errors import InputError
 from ivl.evaluation.config import EvalConfig
 from ivl.evaluation.foreign import Given, given_task, model_of
@@ -45,7 +45,7 @@ class EvalOptions:
     url_model: tuple[str, ...] = ()
     """The name of the model at each endpoint."""
     config: Annotated[EvalConfig, tyro.conf.arg(name="")] = field(default_factory=EvalConfig)
-    load: Annotated[LoadConfig, tyro.conf.arg(name="")] = field(default_factory=LoadConfig)
+    load: Annotated[ReplyLoadConfig, tyro.conf.arg(name="")] = field(default_factory=ReplyLoadConfig)
 
 
 def evaluate(args: list[str]) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
 from ivl.errors import InputError
+from ivl.generators import LoadConfig
 
 T = TypeVar("T")
 OPTIONS: dict[str, dict[str, str]] = {
@@ -17,6 +19,14 @@ OPTIONS: dict[str, dict[str, str]] = {
     for command, answers in tomllib.loads(Path(__file__).with_name("foreign.toml").read_text("utf-8")).items()
 }
 """By command: the name of an option elsewhere, with hyphens, and what it is here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplyLoadConfig(LoadConfig):
+    """How a model is loaded whose replies are all of one adapter, or of none."""
+
+    adapter: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="DIR")] = ()
+    """LoRA adapter to reply with, unmerged: its directory. What follows it is no further adapter, but a picture or a model."""
 
 
 def parse(kind: type[T], command: str, args: Sequence[str], **settings: Any) -> T:

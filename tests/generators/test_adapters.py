@@ -24,6 +24,7 @@ from ivl.lora.layers import add_lora
 from ivl.types import SamplingParams
 from tests.helpers.adapters import stir
 from tests.helpers.engines import ask, tiny_directory
+from tests.helpers.mixtures import make_rows
 from tests.helpers.servers import CONFIG, KEY, running, says
 
 PARAMS = SamplingParams(max_new_tokens=20)
@@ -91,8 +92,10 @@ def test_a_server_has_each_by_its_name(place: Path) -> None:
 def test_chat_and_eval_take_an_adapter(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    shown = make_rows(tmp_path, 1)[0]["image"]
+
     def said(*options: str) -> str:
-        chat([str(place / "base"), "-p", "is it red?", "--max-new-tokens", "12", *options])
+        chat([str(place / "base"), *options, str(tmp_path / shown), "-p", "is it red?", "--max-new-tokens", "12"])
         return capsys.readouterr().out
 
     adapter = str(place / "one" / "adapter")
@@ -101,7 +104,7 @@ def test_chat_and_eval_take_an_adapter(
     turns = [{"from": "human", "value": "is it red?"}, {"from": "gpt", "value": "red"}]
     (tmp_path / "rows.jsonl").write_text(json.dumps({"conversations": turns}) + "\n")
     for options in ((), ("--adapter", adapter)):
-        evaluate([str(place / "base"), "--data", "rows.jsonl", "--metric", "exact", "--max-new-tokens", "12", *options])
+        evaluate([*options, str(place / "base"), "--data", "rows.jsonl", "--metric", "exact", "--max-new-tokens", "12"])
     assert sorted(path.name for path in (tmp_path / "runs" / "eval").glob("*rows.jsonl")) == [
         "base+one-rows.jsonl",
         "base-rows.jsonl",
@@ -122,7 +125,7 @@ def test_mistakes_are_named(place: Path, adapters: tuple[str, ...], message: str
     real = {"DIR": str(place / "one" / "adapter"), "RUN": str(place / "one")}
     given = ["=".join(real.get(part, part) for part in each.split("=")) for each in adapters]
     with pytest.raises((InputError, SystemExit)) as caught:  # values that the dataclass refuses are tyro's to report
-        chat([str(place / "base"), "-p", "?", "--adapter", *given])
+        chat([str(place / "base"), "-p", "?", *(part for each in given for part in ("--adapter", each))])
     assert re.search(message, " ".join(f"{caught.value} {capsys.readouterr().err}".replace("│", " ").split()))
 
 
