@@ -86,12 +86,17 @@ def test_a_misspelled_word_is_answered_with_the_nearest(
         ("serve", ["--lora-modules", "a=b"], "--adapter"),
         ("chat", ["--model", "x"], "the first argument"),
         ("eval", ["--tasks", "mmmu"], "--task"),
+        ("data", ["stats", "--dataset", "x"], "an argument"),
+        ("prefer", ["sample", "--num-return-sequences", "8"], "--num-replies"),
+        ("convert", ["--output_dir", "x"], "the second argument"),
+        ("merge", ["--adapter", "x"], "ivl merge MODEL ADAPTER OUT"),
     ],
 )
 def test_options_of_other_tools_are_answered_with_ours(
     command: str, arguments: list[str], answer: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    start = {"train": ["finetune", "--model", "M", "--data", "D"]}.get(command, ["MODEL"])
+    starts = {"train": ["finetune", "--model", "M", "--data", "D"], "data": [], "prefer": []}
+    start = starts.get(command, ["MODEL"])
     assert ivl(command, *start, *arguments, monkeypatch=monkeypatch) == 1
     said = capsys.readouterr().err
     assert answer in said and said.count("\n") == 1
@@ -100,7 +105,8 @@ def test_options_of_other_tools_are_answered_with_ours(
 def test_no_name_of_the_table_is_an_option_here_and_its_answers_are() -> None:
     own = {"train": set().union(*(flags("train", page) for page in ("finetune", "lora", "mpo", "nano-mpo")))}
     own["train"] |= {"--model", "--data", "--resume", "--config"}
-    own |= {command: flags(command, "") for command in OPTIONS if command != "train"}
+    words = {command: second_words().get(command, ("",)) for command in OPTIONS if command != "train"}
+    own |= {command: set().union(*(flags(command, word) for word in words[command])) for command in words}
     own["train"].add("--nproc-per-node")
     for command, table in OPTIONS.items():
         assert not {f"--{name}" for name in table} & (own[command] - {"--model", "--nproc-per-node"})

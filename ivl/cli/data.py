@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from ivl.cli.options import answer_foreign
 from ivl.data.config import DataConfig
 from ivl.datasets.convert import ConvertConfig
 from ivl.errors import DataError, InputError
@@ -40,8 +41,8 @@ SHOWN = 10
 class MixtureOptions(DataConfig):
     """The data configuration as options of a command that reads a mixture."""
 
-    mixture: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MIXTURE")]
-    """A meta JSON, or a file or folder of rows of any format that is read."""
+    mixture: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MIXTURE ...")]
+    """Meta JSONs, and files or folders of rows of any format that is read; one or several."""
     num_workers: Annotated[int, tyro.conf.arg(name="workers")] = 0
     """Processes that read and encode rows; 0 does so in this one."""
 
@@ -326,4 +327,5 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 def main(args: list[str]) -> None:
     """Run the command."""
+    answer_foreign("data", args)
     tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="ivl data", args=args)

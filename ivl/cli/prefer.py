@@ -8,6 +8,7 @@ from pathlib import Path
 
 import tyro
 
+from ivl.cli.options import answer_foreign
 from ivl.errors import InputError
 from ivl.evaluation.scoring import AnswerMode, AnswerStyle
 from ivl.generators import GeneratorConfig, connect
@@ -117,6 +118,7 @@ COMMANDS = {"sample": PreferSampleOptions, "pairs": PairsOptions, "dropout": Dro
 
 def main(args: list[str]) -> None:
     """Run the command."""
+    answer_foreign("prefer", args)
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)
     try:
         options = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="ivl prefer", args=args, config=config)

@@ -39,23 +39,29 @@ def print_tables(datasets: Sequence[DatasetStats]) -> None:
         print_table(head, rows, title=f"\n{title}" if title else None, words={"format"})
 
 
-def write_report(out: str | Path, datasets: Sequence[DatasetStats], *, mixture: str, model: str | None) -> Path:
+def write_report(out: str | Path, datasets: Sequence[DatasetStats], *, mixture: str | Sequence[str], model: str | None) -> Path:
     """Write stats.json and stats.html into a directory; returns the page.
+
+    Args:
+        out: the directory.
+        datasets: what was counted.
+        mixture: what was read, one or several.
+        model: whose processor counted tokens and tiles.
 
     Raises:
         InputError: if matplotlib is not installed, or nothing could be read.
     """
-    out = Path(out)
+    out, mixtures = Path(out), (mixture,) if isinstance(mixture, str) else tuple(mixture)
     whole = total(datasets)
     values = {
-        "mixture": mixture, "model": model, "datasets": {each.name: each.to_json() for each in datasets},
-        "total": whole.to_json(),
+        "mixture": mixtures[0] if len(mixtures) == 1 else mixtures, "model": model,
+        "datasets": {each.name: each.to_json() for each in datasets}, "total": whole.to_json(),
     }  # fmt: skip
     write_json(out / "stats.json", values)
     if not whole.conversations:
-        raise InputError(f"{mixture}: no row could be read, so there is nothing to plot")
+        raise InputError(f"{', '.join(mixtures)}: no row could be read, so there is nothing to plot")
     page = out / "stats.html"
-    write_atomic(page, _page(datasets, whole, mixture, model))
+    write_atomic(page, _page(datasets, whole, mixtures, model))
     return page
 
 
@@ -101,7 +107,7 @@ def _histograms(datasets: Sequence[DatasetStats]) -> list[tuple[str, str]]:
     ]
 
 
-def _page(datasets: Sequence[DatasetStats], whole: DatasetStats, mixture: str, model: str | None) -> str:
+def _page(datasets: Sequence[DatasetStats], whole: DatasetStats, mixtures: tuple[str, ...], model: str | None) -> str:
     unit = f"Tokens and tiles are those of {pages.text(model)}." if model else "No model was given: lengths are in characters."
     sizes = {"tokens": f"{whole.tokens:,}", "tiles": f"{whole.tiles:,}"} if whole.encoded else {}
     _, *counts = _counts(datasets)
@@ -117,17 +123,21 @@ def _page(datasets: Sequence[DatasetStats], whole: DatasetStats, mixture: str, m
     sections += ["<h2>Plots</h2>", _plots(datasets)]
     for title, *lengths in _lengths(datasets):
         sections += [f"<h2>{title.capitalize()}</h2>", pages.table(*lengths)]
-    return pages.page(f"What {mixture} holds", *sections, pages.next_steps(*_next_steps(whole, mixture, model)))
+    held = "hold" if len(mixtures) > 1 else "holds"
+    return pages.page(
+        f"What {' and '.join(mixtures)} {held}", *sections, pages.next_steps(*_next_steps(whole, mixtures, model))
+    )  # fmt: skip
 
 
-def _next_steps(whole: DatasetStats, mixture: str, model: str | None) -> list[tuple[str, str]]:
-    rows = shlex.quote(mixture)
+def _next_steps(whole: DatasetStats, mixtures: tuple[str, ...], model: str | None) -> list[tuple[str, str]]:
+    rows = shlex.join(mixtures)
     steps = [("Name the place of every bad row:", f"ivl data validate {rows}")] if whole.bad else []
     if not model:
         steps.append(("Count tokens and tiles as a model sees them:", f"ivl data stats {rows} --model MODEL --out DIR"))
+    filters = "; ".join(f"ivl data filter heuristic {shlex.quote(each)} OUT" for each in mixtures)
     return [
         *steps,
-        ("Leave out rows that repeat, break off or run in circles:", f"ivl data filter heuristic {rows} OUT"),
+        ("Leave out rows that repeat, break off or run in circles:", filters),
         ("Train:", f"ivl train finetune --model {shlex.quote(model or 'MODEL')} --data {rows}"),
     ]
 

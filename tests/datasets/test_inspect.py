@@ -32,6 +32,9 @@ def test_validate_prints_every_problem_with_its_line(dirty, capsys):
 def test_validate_is_silent_about_good_data(tmp_path, capsys):
     cli.main(["validate", str(make_file(tmp_path, 5))])
     assert capsys.readouterr().out == "rows: 5 rows (reference jsonl), no problems\n"
+    more = make_file(tmp_path / "more", 2)
+    cli.main(["validate", str(tmp_path / "rows.jsonl"), str(more)])
+    assert "5 rows" in (said := capsys.readouterr().out) and "2 rows" in said
 
 
 def test_a_file_that_cannot_be_opened_does_not_hide_the_next(tmp_path):
