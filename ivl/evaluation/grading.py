@@ -37,6 +37,8 @@ class Grader:
     asked: int = 0
     """Questions to the judge in this process, those from the file not counted."""
     saved: dict[str, str] = field(default_factory=dict[str, str])
+    unread: str | None = None
+    """The last of its replies that decided nothing."""
 
     def decide(self, scores: Sequence[Score]) -> list[Score]:
         """Return the scores with the judge's decisions. A score that stays undecided is the one that asked first."""
@@ -72,6 +74,7 @@ class Grader:
             for (at, question), reply in zip(left, replies, strict=True):
                 score = question.read(reply)
                 if score is None:
+                    self.unread = reply
                     questions.append((at, question))
                 else:
                     read.append((at, score))

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from ivl.errors import InputError
+from ivl.errors import InputError, short
 from ivl.evaluation import fingerprint, voting
 from ivl.evaluation.config import EvalConfig, Method
 from ivl.evaluation.figures import rows_of
@@ -206,6 +206,8 @@ def evaluate_all(
         **task.settings(),
         "versions": versions(),
     }
+    if grader and grader.unread is not None and "undecided" in report:
+        report["undecided"]["notes"].append(f"the judge's replies decide nothing, such as {short(grader.unread)}")
     if report["value"] is not None:
         headline = next(iter(task.figures(scored).values()))
         write_scores(beside(predictions, "scores.jsonl"), {"task": task.name, "model": model}, headline, scored, answered)

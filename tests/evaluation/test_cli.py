@@ -128,6 +128,7 @@ def test_a_benchmark_by_the_command_with_a_judge_and_two_models(tmp_path: Path, 
         assert report["data"]["file"] == str(path) and not report["data"]["official"]
         assert report["undecided"]["replies"] + 3 * report["value"] <= 3, "a tiny judge says nothing that can be read"
         assert "at random" in report["undecided"]["notes"][0]
+        assert report["undecided"]["notes"][-1].startswith("the judge's replies decide nothing, such as '")
     judged = [line for file in tmp_path.glob("r-*.judge.jsonl") for line in file.read_text().splitlines()[1:]]
     assert len(judged) >= 3 and len(list(tmp_path.glob("r-*.scores.jsonl"))) == 2
     assert "undecided: " in capsys.readouterr().out

@@ -64,8 +64,9 @@ def test_a_reply_that_cannot_be_read_is_asked_again_and_warmer(tmp_path: Path) -
 
 def test_what_stays_undecided_stays_so(tmp_path: Path) -> None:
     judge = Scripted(*"abc")
-    (score,) = Grader(judge, "j", tmp_path / "j.jsonl").decide([question(tries=3)])
-    assert score.undecided and len(judge.temperatures) == 3
+    grader = Grader(judge, "j", tmp_path / "j.jsonl")
+    (score,) = grader.decide([question(tries=3)])
+    assert score.undecided and len(judge.temperatures) == 3 and grader.unread == "c"
 
 
 def test_a_decision_may_ask_a_further_question(tmp_path: Path) -> None:

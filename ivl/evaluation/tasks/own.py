@@ -70,7 +70,8 @@ class OwnData(Task):
                     cluster=f"row {index}" if several else "", row={"question": asked[-1].text, "id": record.id},
                 )  # fmt: skip
                 if unusable and not all(self._read(answer, example) for answer in example.answers):
-                    raise InputError(f"{record.source}: the answer {short(example.answers)} {unusable}")
+                    told = " or ".join(map(short, example.answers))
+                    raise InputError(f"{record.source}: the answer {told} {unusable}; another --metric may read it")
                 yield example
 
     def _read(self, text: str, example: Example) -> str | Corners | None:
