@@ -104,7 +104,7 @@ def _evaluations(config: RunConfig, model: str) -> list[str]:
     data = config.val_data
     specs = load_mixture(data.mixture, root=data.root, format=data.format) if data and not config.objective.pairs else ()
     paths = [spec.annotation for spec in specs if spec.root in (spec.annotation, str(Path(spec.annotation).parent))]
-    if data is None or not paths:
-        return [f"ivl eval {shlex.quote(model)} --list"]
+    if config.objective.pairs or data is None or not paths:
+        return [f"ivl eval {shlex.quote(model)} --data ROWS --metric exact     (ROWS that it was not trained on)"]
     share = f" --val-share {data.val_share:g}" if data.validation else ""
     return [f"ivl eval {shlex.quote(model)} --data {shlex.quote(path)}{share} --metric exact" for path in paths[:3]]
