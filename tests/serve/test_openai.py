@@ -115,6 +115,8 @@ def test_logprobs(client: openai.OpenAI) -> None:
         s for c in chat(client, **body, stream=True) for choice in c.choices if choice.logprobs for s in choice.logprobs.content
     ]
     assert [s.token for s in streamed] == [s.token for s in scores]
+    silent = chat(client, **says("what?", logprobs=True), extra_body={"guided_regex": "()"}).choices[0]
+    assert silent.message.content == "" and silent.logprobs.content == []
     old = client.completions.create(model="tiny", prompt="what?", max_tokens=4, logprobs=2).choices[0].logprobs
     assert len(old.tokens) == len(old.token_logprobs) == 4 and all(len(top) <= 2 for top in old.top_logprobs)
 
