@@ -115,8 +115,9 @@ class CapturedGraphs:
         step = FixedStep(store, num_seqs, longest)
         x_SD = torch.zeros(num_seqs, decoder.config.width, dtype=store.keys.dtype, device=store.keys.device)
         graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(x_SD.device)  # that of torch.cuda.graph is one of the current card, for good
         # Other threads may use the card meanwhile.
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
             step.derive()
             factors = rotary_at(decoder.config, step.past_S.float(), decoder.config.rope_theta, x_SD.dtype)
             out_SD = x_SD

@@ -105,8 +105,9 @@ def _fused_pays(width: int, out_features: int, dtype: torch.dtype, device: torch
     x_TI = torch.ones(1, width, dtype=dtype, device=device)
     weight_OI = torch.ones(out_features, width, dtype=torch.int8, device=device)
     scale_O = torch.ones(out_features, dtype=dtype, device=device)
-    fused = _milliseconds(lambda: torch.ops.aten._weight_int8pack_mm(x_TI, weight_OI, scale_O))
-    return fused < _milliseconds(lambda: F.linear(x_TI, weight_OI.to(dtype) * scale_O.unsqueeze(1)))
+    with torch.cuda.device(device):  # whose stream the events time
+        fused = _milliseconds(lambda: torch.ops.aten._weight_int8pack_mm(x_TI, weight_OI, scale_O))
+        return fused < _milliseconds(lambda: F.linear(x_TI, weight_OI.to(dtype) * scale_O.unsqueeze(1)))
 
 
 def _milliseconds(function: Callable[[], torch.Tensor]) -> float:

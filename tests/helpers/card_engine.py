@@ -228,7 +228,7 @@ def two_steps(folder: Path) -> dict[str, Any]:
     from ivl import SamplingParams
     from tests.helpers import card_graphs
 
-    engine = engine_of(folder, "cuda", "float16")
+    engine = engine_of(folder, "cuda:1", "float16")  # not the current card
     card_graphs.graphs.clear()
     requests = [engine.submit(each, SamplingParams(max_new_tokens=20, ignore_eos=True)) for each in texts()[:3]]
     traces = []

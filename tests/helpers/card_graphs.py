@@ -43,12 +43,19 @@ class Graph:
         ]
 
 
+class Stream:
+    """Stands for torch.cuda.Stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+
 class Recorder(TorchDispatchMode):
     """Captures into a graph. What writes is not run, as nothing is while a card captures."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, card: torch.device) -> None:
         super().__init__()
-        self.graph, self.paused = graph, False
+        self.graph, self.card, self.paused = graph, card, False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -56,6 +63,8 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         out = args[0] if func._schema.is_mutable else func(*args, **kwargs)
         assert wait_of(func, args, kwargs, out) is None, f"a card cannot capture {func}"
+        other = {x.device for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor) and x.is_cuda} - {self.card}
+        assert not other, f"{func} on {other} is not captured by a stream of {self.card}"
         on_host = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and not x.is_cuda and x.dim()]
         assert not on_host, f"{func} of a tensor on the host cannot be captured"
         if func._schema.is_mutable or not memory_of(out) <= memory_of((args, kwargs)):  # the rest are views
@@ -81,10 +90,12 @@ def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 @contextmanager
-def capture(graph: Graph, *, pool: object = None, capture_error_mode: str = "global") -> Iterator[None]:
+def capture(
+    graph: Graph, *, pool: object = None, stream: Stream | None = None, capture_error_mode: str = "global"
+) -> Iterator[None]:
     """Stands for torch.cuda.graph."""
     global _recorder
-    _recorder = Recorder(graph)
+    _recorder = Recorder(graph, stream.device if stream else torch.device("cuda", 0))
     try:
         with _recorder:
             yield
@@ -111,7 +122,7 @@ def weight_int4pack_mm(x: torch.Tensor, packed: torch.Tensor, group: int, scale_
 def put_in() -> None:
     """Let torch's functions be these."""
     cuda: Any = torch.cuda
-    cuda.CUDAGraph, cuda.graph, cuda.graph_pool_handle = Graph, capture, lambda: (0, 0)
+    cuda.CUDAGraph, cuda.graph, cuda.graph_pool_handle, cuda.Stream = Graph, capture, lambda: (0, 0), Stream
     global _library
     _library = torch.library.Library("aten", "IMPL")
     _library.impl("_convert_weight_to_int4pack", convert_weight_to_int4pack, "CUDA")
