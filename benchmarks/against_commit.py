@@ -115,7 +115,7 @@ def run_side(tree: Path, task: str, models: Path, options: Options) -> dict[str,
 # One side, which runs in either tree
 
 
-def side(task: str, models: Path, threads: int, dtype: str) -> dict[str, float]:
+def side(task: str, models: Path, threads: int, dtype: Any) -> dict[str, float]:
     import torch
 
     torch.set_num_threads(threads)

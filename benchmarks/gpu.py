@@ -183,11 +183,11 @@ def attention(check: Check) -> None:
                 step = cache.step([sequence for sequence, _ in some], tuple(n for _, n in some))
                 shape = (sum(lens), config.num_heads + 2 * config.num_kv_heads, config.head_dim)
                 heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-                qkv = torch.randn(shape, generator=generator).to(CARD, dtype).split(heads, dim=1)
+                q, k, v = torch.randn(shape, generator=generator).to(CARD, dtype).split(heads, dim=1)
                 with torch.inference_mode():
-                    out = attend(*qkv, step.layout, step, 0, backend)
+                    out = attend(q, k, v, step.layout, step, 0, backend)
             outs.append(out.float().cpu())
-            calls.append(lambda qkv=qkv, step=step, backend=backend: attend(*qkv, step.layout, step, 0, backend))
+            calls.append(lambda q=q, k=k, v=v, step=step, backend=backend: attend(q, k, v, step.layout, step, 0, backend))
         off = float((outs[0] - outs[1]).abs().max())
         check.add(f"{name}: largest difference", off, off < 0.02)
         if is_real():
@@ -553,7 +553,7 @@ def train_losses(
     return [row["loss"] for row in history], [b - a for a, b in pairwise(marks)]
 
 
-def planned_bytes(config: ModelConfig, tokens: int, tiles: int) -> int:
+def planned_bytes(config: ModelConfig, tokens: int, tiles: int) -> float:
     from ivl.data.config import DataConfig
     from ivl.runs.config import RunConfig
     from ivl.runs.plan import Machines, plan_ranks

@@ -212,6 +212,7 @@ def measure(sizes: list[str], tiles: list[int], rounds: int, seconds: float) -> 
             for max_tiles in tiles:
                 for jpeg in (False, True):
                     task = {"paths": photographs[size], "tiles": max_tiles, "jpeg": jpeg}
+                    first = {}
                     for _ in range(2):  # the first warms up
                         first = {name: side.run(json.dumps(task)) for name, side in sides.items()}
                     assert len({answer["tiles"] for answer in first.values()}) == 1, first

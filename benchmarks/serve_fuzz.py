@@ -23,6 +23,7 @@ from typing import Any
 
 import httpx
 import hypothesis
+import hypothesis.errors
 import psutil
 import schemathesis
 import tyro

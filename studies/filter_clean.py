@@ -12,10 +12,11 @@ import pkgutil
 import random
 import re
 from collections.abc import Callable, Iterator
+from email.message import Message as Mail
 from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import skimage
 
@@ -219,7 +220,7 @@ def documents(split: Split) -> tuple[tuple[str, str], ...]:
     for distribution in distributions():
         name = distribution.metadata["Name"].lower()
         if (sum(map(ord, name)) % 2 == 0) == (split == "tune"):
-            body = distribution.metadata.get_payload() or distribution.metadata["Description"] or ""
+            body = cast(Mail, distribution.metadata).get_payload() or distribution.metadata["Description"] or ""
             for n, section in enumerate(re.split(r"\n(?=#{2,3} |\S[^\n]*\n[=-]{3,}\n)", str(body))):
                 found[f"the read-me of {name}, part {n}"] = section.strip()
     descr = Path(importlib.import_module("sklearn").__file__ or "").parent / "datasets" / "descr"

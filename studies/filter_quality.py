@@ -12,7 +12,7 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -86,7 +86,7 @@ def duplicate_rows(split: str, seed: int, clean: list[Labelled]) -> list[Labelle
     chosen = DUPLICATES[split]
     pool = rng.sample(range(len(clean)), len(clean))
     for n in range(NUM_FAULTS):
-        edit, copy = chosen[n % len(chosen)], None
+        edit, copy, at = chosen[n % len(chosen)], None, 0
         while copy is None:
             at = pool.pop(0)
             copy = edit(clean[at].record, rng)
@@ -156,7 +156,7 @@ def measure(split: str, seed: int, failures: int = 0) -> dict:
     }
 
 
-def show(count: int, rows: list[Labelled], said: list[dict], stream: list[Labelled], doubles: list[str | None]) -> None:
+def show(count: int, rows: list[Labelled], said: list[dict], stream: list[Labelled], doubles: Sequence[int | None]) -> None:
     """Prints so many failures of each kind, to look at."""
     seen: Counter = Counter()
     for row, reasons in zip(rows, said, strict=True):

@@ -13,9 +13,10 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+from email.message import Message as Mail
 from importlib.metadata import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import torch
 import tyro
@@ -70,7 +71,7 @@ def log_probs(model: Decoder, windows: list[torch.Tensor]) -> list[torch.Tensor]
 def on_text(num_windows: int) -> list[dict]:
     _, file = language_model()
     tokenizer = tokenizer_from_gguf(file.vocabulary())
-    texts = [str(metadata(name).get_payload() or metadata(name)["Description"]) for name in PACKAGES]
+    texts = [str(cast(Mail, metadata(name)).get_payload() or metadata(name)["Description"]) for name in PACKAGES]
     tokens = torch.tensor([token for text in texts for token in tokenizer.encode(text)])
     windows = list(tokens[: len(tokens) // WINDOW * WINDOW].split(WINDOW))
     windows = windows[:: max(len(windows) // num_windows, 1)][:num_windows]

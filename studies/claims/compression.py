@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image
 
 from ivl.formats.rows import write_jsonl
-from ivl.processing.augment import CORRUPTIONS, Augmentation, corrupt
+from ivl.processing.augment import CORRUPTIONS, Augmentation, Corruption, corrupt
 from studies.claims import pictures, small
 from studies.claims.study import Arm, Figures, Lab, Results, Study, Verdict, sign, together
 
@@ -63,7 +63,7 @@ def damaged(row: dict[str, Any], kind: str, strength: float, folder: Path) -> di
         image.save(jpeg := path.with_suffix(".jpg"), quality=int(strength))
         image = Image.open(jpeg)
     elif kind != "clean":
-        image = corrupt(image, kind, strength, seed=int(path.stem))
+        image = corrupt(image, cast(Corruption, kind), strength, seed=int(path.stem))
     image.save(path)
     return row | {"image": str(path.absolute())}
 

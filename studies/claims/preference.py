@@ -54,7 +54,10 @@ def train(lab: Lab, arm: str, rate: float, beta: float, seed: int, out: Path) ->
     origin = made / ("dropout-pairs" if arm == "dropout" else "pairs")
     rows = made / "chosen.jsonl" if arm == "chosen" else origin / "pairs.jsonl"
     reference = str(lab.runs / f"preference/reference-{origin.name}-{out.name}")
-    weights = {"dpo": {"sigmoid": 1.0, "bco": 0.0, "generation": 0.0}, "equal": {"sigmoid": 1.0, "bco": 1.0, "generation": 1.0}}
+    weights: dict[str, dict[str, Any]] = {
+        "dpo": {"sigmoid": 1.0, "bco": 0.0, "generation": 0.0},
+        "equal": {"sigmoid": 1.0, "bco": 1.0, "generation": 1.0},
+    }
     mpo = PreferenceConfig(beta=beta, reference_dir=reference, **weights.get(arm, {}))
     objective = ObjectiveConfig() if arm == "chosen" else mpo
     return small.trained(

@@ -87,12 +87,12 @@ def training(
     """
     optim = OptimConfig(name=optimizer, lr=lr, warmup_ratio=0.1, min_lr_ratio=0.05)
     objective = ObjectiveConfig(path=objective) if isinstance(objective, str) and objective else objective or ObjectiveConfig()
-    rows = str(rows) if isinstance(rows, Path) else tuple(map(str, rows))
+    mixture = str(rows) if isinstance(rows, Path) else tuple(map(str, rows))
     return RunConfig(
         name=out.name, out_dir=str(out), model=str(model or ""), architecture=None if model else nano.architecture(),
         stage=Stage(trainable=trainable), objective=objective,
         data=DataConfig(
-            mixture=rows, epochs=None if steps else 1,
+            mixture=mixture, epochs=None if steps else 1,
             **{"max_tokens": PACK_TOKENS, "max_tiles": 120, "num_workers": 0, "cache_samples": 1 << 14, **data},
         ),
         train=TrainConfig(

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from ivl.train.config import Precision
 from ivl.utils.files import write_json
@@ -27,6 +27,7 @@ PRECISION: Precision = "fp32"
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """Quantiles of Student's distribution, for the 95% interval of the mean of so many values."""
 Figures = dict[str, Any]
+Setting = TypeVar("Setting")
 Holds = Literal["holds", "holds in part", "does not hold here", "not measured yet"]
 
 
@@ -42,7 +43,7 @@ class Lab:
     """Factor on steps, rows and questions."""
     seeds: int = 3
 
-    def few(self, full: int, least: int = 1) -> int:
+    def few(self, full: float, least: int = 1) -> int:
         """Scale a number of steps, rows or questions, but not below `least`."""
         return max(least, round(full * self.scale))
 
@@ -58,7 +59,7 @@ class Lab:
                 (folder / "done").touch()
         return folder
 
-    def pick(self, study: str, arm: str, choices: Sequence[float], score: Callable[[float], float]) -> float:
+    def pick(self, study: str, arm: str, choices: Sequence[Setting], score: Callable[[Setting], float]) -> Any:
         """Return the setting with the best score; all seeds of the arm take it.
 
         The score must come from validation data. The scores are kept beside the arm's figures.
