@@ -28,7 +28,7 @@ R = TypeVar("R")
 Encoded = Sample | DataError
 """What a draw becomes: a sample, or the fault of its row."""
 
-PAIR = "a preference pair, whose rejected reply would be trained on; objective preference takes it"
+PAIR = "a preference pair, whose rejected reply would be trained on; objective preference (ivl train mpo) takes it"
 NO_PAIR = "not a preference pair; the objective preference needs rows with a prompt, `chosen` and `rejected`"
 CHUNK = 8
 """Samples that a worker encodes at a time; spreads the cost of a message between processes."""

@@ -143,7 +143,7 @@ def console_line(row: Mapping[str, Any], seconds_left: float) -> str:
     parts += [f"{text} {row[name]:{form}}" for name, (text, form) in SHOWN.items() if name in row]
     parts += [f"lr {row['lr']:.2e}", f"grad {row['grad_norm']:.2f}"]
     parts += [f"{row['tokens_per_second']:,.0f} tok/s", f"{row['samples_per_second']:.1f} samples/s"]
-    if "fill" in row:
+    if "fill" in row and row.get("samples") != row.get("packs", 0):  # a row a pack is not packed, and fills what it fills
         parts.append(f"fill {row['fill']:.0%}")
     return "  ".join((*parts, f"{row['memory_gb']:.1f} GB"))
 

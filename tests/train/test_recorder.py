@@ -37,6 +37,7 @@ def test_plain_lines_where_there_is_no_terminal(capsys):
         "left",
     )
     assert all(figure in lines[0] for figure in wanted)
+    assert "fill" not in console_line(ROW | {"samples": 8, "packs": 8}, 0), "a row a pack: nothing is packed"
 
 
 def test_a_live_line_on_a_terminal(monkeypatch):
