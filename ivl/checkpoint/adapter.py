@@ -166,7 +166,7 @@ def load_adapter(model: VLM, adapter_dir: str | Path, *, allow_base: bool = Fals
         expected = open_section(where / BASE_FILE).read("fingerprint", TEXT)
         if expected != base_fingerprint(model, {entry.ours for entry, _ in file.whole.values()}):
             trained_from = described.values.get("base_model_name_or_path") or "another model"
-            remedy = "`ivl merge --allow-base` takes it"
+            remedy = "name that one; `ivl merge --allow-base` takes it all the same"
             raise InputError(f"{where}: was trained from {short(trained_from)}, not from this model; {remedy}")
     add_adapters(model, configs)
     file.replace_whole(model)

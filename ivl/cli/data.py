@@ -307,7 +307,7 @@ def describe(estimate: PackEstimate, config: DataConfig, *, ranks: int, accumula
         f"tile fill        {estimate.tile_fill:.1%}",
         f"samples a pack   {estimate.samples_per_pack:.1f}",
         f"packs an epoch   {packs:,} (standard error {estimate.error:.1%}, from {estimate.sampled:,} rows)",
-        f"steps an epoch   {steps:,} on {ranks} rank(s), {accumulation} pack(s) each: {ranks * accumulation} packs a step",
+        f"steps an epoch   {steps:,}; packs a step: {ranks} ranks x {accumulation} each = {ranks * accumulation}",
     ]
     policies = {
         "refuse": "the first stops training", "truncate": "cut at a turn", "cut": "cut at the budget", "skip": "left out",

@@ -227,7 +227,8 @@ def plan_ranks(config: RunConfig, machines: Machines, *, tracked: Tracked | None
 def describe_alone(config: RunConfig) -> str:
     """Format the memory of a run in one process, which shares nothing."""
     rows = plan_ranks(config, Machines(gpus=1)).memory_rows()
-    return "\n".join([*rows, "", "for many ranks add --nodes N --gpus N --card NAME, or ask `ivl plan`"])
+    above = "libraries and rows that wait take about 1.5 GiB beside it"
+    return "\n".join([*rows, "", above, "for many ranks add --nodes N --gpus N --card NAME, or ask `ivl plan`"])
 
 
 def setup_of(config: RunConfig, machines: Machines, architecture: ModelConfig) -> RankSetup:

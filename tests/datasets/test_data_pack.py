@@ -42,7 +42,7 @@ def test_the_estimate_is_near_what_training_then_does(world, capsys):
     command = ["pack", str(world / "meta.json"), "--model", str(world / "model"), "--max-tokens", "150", "--max-tiles", "30"]
     cli.main([*command, "--over-budget", "skip", "--ranks", "2", "--accumulation", "4", "--weighting", "root", "--dry-run"])
     said = capsys.readouterr().out
-    for words in ("token fill ", "tile fill ", "samples a pack", "on 2 rank(s), 4 pack(s) each: 8 packs a step", "left out"):
+    for words in ("token fill ", "tile fill ", "samples a pack", "packs a step: 2 ranks x 4 each = 8", "left out"):
         assert words in said
     assert "x 1.65" in said and "x 2.05" in said  # 140 draws shared as the roots of 120 and 20 are
 
