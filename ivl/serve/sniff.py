@@ -20,6 +20,8 @@ MAX_SCANS = 100
 """Passes of a progressive JPEG, each of which walks over the whole image; encoders make about ten."""
 MAX_BLOCKS = 10_000
 """Blocks of a small GIF; a large one may have one per 128 bytes more."""
+WEBP_CANVASES = 4
+"""Copies of a picture that the decoder of an animated WebP holds, beside what a still one takes."""
 FORMATS = {rb"\x89PNG\r\n\x1a\n": "PNG", rb"\xff\xd8\xff": "JPEG", rb"RIFF.{4}WEBP": "WEBP", rb"GIF8[79]a": "GIF"}
 """Formats that are decoded, by their first bytes."""
 CODECS = ("h264", "hevc", "av1", "vp8", "vp9", "mpeg4", "mjpeg", "mpeg1video", "mpeg2video")
@@ -79,6 +81,8 @@ def check_image(data: bytes, config: MediaConfig) -> MediaHeader:
     _check_size(header.width, header.height, config)
     if header.frames > config.max_frames:
         raise MediaRefusal(f"an animation of more than {config.max_frames} frames; send it as a video or shorten it", 413)
+    if kind == "WEBP" and header.frames > 1 and header.width * header.height > (most := config.max_pixels // WEBP_CANVASES):
+        raise MediaRefusal(f"an animated WebP of more than {most:,} pixels; scale it down, or send one picture of it", 413)
     return header
 
 

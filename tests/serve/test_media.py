@@ -114,6 +114,8 @@ def test_limits_have_edges() -> None:
     refused(data_url(samples.gif(10)), max_frames=9, status=413, match="animation of more than 9 frames")
     moving = samples.good()["webp moving"]
     refused(data_url(moving), max_frames=1, status=413)
+    assert image(data_url(moving), max_pixels=4 * 64 * 48) and image(data_url(samples.encoded("WEBP")), max_pixels=64 * 48)
+    refused(data_url(moving), max_pixels=4 * 64 * 48 - 1, status=413, match="animated WebP of more than 3,071 pixels")
 
 
 @pytest.mark.parametrize("form", ["mp4", "mov", "matroska", "avi"])
