@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +60,8 @@ def test_every_reply_has_a_seed_of_its_own_whatever_the_chunk(questions: Path, t
     texts = []
     for chunk in (1, 3, 10):
         config = SamplingConfig(num_replies=3, chunk=chunk)
+        with pytest.raises(InputError, match=r"num_replies must be in \[1, 10000\]"):
+            replace(config, num_replies=1_000_000_000)
         out = sample(Echo(), sources, tmp_path / f"out{chunk}.jsonl", model="m", config=config)
         texts.append([reply["text"] for _, row in read_journal(out)[1] for reply in row["replies"]])
     assert texts[0] == texts[1] == texts[2] and len(set(texts[0])) == 21
