@@ -31,6 +31,7 @@ from ivl.inference.engine import Engine
 from ivl.parallel.follow import Channel, LeadingEngine, follow
 from ivl.parallel.launch import START_TIMEOUT, join_world, start_world
 from ivl.parallel.tensor import TensorVLM, local_config, split
+from ivl.processing.processor import Processor
 from ivl.train.world import World
 
 Processes = dict[int, subprocess.Popen[bytes]]
@@ -60,11 +61,17 @@ def load_shared(directory: Path, config: LoadConfig, options: dict[str, Any]) ->
     elif world.size != count:
         raise InputError(f"tensor_parallel {count} needs {count} processes, torchrun has started {world.size}")
     try:
-        model, processor, channel = _load(directory, config, world)
+        world = world.arranged(tensor=count)
+        model, processor = _load(directory, config, world)
+        assert world.store is not None
+        if world.rank:
+            world.store.set(f"loaded {world.rank}", "")
+        else:  # before the ranks speak to one another, for that has no end if one of them does not come
+            for rank in range(1, count):
+                _wait(world, f"loaded {rank}", processes)
+        channel = Channel(world, model)
         if world.rank:
             _follow(model, processor, channel)
-        for rank in range(1, count):
-            _wait(world, f"loaded {rank}", processes)
         engine = LeadingEngine(
             model, processor, channel, ended=partial(_ended, processes), at_end=partial(_await_end, processes), **options
         )
@@ -72,7 +79,6 @@ def load_shared(directory: Path, config: LoadConfig, options: dict[str, Any]) ->
             gpu.accelerate(engine)
         size = engine.cache.block_size
         options = options | {"max_cache_tokens": engine.cache.num_blocks * size, "block_size": size}
-        assert world.store is not None
         world.store.set("options", json.dumps(options))
         engine.start()
     except BaseException:
@@ -110,22 +116,20 @@ def start_ranks(directory: Path, config: LoadConfig) -> tuple[World, Processes]:
         raise
 
 
-def _load(directory: Path, config: LoadConfig, world: World) -> tuple[Any, Any, Channel]:
-    """Load this rank's share, and open the channel between the ranks."""
-    world = world.arranged(tensor=config.tensor_parallel)
+def _load(directory: Path, config: LoadConfig, world: World) -> tuple[TensorVLM, Processor]:
+    """Load this rank's share."""
     if world.device.type == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // world.size))
     models, processor = load_parts(directory, config, str(world.device), partial(split, world=world))
     model = models[""]
     assert isinstance(model, TensorVLM)
-    return model, processor, Channel(world, model)
+    return model, processor
 
 
 def _follow(model: Any, processor: Any, channel: Channel) -> None:
     """Follow rank 0 to its end, and end."""
     world = channel.world
     assert world.store is not None
-    world.store.set(f"loaded {world.rank}", "")
     world.store.set_timeout(START_TIMEOUT)
     options: dict[str, Any] = json.loads(world.store.get("options"))
     try:
@@ -141,11 +145,11 @@ def _follow(model: Any, processor: Any, channel: Channel) -> None:
 
 
 def _wait(world: World, key: str, processes: Processes) -> None:
-    """Wait until a rank has set a key. Raises InputError if it ends before."""
+    """Wait until a rank has set a key. Raises InputError if it ends or is stopped before."""
     assert world.store is not None
     until = time.monotonic() + START_TIMEOUT.total_seconds()
     while not world.store.check([key]):
-        if (name := _ended(processes)) is not None:
+        if (name := _ended(processes) or _stopped(processes)) is not None:
             raise InputError(f"{name} while it loaded the model")
         if time.monotonic() > until:
             raise InputError(f"a rank is not {key}")
@@ -158,6 +162,15 @@ def _ended(processes: Processes) -> str | None:
         if (code := process.poll()) is not None:
             how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
             return f"rank {rank} (process {process.pid}) {how}"
+    return None
+
+
+def _stopped(processes: Processes) -> str | None:
+    """Name a process that a signal has stopped: it does not end."""
+    for rank, process in processes.items():
+        with suppress(ChildProcessError):  # it has just ended
+            if os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None:
+                return f"rank {rank} (process {process.pid}) was stopped by a signal"
     return None
 
 

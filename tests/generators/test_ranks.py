@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 import random
+import signal
+import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch.distributed.rendezvous import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 import ivl
 from ivl.errors import InputError
+from ivl.generators import ranks
 from ivl.inference.engine import Engine
 from ivl.inference.request import Request
 from ivl.parallel import follow
 from ivl.parallel.follow import LeadingEngine
-from ivl.train.world import RankLostError
+from ivl.train.world import RankLostError, World
 from ivl.types import Grammar, ImageRef, SamplingParams
 from tests.helpers.engines import ask, assert_idle, picture, tiny_directory
 
@@ -112,6 +116,16 @@ def test_a_failed_step_ends_its_replies_and_a_rank_that_dies_the_engine(director
 
 def spoil(step):
     raise RuntimeError("spoiled here")
+
+
+def test_a_process_that_is_stopped_while_it_loads_is_named():
+    world = World(0, 2, store=TCPStore("127.0.0.1", 0, 2, True, wait_for_workers=False))
+    with subprocess.Popen(["sleep", "60"]) as process:
+        assert ranks._stopped({1: process}) is None
+        process.send_signal(signal.SIGSTOP)
+        with pytest.raises(InputError, match=rf"^rank 1 \(process {process.pid}\) was stopped by a signal while it loaded"):
+            ranks._wait(world, "loaded 1", {1: process})
+        process.kill()
 
 
 def test_what_does_not_fit_is_refused_before_anything_starts(directory):
