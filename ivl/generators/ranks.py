@@ -12,11 +12,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,6 +36,7 @@ from ivl.parallel.tensor import TensorVLM, local_config, split
 from ivl.processing.processor import Processor
 from ivl.train.world import World
 
+Result = TypeVar("Result")
 Processes = dict[int, subprocess.Popen[bytes]]
 """Other ranks that this process has started."""
 
@@ -61,15 +64,15 @@ def load_shared(directory: Path, config: LoadConfig, options: dict[str, Any]) ->
     elif world.size != count:
         raise InputError(f"tensor_parallel {count} needs {count} processes, torchrun has started {world.size}")
     try:
-        world = world.arranged(tensor=count)
+        world = _together(partial(world.arranged, tensor=count), processes)
         model, processor = _load(directory, config, world)
         assert world.store is not None
         if world.rank:
             world.store.set(f"loaded {world.rank}", "")
-        else:  # before the ranks speak to one another, for that has no end if one of them does not come
+        else:
             for rank in range(1, count):
                 _wait(world, f"loaded {rank}", processes)
-        channel = Channel(world, model)
+        channel = _together(partial(Channel, world, model), processes)
         if world.rank:
             _follow(model, processor, channel)
         engine = LeadingEngine(
@@ -110,7 +113,7 @@ def start_ranks(directory: Path, config: LoadConfig) -> tuple[World, Processes]:
         waiting = World(0, count, device, store=store)
         for rank in processes:
             _wait(waiting, f"here {rank}", processes)
-        return join_world(store, 0, count, device), processes
+        return _together(partial(join_world, store, 0, count, device), processes), processes
     except BaseException:
         _stop(processes)
         raise
@@ -144,16 +147,42 @@ def _follow(model: Any, processor: Any, channel: Channel) -> None:
     raise SystemExit(0)
 
 
+def _together(function: Callable[[], Result], processes: Processes) -> Result:
+    """Call a function that all ranks call together. Raises InputError if one that this process has started ends or is stopped.
+
+    The process group would wait half an hour for that rank, and cannot be interrupted: so a thread calls the function, which
+    is left behind then.
+    """
+    if not processes:
+        return function()
+    done: Future[Result] = Future()
+
+    def call() -> None:
+        try:
+            done.set_result(function())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    while not wait([done], 0.02).done:
+        _check(processes)
+    return done.result()
+
+
 def _wait(world: World, key: str, processes: Processes) -> None:
     """Wait until a rank has set a key. Raises InputError if it ends or is stopped before."""
     assert world.store is not None
     until = time.monotonic() + START_TIMEOUT.total_seconds()
     while not world.store.check([key]):
-        if (name := _ended(processes) or _stopped(processes)) is not None:
-            raise InputError(f"{name} while it loaded the model")
+        _check(processes)
         if time.monotonic() > until:
             raise InputError(f"a rank is not {key}")
         time.sleep(0.02)
+
+
+def _check(processes: Processes) -> None:
+    if (name := _ended(processes) or _stopped(processes)) is not None:
+        raise InputError(f"{name} while it loaded the model")
 
 
 def _ended(processes: Processes) -> str | None:

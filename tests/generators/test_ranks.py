@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import subprocess
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -125,7 +126,10 @@ def test_a_process_that_is_stopped_while_it_loads_is_named():
         process.send_signal(signal.SIGSTOP)
         with pytest.raises(InputError, match=rf"^rank 1 \(process {process.pid}\) was stopped by a signal while it loaded"):
             ranks._wait(world, "loaded 1", {1: process})
+        with pytest.raises(InputError, match="was stopped by a signal while it loaded"):
+            ranks._together(threading.Event().wait, {1: process})
         process.kill()
+    assert ranks._together(lambda: 3, {}) == 3
 
 
 def test_what_does_not_fit_is_refused_before_anything_starts(directory):
