@@ -231,7 +231,7 @@ class ResponseBuilder:
                 calls = [{key: value for key, value in call.items() if key != "index"} for call in piece.calls]
                 message = {"role": "assistant", "content": piece.text or (None if calls else ""), "refusal": None}
                 choice["message"] = message | ({"tool_calls": calls} if calls else {})
-        if self.is_chat and delta is None and self.body.logprobs:
+        if isinstance(self.body, ChatRequest) and delta is None and self.body.logprobs:
             piece.scores.setdefault("content", [])  # of a reply that ends at once, too
         lists = [f'"{name}":[{",".join(items)}]' for name, items in piece.scores.items()]
         lists += ['"refusal":null'] if self.is_chat else [] if "top_logprobs" in piece.scores else ['"top_logprobs":null']
