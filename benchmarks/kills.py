@@ -123,7 +123,7 @@ def kill(processes: Processes, folder: Path, name: str, number: int, draw: rando
     for process in processes:
         process.wait()
     words = [line for line in log.read_text().splitlines() if "rank 1" in line]
-    return took, words[-1][-150:] if words else "it named no rank: " + log.read_text()[-200:].replace("\n", " ")
+    return took, words[-1][:150] if words else "it named no rank: " + log.read_text()[-200:].replace("\n", " ")
 
 
 def main() -> None:
