@@ -186,7 +186,9 @@ class ArrowRows(TableRows):
     def _open(self) -> list[pa.RecordBatch]:
         if self._file is None:
             source = pa.memory_map(str(self.path))
-            start = 8 if source.read(6) == b"ARROW1" else 0  # a file is a stream, and a list of its batches that is not read
+            start = 8 if source.read(6) == b"ARROW1" else 0  # a file is a stream, and a list of its batches
+            if start:
+                pa.ipc.open_file(source)  # fails where the list is missing, for the file was cut off
             source.seek(start)
             if (size := _unpacked_bytes(source)) > MAX_GROUP_BYTES:
                 problem = f"its batches are compressed and take {size:,} bytes in memory, the limit is {MAX_GROUP_BYTES:,}"
