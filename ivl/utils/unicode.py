@@ -7,6 +7,8 @@ import unicodedata
 from functools import cache
 from typing import Literal
 
+import numpy as np
+
 MOST_MARKS = 30
 """Accents and other marks in a row; Unicode's stream-safe format (Annex 15) allows as many."""
 
@@ -16,10 +18,22 @@ def normal_form(form: Literal["NFC", "NFKC"], text: str) -> str:
 
     Python sorts the marks of a row in quadratic time: a million of them would take hours.
     """
-    return unicodedata.normalize(form, text if text.isascii() else _long_rows().sub(r"\1", text))
+    if not text.isascii():
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+        if np.count_nonzero(_is_mark()[codes]) > MOST_MARKS:  # else no row can be too long
+            text = _long_rows().sub(r"\1", text)
+    return unicodedata.normalize(form, text)
+
+
+@cache
+def _is_mark() -> np.ndarray:
+    """Whether each code point combines with the letter before it."""
+    found = np.zeros(0x110000, bool)
+    found[:0x1F000] = [unicodedata.combining(chr(code)) > 0 for code in range(0x1F000)]  # none lie beyond
+    return found
 
 
 @cache
 def _long_rows() -> re.Pattern[str]:
-    marks = "".join(char for char in map(chr, range(0x300, 0x1F000)) if unicodedata.combining(char))
+    marks = "".join(map(chr, np.flatnonzero(_is_mark())))
     return re.compile(f"([{marks}]{{{MOST_MARKS}}})[{marks}]+")
