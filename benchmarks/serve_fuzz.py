@@ -13,12 +13,16 @@ from __future__ import annotations
 import collections
 import json
 import math
+import multiprocessing
 import random
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -81,24 +85,34 @@ class Flood:
 
 
 def flood(server: Running, count: int, *, seed: int = 0, largest: int = 10_000_000, say: Any = lambda: None) -> Flood:
-    """Send so many hostile bodies of up to `largest` bytes one after another. Only 200 and 4xx are right."""
+    """Send so many hostile bodies of up to `largest` bytes one after another. Only 200 and 4xx are right.
+
+    A process of its own makes and sends them, so that the memory measured is the server's alone.
+    """
     rng, process = random.Random(seed), psutil.Process()
-    for kind in KINDS.values():  # what is allocated once
-        post(server, *kind(10_000, rng))
-    idle, out = process.memory_info().rss, Flood(collections.Counter(), [], 0.0, 0.0, 0.0)
-    for _ in range(count):
-        name = rng.choice(list(KINDS))
-        path, body = KINDS[name](int(10 ** rng.uniform(2, math.log10(largest))), rng)
-        started = time.perf_counter()
-        with LoopClock(server) as clock:
-            status, answer = post(server, path, body, chunk=rng.choice([0, 0, 0, 100, 5000]))
-        out.gap, out.slowest = max(out.gap, clock.longest), max(out.slowest, time.perf_counter() - started)
-        out.megabytes = max(out.megabytes, (process.memory_info().rss - idle - len(body)) / 1e6)
-        out.statuses[name, status] += 1
-        if status != 200 and not 400 <= status < 500:
-            out.failures.append(f"{name}, {len(body)} bytes: {status} {answer[:200]!r}")
-        say()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as client:
+        attack = partial(client.submit, _attack, server.address)
+        for name in KINDS:  # what is allocated once
+            attack(name, 10_000, rng.random(), 0).result()
+        idle, out = process.memory_info().rss, Flood(collections.Counter(), [], 0.0, 0.0, 0.0)
+        for _ in range(count):
+            name, size = rng.choice(list(KINDS)), int(10 ** rng.uniform(2, math.log10(largest)))
+            started = time.perf_counter()
+            with LoopClock(server) as clock:
+                status, answer = attack(name, size, rng.random(), rng.choice([0, 0, 0, 100, 5000])).result()
+            out.gap, out.slowest = max(out.gap, clock.longest), max(out.slowest, time.perf_counter() - started)
+            out.megabytes = max(out.megabytes, (process.memory_info().rss - idle) / 1e6)
+            out.statuses[name, status] += 1
+            if status != 200 and not 400 <= status < 500:
+                out.failures.append(f"{name}, {size} bytes: {status} {answer[:200]!r}")
+            say()
     return out
+
+
+def _attack(address: tuple[Any, ...], kind: str, size: int, seed: float, chunk: int) -> tuple[int, bytes]:
+    """Send one body from the client's process."""
+    server: Any = SimpleNamespace(address=address)
+    return post(server, *KINDS[kind](size, random.Random(seed)), chunk=chunk)
 
 
 def _send(client: httpx.Client, strategy: Any, count: int, seed: int, out: Outcome, say: Any) -> None:
