@@ -526,7 +526,7 @@ def test_a_base_that_was_not_trained_from_is_refused(model: Path, tmp_path: Path
         other.decoder.layers[0].qkv.weight.add_(0.01)
     save_model(other, tmp_path / "other")
     save_processor(Processor(other.config, load_tokenizer(model)), tmp_path / "other")
-    with pytest.raises(InputError, match=r"was trained from 'runs/quickstart/model', not from this model; `ivl merge --allow"):
+    with pytest.raises(InputError, match=r"was trained from 'runs/quickstart/model', not from this model; name that one; `ivl"):
         merge(tmp_path / "other", tmp_path / "adapter", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     merge(tmp_path / "other", tmp_path / "adapter", tmp_path / "merged", allow_base=True)

@@ -171,7 +171,7 @@ def test_the_command_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--samples", "0"], "at least 1 reply"),
+        (["--samples", "0"], "need 1 to 10,000 replies to each question"),
         (["--select", "vote"], "--select vote chooses among several replies: give --samples 2 or more"),
         (["--samples", "4", "--select", "judge"], "--select judge needs one of --judge.model and --judge.url"),
         (["--samples", "4", "--select", "judge", "--judge-url", "http://x/v1"], "--judge.url needs --judge.url-model"),

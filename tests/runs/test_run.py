@@ -182,7 +182,7 @@ def test_command_line_runs_and_resumes_a_recipe_of_ones_own(config, tmp_path, ca
         f"def small():\n    return run_config(json.loads({json.dumps(to_json(config))!r}), 'mine')\n"
     )
     cli([f"{recipe}:small", "--optim.lr", "2e-5", "--num-steps", "3", "--save-every", "2", "--dry-run"])
-    assert "steps      3, 2 packs each" in capsys.readouterr().out
+    assert "steps      3, about 1.00 epochs, 2 packs a step" in capsys.readouterr().out
     cli([f"{recipe}:small", "--optim.lr", "2e-5", "--num-steps", "3", "--save-every", "2"])
     assert capsys.readouterr().out.strip() == f"{config.run_dir}/model"
     cli(["--resume", config.run_dir])
