@@ -209,9 +209,9 @@ def _stop(processes: Processes) -> None:
         process.wait()
 
 
-def _await_end(processes: Processes) -> None:
+def _await_end(processes: Processes, told: bool) -> None:
     """Wait for processes that were told to end, and end those that do not."""
-    for process in processes.values():
+    for process in processes.values() if told else ():
         with suppress(subprocess.TimeoutExpired):
             process.wait(5)
     _stop(processes)

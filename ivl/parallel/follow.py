@@ -189,14 +189,14 @@ class LeadingEngine(Engine):
 
     def __init__(
         self, model: VLM, processor: ProcessorLike, channel: Channel, *, ended: Callable[[], str | None] = lambda: None,
-        at_end: Callable[[], object] = lambda: None, **options: Any,
+        at_end: Callable[[bool], object] = lambda _: None, **options: Any,
     ) -> None:  # fmt: skip
         """Set up the engine; `start` begins to lead.
 
         Args:
             channel: to the other ranks.
             ended: names a process of another rank that has ended, where that can be seen from here.
-            at_end: called by `close`.
+            at_end: called by `close`, with whether the others were told to end.
             options: of Engine.
         """
         super().__init__(model, processor, **options)
@@ -279,7 +279,7 @@ class LeadingEngine(Engine):
             if self.lost is None:
                 with suppress(RuntimeError):  # it has just ended by itself
                     self.channel.send("end")
-            self.at_end()
+            self.at_end(self.lost is None)
 
     def _watch(self) -> None:
         """Ask the other ranks whether they are alive, as long as nothing else is told them."""
