@@ -181,17 +181,17 @@ def _wait(world: World, key: str, processes: Processes) -> None:
 
 
 def _check(processes: Processes) -> None:
-    if (name := _ended(processes) or _stopped(processes)) is not None:
+    if (name := _ended(processes, True)) is not None:
         raise InputError(f"{name} while it loaded the model")
 
 
-def _ended(processes: Processes) -> str | None:
-    """Name a process that has ended."""
+def _ended(processes: Processes, or_stopped: bool) -> str | None:
+    """Name a process that has ended, or one that a signal has stopped."""
     for rank, process in processes.items():
         if (code := process.poll()) is not None:
             how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
             return f"rank {rank} (process {process.pid}) {how}"
-    return None
+    return _stopped(processes) if or_stopped else None
 
 
 def _stopped(processes: Processes) -> str | None:

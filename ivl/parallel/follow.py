@@ -129,11 +129,11 @@ class Channel:
             group, self.ranks.group = self.ranks.group, None
             dist.destroy_process_group(group)
 
-    def reasons(self, ended: Callable[[], str | None]) -> list[str]:
+    def reasons(self, ended: Callable[[bool], str | None]) -> list[str]:
         """Return what has failed on other ranks, which tell so when they hang up; nothing where it was the network.
 
         Args:
-            ended: names a process that has ended.
+            ended: as of LeadingEngine.
 
         Raises:
             RankLostError: if a rank has ended, or does not tell within GRACE seconds.
@@ -141,7 +141,7 @@ class Channel:
         keys = {f"failure {self.failures} of {rank}": rank for rank in range(1, self.world.size)}
         until = time.monotonic() + GRACE
         while silent := [self._name(rank) for key, rank in keys.items() if not self.store.check([key])]:
-            if (name := ended()) is not None:
+            if (name := ended(True)) is not None:
                 raise RankLostError(name)
             if time.monotonic() > until:
                 raise RankLostError(f"{', '.join(silent)} ended, or stopped responding")
@@ -188,14 +188,15 @@ class LeadingEngine(Engine):
     """
 
     def __init__(
-        self, model: VLM, processor: ProcessorLike, channel: Channel, *, ended: Callable[[], str | None] = lambda: None,
+        self, model: VLM, processor: ProcessorLike, channel: Channel, *, ended: Callable[[bool], str | None] = lambda _: None,
         at_end: Callable[[bool], object] = lambda _: None, **options: Any,
     ) -> None:  # fmt: skip
         """Set up the engine; `start` begins to lead.
 
         Args:
             channel: to the other ranks.
-            ended: names a process of another rank that has ended, where that can be seen from here.
+            ended: names a process of another rank that has ended, or with True one that a signal has stopped, where that can
+                be seen from here.
             at_end: called by `close`, with whether the others were told to end.
             options: of Engine.
         """
@@ -284,7 +285,7 @@ class LeadingEngine(Engine):
     def _watch(self) -> None:
         """Ask the other ranks whether they are alive, as long as nothing else is told them."""
         while not self._closed.wait(min(BEAT, 1.0)) and self.lost is None:
-            if (name := self.ended()) is not None:
+            if (name := self.ended(False)) is not None:
                 self._lose(RankLostError(name))
             elif time.monotonic() - self._spoke > BEAT and self._lock.acquire(blocking=False):
                 try:
@@ -308,9 +309,9 @@ class LeadingEngine(Engine):
         return self.lost
 
     def _lost_by(self, error: RuntimeError) -> RankLostError:
-        """Name a process that has just died, where it can be seen from here, or else the ranks that do not answer."""
+        """Name a process that has just died or is stopped, where it can be seen from here, or the ranks that do not answer."""
         until = time.monotonic() + 1
-        while (name := self.ended()) is None and time.monotonic() < until:
+        while (name := self.ended(True)) is None and time.monotonic() < until:
             time.sleep(0.05)
         return self.channel.world.lost(error) if name is None else RankLostError(name)
 
