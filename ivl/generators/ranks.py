@@ -110,9 +110,6 @@ def start_ranks(directory: Path, config: LoadConfig) -> tuple[World, Processes]:
         processes[rank] = subprocess.Popen(command, env=own, stdin=subprocess.PIPE, start_new_session=True)
     device = torch.device("cuda", 0) if on_gpus else torch.device("cpu")
     try:
-        waiting = World(0, count, device, store=store)
-        for rank in processes:
-            _wait(waiting, f"here {rank}", processes)
         return _together(partial(join_world, store, 0, count, device), processes), processes
     except BaseException:
         _stop(processes)
@@ -222,8 +219,6 @@ def _await_end(processes: Processes, told: bool) -> None:
 def main() -> None:
     """Be one of the other ranks; `start_ranks` calls this in a process of its own."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=START_TIMEOUT)
-    store.set(f"here {os.environ['RANK']}", "")
     load_shared(Path(sys.argv[1]), LoadConfig(**json.loads(sys.argv[2])), {})
 
 
