@@ -15,13 +15,13 @@ from ivl.evaluation.scoring.options import Profile
 from ivl.evaluation.voting import Select
 from ivl.generators import GeneratorConfig
 from ivl.types import SamplingParams
+from ivl.utils.budgets import MAX_REPLIES
 from ivl.utils.checks import check_choices
 
 Export = Literal["tsv", "xlsx", "lmms-eval"]
 Metric = Literal["exact", "relaxed", "anls", "vqa", "choice", "iou", "math", "judge"]
 SAMPLED_TEMPERATURE, REASONED_TOKENS = 0.7, 1024
 """Temperature of several replies, and longest reply that reasons, where the user sets none."""
-MAX_SAMPLES = 10_000
 _Flag = tyro.conf.FlagCreatePairsOff
 
 
@@ -44,8 +44,8 @@ class Method:
     """Save the log-probability of every reply, whatever selects."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.samples <= MAX_SAMPLES:
-            raise InputError(f"need 1 to {MAX_SAMPLES:,} replies to each question, got --samples {self.samples}")
+        if not 1 <= self.samples <= MAX_REPLIES:
+            raise InputError(f"need 1 to {MAX_REPLIES:,} replies to each question, got --samples {self.samples}")
         if self.select and self.samples == 1:
             raise InputError(f"--select {self.select} chooses among several replies: give --samples 2 or more")
         if self.samples > 1 and self.select is None:

@@ -14,13 +14,14 @@ from ivl.errors import InputError
 from ivl.generators import Generator, replies_of
 from ivl.preference.questions import Question, QuestionSource, fingerprint, read_questions
 from ivl.types import Conversation, SamplingParams
+from ivl.utils.budgets import MAX_REPLIES
 from ivl.utils.checks import check_ranges
 from ivl.utils.jsonl import Journal, read_journal, reading_line, whole_text
 
 SAMPLED = SamplingParams(temperature=1.0, top_k=50, max_new_tokens=4096)
 CONTINUED = replace(SAMPLED, max_new_tokens=2048)
-MAX_REPLIES = 10_000
-"""Replies to a question, and questions of a chunk; a chunk is in memory, and saved as one."""
+MAX_CHUNK = 10_000
+"""Questions of a chunk, which is in memory, and saved as one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ class SamplingConfig:
     """Every reply has a seed of its own that follows from the seed here (0 if none) and the question."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, num_replies=f"[1, {MAX_REPLIES}]", chunk=f"[1, {MAX_REPLIES}]")
+        check_ranges(self, num_replies=f"[1, {MAX_REPLIES}]", chunk=f"[1, {MAX_CHUNK}]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ class DropoutConfig:
     """Every continuation has a seed of its own that follows from the seed here (0 if none) and the question."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, ratio="(0, 1)", per_question=f"[1, {MAX_REPLIES}]", chunk=f"[1, {MAX_REPLIES}]")
+        check_ranges(self, ratio="(0, 1)", per_question=f"[1, {MAX_REPLIES}]", chunk=f"[1, {MAX_CHUNK}]")
 
 
 def sample(

@@ -41,3 +41,5 @@ MAX_TILES = 1_000
 """Tiles that one image may be cut into."""
 MAX_PROCESSES = 1_000
 """Worker processes of one command; a configuration that names a million would stop the machine."""
+MAX_REPLIES = 10_000
+"""Replies to one question."""
