@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import unicodedata
 from functools import cache
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 MOST_MARKS = 30
 """Accents and other marks in a row; Unicode's stream-safe format (Annex 15) allows as many."""
@@ -19,6 +20,8 @@ def normal_form(form: Literal["NFC", "NFKC"], text: str) -> str:
     Python sorts the marks of a row in quadratic time: a million of them would take hours.
     """
     if not text.isascii():
+        import numpy as np  # here, as scoring alone must import in no time
+
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
         if np.count_nonzero(_is_mark()[codes]) > MOST_MARKS:  # else no row can be too long
             text = _long_rows().sub(r"\1", text)
@@ -28,6 +31,8 @@ def normal_form(form: Literal["NFC", "NFKC"], text: str) -> str:
 @cache
 def _is_mark() -> np.ndarray:
     """Whether each code point combines with the letter before it."""
+    import numpy as np
+
     found = np.zeros(0x110000, bool)
     found[:0x1F000] = [unicodedata.combining(chr(code)) > 0 for code in range(0x1F000)]  # none lie beyond
     return found
@@ -35,5 +40,5 @@ def _is_mark() -> np.ndarray:
 
 @cache
 def _long_rows() -> re.Pattern[str]:
-    marks = "".join(map(chr, np.flatnonzero(_is_mark())))
+    marks = "".join(map(chr, _is_mark().nonzero()[0]))
     return re.compile(f"([{marks}]{{{MOST_MARKS}}})[{marks}]+")
