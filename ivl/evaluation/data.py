@@ -9,12 +9,10 @@ import ast
 import base64
 import binascii
 import csv
-import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -22,7 +20,7 @@ from zipfile import BadZipFile
 from ivl.errors import InputError, short
 from ivl.formats.rows import container_of, open_rows
 from ivl.utils.budgets import MAX_ROW_MEDIA_BYTES
-from ivl.utils.files import regular
+from ivl.utils.files import file_hash, regular
 from ivl.utils.strict_json import read_json
 
 PICTURES = "<pictures>"
@@ -114,18 +112,6 @@ def md5(path: Path) -> str:
         return file_hash(path, "md5")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def file_hash(path: str | Path, kind: str) -> str:
-    """Return a hash of a file, computed once as long as the file does not change."""
-    status = regular(path)
-    return _file_hash(str(path), kind, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-
-
-@lru_cache(1 << 16)
-def _file_hash(path: str, kind: str, *_: int) -> str:
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, kind).hexdigest()
 
 
 def _with_shared_pictures(path: Path) -> Iterator[tuple[str, dict[str, str]]]:

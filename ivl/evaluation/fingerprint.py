@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from ivl.evaluation.data import file_hash
 from ivl.evaluation.voting import Rater, RatingJudge, RewardModel
 from ivl.types import Conversation, Part, Text, VideoRef
+from ivl.utils.files import file_hash
 
 PIECE = 1 << 16
 """Words of a tensor that are summed at a time: they stay in a processor's cache."""

@@ -17,6 +17,7 @@ from ivl.evaluation.scoring import AnswerMode, AnswerStyle, mode_for
 from ivl.formats.base import check_items
 from ivl.processing.chat import user
 from ivl.types import Conversation, ImageRef, Message, Text
+from ivl.utils.files import file_hash
 from ivl.utils.jsonl import lines_of
 from ivl.utils.strict_json import from_json, read_json
 
@@ -120,8 +121,7 @@ def fingerprint(sources: tuple[QuestionSource, ...]) -> str:
     """Return a hash of the sources and of their files."""
     digest = hashlib.sha256(json.dumps([dataclasses.asdict(source) for source in sources]).encode())
     for source in sources:
-        with Path(source.questions).open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(file_hash(source.questions, "sha256")))
     return digest.hexdigest()[:16]
 
 

@@ -16,6 +16,7 @@ from ivl.preference.questions import Question, QuestionSource, fingerprint, read
 from ivl.types import Conversation, SamplingParams
 from ivl.utils.budgets import MAX_REPLIES
 from ivl.utils.checks import check_ranges
+from ivl.utils.files import file_hash
 from ivl.utils.jsonl import Journal, read_journal, reading_line, whole_text
 
 SAMPLED = SamplingParams(temperature=1.0, top_k=50, max_new_tokens=4096)
@@ -109,10 +110,8 @@ def continue_without_images(
     """
     config = config or DropoutConfig()
     about_replies, rows = read_journal(replies)
-    with replies.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     about = {
-        "kind": "dropout", "replies": digest, "model": model,
+        "kind": "dropout", "replies": file_hash(replies, "sha256")[:16], "model": model,
         "ratio": config.ratio, "per_question": config.per_question, **_settings(config.params), "chunk": config.chunk,
         "sources": about_replies["sources"],
     }  # fmt: skip

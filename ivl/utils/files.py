@@ -11,6 +11,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -168,6 +169,18 @@ def _hash_piece(piece: tuple[Path, int]) -> bytes:
     with path.open("rb", buffering=0) as file:
         file.seek(at)
         return hashlib.blake2b(file.read(PIECE), digest_size=16).digest()
+
+
+def file_hash(path: str | Path, kind: str) -> str:
+    """Return the hash of a file by an algorithm of hashlib, computed once as long as the file does not change."""
+    status = regular(path)
+    return _file_hash(str(path), kind, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@lru_cache(1 << 16)
+def _file_hash(path: str, kind: str, *_: int) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, kind).hexdigest()
 
 
 def hold(descriptor: int) -> bool | None:
