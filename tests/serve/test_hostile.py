@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import gc
 import io
 import json
 import os
@@ -61,6 +62,12 @@ def test_the_event_loop_goes_on(server: Running, kind: str) -> None:
     with LoopClock(server) as clock:
         status, _ = post(server, path, body)
     assert (status == 200 or 400 <= status < 500) and clock.longest < GAP, (status, clock.longest)
+
+
+def test_the_garbage_collector_passes_over_what_was_loaded(tiny_engine: Engine) -> None:
+    with running(tiny_engine):
+        assert gc.get_freeze_count() > 100_000
+    assert gc.get_freeze_count() == 0
 
 
 def test_many_small_chunks_are_refused(server: Running) -> None:
