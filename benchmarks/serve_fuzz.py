@@ -94,6 +94,7 @@ def flood(server: Running, count: int, *, seed: int = 0, largest: int = 10_000_0
         attack = partial(client.submit, _attack, server.address)
         for name in KINDS:  # what is allocated once
             attack(name, 10_000, rng.random(), 0).result()
+        attack("URLs", 3_000, 0.0, 0).result()  # the model's buffers for ten pictures
         idle, out = process.memory_info().rss, Flood(collections.Counter(), [], 0.0, 0.0, 0.0)
         for _ in range(count):
             name, size = rng.choice(list(KINDS)), int(10 ** rng.uniform(2, math.log10(largest)))

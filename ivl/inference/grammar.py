@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 MAX_ERROR_CHARS = 400
 """Characters of llguidance's errors that are repeated: they quote the schema."""
-MAX_COMPILED = 64
-"""Grammars that an engine remembers."""
+MAX_REMEMBERED, MIN_COUNTED = 100_000, 1_500
+"""Characters of the grammars that an engine remembers, and characters that each counts for at least: compiled, a character
+takes up to some 200 bytes."""
 USUAL_SECONDS, EXTRA_SECONDS = 0.02, 1.0
 """Processor time of a token, and the time beyond it that the tokens of one reply may take in all."""
 
@@ -46,9 +47,9 @@ class GrammarCompiler:
                 compiled = self._compile(grammar)
             except ImportError as error:
                 raise InputError('constrained replies need llguidance: pip install "ivl[guide]"') from error
-            if len(self._compiled) >= MAX_COMPILED:
-                self._compiled.pop(next(iter(self._compiled)), None)
             self._compiled[grammar] = compiled
+            while sum(max(MIN_COUNTED, len(known.value)) for known in [*self._compiled]) > MAX_REMEMBERED:
+                self._compiled.pop(next(iter(self._compiled)), None)
         if isinstance(compiled, str):
             raise InputError(f"the {grammar.kind} cannot be {compiled}")
         # A grammar that has failed once is compiled anew, for copies share states that llguidance counts.

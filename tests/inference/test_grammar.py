@@ -6,6 +6,7 @@ import json
 import random
 import re
 import time
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -340,9 +341,13 @@ def test_a_grammar_is_compiled_once_for_all_replies_of_an_engine(engine: Engine,
     assert [reply.text for reply in engine.generate([ask("go")] * 5, params)] == [reply.text for reply in first]
     assert len(compiled) == 1 and len({reply.text for reply in first}) > 1
     many = GrammarCompiler(engine.processor.tokenizer, vocab_size=engine.model.config.decoder.vocab_size, eos=engine.eos)
-    for n in range(grammar_module.MAX_COMPILED + 3):
+    for n in range(70):
         many.compile(Grammar("regex", f"a{{{n + 1}}}"))
-    assert len(many._compiled) == grammar_module.MAX_COMPILED
+    assert len(many._compiled) == grammar_module.MAX_REMEMBERED // grammar_module.MIN_COUNTED == 66
+    for text in ("a" * 1_000_000, "a" * 99_000):  # the first is too long, and is not kept
+        with suppress(InputError):
+            many.compile(Grammar("choice", json.dumps([text])))
+    assert sum(len(known.value) for known in many._compiled) < 100_000 and len(many._compiled) == 1
 
 
 def test_json_has_no_white_space_between_its_parts(engine: Engine) -> None:
