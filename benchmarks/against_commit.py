@@ -120,7 +120,7 @@ def side(task: str, models: Path, threads: int, dtype: Any) -> dict[str, float]:
 
     torch.set_num_threads(threads)
     if task == "train":
-        return {"training step": best(training_step(models), 2)}
+        return {"training step": best(training_step(models, dtype), 2)}
     if task == "photos":
         return {"photographs": best(photographs(models), 5)}
     import ivl
@@ -158,11 +158,14 @@ def replies(engine: Any, batch: int, prompt_tokens: int, new_tokens: int) -> Non
     engine.generate(prompts, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True))
 
 
-def training_step(models: Path) -> Callable[[], Any]:
+def training_step(models: Path, dtype: str) -> Callable[[], Any]:
+    import torch
+
     import ivl
     from benchmarks import tasks
 
-    config = ivl.load(models / "ivl").engine.model.config
+    config, set_dtype = ivl.load(models / "ivl").engine.model.config, torch.set_default_dtype
+    torch.set_default_dtype = lambda _: set_dtype(getattr(torch, dtype))  # the tasks of both trees ask for bfloat16
     tasks.published_config = lambda _: config  # both trees' tasks take their model from here
     return tasks.prepare("ours", "train", 1)
 

@@ -173,7 +173,7 @@ def serve(side: str) -> None:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     if side == "ours":
-        from ivl.cpu.accelerate import keep_freed_memory
+        from ivl.utils.machine import keep_freed_memory
 
         keep_freed_memory()  # as every training run does
     load = {"ours": ours, "reference": reference, "transformers": transformers}[side]

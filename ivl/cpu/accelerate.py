@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from typing import TypeVar
 
 import torch
@@ -30,9 +28,9 @@ from ivl.model.vit import VisionAttention, VisionEmbeddings, VisionLayer
 from ivl.model.vlm import VLM
 from ivl.processing.processor import Processor
 from ivl.quant.layers import QuantLinear
+from ivl.utils.machine import keep_freed_memory
 
 Target = TypeVar("Target")
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 FAST: dict[type[nn.Module], type[nn.Module]] = {
     VLM: FastVLM, VisionEmbeddings: FastVisionEmbeddings, VisionAttention: FastVisionAttention, VisionLayer: FastVisionLayer,
     DecoderLayer: FastDecoderLayer, Decoder: FastDecoder,
@@ -68,22 +66,6 @@ def accelerate(target: Target) -> Target:
     elif isinstance(target, Processor):
         target.load, target.resize = FastLoader(), fast_resize
     return target
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep what tensors free for the next step, instead of returning it to the system.
-
-    Fresh pages cost a fault each: a training step of the 1B spends a fifth of its time on them, a prompt up to a third.
-    Linux with glibc only; elsewhere nothing changes.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):  # another C library
-        return
-    mallopt(M_MMAP_THRESHOLD, 2**30)
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ivl.errors import InputError
+from ivl.errors import InputError, short
 
 
 def deal(states: Sequence[dict[str, Any]], world_size: int, stop: int) -> list[tuple[int, list[int]]]:
@@ -27,9 +27,10 @@ def deal(states: Sequence[dict[str, Any]], world_size: int, stop: int) -> list[t
     """
     old = states[0]["world_size"]
     ranks = [state["rank"] for state in states]
-    if ranks != list(range(old)) or any(state["world_size"] != old for state in states):
+    if len(ranks) != old or ranks != list(range(old)) or any(state["world_size"] != old for state in states):
         raise InputError(
-            f"the saved data position is of {old} ranks and only together they say what is left; got those of ranks {ranks}"
+            f"the saved data position is of {old} ranks and only together they say what is left; "
+            f"got those of ranks {short(ranks)}"
         )
     frontier = max(state["next"] for state in states)
     left: list[int] = []

@@ -16,15 +16,16 @@ from ivl.inference.text import TokenizerLike
 from ivl.types import FinishReason, Grammar
 from ivl.utils.grammars import TokenTable, build_vocabulary, compile_source, killable_trial, read_source
 from ivl.utils.killable import CallStopped
+from ivl.utils.machine import return_freed_memory
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 MAX_ERROR_CHARS = 400
 """Characters of llguidance's errors that are repeated: they quote the schema."""
-MAX_REMEMBERED, MIN_COUNTED = 100_000, 1_500
-"""Characters of the grammars that an engine remembers, and characters that each counts for at least: compiled, a character
-takes up to some 200 bytes."""
+MAX_REMEMBERED, MIN_COUNTED = 20_000, 300
+"""Characters of the grammars that an engine remembers, and characters that each counts for at least. The newest is remembered
+whatever its length. Compiled, a character takes up to 1.7 kB, in regular expressions."""
 USUAL_SECONDS, EXTRA_SECONDS = 0.02, 1.0
 """Processor time of a token, and the time beyond it that the tokens of one reply may take in all."""
 
@@ -48,8 +49,10 @@ class GrammarCompiler:
             except ImportError as error:
                 raise InputError('constrained replies need llguidance: pip install "ivl[guide]"') from error
             self._compiled[grammar] = compiled
-            while sum(max(MIN_COUNTED, len(known.value)) for known in [*self._compiled]) > MAX_REMEMBERED:
-                self._compiled.pop(next(iter(self._compiled)), None)
+            known = [*self._compiled]
+            while len(known) > 1 and sum(max(MIN_COUNTED, len(each.value)) for each in known) > MAX_REMEMBERED:
+                self._compiled.pop(known.pop(0), None)
+            return_freed_memory()
         if isinstance(compiled, str):
             raise InputError(f"the {grammar.kind} cannot be {compiled}")
         # A grammar that has failed once is compiled anew, for copies share states that llguidance counts.

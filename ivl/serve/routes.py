@@ -33,6 +33,7 @@ from ivl.serve.schemas import (
 )
 from ivl.serve.service import ReplyStream, Service
 from ivl.types import Conversation
+from ivl.utils.machine import return_freed_memory
 
 B = TypeVar("B", ChatRequest, CompletionRequest, TokenizeRequest)
 T = TypeVar("T")
@@ -217,6 +218,8 @@ async def tokenize(shared: Shared) -> Response:
         return await service.in_pool(lambda: parts(processor.prompt(conversation).tokens_T.tolist()), group=group, heavy=heavy)
 
     def parts(tokens: list[int]) -> list[bytes]:
+        if len(tokens) > TOKENS_AT_ONCE:
+            return_freed_memory()  # the tokenizer's: some 200 bytes for each token of a long text
         slices = [to_json(tokens[at : at + TOKENS_AT_ONCE])[1:-1] for at in range(0, len(tokens), TOKENS_AT_ONCE)]
         head = to_json({"count": len(tokens), "max_model_len": service.engine.max_context})
         return [head[:-1].encode(), b',"tokens":[', ",".join(slices).encode(), b"]}"]

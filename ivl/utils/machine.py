@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import sys
 from contextlib import suppress
 from pathlib import Path
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def processor_name() -> str:
@@ -44,3 +47,30 @@ def free_memory(device: str) -> int:
         limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="ascii")) for name in ("max", "current"))
         free = min(free, limit - used)
     return free
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what tensors free for the next step, instead of returning it to the system.
+
+    Fresh pages cost a fault each: a training step of the 1B spends a fifth of its time on them, a prompt up to a third.
+    Linux with glibc only; elsewhere nothing changes.
+    """
+    if library := _glibc():
+        library.mallopt(M_MMAP_THRESHOLD, 2**30)
+        library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def return_freed_memory() -> None:
+    """Return to the system what the C library keeps, after work that took much and comes rarely."""
+    if library := _glibc():
+        library.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    """The C library of Linux if it is GNU's."""
+    if sys.platform.startswith("linux"):
+        with suppress(OSError, AttributeError):  # another C library
+            library = ctypes.CDLL("libc.so.6")
+            _ = library.mallopt, library.malloc_trim
+            return library
+    return None

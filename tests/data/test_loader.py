@@ -138,6 +138,10 @@ def test_state_of_something_else_is_refused(meta, tmp_path):
     half = loader(meta, rank=1, world_size=2).state()
     with pytest.raises(InputError, match=r"is of 2 ranks and only together .* got those of ranks \[1\]"):
         loader(meta).restore(half)
+    for ranks in ({"world_size": 10**12}, {"rank": "a" * 9999}):
+        with pytest.raises(InputError, match="only together they say what is left") as refused:
+            loader(meta).restore(half | ranks)
+        assert len(str(refused.value)) < 300
 
 
 def test_rows_that_are_edited_or_reordered_in_place_are_noticed(tmp_path):
