@@ -41,7 +41,7 @@ from ivl.parallel import launch
 from ivl.runs.run import run
 
 torch.set_num_threads(1)
-launch.START_TIMEOUT = launch.STEP_TIMEOUT = datetime.timedelta(seconds=15)  # of minutes, which are for large models
+launch.START_TIMEOUT = launch.STEP_TIMEOUT = datetime.timedelta(seconds=10)  # of minutes, which are for large models
 try:
     run(pickle.load(open(sys.argv[1], "rb")), resume=True)
 except InputError as error:
