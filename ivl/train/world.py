@@ -222,8 +222,9 @@ class World:
         with suppress(RuntimeError):  # the store has ended with the rank that held it
             if self.store is not None:
                 self.store.set_timeout(timedelta(seconds=GRACE))
-                self.store.set(f"error of {self.rank}", "")
-                time.sleep(GRACE)
+                if not self.store.check([own := f"error of {self.rank}"]):  # else the others have had the time
+                    self.store.set(own, "")
+                    time.sleep(GRACE)
                 ranks = [rank for rank in range(self.size) if not self.store.check([f"error of {rank}"])]
                 silent = [f"rank {rank} on {self.store.get(f'host of {rank}').decode()}" for rank in ranks]
         names = ", ".join(silent) or "another rank of the run"
