@@ -22,7 +22,6 @@ def measure(lab: Lab, arm: str, seed: int) -> Figures:
     given, out = small.data(lab), lab.runs / f"stages/{arm}-{seed}"
     total, own = (sum(steps for _, steps in stages.values()) for stages in (small.STAGES, ARMS[arm]))
     model: Path = small.nano_start(lab)["vision"]
-    seconds = 0.0
     for name, (parts, steps) in ARMS[arm].items():
         lr = 1e-3 if parts == ("projector",) else 2e-3
         rows = given / "train-questions.jsonl"
@@ -30,11 +29,10 @@ def measure(lab: Lab, arm: str, seed: int) -> Figures:
             out / name, rows, parts, model=model, steps=lab.few(SHARE * steps * total / own), lr=lr, seed=seed
         )
         model = small.trained(config)
-        seconds += small.last_step(config)["seconds"]
     questions = random.Random(7).sample(small.read(given / "test-questions.jsonl"), lab.few(TEST_PICTURES, 8))
     found = small.exact(model, write_jsonl(questions, out / "test.jsonl"))
     small.drop(out)
-    return {**found, "training_seconds": seconds}
+    return found
 
 
 def judge(results: Results) -> Verdict:
@@ -61,6 +59,6 @@ STUDY = Study(
     measure=measure,
     judge=judge,
     needs=tuple(ARMS),
-    columns={"accuracy": ("accuracy", ".1%"), "training_seconds": ("training, s", ".0f")},
+    columns={"accuracy": ("accuracy", ".1%")},
     draw=lambda results, axes: results.bars(axes, "accuracy", "test questions right"),
 )  # fmt: skip
