@@ -27,10 +27,10 @@ def main(peer: str, width: str, threads: int, steps: int, runs: int, tasks: list
         torch.set_num_threads(threads)
     if peer == "limits":
         from benchmarks.worker import best, limits
-        from ivl.cpu.kernels.features import has_vnni
+        from ivl.cpu.kernels.features import at_least
 
         a = torch.randint(-127, 127, (4096, 4096), dtype=torch.int8)
-        int8 = 2 * 4096**3 / best(lambda: torch._int_mm(a, a.T), 5) if has_vnni() else 0.0
+        int8 = 2 * 4096**3 / best(lambda: torch._int_mm(a, a.T), 5) if at_least("avx512") else 0.0
         answer(**limits(), int8=int8)
         return
     started = time.perf_counter()

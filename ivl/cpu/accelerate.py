@@ -78,7 +78,7 @@ def has_bfloat16(device: torch.device) -> bool:
 def answers_in_bfloat16(device: torch.device) -> bool:
     """Whether an accelerated model in bfloat16 answers fast there. On a CPU kernels stand in for what torch lacks: a
     bfloat16 model then takes half the memory of a float32 one, and reads half as much for each token."""
-    return has_bfloat16(device) or (device.type == "cpu" and features.available())
+    return has_bfloat16(device) or (device.type == "cpu" and features.at_least("avx2"))
 
 
 def fast_class(module: nn.Module) -> type[nn.Module]:

@@ -62,7 +62,7 @@ class FastLinear(Linear):
 
     def few_rows(self, x_TI: torch.Tensor, fusion: Fusion, launch: Launch = NOW) -> torch.Tensor | None:
         """Return the fused product of at most MAX_ROWS rows; None if kernels cannot fuse it."""
-        if len(x_TI) > 1 and not features.has_amx():
+        if len(x_TI) > 1 and not features.at_least("amx"):
             return None
         return ops.linear(x_TI, self.weight, self.bias, fusion, launch)
 

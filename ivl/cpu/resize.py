@@ -185,7 +185,7 @@ def _pass_order() -> PassOrder | None:
 
     None if kernels cannot be built, or the pixels follow neither order.
     """
-    if not features.available():
+    if not features.at_least("avx2"):
         return None
     orders = [*ORDERS]
     # Width, height, grid: enlarged, shrunk, and on both sides of the lines where columns begin to go first.

@@ -21,7 +21,7 @@ from ivl.model.decoder import Decoder, DecoderLayer
 from ivl.quant.layers import QuantConfig, quantize, quantize_layers, quantized_layers
 from tests.conftest import tiny_config
 
-pytestmark = pytest.mark.skipif(not features.available(), reason="no kernels on this platform")
+pytestmark = pytest.mark.skipif(not features.at_least("avx2"), reason="no kernels on this platform")
 LENS = (5, SHORTEST - 3, 1, 40)
 """Prompts, one of which grows past the shortest length that calls are made for."""
 
@@ -91,7 +91,7 @@ def test_a_captured_step_equals_the_layers(decoder: Decoder, change: Callable[[D
     steps, threads = both.captured, torch.get_num_threads()
     assert {key[:2] for key in steps} >= {(1, 128), (2, 64), (4, 64), (4, 128)}
     assert steps[1, 128, threads] is not None
-    assert (steps[4, 64, threads] is not None) == features.has_amx()
+    assert (steps[4, 64, threads] is not None) == features.at_least("amx")
 
 
 @torch.inference_mode()

@@ -19,7 +19,7 @@ from ivl.model.vlm import VLM
 from tests.conftest import tiny_config
 
 BF16 = torch.bfloat16
-pytestmark = pytest.mark.skipif(not features.available(), reason="no kernels on this platform")
+pytestmark = pytest.mark.skipif(not features.at_least("avx2"), reason="no kernels on this platform")
 
 
 def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
@@ -30,9 +30,10 @@ def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
 @pytest.fixture(params=["amx", "vectors"])
 def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both forms of the linear kernel, where the processor has both."""
-    if request.param == "amx" and not features.has_amx():
+    if request.param == "amx" and not features.at_least("amx"):
         pytest.skip("no AMX on this processor")
-    monkeypatch.setattr(features, "has_amx", lambda: request.param == "amx")
+    plain = features.at_least
+    monkeypatch.setattr(features, "at_least", lambda level: request.param == "amx" if level == "amx" else plain(level))
 
 
 @torch.inference_mode()
@@ -101,7 +102,7 @@ def test_heads_are_normalized_in_place_as_accurately_as_by_torch(rows: int, size
     assert torch.equal(after[:, N + K :], heads[:, N + K :]) and torch.equal(wide[:, -32:], before[:, -32:])
 
 
-@pytest.mark.skipif(not features.has_amx(), reason="no AMX on this processor")
+@pytest.mark.skipif(not features.at_least("amx"), reason="no AMX on this processor")
 @torch.inference_mode()
 @pytest.mark.parametrize(
     ("new", "total", "heads", "kv_heads", "size"), [(64, 64, 4, 2, 64), (131, 300, 6, 2, 64), (97, 97, 3, 3, 128)]

@@ -198,7 +198,7 @@ def test_foreign_schemes_are_refused_by_name(source: Path, tmp_path: Path, chang
         load_model(tmp_path / "q")
 
 
-needs_kernels = pytest.mark.skipif(not features.available(), reason="no kernels")
+needs_kernels = pytest.mark.skipif(not features.at_least("avx2"), reason="no kernels")
 
 
 @needs_kernels
@@ -272,7 +272,7 @@ def test_every_way_of_computing_gives_nearly_the_same(scheme: QuantConfig, monke
 
 @needs_kernels
 @torch.inference_mode()
-@pytest.mark.skipif(not features.has_amx(), reason="no AMX on this processor")
+@pytest.mark.skipif(not features.at_least("amx"), reason="no AMX on this processor")
 @pytest.mark.parametrize("tokens", [1, 33, 700])
 def test_what_follows_a_rounded_product_may_be_done_in_it(tokens: int) -> None:
     """GELU and the residual, over one and over several panels of tokens: to what rounding in between costs."""

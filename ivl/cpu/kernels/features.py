@@ -80,29 +80,14 @@ def level() -> str:
 
 
 def at_least(wanted: str) -> bool:
-    """Whether the level of this process is `wanted` or a higher one."""
+    """Whether the level of this process is `wanted` or a higher one. Kernels are compiled and run from avx2 on."""
     return LEVELS.index(level()) >= LEVELS.index(wanted)
-
-
-def available() -> bool:
-    """Whether kernels are compiled and run in this process."""
-    return at_least("avx2")
-
-
-def has_vnni() -> bool:
-    """Whether kernels may use AVX-512 and its products of 8-bit integers."""
-    return at_least("avx512")
-
-
-def has_amx() -> bool:
-    """Whether kernels may use AMX for bfloat16, and AVX-512 beside it."""
-    return at_least("amx")
 
 
 @cache
 def has_avx_vnni() -> bool:
     """Whether kernels may use the products of 8-bit integers of 256-bit vectors."""
-    return available() and bool(host_features().get("avxvnni"))
+    return at_least("avx2") and bool(host_features().get("avxvnni"))
 
 
 @cache
@@ -117,8 +102,7 @@ def multiplies_bfloat16() -> bool:
 
 @cache
 def rows_at_once() -> int:
-    """Return how many weight rows a product of few rows reads together: 4, but one at a time at two places. The prefetcher of
-    AMD's processors follows one stream a thread, and AVX2 has registers for the sums of one row (docs/cpu.md)."""
+    """Return how many weight rows a product of few rows reads at once: AVX2 has registers for one, AMD prefetches one."""
     import llvmlite.binding as llvm
 
     return 1 if not at_least("avx512") or llvm.get_host_cpu_name().startswith("znver") else 4

@@ -31,13 +31,14 @@ NormArgs = tuple[torch.Tensor, float]
 
 def takes(x: torch.Tensor) -> bool:
     """Whether kernels take these inputs: bfloat16 on a CPU, no gradient wanted, rows in one piece."""
-    return x.dtype is torch.bfloat16 and not torch.is_grad_enabled() and x.is_cpu and x.stride(-1) == 1 and features.available()
+    in_order = x.is_cpu and x.stride(-1) == 1 and not torch.is_grad_enabled()
+    return in_order and x.dtype is torch.bfloat16 and features.at_least("avx2")
 
 
 def fits(weight: torch.Tensor) -> bool:
     """Whether kernels take this weight: bfloat16 on a CPU, in one piece, with rows of whole vectors of 32."""
     in_order = weight.is_cpu and weight.is_contiguous() and weight.shape[-1] % 32 == 0
-    return in_order and weight.dtype is torch.bfloat16 and features.available()
+    return in_order and weight.dtype is torch.bfloat16 and features.at_least("avx2")
 
 
 class Fusion(NamedTuple):
@@ -76,7 +77,7 @@ def linear(
     y_TO = launch.empty(rows, out)
     pointers = (x_TI.data_ptr(), weight_OI.data_ptr(), _pointer(bias_O), y_TO.data_ptr(), width, out, x_TI.stride(0))
     shape = (fusion.before, fusion.residual is not None)
-    if rows > 1 and features.has_amx():
+    if rows > 1 and features.at_least("amx"):
         columns = 8 if rows <= 8 else MAX_ROWS
         room = 2 * (2 * width * columns + 32)  # the rows in pairs, and normalized
         launch.run("linear_amx", (columns, *shape), out * width, *pointers, *fusion.arguments(), rows, scratch=room)
@@ -118,7 +119,7 @@ def quant_fits(scale_OG: torch.Tensor, width: int, group: int) -> bool:
     """Whether kernels take a quantized weight with these scales, each for a group of so many of a row's elements."""
     in_order = scale_OG.is_cpu and scale_OG.is_contiguous() and len(scale_OG) >= MIN_OUT and width % 32 == 0
     in_groups = scale_OG.shape[1] == 1 or (group in (32, 64, 128) and width % group == 0)
-    return in_order and in_groups and scale_OG.dtype is torch.bfloat16 and features.available()
+    return in_order and in_groups and scale_OG.dtype is torch.bfloat16 and features.at_least("avx2")
 
 
 def quant_gemv(x_TI: torch.Tensor, q: QuantizedWeight, fusion: Fusion = ALONE, launch: Launch = NOW) -> torch.Tensor:
@@ -258,7 +259,7 @@ def rotate_(x_TNH: torch.Tensor, cos_TH: torch.Tensor, sin_TH: torch.Tensor) -> 
 def attention_takes(q_TNH: torch.Tensor, num_keys: int) -> bool:
     """Whether `attention` takes these queries: with AMX, heads of 64 or 128, and scores that fit into the caches."""
     pays = q_TNH.shape[0] >= MIN_QUERIES and num_keys <= MAX_KEYS and q_TNH.shape[-1] in (64, 128)
-    return pays and takes(q_TNH) and features.has_amx()
+    return pays and takes(q_TNH) and features.at_least("amx")
 
 
 def attention(q_TNH: torch.Tensor, k_LKH: torch.Tensor, v_LKH: torch.Tensor, *, causal: bool) -> torch.Tensor:
@@ -306,7 +307,7 @@ def decode_attention(
     group = num_heads // num_kv_heads
     out_SNH = launch.empty(num_seqs, num_heads, size)
     tensors = (qkv_SXH, *factors, keys_LKH, values_LKH, out_SNH, table_SB, past_S)
-    kind = (size, group, block_size, int(features.has_amx() and block_size % 16 == 0))
+    kind = (size, group, block_size, int(features.at_least("amx") and block_size % 16 == 0))
     launch.run(
         "decode_attention", kind, num_seqs * num_all * longest * size, *(x.data_ptr() for x in tensors), num_seqs,
         num_kv_heads, qkv_SXH.stride(0), table_SB.stride(0), scratch=scratch_bytes(group, size, longest),

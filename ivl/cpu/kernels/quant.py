@@ -264,7 +264,7 @@ def _filled(e: Emitter, values: Value, order: list[int], size: int) -> Value:
 
 def _dot(e: Emitter, total: Value, weights: Operand, inputs: Value, *, small: bool) -> Value:
     """Return total + the sum of 4 unsigned weights times signed inputs, by lane. small: weights have 4 bits."""
-    if features.has_vnni():
+    if features.at_least("avx512"):
         return e.call("llvm.x86.avx512.vpdpbusd.512", I32S, total, *(e.b.bitcast(x, I32S) for x in (weights, inputs)))
     if features.has_avx_vnni():
         halves = [[_half(e, e.b.bitcast(x, I32S), part) for x in (total, weights, inputs)] for part in (0, 1)]
