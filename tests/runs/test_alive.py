@@ -80,7 +80,7 @@ def test_a_rank_that_is_not_there_when_the_ranks_meet_is_named(monkeypatch, come
 def stops(config, rank: int, log: Path) -> None:
     """Train; rank 1 stops after the third step or, of shards, in the thread that writes the fourth checkpoint."""
     redirect_errors(log)
-    launch.STEP_TIMEOUT, world_module.GRACE = timedelta(seconds=4), 2.0
+    launch.STEP_TIMEOUT, world_module.GRACE = timedelta(seconds=8), 2.0
     os.environ |= {"RANK": str(rank)}
     save, saves = saving.save_file, []
 
