@@ -25,11 +25,10 @@ def deal(states: Sequence[dict[str, Any]], world_size: int, stop: int) -> list[t
     Raises:
         InputError: if they are not the states of all ranks of one run.
     """
-    old = states[0]["world_size"]
-    ranks = [state["rank"] for state in states]
-    if len(ranks) != old or ranks != list(range(old)) or any(state["world_size"] != old for state in states):
+    old, ranks = len(states), [state["rank"] for state in states]
+    if ranks != list(range(old)) or any(state["world_size"] != old for state in states):
         raise InputError(
-            f"the saved data position is of {old} ranks and only together they say what is left; "
+            f"the saved data position is of {short(states[0]['world_size'])} ranks and only together they say what is left; "
             f"got those of ranks {short(ranks)}"
         )
     frontier = max(state["next"] for state in states)

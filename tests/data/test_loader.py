@@ -138,7 +138,7 @@ def test_state_of_something_else_is_refused(meta, tmp_path):
     half = loader(meta, rank=1, world_size=2).state()
     with pytest.raises(InputError, match=r"is of 2 ranks and only together .* got those of ranks \[1\]"):
         loader(meta).restore(half)
-    for ranks in ({"world_size": 10**12}, {"rank": "a" * 9999}):
+    for ranks in ({"world_size": 10**12}, {"world_size": "a" * 9999}, {"rank": "a" * 9999}):
         with pytest.raises(InputError, match="only together they say what is left") as refused:
             loader(meta).restore(half | ranks)
         assert len(str(refused.value)) < 300
