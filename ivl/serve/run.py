@@ -256,7 +256,7 @@ def _freeze_heap() -> None:
     """Take the model and all modules out of the garbage collector's work, which would stop the event loop for 0.3 s."""
     gc.collect()
     gc.freeze()
-    gc.collect()  # a full collection comes once objects are a quarter more than the last one saw
+    gc.collect()  # counts anew: the next full collection comes when the objects since have grown by a quarter
 
 
 def _detect_lost_client(connected: socket.socket, seconds: float) -> None:

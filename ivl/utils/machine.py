@@ -68,7 +68,7 @@ def return_freed_memory() -> None:
 
 
 def _glibc() -> ctypes.CDLL | None:
-    """The C library of Linux if it is GNU's."""
+    """Return the C library if it is GNU's."""
     if platform.libc_ver()[0] != "glibc":
         return None
     return ctypes.CDLL("libc.so.6")

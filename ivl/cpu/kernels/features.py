@@ -102,7 +102,8 @@ def multiplies_bfloat16() -> bool:
 
 @cache
 def rows_at_once() -> int:
-    """Return how many weight rows a product of few rows reads at once: AVX2 has registers for one, AMD prefetches one."""
+    """Return how many weight rows a product of few rows reads together: 4, but one at a time at two places. The prefetcher of
+    AMD's processors follows one stream a thread, and AVX2 has registers for the sums of one row (docs/cpu.md)."""
     import llvmlite.binding as llvm
 
     return 1 if not at_least("avx512") or llvm.get_host_cpu_name().startswith("znver") else 4
