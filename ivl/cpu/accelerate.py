@@ -36,9 +36,7 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
     DecoderLayer: FastDecoderLayer, Decoder: FastDecoder,
 }  # fmt: skip
 """Classes that are replaced whatever the dtype."""
-FAST_BFLOAT16: dict[type[nn.Module], type[nn.Module]] = {
-    Linear: FastLinear, LoraLinear: FastLoraLinear, nn.RMSNorm: FastRMSNorm,
-}  # fmt: skip
+FAST_BF16: dict[type[nn.Module], type[nn.Module]] = {Linear: FastLinear, LoraLinear: FastLoraLinear, nn.RMSNorm: FastRMSNorm}
 """Classes that are replaced where kernels take the weight."""
 QUANTIZED: dict[str, tuple[type[QuantLinear], type[QuantLinear]]] = {
     "any": (QuantLinear, QuantLinear),
@@ -86,8 +84,8 @@ def fast_class(module: nn.Module) -> type[nn.Module]:
     kind = type(module)
     if isinstance(module, QuantLinear):
         return quantized_class(module)
-    if isinstance(module, nn.Linear | nn.RMSNorm) and kind in FAST_BFLOAT16 and ops.fits(module.weight):
-        return FAST_BFLOAT16[kind] if kind is nn.RMSNorm or len(module.weight) >= ops.MIN_OUT else kind
+    if isinstance(module, nn.Linear | nn.RMSNorm) and kind in FAST_BF16 and ops.fits(module.weight):
+        return FAST_BF16[kind] if kind is nn.RMSNorm or len(module.weight) >= ops.MIN_OUT else kind
     if kind is Linear and module.weight.dtype is torch.float32:
         return Float32Linear
     return FAST.get(kind, kind)
