@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -133,4 +134,11 @@ def test_help_shows_no_architecture_of_a_model_that_is_there(capsys: pytest.Capt
 def test_the_first_line_says_whether_the_memory_suffices(capsys: pytest.CaptureFixture[str]) -> None:
     cli(["lora", *START, "--num_steps", "40", "--optim.lr=2e-3", "--dry-run"])
     said = capsys.readouterr().err
-    assert "lr 0.002; fits the " in said and said.rstrip().endswith(("GiB of this machine", "GiB of the card"))
+    assert "lr 0.002\n" in said and re.search(r"tokens fit the [\d.,]+ GiB of (this machine|the card)$", said.rstrip())
+
+
+def test_rows_of_a_given_size_are_not_made_shorter(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ivl.recipes.fit.memory_at_hand", lambda: (1 << 20, "this machine"))
+    for options in (["--data.max-tokens", "700"], ["--data.max_tokens=700"]):
+        cli(["lora", *START, "--num_steps", "40", *options, "--dry-run"])
+        assert "for rows of at most 700 tokens, this machine has" in capsys.readouterr().err

@@ -38,6 +38,8 @@ FITTED = {
     "--optim.lr": float,
 }  # fmt: skip
 """Options that the settings of any model go by, and that its first line tells."""
+SIZES_OF_ROWS = ("--data.max-tokens", "--data.max-tiles", "--data.max-tiles-per-image")
+"""Options that are not changed to fit the memory at hand."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +103,10 @@ def train(args: list[str]) -> None:
     elif not args or args[0].startswith("-"):
         raise InputError("name a recipe, or finetune, lora or mpo, before the options; in a file of --config, as `recipe`")
     else:
-        name, start, args = starting_point(args, at_hand=True)
+        name, start, args = starting_point(args)
     options = parse_run(TrainOptions, f"train {name}", _with_adapters(start, args), args)
+    if name in STAGES:
+        options = dataclasses.replace(options, config=_fitted(options.config, args))
     config = options.run_config()
     if options.dry_run:
         from ivl.runs.check import Check
@@ -122,16 +126,12 @@ def train(args: list[str]) -> None:
         print(final)
 
 
-def starting_point(args: list[str], *, at_hand: bool = False) -> tuple[str, RunConfig, list[str]]:
-    """The name and the configuration of the recipe that the first argument names, and the arguments that are left.
-
-    Args:
-        at_hand: whether a run of any model is fitted to the memory at hand.
-    """
+def starting_point(args: list[str]) -> tuple[str, RunConfig, list[str]]:
+    """The name and the configuration of the recipe that the first argument names, and the arguments that are left."""
     name, *args = args
     if name not in STAGES:
         return name, find(name), args
-    config, args = _any_model(name, args, at_hand=at_hand)
+    config, args = _any_model(name, args)
     return name, config, args
 
 
@@ -152,7 +152,7 @@ def parse_run(kind: type[OptionsOfRun], command: str, start: RunConfig, args: li
     return options
 
 
-def _any_model(stage: str, args: list[str], *, at_hand: bool) -> tuple[RunConfig, list[str]]:
+def _any_model(stage: str, args: list[str]) -> tuple[RunConfig, list[str]]:
     """The configuration of `finetune`, `lora` or `mpo` from --model and --data, and the other arguments."""
     from ivl.recipes.any_model import any_model, unknown_model
 
@@ -167,10 +167,20 @@ def _any_model(stage: str, args: list[str], *, at_hand: bool) -> tuple[RunConfig
         with contextlib.suppress(ValueError, IndexError):  # the parser refuses it
             if (values := take(args, name)[0]) is not None:
                 given[re.sub("^data[.]|^optim[.]", "", name[2:]).replace("-", "_")] = kind(values[-1])
-    config, chosen = any_model(stage, model[-1], tuple(data), at_hand=at_hand, **given)
+    config, chosen = any_model(stage, model[-1], tuple(data), **given)
     if _is_first():
         print(chosen, file=sys.stderr)
     return config, args
+
+
+def _fitted(config: RunConfig, args: list[str]) -> RunConfig:
+    """The run with rows that fit the memory at hand; rows of a size that an argument gives stay as they are."""
+    from ivl.recipes.fit import fit  # imports torch
+
+    config, found = fit(config, keep=take(args, *SIZES_OF_ROWS)[0] is not None)
+    if _is_first():
+        print(found, file=sys.stderr)
+    return config
 
 
 def _with_file(args: list[str]) -> tuple[list[str], tuple[str, RunConfig] | None]:

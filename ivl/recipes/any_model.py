@@ -47,7 +47,6 @@ def any_model(
     num_steps: int | None = None,
     packs_per_step: int | None = None,
     lr: float | None = None,
-    at_hand: bool = False,
 ) -> tuple[RunConfig, str]:
     """Make the configuration of a run, and say what was chosen.
 
@@ -61,7 +60,6 @@ def any_model(
         num_steps: steps of the run in place of epochs.
         packs_per_step: rows of a step; None takes the published number, or fewer where an epoch would have too few steps.
         lr: learning rate; None takes the published one.
-        at_hand: make rows shorter, with fewer tiles, where the memory of this machine or its card does not suffice.
 
     Raises:
         InputError: if the model's configuration cannot be read, or a file of rows.
@@ -97,16 +95,10 @@ def any_model(
         keep_best=True,
         val_every=max(STEPS_BETWEEN, -(-total // VALIDATIONS)),
     )  # fmt: skip
-    fitted = ""
-    if at_hand:
-        from ivl.recipes.fit import fit  # imports torch
-
-        config, fitted = fit(config, architecture)
     kept = f" and {num_rows - rows:,} for validation" if val_share else ""
     chosen = (
         f"{config.name}: published settings of {size}; {rows:,} rows{kept}, {packs} a step (published {published_packs}), "
-        f"{steps:,} steps an epoch; at most {config.data.max_tokens:,} tokens a {'pair' if sequences > 1 else 'row'}; "
-        f"lr {optim.lr:g}{'; ' if fitted else ''}{fitted}"
+        f"{steps:,} steps an epoch; lr {optim.lr:g}"
     )
     return config, chosen
 

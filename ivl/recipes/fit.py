@@ -11,7 +11,7 @@ import torch
 from ivl.checkpoint.releases import count_parameters
 from ivl.config import ModelConfig
 from ivl.parallel.cards import GIB, Machines
-from ivl.runs.build import with_precision
+from ivl.runs.build import read_architecture, with_precision
 from ivl.runs.config import RunConfig
 from ivl.runs.plan import plan_ranks
 from ivl.utils.machine import free_memory
@@ -29,29 +29,35 @@ def memory_at_hand() -> tuple[float, str]:
     return free_memory("cpu") / int(os.environ.get("LOCAL_WORLD_SIZE", "1")), "this machine"
 
 
-def fit(config: RunConfig, architecture: ModelConfig) -> tuple[RunConfig, str]:
-    """Return the run with rows that fit the memory at hand, the longest that do, and say what was found."""
+def fit(config: RunConfig, *, keep: bool = False) -> tuple[RunConfig, str]:
+    """Return the run with rows that fit the memory at hand, the longest that do, and say what was found.
+
+    keep: change no row, and say only whether they fit.
+    """
     room, place = memory_at_hand()
     room -= BESIDE
+    architecture = read_architecture(config)
+    rows = f"{'pairs' if config.objective.pairs else 'rows'} of at most {config.data.max_tokens:,} tokens"
     if _most(config, architecture) < room:  # no need to plan
-        return config, f"fits the {_gib(room)} GiB of {place}"
+        return config, f"{rows} fit the {_gib(room)} GiB of {place}"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machines = Machines(gpus=int(os.environ.get("WORLD_SIZE", "1")))
     needed = []
-    for smaller in _smaller(config, architecture):
+    for smaller in [config] if keep else _smaller(config, architecture):
         needed.append(plan_ranks(with_precision(smaller, device), machines).peak)
         if needed[-1] <= room:
             data = smaller.data
             if len(needed) == 1:
-                return smaller, f"takes {_gib(needed[0])} of the {_gib(room)} GiB of {place}"
+                return smaller, f"{rows} take {_gib(needed[0])} of the {_gib(room)} GiB of {place}"
             return smaller, (
                 f"rows of at most {data.max_tokens:,} tokens and pictures of {data.max_tiles_per_image} tiles take "
                 f"{_gib(needed[-1])} of the {_gib(room)} GiB of {place} (published: {_gib(needed[0])}); "
                 f"{'longer pairs are left out' if config.objective.pairs else 'longer rows lose turns'}"
             )
     return config, (
-        f"DOES NOT FIT: {_gib(needed[-1])} GiB for the shortest rows, {place} has {_gib(room)}; "
-        "`ivl train lora`, several cards with --shard, or a smaller model take less (`ivl plan`)"
+        f"DOES NOT FIT: {_gib(needed[-1])} GiB for {rows if keep else 'the shortest rows'}, {place} has {_gib(room)}; "
+        f"{'a smaller --data.max-tokens, ' if keep else ''}`ivl train lora`, several cards with --shard, or a smaller model "
+        "take less (`ivl plan`)"
     )
 
 

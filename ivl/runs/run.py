@@ -11,6 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from ivl.data.encode import NO_PAIR, PAIR
 from ivl.data.loader import Loader
 from ivl.errors import DataError, InputError
 from ivl.parallel.launch import Watchdog, start_world, stop_world
@@ -162,7 +163,8 @@ def accept_rows(saved: SavedTrainer, loader: Loader) -> None:
 
 def say_how_to_go_on(run_dir: Path, error: BaseException) -> None:
     """Print the step of the newest checkpoint, and the command that goes on from it."""
-    skip = " --data.on-error skip" if isinstance(error, DataError) else ""
+    one_bad_row = isinstance(error, DataError) and error.problem not in (PAIR, NO_PAIR)  # those are about all rows
+    skip = " --data.on-error skip" if one_bad_row else ""
     command = f"ivl train --resume {shlex.quote(str(run_dir))}{skip}"
     if saved := checkpoints(run_dir):
         print(f"stopped at step {step_of(saved[-1])}; go on with: {command}", file=sys.stderr)

@@ -14,6 +14,7 @@ from ivl.errors import InputError
 from ivl.runs import run as runs
 from ivl.runs.run import run
 from ivl.train.loop import Evaluator
+from tests.helpers.pairs import make_pairs
 from tests.helpers.ranks import on_ranks
 from tests.helpers.training import changed
 from tests.runs.helpers import redirect_errors, rows, same_weights, start, steps
@@ -102,6 +103,14 @@ def test_a_bad_row_saves_first_and_is_left_out_on_demand(config, capfd):
     assert sum(r["samples"] for r in rows(config)) == len(good)
     report = json.loads(Path(config.run_dir, "data_report.json").read_text())
     assert report["rows"] == {"broken_json": 1} and report["draws"] == len(good) + 1
+
+
+def test_rows_of_another_kind_are_not_to_be_left_out(config, tmp_path, capfd):
+    pairs = make_pairs(tmp_path / "pairs", 3)
+    with pytest.raises(InputError, match="a preference pair, whose rejected reply would be trained on"):
+        run(changed(config, data=replace(config.data, mixture=str(pairs))))
+    words = capfd.readouterr().err
+    assert "stopped before the first checkpoint" in words and "--data.on-error" not in words
 
 
 def test_an_edited_row_goes_on_when_it_is_accepted(config):
