@@ -17,8 +17,8 @@ IMAGES = "images"
 INTRO = (
     "Nobody has to believe what InternVL2.5's paper (arXiv:2412.05271) claims: `make claims` tries each claim in small, on "
     "two cores, and writes this page from the figures under `studies/results`. Intervals are those of Student's t, 95%, over "
-    "seeds: over three trainings. What does not hold in small is said to. Settings are chosen on held-out pictures of the "
-    "training data, and the test data are only measured."
+    "seeds: over three trainings. A difference counts where its interval lies above zero. What does not hold in small is said "
+    "to. Settings are chosen on held-out pictures of the training data, and the test data are only measured."
 )
 HOW = (
     "`make claims` goes on where it stopped, `FRESH=1` starts anew, `QUICK=1` runs everything with tiny budgets into "

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ivl.formats.rows import write_jsonl
 from studies.claims import small
-from studies.claims.study import Arm, Figures, Lab, Results, Study, Verdict
+from studies.claims.study import Arm, Figures, Lab, Results, Study, Verdict, sign, together
 
 TEST_PICTURES, SHARE = 250, 0.5
 """Pictures asked about, and the steps of this study as a share of those of the models that other studies start from."""
@@ -37,9 +37,8 @@ def measure(lab: Lab, arm: str, seed: int) -> Figures:
 
 def judge(results: Results) -> Verdict:
     gains = {name: results.gain("all", f"without-{name}", "accuracy") for name in small.STAGES}
-    brings = [name for name, gain in gains.items() if gain.mean - gain.half > 0]
-    holds = "holds" if len(brings) == len(gains) else "holds in part" if brings else "does not hold here"
     said = ", ".join(f"{name} {gain.shown('+.1%')}" for name, gain in gains.items())
+    holds = together([sign(gain) for gain in gains.values()])
     return Verdict(holds, f"What each stage brings to accuracy at the same number of steps: {said}.")
 
 

@@ -104,7 +104,7 @@ class Estimate:
 
     def shown(self, form: str) -> str:
         """Format it as `92.1% ± 0.3%`, by a format of single numbers."""
-        margin = "" if math.isnan(self.half) else f" ± {self.half:{form}}"
+        margin = "" if math.isnan(self.half) else f" ± {self.half:{form.lstrip('+')}}"
         return f"{self.mean:{form}}{margin}"
 
 
@@ -213,10 +213,8 @@ class Results:
 
 
 def sign(gain: Estimate) -> Holds:
-    """Whether a difference is above zero by its interval, by its mean alone, or not at all."""
-    if gain.mean <= 0:
-        return "does not hold here"
-    return "holds" if gain.mean - gain.half > 0 else "holds in part"
+    """Whether a difference is above zero by its interval. A mean that the seeds do not tell from zero shows nothing."""
+    return "holds" if gain.mean - gain.half > 0 else "does not hold here"
 
 
 def together(signs: Sequence[Holds]) -> Holds:

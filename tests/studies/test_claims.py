@@ -17,7 +17,7 @@ import ivl
 from ivl.formats.rows import write_jsonl
 from studies.claims import STUDIES, compression, descriptions, filtering, pictures, preference, report, scaling, small, voting
 from studies.claims.run import run_arm, run_study
-from studies.claims.study import Estimate, Lab, Results, Study, Verdict, sign
+from studies.claims.study import Estimate, Lab, Results, Study, Verdict, sign, together
 
 ROOT = Path(__file__).parents[2]
 ARMS = (
@@ -125,11 +125,10 @@ def test_scaling_holds_where_the_moved_vit_needs_a_tenth(tmp_path: Path) -> None
 def test_estimates() -> None:
     assert Estimate((0.5,)).shown(".1%") == "50.0%"
     assert Estimate((0.4, 0.5, 0.6)).shown(".1%") == "50.0% ± 24.8%"  # 4.303 * 0.1 / sqrt(3)
-    assert [sign(Estimate(v)) for v in ((1.0, 1.1), (-1.0, 5.0), (-1.0, 0.5))] == [
-        "holds",
-        "holds in part",
-        "does not hold here",
-    ]
+    assert Estimate((0.4, 0.5, 0.6)).shown("+.1%") == "+50.0% ± 24.8%"
+    signs = [sign(Estimate(values)) for values in ((1.0, 1.1), (-1.0, 5.0), (-1.0, 0.5), (1.0,))]
+    assert signs == ["holds", *["does not hold here"] * 3]
+    assert together(signs) == "holds in part" and together(signs[1:]) == "does not hold here"
 
 
 def test_settings_are_picked_once_by_their_scores(tmp_path: Path) -> None:
