@@ -58,8 +58,9 @@ def test_chartqa(tmp_path: Path) -> None:
     assert figures(task, perfect, tmp_path) == {"headline": 1, "test_human": 1, "test_augmented": 1}
     assert figures(task, always_a, tmp_path) == {"headline": pytest.approx(1 / 3), "test_human": 0.5, "test_augmented": 0}
     assert figures(task, empty, tmp_path)["headline"] == 0
-    assert figures(task, lambda _: "10.52", tmp_path)["headline"] == 0
-    assert figures(replace(task, prompt="reference"), lambda _: "10.52", tmp_path)["headline"] == pytest.approx(1 / 3)
+    assert figures(replace(task, profile="2026-08"), lambda _: "10.52", tmp_path)["headline"] == 0
+    for older in (task, replace(task, profile="2026-08", prompt="reference")):
+        assert figures(older, lambda _: "10.52", tmp_path)["headline"] == pytest.approx(1 / 3), "5% of the reply's number"
     assert asked(task) == f"<image>\nhow many?\n{SHORT}" and next(iter(task.examples())).conversation[0].content[0] == (
         ImageRef(png(), 12)
     )
@@ -107,6 +108,9 @@ def test_textvqa(tmp_path: Path) -> None:
     task = benchmark("textvqa", path)
     said = [figures(task, reply, tmp_path)["headline"] for reply in (perfect, lambda _: "Dark red.", always_a, empty)]
     assert said == pytest.approx([1, 0.6, 0, 0])
+    (example,) = replace(task, path=write_tsv(path, [{"index": 1, "question": "how many?", "answer": "2"}])).examples()
+    example = replace(example, answers=("2",) * 10)
+    assert [replace(task, profile=profile).score("2.", example).value for profile in ("2024-12", "2026-08")] == [1, 0]
 
 
 def test_the_reference_prompt_scores_as_its_code_does(tmp_path: Path) -> None:
@@ -119,7 +123,7 @@ def test_the_reference_prompt_scores_as_its_code_does(tmp_path: Path) -> None:
         ("mmmu", {**opened, "answer": "5"}, "so it is 15.", 1, 0),
         ("mme", {**row, "answer": "No"}, "Not", 0, 1),
         ("pope", {**row, "answer": "Yes"}, "Nothing", 0, 1),
-        ("chartqa", {**row, "answer": "10"}, "10.52", 0, 1),
+        ("chartqa", {**row, "answer": "10"}, "10.52", 1, 1),
     ]
     for name, columns, reply, published, reference in cases:
         task = benchmark(name, write_tsv(tmp_path / f"{name}.tsv", [columns]))
