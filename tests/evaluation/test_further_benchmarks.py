@@ -350,7 +350,14 @@ def test_mmiu(tmp_path: Path) -> None:
     assert asked(task) == f"{text}\n{LETTER}"
 
 
-@pytest.mark.parametrize(("given", "expected"), cases("cgbench_post_process"))
+def seconds(result: str) -> dict[str, Any]:
+    return {"response": f'```json\n{{"result": {result}}}\n```', "answer": "[[10, 20]]", "task_mode": "miou", "duration": 100}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [*cases("cgbench_post_process"), (seconds('"10, 20"'), -1), (seconds("5"), -1), (seconds("[[0.1, 0.2, 0.3]]"), 1)],
+)
 def test_a_reply_of_cgbench(given: dict[str, Any], expected: float) -> None:
     if given["task_mode"] == "miou":
         value = clue_overlap(given["response"], json.loads(given["answer"]), given["duration"])

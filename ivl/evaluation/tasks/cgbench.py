@@ -78,15 +78,18 @@ def choice_right(reply: str, truth: str) -> bool | None:
 
 
 def clue_overlap(reply: str, truth: Sequence[Sequence[float]], duration: float) -> float | None:
-    """Return the overlap of the intervals of a reply with the true ones; None if it has no interval.
+    """Return the overlap of the intervals of a reply with the true ones; None if it has no interval, or JSON without a list.
 
     Intervals of the JSON that end by 1 are shares of the duration. Without JSON, numbers are taken in pairs.
     """
     try:
         given = json.loads(_result(reply))["result"]
+        if not isinstance(given, list):
+            return None
         given = given if isinstance(given[0], list) else [given]
-        scale = duration if all(begin <= 1 and end <= 1 for begin, end in given) else 1.0
-        return interval_overlap(truth, [(begin * scale, end * scale) for begin, end in given])
+        if all(each[0] <= 1 and each[1] <= 1 for each in given):
+            given = [(each[0] * duration, each[1] * duration) for each in given]
+        return interval_overlap(truth, given)
     except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError):
         numbers = [float(number) for number in re.findall(r"-?\d+\.?\d*", reply)]
         pairs = list(zip(numbers[::2], numbers[1::2], strict=False))
