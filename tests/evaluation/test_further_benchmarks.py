@@ -124,6 +124,10 @@ def test_the_reference_prompt_scores_as_its_code_does(tmp_path: Path) -> None:
         ("mme", {**row, "answer": "No"}, "Not", 0, 1),
         ("pope", {**row, "answer": "Yes"}, "Nothing", 0, 1),
         ("chartqa", {**row, "answer": "10"}, "10.52", 1, 1),
+        ("ai2d", {**row, "answer": "A"}, "A. red", 1, 0),
+        ("ai2d", {**row, "answer": "A"}, "a ", 0, 1),
+        ("seed-image", {**row, "answer": "A"}, "it is red", 1, 0),
+        ("seed-image", {**row, "answer": "A"}, "A or B", 0, 1),
     ]
     for name, columns, reply, published, reference in cases:
         task = benchmark(name, write_tsv(tmp_path / f"{name}.tsv", [columns]))
@@ -134,6 +138,10 @@ def test_the_reference_prompt_scores_as_its_code_does(tmp_path: Path) -> None:
     task = benchmark("mathvista", path)
     assert [each.value for each in judged(task, "0.65", folder=tmp_path / "j")] == [0]
     assert [each.value for each in judged(replace(task, prompt="reference"), "0.65", folder=tmp_path / "k")] == [1]
+    (example,) = replace(task, path=path).examples()
+    for reply, undecided, value in (("0.65", False, 1), ("0.9", False, 0), ("about 0.65", True, 0)):
+        score = replace(task, prompt="reference").score(reply, example)
+        assert (score.undecided is not None, score.value) == (undecided, value), reply
 
 
 def test_charxiv(tmp_path: Path) -> None:
@@ -212,6 +220,9 @@ def test_olympiadbench(tmp_path: Path) -> None:
     assert figures(task, lambda e: replies[e.id], tmp_path)["headline"] == 1
     assert figures(replace(task, defects=True), lambda e: replies[e.id], tmp_path)["headline"] == 0.5
     assert figures(task, always_a, tmp_path)["headline"] == figures(task, empty, tmp_path)["headline"] == 0
+    rows = [{**rows[1], "error": "0.2,"}, {**rows[1], "answer_type": "Tuple"}]
+    task = benchmark("olympiadbench", write_tsv(tmp_path / "rows.tsv", rows))
+    assert [task.score("3.1,5", each).value for each in task.examples()] == [1, 0], "an empty error is 1e-8, as that of tuples"
 
 
 @pytest.mark.parametrize(("given", "expected"), cases("crpe_is_correct"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,6 +35,8 @@ class Choice(Benchmark):
     """Every question comes with its options rotated, and counts only if all its rows are right."""
     headline: str = ""
     """The split whose score is the benchmark's; empty takes all rows."""
+    reference_letter: Callable[[str, Mapping[str, str]], str] = leading_option
+    """How InternVL's own code reads the letter of a reply."""
     means_of_categories: bool = False
     """The figure of a coarse category is the mean of its fine ones, whatever their sizes."""
 
@@ -93,7 +95,7 @@ class Choice(Benchmark):
         options, truth = self.options(example)
         if self.prompt == "reference":
             opened = not options_of(example.row)
-            said = text.strip() if opened else leading_option(text, options)
+            said = text.strip() if opened else self.reference_letter(text, options)
             return Score(value=float(open_answer_right(text, example.answers) if opened else said == truth), answer=said)
         letter = infer_option(text, options, self.profile)
         if letter is None or (judged and letter not in (*options, REFUSED)):
@@ -175,11 +177,13 @@ TASKS = (
     Choice(
         name="ai2d", file="AI2D_TEST", about="diagrams of school books, letters drawn over the labels (with mask)", rows=3088,
         md5="0f593e0d1c7df9a3d69bf1f947e71975", hub="lmms-lab/ai2d", columns={"answer": PLACE_OF_ANSWER},
+        reference_letter=lambda text, _: text.strip().upper(),
     ),
     Choice(name="ai2d-no-mask", file="AI2D_TEST_NO_MASK", about="the same without the letters", rows=3088),
     SeedImage(
         name="seed-image", file="SEEDBench_IMG", about="nine kinds of questions about photographs", rows=14232,
         hub="lmms-lab/SEED-Bench", columns={"text": "question", "question_type_id": "category", "question_id": "index"},
+        reference_letter=lambda text, _: text[:1],
     ),
     Choice(name="seed-2-plus", file="SEEDBench2_Plus", about="charts, maps and web pages", rows=2277),
     Choice(name="realworldqa", file="RealWorldQA", about="photographs taken from cars and by phone", rows=765),
