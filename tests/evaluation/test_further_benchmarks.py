@@ -391,9 +391,11 @@ def test_cgbench(tmp_path: Path) -> None:
         return {"0": "B", "2": "[[10, 16]]", "5": "[[10, 12]]"}.get(example.id) or perfect(example)
 
     assert figures(task, reply, tmp_path) == pytest.approx(
-        {"headline": 0.5, "clue_acc": 1, "miou": 0.4, "CRR": 0.5, "acc@iou": 0.2, "rec@iou": 0.7}
+        {"headline": 0.5, "clue_acc": 1, "miou": 0.4, "CRR": 0.5, "acc@iou": 0.1, "rec@iou": 0.6}
     )
     text = asked(task)
+    unread = figures(replace(task, defects=True), lambda e: "" if e.id in ("0", "5") else perfect(e), tmp_path)
+    assert unread == {"headline": 1, "clue_acc": 1, "miou": 1, "CRR": 1, "acc@iou": 0, "rec@iou": 1}
     assert text.startswith("Frame-1: <image>\n") and text.endswith("Question: which?\n\nA:red\nB:green\n\n")
     clue = list(task.examples())[1].conversation[0].content[0]
     assert isinstance(clue, VideoRef) and str(clue.source).endswith("c.mp4")

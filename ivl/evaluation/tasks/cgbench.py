@@ -39,24 +39,27 @@ class CgBench(Benchmark):
             right = choice_right(text, truth)
             return Score(value=float(right is True), answer="" if right is None else text.strip())
         overlap = clue_overlap(text, literal(truth), float(row["duration"]))
-        recall = sum((overlap or 0.0) >= threshold for threshold in THRESHOLDS) / len(THRESHOLDS)
+        recall = sum((overlap or 0.0) > threshold for threshold in THRESHOLDS) / len(THRESHOLDS)
         return Score(value=overlap or 0.0, answer="" if overlap is None else text.strip(), numbers={"recall": recall})
 
     def figures(self, scored: Sequence[Scored]) -> Figures:
-        """Return the shares, the mean overlap, and how both go together."""
+        """Return the shares, the mean overlap, and how both go together; the official tool leaves unread replies out."""
+        scored = [s for s in scored if s.score.answer or not self.defects] or scored
         modes = self.grouped(scored)
         figures = {mode: mean(modes[mode]) for mode in INSTRUCTIONS if mode in modes}
         if len(figures) < len(INSTRUCTIONS):
             return figures
-        right = {s.cluster for s in modes["long_acc"] if s.score.value == 1}
+        right, asked = ({s.cluster for s in modes["long_acc"] if s.score.value >= least} for least in (1, 0))
         lower = min(("clue_acc", "long_acc"), key=lambda mode: figures[mode].value)
 
         def in_mode(mode: str) -> Callable[[Scored], float]:
-            return lambda s: s.score.value if s["task_mode"] == mode else 0.0
+            return lambda s: s.score.value / len(modes[mode]) if s["task_mode"] == mode else 0.0
 
         return figures | {
             "CRR": ratio(scored, in_mode(lower), in_mode("clue_acc")),
-            "acc@iou": ratio(modes["miou"], lambda s: s.score.numbers["recall"] * (s.cluster in right), lambda _: 1.0),
+            "acc@iou": ratio(
+                modes["miou"], lambda s: s.score.numbers["recall"] * (s.cluster in right), lambda s: s.cluster in asked
+            ),
             "rec@iou": mean(modes["miou"], lambda s: s.score.numbers["recall"]),
         }
 
