@@ -121,6 +121,7 @@ def test_the_reference_prompt_scores_as_its_code_does(tmp_path: Path) -> None:
         ("mmstar", {**row, "answer": "A"}, "An answer is B", 0, 1),
         ("mmmu", {**opened, "answer": "5"}, "so it is 5.", 1, 1),
         ("mmmu", {**opened, "answer": "5"}, "so it is 15.", 1, 0),
+        ("mmmu", {**opened, "answer": "['24/7', '3.429']"}, "so it is 3.43", 0, 1),
         ("mme", {**row, "answer": "No"}, "Not", 0, 1),
         ("pope", {**row, "answer": "Yes"}, "Nothing", 0, 1),
         ("chartqa", {**row, "answer": "10"}, "10.52", 1, 1),
@@ -393,9 +394,9 @@ def test_cgbench(tmp_path: Path) -> None:
     assert figures(task, reply, tmp_path) == pytest.approx(
         {"headline": 0.5, "clue_acc": 1, "miou": 0.4, "CRR": 0.5, "acc@iou": 0.1, "rec@iou": 0.6}
     )
-    text = asked(task)
     unread = figures(replace(task, defects=True), lambda e: "" if e.id in ("0", "5") else perfect(e), tmp_path)
     assert unread == {"headline": 1, "clue_acc": 1, "miou": 1, "CRR": 1, "acc@iou": 0, "rec@iou": 1}
+    text = asked(task)
     assert text.startswith("Frame-1: <image>\n") and text.endswith("Question: which?\n\nA:red\nB:green\n\n")
     clue = list(task.examples())[1].conversation[0].content[0]
     assert isinstance(clue, VideoRef) and str(clue.source).endswith("c.mp4")

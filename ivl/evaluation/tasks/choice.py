@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ivl.evaluation.benchmark import Benchmark
-from ivl.evaluation.data import PLACE_OF_ANSWER, options_of
+from ivl.evaluation.data import PLACE_OF_ANSWER, literal, options_of
 from ivl.evaluation.figures import Figure, Figures, all_right, average, by
 from ivl.evaluation.prompts import CHINESE, COT_CHOICE, LETTER, LETTER_ZH
 from ivl.evaluation.scoring.open_answers import open_answer_right
@@ -96,7 +96,8 @@ class Choice(Benchmark):
         if self.prompt == "reference":
             opened = not options_of(example.row)
             said = text.strip() if opened else self.reference_letter(text, options)
-            return Score(value=float(open_answer_right(text, example.answers) if opened else said == truth), answer=said)
+            right = open_answer_right(text, list(map(str, literal(example.truth)))) if opened else said == truth
+            return Score(value=float(right), answer=said)
         letter = infer_option(text, options, self.profile)
         if letter is None or (judged and letter not in (*options, REFUSED)):
             return None
