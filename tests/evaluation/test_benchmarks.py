@@ -104,6 +104,20 @@ def test_choices_about_videos(name: str, tmp_path: Path) -> None:
     assert evaluated(task, empty, tmp_path).report["range"] == [0, 1]
 
 
+def test_letters_that_are_no_options_decide_about_videos(tmp_path: Path) -> None:
+    row = {"index": 1, "question": "which?", "A": "red", "B": "green", "answer": "A", "video": "v"}
+    path = write_tsv(tmp_path / "rows.tsv", [row])
+    for name, reply, letter in (
+        ("video-mme", "Dogs: A", "D"), ("video-mme", "Eagles: A", "A"), ("longvideobench", "Eagles: A", "E"),
+    ):  # fmt: skip
+        (example,) = (task := benchmark(name, path)).examples()
+        assert task.score(reply, example).answer == letter, reply
+    (example,) = (task := benchmark("mvbench", path)).examples()
+    said = [[replace(task, prompt=prompt).score(reply, example).value for reply in ("Answer: A", "red")]
+            for prompt in ("published", "reference")]  # fmt: skip
+    assert said == [[1, 1], [1, 0]], "InternVL's own code compares the first word alone"
+
+
 @pytest.mark.parametrize("name", ["ocrvqa", "gqa"])
 def test_answers_that_are_equal_or_not(name: str, tmp_path: Path) -> None:
     rows = [{"index": n, "question": "what?", "answer": answer, "image": PICTURE} for n, answer in enumerate(("Cat", "two"))]

@@ -58,8 +58,9 @@ def test_chartqa(tmp_path: Path) -> None:
     assert figures(task, perfect, tmp_path) == {"headline": 1, "test_human": 1, "test_augmented": 1}
     assert figures(task, always_a, tmp_path) == {"headline": pytest.approx(1 / 3), "test_human": 0.5, "test_augmented": 0}
     assert figures(task, empty, tmp_path)["headline"] == 0
-    assert figures(task, lambda _: "10.52", tmp_path)["headline"] == 0
-    assert figures(replace(task, prompt="reference"), lambda _: "10.52", tmp_path)["headline"] == pytest.approx(1 / 3)
+    assert figures(replace(task, profile="2026-08"), lambda _: "10.52", tmp_path)["headline"] == 0
+    for older in (task, replace(task, profile="2026-08", prompt="reference")):
+        assert figures(older, lambda _: "10.52", tmp_path)["headline"] == pytest.approx(1 / 3), "5% of the reply's number"
     assert asked(task) == f"<image>\nhow many?\n{SHORT}" and next(iter(task.examples())).conversation[0].content[0] == (
         ImageRef(png(), 12)
     )
@@ -107,6 +108,9 @@ def test_textvqa(tmp_path: Path) -> None:
     task = benchmark("textvqa", path)
     said = [figures(task, reply, tmp_path)["headline"] for reply in (perfect, lambda _: "Dark red.", always_a, empty)]
     assert said == pytest.approx([1, 0.6, 0, 0])
+    (example,) = replace(task, path=write_tsv(path, [{"index": 1, "question": "how many?", "answer": "2"}])).examples()
+    example = replace(example, answers=("2",) * 10)
+    assert [replace(task, profile=profile).score("2.", example).value for profile in ("2024-12", "2026-08")] == [1, 0]
 
 
 def test_the_reference_prompt_scores_as_its_code_does(tmp_path: Path) -> None:
@@ -117,9 +121,14 @@ def test_the_reference_prompt_scores_as_its_code_does(tmp_path: Path) -> None:
         ("mmstar", {**row, "answer": "A"}, "An answer is B", 0, 1),
         ("mmmu", {**opened, "answer": "5"}, "so it is 5.", 1, 1),
         ("mmmu", {**opened, "answer": "5"}, "so it is 15.", 1, 0),
+        ("mmmu", {**opened, "answer": "['24/7', '3.429']"}, "so it is 3.43", 0, 1),
         ("mme", {**row, "answer": "No"}, "Not", 0, 1),
         ("pope", {**row, "answer": "Yes"}, "Nothing", 0, 1),
-        ("chartqa", {**row, "answer": "10"}, "10.52", 0, 1),
+        ("chartqa", {**row, "answer": "10"}, "10.52", 1, 1),
+        ("ai2d", {**row, "answer": "A"}, "A. red", 1, 0),
+        ("ai2d", {**row, "answer": "A"}, "a ", 0, 1),
+        ("seed-image", {**row, "answer": "A"}, "it is red", 1, 0),
+        ("seed-image", {**row, "answer": "A"}, "A or B", 0, 1),
     ]
     for name, columns, reply, published, reference in cases:
         task = benchmark(name, write_tsv(tmp_path / f"{name}.tsv", [columns]))
@@ -130,6 +139,10 @@ def test_the_reference_prompt_scores_as_its_code_does(tmp_path: Path) -> None:
     task = benchmark("mathvista", path)
     assert [each.value for each in judged(task, "0.65", folder=tmp_path / "j")] == [0]
     assert [each.value for each in judged(replace(task, prompt="reference"), "0.65", folder=tmp_path / "k")] == [1]
+    (example,) = replace(task, path=path).examples()
+    for reply, undecided, value in (("0.65", False, 1), ("0.9", False, 0), ("about 0.65", True, 0)):
+        score = replace(task, prompt="reference").score(reply, example)
+        assert (score.undecided is not None, score.value) == (undecided, value), reply
 
 
 def test_charxiv(tmp_path: Path) -> None:
@@ -208,6 +221,9 @@ def test_olympiadbench(tmp_path: Path) -> None:
     assert figures(task, lambda e: replies[e.id], tmp_path)["headline"] == 1
     assert figures(replace(task, defects=True), lambda e: replies[e.id], tmp_path)["headline"] == 0.5
     assert figures(task, always_a, tmp_path)["headline"] == figures(task, empty, tmp_path)["headline"] == 0
+    rows = [{**rows[1], "error": "0.2,"}, {**rows[1], "answer_type": "Tuple"}]
+    task = benchmark("olympiadbench", write_tsv(tmp_path / "rows.tsv", rows))
+    assert [task.score("3.1,5", each).value for each in task.examples()] == [1, 0], "an empty error is 1e-8, as that of tuples"
 
 
 @pytest.mark.parametrize(("given", "expected"), cases("crpe_is_correct"))
@@ -346,7 +362,14 @@ def test_mmiu(tmp_path: Path) -> None:
     assert asked(task) == f"{text}\n{LETTER}"
 
 
-@pytest.mark.parametrize(("given", "expected"), cases("cgbench_post_process"))
+def seconds(result: str) -> dict[str, Any]:
+    return {"response": f'```json\n{{"result": {result}}}\n```', "answer": "[[10, 20]]", "task_mode": "miou", "duration": 100}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [*cases("cgbench_post_process"), (seconds('"10, 20"'), -1), (seconds("5"), -1), (seconds("[[0.1, 0.2, 0.3]]"), 1)],
+)
 def test_a_reply_of_cgbench(given: dict[str, Any], expected: float) -> None:
     if given["task_mode"] == "miou":
         value = clue_overlap(given["response"], json.loads(given["answer"]), given["duration"])
@@ -369,8 +392,10 @@ def test_cgbench(tmp_path: Path) -> None:
         return {"0": "B", "2": "[[10, 16]]", "5": "[[10, 12]]"}.get(example.id) or perfect(example)
 
     assert figures(task, reply, tmp_path) == pytest.approx(
-        {"headline": 0.5, "clue_acc": 1, "miou": 0.4, "CRR": 0.5, "acc@iou": 0.2, "rec@iou": 0.7}
+        {"headline": 0.5, "clue_acc": 1, "miou": 0.4, "CRR": 0.5, "acc@iou": 0.1, "rec@iou": 0.6}
     )
+    unread = figures(replace(task, defects=True), lambda e: "" if e.id in ("0", "5") else perfect(e), tmp_path)
+    assert unread == {"headline": 1, "clue_acc": 1, "miou": 1, "CRR": 1, "acc@iou": 0, "rec@iou": 1}
     text = asked(task)
     assert text.startswith("Frame-1: <image>\n") and text.endswith("Question: which?\n\nA:red\nB:green\n\n")
     clue = list(task.examples())[1].conversation[0].content[0]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ivl.evaluation.scoring.extraction import box_spans
+from ivl.evaluation.scoring.extraction import BOX, up_to_brace
 from ivl.evaluation.scoring.formulas import ask, formula
 from ivl.utils.killable import CallStopped
 
@@ -110,11 +110,12 @@ def same_answers(
 
 def _answers_of(text: str) -> str | None:
     """Return the answers of a text, joined by commas, without decoration; None for a box left open."""
-    spans = box_spans(text)
-    if len(spans) > _MOST_BOXES or not all(end for _, end in spans):
+    starts = [match.end() for match in re.finditer(re.escape(BOX), text)]
+    boxes = [up_to_brace(text[start:]) for start in starts[: _MOST_BOXES + 1]]
+    if len(boxes) > _MOST_BOXES or None in boxes:
         return None
-    if spans:
-        text = ",".join(text[start:end] for start, end in spans)
+    if boxes:
+        text = ",".join(box for box in boxes if box is not None)
     elif formulas := re.findall(r"\$(.*?)\$", text.strip().split("\n")[-1]):
         text = ",".join(formulas)
     if "\\in " in text:
@@ -200,4 +201,5 @@ class _Comparison:
 def _tokens(text: str) -> list[str]:
     for spelling, usual in _SPELLINGS:
         text = text.replace(spelling, usual)
+    text = re.sub(r"\^\{(\w)\}", r"^\1", re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", text))
     return re.findall(r"\\[A-Za-z]+|[^\s\\]|\\(?![,;!: ])", re.sub(r"\\[,;!: ]", "", text).strip().removeprefix("+"))

@@ -19,6 +19,7 @@ _MARKER = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _FIRST_MARK = re.compile(r"(?:Final answer:|Answer:)\s*(.*)", re.IGNORECASE)
+BOX = "\\boxed{"
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
@@ -77,13 +78,24 @@ def last_box(text: str) -> str | None:
 def marked_answer(reply: str) -> str:
     """Return the rest of the line behind the first "Final answer:" or "Answer:", else the whole reply."""
     match = _FIRST_MARK.search(reply)
-    return match[1] if match else reply
+    return match[1].strip() if match else reply
 
 
 def last_box_or_text(reply: str) -> str:
     """Return the content of the last box, or the reply if it has none or does not close it, as VLMEvalKit does."""
-    (start, end), *_ = (*reversed(box_spans(reply)), (0, 0))
-    return reply[start:end] if end else reply
+    _, box, tail = reply.rpartition(BOX)
+    content = up_to_brace(tail) if box else None
+    return reply if content is None else content
+
+
+def up_to_brace(tail: str) -> str | None:
+    """Return what stands before the brace that closes a box; None if none does. VLMEvalKit counts escaped braces, too."""
+    depth = 1
+    for brace in re.finditer("[{}]", tail):
+        depth += 1 if brace[0] == "{" else -1
+        if not depth:
+            return tail[: brace.start()]
+    return None
 
 
 def box_spans(text: str) -> list[tuple[int, int]]:

@@ -66,35 +66,40 @@ def edit_distance(a: str, b: str) -> int:
     return Levenshtein.distance(a, b)
 
 
-def without_punctuation(text: str) -> str:
+def without_punctuation(text: str, *, older: bool = False) -> str:
     """Delete marks or put spaces for them, as VQAv2 does.
 
     A mark is deleted everywhere if it stands beside a space anywhere, or if the text has a comma between digits.
+
+    Args:
+        older: Delete full stops behind digits, too, as VLMEvalKit did in 2024-12 and InternVL's own code does.
     """
     commas, cleaned = re.search(r"\d,\d", text), text
     for mark in _MARKS:
         beside_space = f"{mark} " in text or f" {mark}" in text
         cleaned = cleaned.replace(mark, "" if commas or beside_space else " ")
     # The official code passes a flag where the count goes, so that only 32 full stops fall.
-    return re.sub(r"\.(?!\d)", "", cleaned, count=32)
+    return re.sub(r"\.(?!\d)" if older else r"(?<!\d)\.(?!\d)", "", cleaned, count=32)
 
 
-def vqa_form(text: str, *, reference: bool = False) -> str:
+def vqa_form(text: str, *, older: bool = False, reference: bool = False) -> str:
     """Normalize an answer as VQAv2 does: marks, lower case, digits for words up to ten, no articles, apostrophes.
 
     Args:
-        reference: As InternVL's own code, which first drops commas and question marks and splits off 's.
+        older: As VLMEvalKit did in 2024-12: `5.` is 5.
+        reference: As InternVL's own code, which does the same, but first drops commas and question marks and splits off 's.
     """
     if reference:
         text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
-    text = without_punctuation(text.replace("\n", " ").replace("\t", " ").strip())
+    text = without_punctuation(text.replace("\n", " ").replace("\t", " ").strip(), older=older or reference)
     words = [_NUMBERS.get(word, word) for word in text.lower().split()]
     return " ".join(_SPELLED.get(word, word) for word in words if word not in ARTICLES)
 
 
-def vqa_accuracy(reply: str, answers: Sequence[str], *, reference: bool = False) -> float:
+def vqa_accuracy(reply: str, answers: Sequence[str], *, older: bool = False, reference: bool = False) -> float:
     """Return VQAv2's agreement with ten people after normalization; a single answer is matched by none other, so it gives 0."""
-    return agreement(vqa_form(reply, reference=reference), [vqa_form(answer, reference=reference) for answer in answers])
+    said, *meant = (vqa_form(text, older=older, reference=reference) for text in (reply, *answers))
+    return agreement(said, meant)
 
 
 def agreement(prediction: str, answers: Sequence[str]) -> float:
@@ -106,13 +111,14 @@ def agreement(prediction: str, answers: Sequence[str]) -> float:
     return sum(min(1.0, (sum(matches) - match) / 3) for match in matches) / len(matches)
 
 
-def relaxed(reply: str, truth: str, tolerance: float = 0.05) -> bool:
+def relaxed(reply: str, truth: str, tolerance: float = 0.05, *, of_reply: bool = False) -> bool:
     """Return whether a number lies within the tolerance of a truth other than 0, or the lower-cased texts are equal.
 
-    InternVL's own code takes the tolerance of the reply: swap the arguments for that.
+    Args:
+        of_reply: Measure by the reply, as InternVL's own code does and VLMEvalKit did in 2024-12.
     """
     reply = reply.strip()
-    given, expected = _number(reply), _number(truth)
+    given, expected = (_number(text) for text in ((truth, reply) if of_reply else (reply, truth)))
     if given is not None and expected:
         return abs(given - expected) / abs(expected) <= tolerance
     return reply.lower() == truth.lower()

@@ -111,12 +111,14 @@ def first_capital(reply: str, letters: str = "ABCD", *, lead_ins_stay: bool = Fa
     return match and match[0]
 
 
-def shares_option(reply: str, truth: str, *, empty_is_right: bool = False) -> bool:
+def shares_option(reply: str, truth: str, *, empty_is_right: bool = False, reference: bool = False) -> bool:
     """Return whether the first word of a reply is a part of `(x)`, the first word of the truth, or contains it.
 
     Args:
         empty_is_right: Accept a word without any letter, which is a part of everything, as the tools do.
+        reference: As InternVL's own code, which takes out "Answer: " and keeps white space before the first word.
     """
+    reply = reply.replace("Answer: ", "") if reference else reply.strip()
     said, meant = reply.lower().split(" ")[0], truth.lower().split(" ")[0]
     if not empty_is_right and not re.search(r"\w", said):
         return False

@@ -39,24 +39,27 @@ class CgBench(Benchmark):
             right = choice_right(text, truth)
             return Score(value=float(right is True), answer="" if right is None else text.strip())
         overlap = clue_overlap(text, literal(truth), float(row["duration"]))
-        recall = sum((overlap or 0.0) >= threshold for threshold in THRESHOLDS) / len(THRESHOLDS)
+        recall = sum((overlap or 0.0) > threshold for threshold in THRESHOLDS) / len(THRESHOLDS)
         return Score(value=overlap or 0.0, answer="" if overlap is None else text.strip(), numbers={"recall": recall})
 
     def figures(self, scored: Sequence[Scored]) -> Figures:
-        """Return the shares, the mean overlap, and how both go together."""
+        """Return the shares, the mean overlap, and how both go together; the official tool leaves unread replies out."""
+        scored = [s for s in scored if s.score.answer or not self.defects] or scored
         modes = self.grouped(scored)
         figures = {mode: mean(modes[mode]) for mode in INSTRUCTIONS if mode in modes}
         if len(figures) < len(INSTRUCTIONS):
             return figures
-        right = {s.cluster for s in modes["long_acc"] if s.score.value == 1}
+        right, asked = ({s.cluster for s in modes["long_acc"] if s.score.value >= least} for least in (1, 0))
         lower = min(("clue_acc", "long_acc"), key=lambda mode: figures[mode].value)
 
         def in_mode(mode: str) -> Callable[[Scored], float]:
-            return lambda s: s.score.value if s["task_mode"] == mode else 0.0
+            return lambda s: s.score.value / len(modes[mode]) if s["task_mode"] == mode else 0.0
 
         return figures | {
             "CRR": ratio(scored, in_mode(lower), in_mode("clue_acc")),
-            "acc@iou": ratio(modes["miou"], lambda s: s.score.numbers["recall"] * (s.cluster in right), lambda _: 1.0),
+            "acc@iou": ratio(
+                modes["miou"], lambda s: s.score.numbers["recall"] * (s.cluster in right), lambda s: s.cluster in asked
+            ),
             "rec@iou": mean(modes["miou"], lambda s: s.score.numbers["recall"]),
         }
 
@@ -78,15 +81,18 @@ def choice_right(reply: str, truth: str) -> bool | None:
 
 
 def clue_overlap(reply: str, truth: Sequence[Sequence[float]], duration: float) -> float | None:
-    """Return the overlap of the intervals of a reply with the true ones; None if it has no interval.
+    """Return the overlap of the intervals of a reply with the true ones; None if it has no interval, or JSON without a list.
 
     Intervals of the JSON that end by 1 are shares of the duration. Without JSON, numbers are taken in pairs.
     """
     try:
         given = json.loads(_result(reply))["result"]
+        if not isinstance(given, list):
+            return None
         given = given if isinstance(given[0], list) else [given]
-        scale = duration if all(begin <= 1 and end <= 1 for begin, end in given) else 1.0
-        return interval_overlap(truth, [(begin * scale, end * scale) for begin, end in given])
+        if all(each[0] <= 1 and each[1] <= 1 for each in given):
+            given = [(each[0] * duration, each[1] * duration) for each in given]
+        return interval_overlap(truth, given)
     except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError):
         numbers = [float(number) for number in re.findall(r"-?\d+\.?\d*", reply)]
         pairs = list(zip(numbers[::2], numbers[1::2], strict=False))

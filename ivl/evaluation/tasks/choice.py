@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ivl.evaluation.benchmark import Benchmark
-from ivl.evaluation.data import PLACE_OF_ANSWER, options_of
+from ivl.evaluation.data import PLACE_OF_ANSWER, literal, options_of
 from ivl.evaluation.figures import Figure, Figures, all_right, average, by
 from ivl.evaluation.prompts import CHINESE, COT_CHOICE, LETTER, LETTER_ZH
 from ivl.evaluation.scoring.open_answers import open_answer_right
@@ -35,6 +35,8 @@ class Choice(Benchmark):
     """Every question comes with its options rotated, and counts only if all its rows are right."""
     headline: str = ""
     """The split whose score is the benchmark's; empty takes all rows."""
+    reference_letter: Callable[[str, Mapping[str, str]], str] = leading_option
+    """How InternVL's own code reads the letter of a reply."""
     means_of_categories: bool = False
     """The figure of a coarse category is the mean of its fine ones, whatever their sizes."""
 
@@ -93,8 +95,9 @@ class Choice(Benchmark):
         options, truth = self.options(example)
         if self.prompt == "reference":
             opened = not options_of(example.row)
-            said = text.strip() if opened else leading_option(text, options)
-            return Score(value=float(open_answer_right(text, example.answers) if opened else said == truth), answer=said)
+            said = text.strip() if opened else self.reference_letter(text, options)
+            right = open_answer_right(text, list(map(str, literal(example.truth)))) if opened else said == truth
+            return Score(value=float(right), answer=said)
         letter = infer_option(text, options, self.profile)
         if letter is None or (judged and letter not in (*options, REFUSED)):
             return None
@@ -175,11 +178,13 @@ TASKS = (
     Choice(
         name="ai2d", file="AI2D_TEST", about="diagrams of school books, letters drawn over the labels (with mask)", rows=3088,
         md5="0f593e0d1c7df9a3d69bf1f947e71975", hub="lmms-lab/ai2d", columns={"answer": PLACE_OF_ANSWER},
+        reference_letter=lambda text, _: text.strip().upper(),
     ),
     Choice(name="ai2d-no-mask", file="AI2D_TEST_NO_MASK", about="the same without the letters", rows=3088),
     SeedImage(
         name="seed-image", file="SEEDBench_IMG", about="nine kinds of questions about photographs", rows=14232,
         hub="lmms-lab/SEED-Bench", columns={"text": "question", "question_type_id": "category", "question_id": "index"},
+        reference_letter=lambda text, _: text[:1],
     ),
     Choice(name="seed-2-plus", file="SEEDBench2_Plus", about="charts, maps and web pages", rows=2277),
     Choice(name="realworldqa", file="RealWorldQA", about="photographs taken from cars and by phone", rows=765),

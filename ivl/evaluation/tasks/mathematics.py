@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -47,7 +47,7 @@ class MathVista(AnswerByJudge):
         """Compare by the kind of the answer: a letter, a number, a list or a text."""
         row, options = example.row, _options(example.row)
         kind = cast(AnswerKind, "choice" if row["question_type"] == "multi_choice" else row["answer_type"])
-        if self.prompt == "reference" and judged:
+        if self.prompt == "reference" and (judged or _is_bare(text, str(row["answer_type"]), options.values())):
             places = float(row["precision"]) if row.get("precision") else None
             said = normalized_answer(text, kind, list(options.values()), places)
             return Score(value=float(said == str(row["answer"])), answer=said or "")
@@ -62,6 +62,14 @@ class MathVista(AnswerByJudge):
         return dict([overall, ("prefetch rate", mean(scored, lambda s: s.score.numbers.get("prefetch", 0.0))), *groups])
 
 
+def _is_bare(text: str, kind: str, choices: Collection[str]) -> bool:
+    """Return whether InternVL's own code takes a reply for the answer without asking a judge."""
+    try:
+        return text in choices or {"integer": int, "float": float}[kind](text) is not None
+    except (KeyError, ValueError):
+        return False
+
+
 def _options(row: Mapping[str, Any]) -> dict[str, str]:
     return dict(zip(LETTERS, map(str, literal(row.get("choices", []))), strict=False)) or options_of(row)
 
@@ -72,7 +80,7 @@ class _Reasoned(AnswerByJudge):
     def text(self, row: Mapping[str, Any]) -> str:
         if self.prompt != "mpo":
             return super().text(row)
-        return MPO + re.sub(r"^Choices:\n", "", re.sub(r"^.*?Question: ?", "", self.question(row), flags=re.S), flags=re.M)
+        return MPO + self.question(row).split("Question:", 1)[-1].strip().replace("Choices:\n", "").strip()
 
 
 class MathVision(_Reasoned):
@@ -140,7 +148,8 @@ class Olympiad(Benchmark):
 
 
 def _precisions(row: Mapping[str, Any]) -> list[float]:
-    return [float(each) for each in str(row.get("error") or "1e-8").split(",")]
+    error = "" if "Tuple" in str(row.get("answer_type")) else str(row.get("error") or "")
+    return [float(each or 1e-8) for each in error.split(",")]
 
 
 def _mathvision(name: str, file: str, rows: int) -> MathVision:

@@ -26,8 +26,10 @@ _OPTION = re.compile(r"^[(（]?([A-Z])[.):．）：、]\s*(.+?)\s*$", re.MULTILI
 
 
 def _vqa(text: str, answers: Sequence[str]) -> float:
-    alternatives = len(answers) < FEWEST_PEOPLE
-    return float(vqa_form(text) in map(vqa_form, answers)) if alternatives else vqa_accuracy(text, answers)
+    if len(answers) >= FEWEST_PEOPLE:
+        return vqa_accuracy(text, answers, older=True)
+    said, *accepted = (vqa_form(each, older=True) for each in (text, *answers))
+    return float(said in accepted)
 
 
 TEXT_METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {

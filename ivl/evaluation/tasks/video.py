@@ -32,8 +32,10 @@ class VideoChoice(Choice):
     """Text before the question."""
     ending: str = f"\n{LETTER}"
     rule: str = "capital"
-    """How a reply is read: `capital` takes the first capital letter, `share` a first word that is part of the right option, and
+    """How a reply is read: `capital` takes the first of `letters`, `share` a first word that is part of the right option, and
     `bracket` what stands before the first closing parenthesis."""
+    letters: str = "ABCD"
+    """Capitals that decide, whether a row has such an option or not."""
 
     def prepared(self, row: dict[str, Any]) -> dict[str, Any]:
         texts = literal(row.get("candidates") or row.get("options") or [])
@@ -63,10 +65,14 @@ class VideoChoice(Choice):
         letter = None
         if judged:
             return super().read(text, example, judged=True)
-        if self.rule == "capital" and (len(text.split()) <= 10 or re.search("[ABCDE]", text)):
-            letter = first_capital(text, "".join(options), lead_ins_stay=self.defects)
-        elif self.rule == "share" and shares_option(text, f"({truth}) {options.get(truth, '')}", empty_is_right=self.defects):
-            letter = truth
+        if self.rule == "capital":
+            letter = first_capital(text, self.letters, lead_ins_stay=self.defects)
+        elif self.rule == "share":
+            reference, right = self.prompt == "reference", f"({truth}) {options.get(truth, '')}"
+            shares = shares_option(text, right, empty_is_right=self.defects, reference=reference)
+            if reference:
+                return Score(value=float(shares), answer=text.strip())
+            letter = truth if shares else None
         elif self.rule == "bracket" and ")" in text:
             letter = text.partition(")")[0][-1:]
             letter = letter if letter == truth else infer_option(text, options, self.profile)
@@ -153,7 +159,7 @@ TASKS = (
     ),
     VideoChoice(
         name="longvideobench", file="LongVideoBench", about="videos up to an hour", rows=1337,
-        hub="longvideobench/LongVideoBench", categories=("duration_group", "question_category"),
+        hub="longvideobench/LongVideoBench", categories=("duration_group", "question_category"), letters="ABCDE",
     ),
     MmBenchVideo(
         name="mmbench-video", file="MMBench-Video", about="open questions about videos, rated 0 to 3", rows=1998,

@@ -154,7 +154,7 @@ RULES: dict[str, Callable[[Case], Any]] = {
     "videomme_letter": lambda c: first_capital(c["prediction"], lead_ins_stay=True) or "",
     "longvideobench_letter": lambda c: first_capital(c["prediction"], "ABCDE", lead_ins_stay=True) or "",
     "mvbench_check": lambda c: shares_option(c["prediction"], c["gt"], empty_is_right=True),
-    "mvbench_reference_check": lambda c: shares_option(c["prediction"], c["gt"], empty_is_right=True),
+    "mvbench_reference_check": lambda c: shares_option(c["prediction"], c["gt"], empty_is_right=True, reference=True),
     "cgbench_interval_iou": lambda c: interval_overlap(c["a"], c["b"]),
     "final_answer_regex": lambda c: marked_answer(c["text"]),
     "boxed_extract": lambda c: last_box_or_text(c["text"]),
@@ -179,6 +179,37 @@ def approximately(expected: Any) -> Any:
     if isinstance(expected, dict):
         return {key: approximately(value) for key, value in expected.items()}
     return pytest.approx(expected, abs=1e-6) if isinstance(expected, float | list) else expected
+
+
+FURTHER: list[tuple[str, Case, Any]] = [
+    ("vqa_normalise", {"text": "5."}, "5."),
+    ("vqa_normalise", {"text": "x = 5. ok."}, "x 5. ok"),
+    ("textvqa_row", {"answers": ["2"] * 10, "prediction": "2."}, 0.0),
+    ("textvqa_reference", {"answers": ["2"] * 10, "prediction": "2."}, 1.0),
+    ("mvbench_check", {"gt": "(A) x", "prediction": "\nA"}, True),
+    ("mvbench_check", {"gt": "(C) no", "prediction": " b"}, False),
+    ("mvbench_reference_check", {"gt": "(A) x", "prediction": "Answer: A"}, True),
+    ("final_answer_regex", {"text": "Final answer: B \nas said"}, "B"),
+    ("boxed_extract", {"text": r"so \boxed{\{1}"}, r"so \boxed{\{1}"),
+    ("boxed_extract", {"text": r"so \boxed {5}"}, r"so \boxed {5}"),
+    ("olympiad_judge", {"prediction": r"\boxed {5}", "answer": "5", "precision": 1e-8}, False),
+    ("olympiad_judge", {"prediction": r"\boxed{\frac12}", "answer": r"\dfrac{1}{2}", "precision": 1e-8}, True),
+    ("olympiad_judge", {"prediction": "10^{3}", "answer": "10^3", "precision": 1e-8}, True),
+]
+"""Values that the official functions gave for replies made up later: VLMEvalKit of 2026-05, InternVL at 2410d1d."""
+
+
+def test_further_values_of_the_official_tools() -> None:
+    pytest.importorskip("math_verify")
+    assert [(name, case, RULES[name](case)) for name, case, _ in FURTHER] == FURTHER
+
+
+def test_vqa_and_relaxed_accuracy_of_2024_12() -> None:
+    assert vqa_form("5.", older=True) == "5" and vqa_form("ok. 5.5", older=True) == "ok 5.5"
+    assert vqa_accuracy("2.", ["2"] * 10, older=True) == 1
+    assert relaxed("10.52", "10", of_reply=True) and not relaxed("10.52", "10")
+    assert not relaxed("9.51", "10", of_reply=True) and relaxed("9.51", "10")
+    assert not relaxed("0", "0.0", of_reply=True) and not relaxed("two", "two ", of_reply=True)
 
 
 def test_known_defects_are_reproduced_only_on_request() -> None:
