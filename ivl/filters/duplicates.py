@@ -34,9 +34,10 @@ from ivl.utils.unicode import normal_form
 BANDS, NUM_HASHES = 16, 64
 """Bands of 4 hashes: two texts that share 80% of their shingles meet in one with probability 0.9997, 60% with 0.89."""
 SHINGLE = 5
-THUMB = 8
+THUMB, DETAIL = 8, 32
+"""Sides of the thumbnails that are compared in color and in gray."""
 _HEAD = struct.Struct("<8s16s16sI")
-_LOOK = struct.Struct(f"<Q{THUMB * THUMB * 3}s")
+_LOOK = struct.Struct(f"<Q{THUMB * THUMB * 3}s{DETAIL * DETAIL}s")
 _ONES = np.array([byte.bit_count() for byte in range(256)], np.uint8)
 _PIVOT = re.compile(r"\d+(?:[.,]\d+)*|\b(?:not|no|yes|never|none|nor|without|true|false)\b|n['’]t\b|[是否不没無无未非]")
 """Numbers, and words that turn a sentence into its opposite: rows that differ in these are no duplicates."""
@@ -56,6 +57,9 @@ class Duplicates:
     """Largest distance of two perceptual hashes, of 64 bits."""
     max_color: int = 14
     """Largest mean difference of colors, 0 to 255, of images scaled to 8 x 8."""
+    max_detail: int = 24
+    """Largest difference of gray, 0 to 255, at any place of images scaled to 32 x 32. It tells pages of one layout apart:
+    copies as JPEG or in another size differ by at most 19, receipts of other items and prices by 29 and more."""
 
     def __post_init__(self) -> None:
         if not 0 < self.min_similarity <= 1:
@@ -64,7 +68,7 @@ class Duplicates:
             raise ValueError(f"max_bits must be 0 to 7, got {self.max_bits}")
 
     def signature(self, record: Record) -> bytes:
-        """Compute all that the search needs of a row: 44 bytes, 200 for each image and 256 for a long text.
+        """Compute all that the search needs of a row: 44 bytes, 1,224 for each image and 256 for a long text.
 
         Videos are compared by name and clip: decoding them costs more than training on them twice.
 
@@ -177,7 +181,8 @@ class _Looks:
         differ_PB = (items_NW[first_P, :2] ^ items_NW[second_P, :2]).view(np.uint8)
         alike_P = _ONES[differ_PB].sum(axis=1) <= self.limits.max_bits
         first, second = (items_NW[each[alike_P], 2:].view(np.uint8).astype(np.int16) for each in (first_P, second_P))
-        alike_P[alike_P] = np.abs(first - second).mean(axis=1) <= self.limits.max_color
+        colors, details = np.split(np.abs(first - second), [THUMB * THUMB * 3], axis=1)
+        alike_P[alike_P] = (colors.mean(axis=1) <= self.limits.max_color) & (details.max(axis=1) <= self.limits.max_detail)
         return alike_P
 
 
@@ -242,7 +247,8 @@ def _look(ref: ImageRef, source: str) -> bytes:
     except MediaError as error:
         raise DataError(source, error.kind, str(error)) from None
     thumb = image.resize((THUMB, THUMB), Image.Resampling.BOX)
-    return _LOOK.pack(int(str(imagehash.phash(image)), 16), thumb.tobytes())
+    detail = image.convert("L").resize((DETAIL, DETAIL), Image.Resampling.BICUBIC)
+    return _LOOK.pack(int(str(imagehash.phash(image)), 16), thumb.tobytes(), detail.tobytes())
 
 
 def _digest(data: bytes | str, size: int) -> bytes:
