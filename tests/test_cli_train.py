@@ -121,7 +121,30 @@ def test_a_dry_run_counts_and_checks(here: Path, capsys: pytest.CaptureFixture[s
     rows[0]["image"] = "gone.png"
     write_jsonl(rows, here / "more" / "rows.jsonl")
     _, error = dry_run("finetune", "--model", "tiny", "--data", "more/rows.jsonl", "--data.num-workers", "0", capsys=capsys)
-    assert "1 of 6 rows cannot be used" in error
+    assert "1 of 6 rows that were tried cannot be used, such as more/rows.jsonl:1: " in error
+    assert "`ivl data validate more/rows.jsonl` names them all" in error
+    skipping = ["--data.on-error", "skip", "--data.num-workers", "0"]
+    out, error = dry_run("finetune", "--model", "tiny", "--data", "more/rows.jsonl", *skipping, capsys=capsys)
+    assert error == "" and "1 of 6 rows that were tried cannot be used" in out and "and are left out" in out
+
+
+def test_steps_are_done_however_many_epochs_they_take(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--packs-per-step", "8", "--num-steps", "4"]  # of 20 rows
+    out, _ = dry_run("lora", *START, *options, capsys=capsys)
+    assert "steps      4, about 1.60 epochs" in out
+    out, _ = dry_run("lora", *START, *options, "--data.epochs", "1", capsys=capsys)
+    assert "steps      3 for 1 epoch; the data end before 4, see --data.epochs" in out
+    cli(["lora", *START, *options])
+    assert load_run_config(Path("runs/tiny-lora")).data.epochs is None and "done: 4 steps" in capsys.readouterr().err
+    cli(["lora", *START, *options, "--data.epochs", "1", "--out-dir", "short"])
+    assert "done: 3 of 4 steps" in capsys.readouterr().err
+
+
+def test_one_name_of_the_root_of_pictures_and_the_stage_of_other_trainers(capsys: pytest.CaptureFixture[str]) -> None:
+    out, error = dry_run("lora", *START, "--root", "data", capsys=capsys)
+    assert error == "" and "20 rows of 1 data set" in out
+    with pytest.raises(InputError, match=r"--stage is the first word: ivl train finetune\|lora\|mpo"):
+        cli(["lora", *START, "--stage", "sft"])
 
 
 def test_help_shows_no_architecture_of_a_model_that_is_there(capsys: pytest.CaptureFixture[str]) -> None:

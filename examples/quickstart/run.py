@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,9 @@ def main() -> None:
         quickstart(Path(nano.RUN))
     except InputError as error:
         raise SystemExit(f"quickstart: {error}") from None
+    except KeyboardInterrupt:
+        print("quickstart: stopped; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def quickstart(out: Path) -> dict[str, Any]:

@@ -141,10 +141,13 @@ def parse_run(kind: type[OptionsOfRun], command: str, start: RunConfig, args: li
     Raises:
         InputError: as `parse` does.
     """
-    args = [re.sub("^--data(=|$)", r"--data.mixture\1", re.sub("^--preference[.]", "--objective.", arg)) for arg in args]
+    args = [re.sub("^--root(=|$)", r"--data.root\1", re.sub("^--data(=|$)", r"--data.mixture\1", arg)) for arg in args]
+    args = [re.sub("^--preference[.]", "--objective.", arg) for arg in args]
     expected = start.architecture if start.model and not any(arg.startswith("--architecture.") for arg in args) else None
     if expected is not None:  # forty options of a model that is there already
         start = dataclasses.replace(start, architecture=None)
+    if take(args, "--num-steps")[0] and take(args, "--data.epochs")[0] is None:  # as many epochs as the steps take
+        start = dataclasses.replace(start, data=dataclasses.replace(start.data, epochs=None))
     default: Any = kind(config=start)  # type: ignore[call-arg]
     options: Any = parse(kind, command, args, description=start.name, default=default, config=(tyro.conf.AvoidSubcommands,))
     if expected is not None:

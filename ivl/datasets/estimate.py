@@ -58,6 +58,8 @@ class PackEstimate:
     token_fill: float
     tile_fill: float
     datasets: tuple[DatasetEstimate, ...]
+    first_bad: str = ""
+    """What is wrong with one of the bad rows."""
 
     def num_steps(self, accumulation: int = 1) -> int:
         """Optimizer steps of an epoch when every rank puts so many packs in a step."""
@@ -118,6 +120,7 @@ def estimate_packs(
         token_fill=tokens / (packs * budgets[0]),
         tile_fill=tiles / (packs * budgets[1]),
         datasets=tuple(_of_dataset(mixture, index, by_dataset[index]) for index in range(len(mixture.specs))),
+        first_bad=next((str(result) for result in results if isinstance(result, DataError) and not _is_over(result)), ""),
     )
 
 

@@ -43,7 +43,7 @@ def any_model(
     *,
     format: str | None = None,
     val_share: float = 0.0,
-    epochs: int = 1,
+    epochs: int | None = None,
     num_steps: int | None = None,
     packs_per_step: int | None = None,
     lr: float | None = None,
@@ -56,8 +56,8 @@ def any_model(
         data: files and folders of rows, and mixtures.
         format: the format of all rows; None looks.
         val_share: share of the rows that is not trained on. The caller sets it in the configuration.
-        epochs: passes over the rows.
-        num_steps: steps of the run in place of epochs.
+        epochs: passes over the rows; None makes one, or as many as `num_steps` take.
+        num_steps: steps after which the run ends, or earlier where `epochs` end.
         packs_per_step: rows of a step; None takes the published number, or fewer where an epoch would have too few steps.
         lr: learning rate; None takes the published one.
 
@@ -76,7 +76,8 @@ def any_model(
     sequences = 2 if stage == "mpo" else 1
     max_tokens = sequences * min(base.data.max_tokens // sequences, architecture.decoder.max_positions)
     steps = -(-rows // packs)
-    total = num_steps or steps * epochs
+    epochs = epochs or (None if num_steps else 1)
+    total = int(min(num_steps or math.inf, steps * (epochs or math.inf)))
     optim = replace(base.train.optim, lr=lr) if lr else base.train.optim
     config = replace(
         base,

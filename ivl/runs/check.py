@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 
 from ivl.checkpoint import load_tokenizer, resolve
@@ -71,9 +72,13 @@ class Check:
         loader = Loader(data, processor, seed=self.config.train.seed, world_size=self.ranks, pairs=self.config.objective.pairs)
         estimate = estimate_packs(loader, SAMPLED)
         self.facts[name] += "; " + ", ".join(_about_rows(estimate))
-        bad = sum(part.bad for part in estimate.datasets)
-        if bad and data.on_error == "refuse":
-            self.problems.append(f"{name}: {bad} of {estimate.sampled} rows cannot be used; `ivl data validate` names them")
+        if bad := sum(part.bad for part in estimate.datasets):
+            files = " ".join(dict.fromkeys(shlex.quote(spec.annotation) for spec in specs))
+            found = f"{bad} of {estimate.sampled:,} rows that were tried cannot be used, such as {estimate.first_bad}"
+            if data.on_error == "refuse":
+                self.problems.append(f"{name}: {found}; `ivl data validate {files}` names them all")
+            else:
+                self.facts[name] += f"; {found}, and are left out"
         if estimate.over_budget and data.over_budget == "refuse" and data.on_error == "refuse":
             self.problems.append(
                 f"{name}: {estimate.over_budget} of {estimate.sampled} rows are larger than a pack; see --data.over-budget"
@@ -83,13 +88,13 @@ class Check:
 
     def _length(self, estimate: PackEstimate, draws: int) -> str:
         train, data = self.config.train, self.config.data
-        if train.num_steps is not None:
-            packs = train.num_steps * train.packs_per_step
-            return f"{train.num_steps:,}, about {packs / (estimate.packs * self.ranks):.2f} epochs"
-        epochs = data.epochs or 1
         packs = draws if data.max_samples == 1 and not estimate.dropped else estimate.packs * self.ranks
-        about = "" if packs == draws else "about "
-        return f"{about}{-(-packs * epochs // train.packs_per_step):,} for {epochs} epoch{'s' * (epochs > 1)}"
+        about, epochs = "" if packs == draws else "about ", data.epochs or 1
+        length = -(-packs * epochs // train.packs_per_step)
+        if train.num_steps is None or (data.epochs and length < train.num_steps):
+            ends = f"; the data end before {train.num_steps:,}, see --data.epochs" if train.num_steps else ""
+            return f"{about}{length:,} for {epochs} epoch{'s' * (epochs > 1)}{ends}"
+        return f"{train.num_steps:,}, about {train.num_steps * train.packs_per_step / packs:.2f} epochs"
 
 
 def _about_rows(estimate: PackEstimate) -> Iterator[str]:

@@ -80,8 +80,9 @@ def describe(config: RunConfig) -> str:
         return "done: no step was left to do"
     steps, checked = [row for row in rows if "evaluation" not in row], validation_losses(rows)
     minutes, seconds = divmod(round(steps[-1]["seconds"]), 60)
-    told = [f"done: {steps[-1]['step']:,} steps in {minutes:,} min {seconds} s; loss {steps[0]['loss']:.4f} at first, "
-            f"{_mean_of_last(steps):.4f} in the last steps"]  # fmt: skip
+    done, planned = steps[-1]["step"], config.train.num_steps or 0
+    told = [f"done: {done:,}{f' of {planned:,}' * (done < planned)} steps in {minutes:,} min {seconds} s; "
+            f"loss {steps[0]['loss']:.4f} at first, {_mean_of_last(steps):.4f} in the last steps"]  # fmt: skip
     best = min(checked, key=lambda pair: pair[1], default=(0, 0.0))
     if checked:
         told.append(f"validation loss {checked[-1][1]:.4f} at the end, lowest {best[1]:.4f} after step {best[0]}")
@@ -95,7 +96,7 @@ def describe(config: RunConfig) -> str:
 
 
 def _mean_of_last(steps: Sequence[dict[str, Any]]) -> float:
-    last = steps[-max(1, len(steps) // SMOOTHED) :]
+    last = steps[-max(min(5, len(steps)), len(steps) // SMOOTHED) :]
     return sum(row["loss"] for row in last) / len(last)
 
 
