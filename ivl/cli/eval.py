@@ -84,7 +84,7 @@ def evaluate_each(options: EvalOptions) -> None:
             raise InputError("--score takes the replies of a file; name no model beside it")
         targets = [(options.score.stem, options.score)]
     if not targets:
-        raise InputError("name a model to evaluate: ivl eval MODEL --task easy-vqa")
+        raise InputError("name a model to evaluate, before the options: ivl eval MODEL --task easy-vqa")
     for name, source in targets:
         config = options.config
         if len(targets) > 1 and (config.out or config.predictions):
