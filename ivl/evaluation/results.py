@@ -114,6 +114,8 @@ class ScoredRun:
 
     path: Path
     task: str
+    metric: str | None
+    """None where an older ivl wrote the file."""
     model: str
     headline: Figure
     rows: dict[str, dict[str, Any]]
@@ -179,7 +181,7 @@ def read_scores(path: Path) -> ScoredRun:
             for w, sums in first["headline"]
         )
         figure = Figure(terms, int(first["n"]), first["points"])
-        return ScoredRun(path, first["task"], first["model"], figure, {row["id"]: row for row in rest})
+        return ScoredRun(path, first["task"], first.get("metric"), first["model"], figure, {row["id"]: row for row in rest})
 
 
 def compare(first: Path, second: Path) -> dict[str, Any]:
@@ -191,12 +193,16 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
         that one run alone has right.
 
     Raises:
-        InputError: if a file cannot be read, the tasks differ or no question is common.
+        InputError: if a file cannot be read, the tasks or the metrics differ, or no question is common.
     """
     a, b = read_scores(first), read_scores(second)
+    for kind in ("task", "metric"):
+        one, other = getattr(a, kind), getattr(b, kind)
+        if None not in (one, other) and one != other:
+            raise InputError(f"{a.path} has the {kind} {one}, {b.path} has {other}; compare two runs of one {kind}")
     common = [name for name in a.rows if name in b.rows and a.rows[name]["answers"] == b.rows[name]["answers"]]
-    if a.task != b.task or not common:
-        raise InputError(f"{a.path} ({a.task}) and {b.path} ({b.task}) have no question in common")
+    if not common:
+        raise InputError(f"{a.path} and {b.path} have no question in common")
     pairs = [(a.rows[name]["cluster"], a.rows[name]["value"], b.rows[name]["value"]) for name in common]
     sums: dict[str, tuple[float, float]] = {}
     for cluster, left, right in pairs:
