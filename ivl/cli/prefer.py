@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import tyro
 
 from ivl.cli.options import answer_foreign
 from ivl.errors import InputError
-from ivl.evaluation.scoring import AnswerMode, AnswerStyle
+from ivl.evaluation.scoring import AnswerMode, AnswerStyle, mode_for
 from ivl.generators import GeneratorConfig, connect
 from ivl.preference.pairs import PairsConfig, build_pairs, why_none
-from ivl.preference.questions import load_sources, read_questions
+from ivl.preference.questions import QuestionSource, load_sources, read_questions
 from ivl.preference.report import write_report
-from ivl.preference.sampling import DropoutConfig, SamplingConfig, continue_without_images, sample
+from ivl.preference.sampling import SAMPLED, DropoutConfig, SamplingConfig, continue_without_images, sample
 from ivl.utils.jsonl import read_journal
 from ivl.utils.progress import reporting
 from ivl.utils.terminal import printable
@@ -103,6 +103,8 @@ class PairsOptions:
                 print(f"  not used: {count:,} {reason}")
         print(f"report: {self.out / 'report.html'}")
         if not any(tally.pairs for tally in tallies.values()):
+            if any(tally.wants_direct for tally in tallies.values()):
+                print(f"next: {_sample_directly(self.replies)}")
             raise InputError(f"{self.replies}: no pairs; the lines above say why")
         asked = str(read_journal(self.replies)[0].get("model", "")).rpartition(" ")[0]  # behind it is a fingerprint
         model = shlex.quote(asked) if Path(asked).is_dir() else "MODEL"
@@ -111,6 +113,25 @@ class PairsOptions:
 
 def _next_pairs(journal: Path) -> str:
     return f"next: ivl prefer pairs {shlex.quote(str(journal))} {shlex.quote(str(journal.with_suffix('')) + '-pairs')}"
+
+
+def _sample_directly(replies: Path) -> str:
+    """Return the command that asks the questions of a journal again, for the answer alone."""
+    about = read_journal(replies)[0]
+    first, *others = (QuestionSource(**entry) for entry in about["sources"])
+    name, questions, note = Path(first.questions).stem, first.questions, ""
+    if others or first != QuestionSource(name=name, questions=questions, style=first.style, mode=first.mode):
+        questions, note = "SOURCES.json", '     (leave "style" out of SOURCES.json)'
+    words = ["ivl", "prefer", "sample", questions, str(replies.with_name(f"{replies.stem}-direct.jsonl")), "--style", "direct"]
+    model, _, end = str(about.get("model", "MODEL ")).rpartition(" ")  # the name at an endpoint, or a fingerprint
+    words += ["--url", model, "--url-model", end] if "://" in model else ["--model", model]
+    words += ["--mode", first.mode] if not note and first.mode != mode_for(name) else []
+    usual = {**asdict(SamplingConfig()), **asdict(SAMPLED), "seed": 0}
+    given = {**about.get("params", {}), **{key: about[key] for key in ("seed", "num_replies") if key in about}}
+    for key, value in given.items():
+        if value not in (None, [], usual[key]):
+            words += [f"--{key.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words) + note
 
 
 COMMANDS = {"sample": PreferSampleOptions, "pairs": PairsOptions, "dropout": DropoutOptions}
