@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from ivl.cli.options import answer_foreign
+from ivl.cli.options import run_subcommand
 from ivl.data.config import DataConfig
 from ivl.datasets.convert import ConvertConfig
 from ivl.errors import DataError, InputError
@@ -45,6 +45,11 @@ class MixtureOptions(DataConfig):
     """Meta JSONs, and files or folders of rows of any format that is read; one or several."""
     num_workers: Annotated[int, tyro.conf.arg(name="workers")] = 0
     """Processes that read and encode rows; 0 does so in this one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.mixture:
+            raise InputError("name rows: a meta JSON, or a file or folder of rows, as in ivl data validate rows.jsonl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,5 +332,4 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 def main(args: list[str]) -> None:
     """Run the command."""
-    answer_foreign("data", args)
-    tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="ivl data", args=args)
+    run_subcommand(COMMANDS, "data", args)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from ivl.cli.options import answer_foreign
+from ivl.cli.options import run_subcommand
 from ivl.errors import InputError
 from ivl.evaluation.scoring import AnswerMode, AnswerStyle, mode_for
 from ivl.generators import GeneratorConfig, connect
@@ -139,10 +139,8 @@ COMMANDS = {"sample": PreferSampleOptions, "pairs": PairsOptions, "dropout": Dro
 
 def main(args: list[str]) -> None:
     """Run the command."""
-    answer_foreign("prefer", args)
-    config = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)
     try:
-        options = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="ivl prefer", args=args, config=config)
+        options = run_subcommand(COMMANDS, "prefer", args, config=(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands))
     except ValueError as error:  # sampling parameters that make no sense
         raise error if isinstance(error, InputError) else InputError(str(error)) from error
     options.run()
