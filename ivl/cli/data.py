@@ -7,7 +7,7 @@ import json
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -45,11 +45,6 @@ class MixtureOptions(DataConfig):
     """Meta JSONs, and files or folders of rows of any format that is read; one or several."""
     num_workers: Annotated[int, tyro.conf.arg(name="workers")] = 0
     """Processes that read and encode rows; 0 does so in this one."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.mixture:
-            raise InputError("name rows: a meta JSON, or a file or folder of rows, as in ivl data validate rows.jsonl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +118,8 @@ def _inspect(config: DataConfig, model: str | None) -> Iterator[InputError | Dat
     from ivl.checkpoint import load_processor, resolve
     from ivl.datasets.inspect import inspect
 
+    if not config.mixture:
+        raise InputError("name rows: a meta JSON, or a file or folder of rows, as in ivl data validate rows.jsonl")
     with _progress() as watch:
         yield from inspect(config, load_processor(resolve(model)) if model else None, watch=watch)
 
@@ -325,9 +322,7 @@ def describe(estimate: PackEstimate, config: DataConfig, *, ranks: int, accumula
     return lines
 
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    "validate": validate, "stats": stats, "convert": convert, "filter": filter_data, "pack": pack,
-}  # fmt: skip
+COMMANDS = {"validate": validate, "stats": stats, "convert": convert, "filter": filter_data, "pack": pack}
 
 
 def main(args: list[str]) -> None:

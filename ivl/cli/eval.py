@@ -52,14 +52,13 @@ def evaluate(args: list[str]) -> None:
     """Run the command."""
     answer_foreign("eval", args)
     args = [re.sub("^--judge-", "--judge.", arg) for arg in args]
-    without_help = [arg for arg in args if arg not in ("-h", "--help")]
+    rest = [arg for arg in args if arg not in ("-h", "--help")]
     # The defaults of sampling follow from the task and the method, which are read first.
-    config = (tyro.conf.AvoidSubcommands,)
-    first, _ = tyro.cli(EvalOptions, prog="ivl eval", args=without_help, return_unknown_args=True, config=config)
+    first, _ = tyro.cli(EvalOptions, prog="ivl eval", args=rest, return_unknown_args=True, config=(tyro.conf.AvoidSubcommands,))
     task = given_task(first.score, first.config) if first.score else task_of(first.config)
     sampling = first.config.sampling_for(task.params)
     default = EvalOptions(config=EvalConfig(sampling=sampling))
-    options = parse(EvalOptions, "eval", args, default=default, config=config)
+    options = parse(EvalOptions, "eval", args, default=default, config=(tyro.conf.AvoidSubcommands,))
     if options.list_tasks:
         print(listing())
     elif options.compare:

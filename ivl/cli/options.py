@@ -51,11 +51,7 @@ def parse(kind: type[T], command: str, args: Sequence[str], **settings: Any) -> 
 
 
 def run_subcommand(commands: Mapping[str, Callable[..., Any]], command: str, args: Sequence[str], **settings: Any) -> Any:
-    """Call the function, or make the dataclass, that the first argument names, with the options of the others.
-
-    Raises:
-        InputError: for options of other tools, and for an unknown name, with the nearest one.
-    """
+    """Call the function, or make the dataclass, that the first argument names; an InputError names the nearest one."""
     answer_foreign(command, args)
     name, *rest = args or [""]
     if name in commands:

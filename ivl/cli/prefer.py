@@ -9,8 +9,9 @@ from pathlib import Path
 import tyro
 
 from ivl.cli.options import run_subcommand
+from ivl.cli.options_file import as_arguments
 from ivl.errors import InputError
-from ivl.evaluation.scoring import AnswerMode, AnswerStyle, mode_for
+from ivl.evaluation.scoring import AnswerMode, AnswerStyle
 from ivl.generators import GeneratorConfig, connect
 from ivl.preference.pairs import PairsConfig, build_pairs, why_none
 from ivl.preference.questions import QuestionSource, load_sources, read_questions
@@ -45,12 +46,9 @@ class PreferSampleOptions:
         total = sum(1 for _ in read_questions(sources))
         generator, name = connect(self.generator)
         with reporting("sampling", "questions") as show:
-            sample(
-                generator, sources, self.out, model=name, config=self.config,
-                on_progress=lambda done, resumed: show(done, total, resumed=resumed),
-            )  # fmt: skip
-        print(f"{total:,} questions x {self.config.num_replies} replies: {self.out}")
-        print(_next_pairs(self.out))
+            sample(generator, sources, self.out, model=name, config=self.config,
+                   on_progress=lambda done, resumed: show(done, total, resumed=resumed))  # fmt: skip
+        print(f"{total:,} questions x {self.config.num_replies} replies: {self.out}\n{_next_pairs(self.out)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +70,9 @@ class DropoutOptions:
         total = self.config.per_question * sum(1 for _ in read_journal(self.replies)[1])
         generator, name = connect(self.generator)
         with reporting("continuing", "replies") as show:
-            continue_without_images(
-                generator, self.replies, self.out, model=name, config=self.config,
-                on_progress=lambda done, resumed: show(done, total, resumed=resumed),
-            )  # fmt: skip
-        print(f"continuations: {self.out}")
-        print(_next_pairs(self.out))
+            continue_without_images(generator, self.replies, self.out, model=name, config=self.config,
+                                    on_progress=lambda done, resumed: show(done, total, resumed=resumed))  # fmt: skip
+        print(f"continuations: {self.out}\n{_next_pairs(self.out)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +98,7 @@ class PairsOptions:
                 print(f"  not used: {count:,} {reason}")
         print(f"report: {self.out / 'report.html'}")
         if not any(tally.pairs for tally in tallies.values()):
-            if any(tally.wants_direct for tally in tallies.values()):
+            if any(0 < tally.replies == tally.malformed.total() for tally in tallies.values()):
                 print(f"next: {_sample_directly(self.replies)}")
             raise InputError(f"{self.replies}: no pairs; the lines above say why")
         asked = str(read_journal(self.replies)[0].get("model", "")).rpartition(" ")[0]  # behind it is a fingerprint
@@ -117,21 +112,17 @@ def _next_pairs(journal: Path) -> str:
 
 def _sample_directly(replies: Path) -> str:
     """Return the command that asks the questions of a journal again, for the answer alone."""
-    about = read_journal(replies)[0]
+    about = {"model": "MODEL ", "params": {}, **read_journal(replies)[0]}
     first, *others = (QuestionSource(**entry) for entry in about["sources"])
-    name, questions, note = Path(first.questions).stem, first.questions, ""
-    if others or first != QuestionSource(name=name, questions=questions, style=first.style, mode=first.mode):
-        questions, note = "SOURCES.json", '     (leave "style" out of SOURCES.json)'
-    words = ["ivl", "prefer", "sample", questions, str(replies.with_name(f"{replies.stem}-direct.jsonl")), "--style", "direct"]
-    model, _, end = str(about.get("model", "MODEL ")).rpartition(" ")  # the name at an endpoint, or a fingerprint
-    words += ["--url", model, "--url-model", end] if "://" in model else ["--model", model]
-    words += ["--mode", first.mode] if not note and first.mode != mode_for(name) else []
-    usual = {**asdict(SamplingConfig()), **asdict(SAMPLED), "seed": 0}
-    given = {**about.get("params", {}), **{key: about[key] for key in ("seed", "num_replies") if key in about}}
-    for key, value in given.items():
-        if value not in (None, [], usual[key]):
-            words += [f"--{key.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
-    return shlex.join(words) + note
+    alone = QuestionSource(name=Path(first.questions).stem, questions=first.questions, style=first.style, mode=first.mode)
+    questions, mode = (first.questions, first.mode) if [first, *others] == [alone] else ("SOURCES.json", "auto")
+    model, _, name = about["model"].rpartition(" ")  # the name at an endpoint, or a fingerprint
+    options = {"style": "direct", **({"url": model, "url_model": name} if "://" in model else {"model": model})}
+    usual = {**asdict(SAMPLED), **asdict(SamplingConfig()), "seed": 0, "mode": "auto"}
+    given = {**about["params"], **{key: about.get(key) for key in ("num_replies", "seed")}, "mode": mode}
+    options |= {key: value for key, value in given.items() if value not in (None, [], usual.get(key))}
+    command = ["ivl", "prefer", "sample", questions, f"{replies.with_suffix('')}-direct.jsonl"]
+    return shlex.join([*command, *as_arguments(options, ())])
 
 
 COMMANDS = {"sample": PreferSampleOptions, "pairs": PairsOptions, "dropout": DropoutOptions}
@@ -139,8 +130,4 @@ COMMANDS = {"sample": PreferSampleOptions, "pairs": PairsOptions, "dropout": Dro
 
 def main(args: list[str]) -> None:
     """Run the command."""
-    try:
-        options = run_subcommand(COMMANDS, "prefer", args, config=(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands))
-    except ValueError as error:  # sampling parameters that make no sense
-        raise error if isinstance(error, InputError) else InputError(str(error)) from error
-    options.run()
+    run_subcommand(COMMANDS, "prefer", args, config=(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)).run()

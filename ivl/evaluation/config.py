@@ -113,10 +113,8 @@ class EvalConfig:
         if (self.limit is not None and self.limit < 1) or self.batch_size < 1:
             raise InputError(f"--limit and --batch-size must be at least 1, got {self.limit} and {self.batch_size}")
         check_choices(self)
-        if not 0 <= self.val_share < 1 or (self.val_share and not self.metric):
-            raise InputError(f"--val-share is in [0, 1) and for --data with --metric, got {self.val_share}")
-        if not self.metric and (self.root is not None or len(self.data) > 1):
-            raise InputError("--root, and several names after --data, are for rows of your own: score them by a --metric")
+        if not 0 <= self.val_share < 1 or (not self.metric and (self.val_share or self.root is not None or self.data[1:])):
+            raise InputError(f"--val-share in [0, 1), --root and several names of --data need --metric; got {self.val_share}")
         if self.metric and not self.data:
             raise InputError("--metric scores rows of your own: name their file with --data")
         if self.judge.url and not self.judge.url_model:
@@ -138,17 +136,13 @@ class EvalConfig:
 
     @property
     def task_name(self) -> str:
-        """The task's name as a part of file names."""
-        return name_of(self.data) if self.metric else self.task.rpartition(":")[2]
+        """The task's name as a part of file names: that of rows of one's own is their file's, or a meta.json's folder's."""
+        paths = [Path(name).absolute() for name in self.data]
+        own = "+".join(path.parent.name if path.name == "meta.json" else path.stem for path in paths)[:100]
+        return own if self.metric else self.task.rpartition(":")[2]
 
     def predictions_of(self, model: str) -> Path:
         """Return the file of the predictions of a model of this name."""
         if self.predictions:
             return self.predictions
         return self.out.with_suffix(".predictions.jsonl") if self.out else Path("runs/eval") / f"{model}-{self.task_name}.jsonl"
-
-
-def name_of(data: tuple[str, ...]) -> str:
-    """Name rows of one's own as their files are named, and a meta.json as its folder."""
-    paths = [Path(name).absolute() for name in data]
-    return "+".join(path.parent.name if path.name == "meta.json" else path.stem for path in paths)[:100]

@@ -114,8 +114,7 @@ class ScoredRun:
 
     path: Path
     task: str
-    metric: str | None
-    """None where an older ivl wrote the file."""
+    metric: str  # ? in files of an older ivl
     model: str
     headline: Figure
     rows: dict[str, dict[str, Any]]
@@ -180,8 +179,8 @@ def read_scores(path: Path) -> ScoredRun:
             (float(w), Ratio({str(name): (float(top), float(bottom)) for name, top, bottom in sums}))
             for w, sums in first["headline"]
         )
-        figure = Figure(terms, int(first["n"]), first["points"])
-        return ScoredRun(path, first["task"], first.get("metric"), first["model"], figure, {row["id"]: row for row in rest})
+        figure, by_id = Figure(terms, int(first["n"]), first["points"]), {row["id"]: row for row in rest}
+        return ScoredRun(path, first["task"], first.get("metric", "?"), first["model"], figure, by_id)
 
 
 def compare(first: Path, second: Path) -> dict[str, Any]:
@@ -196,10 +195,8 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
         InputError: if a file cannot be read, the tasks or the metrics differ, or no question is common.
     """
     a, b = read_scores(first), read_scores(second)
-    for kind in ("task", "metric"):
-        one, other = getattr(a, kind), getattr(b, kind)
-        if None not in (one, other) and one != other:
-            raise InputError(f"{a.path} has the {kind} {one}, {b.path} has {other}; compare two runs of one {kind}")
+    if a.task != b.task or ("?" not in (a.metric, b.metric) and a.metric != b.metric):
+        raise InputError(f"{a.path} is of {a.task} by {a.metric}, {b.path} of {b.task} by {b.metric}; compare runs of one kind")
     common = [name for name in a.rows if name in b.rows and a.rows[name]["answers"] == b.rows[name]["answers"]]
     if not common:
         raise InputError(f"{a.path} and {b.path} have no question in common")

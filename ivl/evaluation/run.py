@@ -210,7 +210,7 @@ def evaluate_all(
         report["undecided"]["notes"].append(f"the judge's replies decide nothing, such as {short(grader.unread)}")
     if report["value"] is not None:
         headline = next(iter(task.figures(scored).values()))
-        about = {"task": task.name, "metric": task.metric, "model": model}
+        about = {key: report[key] for key in ("task", "metric", "model")}
         write_scores(beside(predictions, "scores.jsonl"), about, headline, scored, answered)
     return Evaluated(report, scored, answered)
 

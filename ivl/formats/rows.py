@@ -88,9 +88,7 @@ def _container_of_folder(folder: Path) -> str:
         raise InputError(f"{folder}: `ivl data filter` wrote it, with the rows that it dropped; name {folder / 'meta.json'}")
     kinds = sorted({SUFFIXES[path.suffix] for path in _files(folder)} - {"json"})
     if len(kinds) != 1:
-        raise InputError(
-            f"{folder}: has files of {' and '.join(kinds) or 'no known kind of'} rows; name a file or folder of one"
-        )
+        raise InputError(f"{folder}: has {' and '.join(kinds) or 'no known kind of'} rows; name a file or folder of one kind")
     return kinds[0]
 
 

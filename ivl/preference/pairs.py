@@ -28,7 +28,6 @@ from ivl.utils.unicode import normal_form
 FILES = ("pairs.jsonl", "format_pairs.jsonl", "grades.jsonl")
 ABOUT = ("meta.json", "report.json", "report.html")
 """Files that are written beside the pairs."""
-CUT_OFF = "cut off at the limit"
 PairKind = Literal["correctness", "format", "dropout"]
 MAX_PAIRS, MAX_PAIRS_HUGE, HUGE = 15, 3, 500_000
 """Most pairs of one question, and of one question among more than HUGE (arXiv:2411.10442, section 3)."""
@@ -52,7 +51,7 @@ class Grade:
 def grade(text: str, finish_reason: str, answers: Sequence[str], source: QuestionSource) -> Grade:
     """Grade one reply by the accepted answers."""
     if finish_reason == "length":
-        return Grade(text, None, None, CUT_OFF)
+        return Grade(text, None, None, "cut off at the limit")
     extracted = extract(text, source.style)
     if extracted.answer is None:
         return Grade(text, None, None, extracted.problem or "no answer")
@@ -85,11 +84,6 @@ class Tally:
     """Pairs by kind."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Possible pairs and replies that were not used, by reason."""
-
-    @property
-    def wants_direct(self) -> bool:
-        """Whether no reply shows its answer as asked, for another reason than its length."""
-        return 0 < self.replies == self.malformed.total() and {*self.malformed} != {CUT_OFF}
 
     @property
     def accuracy(self) -> float:
@@ -309,11 +303,10 @@ def why_none(tally: Tally) -> str:
     malformed = tally.malformed.total()
     if tally.replies and malformed == tally.replies:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in tally.malformed.most_common(3))
-        remedy = "with a larger --max-new-tokens"
-        if tally.wants_direct:
-            remedy = "with --style direct if the model answers in a few words"
-        counts = f"{malformed:,} of {tally.replies:,} replies"
-        return f"{counts} show no answer in the style {tally.style} ({reasons}); sample again {remedy}"
+        return (
+            f"{malformed:,} of {tally.replies:,} replies show no answer in the style {tally.style} ({reasons}); sample again, "
+            "with --style direct if the model answers in a few words, or with a larger --max-new-tokens if replies are cut off"
+        )
     if tally.replies and not tally.correct:
         return f"no reply is right by the mode {tally.mode}; add another --mode, or sample a stronger model or more replies"
     if tally.correct and tally.correct + malformed == tally.replies and not tally.left_out:

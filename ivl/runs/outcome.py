@@ -104,6 +104,5 @@ def evaluation_command(config: RunConfig, model: str) -> str:
     if config.objective.pairs or data is None:
         return f"ivl eval {shlex.quote(model)} --data ROWS --metric exact     (ROWS that it was not trained on)"
     names = (data.mixture,) if isinstance(data.mixture, str) else data.mixture
-    root = ["--root", data.root] if data.root is not None else []
-    share = ["--val-share", f"{data.val_share:g}"] if data.validation else []
-    return shlex.join(["ivl", "eval", model, "--data", *names, *root, *share, "--metric", "exact"])
+    more = [*(["--root", data.root] if data.root else []), *(["--val-share", f"{data.val_share:g}"] if data.validation else [])]
+    return shlex.join(["ivl", "eval", model, "--data", *names, *more, "--metric", "exact"])

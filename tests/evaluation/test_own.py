@@ -32,7 +32,7 @@ def write(path: Path, *pairs: tuple[str, Any], **more: Any) -> Path:
 
 
 def own(path: Path, metric: Any) -> OwnData:
-    return OwnData((str(path),), metric)
+    return OwnData((str(path),), metric, path.stem, val_share=0, root=None)
 
 
 @pytest.mark.parametrize(
@@ -112,8 +112,8 @@ def test_own_rows_and_an_own_task_by_the_command(tmp_path: Path, capsys: pytest.
         (["--data", "rows.jsonl"], "--data is for benchmarks of files, and task easy-vqa is none; .* by --metric"),
         (["--task", "mmstar", "--frames", "8"], "--frames is for benchmarks of videos, at least 1; got 8 for mmstar"),
         (["--task", "mvbench", "--frames", "0"], "--frames is for benchmarks of videos, at least 1; got 0 for mvbench"),
-        (["--task", "mmstar", "--data", "a.tsv", "b.tsv"], "several names after --data, are for rows of your own"),
-        (["--task", "mmstar", "--root", "pictures"], "--root, and several names after --data, are for rows of your own"),
+        (["--task", "mmstar", "--data", "a.tsv", "b.tsv"], "several names of --data need --metric"),
+        (["--task", "mmstar", "--root", "pictures"], "--root and several names of --data need --metric"),
         (["--url", "http://x/v1"], "give --url-model for every --url"),
         (["--task", "mvbench", "--frames", "-1"], "--frames is for benchmarks of videos, at least 1; got -1 for mvbench"),
         (["--task", "nowhere.py:Mine"], "nowhere.py: no such task file"),
@@ -170,13 +170,14 @@ def test_a_mixture_asks_each_row_once(mixture: Path) -> None:
     assert all(Path(e.conversation[-1].content[0].source).is_file() for e in task.examples())  # type: ignore[union-attr]
     files = task.settings()["data"]["files"]
     assert [Path(file["file"]).name for file in files] == ["one.jsonl", "two.jsonl"] and all(len(f["md5"]) == 32 for f in files)
-    assert task.name == mixture.parent.name, "many files are called meta.json"
+    named = task_of(EvalConfig(data=(str(mixture), str(mixture.with_name("one.jsonl"))), metric="exact"))
+    assert named.name == f"{mixture.parent.name}+one", "many files are called meta.json"
 
 
 def test_the_share_of_a_mixture_is_what_its_training_kept(mixture: Path) -> None:
     kept = Mixture(load_mixture(mixture), seed=0, shuffle=False, val_share=0.25, validation=True)
     expected = [kept.record(d, row) for d, rows in enumerate(kept.files) for row in range(len(rows))]
-    task = OwnData((str(mixture),), "exact", val_share=0.25)
+    task = OwnData((str(mixture),), "exact", "mixed", val_share=0.25, root=None)
     assert list(texts(task).values()) == [r.conversations[0][0].text.strip() for r in expected] and len(expected) == 5
     assert task.settings()["data"]["val_share"] == 0.25
 
@@ -185,7 +186,7 @@ def test_several_files_have_ids_of_their_own(tmp_path: Path, mixture: Path) -> N
     (tmp_path / "more").mkdir()
     other = write(tmp_path / "more" / "one.jsonl", ("q", "a"), ("r", "b"))
     names = (str(other), str(mixture), str(other))
-    asked = texts(OwnData(names, "exact"))
+    asked = texts(OwnData(names, "exact", "mixed", val_share=0, root=None))
     assert len(asked) == 22 and asked[f"{other}/1"] == "r" and asked[f"{tmp_path}/one.jsonl/0"] == "one 0"
     assert asked["two/0"] == "two 0" and texts(own(other, "exact")) == {"0": "q", "1": "r"}
 

@@ -93,9 +93,9 @@ def test_runs_of_other_tasks_or_metrics_are_refused_and_old_files_are_not(task: 
     first, *rows = path.read_text().splitlines(keepends=True)
     about = json.loads(first)
     assert (about["task"], about["metric"]) == ("mmstar", "accuracy")
-    for kind, one, other in (("metric", "accuracy", "F1"), ("task", "mmstar", "pope")):
-        path.write_text("".join([json.dumps(about | {kind: other}) + "\n", *rows]))
-        with pytest.raises(InputError, match=rf"a\.scores\.jsonl has the {kind} {one}, .*b\.scores\.jsonl has {other}; "):
+    for change, told in (({"metric": "F1"}, "mmstar by F1"), ({"task": "pope"}, "pope by accuracy")):
+        path.write_text("".join([json.dumps(about | change) + "\n", *rows]))
+        with pytest.raises(InputError, match=rf"a\.scores\.jsonl is of mmstar by accuracy, .*b\.scores\.jsonl of {told}; "):
             compare(tmp_path / "a.json", tmp_path / "b.json")
     del about["metric"]
     path.write_text("".join([json.dumps(about) + "\n", *rows]))

@@ -172,14 +172,9 @@ def test_no_pairs_say_why_and_what_to_do(
     assert ivl("prefer", "pairs", replies, tmp_path / "out", monkeypatch=monkeypatch) == 1
     said = capsys.readouterr()
     assert "no pairs: 3 of 3 replies show no answer in the style final_answer (3 no answer)" in said.out
-    assert "sample again with --style direct" in said.out and "train" not in said.out and "no pairs" in said.err
+    assert "sample again, with --style direct" in said.out and "train" not in said.out and "no pairs" in said.err
     assert ivl("prefer", "pairs", replies, tmp_path / "out", "--style", "direct", monkeypatch=monkeypatch) == 0
     assert "2 correctness pairs" in capsys.readouterr().out
-    cut = [{"text": "4", "finish_reason": "length"}]
-    replies = journal(tmp_path / "c.jsonl", [row(0, cut, ["4"], str(tmp_path / "a.png"))])
-    assert ivl("prefer", "pairs", replies, tmp_path / "cut", monkeypatch=monkeypatch) == 1
-    said = capsys.readouterr()
-    assert "sample again with a larger --max-new-tokens" in said.out and "direct" not in said.out
     wrong = journal(tmp_path / "w.jsonl", [row(0, [reply("5")], ["4"], str(tmp_path / "a.png"))])
     assert ivl("prefer", "pairs", wrong, tmp_path / "w", monkeypatch=monkeypatch) == 1
     assert "no reply is right by the mode auto" in capsys.readouterr().out
@@ -196,7 +191,7 @@ def test_a_model_of_one_word_is_asked_again_without_reasons(
     told = capsys.readouterr().out.splitlines()[-1]
     if questions.endswith(".json"):
         expected = f"SOURCES.json replies-direct.jsonl --style direct --url {endpoint} --url-model m --stop 'a b' c --seed 7"
-        assert expected in told and 'leave "style" out of SOURCES.json' in told
+        assert expected in told
         return
     assert ivl(*shlex.split(told.removeprefix("next: ivl ")), monkeypatch=monkeypatch) == 0
     about, rows = read_journal(Path("replies-direct.jsonl"))

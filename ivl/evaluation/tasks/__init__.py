@@ -42,7 +42,7 @@ def task_of(config: EvalConfig) -> Task:
         InputError: as `find`, and for settings of benchmarks with a task of another kind.
     """
     if config.metric:
-        return OwnData(config.data, config.metric, config.val_share, config.root)
+        return OwnData(config.data, config.metric, config.task_name, config.val_share, config.root)
     task = find(config.task)
     if isinstance(task, Benchmark):
         frames = task.frames if config.frames is None else config.frames

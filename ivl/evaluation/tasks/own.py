@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ivl.data.mixture import DatasetSpec, load_mixture
+from ivl.data.mixture import load_mixture
 from ivl.data.records import read_record
 from ivl.errors import InputError, short
-from ivl.evaluation.config import Metric, name_of
+from ivl.evaluation.config import Metric
 from ivl.evaluation.data import md5
 from ivl.evaluation.figures import Figures, mean
 from ivl.evaluation.grading import judge_prompt
@@ -22,7 +20,6 @@ from ivl.evaluation.scoring.metrics import relaxed, vqa_accuracy, vqa_form
 from ivl.evaluation.scoring.options import infer_option
 from ivl.evaluation.scoring.verification import FEWEST_PEOPLE
 from ivl.evaluation.task import Example, JudgeQuestion, Score, Scored, Task
-from ivl.formats.base import Rows
 from ivl.formats.rows import open_rows
 from ivl.formats.split import part_of
 
@@ -50,48 +47,40 @@ class OwnData(Task):
     """The questions of files, folders and mixtures, as training reads them, scored by one metric.
 
     A row may have `answers`, a list of accepted ones, beside its last turn. Rows with several conversations give a question for
-    each, and these stay together. Every row is asked once, whatever its repeat_time.
+    each, and these stay together. Every row is asked once, whatever its repeat_time, also of a file that is named twice.
+    An id is the row's number; where there are several data sets, it begins with the name, or the file where names are the same.
     """
 
-    def __init__(self, data: tuple[str, ...], metric: Metric, val_share: float = 0.0, root: str | None = None) -> None:
-        self.data, self.metric, self.val_share, self.root, self.name = data, metric, val_share, root, name_of(data)
-
-    @cached_property
-    def specs(self) -> list[DatasetSpec]:
-        """The data sets; one that is named twice is asked once."""
-        return list({(spec.annotation, spec.root): spec for spec in load_mixture(self.data, root=self.root)}.values())
+    def __init__(self, data: tuple[str, ...], metric: Metric, name: str, val_share: float, root: str | None) -> None:
+        self.metric, self.name, self.val_share, self.root = metric, name, val_share, root
+        self.specs = list({(spec.annotation, spec.root): spec for spec in load_mixture(data, root=root)}.values())
 
     def examples(self) -> Iterator[Example]:
         """Yield the rows as questions; of a preference pair the chosen reply is the answer.
 
-        An id is the number of the row. Where there are several data sets, it begins with the name of the row's own, or with
-        its file where names are the same.
-
         Raises:
             InputError: naming the row whose answer the metric cannot use.
         """
-        times = Counter(spec.name for spec in self.specs)
+        unusable = {"choice": "names none of the options", "iou": "has no box"}.get(self.metric, "")
+        names = [spec.name for spec in self.specs]
         for spec in self.specs:
             rows = part_of(open_rows(spec.annotation, format=spec.format), self.val_share, validation=True)
-            name = spec.name if times[spec.name] == 1 else spec.annotation
+            name = spec.name if names.count(spec.name) == 1 else spec.annotation
             for index in range(len(rows)):
-                yield from self._questions(spec, rows, index, f"{name}/{index}" if len(self.specs) > 1 else str(index))
-
-    def _questions(self, spec: DatasetSpec, rows: Rows, index: int, row_id: str) -> Iterator[Example]:
-        record, listed = read_record(rows, index, root=Path(spec.root)), rows[index].get("answers")
-        unusable = {"choice": "names none of the options", "iou": "has no box"}.get(self.metric, "")
-        conversations = record.conversations[:1] if record.is_pair else record.conversations
-        several = len(conversations) > 1
-        for number, (*asked, last) in enumerate(conversations):
-            example = Example(
-                id=f"{row_id}-{number}" if several else row_id, conversation=tuple(asked),
-                answers=tuple(map(str, listed)) if isinstance(listed, list) and listed else (last.text.strip(),),
-                cluster=f"row {row_id}" if several else "", row={"question": asked[-1].text, "id": record.id},
-            )  # fmt: skip
-            if unusable and not all(self._read(answer, example) for answer in example.answers):
-                told = " or ".join(map(short, example.answers))
-                raise InputError(f"{record.source}: the answer {told} {unusable}; another --metric may read it")
-            yield example
+                record, listed = read_record(rows, index, root=Path(spec.root)), rows[index].get("answers")
+                row = f"{name}/{index}" if len(self.specs) > 1 else str(index)
+                conversations = record.conversations[:1] if record.is_pair else record.conversations
+                several = len(conversations) > 1
+                for number, (*asked, last) in enumerate(conversations):
+                    example = Example(
+                        id=f"{row}-{number}" if several else row, conversation=tuple(asked),
+                        answers=tuple(map(str, listed)) if isinstance(listed, list) and listed else (last.text.strip(),),
+                        cluster=f"row {row}" if several else "", row={"question": asked[-1].text, "id": record.id},
+                    )  # fmt: skip
+                    if unusable and not all(self._read(answer, example) for answer in example.answers):
+                        told = " or ".join(map(short, example.answers))
+                        raise InputError(f"{record.source}: the answer {told} {unusable}; another --metric may read it")
+                    yield example
 
     def _read(self, text: str, example: Example) -> str | Corners | None:
         """Return the option or the box of a text."""
