@@ -14,7 +14,9 @@ import pytest
 
 from ivl.cli import COMMANDS, GROUPS, main
 from ivl.cli.completion import flags, script, second_words
+from ivl.cli.data import COMMANDS as DATA
 from ivl.cli.options import OPTIONS, answer_foreign
+from ivl.cli.prefer import COMMANDS as PREFER
 from ivl.errors import InputError
 
 
@@ -57,8 +59,11 @@ def test_closed_streams_are_not_taken_by_files(tmp_path: Path) -> None:
     ("arguments", "hint"),
     [
         (["trian"], "did you mean 'train'"),
-        (["data", "validat", "x"], "validate"),
-        (["prefer", "sampl", "a", "b"], "sample"),
+        (["data", "validat", "x"], "ivl data: unknown command 'validat'; did you mean 'validate'?"),
+        (["data", "valdate", "rows.jsonl"], "did you mean 'validate'?"),
+        (["prefer", "sampl", "a", "b"], "ivl prefer: unknown command 'sampl'; did you mean 'sample'?"),
+        (["prefer", "grade", "a", "b"], "commands are sample, pairs, dropout"),
+        (["help", "data", "stat"], "did you mean 'stats'?"),
         (["chat", "MODEL", "--max-new-token", "3"], "--max-new-tokens"),
         (["train", "1B-lora", "--optim.learningrate", "1"], "--optim."),
         (["serve", "MODEL", "--prt", "1"], "--port"),
@@ -71,6 +76,34 @@ def test_a_misspelled_word_is_answered_with_the_nearest(
 ) -> None:
     assert ivl(*arguments, monkeypatch=monkeypatch) != 0
     assert hint in capsys.readouterr().err
+
+
+MISTAKES = [
+    ["chat", "M", "--typo"], ["serve", "M", "--prt", "1"], ["eval", "M", "--metric", "exct"], ["eval", "M", "--taks", "x"],
+    ["train", "nano-mpo", "--optim.lrr", "1"], ["plan", "nano-mpo", "--crad", "x"], ["plan", "--serve", "8B", "--crad", "x"],
+    ["data"], ["data", "--modle", "x"], ["prefer"], ["models", "--jsn"], ["convert", "A", "B", "--dtype", "x"], ["convert"],
+    ["compose", "--vti", "x"], ["merge", "--forec"], ["demo-data", "--x"], ["completion", "fish"],
+    *(["data", name, "A", "--modle", "x"] for name in DATA), *(["prefer", name, "A", "B", "--stlye", "x"] for name in PREFER),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", MISTAKES, ids=" ".join)
+def test_a_mistake_names_only_pages_of_help_that_there_are(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ivl(*arguments, monkeypatch=monkeypatch) == 2
+    said = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().err).split())
+    words = 1 + (arguments[0] in ("data", "prefer", "train") or arguments[1:2] == ["nano-mpo"])
+    command = " ".join(["ivl", *(word for word in arguments[:words] if not word.startswith("-"))])
+    assert re.findall(r"\S*ivl(?: [\w-]+)* --help", said) == [f"{command} --help"], said
+
+
+@pytest.mark.parametrize("command", ["validate", "stats"])
+def test_commands_of_rows_need_a_name(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ivl("data", command, monkeypatch=monkeypatch) == 1
+    assert "ivl data: name rows: a meta JSON" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

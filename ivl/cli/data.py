@@ -7,14 +7,14 @@ import json
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from ivl.cli.options import answer_foreign
+from ivl.cli.options import run_subcommand
 from ivl.data.config import DataConfig
 from ivl.datasets.convert import ConvertConfig
 from ivl.errors import DataError, InputError
@@ -118,6 +118,8 @@ def _inspect(config: DataConfig, model: str | None) -> Iterator[InputError | Dat
     from ivl.checkpoint import load_processor, resolve
     from ivl.datasets.inspect import inspect
 
+    if not config.mixture:
+        raise InputError("name rows: a meta JSON, or a file or folder of rows, as in ivl data validate rows.jsonl")
     with _progress() as watch:
         yield from inspect(config, load_processor(resolve(model)) if model else None, watch=watch)
 
@@ -320,12 +322,9 @@ def describe(estimate: PackEstimate, config: DataConfig, *, ranks: int, accumula
     return lines
 
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    "validate": validate, "stats": stats, "convert": convert, "filter": filter_data, "pack": pack,
-}  # fmt: skip
+COMMANDS = {"validate": validate, "stats": stats, "convert": convert, "filter": filter_data, "pack": pack}
 
 
 def main(args: list[str]) -> None:
     """Run the command."""
-    answer_foreign("data", args)
-    tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="ivl data", args=args)
+    run_subcommand(COMMANDS, "data", args)

@@ -52,9 +52,9 @@ def evaluate(args: list[str]) -> None:
     """Run the command."""
     answer_foreign("eval", args)
     args = [re.sub("^--judge-", "--judge.", arg) for arg in args]
-    without_help = [arg for arg in args if arg not in ("-h", "--help")]
+    rest = [arg for arg in args if arg not in ("-h", "--help")]
     # The defaults of sampling follow from the task and the method, which are read first.
-    first, _ = tyro.cli(EvalOptions, args=without_help, return_unknown_args=True, config=(tyro.conf.AvoidSubcommands,))
+    first, _ = tyro.cli(EvalOptions, prog="ivl eval", args=rest, return_unknown_args=True, config=(tyro.conf.AvoidSubcommands,))
     task = given_task(first.score, first.config) if first.score else task_of(first.config)
     sampling = first.config.sampling_for(task.params)
     default = EvalOptions(config=EvalConfig(sampling=sampling))
@@ -84,7 +84,7 @@ def evaluate_each(options: EvalOptions) -> None:
             raise InputError("--score takes the replies of a file; name no model beside it")
         targets = [(options.score.stem, options.score)]
     if not targets:
-        raise InputError("name a model to evaluate: ivl eval MODEL --task easy-vqa")
+        raise InputError("name a model to evaluate, before the options: ivl eval MODEL --task easy-vqa")
     for name, source in targets:
         config = options.config
         if len(targets) > 1 and (config.out or config.predictions):

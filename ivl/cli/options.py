@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from ivl.errors import InputError
+from ivl.errors import InputError, nearest
 from ivl.generators import LoadConfig
 
 T = TypeVar("T")
@@ -48,6 +48,18 @@ def parse(kind: type[T], command: str, args: Sequence[str], **settings: Any) -> 
         raise
     except (ValueError, ArithmeticError) as error:  # the dataclass's own checks
         raise InputError(str(error)) from error
+
+
+def run_subcommand(commands: Mapping[str, Callable[..., Any]], command: str, args: Sequence[str], **settings: Any) -> Any:
+    """Call the function, or make the dataclass, that the first argument names; an InputError names the nearest one."""
+    answer_foreign(command, args)
+    name, *rest = args or [""]
+    if name in commands:
+        return tyro.cli(commands[name], prog=f"ivl {command} {name}", args=rest, **settings)
+    if name and not name.startswith("-"):
+        raise InputError(f"unknown command {name!r}; {nearest(name, commands, 'commands')}")
+    page = [name] if name in ("-h", "--help") else []
+    return tyro.extras.subcommand_cli_from_dict(dict(commands), prog=f"ivl {command}", args=page, **settings)
 
 
 def answer_foreign(command: str, args: Sequence[str]) -> None:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import tyro
 
-from ivl.cli.options import answer_foreign
+from ivl.cli.options import run_subcommand
+from ivl.cli.options_file import as_arguments
 from ivl.errors import InputError
 from ivl.evaluation.scoring import AnswerMode, AnswerStyle
 from ivl.generators import GeneratorConfig, connect
 from ivl.preference.pairs import PairsConfig, build_pairs, why_none
-from ivl.preference.questions import load_sources, read_questions
+from ivl.preference.questions import QuestionSource, load_sources, read_questions
 from ivl.preference.report import write_report
-from ivl.preference.sampling import DropoutConfig, SamplingConfig, continue_without_images, sample
+from ivl.preference.sampling import SAMPLED, DropoutConfig, SamplingConfig, continue_without_images, sample
 from ivl.utils.jsonl import read_journal
 from ivl.utils.progress import reporting
 from ivl.utils.terminal import printable
@@ -45,12 +46,9 @@ class PreferSampleOptions:
         total = sum(1 for _ in read_questions(sources))
         generator, name = connect(self.generator)
         with reporting("sampling", "questions") as show:
-            sample(
-                generator, sources, self.out, model=name, config=self.config,
-                on_progress=lambda done, resumed: show(done, total, resumed=resumed),
-            )  # fmt: skip
-        print(f"{total:,} questions x {self.config.num_replies} replies: {self.out}")
-        print(_next_pairs(self.out))
+            sample(generator, sources, self.out, model=name, config=self.config,
+                   on_progress=lambda done, resumed: show(done, total, resumed=resumed))  # fmt: skip
+        print(f"{total:,} questions x {self.config.num_replies} replies: {self.out}\n{_next_pairs(self.out)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +70,9 @@ class DropoutOptions:
         total = self.config.per_question * sum(1 for _ in read_journal(self.replies)[1])
         generator, name = connect(self.generator)
         with reporting("continuing", "replies") as show:
-            continue_without_images(
-                generator, self.replies, self.out, model=name, config=self.config,
-                on_progress=lambda done, resumed: show(done, total, resumed=resumed),
-            )  # fmt: skip
-        print(f"continuations: {self.out}")
-        print(_next_pairs(self.out))
+            continue_without_images(generator, self.replies, self.out, model=name, config=self.config,
+                                    on_progress=lambda done, resumed: show(done, total, resumed=resumed))  # fmt: skip
+        print(f"continuations: {self.out}\n{_next_pairs(self.out)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +98,8 @@ class PairsOptions:
                 print(f"  not used: {count:,} {reason}")
         print(f"report: {self.out / 'report.html'}")
         if not any(tally.pairs for tally in tallies.values()):
+            if any(0 < tally.replies == tally.malformed.total() for tally in tallies.values()):
+                print(f"next: {_sample_directly(self.replies)}")
             raise InputError(f"{self.replies}: no pairs; the lines above say why")
         asked = str(read_journal(self.replies)[0].get("model", "")).rpartition(" ")[0]  # behind it is a fingerprint
         model = shlex.quote(asked) if Path(asked).is_dir() else "MODEL"
@@ -113,15 +110,24 @@ def _next_pairs(journal: Path) -> str:
     return f"next: ivl prefer pairs {shlex.quote(str(journal))} {shlex.quote(str(journal.with_suffix('')) + '-pairs')}"
 
 
+def _sample_directly(replies: Path) -> str:
+    """Return the command that asks the questions of a journal again, for the answer alone."""
+    about = {"model": "MODEL ", "params": {}, **read_journal(replies)[0]}
+    first, *others = (QuestionSource(**entry) for entry in about["sources"])
+    alone = QuestionSource(name=Path(first.questions).stem, questions=first.questions, style=first.style, mode=first.mode)
+    questions, mode = (first.questions, first.mode) if [first, *others] == [alone] else ("SOURCES.json", "auto")
+    model, _, name = about["model"].rpartition(" ")  # the name at an endpoint, or a fingerprint
+    options = {"style": "direct", **({"url": model, "url_model": name} if "://" in model else {"model": model})}
+    usual = {**asdict(SAMPLED), **asdict(SamplingConfig()), "seed": 0, "mode": "auto"}
+    given = {**about["params"], **{key: about.get(key) for key in ("num_replies", "seed")}, "mode": mode}
+    options |= {key: value for key, value in given.items() if value not in (None, [], usual.get(key))}
+    command = ["ivl", "prefer", "sample", questions, f"{replies.with_suffix('')}-direct.jsonl"]
+    return shlex.join([*command, *as_arguments(options, ())])
+
+
 COMMANDS = {"sample": PreferSampleOptions, "pairs": PairsOptions, "dropout": DropoutOptions}
 
 
 def main(args: list[str]) -> None:
     """Run the command."""
-    answer_foreign("prefer", args)
-    config = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)
-    try:
-        options = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="ivl prefer", args=args, config=config)
-    except ValueError as error:  # sampling parameters that make no sense
-        raise error if isinstance(error, InputError) else InputError(str(error)) from error
-    options.run()
+    run_subcommand(COMMANDS, "prefer", args, config=(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)).run()

@@ -69,9 +69,11 @@ class EvalConfig:
 
     task: str = "easy-vqa"
     """The benchmark, of which --list shows all; or FILE.py:Class, a task of your own."""
-    data: Path | None = None
+    data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH ...")] = ()
     """File or folder of a benchmark's rows: VLMEvalKit's TSV, tables of the hub, jsonl. By default the TSV in LMUData. With
-    --metric, rows of your own in any format that training reads."""
+    --metric, rows of your own as training reads them: meta JSONs, and files or folders of rows; one or several."""
+    root: str | None = None
+    """Folder of relative media paths in files of rows; by default the file's own, and a meta JSON has its own."""
     val_share: float = 0.0
     """Ask only the rows of --data that training with this --val-share kept for validation."""
     metric: Metric | None = None
@@ -111,8 +113,8 @@ class EvalConfig:
         if (self.limit is not None and self.limit < 1) or self.batch_size < 1:
             raise InputError(f"--limit and --batch-size must be at least 1, got {self.limit} and {self.batch_size}")
         check_choices(self)
-        if not 0 <= self.val_share < 1 or (self.val_share and not self.metric):
-            raise InputError(f"--val-share is in [0, 1) and for --data with --metric, got {self.val_share}")
+        if not 0 <= self.val_share < 1 or (not self.metric and (self.val_share or self.root is not None or self.data[1:])):
+            raise InputError(f"--val-share in [0, 1), --root and several names of --data need --metric; got {self.val_share}")
         if self.metric and not self.data:
             raise InputError("--metric scores rows of your own: name their file with --data")
         if self.judge.url and not self.judge.url_model:
@@ -134,8 +136,10 @@ class EvalConfig:
 
     @property
     def task_name(self) -> str:
-        """The task's name as a part of file names."""
-        return self.data.stem if self.metric and self.data else self.task.rpartition(":")[2]
+        """The task's name as a part of file names: that of rows of one's own is their file's, or a meta.json's folder's."""
+        paths = [Path(name).absolute() for name in self.data]
+        own = "+".join(path.parent.name if path.name == "meta.json" else path.stem for path in paths)[:100]
+        return own if self.metric else self.task.rpartition(":")[2]
 
     def predictions_of(self, model: str) -> Path:
         """Return the file of the predictions of a model of this name."""

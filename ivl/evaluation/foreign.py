@@ -50,7 +50,7 @@ def given_task(path: Path, config: EvalConfig) -> Benchmark:
         if not fits:
             raise InputError(f"{path}: its name tells no benchmark of `ivl eval --list`; name it with --task")
         config = replace(config, task=fits[max(fits, key=len)])
-    task = task_of(replace(config, data=path))
+    task = task_of(replace(config, data=(str(path),)))
     assert isinstance(task, Benchmark), "it is one of the benchmarks"
     return replace(task, given=True)
 

@@ -114,6 +114,7 @@ class ScoredRun:
 
     path: Path
     task: str
+    metric: str  # ? in files of an older ivl
     model: str
     headline: Figure
     rows: dict[str, dict[str, Any]]
@@ -178,8 +179,8 @@ def read_scores(path: Path) -> ScoredRun:
             (float(w), Ratio({str(name): (float(top), float(bottom)) for name, top, bottom in sums}))
             for w, sums in first["headline"]
         )
-        figure = Figure(terms, int(first["n"]), first["points"])
-        return ScoredRun(path, first["task"], first["model"], figure, {row["id"]: row for row in rest})
+        figure, by_id = Figure(terms, int(first["n"]), first["points"]), {row["id"]: row for row in rest}
+        return ScoredRun(path, first["task"], first.get("metric", "?"), first["model"], figure, by_id)
 
 
 def compare(first: Path, second: Path) -> dict[str, Any]:
@@ -191,12 +192,14 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
         that one run alone has right.
 
     Raises:
-        InputError: if a file cannot be read, the tasks differ or no question is common.
+        InputError: if a file cannot be read, the tasks or the metrics differ, or no question is common.
     """
     a, b = read_scores(first), read_scores(second)
+    if a.task != b.task or ("?" not in (a.metric, b.metric) and a.metric != b.metric):
+        raise InputError(f"{a.path} is of {a.task} by {a.metric}, {b.path} of {b.task} by {b.metric}; compare runs of one kind")
     common = [name for name in a.rows if name in b.rows and a.rows[name]["answers"] == b.rows[name]["answers"]]
-    if a.task != b.task or not common:
-        raise InputError(f"{a.path} ({a.task}) and {b.path} ({b.task}) have no question in common")
+    if not common:
+        raise InputError(f"{a.path} and {b.path} have no question in common")
     pairs = [(a.rows[name]["cluster"], a.rows[name]["value"], b.rows[name]["value"]) for name in common]
     sums: dict[str, tuple[float, float]] = {}
     for cluster, left, right in pairs:

@@ -210,7 +210,8 @@ def evaluate_all(
         report["undecided"]["notes"].append(f"the judge's replies decide nothing, such as {short(grader.unread)}")
     if report["value"] is not None:
         headline = next(iter(task.figures(scored).values()))
-        write_scores(beside(predictions, "scores.jsonl"), {"task": task.name, "model": model}, headline, scored, answered)
+        about = {key: report[key] for key in ("task", "metric", "model")}
+        write_scores(beside(predictions, "scores.jsonl"), about, headline, scored, answered)
     return Evaluated(report, scored, answered)
 
 

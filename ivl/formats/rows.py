@@ -84,11 +84,11 @@ def _container_of_folder(folder: Path) -> str:
         raise InputError(f"{folder}: holds the splits {', '.join(splits)}; name one of these folders")
     if (folder / "state.json").is_file():
         return "arrow"
+    if (folder / "meta.json").is_file() and (folder / "dropped.jsonl").is_file():
+        raise InputError(f"{folder}: `ivl data filter` wrote it, with the rows that it dropped; name {folder / 'meta.json'}")
     kinds = sorted({SUFFIXES[path.suffix] for path in _files(folder)} - {"json"})
     if len(kinds) != 1:
-        raise InputError(
-            f"{folder}: has files of {' and '.join(kinds) or 'no known kind of'} rows; name a file or folder of one"
-        )
+        raise InputError(f"{folder}: has {' and '.join(kinds) or 'no known kind of'} rows; name a file or folder of one kind")
     return kinds[0]
 
 

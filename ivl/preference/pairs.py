@@ -304,8 +304,8 @@ def why_none(tally: Tally) -> str:
     if tally.replies and malformed == tally.replies:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in tally.malformed.most_common(3))
         return (
-            f"{malformed:,} of {tally.replies:,} replies show no answer in the style {tally.style} ({reasons}); "
-            "if the whole reply is the answer, add --style direct"
+            f"{malformed:,} of {tally.replies:,} replies show no answer in the style {tally.style} ({reasons}); sample again, "
+            "with --style direct if the model answers in a few words, or with a larger --max-new-tokens if replies are cut off"
         )
     if tally.replies and not tally.correct:
         return f"no reply is right by the mode {tally.mode}; add another --mode, or sample a stronger model or more replies"

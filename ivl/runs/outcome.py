@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ivl.data.mixture import load_mixture
 from ivl.runs.config import RunConfig
 from ivl.utils.jsonl import reading_line
 
@@ -88,7 +87,7 @@ def describe(config: RunConfig) -> str:
         told.append(f"validation loss {checked[-1][1]:.4f} at the end, lowest {best[1]:.4f} after step {best[0]}")
     told += [f"drawn in {picture}"] if picture.exists() else []
     model, kept = str(run_dir / "model"), run_dir / "best"
-    commands = [f"ivl chat {shlex.quote(model)}", *_evaluations(config, model), f"ivl serve {shlex.quote(model)} --web"]
+    commands = [f"ivl chat {shlex.quote(model)}", evaluation_command(config, model), f"ivl serve {shlex.quote(model)} --web"]
     if kept.exists() and best[0] != steps[-1]["step"]:
         base, adapter = (config.model, f" --adapter {shlex.quote(str(kept))}") if config.lora else (str(kept), "")
         commands.append(f"ivl chat {shlex.quote(base)}{adapter}     (as it was at its lowest validation loss)")
@@ -100,12 +99,11 @@ def _mean_of_last(steps: Sequence[dict[str, Any]]) -> float:
     return sum(row["loss"] for row in last) / len(last)
 
 
-def _evaluations(config: RunConfig, model: str) -> list[str]:
-    """Return the commands that score the model on the first three files of validation rows."""
+def evaluation_command(config: RunConfig, model: str) -> str:
+    """Return the command that scores the model on its validation rows."""
     data = config.val_data
-    specs = load_mixture(data.mixture, root=data.root, format=data.format) if data and not config.objective.pairs else ()
-    paths = [spec.annotation for spec in specs if spec.root in (spec.annotation, str(Path(spec.annotation).parent))]
-    if config.objective.pairs or data is None or not paths:
-        return [f"ivl eval {shlex.quote(model)} --data ROWS --metric exact     (ROWS that it was not trained on)"]
-    share = f" --val-share {data.val_share:g}" if data.validation else ""
-    return [f"ivl eval {shlex.quote(model)} --data {shlex.quote(path)}{share} --metric exact" for path in paths[:3]]
+    if config.objective.pairs or data is None:
+        return f"ivl eval {shlex.quote(model)} --data ROWS --metric exact     (ROWS that it was not trained on)"
+    names = (data.mixture,) if isinstance(data.mixture, str) else data.mixture
+    more = [*(["--root", data.root] if data.root else []), *(["--val-share", f"{data.val_share:g}"] if data.validation else [])]
+    return shlex.join(["ivl", "eval", model, "--data", *names, *more, "--metric", "exact"])

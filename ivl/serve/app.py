@@ -34,7 +34,7 @@ def create_app(
 ) -> FastAPI:
     """Return the application around a service, which starts and ends with it.
 
-    app.state has service, config, gateway, metrics and has_page.
+    app.state has service, config, gateway, metrics, has_page and has_keys.
 
     Args:
         keys: Keys that open the server; without one it is open to everybody who can reach it.
@@ -64,7 +64,7 @@ def create_app(
 
     app.state.service, app.state.config, app.state.metrics = service, config, metrics
     app.state.gateway, app.state.created = gateway or MediaGateway(config.media), int(time.time())
-    app.state.has_page = page_of is not None
+    app.state.has_page, app.state.has_keys = page_of is not None, bool(keys)
     open_paths = (*OPEN, *FILES) if page_of is not None else OPEN
     app.add_middleware(Guard, config=config, keys=Keys(tuple(keys)), finished=finished, open_paths=open_paths)
     app.add_exception_handler(HTTPException, _error_response)

@@ -34,7 +34,7 @@ _CHUNK_LENGTH = re.compile(rb"[0-9A-Fa-f]{1,16}\r\n")
 SPARE = 5.0
 """Seconds after shutdown_timeout in which errors reach the clients of replies that were cut off."""
 TRY = (
-    "try: curl {}/chat/completions -H 'Content-Type: application/json' -H \"Authorization: Bearer $KEY\" "
+    "try: curl {}/chat/completions -H 'Content-Type: application/json' {}"
     """-d '{{"messages": [{{"role": "user", "content": "Hello"}}]}}'"""
 )
 log = logging.getLogger("ivl.serve")
@@ -103,7 +103,7 @@ def make_server(app: FastAPI, service: Service, config: ServeConfig) -> Draining
         timeout_graceful_shutdown=round(config.shutdown_timeout + SPARE),
         backlog=config.max_connections,
     )
-    server = DrainingServer(settings, service, config, has_page=app.state.has_page)
+    server = DrainingServer(settings, service, config, app)
     if isinstance(service.engine, LeadingEngine):
         service.engine.on_lost = server.end
     return server
@@ -112,9 +112,9 @@ def make_server(app: FastAPI, service: Service, config: ServeConfig) -> Draining
 class DrainingServer(uvicorn.Server):
     """Drains the service at the beginning of a shutdown; uvicorn's lifespan would tell it only after the last reply."""
 
-    def __init__(self, settings: uvicorn.Config, service: Service, config: ServeConfig, *, has_page: bool) -> None:
+    def __init__(self, settings: uvicorn.Config, service: Service, config: ServeConfig, app: FastAPI) -> None:
         super().__init__(settings)
-        self.service, self.limits, self.has_page = service, config, has_page
+        self.service, self.limits, self.about = service, config, app.state
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         _freeze_heap()
@@ -123,10 +123,10 @@ class DrainingServer(uvicorn.Server):
             host, port = map(str, listener.getsockname()[:2])
             here: str = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # as this machine reaches it
             address, own = (f"http://{f'[{name}]' if ':' in name else name}:{port}" for name in (host, here))
-            page = {"open": f"{own}/"} if self.has_page else {}
+            page = {"open": f"{own}/"} if self.about.has_page else {}
             log.info("listening", extra={"fields": {"address": address, "base_url": f"{own}/v1", **page}})
             if os.isatty(STDERR):
-                log.info(TRY.format(f"{own}/v1"))
+                log.info(TRY.format(f"{own}/v1", '-H "Authorization: Bearer $KEY" ' if self.about.has_keys else ""))
 
     def end(self, error: Exception) -> None:
         """End the server from any thread, because of an error. Replies that run end with one, too."""

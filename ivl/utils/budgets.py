@@ -19,8 +19,6 @@ MAX_ROWS = 1 << 26
 """Rows of one file, members of a tar; each takes 8 to 32 bytes of an index."""
 MAX_ROWS_A_BYTE = 100
 """Rows of a table for each byte of its file."""
-MAX_META_BYTES = 1 << 24
-"""A meta JSON that names data sets."""
 MAX_FILE_BYTES = 1 << 30
 """An encoded image, or a video in memory."""
 MAX_PIXELS = 178_956_970

@@ -86,6 +86,25 @@ def test_runs_without_a_common_question_are_refused(task: Benchmark, tmp_path: P
         compare(tmp_path / "y.json", tmp_path / "y.json")
 
 
+def test_runs_of_other_tasks_or_metrics_are_refused_and_old_files_are_not(task: Benchmark, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        evaluated(task, mostly(10), tmp_path, name=name)
+    path = tmp_path / "b.scores.jsonl"
+    first, *rows = path.read_text().splitlines(keepends=True)
+    about = json.loads(first)
+    assert (about["task"], about["metric"]) == ("mmstar", "accuracy")
+    for change, told in (({"metric": "F1"}, "mmstar by F1"), ({"task": "pope"}, "pope by accuracy")):
+        path.write_text("".join([json.dumps(about | change) + "\n", *rows]))
+        with pytest.raises(InputError, match=rf"a\.scores\.jsonl is of mmstar by accuracy, .*b\.scores\.jsonl of {told}; "):
+            compare(tmp_path / "a.json", tmp_path / "b.json")
+    del about["metric"]
+    path.write_text("".join([json.dumps(about) + "\n", *rows]))
+    assert compare(tmp_path / "a.json", tmp_path / "b.json")["n"] == 40
+    path.write_text(json.dumps(about) + "\n")
+    with pytest.raises(InputError, match="have no question in common"):
+        compare(tmp_path / "a.json", tmp_path / "b.json")
+
+
 def report(folder: Path, task: str, value: float | None, **more: Any) -> Path:
     path = folder / f"{task}.json"
     ci95 = [value, value] if value is not None else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -171,12 +172,34 @@ def test_no_pairs_say_why_and_what_to_do(
     assert ivl("prefer", "pairs", replies, tmp_path / "out", monkeypatch=monkeypatch) == 1
     said = capsys.readouterr()
     assert "no pairs: 3 of 3 replies show no answer in the style final_answer (3 no answer)" in said.out
-    assert "--style direct" in said.out and "train" not in said.out and "no pairs" in said.err
+    assert "sample again, with --style direct" in said.out and "train" not in said.out and "no pairs" in said.err
     assert ivl("prefer", "pairs", replies, tmp_path / "out", "--style", "direct", monkeypatch=monkeypatch) == 0
     assert "2 correctness pairs" in capsys.readouterr().out
     wrong = journal(tmp_path / "w.jsonl", [row(0, [reply("5")], ["4"], str(tmp_path / "a.png"))])
     assert ivl("prefer", "pairs", wrong, tmp_path / "w", monkeypatch=monkeypatch) == 1
     assert "no reply is right by the mode auto" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("questions", ["../data/q.jsonl", "../data/sources.json"])
+def test_a_model_of_one_word_is_asked_again_without_reasons(
+    place: Path, endpoint: str, questions: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Endpoint.replies = ["4", "5"]
+    options = ("--url", endpoint, "--url-model", "m", "--mode", "exact", "--num-replies", 2, "--seed", 7, "--stop", "a b", "c")
+    assert ivl("prefer", "sample", questions, "replies.jsonl", *options, monkeypatch=monkeypatch) == 0
+    assert ivl("prefer", "pairs", "replies.jsonl", "pairs", monkeypatch=monkeypatch) == 1
+    told = capsys.readouterr().out.splitlines()[-1]
+    if questions.endswith(".json"):
+        expected = f"SOURCES.json replies-direct.jsonl --style direct --url {endpoint} --url-model m --stop 'a b' c --seed 7"
+        assert expected in told
+        return
+    assert ivl(*shlex.split(told.removeprefix("next: ivl ")), monkeypatch=monkeypatch) == 0
+    about, rows = read_journal(Path("replies-direct.jsonl"))
+    assert about["sources"][0]["style"] == "direct" and about["sources"][0]["mode"] == "exact" and about["seed"] == 7
+    assert about["num_replies"] == 2 and about["params"]["stop"] == ["a b", "c"]
+    assert sorted(row["question"] for _, row in rows) == sorted(f"how many {n}?" for n in range(12))
+    assert ivl("prefer", "pairs", "replies-direct.jsonl", "pairs-direct", monkeypatch=monkeypatch) == 0
+    assert "correctness pairs" in capsys.readouterr().out
 
 
 def test_two_samplers_at_once_and_a_killed_holder(place: Path, endpoint: str) -> None:

@@ -16,7 +16,7 @@ from ivl.config import LoraConfig
 from ivl.errors import InputError
 from ivl.model.vlm import VLM
 from ivl.runs.config import RunConfig
-from ivl.runs.outcome import describe
+from ivl.runs.outcome import describe, evaluation_command
 from ivl.runs.run import run
 from ivl.train.config import Stage
 from ivl.train.loop import Evaluator
@@ -140,6 +140,14 @@ def test_the_end_says_what_came_of_it_and_what_is_next(checked) -> None:
     ):
         assert part in said
     assert Path(place, "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_that_evaluates_names_all_that_training_read(checked) -> None:
+    data = replace(checked.data, mixture=("my rows.jsonl", "b.jsonl"), root="pictures")
+    told = evaluation_command(replace(checked, data=data, val_data=None), "m")
+    assert told == "ivl eval m --data 'my rows.jsonl' b.jsonl --root pictures --val-share 0.25 --metric exact"
+    told = evaluation_command(replace(checked, val_data=replace(checked.data, mixture="meta.json", val_share=0)), "m")
+    assert told == "ivl eval m --data meta.json --metric exact"
 
 
 class Recorded:

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import shlex
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -259,6 +260,17 @@ def test_a_terminal_learns_where_to_open_the_page(tiny_engine: Engine, monkeypat
     with running(tiny_engine, page_of=Path("nowhere")) as server:
         assert f"'open': '{server.url}/'" in lines[0] and f"'base_url': '{server.url}/v1'" in lines[0]
         assert f"curl {server.url}/v1/chat/completions" in lines[1] and '"content": "Hello"' in lines[1]
+        assert 'json\' -H "Authorization: Bearer $KEY" -d' in lines[1]
+
+
+def test_a_terminal_learns_of_no_key_where_there_is_none(tiny_engine: Engine, monkeypatch: Any) -> None:
+    monkeypatch.setattr(os, "isatty", lambda fd: True)
+    lines: list[str] = []
+    monkeypatch.setattr(logging.getLogger("ivl.serve"), "info", lambda text, extra=None: lines.append(text))
+    with running(tiny_engine, keys=()) as server:
+        *words, body = shlex.split(lines[1].removeprefix("try: "))
+        assert words == ["curl", f"{server.url}{CHAT}", "-H", "Content-Type: application/json", "-d"]
+        assert httpx.post(words[1], json=json.loads(body)).status_code == 200
 
 
 def test_the_openapi_document_knows_its_bodies(tiny_engine: Engine) -> None:

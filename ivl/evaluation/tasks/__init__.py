@@ -5,6 +5,7 @@ from __future__ import annotations
 import pkgutil
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 
 from ivl.errors import InputError, nearest, short
 from ivl.evaluation.benchmark import Benchmark
@@ -41,16 +42,16 @@ def task_of(config: EvalConfig) -> Task:
         InputError: as `find`, and for settings of benchmarks with a task of another kind.
     """
     if config.metric:
-        assert config.data is not None, "EvalConfig has checked it"
-        return OwnData(config.data, config.metric, config.val_share)
+        return OwnData(config.data, config.metric, config.task_name, config.val_share, config.root)
     task = find(config.task)
     if isinstance(task, Benchmark):
         frames = task.frames if config.frames is None else config.frames
         if frames < 0 or bool(frames) != bool(task.frames):
             raise InputError(f"--frames is for benchmarks of videos, at least 1; got {config.frames} for {task.name}")
         return replace(
-            task, prompt=config.prompt, profile=config.extraction, defects=config.defects, path=config.data, frames=frames
-        )
+            task, prompt=config.prompt, profile=config.extraction, defects=config.defects, frames=frames,
+            path=Path(config.data[0]) if config.data else None,
+        )  # fmt: skip
     for name in ("prompt", "extraction", "defects", "frames", "data"):
         if getattr(config, name) != getattr(DEFAULT, name):
             remedy = "; name a benchmark by --task, or a metric for rows of your own by --metric" if name == "data" else ""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ivl.data.mixture import load_mixture
 from ivl.data.records import read_record
 from ivl.errors import InputError, short
 from ivl.evaluation.config import Metric
@@ -43,14 +44,16 @@ TEXT_METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
 
 
 class OwnData(Task):
-    """The questions of a file, scored by one metric.
+    """The questions of files, folders and mixtures, as training reads them, scored by one metric.
 
     A row may have `answers`, a list of accepted ones, beside its last turn. Rows with several conversations give a question for
-    each, and these stay together.
+    each, and these stay together. Every row is asked once, whatever its repeat_time, also of a file that is named twice.
+    An id is the row's number; where there are several data sets, it begins with the name, or the file where names are the same.
     """
 
-    def __init__(self, path: Path, metric: Metric, val_share: float = 0.0) -> None:
-        self.path, self.metric, self.val_share, self.name = path, metric, val_share, path.stem
+    def __init__(self, data: tuple[str, ...], metric: Metric, name: str, val_share: float, root: str | None) -> None:
+        self.metric, self.name, self.val_share, self.root = metric, name, val_share, root
+        self.specs = list({(spec.annotation, spec.root): spec for spec in load_mixture(data, root=root)}.values())
 
     def examples(self) -> Iterator[Example]:
         """Yield the rows as questions; of a preference pair the chosen reply is the answer.
@@ -58,23 +61,26 @@ class OwnData(Task):
         Raises:
             InputError: naming the row whose answer the metric cannot use.
         """
-        rows = part_of(open_rows(self.path), self.val_share, validation=True)
-        root = self.path if self.path.is_dir() else self.path.parent
         unusable = {"choice": "names none of the options", "iou": "has no box"}.get(self.metric, "")
-        for index in range(len(rows)):
-            record, listed = read_record(rows, index, root=root), rows[index].get("answers")
-            conversations = record.conversations[:1] if record.is_pair else record.conversations
-            several = len(conversations) > 1
-            for number, (*asked, last) in enumerate(conversations):
-                example = Example(
-                    id=f"{index}-{number}" if several else str(index), conversation=tuple(asked),
-                    answers=tuple(map(str, listed)) if isinstance(listed, list) and listed else (last.text.strip(),),
-                    cluster=f"row {index}" if several else "", row={"question": asked[-1].text, "id": record.id},
-                )  # fmt: skip
-                if unusable and not all(self._read(answer, example) for answer in example.answers):
-                    told = " or ".join(map(short, example.answers))
-                    raise InputError(f"{record.source}: the answer {told} {unusable}; another --metric may read it")
-                yield example
+        names = [spec.name for spec in self.specs]
+        for spec in self.specs:
+            rows = part_of(open_rows(spec.annotation, format=spec.format), self.val_share, validation=True)
+            name = spec.name if names.count(spec.name) == 1 else spec.annotation
+            for index in range(len(rows)):
+                record, listed = read_record(rows, index, root=Path(spec.root)), rows[index].get("answers")
+                row = f"{name}/{index}" if len(self.specs) > 1 else str(index)
+                conversations = record.conversations[:1] if record.is_pair else record.conversations
+                several = len(conversations) > 1
+                for number, (*asked, last) in enumerate(conversations):
+                    example = Example(
+                        id=f"{row}-{number}" if several else row, conversation=tuple(asked),
+                        answers=tuple(map(str, listed)) if isinstance(listed, list) and listed else (last.text.strip(),),
+                        cluster=f"row {row}" if several else "", row={"question": asked[-1].text, "id": record.id},
+                    )  # fmt: skip
+                    if unusable and not all(self._read(answer, example) for answer in example.answers):
+                        told = " or ".join(map(short, example.answers))
+                        raise InputError(f"{record.source}: the answer {told} {unusable}; another --metric may read it")
+                    yield example
 
     def _read(self, text: str, example: Example) -> str | Corners | None:
         """Return the option or the box of a text."""
@@ -102,8 +108,9 @@ class OwnData(Task):
         return {"all": mean(scored), **hits}
 
     def settings(self) -> dict[str, Any]:
-        share = {"val_share": self.val_share} if self.val_share else {}
-        return {"data": {"file": str(self.path), "md5": md5(self.path), **share}}
+        files = [{"file": spec.annotation, "md5": md5(Path(spec.annotation))} for spec in self.specs]
+        given = {name: value for name in ("root", "val_share") if (value := getattr(self, name))}
+        return {"data": {**(files[0] if len(files) == 1 else {"files": files}), **given}}
 
 
 def _verdict(reply: str) -> Score | None:
