@@ -23,11 +23,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.machine import processor_name
 from benchmarks.peers.install import FILES, LEVELS, PYTHON, ROOT, install
 from benchmarks.tasks import CONTEXT, decoder_weights, tile_flops, tokens_flops
 from ivl.config import ModelConfig, published_config
 from ivl.cpu.kernels.features import machine_level
-from ivl.utils.machine import processor_name
 
 SIZE = "1B"
 PEERS = ("transformers", "llama", "openvino")

@@ -15,12 +15,13 @@ import tyro
 
 import ivl
 from benchmarks.against_commit import best
+from benchmarks.machine import processor_name
 from ivl.cpu.kernels import dense, features, ops
 from ivl.cpu.kernels.launch import address_of
 from ivl.generators import Dtype
 from ivl.model.cache import CachedSequence, PagedCache
 from ivl.quant.layers import QuantConfig, quantize
-from ivl.utils.machine import peak_memory_gb, processor_name
+from ivl.utils.machine import peak_memory_gb
 
 PROMPT, STEPS = 300, 8
 OUT, WIDTH = 40_000, 896

@@ -46,6 +46,11 @@ class MixtureOptions(DataConfig):
     num_workers: Annotated[int, tyro.conf.arg(name="workers")] = 0
     """Processes that read and encode rows; 0 does so in this one."""
 
+    def __post_init__(self) -> None:
+        if not self.mixture:
+            raise InputError("name rows: a meta JSON, or a file or folder of rows, as in ivl data validate rows.jsonl")
+        super().__post_init__()
+
 
 @dataclass(frozen=True, kw_only=True)
 class ValidateOptions(MixtureOptions):
@@ -118,8 +123,6 @@ def _inspect(config: DataConfig, model: str | None) -> Iterator[InputError | Dat
     from ivl.checkpoint import load_processor, resolve
     from ivl.datasets.inspect import inspect
 
-    if not config.mixture:
-        raise InputError("name rows: a meta JSON, or a file or folder of rows, as in ivl data validate rows.jsonl")
     with _progress() as watch:
         yield from inspect(config, load_processor(resolve(model)) if model else None, watch=watch)
 

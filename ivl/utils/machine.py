@@ -1,4 +1,4 @@
-"""The machine of this process: its processor, and the memory that is taken and left."""
+"""The memory of this machine that is taken, left and kept."""
 
 from __future__ import annotations
 
@@ -10,15 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
-
-
-def processor_name() -> str:
-    """Return the number of processors and their name, as the system tells them."""
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        if names := [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]:
-            return f"{len(names)} x {names[0]}"
-    return platform.processor() or platform.machine()
 
 
 def peak_memory_gb(device: str) -> float:

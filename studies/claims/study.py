@@ -18,9 +18,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from benchmarks.machine import processor_name
 from ivl.train.config import Precision
 from ivl.utils.files import write_json
-from ivl.utils.machine import processor_name
 
 PRECISION: Precision = "fp32"
 """Every model of every study trains in it: small models gain little from bfloat16, and many processors only imitate that."""

@@ -71,8 +71,19 @@ def boxed(reply: str) -> Extracted:
 
 
 def last_box(text: str) -> str | None:
-    """Return the content of the box that opens last among those that close."""
-    return next((text[start:end] for start, end in reversed(box_spans(text)) if end), None)
+    """Return the content of the box that opens last among those that close, found in one pass, whatever the nesting."""
+    opened: list[tuple[int, bool]] = []
+    last, content = -1, None
+    for match in re.finditer(r"\\boxed\s{0,3}\{|\\[^\W\d_]+|\\.|[{}]", text, re.DOTALL):
+        token = match[0]
+        is_box = token.startswith("\\boxed") and token.endswith("{")
+        if token == "{" or is_box:
+            opened.append((match.end(), is_box))
+        elif token == "}" and opened:
+            start, closes_box = opened.pop()
+            if closes_box and start > last:
+                last, content = start, text[start : match.start()]
+    return content
 
 
 def marked_answer(reply: str) -> str:
@@ -96,24 +107,6 @@ def up_to_brace(tail: str) -> str | None:
         if not depth:
             return tail[: brace.start()]
     return None
-
-
-def box_spans(text: str) -> list[tuple[int, int]]:
-    """Find the contents of all boxes in one pass, whatever the nesting: start and end, which is 0 for a box left open."""
-    ends: dict[int, int] = {}
-    opened: list[tuple[int, bool]] = []
-    for match in re.finditer(r"\\boxed\s{0,3}\{|\\[^\W\d_]+|\\.|[{}]", text, re.DOTALL):
-        token = match[0]
-        is_box = token.startswith("\\boxed") and token.endswith("{")
-        if is_box:
-            ends[match.end()] = 0
-        if token == "{" or is_box:
-            opened.append((match.end(), is_box))
-        elif token == "}" and opened:
-            start, closes_box = opened.pop()
-            if closes_box:
-                ends[start] = match.start()
-    return list(ends.items())
 
 
 def think(reply: str) -> Extracted:
