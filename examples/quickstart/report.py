@@ -82,7 +82,10 @@ def stage_table(stages: list[dict[str, Any]]) -> str:
 
 
 LOSS, ACCURACY = pages.COLORS[:2]
-LINES = "By step: the training loss on the left scale (blue), the share of right tokens on the right one (orange)."
+LINES = (
+    "By step: the training loss on the left scale (blue); on the right one (orange) the share of right tokens, or of pairs "
+    "that MPO tells apart."
+)
 
 
 def curves(stages: list[dict[str, Any]]) -> str:
@@ -96,7 +99,8 @@ def curves(stages: list[dict[str, Any]]) -> str:
         axis.yaxis.set_major_formatter("{x:g}")
         axis.tick_params(axis="y", which="minor", labelleft=False)
         right = axis.twinx()
-        right.plot(steps, [100 * row["accuracy"] for row in rows], color=ACCURACY, linewidth=0.9)
+        right_share = "rewards/accuracy" if "rewards/accuracy" in rows[0] else "accuracy"
+        right.plot(steps, [100 * row[right_share] for row in rows], color=ACCURACY, linewidth=0.9)
         right.set_ylim(0, 102)
         right.yaxis.set_major_formatter("{x:.0f}%")
         plots.append(pages.plot(figure, f"loss and accuracy of {stage['name']}"))

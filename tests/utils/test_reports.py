@@ -109,9 +109,11 @@ def _quickstart(place: Path) -> Path:
     from examples.quickstart.report import write_page
 
     out, stages = place / "quickstart", []
-    for n, name in enumerate(("nano-language", "nano-vision", "nano-stage1", "nano-stage1.5", "nano-stage2")):
+    names = ("nano-language", "nano-vision", "nano-stage1", "nano-stage1.5", "nano-stage2", "nano-reason", "nano-mpo")
+    for n, name in enumerate(names):
         (out / name).mkdir(parents=True)
-        rows = ({"step": k, "loss": 3 / (k + 1), "accuracy": k / 400} for k in range(1, 400))
+        share = "rewards/accuracy" if name == "nano-mpo" else "accuracy"  # as their objectives name it
+        rows = ({"step": k, "loss": 3 / (k + 1), share: k / 400} for k in range(1, 400))
         (out / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         stages.append({"name": name, "steps": 400, "samples": 10**4 * n, "tokens": 10**6, "seconds": 60.0, "loss": 0.1,
                        "run_dir": str(out / name)})  # fmt: skip
@@ -120,9 +122,9 @@ def _quickstart(place: Path) -> Path:
     shares = {"accuracy": 0.8, "reasoning": 0.9, "malformed": 0.01, "endless": 0.0, "n": 1000}
     score = {"value": 0.99, "ci95": [0.98, 0.995], "n": 3000}
     return write_page(out, {
-        "accuracy": 0.99, "ci95": [0.98, 0.995], "n": 9673, "training_minutes": 7.5, "stages": stages,
+        "accuracy": 0.99, "ci95": [0.98, 0.995], "n": 9673, "training_minutes": 7.5, "stages": stages[:5],
         "by_type": dict.fromkeys(("color", "shape", "yes/no"), score),
-        "preference": {"before": shares, "after": shares, "replies": 4800, "pairs": 500, "stages": stages[:2]},
+        "preference": {"before": shares, "after": shares, "replies": 4800, "pairs": 500, "stages": stages[5:]},
     })  # fmt: skip
 
 
