@@ -138,6 +138,8 @@ def test_steps_are_done_however_many_epochs_they_take(capsys: pytest.CaptureFixt
     assert load_run_config(Path("runs/tiny-lora")).data.epochs is None and "done: 4 steps" in capsys.readouterr().err
     cli(["lora", *START, *options, "--data.epochs", "1", "--out-dir", "short"])
     assert "done: 3 of 4 steps" in capsys.readouterr().err
+    cli(["--resume", "short", "--num-steps", "4"])  # as a launcher repeats its command
+    assert load_run_config(Path("short")).data.epochs == 1
 
 
 def test_one_name_of_the_root_of_pictures_and_the_stage_of_other_trainers(capsys: pytest.CaptureFixture[str]) -> None:

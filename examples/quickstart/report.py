@@ -99,8 +99,8 @@ def curves(stages: list[dict[str, Any]]) -> str:
         axis.yaxis.set_major_formatter("{x:g}")
         axis.tick_params(axis="y", which="minor", labelleft=False)
         right = axis.twinx()
-        right_share = "rewards/accuracy" if "rewards/accuracy" in rows[0] else "accuracy"
-        right.plot(steps, [100 * row[right_share] for row in rows], color=ACCURACY, linewidth=0.9)
+        share = "rewards/accuracy" if "rewards/accuracy" in rows[0] else "accuracy"
+        right.plot(steps, [100 * row[share] for row in rows], color=ACCURACY, linewidth=0.9)
         right.set_ylim(0, 102)
         right.yaxis.set_major_formatter("{x:.0f}%")
         plots.append(pages.plot(figure, f"loss and accuracy of {stage['name']}"))

@@ -146,7 +146,8 @@ def parse_run(kind: type[OptionsOfRun], command: str, start: RunConfig, args: li
     expected = start.architecture if start.model and not any(arg.startswith("--architecture.") for arg in args) else None
     if expected is not None:  # forty options of a model that is there already
         start = dataclasses.replace(start, architecture=None)
-    if take(args, "--num-steps")[0] and take(args, "--data.epochs")[0] is None:  # as many epochs as the steps take
+    # Other steps than before take as many epochs as they need; a run that is resumed with the steps that it has keeps its own.
+    if take(args, "--num-steps")[0] not in (None, [str(start.train.num_steps)]) and take(args, "--data.epochs")[0] is None:
         start = dataclasses.replace(start, data=dataclasses.replace(start.data, epochs=None))
     default: Any = kind(config=start)  # type: ignore[call-arg]
     options: Any = parse(kind, command, args, description=start.name, default=default, config=(tyro.conf.AvoidSubcommands,))

@@ -80,8 +80,9 @@ def describe(config: RunConfig) -> str:
     steps, checked = [row for row in rows if "evaluation" not in row], validation_losses(rows)
     minutes, seconds = divmod(round(steps[-1]["seconds"]), 60)
     done, planned = steps[-1]["step"], config.train.num_steps or 0
+    last = [row["loss"] for row in steps[-max(5, len(steps) // SMOOTHED) :]]
     told = [f"done: {done:,}{f' of {planned:,}' * (done < planned)} steps in {minutes:,} min {seconds} s; "
-            f"loss {steps[0]['loss']:.4f} at first, {_mean_of_last(steps):.4f} in the last steps"]  # fmt: skip
+            f"loss {steps[0]['loss']:.4f} at first, {sum(last) / len(last):.4f} in the last steps"]  # fmt: skip
     best = min(checked, key=lambda pair: pair[1], default=(0, 0.0))
     if checked:
         told.append(f"validation loss {checked[-1][1]:.4f} at the end, lowest {best[1]:.4f} after step {best[0]}")
@@ -92,11 +93,6 @@ def describe(config: RunConfig) -> str:
         base, adapter = (config.model, f" --adapter {shlex.quote(str(kept))}") if config.lora else (str(kept), "")
         commands.append(f"ivl chat {shlex.quote(base)}{adapter}     (as it was at its lowest validation loss)")
     return "\n".join([*told, "next:", *(f"  {command}" for command in commands)])
-
-
-def _mean_of_last(steps: Sequence[dict[str, Any]]) -> float:
-    last = steps[-max(min(5, len(steps)), len(steps) // SMOOTHED) :]
-    return sum(row["loss"] for row in last) / len(last)
 
 
 def evaluation_command(config: RunConfig, model: str) -> str:
